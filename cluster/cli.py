@@ -1,0 +1,5 @@
+"""The command `manta`."""
+
+
+def main() -> None:
+    """Entry point."""

@@ -1,0 +1,126 @@
+"""The configuration: one frozen tree, read from YAML. Knows units and bounds; knows nothing of what is built from it.
+
+    models:
+      - name: mixtral
+        path: /models/Mixtral-8x7B-Instruct-v0.1
+        experts: {groups: [[0, 1], [2, 3], [4, 5], [6, 7]]}
+    gateway: {http_port: 8000}
+
+An unknown key is refused, with the nearest known one in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+
+Transport = Literal["auto", "object_store", "local"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineConfig(_Frozen):
+    """The coordinator's engine: scheduler, KV cache, numerics."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU, the checkpoint's own on CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where the cluster has GPUs
+    max_model_len: int | None = Field(None, ge=1)  # tokens; None: the checkpoint's context
+    block_size: int = Field(16, ge=1, le=256)  # tokens per KV block
+    num_kv_blocks: int | None = Field(None, ge=2)  # None: from kv_cache_gib
+    kv_cache_gib: float | None = Field(None, gt=0)  # None: a fraction of the memory that is free at start
+    max_num_seqs: int = Field(64, ge=1)  # sequences in one step
+    max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
+    max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429
+    prefix_caching: bool = True
+    num_threads: int | None = Field(None, ge=1)  # intra-op threads of the coordinator; None: measured default
+
+
+class ExpertsConfig(_Frozen):
+    """The expert groups of one model and how rows reach them."""
+
+    groups: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"  # expert indices per group, the same in every layer
+    transport: Transport = "auto"
+    gpus_per_shard: float | None = Field(None, ge=0)  # None: 1 where the cluster has GPUs, else 0
+    num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
+    expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch
+    load_timeout_s: float = Field(1800.0, gt=0)  # for a shard to read its weights
+
+
+class ModelConfig(_Frozen):
+    """One served model: a directory, and how it is laid out on the cluster."""
+
+    name: str = Field(min_length=1, max_length=128)
+    path: str  # a directory, or a hub id
+    aliases: tuple[str, ...] = ()
+    num_coordinators: int = Field(1, ge=1)
+    engine: EngineConfig = EngineConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+
+
+class GatewayConfig(_Frozen):
+    """The doors: where they listen and what they admit."""
+
+    host: str = "127.0.0.1"
+    http_port: int = Field(8000, ge=1, le=65535)
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    num_replicas: int = Field(1, ge=1)
+    request_timeout_s: float = Field(600.0, gt=0)  # deadline of a request that names none
+    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    max_choices: int = Field(16, ge=1)  # n × prompts of one request
+    max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429
+
+
+class MantaConfig(_Frozen):
+    """The whole: models behind one gateway."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    gateway: GatewayConfig = GatewayConfig()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the model name or alias {name!r} is used twice")
+        return self
+
+
+def load_config(path: Path) -> MantaConfig:
+    """Read a YAML file. Raises ConfigError, which names the key and what was expected."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(MantaConfig.model_fields)}")
+    return parse_config(document, source=str(path))
+
+
+def parse_config(document: dict[str, Any], source: str = "config") -> MantaConfig:
+    """Validate a mapping. Raises ConfigError for the first key that is wrong."""
+    try:
+        return MantaConfig.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {where}: {_explain(first)}") from error
+
+
+def _explain(error: Any) -> str:
+    """One sentence for a pydantic error; an unknown key gets the nearest known one."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    key = str(error["loc"][-1])
+    known = sorted({name for model in _Frozen.__subclasses__() for name in model.model_fields})
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,126 @@
+"""Every error that Manta raises on purpose. Knows nothing of HTTP or gRPC: each door maps classes to its own codes.
+
+    MantaError
+    ├── RequestError                the client can mend it, or try again
+    │   ├── InvalidRequest          a field is wrong; `param` names it
+    │   │   └── ContextTooLong      prompt plus output exceed the model's context
+    │   ├── Unauthorized            no key, or a wrong one
+    │   ├── ModelNotFound           no model of that name is served
+    │   ├── PayloadTooLarge         the body is over the limit
+    │   ├── Overloaded              a bound is reached; try again after `retry_after_s`
+    │   ├── RequestCancelled        the client left, or asked to stop
+    │   └── DeadlineExceeded        the request's own deadline passed
+    ├── Unavailable                 the server cannot answer now
+    │   ├── ModelLoading            weights are still being read
+    │   ├── ExpertUnavailable       no replica of an expert group answered in time
+    │   └── EngineDead              the coordinator's engine stopped; Serve replaces it
+    └── SetupError                  nothing was started
+        ├── ConfigError             a key or value of the configuration is wrong
+        ├── CheckpointError         a model directory cannot be served; names file and tensor
+        └── DoesNotFit              the model needs more memory or GPUs than the cluster has
+
+Errors cross process boundaries, so each keeps all its state in keyword attributes and survives pickling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MantaError(Exception):
+    """Root of the tree. `message` is a full sentence for a person; extra keyword attributes are kept."""
+
+    def __init__(self, message: str = "", **attributes: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, {k: v for k, v in self.__dict__.items() if k != "message"}))
+
+
+def _rebuild(cls: type[MantaError], message: str, attributes: dict[str, Any]) -> MantaError:
+    error = cls(message)
+    error.__dict__.update(attributes)
+    return error
+
+
+class RequestError(MantaError):
+    """The client can mend the request, or send it again later."""
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is wrong. `param` is its path as the client wrote it, `messages[0].role` for example."""
+
+    def __init__(self, message: str = "", param: str | None = None, **attributes: Any) -> None:
+        super().__init__(message, **attributes)
+        self.param = param
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt, or prompt plus requested output, exceeds the model's context length."""
+
+
+class Unauthorized(RequestError):
+    """No API key, or one that is not known."""
+
+
+class ModelNotFound(RequestError):
+    """No model of that name is served; the message lists those that are."""
+
+
+class PayloadTooLarge(RequestError):
+    """The request body is over the configured limit."""
+
+
+class Overloaded(RequestError):
+    """A queue bound is reached. `retry_after_s` says when another try is worth it."""
+
+    def __init__(self, message: str = "", retry_after_s: float = 1.0, **attributes: Any) -> None:
+        super().__init__(message, **attributes)
+        self.retry_after_s = retry_after_s
+
+
+class RequestCancelled(RequestError):
+    """The client left, or asked to stop."""
+
+
+class DeadlineExceeded(RequestError):
+    """The deadline of the request passed before it was complete."""
+
+
+class Unavailable(MantaError):
+    """The server cannot answer now; the same request may succeed later."""
+
+    def __init__(self, message: str = "", retry_after_s: float = 1.0, **attributes: Any) -> None:
+        super().__init__(message, **attributes)
+        self.retry_after_s = retry_after_s
+
+
+class ModelLoading(Unavailable):
+    """The model's weights are still being read."""
+
+
+class ExpertUnavailable(Unavailable):
+    """No replica of an expert group answered before the deadline. Never answered by dropping the expert."""
+
+
+class EngineDead(Unavailable):
+    """The engine thread of a coordinator stopped; the replica fails its health check and Serve replaces it."""
+
+
+class SetupError(MantaError):
+    """Found before anything was started."""
+
+
+class ConfigError(SetupError):
+    """A key or value of the configuration is wrong; the message names the key."""
+
+
+class CheckpointError(SetupError):
+    """A model directory cannot be served; the message names the file and, where there is one, the tensor."""
+
+
+class DoesNotFit(SetupError):
+    """The model needs more memory or more GPUs than there are; the message has both numbers."""

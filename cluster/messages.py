@@ -1,0 +1,122 @@
+"""What crosses between gateway and coordinator. Plain frozen data; knows neither tensors, nor Ray, nor a wire format.
+
+A request can be resumed on another coordinator at any token: `Request.output_token_ids` holds what the client already
+has, every random number is keyed by (seed, choice_index, position), and penalties and grammar state are rebuilt from
+those ids. So a `Request` plus the `TokenChunk`s that followed it are the whole state of a generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Validated at the door; a coordinator trusts it."""
+
+    max_tokens: int  # tokens to generate, resumed ones included
+    min_tokens: int = 0  # end-of-sequence and stop tokens are masked before this many
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # (0, 1]; 1: off
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # [0, 1]; 0: off
+    repetition_penalty: float = 1.0  # over prompt and output tokens; 1: off
+    presence_penalty: float = 0.0  # over output tokens
+    frequency_penalty: float = 0.0  # over output tokens
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; N ≥ 0: the chosen token's and the N most likely
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the output, compiled on the coordinator's side."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema: str | None = None  # JSON text, for json_schema
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One choice of one client request. `n` choices are `n` Requests that differ in `choice_index`."""
+
+    request_id: str  # unique; our own, never the client's
+    prompt_token_ids: tuple[int, ...]  # at least one
+    sampling: SamplingParams
+    seed: int  # always set: the gateway draws one when the client gives none
+    output_token_ids: tuple[int, ...] = ()  # already sent to the client, when resumed
+    choice_index: int = 0
+    deadline: float = float("inf")  # Unix time in seconds
+    cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
+    grammar: Grammar | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Identifies the sequence inside an engine."""
+        return (self.request_id, self.choice_index)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural, of the raw logits before temperature and penalties) at one output position."""
+
+    token_logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Consecutive new tokens of one choice. The last chunk of a choice, and only it, has a `finish_reason`.
+
+    `token_ids` includes the end-of-sequence or stop token when one ended the sequence; `stop_token_id` names it then.
+    A last chunk may have no tokens.
+    """
+
+    request_id: str
+    choice_index: int
+    first_position: int  # index of token_ids[0] among the output tokens, resumed ones counted
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token when asked for
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    routed_experts: bytes | None = field(default=None, repr=False)  # uint8 [tokens, layers, top_k] when asked for
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of one coordinator, for /health, /metrics and `manta status`."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    num_kv_blocks: int
+    num_kv_blocks_used: int  # held by running sequences; blocks kept only by the prefix cache count as free
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    preemptions_total: int
+    prefix_cache_hit_tokens_total: int
+    steps_total: int
+    rows_per_expert: tuple[int, ...]  # rows sent to each expert, summed over layers
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a gateway needs to know of a model that it serves; made at start, from config and checkpoint headers."""
+
+    name: str
+    aliases: tuple[str, ...]
+    application: str  # the Serve application that holds its coordinator
+    directory: str  # where tokenizer and chat template are read from
+    layout: Literal["huggingface", "mistral"]
+    fingerprint: str
+    max_model_len: int  # tokens, prompt plus output
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    created: int  # Unix time in seconds
+    default_temperature: float = 1.0
+    default_top_p: float = 1.0
+    deployments: tuple[str, ...] = ()  # names in `application`, coordinator first

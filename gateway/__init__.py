@@ -1,0 +1,1 @@
+"""The doors: HTTP and gRPC, validation, tokens to text. Never imports torch."""

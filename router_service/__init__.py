@@ -1,0 +1,1 @@
+"""The coordinator: scheduler, paged KV cache, attention, gate, sampler, dispatch to experts."""
