@@ -1,0 +1,32 @@
+"""Transport `local`: the groups' experts live in the coordinator's own process. For one-GPU machines and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from experts_service.experts import Experts
+from experts_service.transport import Flight, GroupRows
+
+
+class _Landed:
+    def wait(self) -> None:
+        """Nothing to wait for: the answers were written by `send`."""
+
+
+class LocalTransport:
+    """Runs each group where it is called."""
+
+    def __init__(self, groups: Mapping[int, Experts]) -> None:
+        self._groups = dict(groups)
+
+    @torch.inference_mode()
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        for part in parts:
+            part.answer.copy_(self._groups[part.group](layer, rows[part.row_indices], part.counts))
+        return _Landed()
+
+    def close(self) -> None:
+        self._groups.clear()

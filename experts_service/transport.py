@@ -1,0 +1,43 @@
+"""What a transport is: it carries the rows of one layer to expert groups and brings the answers back. No maths, no Ray.
+
+    flight = transport.send(layer, rows, parts)     # to every group, before any answer is read
+    ...                                             # the coordinator works on another microbatch
+    flight.wait()                                   # every part.answer is written, or ExpertUnavailable
+
+Implementations: `local` (in this process), `object_store` (direct actor calls); lanes are the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRows:
+    """What one group is asked in one dispatch: R rows of the batch, ordered by expert as the group lists them."""
+
+    group: int
+    row_indices: Tensor  # [R] int64, into the batch; a row comes once for each of its experts in this group
+    counts: tuple[int, ...]  # rows of each expert of the group; their sum is R ≥ 1
+    answer: Tensor  # [R, D] contiguous part of the combine buffer; the transport writes it
+
+
+class Flight(Protocol):
+    """Rows under way."""
+
+    def wait(self) -> None:
+        """Return once every part's `answer` is written. Raises ExpertUnavailable at the latest at the deadline."""
+
+
+class Transport(Protocol):
+    """How rows reach the groups. Used by one thread, the engine's."""
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        """Send the batch `rows` [T, D] to the groups of `parts`; returns without waiting for any of them."""
+
+    def close(self) -> None:
+        """Let go of connections and threads. Idempotent."""

@@ -1,0 +1,101 @@
+"""The Dispatcher over local experts: equal to transformers, and the same however the experts are packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from cluster.placement import ExpertGroup
+from experts_service.experts import Experts, expert_tensor_names
+from experts_service.local import LocalTransport
+from router_service.dispatcher import Dispatcher
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS = 64, 96, 8
+PACKINGS: dict[str, list[tuple[int, ...]]] = {
+    "1 group": [tuple(range(8))],
+    "2 groups": [(0, 1, 2, 3), (4, 5, 6, 7)],
+    "3 groups, mixed up": [(7, 0), (3, 1, 5, 6), (2, 4)],
+    "4 groups": [(0, 4), (1, 5), (2, 6), (3, 7)],
+    "8 groups": [(expert,) for expert in range(8)],
+}
+
+
+def moe_block(top_k: int, dtype: torch.dtype) -> MixtralSparseMoeBlock:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=top_k,
+        experts_implementation="eager",
+    )
+    block = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return block.to(dtype).eval()
+
+
+def layer_weights(block: MixtralSparseMoeBlock, layer: int = 0) -> dict[str, Tensor]:
+    weights = {}
+    for expert in range(NUM_EXPERTS):
+        w1, w2, w3 = expert_tensor_names(layer, expert)
+        weights[w1], weights[w3] = block.experts.gate_up_proj.data[expert].chunk(2)
+        weights[w2] = block.experts.down_proj.data[expert]
+    return weights
+
+
+def dispatcher(block: MixtralSparseMoeBlock, packing: list[tuple[int, ...]]) -> Dispatcher:
+    local = LocalTransport({i: Experts(experts, [layer_weights(block)]) for i, experts in enumerate(packing)})
+    return Dispatcher([ExpertGroup(i, experts) for i, experts in enumerate(packing)], local)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64])
+@torch.inference_mode()
+def test_every_packing_gives_the_bits_of_transformers(num_rows: int, top_k: int, dtype: torch.dtype) -> None:
+    block = moe_block(top_k, dtype)
+    rows = torch.randn(num_rows, HIDDEN, dtype=dtype)
+    expected = block(rows[None])[0]
+    _, weights, experts = block.gate(rows)  # [T, K], [T, K]
+    for name, packing in PACKINGS.items():
+        remote = dispatcher(block, packing)
+        answer = remote.combine(remote.dispatch(0, rows, experts), weights)
+        assert torch.equal(answer, expected), name
+        assert remote.rows_per_expert == tuple(experts.flatten().bincount(minlength=NUM_EXPERTS).tolist())
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+@torch.inference_mode()
+def test_all_rows_for_one_expert_leave_the_other_groups_alone(packing: list[tuple[int, ...]]) -> None:
+    block = moe_block(1, torch.float32)
+    rows = torch.randn(5, HIDDEN)
+    experts = torch.full((5, 1), 6)
+    weights = torch.ones(5, 1)
+    remote = dispatcher(block, packing)
+    answer = remote.combine(remote.dispatch(0, rows, experts), weights)
+    assert torch.equal(answer, block.experts(rows, experts, weights))
+    assert remote.rows_per_expert == (0, 0, 0, 0, 0, 0, 5, 0)
+
+
+@torch.inference_mode()
+def test_two_dispatches_may_be_under_way_and_combine_in_any_order() -> None:
+    block = moe_block(2, torch.float32)
+    remote = dispatcher(block, PACKINGS["4 groups"])
+    batches = [torch.randn(n, HIDDEN) for n in (3, 4)]
+    gates = [block.gate(rows)[1:] for rows in batches]
+    flights = [remote.dispatch(0, rows, experts) for rows, (_, experts) in zip(batches, gates, strict=True)]
+    answers = [remote.combine(flights[i], gates[i][0]) for i in (1, 0)]
+    assert torch.equal(answers[0], block(batches[1][None])[0])
+    assert torch.equal(answers[1], block(batches[0][None])[0])
+
+
+@torch.inference_mode()
+def test_a_batch_without_rows_asks_nobody() -> None:
+    remote = dispatcher(moe_block(2, torch.float32), PACKINGS["2 groups"])
+    empty = remote.dispatch(0, torch.empty(0, HIDDEN), torch.empty(0, 2, dtype=torch.int64))
+    assert remote.combine(empty, torch.empty(0, 2)).shape == (0, HIDDEN)
+    assert sum(remote.rows_per_expert) == 0
