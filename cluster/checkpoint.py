@@ -1,1 +1,98 @@
-"""Checkpoints."""
+"""Opens a model directory: which files, which layout, is everything there. Reads headers, never whole tensors.
+
+Every process that needs weights opens the directory again (milliseconds) and compares fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cluster.architecture import Architecture, StoredDtype
+from cluster.errors import CheckpointError
+from cluster.hyperparameters import architecture_from_config, architecture_from_params
+from cluster.json_document import JsonDocument
+from cluster.layouts import Layout, TensorRef, locate_tensors
+from cluster.safetensors_header import StoredTensor
+from cluster.weight_files import find_layout, read_headers
+
+__all__ = ["Checkpoint", "TensorRef", "open_checkpoint"]
+
+SAMPLE_BYTES = 4096  # of each end of each tensor, for the fingerprint
+
+_DTYPES: Mapping[str, StoredDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that was found whole. `tensors` is keyed by the hub's names."""
+
+    directory: Path
+    layout: Layout
+    architecture: Architecture
+    tensors: Mapping[str, TensorRef]
+    fingerprint: str  # hex; the same weights at another path have the same
+    default_temperature: float
+    default_top_p: float
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Find and check everything but the numbers themselves. Raises CheckpointError, which names file and tensor."""
+    directory = Path(directory)
+    layout = find_layout(directory)
+    if layout == "huggingface":
+        config = JsonDocument.read(directory / "config.json")
+        architecture_from_config(config)  # what is not supported is said before weights are looked at
+        stored = read_headers(directory, layout)
+        architecture = architecture_from_config(config, _stored_dtype(stored, "model.embed_tokens.weight"))
+    else:
+        params = JsonDocument.read(directory / "params.json")
+        architecture_from_params(params)
+        stored = read_headers(directory, layout)
+        architecture = architecture_from_params(params, _stored_dtype(stored, "tok_embeddings.weight"))
+    tensors = locate_tensors(architecture, layout, stored, directory)
+    architecture, temperature, top_p = _apply_generation_config(directory, architecture)
+    return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), temperature, top_p)
+
+
+def fingerprint(architecture: Architecture, tensors: Mapping[str, TensorRef]) -> str:
+    """SHA-256 of sizes, names, dtypes, shapes and both ends of every tensor's bytes."""
+    digest = hashlib.sha256(json.dumps(asdict(architecture), sort_keys=True).encode())
+    descriptors: dict[Path, int] = {}
+    try:
+        for name in sorted(tensors):
+            ref = tensors[name]
+            digest.update(repr((name, ref.dtype, ref.shape, ref.interleaved_heads, ref.transposed)).encode())
+            if ref.file not in descriptors:
+                descriptors[ref.file] = os.open(ref.file, os.O_RDONLY)
+            for offset in (ref.offset, ref.offset + max(0, ref.nbytes - SAMPLE_BYTES)):
+                digest.update(os.pread(descriptors[ref.file], min(SAMPLE_BYTES, ref.nbytes), offset))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or ref.file} cannot be read: {error.strerror}.") from error
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:
+    return _DTYPES.get(stored[name].dtype, "float32") if name in stored else "float32"
+
+
+def _apply_generation_config(directory: Path, architecture: Architecture) -> tuple[Architecture, float, float]:
+    """End-of-sequence ids and sampling defaults that the model's authors chose: (architecture, temperature, top_p)."""
+    file = directory / "generation_config.json"
+    if not file.exists():
+        return architecture, 1.0, 1.0
+    document = JsonDocument.read(file)
+    more = document.integers("eos_token_id", architecture.vocab_size - 1)
+    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + more))
+    architecture = replace(architecture, eos_token_ids=eos_token_ids)
+    if not document.boolean("do_sample", default=False):
+        return architecture, 1.0, 1.0
+    temperature = document.number("temperature", default=1.0, maximum=100.0)
+    return architecture, temperature, document.number("top_p", default=1.0, maximum=1.0)

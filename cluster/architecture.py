@@ -1,0 +1,77 @@
+"""What a model is made of: its sizes, and the names and shapes of its tensors. Knows neither files, tensors nor Ray.
+
+Names are the hub's, whatever layout a checkpoint is stored in; a tensor's shape is [out, in] as in `torch.nn.Linear`.
+
+    coordinator   model.embed_tokens, model.layers.N.{self_attn, norms, block_sparse_moe.gate}, model.norm, lm_head
+    expert E      model.layers.N.block_sparse_moe.experts.E.{w1, w2, w3}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+StoredDtype = Literal["float32", "bfloat16", "float16"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The sizes of a sparse mixture-of-experts decoder. Range-checked by whoever builds it from a file."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int  # of one expert
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    top_k: int  # experts per token
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int  # tokens
+    sliding_window: int | None  # tokens; None: full attention
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: StoredDtype  # what the checkpoint says it is meant to run in
+
+
+def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
+    """Every tensor of the half that holds attention, norms, gate and embeddings."""
+    a = architecture
+    q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
+    for layer in range(a.num_layers):
+        prefix = f"model.layers.{layer}"
+        tensors |= {
+            f"{prefix}.input_layernorm.weight": (a.hidden_size,),
+            f"{prefix}.self_attn.q_proj.weight": (q_size, a.hidden_size),
+            f"{prefix}.self_attn.k_proj.weight": (kv_size, a.hidden_size),
+            f"{prefix}.self_attn.v_proj.weight": (kv_size, a.hidden_size),
+            f"{prefix}.self_attn.o_proj.weight": (a.hidden_size, q_size),
+            f"{prefix}.post_attention_layernorm.weight": (a.hidden_size,),
+            f"{prefix}.block_sparse_moe.gate.weight": (a.num_experts, a.hidden_size),
+        }
+    tensors["model.norm.weight"] = (a.hidden_size,)
+    if not a.tie_word_embeddings:
+        tensors["lm_head.weight"] = (a.vocab_size, a.hidden_size)
+    return tensors
+
+
+def expert_tensors(architecture: Architecture, layer: int, expert: int) -> dict[str, Shape]:
+    """The three matrices of one expert in one layer: y = w2(silu(w1 x) * w3 x)."""
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+    up = (architecture.intermediate_size, architecture.hidden_size)
+    return {f"{prefix}.w1.weight": up, f"{prefix}.w2.weight": up[::-1], f"{prefix}.w3.weight": up}
+
+
+def all_tensors(architecture: Architecture) -> Mapping[str, Shape]:
+    """Every tensor of the model, coordinator's first."""
+    tensors = coordinator_tensors(architecture)
+    for layer in range(architecture.num_layers):
+        for expert in range(architecture.num_experts):
+            tensors |= expert_tensors(architecture, layer, expert)
+    return tensors

@@ -1,0 +1,149 @@
+"""Builds an Architecture from `config.json` (Hugging Face) or `params.json` (Mistral). Knows their keys, no weights.
+
+What Manta does not run is refused here by name, before a single tensor is looked for.
+"""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+from cluster.architecture import Architecture, StoredDtype
+from cluster.json_document import JsonDocument
+
+MODEL_TYPES = {"mixtral": "MixtralForCausalLM"}  # model_type → architectures
+MIXTRAL_ROPE_THETA = 1e6  # of both reference implementations, where the file names none
+MISTRAL_CONTEXT = 32768  # params.json rarely says how long the context is
+MISTRAL_BOS, MISTRAL_EOS = 1, 2  # of every tokenizer that ships beside a params.json
+
+_NOT_IN_PARAMS = ("lora", "quantization", "yarn", "llama_4_scaling", "vision_encoder", "multimodal", "use_biases")
+
+
+def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
+    """From Hugging Face's `config.json`; keys of transformers 4 and 5. `default_dtype` is used where it names none."""
+    _refuse_unsupported_config(config)
+    num_heads = config.integer("num_attention_heads")
+    hidden_size = config.integer("hidden_size")
+    if not config.has("head_dim") and hidden_size % num_heads:
+        raise config.error("hidden_size", f"is {hidden_size}; expected a multiple of num_attention_heads={num_heads}")
+    vocab_size = config.integer("vocab_size")
+    bos = config.integers("bos_token_id", vocab_size - 1)
+    rope = config.section("rope_parameters")
+    theta_holder = rope if rope.has("rope_theta") else config
+    architecture = Architecture(
+        num_layers=config.integer("num_hidden_layers", maximum=1024),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
+        head_dim=config.integer("head_dim", default=max(1, hidden_size // num_heads)),
+        num_experts=config.integer("num_local_experts", maximum=1024),
+        top_k=config.integer("num_experts_per_tok"),
+        vocab_size=vocab_size,
+        rms_norm_eps=config.number("rms_norm_eps", default=1e-5, maximum=1.0),
+        rope_theta=theta_holder.number("rope_theta", default=MIXTRAL_ROPE_THETA),
+        max_position_embeddings=config.integer("max_position_embeddings"),
+        sliding_window=config.integer("sliding_window") if config.has("sliding_window") else None,
+        tie_word_embeddings=config.boolean("tie_word_embeddings", default=False),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=config.integers("eos_token_id", vocab_size - 1),
+        dtype=_dtype(config, default_dtype),
+    )
+    _check_divisions(
+        config, architecture, ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "num_local_experts")
+    )
+    return architecture
+
+
+def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
+    """From Mistral's `params.json`, which names no dtype: `default_dtype` is that of the stored embeddings."""
+    model_type = params.values.get("model_type", "transformer")
+    if model_type != "transformer":
+        raise params.error("model_type", f"is {model_type!r}, which Manta does not run; expected 'transformer'")
+    for key in _NOT_IN_PARAMS:
+        if params.values.get(key):
+            raise params.error(key, "is set, and Manta does not support it")
+    if not params.has("moe"):
+        raise params.error("moe", "is missing; Manta runs mixture-of-experts models (Mixtral)")
+    moe = params.section("moe")
+    if params.has("sliding_window") and isinstance(params.values["sliding_window"], str):
+        params.values["sliding_window"] = _number_in_quotes(params.values["sliding_window"])
+    context_key = next((k for k in ("max_position_embeddings", "max_seq_len") if params.values.get(k)), "")
+    vocab_size = params.integer("vocab_size", minimum=3)
+    architecture = Architecture(
+        num_layers=params.integer("n_layers", maximum=1024),
+        hidden_size=params.integer("dim"),
+        intermediate_size=params.integer("hidden_dim"),
+        num_heads=params.integer("n_heads"),
+        num_kv_heads=params.integer("n_kv_heads"),
+        head_dim=params.integer("head_dim"),
+        num_experts=moe.integer("num_experts", maximum=1024),
+        top_k=moe.integer("num_experts_per_tok"),
+        vocab_size=vocab_size,
+        rms_norm_eps=params.number("norm_eps", maximum=1.0),
+        rope_theta=params.number("rope_theta", default=MIXTRAL_ROPE_THETA),
+        max_position_embeddings=params.integer(context_key, default=MISTRAL_CONTEXT),
+        sliding_window=params.integer("sliding_window") if params.has("sliding_window") else None,
+        tie_word_embeddings=params.boolean("tied_embeddings", default=False),
+        bos_token_id=MISTRAL_BOS,
+        eos_token_ids=(MISTRAL_EOS,),
+        dtype=default_dtype,
+    )
+    _check_divisions(params, architecture, ("n_heads", "n_kv_heads", "moe.num_experts_per_tok", "moe.num_experts"))
+    return architecture
+
+
+def _refuse_unsupported_config(config: JsonDocument) -> None:
+    if config.has("auto_map"):
+        raise config.error("auto_map", "points at Python code in the checkpoint, and Manta runs no remote code")
+    model_type, architectures = config.values.get("model_type"), config.values.get("architectures")
+    if model_type not in MODEL_TYPES and (model_type is not None or not architectures):
+        raise config.error("model_type", f"is {model_type!r}, which Manta does not run; expected {_one_of_types()}")
+    known = set(MODEL_TYPES.values()) if model_type is None else {MODEL_TYPES[model_type]}
+    if architectures is not None and not (
+        isinstance(architectures, list) and known.intersection(map(str, architectures))
+    ):
+        raise config.error("architectures", f"is {architectures!r}, which Manta does not run; expected {sorted(known)}")
+    if config.has("quantization_config"):
+        method = config.section("quantization_config").values.get("quant_method")
+        raise config.error(
+            "quantization_config", f"is set (quant_method {method!r}), and Manta runs no quantized model"
+        )
+    activation = config.values.get("hidden_act", "silu")
+    if activation != "silu":
+        raise config.error("hidden_act", f"is {activation!r}; expected 'silu'")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.section(key).values
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise config.error(key, f"asks for rotary scaling of type {kind!r}; expected 'default'")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise config.error(key, f"has partial_rotary_factor {rope['partial_rotary_factor']!r}; expected 1")
+
+
+def _check_divisions(document: JsonDocument, a: Architecture, keys: tuple[str, str, str, str]) -> None:
+    heads, kv_heads, top_k, experts = keys
+    if a.num_heads % a.num_kv_heads:
+        raise document.error(heads, f"is {a.num_heads}; expected a multiple of {kv_heads}={a.num_kv_heads}")
+    if a.top_k > a.num_experts:
+        raise document.error(top_k, f"is {a.top_k}; expected at most {experts}={a.num_experts}")
+    if a.head_dim % 2:
+        raise document.error("head_dim", f"is {a.head_dim}; expected an even number, as rotary embeddings need")
+
+
+def _dtype(config: JsonDocument, default_dtype: StoredDtype) -> StoredDtype:
+    key = "dtype" if config.has("dtype") else "torch_dtype"
+    if not config.has(key):
+        return default_dtype
+    name = str(config.values[key]).removeprefix("torch.")
+    if name not in get_args(StoredDtype):
+        raise config.error(key, f"is {name!r}; expected one of {', '.join(get_args(StoredDtype))}")
+    return cast(StoredDtype, name)
+
+
+def _number_in_quotes(text: str) -> int | str:
+    """Early params.json files hold "4096"."""
+    return int(text) if text.isdecimal() and len(text) < 12 else text
+
+
+def _one_of_types() -> str:
+    return " or ".join(repr(name) for name in MODEL_TYPES)

@@ -1,0 +1,85 @@
+"""Reads tensors of a checkpoint into memory, only the byte ranges asked for. Knows nothing of layers or experts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from cluster.checkpoint import Checkpoint
+from cluster.errors import CheckpointError
+from cluster.layouts import TensorRef
+
+CHUNK_BYTES = 16 * 2**20  # of one read; progress is told after each
+
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_tensors(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    on_bytes: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The named tensors, contiguous, in `dtype` on `device`, in the order of `names`.
+
+    `on_bytes` is called with the number of bytes of each read; they add up to the tensors' `nbytes`. Raises
+    CheckpointError, naming file and tensor, where a file has changed since the checkpoint was opened.
+    """
+    refs = {name: checkpoint.tensors[name] for name in names}
+    tensors: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        files: dict[Path, int] = {}
+        for name, ref in sorted(refs.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+            if ref.file not in files:
+                files[ref.file] = _open(ref)
+                stack.callback(os.close, files[ref.file])
+            stored = _read(files[ref.file], ref, on_bytes)
+            tensors[name] = _arranged(stored, ref).to(device=device, dtype=dtype).contiguous()
+    return {name: tensors[name] for name in refs}
+
+
+def _open(ref: TensorRef) -> int:
+    try:
+        return os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{ref.file}, which holds {ref.name!r}, cannot be read: {error.strerror}.") from error
+
+
+def _read(file: int, ref: TensorRef, on_bytes: Callable[[int], None] | None) -> torch.Tensor:
+    """The bytes as they are stored, flat."""
+    stored = torch.empty(ref.nbytes, dtype=torch.uint8)
+    view = stored.numpy().data
+    done = 0
+    while done < ref.nbytes:
+        try:
+            count = os.preadv(file, [view[done : done + CHUNK_BYTES]], ref.offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{ref.file}: reading tensor {ref.name!r} failed: {error.strerror}.") from error
+        if count == 0:
+            raise CheckpointError(
+                f"{ref.file} ends inside tensor {ref.name!r}, after {done} of its {ref.nbytes} bytes; the file has "
+                "shrunk since it was checked."
+            )
+        done += count
+        if on_bytes is not None:
+            on_bytes(count)
+    return stored.view(_TORCH_DTYPES[ref.dtype])
+
+
+def _arranged(stored: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    """The tensor in the shape and row order that the model wants; a view where that is possible."""
+    if ref.transposed:
+        rows, columns = ref.shape
+        return stored.view(columns, rows).t()
+    if ref.interleaved_heads is None:
+        return stored.view(ref.shape)
+    # Rows of a head are stored as pairs (0, h/2), (1, h/2+1), …; the model rotates the first half against the second.
+    rows, columns = ref.shape
+    pairs = stored.view(ref.interleaved_heads, -1, 2, columns)  # [heads, head_dim / 2, 2, D]
+    return pairs.transpose(1, 2).reshape(rows, columns)
