@@ -1,0 +1,112 @@
+"""Mixtral's decoder without its experts: embeddings, norms, rotary attention, gate, output head. Knows no sequence.
+
+The forward pass is a generator that yields wherever it waits for experts, so that a runner can drive several at once.
+
+Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from cluster.architecture import Architecture
+
+from router_service.attention import AttentionPlan
+from router_service.dispatcher import Dispatcher
+from router_service.gate import Gate
+from router_service.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(N + 2G)·H, D]
+    o: torch.Tensor  # [D, N·H]
+    post_attention_norm: torch.Tensor  # [D]
+    gate: Gate
+
+
+class Decoder:
+    """All layers of one model, bound to the dispatcher that reaches its experts."""
+
+    def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], dispatcher: Dispatcher) -> None:
+        """`weights` by their names in `cluster.architecture.coordinator_tensors`, all of one dtype and device."""
+        self.architecture = architecture
+        self.dispatcher = dispatcher
+        self.embeddings = weights["model.embed_tokens.weight"]  # [V, D]
+        self.norm = weights["model.norm.weight"]  # [D]
+        self.head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
+        self.layers = [_layer(weights, index, architecture.top_k) for index in range(architecture.num_layers)]
+        half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
+        self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.embeddings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and activations are."""
+        return self.embeddings.device
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        positions: torch.Tensor,  # [T]
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+        sampled_rows: torch.Tensor,  # [B] rows whose logits are wanted
+    ) -> Generator[None, None, torch.Tensor]:
+        """Run all layers; yields once a layer after its rows were sent. Returns logits [B, V] in fp32."""
+        architecture = self.architecture
+        query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
+        cos, sin = self._rotary(positions)
+        x = F.embedding(token_ids, self.embeddings)  # [T, D]
+        for index, layer in enumerate(self.layers):
+            qkv = F.linear(self._rms_norm(x, layer.input_norm), layer.qkv)
+            qkv = qkv.view(len(x), query_heads + 2 * kv_heads, architecture.head_dim)
+            rotated = _rotate(qkv[:, : query_heads + kv_heads], cos, sin)
+            queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
+            kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
+            attended = attention.attend(index, queries, kv_cache)
+            x = x + F.linear(attended.view(len(x), -1), layer.o)
+
+            rows = self._rms_norm(x, layer.post_attention_norm)
+            weights, experts = layer.gate(rows)  # [T, K], [T, K]
+            dispatch = self.dispatcher.dispatch(index, rows, experts)
+            yield
+            x = x + self.dispatcher.combine(dispatch, weights)
+        return F.linear(self._rms_norm(x[sampled_rows], self.norm), self.head).float()
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.architecture.rms_norm_eps)
+        return weight * wide.to(x.dtype)
+
+    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, 1, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
+        angles = positions[:, None].float() * self._inverse_frequencies  # [T, H / 2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads [T, N, H] by the angles of their positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _layer(weights: Mapping[str, torch.Tensor], index: int, top_k: int) -> _Layer:
+    prefix = f"model.layers.{index}"
+    return _Layer(
+        input_norm=weights[f"{prefix}.input_layernorm.weight"],
+        qkv=torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]),
+        o=weights[f"{prefix}.self_attn.o_proj.weight"],
+        post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
+        gate=Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], top_k),
+    )

@@ -1,0 +1,23 @@
+"""The learned router of one layer: which experts each token goes to, with what weight. Knows no expert itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class Gate:
+    """Top-k softmax gate, as Mixtral's reference computes it: softmax over all experts in fp32, top k, renormalised.
+
+    Source: Mixtral of Experts, arXiv 2401.04088, section 2.1.
+    """
+
+    def __init__(self, weight: torch.Tensor, top_k: int) -> None:
+        self.weight = weight  # [E, D]
+        self.top_k = top_k
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (fp32) and expert indices, both [T, K], most likely first, for `rows` [T, D]."""
+        probabilities = F.linear(rows, self.weight).float().softmax(dim=-1)  # [T, E]
+        weights, experts = probabilities.topk(self.top_k, dim=-1)  # [T, K], [T, K]
+        return weights / weights.sum(dim=-1, keepdim=True), experts

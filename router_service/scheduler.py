@@ -1,0 +1,127 @@
+"""Chooses which sequences run next. Knows token counts and blocks; knows nothing of tensors or Ray.
+
+Continuous batching: each step takes every running sequence first (one token while decoding, a chunk of the prompt while
+prefilling), then admits waiting ones while the token budget and the blocks last. When blocks run out, the sequence that
+came last gives all of its blocks back and is computed again later (preemption by recompute).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from router_service.block_manager import BlockManager
+from router_service.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of a sequence, from position `start` on, run in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the last known token, so that a new one can be sampled."""
+        return self.start + self.num_tokens == len(self.sequence)
+
+
+Batch = list[ScheduledSequence]
+
+
+class Scheduler:
+    """Owns the waiting and the running queue."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        assert max_model_len <= block_manager.num_blocks * block_manager.block_size, "one sequence must always fit"
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self.num_preemptions = 0
+        self.num_prefix_cache_hit_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind all others."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free its blocks. Finished ones are removed by `update`."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.block_manager.free(sequence)
+
+    def schedule(self) -> Batch:
+        """The next step; empty only when nothing runs and nothing waits."""
+        batch: Batch = []
+        budget = self.max_num_batched_tokens
+        preempted = False
+
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            while not self.block_manager.grow(sequence, sequence.num_computed_tokens + num_tokens):
+                preempted = True
+                if self._preempt_last() is sequence:
+                    break
+            else:
+                batch.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
+                budget -= num_tokens
+                index += 1
+
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
+            sequence = self.waiting[0]
+            num_cached = self.block_manager.take_prefix(sequence)
+            num_tokens = min(len(sequence) - num_cached, budget)
+            if not self.block_manager.grow(sequence, num_cached + num_tokens):
+                self.block_manager.free(sequence)
+                break
+            self._admit(sequence, num_cached)
+            batch.append(ScheduledSequence(sequence, num_cached, num_tokens))
+            budget -= num_tokens
+
+        return batch
+
+    def update(self, batch: Batch, token_ids: list[int]) -> None:
+        """Take a step's results: `token_ids` are those sampled, one per scheduled sequence with `samples`, in order."""
+        sampled = iter(token_ids)
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
+            self.block_manager.publish(sequence)
+            if sequence.num_uncomputed_tokens == 0:
+                sequence.append(next(sampled), self.eos_token_ids, self.max_model_len)
+                if sequence.finish_reason is not None:
+                    self.remove(sequence)
+
+    def _admit(self, sequence: Sequence, num_cached: int) -> None:
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.num_computed_tokens = num_cached
+        if sequence.num_output_tokens == len(sequence.request.output_token_ids):  # not one that was preempted
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            self.num_prefix_cache_hit_tokens += num_cached
+
+    def _preempt_last(self) -> Sequence:
+        sequence = self.running.pop()
+        self.block_manager.free(sequence)
+        sequence.num_computed_tokens = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+        return sequence

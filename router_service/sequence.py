@@ -1,0 +1,67 @@
+"""A Sequence: one choice of a request while the engine works on it. Knows token ids and block numbers, no tensors."""
+
+from __future__ import annotations
+
+from cluster.messages import FinishReason, Request
+
+
+class Sequence:
+    """Tokens of one choice, how many of them are in the KV cache, and in which blocks.
+
+    Invariant: 0 ≤ num_computed_tokens ≤ len(token_ids) ≤ len(block_table) · block_size while it runs.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "request",
+        "stop_token_id",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared, when first scheduled
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # of the full blocks, a chain from the first token on
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated so far, resumed ones included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache yet: 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
+        """Add a sampled token and decide whether the sequence ends with it."""
+        self.token_ids.append(token_id)
+        self.check_finished(eos_token_ids, max_model_len)
+
+    def check_finished(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
+        """Set `finish_reason` when the last output token ends the sequence. A resumed one may have ended already."""
+        if not self.num_output_tokens:
+            return
+        token_id = self.token_ids[-1]
+        sampling = self.request.sampling
+        if self.num_output_tokens >= sampling.min_tokens and (
+            token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
+        ):
+            self.finish_reason = "stop"
+            self.stop_token_id = token_id
+        elif self.num_output_tokens >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
+            self.finish_reason = "length"
