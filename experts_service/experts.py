@@ -6,11 +6,13 @@ Formula and rounding are those of `MixtralExperts` in transformers: w2(silu(w1 x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cluster.checkpoint import Checkpoint
+from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
 
@@ -37,7 +39,7 @@ class Experts:
     @classmethod
     def load(
         cls,
-        checkpoint: Any,
+        checkpoint: Checkpoint,
         experts: Sequence[int],
         *,
         dtype: torch.dtype,
@@ -45,7 +47,6 @@ class Experts:
         on_bytes: Callable[[int], None] | None = None,
     ) -> Experts:
         """Read the experts' tensors, and only those, one layer at a time."""
-        from experts_service.weights import read_tensors
 
         def layers() -> Iterator[Mapping[str, Tensor]]:
             for layer in range(checkpoint.architecture.num_layers):

@@ -1,0 +1,106 @@
+"""The coordinator's side of the experts: knows who serves each group, and makes the transport that the config asks for.
+
+pool = ExpertPool(handles)                # {group: DeploymentHandle}
+pool.connect(timeout_s=…)                 # blocks until each group has a replica
+transport = pool.transport(fingerprint, timeout_s)
+…
+pool.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from experts_service.membership import TABLE
+from experts_service.object_store import ObjectStoreTransport
+from experts_service.routing_table import Deployment
+from experts_service.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+REATTACH_PAUSE_S = 0.2
+
+
+class ExpertPool:
+    """Keeps one `attach` stream open to each group, on a thread and event loop of its own."""
+
+    def __init__(self, handles: Mapping[int, Any], coordinator: str = "") -> None:
+        self._handles = dict(handles)
+        self._coordinator = coordinator
+        self._table = TABLE
+        self._deployments = {g: Deployment(h.app_name, h.deployment_name) for g, h in self._handles.items()}
+        self._attached: dict[int, str] = {}  # group → replica id at the other end of its stream
+        self._streams: dict[int, Any] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="expert-pool", daemon=True)
+        self._tasks: list[Future[None]] = []
+        self._stop_listening: Callable[[], None] | None = None
+
+    def connect(self, timeout_s: float) -> None:
+        """Return once each group has a replica. Raises ExpertUnavailable, naming those without, at the timeout."""
+        self._thread.start()
+        self._stop_listening = self._table.listen(self._on_change)
+        for group in self._handles:
+            self._tasks.append(asyncio.run_coroutine_threadsafe(self._stay_attached(group), self._loop))
+        self._table.wait_for(self._deployments.values(), timeout_s)
+
+    def transport(self, fingerprint: str, timeout_s: float) -> Transport:
+        """The object_store transport to these groups; lanes come here too."""
+        return ObjectStoreTransport(self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s)
+
+    def missing(self) -> list[str]:
+        """Deployments without a replica that is believed to answer: not ready while there is one."""
+        return [d.name for d in self._deployments.values() if all(r.suspected for r in self._table.replicas(d))]
+
+    def close(self) -> None:
+        """End the streams and the thread. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        if self._stop_listening is not None:
+            self._stop_listening()
+        for task in self._tasks:
+            task.cancel()
+        deadline = time.monotonic() + 2.0
+        while self._streams and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(2.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _stay_attached(self, group: int) -> None:
+        while True:
+            stream = self._handles[group].options(stream=True).attach.remote(self._coordinator)
+            self._streams[group] = stream
+            try:
+                async for where in stream:
+                    self._attached[group] = where["replica_id"]
+                    self._table.trust(self._deployments[group], where["replica_id"])
+            except (RayError, RayServeException) as error:
+                logger.info("attach stream of expert group %d ended: %s", group, type(error).__name__)
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by close, not by its stream
+                    raise
+            finally:
+                stream.cancel()
+                self._streams.pop(group, None)
+                self._attached.pop(group, None)
+            await asyncio.sleep(REATTACH_PAUSE_S)
+
+    def _on_change(self) -> None:
+        self._loop.call_soon_threadsafe(self._leave_the_departed)
+
+    def _leave_the_departed(self) -> None:
+        """End streams to replicas that Serve no longer lists: it waits for us before it stops them."""
+        for group, replica_id in list(self._attached.items()):
+            if all(r.replica_id != replica_id for r in self._table.replicas(self._deployments[group])):
+                self._streams[group].cancel()

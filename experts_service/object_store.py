@@ -1,0 +1,169 @@
+"""Transport `object_store`: direct actor calls to the shards, rows inline or once in Ray's object store.
+
+Works wherever Ray works, across nodes, with nothing else open. A shard that fails is suspected, and its rows go to
+another replica, or to the same one once it is back, until the deadline of the dispatch. Maths without state makes that
+safe; an answer belongs to its own call, so a late one is never read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from torch import Tensor
+
+from cluster.errors import ExpertUnavailable, MantaError
+from experts_service.routing_table import Deployment, RoutingTable
+from experts_service.transport import Flight, GroupRows
+
+INLINE_BYTES = 100 * 1024  # Ray's own bound for an argument that travels inside the call
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between attempts, when there is no other replica to ask
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One attempt to have the rows of one group run."""
+
+    part: GroupRows
+    arguments: tuple[Any, ...]
+    replica_id: str = ""
+    epoch: int = 0
+    reference: Any = None  # None: the call could not even be sent
+
+
+class ObjectStoreTransport:
+    """Calls the shard of a replica that the routing table names."""
+
+    def __init__(
+        self, deployments: Mapping[int, Deployment], table: RoutingTable, *, fingerprint: str, timeout_s: float
+    ) -> None:
+        self.deployments = dict(deployments)  # group → its deployment
+        self.table = table
+        self.timeout_s = timeout_s
+        self._fingerprint = fingerprint
+        self._run_methods: dict[str, Any] = {}  # by the actor's name
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        deadline = time.monotonic() + self.timeout_s
+        batch = as_array(rows)  # [T, D]
+        row_bytes = batch[:1].nbytes
+        inline = max((sum(part.counts) for part in parts), default=0) * row_bytes <= INLINE_BYTES
+        shared = None if inline else ray.put(batch)
+        calls = []
+        for part in parts:
+            indices = part.row_indices.cpu().numpy()  # [R]
+            which = (batch.take(indices, axis=0), None) if inline else (shared, indices)
+            call = _Call(part, (self._fingerprint, layer, *which, part.counts))
+            self.attempt(call)
+            calls.append(call)
+        return _ObjectStoreFlight(self, layer, calls, deadline)
+
+    def attempt(self, call: _Call) -> None:
+        """Send to a replica, the best one known now. Leaves `call.reference` None when there is none."""
+        deployment = self.deployments[call.part.group]
+        call.reference = None
+        chosen = self.table.choose(deployment)
+        if chosen is None:
+            return
+        replica, call.epoch = chosen
+        call.replica_id = replica.replica_id
+        try:
+            run = self._run_methods.get(replica.actor)
+            if run is None:
+                run = ray.get_actor(replica.actor, namespace=replica.namespace).run
+                self._run_methods[replica.actor] = run
+            call.reference = run.remote(*call.arguments)
+        except (RayError, ValueError):  # ValueError: no actor of that name lives
+            self.suspect(call)
+
+    def suspect(self, call: _Call) -> None:
+        self.table.suspect(self.deployments[call.part.group], call.replica_id, call.epoch)
+
+    def close(self) -> None:
+        self._run_methods.clear()
+
+
+class _ObjectStoreFlight:
+    def __init__(self, transport: ObjectStoreTransport, layer: int, calls: list[_Call], deadline: float) -> None:
+        self._transport = transport
+        self._layer = layer
+        self._calls = calls
+        self._deadline = deadline
+
+    def wait(self) -> None:
+        references = [call.reference for call in self._calls]
+        if all(reference is not None for reference in references):
+            try:
+                answers = ray.get(references, timeout=self._remaining())
+            except RayError:
+                pass  # one of them; which one, and what to do, is found out below
+            else:
+                for call, answer in zip(self._calls, answers, strict=True):
+                    write(answer, call.part.answer)
+                return
+        for call in self._calls:
+            self._wait_for(call)
+
+    def _wait_for(self, call: _Call) -> None:
+        """One answer, with as many attempts as the deadline allows."""
+        deployment = self._transport.deployments[call.part.group]
+        pause = FIRST_PAUSE_S
+        error: Exception | None = None
+        while True:
+            if call.reference is not None:
+                try:
+                    answer = ray.get(call.reference, timeout=self._remaining())
+                except GetTimeoutError as timeout:
+                    raise self._unavailable(call, error or timeout) from timeout
+                except RayTaskError as failure:
+                    if isinstance(failure.cause, MantaError):
+                        raise failure.cause from None
+                    raise self._unavailable(call, failure.cause) from failure
+                except RayError as failure:
+                    error = failure
+                    self._transport.suspect(call)
+                else:
+                    self._transport.table.trust(deployment, call.replica_id)
+                    write(answer, call.part.answer)
+                    return
+            if not any(not replica.suspected for replica in self._transport.table.replicas(deployment)):
+                self._transport.table.wait_for_change(self._transport.table.epoch, min(pause, self._remaining()))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            if self._remaining() <= 0:
+                raise self._unavailable(call, error) from error
+            self._transport.attempt(call)
+
+    def _remaining(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _unavailable(self, call: _Call, error: object) -> ExpertUnavailable:
+        group = call.part.group
+        reason = "no replica is known" if error is None else type(error).__name__
+        return ExpertUnavailable(
+            f"expert group {group} did not answer for layer {self._layer} within {self._transport.timeout_s:g} s "
+            f"({reason})",
+            group=group,
+        )
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The same bytes as numpy, which Ray carries without copying them; bf16 as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def write(answer: Array, out: Tensor) -> None:
+    """Copy an answer, read-only memory of Ray's, into its place in the combine buffer."""
+    if out.device.type == "cpu":
+        np.copyto(as_array(out), answer)
+    else:
+        out.copy_(torch.from_numpy(answer.copy()).view(out.dtype))

@@ -1,0 +1,155 @@
+"""The Ray actor that holds the weights of one expert group and runs them. Knows nothing of Serve or of other groups.
+
+Its constructor loads, so an actor that Ray restarts comes back loaded, or not at all. One thread runs its calls in
+turn, `stats` among them: a shard that is stuck does not look alive.
+
+Torch is imported in the actor's own process only: the Serve replica that starts it stays small.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import ray
+
+from cluster.errors import CheckpointError, ExpertUnavailable
+
+if TYPE_CHECKING:
+    from experts_service.experts import Experts
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Everything a shard needs to start, anywhere."""
+
+    application: str
+    directory: str  # of the checkpoint
+    fingerprint: str
+    group: int
+    experts: tuple[int, ...]
+    num_groups: int
+    dtype: Literal["float32", "bfloat16"]
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int | None = None  # None: the node's cores shared among the groups
+    gpus: float = 0.0
+    load_timeout_s: float = 1800.0
+
+    @property
+    def name(self) -> str:
+        """Of the Serve deployment."""
+        return f"expert-{self.group}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStats:
+    """A snapshot of one shard."""
+
+    incarnation: str  # differs after each restart
+    group: int
+    rows_per_expert: tuple[int, ...]  # in the group's order, over all layers
+    calls: int
+    busy_s: float  # time spent computing
+    loaded_s: float  # time it took to load
+
+
+class ExpertShard:
+    """The weights of one group, all layers."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._spec = spec
+        self._incarnation = uuid.uuid4().hex
+        self._rows = [0] * len(spec.experts)
+        self._calls = 0
+        self._busy_s = 0.0
+        started = time.monotonic()
+        self._experts = self._load()
+        self._loaded_s = time.monotonic() - started
+
+    def run(
+        self,
+        fingerprint: str,
+        layer: int,
+        rows: np.ndarray[Any, Any],
+        row_indices: np.ndarray[Any, Any] | None,
+        counts: tuple[int, ...],
+    ) -> np.ndarray[Any, Any]:
+        """Rows [R, D] of the group's experts, or [T, D] with `row_indices` [R], to answers [R, D]. bf16 is uint16."""
+        import torch
+
+        if fingerprint != self._spec.fingerprint:
+            raise ExpertUnavailable(
+                f"expert group {self._spec.group} serves the checkpoint {self._spec.fingerprint[:8]}, "
+                f"and was asked for {fingerprint[:8]}: experts of two versions never mix"
+            )
+        started = time.perf_counter()
+        # A copy either way: what Ray hands over is read-only, and torch takes only what it may write.
+        own = rows.copy() if row_indices is None else rows.take(row_indices, axis=0)
+        x = torch.from_numpy(own)  # [R, D]
+        if self._experts.dtype is torch.bfloat16:
+            x = x.view(torch.bfloat16)
+        y = self._experts(layer, x.to(self._experts.device), counts).cpu()  # [R, D]
+        answer: np.ndarray[Any, Any] = (y.view(torch.uint16) if y.dtype is torch.bfloat16 else y).numpy()
+        self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
+        self._calls += 1
+        self._busy_s += time.perf_counter() - started
+        return answer
+
+    def stats(self) -> ShardStats:
+        """Also the sign of life that its ExpertService asks for."""
+        return ShardStats(
+            incarnation=self._incarnation,
+            group=self._spec.group,
+            rows_per_expert=tuple(self._rows),
+            calls=self._calls,
+            busy_s=self._busy_s,
+            loaded_s=self._loaded_s,
+        )
+
+    def _load(self) -> Experts:
+        import torch
+
+        from cluster.architecture import expert_tensors
+        from cluster.checkpoint import open_checkpoint
+        from cluster.progress import LoadingProgress
+        from experts_service.experts import Experts
+
+        spec = self._spec
+        torch.set_num_threads(spec.num_threads or max(1, (os.cpu_count() or 1) // spec.num_groups))
+        checkpoint = open_checkpoint(spec.directory)
+        if checkpoint.fingerprint != spec.fingerprint:
+            raise CheckpointError(f"{spec.directory} changed since the server started; restart it to serve the new one")
+        total = sum(
+            checkpoint.tensors[name].nbytes
+            for layer in range(checkpoint.architecture.num_layers)
+            for expert in spec.experts
+            for name in expert_tensors(checkpoint.architecture, layer, expert)
+        )
+        return Experts.load(
+            checkpoint,
+            spec.experts,
+            dtype=getattr(torch, spec.dtype),
+            device=torch.device(spec.device),
+            on_bytes=LoadingProgress(spec.application, spec.name, total),
+        )
+
+
+def start_shard(spec: ShardSpec, name: str, **options: Any) -> Any:
+    """Start the actor; returns its handle before it has loaded. `options` are Ray's, placement for one."""
+    return (
+        ray.remote(ExpertShard)
+        .options(
+            name=name,
+            num_cpus=options.pop("num_cpus", 0),
+            num_gpus=spec.gpus,
+            max_restarts=-1,
+            max_task_retries=0,  # the transport re-sends, with a deadline
+            enable_task_events=False,  # two a layer would drown the dashboard, and cost time
+            **options,
+        )
+        .remote(spec)
+    )
