@@ -67,14 +67,18 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise malformed(f"has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise malformed("has no shape of integers from 0")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-        raise malformed("has no pair of data_offsets from 0")
+    if not _are_sizes(shape):
+        raise malformed("has no shape of 64-bit integers from 0")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise malformed("has no pair of data_offsets of 64 bits from 0")
     begin, end = offsets
     if end - begin != prod(shape) * ITEM_BYTES[dtype]:
         raise malformed(f"spans {end - begin} bytes; expected {prod(shape) * ITEM_BYTES[dtype]} for {dtype} {shape}")
     return StoredTensor(file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _check_extent(file: Path, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
