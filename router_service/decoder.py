@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from cluster.architecture import Architecture
 
+from cluster.architecture import Architecture
 from router_service.attention import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.gate import Gate

@@ -6,6 +6,7 @@ Slot s of a layer is row s of its two tensors; block b of size n is the slots bÂ
 from __future__ import annotations
 
 import torch
+
 from cluster.architecture import Architecture
 
 

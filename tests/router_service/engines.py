@@ -1,0 +1,71 @@
+"""Builds engines for tests: a checkpoint on disk, experts in this process, results collected by request."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.checkpoint import open_checkpoint
+from cluster.config import EngineConfig
+from cluster.errors import MantaError
+from cluster.messages import Request, TokenChunk
+from cluster.placement import ExpertGroup
+from experts_service.experts import Experts
+from experts_service.local import LocalTransport
+from router_service.assembly import build_engine, resolve_dtype
+from router_service.dispatcher import Dispatcher
+from router_service.engine import Engine, Event, Key
+from router_service.sequence import Sequence
+
+
+class Bench:
+    """An engine without a thread, and what it delivered. `run` steps it until every request has ended."""
+
+    def __init__(self, directory: Path, *, num_groups: int = 1, **config: Any) -> None:
+        checkpoint = open_checkpoint(directory)
+        settings = EngineConfig(**{"num_kv_blocks": 64, "max_model_len": 512, **config})
+        self.engine: Engine = build_engine(checkpoint, settings, local_dispatcher(directory, num_groups), self._collect)
+        self.chunks: dict[Key, list[TokenChunk]] = defaultdict(list)
+        self.errors: dict[Key, MantaError] = {}
+
+    def _collect(self, events: list[Event]) -> None:
+        for key, item in events:
+            if isinstance(item, MantaError):
+                self.errors[key] = item
+            else:
+                self.chunks[key].append(item)
+
+    def add(self, *requests: Request) -> None:
+        """Queue requests; the next step sees them."""
+        for request in requests:
+            self.engine._add(Sequence(request))
+
+    def run(self, *requests: Request) -> list[list[int]]:
+        """Add the requests and step until the engine is idle. Returns the output token ids of each."""
+        self.add(*requests)
+        while self.engine._sequences:
+            self.engine.step()
+        return [self.token_ids(request) for request in requests]
+
+    def token_ids(self, request: Request) -> list[int]:
+        return [token for chunk in self.chunks[request.key] for token in chunk.token_ids]
+
+    def one_by_one(self, *requests: Request) -> list[list[int]]:
+        return [self.run(request)[0] for request in requests]
+
+
+def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
+    """Experts of a checkpoint in this process, packed into `num_groups` groups."""
+    checkpoint = open_checkpoint(directory)
+    architecture = checkpoint.architecture
+    dtype = resolve_dtype(EngineConfig(), architecture)
+    size = architecture.num_experts // num_groups
+    groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
+    loaded = {
+        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device("cpu"))
+        for group in groups
+    }
+    return Dispatcher(groups, LocalTransport(loaded))

@@ -1,0 +1,203 @@
+"""The engine against transformers' MixtralForCausalLM on the same weights, and against itself."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from cluster.errors import DeadlineExceeded
+from tests.checkpoints import write_checkpoint
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
+
+CONFIGS = {
+    "plain": {},
+    "one-kv-head": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "no-gqa": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "head-dim": {"head_dim": 24},
+    "four-experts-top-1": {"num_local_experts": 4, "num_experts_per_tok": 1},
+    "sixteen-experts-top-3": {"num_local_experts": 16, "num_experts_per_tok": 3},
+    "tied": {"tie_word_embeddings": True},
+    "sliding-window": {"sliding_window": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random tiny Mixtral, and the reference."""
+    directory = tmp_path_factory.mktemp("tiny")
+    return directory, write_checkpoint(directory, layout="huggingface", num_local_experts=8)
+
+
+def prompt(length, seed=0):
+    return random.Random(seed).choices(range(3, 90), k=length)
+
+
+def reference_ids(model, prompt_ids, count):
+    with torch.inference_mode():
+        output = model.generate(
+            torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def logits_of(bench, prompt_ids):
+    request = make_request(prompt_ids, max_tokens=1)
+    bench.add(request)
+    captured = []
+    forward = bench.engine.model_runner.forward
+    bench.engine.model_runner.forward = lambda batch: captured.append(forward(batch)) or captured[-1]
+    while bench.engine._sequences:
+        bench.engine.step()
+    bench.engine.model_runner.forward = forward
+    return captured[-1][-1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        *(("huggingface", config) for config in CONFIGS),
+        *(("fused", config) for config in ("plain", "sixteen-experts-top-3", "tied")),
+        *(("mistral", config) for config in ("plain", "one-kv-head", "head-dim", "sixteen-experts-top-3")),
+    ],
+)
+def test_logits_and_200_greedy_tokens_equal_transformers(tmp_path, config, layout):
+    model = write_checkpoint(tmp_path, layout=layout, **CONFIGS[config])
+    bench = Bench(tmp_path, prefix_caching=False)
+    ids = prompt(40)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(logits_of(bench, ids), expected, atol=1e-4, rtol=0)
+    request = make_request(ids, max_tokens=200, ignore_eos=True, min_tokens=200)
+    assert bench.run(request) == [reference_ids(model, ids, 200)]
+
+
+def mixed_requests():
+    """Sixteen prompts of different lengths, greedy and sampled in every way."""
+    ways = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"temperature": 1.2, "top_k": 7},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logit_bias": ((5, 3.0), (6, -100.0)), "temperature": 0.5},
+    ]
+    return [
+        make_request(prompt(3 + 5 * i, seed=i), max_tokens=24, ignore_eos=True, seed=i, **ways[i % len(ways)])
+        for i in range(16)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """What each of the mixed requests gets when nothing else runs."""
+    return Bench(tiny[0], prefix_caching=False).one_by_one(*mixed_requests())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="together"),
+        pytest.param({"max_num_batched_tokens": 17}, id="chunked-prefill"),
+        pytest.param({"num_kv_blocks": 34, "block_size": 16}, id="preempted"),
+        pytest.param({"block_size": 1, "num_kv_blocks": 2048}, id="blocks-of-one"),
+        pytest.param({"max_num_seqs": 3}, id="three-at-a-time"),
+        pytest.param({"prefix_caching": True}, id="prefix-caching"),
+        pytest.param({"num_groups": 4}, id="four-groups"),
+        pytest.param({"num_groups": 8}, id="eight-groups"),
+    ],
+)
+def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
+    bench = Bench(tiny[0], **{"prefix_caching": False, **config})
+    assert bench.run(*mixed_requests()) == alone
+    if config.get("num_kv_blocks") == 34:
+        assert bench.engine.stats().preemptions_total > 0, "the test is meant to preempt"
+    assert bench.engine.stats().num_kv_blocks_used == 0
+    assert bench.engine.stats().num_requests_running == bench.engine.stats().num_requests_waiting == 0
+
+
+def test_a_second_request_with_the_same_beginning_reuses_it_and_answers_the_same(tiny):
+    bench = Bench(tiny[0])
+    first, second = make_request(prompt(50), max_tokens=8), make_request(prompt(50), max_tokens=8)
+    assert bench.run(first) == bench.run(second)
+    assert bench.chunks[first.key][0].num_cached_tokens == 0
+    assert bench.chunks[second.key][0].num_cached_tokens == 48
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "frequency_penalty": 1.0}])
+@pytest.mark.parametrize("cut", [1, 7, 19])
+def test_a_sequence_continued_elsewhere_gets_the_same_tokens(tiny, sampling, cut):
+    whole = make_request(prompt(20), max_tokens=20, seed=11, ignore_eos=True, **sampling)
+    [expected] = Bench(tiny[0]).run(whole)
+    resumed = make_request(prompt(20), output=expected[:cut], max_tokens=20, seed=11, ignore_eos=True, **sampling)
+    bench = Bench(tiny[0])
+    assert bench.run(resumed) == [expected[cut:]]
+    assert bench.chunks[resumed.key][0].first_position == cut
+
+
+def test_a_sequence_that_had_ended_already_ends_at_once(tiny):
+    bench = Bench(tiny[0])
+    request = make_request([5, 6], output=[7, 8, 9], max_tokens=3)
+    assert bench.run(request) == [[]]
+    assert bench.chunks[request.key][0].finish_reason == "length"
+
+
+def test_choices_differ_by_their_index_and_seeds_by_their_value(tiny):
+    def outputs(**fields):
+        request = make_request(prompt(10), temperature=1.0, max_tokens=16, ignore_eos=True, **fields)
+        return tuple(Bench(tiny[0]).run(request)[0])
+
+    drawn = [outputs(seed=1), outputs(seed=2), outputs(seed=1, choice_index=1)]
+    assert len(set(drawn)) == 3
+    assert outputs(seed=1) == drawn[0]
+
+
+def test_logprobs_are_those_of_the_reference(tiny):
+    directory, model = tiny
+    bench = Bench(directory)
+    ids = prompt(12)
+    request = make_request(ids, max_tokens=3, logprobs=4, ignore_eos=True)
+    [output] = bench.run(request)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids + output])).logits[0].log_softmax(-1)
+    for index, chunk in enumerate(bench.chunks[request.key]):
+        row = expected[len(ids) - 1 + index]
+        [logprobs] = chunk.logprobs
+        assert logprobs.token_logprob == pytest.approx(row[output[index]].item(), abs=1e-4)
+        assert [token for token, _ in logprobs.top] == row.topk(4).indices.tolist()
+
+
+def test_a_late_request_fails_and_leaves_nothing(tiny):
+    bench = Bench(tiny[0])
+    late = make_request(prompt(5), deadline=time.time() - 1)
+    bench.run(late, make_request(prompt(5)))
+    assert isinstance(bench.errors[late.key], DeadlineExceeded)
+    assert bench.engine.stats().num_kv_blocks_used == 0
+
+
+def test_abort_frees_the_blocks_of_running_and_waiting(tiny):
+    bench = Bench(tiny[0], max_num_seqs=1)
+    running, waiting = make_request(prompt(40), max_tokens=400), make_request(prompt(40), max_tokens=400)
+    bench.add(running, waiting)
+    bench.engine.step()
+    assert bench.engine.stats().num_kv_blocks_used > 0
+    bench.engine.abort(running.key)
+    bench.engine.abort(waiting.key)
+    bench.engine._take_pending_commands()
+    stats = bench.engine.stats()
+    assert (stats.num_kv_blocks_used, stats.num_requests_running, stats.num_requests_waiting) == (0, 0, 0)
+
+
+def test_rows_per_expert_are_counted(tiny):
+    bench = Bench(tiny[0], prefix_caching=False)
+    bench.run(make_request(prompt(10), max_tokens=5, ignore_eos=True))
+    architecture = bench.engine.model_runner.decoder.architecture
+    assert sum(bench.engine.stats().rows_per_expert) == 14 * architecture.top_k * architecture.num_layers
