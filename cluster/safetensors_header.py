@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cluster.errors import CheckpointError
 from cluster.json_document import parse_json
@@ -77,7 +77,7 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
     return StoredTensor(file, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
