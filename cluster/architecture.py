@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["float32", "bfloat16"]
 Shape = tuple[int, ...]
 
 
@@ -37,6 +38,13 @@ class Architecture:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
+
+
+def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], architecture: Architecture) -> ComputeDtype:
+    """What weights and activations are held in. `auto` is what the checkpoint says; float16 runs as bfloat16."""
+    if setting != "auto":
+        return setting
+    return "float32" if architecture.dtype == "float32" else "bfloat16"
 
 
 def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:

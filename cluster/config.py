@@ -30,8 +30,8 @@ class _Frozen(BaseModel):
 class EngineConfig(_Frozen):
     """The coordinator's engine: scheduler, KV cache, numerics."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU, the checkpoint's own on CPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where the cluster has GPUs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own; float16 runs as bfloat16
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU that the process was given, if any
     max_model_len: int | None = Field(None, ge=1)  # tokens; None: the checkpoint's context
     block_size: int = Field(16, ge=1, le=256)  # tokens per KV block
     num_kv_blocks: int | None = Field(None, ge=2)  # None: from kv_cache_gib

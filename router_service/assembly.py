@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from cluster.architecture import Architecture, coordinator_tensors
+from cluster.architecture import Architecture, compute_dtype, coordinator_tensors
 from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
@@ -35,7 +35,7 @@ def build_engine(
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
     architecture = checkpoint.architecture
-    device, dtype = resolve_device(config), resolve_dtype(config, architecture)
+    device, dtype = resolve_device(config), getattr(torch, compute_dtype(config.dtype, architecture))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     weights = read_tensors(
@@ -67,12 +67,6 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-def resolve_dtype(config: EngineConfig, architecture: Architecture) -> torch.dtype:
-    """`auto` is what the checkpoint says; fp16 runs as bf16, which has hardware support wherever fp16 has it here."""
-    name = architecture.dtype if config.dtype == "auto" else config.dtype
-    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def _num_blocks(

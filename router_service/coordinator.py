@@ -4,37 +4,86 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-from cluster.config import ModelConfig
+import torch
+from ray import serve
+
+from cluster.architecture import coordinator_tensors, expert_tensors
+from cluster.checkpoint import Checkpoint, open_checkpoint
+from cluster.config import EngineConfig, ExpertsConfig
+from cluster.errors import CheckpointError
 from cluster.messages import EngineStats, Request, TokenChunk
 from cluster.placement import ExpertGroup
+from cluster.progress import LoadingProgress
+from experts_service.client import ExpertPool
+from experts_service.experts import Experts
+from experts_service.local import LocalTransport
+from experts_service.transport import Transport
+from router_service.assembly import build_engine, resolve_device
+from router_service.dispatcher import Dispatcher
+from router_service.engine import Event, Key
 from router_service.token_stream import TokenStream
 
-if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
-
-    from router_service.engine import Event, Key
+DEPLOYMENT = "coordinator"
+CPUS = 0.01  # its threads are set by config; Ray is not to count them against the experts'
 
 
 class Coordinator:
-    """One replica: attention, gate and KV cache of a model, and the lanes to its experts."""
+    """One replica: attention, gate and KV cache of a model, and the way to its experts."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
-        model: ModelConfig,
         directory: str,
         fingerprint: str,
+        engine: EngineConfig,
+        experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
-        *experts: DeploymentHandle,
+        *handles: Any,
     ) -> None:
-        """Returns once it can serve: Serve calls the replica ready then. Raises SetupError."""
+        """Returns once it can serve; Serve calls the replica ready then. Raises SetupError or ExpertUnavailable.
+
+        `handles` are those of the groups' deployments, in order; none with the transport `local`. `engine.dtype` is
+        resolved: the shards were told the same.
+        """
         self._loop = asyncio.get_running_loop()
         self._streams: dict[Key, TokenStream] = {}
-        raise NotImplementedError
+        self._pool = ExpertPool(dict(enumerate(handles)), coordinator=serve.get_replica_context().replica_id.unique_id)
+        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups)
+
+    def _load(
+        self,
+        directory: str,
+        fingerprint: str,
+        engine: EngineConfig,
+        experts: ExpertsConfig,
+        groups: tuple[ExpertGroup, ...],
+    ) -> None:
+        checkpoint = open_checkpoint(directory)
+        if checkpoint.fingerprint != fingerprint:
+            raise CheckpointError(f"{directory} changed since the server started; restart it to serve the new one")
+        local = experts.transport == "local"
+        progress = LoadingProgress(
+            serve.get_replica_context().app_name, DEPLOYMENT, _total_bytes(checkpoint, groups if local else ())
+        )
+        transport: Transport
+        if local:
+            device, dtype = resolve_device(engine), getattr(torch, engine.dtype)
+            transport = LocalTransport(
+                {
+                    group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, on_bytes=progress)
+                    for group in groups
+                }
+            )
+        else:
+            self._pool.connect(experts.load_timeout_s)
+            transport = self._pool.transport(fingerprint, experts.expert_timeout_s)
+        dispatcher = Dispatcher(groups, transport)
+        self._engine = build_engine(checkpoint, engine, dispatcher, self._deliver, on_bytes=progress)
+        self._engine.start()
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
-        """Stream the tokens of one choice. Closing the stream aborts the sequence; raises MantaError."""
+        """Stream the tokens of one choice. Closing the stream aborts the sequence. Raises MantaError."""
         stream = TokenStream()
         self._streams[request.key] = stream
         try:
@@ -53,6 +102,13 @@ class Coordinator:
         """Called by Serve; raises EngineDead when only a new process can help."""
         self._engine.check_alive()
 
+    def __del__(self) -> None:
+        """Serve calls this when the replica stops, after its streams have ended."""
+        if engine := self.__dict__.pop("_engine", None):
+            engine.stop()
+            engine.model_runner.decoder.dispatcher.close()
+            self._pool.close()
+
     def _deliver(self, events: list[Event]) -> None:
         """On the engine's thread, once a step: hand its results to the event loop in one call."""
         self._loop.call_soon_threadsafe(self._hand_out, events)
@@ -62,3 +118,30 @@ class Coordinator:
             stream = self._streams.get(key)
             if stream is not None:  # else its consumer has just left
                 stream.put(item)
+
+
+def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:
+    """What this process reads of the checkpoint."""
+    architecture = checkpoint.architecture
+    names = list(coordinator_tensors(architecture))
+    for group in local_groups:
+        for layer in range(architecture.num_layers):
+            names += [name for expert in group.experts for name in expert_tensors(architecture, layer, expert)]
+    return sum(checkpoint.tensors[name].nbytes for name in names)
+
+
+def coordinator_deployment(
+    *arguments: Any, num_replicas: int, gpus: float, request_timeout_s: float, max_ongoing_requests: int
+) -> serve.Application:
+    """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator."""
+    deployment = serve.deployment(Coordinator).options(
+        name=DEPLOYMENT,
+        num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus},
+        max_ongoing_requests=max_ongoing_requests,
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=request_timeout_s + 10.0,  # the longest stream ends by itself before
+    )
+    return deployment.bind(*arguments)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cluster.architecture import compute_dtype
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
@@ -15,7 +16,7 @@ from cluster.messages import Request, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
-from router_service.assembly import build_engine, resolve_dtype
+from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event, Key
 from router_service.sequence import Sequence
@@ -61,7 +62,7 @@ def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
     """Experts of a checkpoint in this process, packed into `num_groups` groups."""
     checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
-    dtype = resolve_dtype(EngineConfig(), architecture)
+    dtype = getattr(torch, compute_dtype("auto", architecture))
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
     loaded = {
