@@ -20,9 +20,8 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from experts_service.membership import TABLE
 from experts_service.object_store import ObjectStoreTransport
-from experts_service.routing_table import Deployment
+from experts_service.routing_table import TABLE, Deployment
 from experts_service.transport import Transport
 
 logger = logging.getLogger(__name__)

@@ -122,3 +122,6 @@ class RoutingTable:
         self._changed.notify_all()
         for listener in tuple(self._listeners):
             listener()
+
+
+TABLE = RoutingTable()  # this process's, filled by `membership.ExpertRouter`

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Using extra keyword arguments on `Field`")
+    import ray.serve
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,124 @@
+"""Groups as real Serve deployments: membership reaches another process, dead shards return, shutting down kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import serve
+
+from cluster.checkpoint import Checkpoint, open_checkpoint
+from cluster.placement import ExpertGroup
+from experts_service.client import ExpertPool
+from experts_service.experts import Experts
+from experts_service.local import LocalTransport
+from experts_service.routing_table import TABLE, Deployment
+from experts_service.service import NAMESPACE, expert_deployment
+from experts_service.shard import ShardSpec
+from router_service.dispatcher import Dispatcher
+from tests.checkpoints import write_checkpoint
+
+APPLICATION = "experts-test"
+GROUPS = (ExpertGroup(0, (0, 1)), ExpertGroup(1, (2, 3)))
+
+
+class Holder:
+    """Stands for the coordinator: the ingress of the application, which Serve gives the handles."""
+
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(directory)
+    return open_checkpoint(directory)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: None, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
+    specs = [
+        ShardSpec(
+            application=APPLICATION,
+            directory=str(checkpoint.directory),
+            fingerprint=checkpoint.fingerprint,
+            group=group.index,
+            experts=group.experts,
+            num_groups=len(GROUPS),
+            dtype="float32",
+            num_threads=1,
+        )
+        for group in GROUPS
+    ]
+    holder = serve.deployment(Holder).options(name="holder", ray_actor_options={"num_cpus": 0.01})
+    application = holder.bind(*(expert_deployment(spec) for spec in specs))
+    serve.run(application, name=APPLICATION, route_prefix=None)
+    pool = ExpertPool({g.index: serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS})
+    pool.connect(timeout_s=30.0)
+    yield pool
+    pool.close()
+    names = [r.actor for g in GROUPS for r in TABLE.replicas(Deployment(APPLICATION, f"expert-{g.index}"))]
+    serve.delete(APPLICATION)
+    for name in names:
+        wait_until(lambda name=name: not alive(name), 15.0)
+
+
+def alive(name: str) -> bool:
+    try:
+        ray.get(ray.get_actor(name, namespace=NAMESPACE).stats.remote(), timeout=5)
+    except (ValueError, ray.exceptions.RayActorError):
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def test_the_pool_knows_each_group_and_its_rows_come_back(pool: ExpertPool, checkpoint: Checkpoint) -> None:
+    assert pool.missing() == []
+    experts = {
+        g.index: Experts.load(checkpoint, g.experts, dtype=torch.float32, device=torch.device("cpu")) for g in GROUPS
+    }
+    here = Dispatcher(GROUPS, LocalTransport(experts))
+    there = Dispatcher(GROUPS, pool.transport(checkpoint.fingerprint, timeout_s=30.0))
+    rows = torch.randn(1, checkpoint.architecture.hidden_size)
+    chosen, weights = torch.tensor([[0, 3]]), torch.tensor([[0.25, 0.75]])
+    expected = here.combine(here.dispatch(1, rows, chosen), weights)
+    assert torch.equal(there.combine(there.dispatch(1, rows, chosen), weights), expected)
+
+
+def test_a_killed_shard_comes_back_under_the_same_replica(pool: ExpertPool, checkpoint: Checkpoint) -> None:
+    deployment = Deployment(APPLICATION, "expert-1")
+    (replica,) = TABLE.replicas(deployment)
+    shard = ray.get_actor(replica.actor, namespace=NAMESPACE)
+    pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+    epoch = TABLE.epoch
+    os.kill(pid, signal.SIGKILL)
+    there = Dispatcher(GROUPS, pool.transport(checkpoint.fingerprint, timeout_s=60.0))
+    rows, chosen = torch.randn(2, checkpoint.architecture.hidden_size), torch.tensor([[2, 3], [3, 2]])
+    there.combine(there.dispatch(0, rows, chosen), torch.full((2, 2), 0.5))
+    assert TABLE.epoch >= epoch + 2  # suspected, and trusted again
+    (after,) = TABLE.replicas(deployment)
+    assert (after.replica_id, after.suspected) == (replica.replica_id, False)
+    assert pool.missing() == []
+    status = serve.status().applications[APPLICATION].deployments["expert-1"]
+    assert status.status == "HEALTHY"
+
+
+def test_a_process_that_only_supervises_does_not_import_torch() -> None:
+    """One replica of each group is such a process: 150 MB and two seconds of CPU apart."""
+    code = "import sys, experts_service.service; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
