@@ -27,7 +27,7 @@ _SUBFOLDERS = "*/*"
 def resolve_model(model: str) -> Path:
     """The model's directory. Raises ConfigError when there is none, CheckpointError when Manta cannot serve it."""
     directory = Path(model).expanduser()
-    if directory.is_dir():
+    if model and directory.is_dir():
         return directory.resolve()
     if not _HUB_ID.fullmatch(model) or directory.exists():
         raise ConfigError(
@@ -87,4 +87,4 @@ def _explain(model: str, error: Exception) -> str:
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"There is no directory {model!r}, and the hub knows no such model, or it is private and needs a token."
     reason = str(error.__cause__ or error).strip().split("\n")[0]
-    return f"There is no directory {model!r}, and it cannot be fetched from the hub: {reason}"
+    return f"There is no directory {model!r}, and it cannot be fetched from the hub: {reason.rstrip('.')}."
