@@ -1,0 +1,89 @@
+"""How the gateway calls a coordinator. Knows Serve's handle and its errors; knows nothing of text or doors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from cluster.errors import MantaError, Overloaded, Unavailable
+from cluster.messages import EngineStats, ModelCard, Request, TokenChunk
+
+COORDINATOR = "coordinator"  # the deployment's name inside a model's application
+STATS_TIMEOUT_S = 5.0
+
+
+class CoordinatorClient(Protocol):
+    """One model's coordinators. Closing the stream of `generate` early aborts the sequence."""
+
+    def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
+        """Chunks of one choice. Raises MantaError."""
+
+    async def stats(self) -> EngineStats:
+        """A snapshot of one coordinator. Raises MantaError."""
+
+
+class ServeCoordinatorClient:
+    """The real one, over a Serve DeploymentHandle; Serve picks the replica."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self._card = card
+        self._handle: Any = None
+        self._streaming: Any = None
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
+        self._connect()
+        response = None
+        try:
+            response = self._streaming.remote(request)
+            async for chunk in response:
+                yield chunk
+            response = None  # complete: nothing to cancel
+        except Exception as error:
+            raise manta_error(error) from error
+        finally:
+            if response is not None:
+                response.cancel()
+
+    async def stats(self) -> EngineStats:
+        self._connect()
+        try:
+            stats: EngineStats = await self._handle.stats.remote()
+        except Exception as error:
+            raise manta_error(error) from error
+        return stats
+
+    def _connect(self) -> None:
+        """Only inside a replica, and only once its application exists."""
+        if self._handle is None:
+            from ray import serve
+
+            handle = serve.get_deployment_handle(COORDINATOR, app_name=self._card.application)
+            self._streaming = handle.options(stream=True, method_name="generate")
+            self._handle = handle
+
+
+def manta_error(error: BaseException) -> BaseException:
+    """What a failed call means to a client; an error that nobody designed stays what it is."""
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
+    from ray.serve.exceptions import (
+        BackPressureError,
+        DeploymentUnavailableError,
+        RayServeException,
+        RequestCancelledError,
+    )
+
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        return manta_error(error.cause)
+    if isinstance(error, MantaError):
+        return error
+    if isinstance(error, BackPressureError):
+        return Overloaded("every coordinator's queue is full")
+    if isinstance(error, DeploymentUnavailableError):
+        return Unavailable("the model's coordinator is not available")
+    if isinstance(error, RayActorError | WorkerCrashedError | TaskCancelledError | RequestCancelledError):
+        return Unavailable("the model's coordinator was lost while it answered")
+    if isinstance(error, GetTimeoutError | TimeoutError):
+        return Unavailable("the model's coordinator did not answer in time")
+    if isinstance(error, RayServeException):
+        return Unavailable("the model's application is not running")
+    return error

@@ -1,0 +1,228 @@
+"""The core behind both doors: a Generation becomes text. Knows choices, deltas and usage; knows no wire format.
+
+    Generation ──▶ one stream per choice ──▶ TokenChunk ──▶ Choice: detokenize, stop strings ──▶ Delta ──▶ door
+
+Leaving the iteration early, for whatever reason, closes every stream of the request, which aborts its sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from cluster.config import GatewayConfig
+from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded, Unavailable
+from cluster.messages import FinishReason, ModelCard, Request, TokenChunk, TokenLogprobs
+from gateway.coordinator_client import CoordinatorClient
+from gateway.detokenizer import Detokenizer
+from gateway.health import Health
+from gateway.protocol import ChatCompletionRequest, CompletionRequest
+from gateway.stop_strings import StopStrings
+from gateway.tokenizer import Tokenizer
+from gateway.validator import Generation, Validator
+
+INLINE_CHARS = 20_000  # a longer prompt is tokenized in a thread, so that other streams go on
+MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new in one choice. The last delta of a choice, and only it, has a `finish_reason`."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one request, summed over its choices; complete once its deltas are."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model as the gateway holds it."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    validator: Validator
+    coordinator: CoordinatorClient
+
+
+class Frontend:
+    """Validates, admits, generates. One per gateway replica."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        cards: tuple[ModelCard, ...],
+        tokenizers: Mapping[str, Tokenizer],
+        coordinators: Mapping[str, CoordinatorClient],
+        health: Health,
+    ) -> None:
+        """`tokenizers` and `coordinators` are keyed by the model's name."""
+        self.config = config
+        self.health = health
+        self.cards = cards
+        self.num_ongoing = 0
+        self._models: dict[str, ServedModel] = {}
+        for card in cards:
+            tokenizer = tokenizers[card.name]
+            model = ServedModel(card, tokenizer, Validator(card, tokenizer, config), coordinators[card.name])
+            self._models |= dict.fromkeys((card.name, *card.aliases), model)
+
+    def model(self, name: str) -> ServedModel:
+        """By name or alias. Raises ModelNotFound."""
+        try:
+            return self._models[name]
+        except KeyError:
+            known = ", ".join(self._models)
+            raise ModelNotFound(f"the model {name!r} does not exist; served are: {known}") from None
+
+    async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
+        """Validates and tokenizes. Raises RequestError or ModelLoading."""
+        model = await self._admit(body.model)
+        size = sum(len(message.content) for message in body.messages if isinstance(message.content, str | list))
+        if size < INLINE_CHARS:
+            return model.validator.chat(body, timeout_s)
+        return await asyncio.to_thread(model.validator.chat, body, timeout_s)
+
+    async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
+        """Validates and tokenizes. Raises RequestError or ModelLoading."""
+        model = await self._admit(body.model)
+        if isinstance(body.prompt, str) and len(body.prompt) < INLINE_CHARS:
+            return model.validator.completion(body, timeout_s)
+        return await asyncio.to_thread(model.validator.completion, body, timeout_s)
+
+    async def generate(self, generation: Generation, usage: Usage) -> AsyncGenerator[Delta, None]:
+        """Deltas of all choices as they come, `usage` kept up to date. Raises MantaError.
+
+        Close it (`aclosing`) to abort: its sequences are gone when the close returns.
+        """
+        if self.num_ongoing >= self.config.max_ongoing_requests:
+            raise Overloaded(f"the gateway is at its limit of {self.config.max_ongoing_requests} requests")
+        self.num_ongoing += 1
+        try:
+            model = self.model(generation.card.name)
+            choices = [_Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
+            merged = _one(choices[0], model.coordinator) if len(choices) == 1 else _merge(choices, model.coordinator)
+            clock = asyncio.get_running_loop().time() + generation.deadline - time.time()
+            async with aclosing(merged):
+                while True:
+                    try:
+                        async with asyncio.timeout_at(clock):
+                            delta = await anext(merged)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+                    yield delta
+        finally:
+            self.num_ongoing -= 1
+
+    async def _admit(self, name: str) -> ServedModel:
+        model = self.model(name)
+        await self.health.require(model.card)
+        return model
+
+
+class _Choice:
+    """One choice on its way to text."""
+
+    def __init__(
+        self, index: int, request: Request, generation: Generation, tokenizer: Tokenizer, usage: Usage
+    ) -> None:
+        context = request.prompt_token_ids[-8:] if generation.continues_prompt else ()
+        self.request = request
+        self.finished = False
+        self._index = index
+        self._usage = usage
+        self._num_tokens = 0
+        self._detokenizer = Detokenizer(tokenizer, context)
+        self._stop_strings = StopStrings(generation.stop)
+        self._min_tokens = generation.min_tokens
+
+    def push(self, chunk: TokenChunk) -> Delta:
+        """What the chunk adds; its text may be empty."""
+        if chunk.first_position != self._num_tokens:
+            raise Unavailable(f"a token was lost or doubled at position {self._num_tokens}")
+        if self._num_tokens == 0 and self.request.choice_index == 0:
+            self._usage.cached_tokens += chunk.num_cached_tokens
+        text = ""
+        used = 0
+        finish_reason = chunk.finish_reason
+        for token_id in chunk.token_ids:
+            used += 1
+            if used == len(chunk.token_ids) and chunk.stop_token_id is not None:
+                break  # the token that ended the sequence has no text
+            text += self._cut(self._detokenizer.push(token_id), used)
+            if self._stop_strings.is_stopped():
+                finish_reason = "stop"
+                break
+        if finish_reason is not None and not self._stop_strings.is_stopped():
+            text += self._cut(self._detokenizer.flush(), used) + self._stop_strings.flush()
+            if self._stop_strings.is_stopped():
+                finish_reason = "stop"
+        self._num_tokens += used
+        self._usage.completion_tokens += used
+        self.finished = finish_reason is not None
+        logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
+        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason)
+
+    def _cut(self, piece: str, used: int) -> str:
+        """Stop strings count only in text that comes after `min_tokens`."""
+        if not piece or self._num_tokens + used <= self._min_tokens:
+            return piece
+        return self._stop_strings.push(piece)
+
+
+async def _one(choice: _Choice, coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
+    """The deltas of one choice until it is finished; a stream that ends before is an error, never a short answer."""
+    async with aclosing(_closable(coordinator.generate(choice.request))) as stream:
+        async for chunk in stream:
+            yield choice.push(chunk)
+            if choice.finished:
+                return
+    raise Unavailable("the coordinator's stream ended before the answer was complete")
+
+
+async def _merge(choices: list[_Choice], coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
+    """The deltas of several choices, each as it comes; the first error ends them all."""
+    queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(MERGED_DELTAS)
+
+    async def run(choice: _Choice) -> None:
+        try:
+            async with aclosing(_one(choice, coordinator)) as stream:
+                async for delta in stream:
+                    await queue.put(delta)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item.finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _closable(stream: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:
+    """A CoordinatorClient's streams are async generators."""
+    return cast("AsyncGenerator[TokenChunk, None]", stream)

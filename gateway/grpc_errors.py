@@ -1,0 +1,56 @@
+"""gRPC's table from error class to status code, and how an RPC is failed. The only place that knows both."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MantaError,
+    ModelNotFound,
+    Overloaded,
+    PayloadTooLarge,
+    RequestCancelled,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.http_errors import INTERNAL_MESSAGE
+
+logger = logging.getLogger(__name__)
+
+CODE: dict[type[MantaError], Any] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthorized: grpc.StatusCode.UNAUTHENTICATED,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    PayloadTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RequestCancelled: grpc.StatusCode.CANCELLED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+MAX_DETAILS_CHARS = 2000  # details travel in HTTP/2 trailers, which are small
+
+
+class RpcFailed(Exception):
+    """Ends an RPC whose status is set already: Serve takes code and details from the context."""
+
+
+def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:
+    """(code, details). An error that nobody designed is logged, and tells the client only that it happened."""
+    code = next((CODE[cls] for cls in type(error).__mro__ if cls in CODE), grpc.StatusCode.INTERNAL)
+    if code is grpc.StatusCode.INTERNAL:
+        logger.error("request %s failed", request_id, exc_info=error)
+        return code, INTERNAL_MESSAGE
+    return code, str(error)[:MAX_DETAILS_CHARS]
+
+
+async def fail(context: Any, code: Any, details: str) -> None:
+    """Sets the status. A plain grpc.aio context ends the RPC here; Serve's only carries it, and the caller ends."""
+    if hasattr(context, "abort"):
+        await context.abort(code, details, context.trailing_metadata())
+    context.set_code(code)
+    context.set_details(details)

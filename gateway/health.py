@@ -1,0 +1,103 @@
+"""Whether a model can answer, and how far it is with loading. Asks Serve, at most twice a second; knows no request.
+
+A model is ready when each of its deployments has a running replica. That is also true during a rolling update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.errors import ModelLoading
+from cluster.messages import ModelCard
+
+MAX_AGE_S = 0.5
+RETRY_AFTER_S = 2.0
+
+Phase = Literal["starting", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHealth:
+    """One model's state."""
+
+    phase: Phase
+    waiting_for: tuple[str, ...] = ()  # deployments without a running replica
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+    def __str__(self) -> str:
+        if self.phase == "loading" and self.total_bytes:
+            return f"loading weights, {self.loaded_bytes / 1e6:.0f} of {self.total_bytes / 1e6:.0f} MB"
+        return self.phase
+
+
+Probe = Callable[[Sequence[ModelCard]], dict[str, ModelHealth]]  # by the model's name; may block
+
+
+class Health:
+    """Caches a probe. `require` costs nothing while a model is ready: it then refreshes behind the request."""
+
+    def __init__(self, cards: Sequence[ModelCard], probe: Probe) -> None:
+        self._cards = tuple(cards)
+        self._probe = probe
+        self._models: dict[str, ModelHealth] = {}
+        self._probed_at = float("-inf")
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def models(self) -> dict[str, ModelHealth]:
+        """Every model's state, by name, at most MAX_AGE_S old."""
+        if time.monotonic() - self._probed_at > MAX_AGE_S:
+            await asyncio.shield(self._refresh())
+        return self._models
+
+    async def require(self, card: ModelCard) -> None:
+        """Raises ModelLoading unless the model is ready."""
+        known = self._models.get(card.name)
+        if known is not None and known.phase == "ready":
+            if time.monotonic() - self._probed_at > MAX_AGE_S:
+                self._refresh()
+            return
+        state = (await self.models())[card.name]
+        if state.phase != "ready":
+            raise ModelLoading(f"the model {card.name!r} is not ready: {state}", retry_after_s=RETRY_AFTER_S)
+
+    def _refresh(self) -> asyncio.Task[None]:
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._ask())
+        return self._refreshing
+
+    async def _ask(self) -> None:
+        self._models = await asyncio.to_thread(self._probe, self._cards)
+        self._probed_at = time.monotonic()
+
+
+def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
+    """Asks Serve's controller; blocks for milliseconds. A model whose state cannot be had counts as starting."""
+    from ray import serve
+
+    from cluster.progress import read_progress
+
+    applications = serve.status().applications
+    found = {}
+    for card in cards:
+        application = applications.get(card.application)
+        if application is None:
+            found[card.name] = ModelHealth("starting", card.deployments)
+            continue
+        states = {name: deployment.replica_states for name, deployment in application.deployments.items()}
+        wanted = card.deployments or tuple(states)
+        missing = tuple(name for name in wanted if not states.get(name, {}).get("RUNNING"))
+        if wanted and not missing:
+            found[card.name] = ModelHealth("ready")
+            continue
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            found[card.name] = ModelHealth("failed", missing)
+            continue
+        progress = read_progress(card.application)
+        loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)
+        found[card.name] = ModelHealth("loading" if progress else "starting", missing, loaded, total)
+    return found

@@ -1,0 +1,184 @@
+"""The HTTP door: OpenAI's routes over a Frontend. Knows paths and status codes; everything else is the Frontend's."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.errors import InvalidRequest
+from gateway.frontend import Frontend, Usage
+from gateway.http_body import read_object
+from gateway.http_errors import body, error_body, error_response, json_response
+from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
+from gateway.responses import ChatShape, ChoiceText, CompletionShape, model_body
+from gateway.sse import DONE, EventStream, event, unless_disconnected
+from gateway.validator import Generation
+
+HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
+
+
+def build_app(frontend: Frontend) -> FastAPI:
+    """The ASGI application of one gateway replica."""
+    app = FastAPI(title="Manta", version=version("manta-serve"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    door = HttpDoor(frontend)
+    app.add_api_route("/v1/chat/completions", door.chat_completions, methods=["POST"])
+    app.add_api_route("/v1/completions", door.completions, methods=["POST"])
+    app.add_api_route("/v1/models", door.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
+    app.add_api_route("/health", door.health, methods=["GET"])
+    app.add_api_route("/version", door.version, methods=["GET"])
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_middleware(_Errors)
+    return app
+
+
+class HttpDoor:
+    """The routes."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def chat_completions(self, request: HttpRequest) -> Response:
+        document = await read_object(request, self._frontend.config.max_body_bytes)
+        parsed = parse_body(ChatCompletionRequest, document)
+        generation = await self._frontend.chat(parsed)
+        tokenizer = self._frontend.model(parsed.model).tokenizer
+        return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, _ids(parsed)))
+
+    async def completions(self, request: HttpRequest) -> Response:
+        document = await read_object(request, self._frontend.config.max_body_bytes)
+        parsed = parse_body(CompletionRequest, document)
+        generation = await self._frontend.completion(parsed)
+        tokenizer = self._frontend.model(parsed.model).tokenizer
+        return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
+
+    async def models(self) -> Response:
+        cards = self._frontend.cards
+        data = [model_body(card, name) for card in cards for name in (card.name, *card.aliases)]
+        return json_response({"object": "list", "data": data})
+
+    async def model(self, name: str) -> Response:
+        return json_response(model_body(self._frontend.model(name).card, name))
+
+    async def health(self) -> Response:
+        """200 when every model can answer, else 503 with how far each is."""
+        models = await self._frontend.health.models()
+        ready = all(state.phase == "ready" for state in models.values())
+        document = {
+            "status": "ok" if ready else next(s.phase for s in models.values() if s.phase != "ready"),
+            "models": {
+                name: {
+                    "phase": state.phase,
+                    "waiting_for": state.waiting_for,
+                    "loaded_bytes": state.loaded_bytes,
+                    "total_bytes": state.total_bytes,
+                }
+                for name, state in models.items()
+            },
+        }
+        return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
+
+    async def version(self) -> Response:
+        return json_response({"version": version("manta-serve")})
+
+    async def _answer(
+        self, request: HttpRequest, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
+    ) -> Response:
+        request.state.request_id = generation.id
+        if not parsed.stream:
+            return await unless_disconnected(request, self._whole(generation, shape))
+        events = self._events(generation, shape, parsed.wants_usage)
+        try:
+            first = await unless_disconnected(request, anext(events))  # an error before it is a plain HTTP error
+        except BaseException:
+            await events.aclose()
+            raise
+        return EventStream(_chain(first, events), {"x-request-id": generation.id})
+
+    async def _whole(self, generation: Generation, shape: ChatShape | CompletionShape) -> Response:
+        usage = Usage(generation.num_prompt_tokens)
+        choices = [ChoiceText() for _ in generation.requests]
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
+        return json_response(shape.whole(choices, usage), headers={"x-request-id": generation.id})
+
+    async def _events(
+        self, generation: Generation, shape: ChatShape | CompletionShape, wants_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """One event a delta that says something; after the first, an error is an event too and ends the stream."""
+        usage = Usage(generation.num_prompt_tokens)
+        says_ids = shape.return_token_ids
+        begun = False
+        try:
+            async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+                async for delta in deltas:
+                    if delta.text or delta.finish_reason or delta.logprobs or says_ids:
+                        yield event(shape.chunk(delta))
+                        begun = True
+        except Exception as error:
+            if not begun:
+                raise
+            yield event(error_body(error, generation.id))
+            return
+        if wants_usage:
+            yield event(shape.usage_chunk(usage))
+        yield DONE
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for data in rest:
+            yield data
+
+
+def _ids(parsed: SamplingFields) -> bool:
+    return bool(parsed.return_token_ids)
+
+
+async def _http_exception(_request: HttpRequest, error: Exception) -> Response:
+    """An unknown route or method, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
+    headers = dict(error.headers) if error.headers else None
+    return json_response(body(str(error.detail), kind, None, None), error.status_code, headers)
+
+
+class _Errors:
+    """Outermost but for Starlette's own: every exception of a request becomes an answer by the one table."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
+            if started:
+                raise  # the connection is cut: what was sent must not look complete
+            if isinstance(error, UnicodeDecodeError):
+                error = InvalidRequest("the path or a header is not valid text")
+            with contextlib.suppress(OSError):  # a client that left
+                await error_response(error, request_id)(scope, receive, send)

@@ -1,0 +1,91 @@
+"""Reads a JSON object from an HTTP request, whatever the client sends instead. Knows bytes and JSON, no fields.
+
+Everything wrong is an InvalidRequest or PayloadTooLarge; nothing larger than the limit is ever held.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+
+from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+
+MAX_DEPTH = 64  # nesting of objects and lists
+
+
+async def read_object(request: HttpRequest, max_bytes: int) -> dict[str, Any]:
+    """The body as an object. Raises InvalidRequest, PayloadTooLarge, or RequestCancelled when the client left."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise InvalidRequest(f"Content-Type: expected application/json, got {media_type!r}", param="Content-Type")
+    return parse_object(await _read(request, max_bytes))
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Strict JSON in UTF-8: no NaN, no lone surrogates, not nested deeper than MAX_DEPTH."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is invalid") from None
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    _check(document)
+    return document
+
+
+async def _read(request: HttpRequest, max_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(f"the body is over the limit of {max_bytes} bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise RequestCancelled("the client has gone") from None
+    return b"".join(parts)
+
+
+def _check(document: dict[str, Any]) -> None:
+    """Walks without recursion: depth, and text that cannot be encoded."""
+    waiting: list[tuple[str, Any, int]] = [("", document, 1)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if isinstance(value, str):
+            _check_text(path, value)
+        elif isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
+            if isinstance(value, dict):
+                for key in value:
+                    _check_text(path, key)
+                waiting += [(f"{path}.{key}" if path else key, item, depth + 1) for key, item in value.items()]
+            elif not all(type(item) is int for item in value):  # token ids need no walk
+                waiting += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
+
+
+def _check_text(path: str, text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{path or 'the body'}: a lone surrogate is not text", param=path or None) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

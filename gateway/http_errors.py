@@ -1,0 +1,75 @@
+"""HTTP's table from error class to status, and OpenAI's error body. The only place that knows both."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from starlette.responses import Response
+
+from cluster.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidRequest,
+    MantaError,
+    ModelLoading,
+    ModelNotFound,
+    Overloaded,
+    PayloadTooLarge,
+    RequestCancelled,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.sse import json_bytes
+
+logger = logging.getLogger(__name__)
+
+# Class → (status, type, code). The first match along the class's own order of resolution counts.
+STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
+    ContextTooLong: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequest: (400, "invalid_request_error", None),
+    Unauthorized: (401, "authentication_error", "invalid_api_key"),
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    PayloadTooLarge: (413, "invalid_request_error", "payload_too_large"),
+    Overloaded: (429, "rate_limit_error", "overloaded"),
+    RequestCancelled: (499, "cancelled", "cancelled"),
+    ModelLoading: (503, "service_unavailable", "model_loading"),
+    Unavailable: (503, "service_unavailable", "unavailable"),
+    DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
+}
+INTERNAL = (500, "internal_error", None)
+INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
+
+
+def status_of(error: BaseException) -> tuple[int, str, str | None]:
+    """(status, type, code)."""
+    return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), INTERNAL)
+
+
+def error_body(error: BaseException, request_id: str) -> dict[str, object]:
+    """OpenAI's shape. An error that nobody designed is logged, and tells the client only that it happened."""
+    status, kind, code = status_of(error)
+    if status == 500:
+        logger.error("request %s failed", request_id, exc_info=error)
+        return body(INTERNAL_MESSAGE, kind, None, code)
+    param = "model" if isinstance(error, ModelNotFound) else getattr(error, "param", None)
+    return body(str(error), kind, param, code)
+
+
+def body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, object]:
+    """`{"error": {…}}`."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: BaseException, request_id: str) -> Response:
+    """The whole answer, with Retry-After where another try is worth it."""
+    headers = {"x-request-id": request_id}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+    return json_response(error_body(error, request_id), status_of(error)[0], headers)
+
+
+def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in UTF-8."""
+    return Response(json_bytes(document), status_code=status, headers=headers, media_type="application/json")

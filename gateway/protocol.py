@@ -1,0 +1,181 @@
+"""The bodies of OpenAI's chat and completion requests, as clients send them. Knows types; bounds are the validator's.
+
+Fields of other features are ignored where that changes nothing, and refused by `refuse_unsupported` where it would.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cluster.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 16
+
+
+def _one_or_many(value: Any) -> Any:
+    """`stop` is null, one string or a list of strings."""
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """Asks for a last chunk with the usage."""
+
+    include_usage: bool | None = None
+
+
+class SamplingFields(_Body):
+    """What chat and completions share; None is: not given."""
+
+    model: str
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    random_seed: int | None = None  # Mistral's name
+    n: int | None = None
+    stop: Strings | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """A last chunk with the usage, in a stream."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class Message(_Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None  # a string, or a list of ContentPart; checked by `text_of`
+
+
+class ChatCompletionRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions."""
+
+    prompt: Any = Field(None)  # string, list of strings, token ids, list of token ids; checked by the validator
+    logprobs: int | None = None
+
+
+_BodyT = TypeVar("_BodyT", ChatCompletionRequest, CompletionRequest)
+
+
+def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
+    """A typed body. Raises InvalidRequest, which names the first field that is wrong by its path."""
+    refuse_unsupported(document)
+    try:
+        return cls.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = field_path(first["loc"])
+        message = "field required" if first["type"] == "missing" else _plain(str(first["msg"]))
+        raise InvalidRequest(f"{path}: {message}", param=path) from None
+
+
+def refuse_unsupported(document: dict[str, Any]) -> None:
+    """Raises InvalidRequest for features that would change the answer and are not served."""
+    for name, harmless in _UNSUPPORTED.items():
+        value = document.get(name)
+        if value is None or any(value == other and type(value) is type(other) for other in harmless):
+            continue
+        raise InvalidRequest(f"{name}: not supported by this server", param=name)
+    response_format = document.get("response_format")
+    if response_format is None:
+        return
+    if not isinstance(response_format, dict):
+        raise InvalidRequest("response_format: expected an object", param="response_format")
+    if response_format.get("type") != "text":
+        raise InvalidRequest("response_format.type: only 'text' is supported", param="response_format.type")
+
+
+def text_of(message: Message, path: str) -> str:
+    """A message's content as one string. Raises InvalidRequest with the part's path."""
+    if message.role in ("tool", "function"):
+        raise InvalidRequest(f"{path}.role: {message.role!r} messages are not supported", param=f"{path}.role")
+    content = message.content
+    if content is None and message.role == "assistant":
+        return ""
+    if isinstance(content, str):
+        return content
+    where = f"{path}.content"
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where}: expected a string or a list of text parts", param=where)
+    texts = []
+    for i, part in enumerate(content):
+        here = f"{where}[{i}]"
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise InvalidRequest(f"{here}: expected an object with a type", param=here)
+        if part["type"] != "text":
+            raise InvalidRequest(f"{here}.type: {part['type']!r} is not supported, only 'text'", param=f"{here}.type")
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{here}.text: expected a string", param=f"{here}.text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def field_path(location: tuple[int | str, ...]) -> str:
+    """('messages', 0, 'role') is `messages[0].role`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "function-before[_one_or_many(), list[str]]":
+            path += f".{part}" if path else part
+    return path
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
+
+
+# Field → values that ask for nothing. null always asks for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "prompt_embeds": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}

@@ -1,0 +1,176 @@
+"""The bodies of OpenAI's answers, whole and in chunks. Knows deltas and shapes; knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.messages import ModelCard, TokenLogprobs
+from gateway.frontend import Delta, Usage
+from gateway.tokenizer import Tokenizer
+from gateway.validator import Generation
+
+Json = dict[str, Any]
+
+
+class ChoiceText:
+    """One choice of a whole answer, put together from its deltas."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None
+        self.finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        self.finish_reason = delta.finish_reason
+
+
+class ChatShape:
+    """`chat.completion` and `chat.completion.chunk`."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
+        self._head = _head(generation)
+        self._tokenizer = tokenizer
+        self.return_token_ids = return_token_ids
+        self._begun: set[int] = set()
+
+    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": i,
+                    "message": {"role": "assistant", "content": choice.text},
+                    "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
+                    "finish_reason": choice.finish_reason,
+                    **({"token_ids": choice.token_ids} if self.return_token_ids else {}),
+                }
+                for i, choice in enumerate(choices)
+            ],
+            "usage": usage_body(usage),
+        }
+
+    def chunk(self, delta: Delta) -> Json:
+        """The role comes with the first chunk of each choice."""
+        message: Json = {"content": delta.text}
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            message = {"role": "assistant", "content": delta.text}
+        choice: Json = {"index": delta.index, "delta": message}
+        if delta.logprobs is not None:
+            choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
+        if self.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        choice["finish_reason"] = delta.finish_reason
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
+
+    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> Json | None:
+        if logprobs is None:
+            return None
+        content = []
+        for token_id, at in zip(token_ids, logprobs, strict=True):
+            top = [self._token(top_id, logprob) for top_id, logprob in at.top]
+            content.append({**self._token(token_id, at.token_logprob), "top_logprobs": top})
+        return {"content": content}
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionShape:
+    """`text_completion`, whole and in chunks."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
+        self._head = {**_head(generation), "object": "text_completion"}
+        self._tokenizer = tokenizer
+        self.return_token_ids = return_token_ids
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
+        bodies = [
+            self._choice(i, choice.text, choice.token_ids, choice.logprobs, choice.finish_reason)
+            for i, choice in enumerate(choices)
+        ]
+        return {**self._head, "choices": bodies, "usage": usage_body(usage)}
+
+    def chunk(self, delta: Delta) -> Json:
+        choice = self._choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
+        return {**self._head, "choices": [choice]}
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        return {**self._head, "choices": [], "usage": usage_body(usage)}
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] | None,
+        finish_reason: str | None,
+    ) -> Json:
+        choice: Json = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        if logprobs is not None:
+            tokens = [self._text(i) for i in token_ids]
+            offset = self._offsets.get(index, 0)
+            offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+            self._offsets[index] = offset + sum(map(len, tokens))
+            choice["logprobs"] = {
+                "tokens": tokens,
+                "token_logprobs": [_finite(at.token_logprob) for at in logprobs],
+                "top_logprobs": [{self._text(i): _finite(logprob) for i, logprob in at.top} for at in logprobs],
+                "text_offset": offsets,
+            }
+        if self.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return choice
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def usage_body(usage: Usage) -> Json:
+    """Counts as OpenAI names them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def model_body(card: ModelCard, name: str) -> Json:
+    """One entry of /v1/models; an alias is an entry of its own, whose root is the model."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "manta",
+        "root": card.name,
+        "max_model_len": card.max_model_len,
+        "fingerprint": card.fingerprint,
+        "permission": [],
+    }
+
+
+def _head(generation: Generation) -> Json:
+    return {
+        "id": generation.id,
+        "created": generation.created,
+        "model": generation.card.name,
+        "system_fingerprint": f"fp_{generation.card.fingerprint[:8]}",
+    }
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: a token that could not be chosen has OpenAI's -9999."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,80 @@
+"""The gateway as a Serve deployment: both doors in one class. Composes; every decision is in the modules it imports.
+
+Serve builds the FastAPI application inside the replica (`__serve_build_asgi_app__`), so that what is pickled is only
+the configuration and the model cards. gRPC calls arrive as the methods of GrpcDoor, by the name of the RPC.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.schema import LoggingConfig
+
+from cluster.config import GatewayConfig
+from cluster.messages import ModelCard
+from gateway.coordinator_client import ServeCoordinatorClient
+from gateway.frontend import Frontend
+from gateway.grpc_door import GrpcDoor
+from gateway.health import Health, probe_serve
+from gateway.http import build_app
+from gateway.tokenizer import load_tokenizer
+
+DEPLOYMENT = "gateway"
+SPARE_REQUESTS = 64  # beyond our own bound, so that it is we who refuse, and /health is answered under load
+DRAIN_S = 30.0
+
+SERVICER_FUNCTIONS = [
+    "gateway.chat_pb2_grpc.add_MantaServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+
+
+class GatewayReplica(GrpcDoor):
+    """One gateway process."""
+
+    def __init__(self, config: GatewayConfig, cards: tuple[ModelCard, ...]) -> None:
+        frontend = Frontend(
+            config,
+            cards,
+            tokenizers={card.name: load_tokenizer(card) for card in cards},
+            coordinators={card.name: ServeCoordinatorClient(card) for card in cards},
+            health=Health(cards, probe_serve),
+        )
+        super().__init__(frontend)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self.frontend)
+
+
+Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))
+
+
+def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> Any:
+    """What `serve.run(…, name="gateway", route_prefix="/")` takes."""
+    return Gateway.options(
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=config.max_ongoing_requests + SPARE_REQUESTS,
+        max_queued_requests=config.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=DRAIN_S,
+        health_check_period_s=1.0,
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+    ).bind(config, cards)
+
+
+def http_options(config: GatewayConfig) -> HTTPOptions:
+    """For `serve.start`. Serve's own timeout comes after ours, and covers what we cannot see."""
+    return HTTPOptions(host=config.host, port=config.http_port, request_timeout_s=config.request_timeout_s + 5)
+
+
+def grpc_options(config: GatewayConfig) -> gRPCOptions:
+    """For `serve.start`."""
+    return gRPCOptions(
+        port=config.grpc_port,
+        grpc_servicer_functions=SERVICER_FUNCTIONS,
+        request_timeout_s=config.request_timeout_s + 5,
+        enable_reflection=True,
+    )

@@ -1,0 +1,92 @@
+"""Server-sent events over ASGI, and the watch for a client that has gone. Knows bytes; knows nothing of models.
+
+Serve lets a client switch its own watch off by a header, so we keep our own: it is the same for every request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import RequestCancelled
+
+DONE = b"data: [DONE]\n\n"
+_T = TypeVar("_T")
+
+
+def json_bytes(document: object) -> bytes:
+    """Compact UTF-8 JSON."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(document: object) -> bytes:
+    """One event."""
+    return b"data: " + json_bytes(document) + b"\n\n"
+
+
+async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, or RequestCancelled as soon as the client is gone; `work` is cancelled then.
+
+    The body must have been read: what `receive` tells next is the disconnect.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise RequestCancelled("the client has gone")
+    finally:
+        await _end(watching)
+        await _end(working)
+
+
+class EventStream(Response):
+    """Sends events as they come; when the client goes, the generator is closed at once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        sending = asyncio.ensure_future(self._send(send))
+        watching = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            await _end(sending)
+            await _end(watching)
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for data in events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel and wait, so that nothing of the request is left when we return."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # seen

@@ -1,0 +1,141 @@
+"""Text to token ids and back, for one model. Knows the two checkpoint layouts; knows nothing of requests or streams.
+
+The chat template comes from the checkpoint, never from a client, and is rendered in transformers' sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2.exceptions import TemplateError
+
+from cluster.errors import CheckpointError, InvalidRequest
+from cluster.messages import ModelCard
+
+ChatMessage = dict[str, str]  # role, content
+
+
+class Tokenizer(Protocol):
+    """What the gateway asks of a tokenizer. Every method is safe to call from several threads."""
+
+    vocab_size: int  # ids that have a text; the model's own vocabulary may be padded beyond it
+    special_ids: frozenset[int]  # never shown as text
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of these ids alone; bytes that are no character become U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for."""
+
+
+def load_tokenizer(card: ModelCard) -> Tokenizer:
+    """The tokenizer of a checkpoint directory. Raises CheckpointError, which names what is missing."""
+    directory = Path(card.directory)
+    if card.layout == "mistral":
+        return MistralTokenizer(directory)
+    return HuggingFaceTokenizer(directory)
+
+
+class HuggingFaceTokenizer:
+    """`tokenizer.json` and `tokenizer_config.json`, read by transformers without torch."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import PreTrainedTokenizerFast  # slow to import
+
+        if not (directory / "tokenizer.json").is_file():
+            raise CheckpointError(f"{directory} has no tokenizer.json")
+        self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        self._rust: Any = self._hf.backend_tokenizer
+        self._rust.no_padding()
+        self._rust.no_truncation()
+        self.vocab_size: int = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._hf.added_tokens_decoder
+        self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
+        decoder = json.dumps(json.loads(self._rust.to_str()).get("decoder"))
+        self._byte_of = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._rust.encode(text, add_special_tokens=True).ids)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        if not self._hf.chat_template:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._rust.decode(list(token_ids), skip_special_tokens=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._rust.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_of is not None and token_id not in self.special_ids:
+            return bytes(self._byte_of.get(char, 0x3F) for char in token)
+        return _piece_bytes(token)
+
+
+class MistralTokenizer:
+    """`tokenizer.model*` or `tekken.json`, read by mistral-common; its own code is the chat template."""
+
+    def __init__(self, directory: Path) -> None:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Reader
+
+        files = [*sorted(directory.glob("tekken*.json")), *sorted(directory.glob("*.model*"))]
+        if not files:
+            raise CheckpointError(f"{directory} has neither tekken.json nor tokenizer.model")
+        self._reader: Any = Reader.from_file(str(files[0]))
+        self._raw: Any = self._reader.instruct_tokenizer.tokenizer
+        self._ignore = SpecialTokenPolicy.IGNORE
+        self.vocab_size: int = self._raw.n_words
+        self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._raw.encode(text, bos=True, eos=False))
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+        try:
+            request = ChatCompletionRequest.from_openai([dict(message) for message in messages])
+            return tuple(self._reader.encode_chat_completion(request).tokens)
+        except (MistralCommonException, ValueError) as error:
+            raise InvalidRequest(f"the model's chat format refuses these messages: {error}", "messages") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._raw.decode(list(token_ids), special_token_policy=self._ignore))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id >= self.vocab_size:
+            return b""
+        if hasattr(self._raw, "id_to_byte_piece") and token_id not in self.special_ids:
+            return bytes(self._raw.id_to_byte_piece(token_id))
+        return _piece_bytes(self._raw.id_to_piece(token_id))
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """SentencePiece's spelling: `<0xE4>` is a byte, `▁` a space."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: the printable ones are themselves, the rest follow from U+0100."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
