@@ -92,9 +92,14 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
     return architecture
 
 
-def _refuse_unsupported_config(config: JsonDocument) -> None:
+def refuse_remote_code(config: JsonDocument) -> None:
+    """Raises CheckpointError where the checkpoint wants its own Python code run."""
     if config.has("auto_map"):
         raise config.error("auto_map", "points at Python code in the checkpoint, and Manta runs no remote code")
+
+
+def _refuse_unsupported_config(config: JsonDocument) -> None:
+    refuse_remote_code(config)
     model_type, architectures = config.values.get("model_type"), config.values.get("architectures")
     if model_type not in MODEL_TYPES and (model_type is not None or not architectures):
         raise config.error("model_type", f"is {model_type!r}, which Manta does not run; expected {_one_of_types()}")

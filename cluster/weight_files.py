@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.errors import CheckpointError
+from cluster.hyperparameters import refuse_remote_code
 from cluster.json_document import JsonDocument
 from cluster.layouts import Layout
 from cluster.safetensors_header import StoredTensor, read_header
@@ -18,11 +19,8 @@ def find_layout(directory: Path) -> Layout:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory.")
     config, params = (directory / "config.json").is_file(), (directory / "params.json").is_file()
-    if config and "auto_map" in JsonDocument.read(directory / "config.json").values:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: auto_map points at Python code in the checkpoint, and Manta runs no remote "
-            "code."
-        )
+    if config:
+        refuse_remote_code(JsonDocument.read(directory / "config.json"))
     if config and _weight_files(directory, "huggingface"):
         return "huggingface"
     if params and _weight_files(directory, "mistral"):
@@ -83,6 +81,7 @@ def _index(directory: Path, layout: Layout) -> dict[str, Path]:
             raise weight_map.error(
                 repr(name), f"is {shard!r}; expected the name of a safetensors file beside the index"
             )
+    for shard, name in {shard: name for name, shard in weight_map.values.items()}.items():
         if not (directory / shard).is_file():
             raise CheckpointError(f"{directory / shard} is missing; {file} places tensor {name!r} in it.")
     return {name: directory / shard for name, shard in weight_map.values.items()}
