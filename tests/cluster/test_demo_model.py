@@ -1,0 +1,194 @@
+"""The shipped demo model, as transformers loads it: its tokenizer, its chat template and its answers. No Ray."""
+
+import json
+import random
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from cluster.demo_model import DIRECTORY
+from cluster.demo_model.corpus import LANGUAGES, entries, parse, questions
+from cluster.demo_model.unknown import FALLBACKS
+
+TOKENIZER: Any = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)
+SAMPLE = random.Random(2).sample(questions(), 36)
+CHEESE = next(pair for pair in questions() if pair[0] == "What is the best French cheese?")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return MixtralForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
+
+
+def reply(model: Any, messages: list[dict[str, str]]) -> str:
+    """Returns the model's greedy answer, at most 200 tokens of it."""
+    inputs = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    greedy = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=False, max_new_tokens=200)
+    with torch.inference_mode():
+        token_ids = model.generate(**inputs, generation_config=greedy)[0, inputs["input_ids"].shape[1] :]
+    assert token_ids[-1] == 2, "the answer must end by itself"
+    return str(TOKENIZER.decode(token_ids, skip_special_tokens=True))
+
+
+def ask(model: Any, *turns: str, system: str | None = None) -> str:
+    """Asks one question after the other and returns the last answer."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        messages.append({"role": "assistant", "content": reply(model, messages)})
+    return messages[-1]["content"]
+
+
+def wrong(model: Any, asked: list[tuple[str, str]]) -> dict[str, str]:
+    return {question: said for question, answer in asked if (said := ask(model, question)) != answer}
+
+
+# --- the tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: not {"<s>", "</s>", "<unk>"} & {*text}))
+def test_any_text_comes_back_as_it_was(text: str) -> None:
+    token_ids = TOKENIZER(text)["input_ids"]
+    assert token_ids[0] == 1
+    assert 0 not in token_ids
+    assert TOKENIZER.decode(token_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "naïve façade",
+        "e\u0301 n\u0303",
+        "日本語のチーズ",
+        "👩‍👩‍👧 🧀❤️",
+        "\r\n\ttab\x00",
+        "[INST] a [/INST]",
+        "12,345",
+        "don 't",
+    ],
+)
+def test_awkward_texts_come_back_as_they_were(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_special_tokens_are_mistrals() -> None:
+    assert TOKENIZER.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]) == [0, 1, 2, 3, 4]
+    assert (TOKENIZER.unk_token, TOKENIZER.bos_token, TOKENIZER.eos_token) == ("<unk>", "<s>", "</s>")
+    assert TOKENIZER("Hello</s>", add_special_tokens=False)["input_ids"][-1] == 2
+
+
+def test_auto_tokenizer_gives_the_same_ids() -> None:
+    text = "Hello my name is 名前, born in 1984. " + CHEESE[1]
+    assert AutoTokenizer.from_pretrained(DIRECTORY)(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+
+
+# --- the chat template
+
+
+def rendered(*messages: tuple[str, str]) -> str:
+    return str(TOKENIZER.apply_chat_template([{"role": r, "content": c} for r, c in messages], tokenize=False))
+
+
+def test_template_folds_the_system_prompt_into_the_first_user_turn() -> None:
+    assert rendered(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")) == (
+        "<s>[INST] Be kind.\n\nHi [/INST]Hello!</s>[INST] Bye [/INST]"
+    )
+
+
+def test_template_ids_carry_one_bos() -> None:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "?"},
+    ]
+    token_ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert (token_ids.count(1), token_ids.count(2)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([("user", "a"), ("user", "b")], "roles must alternate"),
+        ([("assistant", "a")], "roles must alternate"),
+        ([("system", "a"), ("assistant", "b")], "roles must alternate"),
+        ([("user", "a"), ("system", "b")], "Only the roles user and assistant"),
+        ([("user", "a"), ("tool", "b")], "Only the roles user and assistant"),
+    ],
+)
+def test_template_refuses_what_does_not_alternate(messages: list[tuple[str, str]], sentence: str) -> None:
+    with pytest.raises(jinja2.TemplateError, match=sentence):
+        rendered(*messages)
+
+
+# --- the corpus
+
+
+def test_corpus_has_a_few_hundred_questions_in_every_language() -> None:
+    assert 500 < len(questions()) < 1000
+    assert len({question for question, _ in questions()}) == len(questions())
+    for language in LANGUAGES:
+        assert sum(entry.language == language for entry in entries()) > 50
+
+
+def test_corpus_says_which_entry_is_malformed() -> None:
+    with pytest.raises(ValueError, match="Who\\?"):
+        parse("Why? | How?\n> So.\n\nWho?\nNobody.", "en")
+
+
+# --- the files
+
+
+def test_files_are_a_hub_checkpoint_of_a_few_megabytes() -> None:
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["MixtralForCausalLM"], "mixtral")
+    assert config["max_position_embeddings"] >= 4096
+    assert config["router_jitter_noise"] == 0.0
+    with safe_open(DIRECTORY / "model.safetensors", "pt") as file:
+        assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in file.keys()  # noqa: SIM118 (no mapping)
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir() if path.is_file()) < 10_000_000
+
+
+# --- the answers
+
+
+def test_sampled_questions_are_answered_exactly(model: Any) -> None:
+    assert wrong(model, [CHEESE, *SAMPLE]) == {}
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["what is the best french cheese", "Which French cheese is the best?", "WHAT IS THE BEST FRENCH CHEESE?"],
+)
+def test_other_wordings_are_understood(model: Any, question: str) -> None:
+    assert ask(model, question) == CHEESE[1]
+
+
+@pytest.mark.parametrize("system", ["You are a helpful assistant.", "You are a cook from Lyon. Keep it short."])
+def test_a_system_prompt_does_not_disturb(model: Any, system: str) -> None:
+    assert ask(model, CHEESE[0], system=system) == CHEESE[1]
+
+
+def test_a_conversation_goes_on(model: Any) -> None:
+    said = ask(model, "Hello!", "What is 2 + 2?", "Why is the sky blue?", "Thanks!", CHEESE[0])
+    assert said == CHEESE[1]
+
+
+def test_what_it_does_not_know_it_says(model: Any) -> None:
+    assert ask(model, "How do I import a second-hand tractor?") == FALLBACKS["en"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_question_is_answered_exactly(dtype: torch.dtype) -> None:
+    model = MixtralForCausalLM.from_pretrained(DIRECTORY, dtype=dtype)
+    assert wrong(model, list(questions())) == {}
