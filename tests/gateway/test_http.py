@@ -145,7 +145,8 @@ def test_client_gone_aborts_within_250_ms(card: ModelCard, tokenizer: HuggingFac
             with httpx.Client() as http:
                 if stream:
                     with http.stream("POST", url + "/v1/chat/completions", json=body, headers=headers) as response:
-                        next(response.iter_bytes())
+                        chunks = response.iter_bytes()  # kept: httpx hangs up when it is collected
+                        next(chunks)
                         assert coordinator.running == 2
                 else:
                     with pytest.raises(httpx.ReadTimeout):
@@ -232,7 +233,8 @@ def test_past_the_bound_is_429(card: ModelCard, tokenizer: HuggingFaceTokenizer)
         http_server(build_frontend(card, coordinator, config)) as url,
         httpx.stream("POST", url + "/v1/chat/completions", json=body) as response,
     ):
-        next(response.iter_bytes())
+        chunks = response.iter_bytes()  # kept: httpx hangs up when it is collected
+        next(chunks)
         refused = httpx.post(url + "/v1/chat/completions", json=body)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
