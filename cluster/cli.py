@@ -1,5 +1,106 @@
-"""The command `manta`."""
+"""The command `manta`: names, options and exit codes. Each command's module is imported when it runs, not before.
+
+Exit codes: 0 all went well; 1 a command finished but something in it failed; 2 wrong usage, or a MantaError, which is
+shown as one line.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import MantaError
+
+app = typer.Typer(
+    name="manta",
+    help="Serves sparse mixture-of-experts language models on Ray.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
     """Entry point."""
+    try:
+        app()
+    except MantaError as error:
+        _show(error)
+        raise SystemExit(2) from None
+
+
+def _show(error: MantaError) -> None:
+    from rich.console import Console
+
+    line = " ".join(str(error).split())
+    Console(stderr=True, soft_wrap=True).print(
+        f"Error: {line}", style="red", markup=False, highlight=False, emoji=False
+    )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"manta {importlib.metadata.version('manta-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint directory or a hub id; without it the embedded demo model.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where HTTP listens. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: 8000]")] = None,
+    grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="gRPC port. [default: 9000]")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join, instead of starting one.")
+    ] = None,
+) -> None:
+    """Serve a model over HTTP and gRPC until Ctrl-C."""
+    from cluster.commands import ray_environment
+
+    ray_environment.prepare()
+    from cluster.commands.serve import run
+
+    run(model, config, host, port, grpc_port, address)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Any server that speaks OpenAI's HTTP API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Without it, the first that the server lists.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A file whose first line is the API key.")
+    ] = None,
+) -> None:
+    """Chat in the terminal with a running server."""
+    from cluster.commands.chat import run
+
+    raise typer.Exit(run(url, model, key_file))
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Show deployments, expert groups, nodes, queue, KV use and rows per expert of a running cluster."""
+    from cluster.commands.status import run
+
+    run(address, as_json)
+
+
+if __name__ == "__main__":
+    main()

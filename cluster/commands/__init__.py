@@ -1,0 +1,1 @@
+"""The commands behind `manta`, a module each, imported only when its command runs. Only cluster.cli imports them."""

@@ -1,0 +1,106 @@
+"""Joins a running Ray cluster for one look at it, within a deadline. Starts nothing, and knows nothing of Serve.
+
+Ray's own waits for a cluster that does not answer are minutes long and cannot be interrupted, so joining and looking
+run in a daemon thread.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from cluster.errors import SetupError, Unavailable
+
+CONNECT_TIMEOUT_S = 3.0
+DEADLINE_S = 40.0  # for the whole; importing and joining Ray takes a few seconds of it on a busy machine
+
+_START = "start one with `manta serve`, or name one with --address HOST:PORT"
+
+T = TypeVar("T")
+
+
+def look_at_cluster(address: str, look: Callable[[str], T], deadline_s: float = DEADLINE_S) -> T:
+    """Join the cluster at `address` ("auto" or host:port), call `look(its address)`, and leave.
+
+    Raises Unavailable when none runs there or it does not answer in time, SetupError for an address of another form.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when imported
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "auto":
+        _knock(address)
+    outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcomes.put((_join_and_look(address, look), None))
+        except SystemExit:  # Ray's way to give up on joining
+            outcomes.put((None, Unavailable(f"the Ray cluster at {address} cannot be joined; {_START}")))
+        except BaseException as error:
+            outcomes.put((None, error))
+
+    try:
+        with _stderr_silenced():
+            threading.Thread(target=work, daemon=True).start()
+            seen, error = outcomes.get(timeout=deadline_s)
+    except queue.Empty:
+        raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s") from None
+    if error is not None:
+        raise error
+    assert seen is not None
+    return seen
+
+
+def _knock(address: str) -> None:
+    """See within seconds whether anything listens; Ray itself would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:
+        raise SetupError(f"{address!r} is not the address of a Ray cluster; expected auto or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(f"no Ray cluster answers at {address} ({error}); {_START}") from error
+
+
+@contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Ray's native code logs to file descriptor 2, whatever is configured; what matters of it comes as an error."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _join_and_look(address: str, look: Callable[[str], T]) -> T:
+    import ray
+
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except ray.exceptions.AuthenticationError as error:
+        raise Unavailable(
+            f"the Ray cluster at {address} wants a token: have the cluster's in ~/.ray/auth_token, "
+            "or name its file in RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except ConnectionError as error:
+        if address == "auto":
+            raise Unavailable(f"no Ray cluster is running on this machine; {_START}") from error
+        raise Unavailable(
+            f"the Ray cluster at {address} cannot be joined; is the token in ~/.ray/auth_token the cluster's own?"
+        ) from error
+    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise Unavailable(f"the Ray cluster at {address} cannot be joined: {error}") from error
+    try:
+        return look(str(context.address_info["gcs_address"]))
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"the Ray cluster at {address} stopped answering: {error}") from error
+    finally:
+        ray.shutdown()

@@ -1,0 +1,94 @@
+"""What `manta status` shows, as plain data. Knows nothing of Ray, nor of how it is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+
+from cluster.messages import EngineStats
+
+COORDINATOR = "coordinator"
+_EXPERT_GROUP = re.compile(r"expert-(\d+)")
+_MODEL_APPLICATION = re.compile(r"(.+)-([0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """One Serve deployment. `replicas` counts them by Serve's state, RUNNING for example."""
+
+    name: str
+    status: str
+    replicas: dict[str, int]
+    message: str = ""
+
+    @property
+    def group(self) -> int | None:
+        """The index of the expert group that this deployment is, if it is one."""
+        match = _EXPERT_GROUP.fullmatch(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def running(self) -> int:
+        return self.replicas.get("RUNNING", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationStatus:
+    """One Serve application. `coordinators` and `stats_error` are filled for a model's application only."""
+
+    name: str
+    status: str
+    deployments: tuple[DeploymentStatus, ...]
+    message: str = ""
+    coordinators: tuple[EngineStats, ...] = ()  # one per coordinator replica that answered
+    stats_error: str | None = None  # why some or all of them are missing
+
+    @property
+    def model(self) -> tuple[str, str] | None:
+        """(name, first eight digits of the fingerprint) of the model that this application serves, if it does."""
+        match = _MODEL_APPLICATION.fullmatch(self.name)
+        has_coordinator = any(deployment.name == COORDINATOR for deployment in self.deployments)
+        return (match[1], match[2]) if match and has_coordinator else None
+
+    @property
+    def groups(self) -> tuple[DeploymentStatus, ...]:
+        """The expert groups in the order of their indices."""
+        groups = [(d.group, d) for d in self.deployments if d.group is not None]
+        return tuple(deployment for _, deployment in sorted(groups, key=lambda pair: pair[0]))
+
+    @property
+    def rows_per_expert(self) -> tuple[int, ...]:
+        """Rows sent to each expert, summed over layers and coordinators."""
+        columns = zip(*(stats.rows_per_expert for stats in self.coordinators), strict=True)
+        return tuple(sum(column) for column in columns)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One node of the Ray cluster."""
+
+    address: str
+    alive: bool
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """A running cluster at one moment."""
+
+    address: str  # of the Ray cluster
+    nodes: tuple[NodeStatus, ...]
+    applications: tuple[ApplicationStatus, ...]
+
+    def to_json(self) -> str:
+        """One JSON document. Models and groups are spelled out, so that a reader need not parse names."""
+        document = dataclasses.asdict(self)
+        for application, fields in zip(self.applications, document["applications"], strict=True):
+            fields["model"], fields["fingerprint"] = application.model or (None, None)
+            fields["rows_per_expert"] = list(application.rows_per_expert)
+            for deployment, entry in zip(application.deployments, fields["deployments"], strict=True):
+                entry["group"] = deployment.group
+        return json.dumps(document, indent=2)
