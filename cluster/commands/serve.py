@@ -1,0 +1,197 @@
+"""`manta serve`: checks, starts Ray and Serve, shows progress, says how to talk to it, and stops what it started."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.app import Cluster, ModelPlan, demo_config, directory_config, plan_model, run_targets
+from cluster.checkpoint import open_checkpoint
+from cluster.config import GatewayConfig, MantaConfig, load_config
+from cluster.errors import ConfigError, SetupError
+from cluster.hub import resolve_model
+
+OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
+STOP_TIMEOUT_S = 30.0
+
+console = Console()
+
+
+def run(
+    model: str | None,
+    config_file: Path | None,
+    host: str | None,
+    port: int | None,
+    grpc_port: int | None,
+    address: str | None,
+) -> None:
+    """Serve until SIGINT or SIGTERM. Raises MantaError for whatever a user can mend."""
+    config = _with_ports(_read_config(model, config_file), host, port, grpc_port)
+    checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with _ray(config.gateway, address) as cluster:
+        import ray
+
+        plans = tuple(
+            plan_model(one, checkpoint, cluster) for one, checkpoint in zip(config.models, checkpoints, strict=True)
+        )
+        with _serving(config, plans, stop, joined=address is not None):
+            if not stop.is_set():
+                _announce(config, plans, ray.get_runtime_context().gcs_address)
+            stop.wait()
+            console.print("Stopping …")
+
+
+def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
+    if config_file is not None:
+        if model is not None:
+            raise ConfigError("give either MODEL or --config, not both")
+        return load_config(config_file)
+    if model is None:
+        return demo_config()
+    return directory_config(model, resolve_model(model))
+
+
+def _with_ports(config: MantaConfig, host: str | None, port: int | None, grpc_port: int | None) -> MantaConfig:
+    given = {"host": host, "http_port": port, "grpc_port": grpc_port}
+    update = {key: value for key, value in given.items() if value is not None}
+    return config.model_copy(update={"gateway": config.gateway.model_copy(update=update)})
+
+
+@contextmanager
+def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
+    """A Ray cluster: the one at `address`, or one of our own that ends with us."""
+    import ray
+
+    if address is None:
+        for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
+            _check_free(gateway.host, name, port)
+        options: dict[str, Any] = {
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",  # Ray itself is not to be reached from other machines
+        }
+        console.print("Starting Ray …")
+    else:
+        options = {"address": address}
+        console.print(f"Joining Ray at {address} …")
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise SetupError(f"Ray did not start or cannot be joined: {error}") from error
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(num_cpus=int(resources.get("CPU", 1)), num_gpus=int(resources.get("GPU", 0)))
+    finally:
+        ray.shutdown()
+
+
+def _check_free(host: str, name: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"gateway.{name}: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+@contextmanager
+def _serving(
+    config: MantaConfig, plans: tuple[ModelPlan, ...], stop: threading.Event, *, joined: bool
+) -> Iterator[None]:
+    """All applications, running; on leaving, those that we started are gone."""
+    from ray import serve
+
+    from gateway.service import grpc_options, http_options
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    targets = run_targets(config, plans)
+    was_running = joined and bool(serve.status().proxies)
+    serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
+    try:
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait_until_running([target.name for target in targets], stop)
+        yield
+    finally:
+        if was_running:
+            for target in targets:
+                serve.delete(target.name)
+        else:
+            serve.shutdown()
+
+
+def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
+    """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
+    from ray import serve
+
+    from cluster.progress import clear_progress, read_progress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("starting processes", total=None)
+        while not stop.wait(0.2):
+            status = serve.status().applications
+            progress = [one for name in applications for one in read_progress(name)]
+            loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)
+            waiting = [
+                name
+                for application in applications
+                if application in status
+                for name, deployment in status[application].deployments.items()
+                if not deployment.replica_states.get("RUNNING")
+            ]
+            text = "loading weights" if loaded < total else "starting " + ", ".join(waiting)
+            bars.update(bar, completed=loaded, total=total or None, description=text)
+            for name in applications:
+                if name in status and status[name].status == "DEPLOY_FAILED":
+                    raise SetupError(f"{name} cannot be started: {status[name].message}")
+            if all(name in status and status[name].status == "RUNNING" for name in applications):
+                break
+    for name in applications:
+        clear_progress(name)
+
+
+def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str) -> None:
+    gateway = config.gateway
+    url = f"http://{gateway.host}:{gateway.http_port}"
+    name = plans[0].config.name
+    for plan in plans:
+        where = f"{len(plan.groups)} expert groups" if plan.expert_deployments else "experts in the coordinator"
+        console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
+    console.print(
+        f"\n  HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",
+        highlight=False,
+    )
+    question = "What is the best French cheese?"
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    console.print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'\n", **_PLAIN)
+    console.print(
+        "from openai import OpenAI\n"
+        f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
+        f'answer = client.chat.completions.create(model="{name}", '
+        f'messages=[{{"role": "user", "content": "{question}"}}])\n'
+        "print(answer.choices[0].message.content)\n",
+        **_PLAIN,
+    )
+    console.print(
+        "from mistralai.client import Mistral\n"
+        f'client = Mistral(server_url="{url}", api_key="none")\n'
+        f'answer = client.chat.complete(model="{name}", messages=[{{"role": "user", "content": "{question}"}}])\n'
+        "print(answer.choices[0].message.content)\n",
+        **_PLAIN,
+    )
+    console.print("Or: manta chat. Ctrl-C stops the server.", **_PLAIN)
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}

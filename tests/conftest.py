@@ -1,0 +1,101 @@
+"""One running server per test session, started as a user starts it, and a driver's connection to its Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.ports import free_port
+
+START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
+STOP_TIMEOUT_S = 60
+
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A `manta serve` that answers."""
+
+    url: str
+    grpc_address: str
+    ray_address: str
+    process: subprocess.Popen[str]
+    start_s: float  # until the first answer of /health with 200
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """`manta serve` with the embedded demo model. Ends it with Ctrl-C, and fails when a process is left."""
+    port, grpc_port = free_port(), free_port()
+    command = [Path(sys.executable).with_name("manta"), "serve", "--port", str(port), "--grpc-port", str(grpc_port)]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)  # type: ignore[arg-type]
+    reader.start()
+    children: list[psutil.Process] = []
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for_health(url, process, output)
+        start_s = time.monotonic() - started
+        _wait_for(lambda: "Ctrl-C stops" in "".join(output), 30, "the announcement")
+        ray_address = re.search(r"Ray (\S+:\d+)", "".join(output))
+        assert ray_address is not None, "".join(output)
+        yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s)
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"Ctrl-C did not stop the server: {''.join(output)}") from None
+        reader.join(5)
+        process.stdout.close()  # type: ignore[union-attr]
+    assert process.returncode == 0, "".join(output)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, f"Ctrl-C left processes behind: {alive}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(server: Server) -> Iterator[str]:
+    """This process as a driver of the server's Ray cluster; tests deploy there under names of their own."""
+    import ray
+
+    ray.init(address=server.ray_address, log_to_driver=False, logging_level="error")
+    yield server.ray_address
+    ray.shutdown()
+
+
+def _wait_for_health(url: str, process: subprocess.Popen[str], output: list[str]) -> None:
+    def healthy() -> bool:
+        assert process.poll() is None, f"manta serve ended: {''.join(output)}"
+        try:
+            return httpx.get(f"{url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    _wait_for(healthy, START_TIMEOUT_S, "the server")
+
+
+def _wait_for(condition: object, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.2)

@@ -1,0 +1,82 @@
+"""Stock clients against the running server: what a user's first minutes look like."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import mistralai.client
+import openai
+import pytest
+
+from cluster.demo_model.corpus import questions
+
+MODEL = "manta-demo"
+CHEESE = {"role": "user", "content": "What is the best French cheese?"}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        yield client
+
+
+def test_openai_lists_the_model(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def test_openai_chat_plain_and_streamed_are_equal(client):
+    plain = client.chat.completions.create(model=MODEL, messages=[CHEESE], temperature=0)
+    assert plain.choices[0].message.content == dict(questions)[CHEESE["content"]]
+    assert plain.choices[0].finish_reason == "stop"
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=[CHEESE], temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == plain.choices[0].message.content
+    assert chunks[-1].usage == plain.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+
+
+def test_openai_completion_with_token_ids(client):
+    by_text = client.completions.create(model=MODEL, prompt="Hello my name is", max_tokens=20, temperature=0)
+    assert by_text.usage.completion_tokens <= 20
+    assert by_text.choices[0].text
+
+
+def test_mistralai_chat_plain_and_streamed(server):
+    with mistralai.client.Mistral(server_url=server.url, api_key="none", timeout_ms=120_000) as client:
+        plain = client.chat.complete(model=MODEL, messages=[CHEESE], temperature=0)
+        assert plain.choices[0].message.content == dict(questions)[CHEESE["content"]]
+        with client.chat.stream(model=MODEL, messages=[CHEESE], temperature=0) as events:
+            streamed = "".join(event.data.choices[0].delta.content or "" for event in events)
+        assert streamed == plain.choices[0].message.content
+
+
+def test_the_demo_model_answers_its_questions_exactly(server):
+    """Every question of the corpus, sixteen at a time, greedy."""
+
+    async def ask(client, slots, question):
+        async with slots:
+            answer = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": question}], temperature=0
+            )
+            return answer.choices[0].message.content
+
+    async def ask_all():
+        slots = asyncio.Semaphore(16)
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0
+        ) as client:
+            return await asyncio.gather(*(ask(client, slots, question) for question, _ in questions))
+
+    answers = asyncio.run(ask_all())
+    wrong = [(q, a, got) for (q, a), got in zip(questions, answers, strict=True) if a != got]
+    assert not wrong, f"{len(wrong)} of {len(questions)}: {wrong[:3]}"
+
+
+def test_health_and_version(server):
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert "version" in httpx.get(f"{server.url}/version").json()
