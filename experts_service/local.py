@@ -25,7 +25,8 @@ class LocalTransport:
     @torch.inference_mode()
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         for part in parts:
-            part.answer.copy_(self._groups[part.group](layer, rows[part.row_indices], part.counts))
+            indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
+            part.answer.copy_(self._groups[part.group](layer, rows.index_select(0, indices), part.counts))
         return _Landed()
 
     def close(self) -> None:

@@ -37,6 +37,7 @@ class _Call:
     replica_id: str = ""
     epoch: int = 0
     reference: Any = None  # None: the call could not even be sent
+    error: BaseException | None = None  # why the last attempt failed
 
 
 class ObjectStoreTransport:
@@ -59,8 +60,7 @@ class ObjectStoreTransport:
         shared = None if inline else ray.put(batch)
         calls = []
         for part in parts:
-            indices = part.row_indices.cpu().numpy()  # [R]
-            which = (batch.take(indices, axis=0), None) if inline else (shared, indices)
+            which = (batch.take(part.row_indices, axis=0), None) if inline else (shared, part.row_indices)
             call = _Call(part, (self._fingerprint, layer, *which, part.counts))
             self.attempt(call)
             calls.append(call)
@@ -81,10 +81,11 @@ class ObjectStoreTransport:
                 run = ray.get_actor(replica.actor, namespace=replica.namespace).run
                 self._run_methods[replica.actor] = run
             call.reference = run.remote(*call.arguments)
-        except (RayError, ValueError):  # ValueError: no actor of that name lives
-            self.suspect(call)
+        except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
+            self.suspect(call, error)
 
-    def suspect(self, call: _Call) -> None:
+    def suspect(self, call: _Call, error: Exception) -> None:
+        call.error = error
         self.table.suspect(self.deployments[call.part.group], call.replica_id, call.epoch)
 
     def close(self) -> None:
@@ -116,20 +117,20 @@ class _ObjectStoreFlight:
         """One answer, with as many attempts as the deadline allows."""
         deployment = self._transport.deployments[call.part.group]
         pause = FIRST_PAUSE_S
-        error: Exception | None = None
         while True:
             if call.reference is not None:
                 try:
                     answer = ray.get(call.reference, timeout=self._remaining())
                 except GetTimeoutError as timeout:
-                    raise self._unavailable(call, error or timeout) from timeout
+                    call.error = call.error or timeout
+                    raise self._unavailable(call) from timeout
                 except RayTaskError as failure:
                     if isinstance(failure.cause, MantaError):
                         raise failure.cause from None
-                    raise self._unavailable(call, failure.cause) from failure
+                    call.error = failure.cause
+                    raise self._unavailable(call) from failure
                 except RayError as failure:
-                    error = failure
-                    self._transport.suspect(call)
+                    self._transport.suspect(call, failure)
                 else:
                     self._transport.table.trust(deployment, call.replica_id)
                     write(answer, call.part.answer)
@@ -138,15 +139,15 @@ class _ObjectStoreFlight:
                 self._transport.table.wait_for_change(self._transport.table.epoch, min(pause, self._remaining()))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             if self._remaining() <= 0:
-                raise self._unavailable(call, error) from error
+                raise self._unavailable(call) from call.error
             self._transport.attempt(call)
 
     def _remaining(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
-    def _unavailable(self, call: _Call, error: object) -> ExpertUnavailable:
+    def _unavailable(self, call: _Call) -> ExpertUnavailable:
         group = call.part.group
-        reason = "no replica is known" if error is None else type(error).__name__
+        reason = "no replica is known" if call.error is None else type(call.error).__name__
         return ExpertUnavailable(
             f"expert group {group} did not answer for layer {self._layer} within {self._transport.timeout_s:g} s "
             f"({reason})",

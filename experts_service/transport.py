@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
@@ -21,7 +23,7 @@ class GroupRows:
     """What one group is asked in one dispatch: R rows of the batch, ordered by expert as the group lists them."""
 
     group: int
-    row_indices: Tensor  # [R] int64, into the batch; a row comes once for each of its experts in this group
+    row_indices: npt.NDArray[np.int64]  # [R], into the batch; a row comes once for each of its experts in this group
     counts: tuple[int, ...]  # rows of each expert of the group; their sum is R ≥ 1
     answer: Tensor  # [R, D] contiguous part of the combine buffer; the transport writes it
 
