@@ -1,0 +1,214 @@
+"""The gRPC door over a real socket: the servicer that Serve calls by name, here behind a plain grpc.aio server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc_tools
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_tools import protoc
+
+import gateway
+from cluster.config import GatewayConfig
+from cluster.errors import EngineDead, Overloaded
+from cluster.messages import ModelCard
+from gateway import chat_pb2, chat_pb2_grpc
+from gateway.frontend import Frontend
+from gateway.grpc_door import GrpcDoor
+from gateway.health import ModelHealth
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, tokens_script
+
+ANSWER = "Grüße 👩‍🚀, 你好"
+USER = [chat_pb2.Message(role="user", content="Hello")]
+
+
+@contextlib.contextmanager
+def grpc_server(frontend: Frontend) -> Iterator[grpc.Channel]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> tuple[Any, int]:
+        server = grpc.aio.server()
+        door = GrpcDoor(frontend)
+        chat_pb2_grpc.add_MantaServicer_to_server(door, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(door, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(0), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def coordinator(tokenizer: HuggingFaceTokenizer) -> ScriptedCoordinator:
+    return ScriptedCoordinator(tokens_script(tokenizer.encode(ANSWER)[1:]))
+
+
+@pytest.fixture
+def channel(card: ModelCard, coordinator: ScriptedCoordinator) -> Iterator[grpc.Channel]:
+    with grpc_server(build_frontend(card, coordinator)) as channel:
+        yield channel
+
+
+def test_streamed_chat_is_the_whole_chat(channel: grpc.Channel, tokenizer: HuggingFaceTokenizer) -> None:
+    stub = chat_pb2_grpc.MantaStub(channel)
+    sampling = chat_pb2.Sampling(n=2, logprobs=1, seed=3)
+    request = chat_pb2.ChatRequest(model="tiny", messages=USER, sampling=sampling)
+    whole, call = stub.Chat.with_call(request)
+    assert dict(call.trailing_metadata())["x-request-id"] == whole.id
+    assert [choice.text for choice in whole.choices] == [ANSWER] * 2
+    assert {choice.finish_reason for choice in whole.choices} == {chat_pb2.FINISH_REASON_STOP}
+    assert list(whole.choices[0].token_ids) == [*tokenizer.encode(ANSWER)[1:], 1]
+    assert len(whole.choices[0].logprobs) == len(whole.choices[0].token_ids)
+    chunks = list(stub.ChatStream(request))
+    for index in range(2):
+        assert "".join(c.choice.text for c in chunks if c.choice.index == index) == ANSWER
+    assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].usage == whole.usage
+
+
+def test_generate_takes_text_or_ids(
+    channel: grpc.Channel, coordinator: ScriptedCoordinator, tokenizer: HuggingFaceTokenizer
+) -> None:
+    stub = chat_pb2_grpc.MantaStub(channel)
+    ids = tokenizer.encode("Hello")
+    for prompt in ({"text": "Hello"}, {"token_ids": chat_pb2.TokenIds(ids=ids)}):
+        request = chat_pb2.GenerateRequest(model="tiny", **prompt)
+        assert stub.Generate(request).choices[0].text == ANSWER
+        assert "".join(chunk.choice.text for chunk in stub.GenerateStream(request)) == ANSWER
+    assert {request.prompt_token_ids for request in coordinator.requests} == {ids}
+
+
+def test_zero_and_unset_differ(channel: grpc.Channel, coordinator: ScriptedCoordinator) -> None:
+    stub = chat_pb2_grpc.MantaStub(channel)
+    stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER))
+    stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER, sampling=chat_pb2.Sampling(temperature=0, seed=0)))
+    assert [request.sampling.temperature for request in coordinator.requests] == [1.0, 0.0]
+    assert coordinator.requests[1].seed == 0
+
+
+BAD: list[tuple[dict[str, Any], Any, str]] = [
+    ({"model": "absent"}, grpc.StatusCode.NOT_FOUND, "absent"),
+    ({"model": ""}, grpc.StatusCode.NOT_FOUND, "tiny"),
+    ({"messages": []}, grpc.StatusCode.INVALID_ARGUMENT, "messages"),
+    ({"messages": [chat_pb2.Message(role="king", content="x")]}, grpc.StatusCode.INVALID_ARGUMENT, "messages[0].role"),
+    ({"sampling": chat_pb2.Sampling(temperature=-1)}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+    ({"sampling": chat_pb2.Sampling(temperature=float("nan"))}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+    ({"sampling": chat_pb2.Sampling(max_tokens=0)}, grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+    ({"sampling": chat_pb2.Sampling(max_tokens=999)}, grpc.StatusCode.INVALID_ARGUMENT, "256"),
+    ({"sampling": chat_pb2.Sampling(n=99)}, grpc.StatusCode.INVALID_ARGUMENT, "n"),
+    ({"sampling": chat_pb2.Sampling(logit_bias={999: 1})}, grpc.StatusCode.INVALID_ARGUMENT, "logit_bias.999"),
+    ({"sampling": chat_pb2.Sampling(logprobs=21)}, grpc.StatusCode.INVALID_ARGUMENT, "top_logprobs"),
+    ({"messages": [chat_pb2.Message(role="user", content="x" * 4096)]}, grpc.StatusCode.RESOURCE_EXHAUSTED, "2048"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "named"), BAD, ids=range(len(BAD)))
+def test_a_wrong_field_is_named(
+    card: ModelCard, coordinator: ScriptedCoordinator, change: dict[str, Any], code: Any, named: str
+) -> None:
+    with grpc_server(build_frontend(card, coordinator, GatewayConfig(max_body_bytes=2048))) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)
+        request = chat_pb2.ChatRequest(**({"model": "tiny", "messages": USER} | change))
+        for call in (stub.Chat, lambda message: list(stub.ChatStream(message))):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request)
+            assert refused.value.code() == code  # type: ignore[attr-defined]
+            assert named in refused.value.details()  # type: ignore[attr-defined]
+            assert "x-request-id" in dict(refused.value.trailing_metadata())  # type: ignore[attr-defined]
+
+
+def test_errors_of_the_engine_have_their_codes(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    begun = tokenizer.encode("Hello")[1:]
+    for tokens in ((), begun):
+        for error, code in (
+            (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            (EngineDead("dead"), grpc.StatusCode.UNAVAILABLE),
+            (KeyError("secret"), grpc.StatusCode.INTERNAL),
+        ):
+            frontend = build_frontend(card, ScriptedCoordinator(failing_script(tokens, error)))
+            with grpc_server(frontend) as channel:
+                stub = chat_pb2_grpc.MantaStub(channel)
+                request = chat_pb2.ChatRequest(model="tiny", messages=USER)
+                with pytest.raises(grpc.RpcError) as failed:
+                    list(stub.ChatStream(request))
+                assert failed.value.code() == code  # type: ignore[attr-defined]
+                assert "secret" not in failed.value.details()  # type: ignore[attr-defined]
+
+
+def test_cancellation_and_deadline_abort(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 20)[1:], pause_s=0.1, eos=None))
+    with grpc_server(build_frontend(card, coordinator)) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)
+        request = chat_pb2.ChatRequest(model="tiny", messages=USER)
+        stream = stub.ChatStream(request)
+        next(stream)
+        assert coordinator.running == 1
+        left = time.monotonic()
+        stream.cancel()
+        _wait_for(lambda: coordinator.running == 0)
+        assert coordinator.closed_at[-1] - left < 0.25
+        for call in (stub.Chat, lambda message, timeout: list(stub.ChatStream(message, timeout=timeout))):
+            left = time.monotonic()
+            with pytest.raises(grpc.RpcError) as expired:
+                call(request, timeout=0.3)
+            assert expired.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+            _wait_for(lambda: coordinator.running == 0)
+            assert coordinator.closed_at[-1] - left < 0.55
+
+
+def test_models_and_health(card: ModelCard, coordinator: ScriptedCoordinator) -> None:
+    state = {card.name: ModelHealth("loading")}
+    frontend = build_frontend(card, coordinator, probe=lambda cards: dict(state))
+    with grpc_server(frontend) as channel:
+        stub, health = chat_pb2_grpc.MantaStub(channel), health_pb2_grpc.HealthStub(channel)
+        check = health_pb2.HealthCheckRequest
+        assert health.Check(check()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not stub.ListModels(chat_pb2.ListModelsRequest()).models[0].ready
+        with pytest.raises(grpc.RpcError) as loading:
+            stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER))
+        assert loading.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        watch = health.Watch(check(service="manta.v1.Manta"))
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        state[card.name] = ModelHealth("ready")
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+        assert health.Check(check(service="manta.v1.Manta")).status == health_pb2.HealthCheckResponse.SERVING
+        assert set(health.List(health_pb2.HealthListRequest()).statuses) == {"", "manta.v1.Manta"}
+        with pytest.raises(grpc.RpcError) as unknown:
+            health.Check(check(service="absent"))
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+
+
+def test_the_generated_files_are_those_of_the_proto(tmp_path: Path) -> None:
+    root = Path(gateway.__file__).parent.parent
+    flags = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    well_known = str(Path(grpc_tools.__file__).parent / "_proto")
+    assert protoc.main(["protoc", f"-I{root}", f"-I{well_known}", *flags, "gateway/chat.proto"]) == 0
+    for name in ("chat_pb2.py", "chat_pb2.pyi", "chat_pb2_grpc.py"):
+        assert (root / "gateway" / name).read_text() == (tmp_path / "gateway" / name).read_text()
+
+
+def _wait_for(condition: Any) -> None:
+    until = time.monotonic() + 3
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
+    assert condition()

@@ -1,0 +1,158 @@
+"""What a gateway replica imports and pickles, and what failures of a coordinator become."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.config import GatewayConfig
+from cluster.errors import ModelLoading
+from cluster.messages import ModelCard, Request, TokenChunk
+from gateway.frontend import Frontend, Usage
+from gateway.health import Health, ModelHealth
+from gateway.protocol import ChatCompletionRequest, Message
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+
+
+def run_python(code: str) -> str:
+    """In a process of its own: importing Serve warns, and what is imported is the question."""
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_gateway_never_imports_torch(tokenizer_directory: Path) -> None:
+    code = f"""
+import sys
+import gateway.service
+from pathlib import Path
+from gateway.tokenizer import HuggingFaceTokenizer
+tokenizer = HuggingFaceTokenizer(Path({str(tokenizer_directory)!r}))
+tokenizer.encode_chat([{{"role": "user", "content": "Hi"}}])
+import mistral_common.tokens.tokenizers.mistral
+print(sorted({{"torch", "router_service", "experts_service"}} & set(sys.modules)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_a_gateway_is_pickled_small() -> None:
+    code = """
+from ray import cloudpickle
+from gateway.service import Gateway
+print(len(cloudpickle.dumps(Gateway.func_or_class)))
+"""
+    assert int(run_python(code)) < 20_000
+
+
+def test_failures_of_a_coordinator_have_their_class() -> None:
+    code = """
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from cluster.errors import ExpertUnavailable
+from gateway.coordinator_client import manta_error
+wrapped = RayTaskError("generate", "traceback", ExpertUnavailable("no expert", retry_after_s=4.0))
+print(manta_error(wrapped).retry_after_s, manta_error(wrapped.as_instanceof_cause()).message)
+for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutError()):
+    print(type(manta_error(error)).__name__)
+"""
+    lines = run_python(code).splitlines()
+    assert lines == ["4.0 no expert", "Unavailable", "Overloaded", "KeyError", "Unavailable"]
+
+
+def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:
+    asked = []
+
+    def probe(cards: object) -> dict[str, ModelHealth]:
+        asked.append(time.monotonic())
+        return {card.name: ModelHealth("starting" if len(asked) == 1 else "ready")}
+
+    async def run() -> None:
+        health = Health((card,), probe)
+        for _ in range(20):
+            with pytest.raises(ModelLoading, match="starting"):
+                await health.require(card)
+        await asyncio.gather(*(health.models() for _ in range(20)))
+        assert len(asked) == 1
+        await asyncio.sleep(0.55)
+        await health.require(card)
+        await health.require(card)
+        assert len(asked) == 2
+
+    asyncio.run(run())
+
+
+def test_leaving_early_closes_every_choice(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 20)[1:], pause_s=0.01, eos=None))
+    frontend = build_frontend(card, coordinator)
+
+    async def run() -> None:
+        body = ChatCompletionRequest(model="tiny", messages=[Message(role="user", content="Hi")], n=4)
+        generation = await frontend.chat(body)
+        deltas = frontend.generate(generation, Usage(0))
+        for _ in range(6):
+            await anext(deltas)
+        assert coordinator.running == 4
+        await deltas.aclose()
+        assert (coordinator.running, frontend.num_ongoing) == (0, 0)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("min_tokens", [0, 4])
+def test_stop_strings_wait_for_min_tokens(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer, chunk: int, min_tokens: int
+) -> None:
+    tokens = [tokenizer.encode(letter)[1] for letter in "abSabSab"]
+    coordinator = ScriptedCoordinator(tokens_script(tokens, chunk=chunk))
+    frontend = build_frontend(card, coordinator)
+    text, ids, usage = asyncio.run(_generate(frontend, min_tokens))
+    assert text == ("ab" if min_tokens == 0 else "abSab")
+    assert ids == tokens[: 3 if min_tokens == 0 else 6]
+    assert usage.completion_tokens == len(ids)
+    assert coordinator.running == 0
+
+
+def test_a_prompt_gets_the_same_requests_alone_and_in_a_list(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    from gateway.protocol import CompletionRequest
+    from gateway.validator import Validator
+
+    validator = Validator(card, tokenizer, GatewayConfig())
+    together = validator.completion(CompletionRequest(model="tiny", prompt=["a", "b"], n=2, seed=5)).requests
+    alone = validator.completion(CompletionRequest(model="tiny", prompt="b", n=2, seed=5)).requests
+    assert [(r.seed, r.choice_index, r.prompt_token_ids) for r in together[2:]] == [
+        (r.seed, r.choice_index, r.prompt_token_ids) for r in alone
+    ]
+    assert len({r.key for r in together}) == 4
+    drawn = {validator.completion(CompletionRequest(model="tiny", prompt="b")).requests[0].seed for _ in range(9)}
+    assert len(drawn) == 9
+
+
+def test_a_doubled_token_is_never_shown(card: ModelCard) -> None:
+    async def script(request: Request) -> AsyncIterator[TokenChunk]:
+        for _ in range(2):
+            yield TokenChunk(request.request_id, request.choice_index, 0, (40,))
+
+    with pytest.raises(Exception, match="lost or doubled"):
+        asyncio.run(_generate(build_frontend(card, ScriptedCoordinator(script)), 0))
+
+
+async def _generate(frontend: Frontend, min_tokens: int) -> tuple[str, list[int], Usage]:
+    message = Message(role="user", content="Hi")
+    body = ChatCompletionRequest(model="tiny", messages=[message], stop=["S"], min_tokens=min_tokens)
+    usage = Usage(0)
+    text, ids = "", []
+    async for delta in frontend.generate(await frontend.chat(body), usage):
+        text += delta.text
+        ids += delta.token_ids
+    return text, ids, usage
