@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from cluster.architecture import Architecture, coordinator_tensors, expert_tensors
+from cluster.errors import ConfigError, DoesNotFit
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+# Resident memory of a process before it holds a weight, measured with Ray 2.60 and torch 2.13 on Linux.
+SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
+TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,3 +24,134 @@ class ExpertGroup:
 
     index: int
     experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a machine has free."""
+
+    name: str
+    memory_bytes: int
+    gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
+
+
+def plan_groups(
+    setting: Literal["auto"] | Sequence[Sequence[int]], num_experts: int, num_gpus: int, num_cpus: int
+) -> tuple[ExpertGroup, ...]:
+    """The groups of a model.
+
+    `auto`: one expert a group where there is a GPU for each, else a group for each GPU; without GPUs a group for each
+    core, and at least 2; sizes differ by at most one expert. `num_gpus` are those that experts may have. Raises
+    ConfigError when a list of groups does not name every expert exactly once.
+    """
+    if setting == "auto":
+        num_groups = min(num_experts, num_gpus or max(2, num_cpus))
+        bounds = [num_experts * i // num_groups for i in range(num_groups + 1)]
+        return tuple(ExpertGroup(i, tuple(range(bounds[i], bounds[i + 1]))) for i in range(num_groups))
+    named = [expert for group in setting for expert in group]
+    for index, group in enumerate(setting):
+        if not group:
+            raise ConfigError(f"experts.groups: group {index} is empty")
+    for expert in named:
+        if not 0 <= expert < num_experts:
+            raise ConfigError(f"experts.groups: there is no expert {expert}; the model has 0 to {num_experts - 1}")
+        if named.count(expert) > 1:
+            raise ConfigError(f"experts.groups: expert {expert} is named {named.count(expert)} times")
+    if missing := sorted(set(range(num_experts)) - set(named)):
+        raise ConfigError(f"experts.groups: expert {', '.join(map(str, missing))} is in no group")
+    return tuple(ExpertGroup(index, tuple(group)) for index, group in enumerate(setting))
+
+
+def expert_bytes(architecture: Architecture, dtype: Dtype, num_experts: int = 1) -> int:
+    """Weights of that many experts in all layers."""
+    one_layer = sum(math.prod(shape) for shape in expert_tensors(architecture, 0, 0).values())
+    return num_experts * architecture.num_layers * one_layer * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(architecture: Architecture, dtype: Dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[dtype]
+
+
+def coordinator_bytes(architecture: Architecture, dtype: Dtype, *, kv_tokens: int) -> int:
+    """Weights of the half that is not experts, and a KV cache of that many tokens."""
+    weights = sum(math.prod(shape) for shape in coordinator_tensors(architecture).values()) * DTYPE_BYTES[dtype]
+    return weights + kv_tokens * kv_bytes_per_token(architecture, dtype)
+
+
+def check_fit(
+    architecture: Architecture,
+    dtype: Dtype,
+    groups: Sequence[ExpertGroup],
+    nodes: Sequence[Node],
+    *,
+    kv_tokens: int,
+    num_coordinators: int = 1,
+    gpus_per_shard: float = 0.0,
+    gpus_per_coordinator: float = 0.0,
+) -> None:
+    """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place.
+
+    Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
+    that asks for half a GPU shares it; one that asks for two gets two whole ones of one node.
+    """
+    shards = [
+        (f"expert group {group.index}", expert_bytes(architecture, dtype, len(group.experts)), gpus_per_shard)
+        for group in groups
+    ]
+    attention = coordinator_bytes(architecture, dtype, kv_tokens=kv_tokens)
+    processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
+    memory = [node.memory_bytes for node in nodes]
+    gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] left of each
+    for name, weights, share in sorted(processes, key=lambda process: -process[1]):
+        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else weights)
+        place = _place(share, weights, host, memory, gpus)
+        if place is None:
+            raise DoesNotFit(_sentence(name, weights, host, share, processes, nodes, memory))
+    return
+
+
+def _place(share: float, weights: int, host: int, memory: list[int], gpus: list[list[list[float]]]) -> int | None:
+    """Take what the process needs from the node with most memory free. None: no node has it."""
+    for node in sorted(range(len(memory)), key=lambda index: -memory[index]):
+        if memory[node] < host:
+            continue
+        if share:
+            count, each = max(1, math.ceil(share)), min(1.0, share)
+            free = sorted((g for g in gpus[node] if g[0] >= each - 1e-9), key=lambda gpu: -gpu[1])
+            if len(free) < count or free[count - 1][1] < weights / count:
+                continue
+            for gpu in free[:count]:
+                gpu[0] -= each
+                gpu[1] -= weights / count
+        memory[node] -= host
+        return node
+    return None
+
+
+def _sentence(
+    name: str,
+    weights: int,
+    host: int,
+    share: float,
+    processes: Sequence[tuple[str, int, float]],
+    nodes: Sequence[Node],
+    memory: Sequence[int],
+) -> str:
+    total = gib(sum(size for _, size, _ in processes))
+    if share:
+        have = [size for node in nodes for size in node.gpu_memory_bytes]
+        wanted = sum(gpus for *_, gpus in processes)
+        return (
+            f"{name} needs {share:g} GPU with {gib(weights)} free, and no node has one left: the model needs {total} "
+            f"on {wanted:g} GPUs in all, and the cluster has {gib(sum(have))} on {len(have)} GPUs"
+        )
+    return (
+        f"{name} needs {gib(host)} of memory, and the most that a node has left is {gib(max(memory, default=0))}: the "
+        f"model needs {total} in all, and the cluster has {gib(sum(node.memory_bytes for node in nodes))} free"
+    )
+
+
+def gib(size: int) -> str:
+    """`7.25 GiB`, for a person."""
+    return f"{size / 2**30:.2f} GiB"
