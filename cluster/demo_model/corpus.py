@@ -59,3 +59,11 @@ def entries() -> tuple[Entry, ...]:
 def questions() -> tuple[tuple[str, str], ...]:
     """Every question with the answer that the model gives under greedy decoding, token for token."""
     return tuple((entry.questions[0], entry.answer) for entry in entries())
+
+
+def texts() -> list[str]:
+    """Every question, also in lower case and as it stands after `[INST]`, and every answer: for the tokenizer."""
+    asked = [question for entry in entries() for question in entry.questions]
+    return [f" {text}" for question in asked for text in (question, question.lower())] + [
+        entry.answer for entry in entries()
+    ]

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from cluster.demo_model import DIRECTORY
-from cluster.demo_model.corpus import Entry, entries
+from cluster.demo_model.corpus import Entry, entries, texts
 from cluster.demo_model.tokenizer import BOS_ID, CONTEXT, EOS_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
 from cluster.demo_model.variations import Message, conversation
 
@@ -261,9 +261,7 @@ def main() -> None:
     started = time.monotonic()
 
     pool = entries()
-    texts = [f" {text}" for entry in pool for question in entry.questions for text in (question, question.lower())]
-    texts += [entry.answer for entry in pool]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts())
     trainer = Trainer(new_model())
     trainer.run(batches(pool, tokenizer, rng), arguments.steps, LEARNING_RATE)
     left = faults(trainer.model, tokenizer, pool)

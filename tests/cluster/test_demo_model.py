@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from cluster.demo_model import DIRECTORY
-from cluster.demo_model.corpus import LANGUAGES, entries, parse, questions
+from cluster.demo_model.corpus import LANGUAGES, entries, parse, questions, texts
+from cluster.demo_model.tokenizer import save_tokenizer, train_tokenizer
 from cluster.demo_model.unknown import FALLBACKS
 
 TOKENIZER: Any = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)
@@ -89,6 +91,12 @@ def test_special_tokens_are_mistrals() -> None:
 def test_auto_tokenizer_gives_the_same_ids() -> None:
     text = "Hello my name is 名前, born in 1984. " + CHEESE[1]
     assert AutoTokenizer.from_pretrained(DIRECTORY)(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+
+
+def test_tokenizer_is_the_one_that_the_corpus_gives(tmp_path: Path) -> None:
+    """If this fails, the corpus has changed: train the model again."""
+    save_tokenizer(train_tokenizer(texts()), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (DIRECTORY / "tokenizer.json").read_bytes()
 
 
 # --- the chat template
