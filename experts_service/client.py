@@ -39,17 +39,20 @@ class ExpertPool:
         self._deployments = {g: Deployment(h.app_name, h.deployment_name) for g, h in self._handles.items()}
         self._attached: dict[int, str] = {}  # group → replica id at the other end of its stream
         self._streams: dict[int, Any] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="expert-pool", daemon=True)
         self._tasks: list[Future[None]] = []
         self._stop_listening: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
 
     def connect(self, timeout_s: float) -> None:
         """Return once each group has a replica. Raises ExpertUnavailable, naming those without, at the timeout."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="expert-pool", daemon=True)
         self._thread.start()
         self._stop_listening = self._table.listen(self._on_change)
         for group in self._handles:
-            self._tasks.append(asyncio.run_coroutine_threadsafe(self._stay_attached(group), self._loop))
+            task = asyncio.run_coroutine_threadsafe(self._stay_attached(group), self._loop)
+            task.add_done_callback(_report)
+            self._tasks.append(task)
         self._table.wait_for(self._deployments.values(), timeout_s)
 
     def transport(self, fingerprint: str, timeout_s: float) -> Transport:
@@ -62,7 +65,7 @@ class ExpertPool:
 
     def close(self) -> None:
         """End the streams and the thread. Idempotent."""
-        if not self._thread.is_alive():
+        if self._thread is None:
             return
         if self._stop_listening is not None:
             self._stop_listening()
@@ -75,12 +78,13 @@ class ExpertPool:
         self._thread.join(2.0)
         if not self._thread.is_alive():
             self._loop.close()
+        self._thread = None
 
     async def _stay_attached(self, group: int) -> None:
         while True:
-            stream = self._handles[group].options(stream=True).attach.remote(self._coordinator)
-            self._streams[group] = stream
             try:
+                stream = self._handles[group].options(stream=True).attach.remote(self._coordinator)
+                self._streams[group] = stream
                 async for where in stream:
                     self._attached[group] = where["replica_id"]
                     self._table.trust(self._deployments[group], where["replica_id"])
@@ -90,8 +94,8 @@ class ExpertPool:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by close, not by its stream
                     raise
             finally:
-                stream.cancel()
-                self._streams.pop(group, None)
+                if ended := self._streams.pop(group, None):
+                    ended.cancel()
                 self._attached.pop(group, None)
             await asyncio.sleep(REATTACH_PAUSE_S)
 
@@ -103,3 +107,8 @@ class ExpertPool:
         for group, replica_id in list(self._attached.items()):
             if all(r.replica_id != replica_id for r in self._table.replicas(self._deployments[group])):
                 self._streams[group].cancel()
+
+
+def _report(task: Future[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("an attach stream is not kept any more: %r", error)

@@ -101,9 +101,15 @@ class RoutingTable:
             return self._changed.wait_for(lambda: self._epoch > epoch, timeout_s)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call `listener` after each change, on the thread that made it. Returns what ends that."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+        """Call `listener` after each change, on the thread that made it. Returns what ends that for good."""
+        with self._changed:
+            self._listeners.append(listener)
+
+        def stop() -> None:
+            with self._changed:
+                self._listeners.remove(listener)
+
+        return stop
 
     def _mark(self, deployment: Deployment, replica_id: str, *, suspected: bool) -> None:
         before = self.replicas(deployment)

@@ -24,7 +24,7 @@ from experts_service.shard import ShardSpec, ShardStats, start_shard
 
 REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which Ray does not count
 SHARD_CPUS = 0.01
-PROBE_INTERVAL_S = 0.5
+PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 STUCK_S = 300.0  # a shard that is up and answers nothing for this long is restarted
 NAMESPACE = "manta"

@@ -30,11 +30,14 @@ APPLICATION = "experts-test"
 GROUPS = (ExpertGroup(0, (0, 1)), ExpertGroup(1, (2, 3)))
 
 
-class Holder:
+def holder() -> serve.Deployment:
     """Stands for the coordinator: the ingress of the application, which Serve gives the handles."""
 
-    def __init__(self, *handles: Any) -> None:
-        self._handles = handles
+    class Holder:  # local, so that it travels by value: the cluster's processes know nothing of tests
+        def __init__(self, *handles: Any) -> None:
+            self._handles = handles
+
+    return serve.deployment(Holder).options(name="holder", ray_actor_options={"num_cpus": 0.01})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def pool(ray_cluster: None, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
+def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
     specs = [
         ShardSpec(
             application=APPLICATION,
@@ -59,8 +62,7 @@ def pool(ray_cluster: None, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
         )
         for group in GROUPS
     ]
-    holder = serve.deployment(Holder).options(name="holder", ray_actor_options={"num_cpus": 0.01})
-    application = holder.bind(*(expert_deployment(spec) for spec in specs))
+    application = holder().bind(*(expert_deployment(spec) for spec in specs))
     serve.run(application, name=APPLICATION, route_prefix=None)
     pool = ExpertPool({g.index: serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS})
     pool.connect(timeout_s=30.0)
