@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -47,7 +48,8 @@ class ServeCoordinatorClient:
     async def stats(self) -> EngineStats:
         self._connect()
         try:
-            stats: EngineStats = await self._handle.stats.remote()
+            async with asyncio.timeout(STATS_TIMEOUT_S):
+                stats: EngineStats = await self._handle.stats.remote()
         except Exception as error:
             raise manta_error(error) from error
         return stats

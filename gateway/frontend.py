@@ -92,8 +92,7 @@ class Frontend:
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model)
-        size = sum(len(message.content) for message in body.messages if isinstance(message.content, str | list))
-        if size < INLINE_CHARS:
+        if sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
             return model.validator.chat(body, timeout_s)
         return await asyncio.to_thread(model.validator.chat, body, timeout_s)
 
@@ -109,8 +108,7 @@ class Frontend:
 
         Close it (`aclosing`) to abort: its sequences are gone when the close returns.
         """
-        if self.num_ongoing >= self.config.max_ongoing_requests:
-            raise Overloaded(f"the gateway is at its limit of {self.config.max_ongoing_requests} requests")
+        self._refuse_when_full()
         self.num_ongoing += 1
         try:
             model = self.model(generation.card.name)
@@ -132,8 +130,14 @@ class Frontend:
 
     async def _admit(self, name: str) -> ServedModel:
         model = self.model(name)
+        self._refuse_when_full()
         await self.health.require(model.card)
         return model
+
+    def _refuse_when_full(self) -> None:
+        bound = self.config.max_ongoing_requests
+        if self.num_ongoing >= bound:
+            raise Overloaded(f"the gateway is at its limit of {bound} requests")
 
 
 class _Choice:
@@ -226,3 +230,8 @@ async def _merge(choices: list[_Choice], coordinator: CoordinatorClient) -> Asyn
 def _closable(stream: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:
     """A CoordinatorClient's streams are async generators."""
     return cast("AsyncGenerator[TokenChunk, None]", stream)
+
+
+def _num_chars(content: object) -> int:
+    """Roughly, whatever the client sent."""
+    return len(content) if isinstance(content, str) else len(str(content))

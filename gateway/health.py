@@ -6,6 +6,7 @@ A model is ready when each of its deployments has a running replica. That is als
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from cluster.errors import ModelLoading
 from cluster.messages import ModelCard
 
 MAX_AGE_S = 0.5
+MAX_AGE_BEHIND_REQUESTS_S = 2.0  # while everything is ready; a probe costs milliseconds of the controller's time
+PROBE_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "loading", "ready", "failed"]
 
@@ -44,7 +49,7 @@ class Health:
     def __init__(self, cards: Sequence[ModelCard], probe: Probe) -> None:
         self._cards = tuple(cards)
         self._probe = probe
-        self._models: dict[str, ModelHealth] = {}
+        self._models = {card.name: ModelHealth("starting", card.deployments) for card in cards}
         self._probed_at = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -56,9 +61,8 @@ class Health:
 
     async def require(self, card: ModelCard) -> None:
         """Raises ModelLoading unless the model is ready."""
-        known = self._models.get(card.name)
-        if known is not None and known.phase == "ready":
-            if time.monotonic() - self._probed_at > MAX_AGE_S:
+        if self._models[card.name].phase == "ready":
+            if time.monotonic() - self._probed_at > MAX_AGE_BEHIND_REQUESTS_S:
                 self._refresh()
             return
         state = (await self.models())[card.name]
@@ -71,12 +75,17 @@ class Health:
         return self._refreshing
 
     async def _ask(self) -> None:
-        self._models = await asyncio.to_thread(self._probe, self._cards)
+        """What cannot be asked stays as it was known: coordinators that live answer without Serve's controller."""
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                self._models = await asyncio.to_thread(self._probe, self._cards)
+        except Exception:
+            logger.warning("Serve's status could not be had", exc_info=True)
         self._probed_at = time.monotonic()
 
 
 def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
-    """Asks Serve's controller; blocks for milliseconds. A model whose state cannot be had counts as starting."""
+    """Asks Serve's controller; blocks for milliseconds."""
     from ray import serve
 
     from cluster.progress import read_progress

@@ -159,6 +159,10 @@ def model_body(card: ModelCard, name: str) -> Json:
         "max_model_len": card.max_model_len,
         "fingerprint": card.fingerprint,
         "permission": [],
+        "type": "base",  # Mistral's fields
+        "capabilities": {"completion_chat": True, "completion_fim": False, "function_calling": False, "vision": False},
+        "aliases": [other for other in (card.name, *card.aliases) if other != name],
+        "max_context_length": card.max_model_len,
     }
 
 

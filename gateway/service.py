@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.config import BackpressureConfig, HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import GatewayConfig
@@ -58,6 +58,7 @@ def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> 
         num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_ongoing_requests + SPARE_REQUESTS,
         max_queued_requests=config.max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=DRAIN_S,
         health_check_period_s=1.0,
