@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from cluster.commands import ray_environment
 from cluster.errors import SetupError, Unavailable
 
 CONNECT_TIMEOUT_S = 3.0
@@ -29,7 +30,7 @@ def look_at_cluster(address: str, look: Callable[[str], T], deadline_s: float = 
 
     Raises Unavailable when none runs there or it does not answer in time, SetupError for an address of another form.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when imported
+    ray_environment.prepare()
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":

@@ -1,4 +1,4 @@
-"""Ray's environment variables. Ray reads them when it is imported, so this runs before: it must not import Ray itself."""
+"""Ray's environment variables. Ray reads them when it is imported: this runs before, and must not import Ray itself."""
 
 import os
 

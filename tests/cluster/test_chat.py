@@ -1,6 +1,7 @@
 """`manta chat` against a real HTTP server that answers as OpenAI's API does: in-process parts and real subprocesses."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -259,12 +260,29 @@ class Terminal:
         self.screen = ""
         os.write(self.master, keys.encode())
 
-    def expect(self, pattern: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+    def expect(self, pattern: str, timeout_s: float = DEADLINE_S) -> None:
+        deadline = time.monotonic() + timeout_s
         while not re.search(pattern, self.screen):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{pattern!r} never appeared in {self.screen!r}"
             self.screen += os.read(self.master, 4096).decode(errors="replace")
+
+    def interrupt(self) -> None:
+        """Ctrl-C after a person's pause: a signal in the instant before a blocking read waits for the next one."""
+        time.sleep(0.5)
+        self.type("\x03")
+
+    def interrupt_until(self, pattern: str | None) -> None:
+        """Ctrl-C, again where it was missed, until the pattern appears, or the process ends."""
+        for _ in range(5):
+            self.interrupt()
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                if pattern is None:
+                    self.process.wait(6)
+                else:
+                    self.expect(pattern, 6)
+                return
+        raise AssertionError(f"five times Ctrl-C did nothing; the screen: {self.screen!r}")
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -298,7 +316,7 @@ def test_ctrl_c_stops_the_answer_only(server: FakeServer, terminal: Terminal, pr
     while not server.bodies:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    terminal.type("\x03")
+    terminal.interrupt()
     assert server.disconnected.wait(DEADLINE_S)
     terminal.expect(r"stopped.*\n(.|\n)*> ")
     terminal.type("hello\n")
@@ -309,10 +327,9 @@ def test_ctrl_c_stops_the_answer_only(server: FakeServer, terminal: Terminal, pr
         assert server.bodies[-1]["messages"][1]["content"].startswith("0 1 2 3 4 5 6 7 8 9 10 11 12 ")
     else:
         assert roles == ["user"]
-    terminal.type("\x03")
-    terminal.expect(r"Ctrl-C again(.|\n)*> ")
-    terminal.type("\x03")
-    assert terminal.process.wait(DEADLINE_S) == 0
+    terminal.interrupt_until(r"Ctrl-C again(.|\n)*> ")
+    terminal.interrupt_until(None)
+    assert terminal.process.returncode == 0
 
 
 def test_ctrl_d_leaves(terminal: Terminal) -> None:
