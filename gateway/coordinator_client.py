@@ -40,6 +40,7 @@ class ServeCoordinatorClient:
                 yield chunk
             response = None  # complete: nothing to cancel
         except Exception as error:
+            response = None  # failed: cancelling would only raise the same again
             raise manta_error(error) from error
         finally:
             if response is not None:

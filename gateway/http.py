@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.errors import InvalidRequest
 from gateway.frontend import Frontend, Usage
 from gateway.http_body import read_object
-from gateway.http_errors import body, error_body, error_response, json_response
+from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, CompletionShape, model_body
 from gateway.sse import DONE, EventStream, event, unless_disconnected
@@ -103,7 +103,7 @@ class HttpDoor:
         except BaseException:
             await events.aclose()
             raise
-        return EventStream(_chain(first, events), {"x-request-id": generation.id})
+        return EventStream(_chain(first, events), {REQUEST_ID_HEADER: generation.id})
 
     async def _whole(self, generation: Generation, shape: ChatShape | CompletionShape) -> Response:
         usage = Usage(generation.num_prompt_tokens)
@@ -111,7 +111,7 @@ class HttpDoor:
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 choices[delta.index].add(delta)
-        return json_response(shape.whole(choices, usage), headers={"x-request-id": generation.id})
+        return json_response(shape.whole(choices, usage), headers={REQUEST_ID_HEADER: generation.id})
 
     async def _events(
         self, generation: Generation, shape: ChatShape | CompletionShape, wants_usage: bool

@@ -37,6 +37,7 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     Unavailable: (503, "service_unavailable", "unavailable"),
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
 }
+REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
 INTERNAL = (500, "internal_error", None)
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
 
@@ -63,7 +64,7 @@ def body(message: str, kind: str, param: str | None, code: str | None) -> dict[s
 
 def error_response(error: BaseException, request_id: str) -> Response:
     """The whole answer, with Retry-After where another try is worth it."""
-    headers = {"x-request-id": request_id}
+    headers = {REQUEST_ID_HEADER: request_id}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))

@@ -23,6 +23,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # ids that have a text; the model's own vocabulary may be padded beyond it
     special_ids: frozenset[int]  # never shown as text
+    max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
@@ -57,7 +58,9 @@ class HuggingFaceTokenizer:
         self._rust: Any = self._hf.backend_tokenizer
         self._rust.no_padding()
         self._rust.no_truncation()
-        self.vocab_size: int = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._rust.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.max_token_chars = max(map(len, vocabulary))
         added = self._hf.added_tokens_decoder
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
         decoder = json.dumps(json.loads(self._rust.to_str()).get("decoder"))
@@ -101,6 +104,7 @@ class MistralTokenizer:
         self._raw: Any = self._reader.instruct_tokenizer.tokenizer
         self._ignore = SpecialTokenPolicy.IGNORE
         self.vocab_size: int = self._raw.n_words
+        self.max_token_chars = max(map(len, self._raw.vocab()))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
 
     def encode(self, text: str) -> tuple[int, ...]:

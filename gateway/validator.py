@@ -66,6 +66,7 @@ class Validator:
         if body.max_completion_tokens is not None:
             max_tokens, field = body.max_completion_tokens, "max_completion_tokens"
         options = self._options(body)
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
         prompt = self._tokenizer.encode_chat(messages)
         return self._generation(
             "chatcmpl-", body, [prompt], "messages", max_tokens, field, logprobs, options, timeout_s
@@ -202,10 +203,21 @@ class Validator:
         raise InvalidRequest(expected, param="prompt")
 
     def _encode(self, text: str, path: str) -> tuple[int, ...]:
+        self._check_length(len(text), path)
         token_ids = self._tokenizer.encode(text)
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
         return token_ids
+
+    def _check_length(self, num_chars: int, path: str) -> None:
+        """Refuses a text that is too long whatever its tokens are, before it is tokenized."""
+        least = num_chars // self._tokenizer.max_token_chars
+        if least > self._card.max_model_len:
+            raise ContextTooLong(
+                f"{path}: {num_chars} characters are at least {least} tokens, over the model's context of "
+                f"{self._card.max_model_len}",
+                param=path,
+            )
 
     def _token_ids(self, token_ids: list[Any], path: str) -> tuple[int, ...]:
         if not token_ids:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import GatewayConfig
-from cluster.errors import MantaError
+from cluster.errors import ContextTooLong, MantaError
 from gateway.http_body import parse_object
 from gateway.http_errors import status_of
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
@@ -135,6 +135,18 @@ def test_a_long_prompt_names_both_numbers(url: str) -> None:
     assert "300" in error["message"]
     assert "256" in error["message"]
     assert error["code"] == "context_length_exceeded"
+
+
+def test_a_hopeless_prompt_is_refused_before_it_is_tokenized(tokenizer: HuggingFaceTokenizer) -> None:
+    validator = Validator(model_card(Path()), tokenizer, GatewayConfig())
+    text = "x" * 8_000_000
+    chat = parse_body(ChatCompletionRequest, {"model": "tiny", "messages": [{"role": "user", "content": text}]})
+    with pytest.raises(ContextTooLong, match="at least") as refused:
+        validator.chat(chat)
+    assert refused.value.param == "messages"
+    with pytest.raises(ContextTooLong, match="at least") as refused:
+        validator.completion(parse_body(CompletionRequest, {"model": "tiny", "prompt": ["x", text]}))
+    assert refused.value.param == "prompt[1]"
 
 
 BODIES: list[tuple[bytes, dict[str, str], int]] = [

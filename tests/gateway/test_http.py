@@ -168,7 +168,7 @@ def test_errors_before_the_first_token_are_plain_answers(card: ModelCard) -> Non
                 )
                 assert response.status_code == status
                 assert response.headers.get("retry-after", "") == retry_after
-                assert response.headers["x-request-id"].startswith("chatcmpl-")
+                assert response.headers["x-manta-request-id"].startswith("chatcmpl-")
                 assert "Traceback" not in response.text
 
 

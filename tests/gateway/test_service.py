@@ -69,6 +69,55 @@ for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutE
     assert lines == ["4.0 no expert", "Unavailable", "Overloaded", "KeyError", "Unavailable"]
 
 
+def test_leaving_a_stream_early_cancels_the_call() -> None:
+    code = """
+import asyncio
+from contextlib import aclosing
+from ray.serve.exceptions import BackPressureError
+from gateway.coordinator_client import ServeCoordinatorClient
+
+class Response:
+    cancelled = False
+    def __init__(self, items):
+        self.items = iter(items)
+    def __aiter__(self):
+        return self
+    async def __anext__(self):
+        item = next(self.items, None)
+        if item is None:
+            raise StopAsyncIteration
+        if isinstance(item, Exception):
+            raise item
+        return item
+    def cancel(self):
+        self.cancelled = True
+
+class Streaming:
+    def remote(self, request):
+        return self.response
+
+async def run(items, take):
+    client = ServeCoordinatorClient(None)
+    client._handle = client._streaming = Streaming()
+    client._streaming.response = Response(items)
+    try:
+        async with aclosing(client.generate(None)) as stream:
+            async for chunk in stream:
+                take -= 1
+                if not take:
+                    break
+        error = None
+    except Exception as raised:
+        error = type(raised).__name__
+    print(client._streaming.response.cancelled, error)
+
+asyncio.run(run([1, 2], 1))
+asyncio.run(run([1, 2], 3))
+asyncio.run(run([1, BackPressureError(1, 1)], 3))
+"""
+    assert run_python(code).splitlines() == ["True None", "False None", "False Overloaded"]
+
+
 def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:
     asked = []
 
