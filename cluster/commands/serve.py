@@ -80,7 +80,6 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
         options: dict[str, Any] = {
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",  # Ray itself is not to be reached from other machines
         }
         console.print("Starting Ray …")
     else:
@@ -124,10 +123,9 @@ def _serving(
         _wait_until_running([target.name for target in targets], stop)
         yield
     finally:
-        if was_running:
-            for target in targets:
-                serve.delete(target.name)
-        else:
+        for target in targets:  # the gateway first: no new requests, then coordinators and experts
+            serve.delete(target.name)
+        if joined and not was_running:
             serve.shutdown()
 
 

@@ -27,7 +27,7 @@ def test_openai_lists_the_model(client):
 
 def test_openai_chat_plain_and_streamed_are_equal(client):
     plain = client.chat.completions.create(model=MODEL, messages=[CHEESE], temperature=0)
-    assert plain.choices[0].message.content == dict(questions)[CHEESE["content"]]
+    assert plain.choices[0].message.content == dict(questions())[CHEESE["content"]]
     assert plain.choices[0].finish_reason == "stop"
     chunks = list(
         client.chat.completions.create(
@@ -49,7 +49,7 @@ def test_openai_completion_with_token_ids(client):
 def test_mistralai_chat_plain_and_streamed(server):
     with mistralai.client.Mistral(server_url=server.url, api_key="none", timeout_ms=120_000) as client:
         plain = client.chat.complete(model=MODEL, messages=[CHEESE], temperature=0)
-        assert plain.choices[0].message.content == dict(questions)[CHEESE["content"]]
+        assert plain.choices[0].message.content == dict(questions())[CHEESE["content"]]
         with client.chat.stream(model=MODEL, messages=[CHEESE], temperature=0) as events:
             streamed = "".join(event.data.choices[0].delta.content or "" for event in events)
         assert streamed == plain.choices[0].message.content
@@ -70,11 +70,11 @@ def test_the_demo_model_answers_its_questions_exactly(server):
         async with openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0
         ) as client:
-            return await asyncio.gather(*(ask(client, slots, question) for question, _ in questions))
+            return await asyncio.gather(*(ask(client, slots, question) for question, _ in questions()))
 
     answers = asyncio.run(ask_all())
-    wrong = [(q, a, got) for (q, a), got in zip(questions, answers, strict=True) if a != got]
-    assert not wrong, f"{len(wrong)} of {len(questions)}: {wrong[:3]}"
+    wrong = [(q, a, got) for (q, a), got in zip(questions(), answers, strict=True) if a != got]
+    assert not wrong, f"{len(wrong)} of {len(questions())}: {wrong[:3]}"
 
 
 def test_health_and_version(server):
