@@ -7,6 +7,7 @@ safe; an answer belongs to its own call, so a late one is never read.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class _Call:
     """One attempt to have the rows of one group run."""
 
     part: GroupRows
+    method: str
     arguments: tuple[Any, ...]
     replica_id: str = ""
     epoch: int = 0
@@ -50,7 +52,7 @@ class ObjectStoreTransport:
         self.table = table
         self.timeout_s = timeout_s
         self._fingerprint = fingerprint
-        self._run_methods: dict[str, Any] = {}  # by the actor's name
+        self._shards: dict[str, Any] = {}  # actor handles by name
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         deadline = time.monotonic() + self.timeout_s
@@ -60,8 +62,12 @@ class ObjectStoreTransport:
         shared = None if inline else ray.put(batch)
         calls = []
         for part in parts:
-            which = (batch.take(part.row_indices, axis=0), None) if inline else (shared, part.row_indices)
-            call = _Call(part, (self._fingerprint, layer, *which, part.counts))
+            if inline:
+                rows_of_group = batch.take(part.row_indices, axis=0)  # [R, D]
+                packed = pickle.dumps((self._fingerprint, layer, part.counts, rows_of_group.tobytes()))
+                call = _Call(part, "run_inline", (packed,))
+            else:
+                call = _Call(part, "run", (self._fingerprint, layer, part.counts, shared, part.row_indices))
             self.attempt(call)
             calls.append(call)
         return _ObjectStoreFlight(self, layer, calls, deadline)
@@ -76,11 +82,10 @@ class ObjectStoreTransport:
         replica, call.epoch = chosen
         call.replica_id = replica.replica_id
         try:
-            run = self._run_methods.get(replica.actor)
-            if run is None:
-                run = ray.get_actor(replica.actor, namespace=replica.namespace).run
-                self._run_methods[replica.actor] = run
-            call.reference = run.remote(*call.arguments)
+            shard = self._shards.get(replica.actor)
+            if shard is None:
+                shard = self._shards[replica.actor] = ray.get_actor(replica.actor, namespace=replica.namespace)
+            call.reference = getattr(shard, call.method).remote(*call.arguments)
         except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
             self.suspect(call, error)
 
@@ -89,7 +94,7 @@ class ObjectStoreTransport:
         self.table.suspect(self.deployments[call.part.group], call.replica_id, call.epoch)
 
     def close(self) -> None:
-        self._run_methods.clear()
+        self._shards.clear()
 
 
 class _ObjectStoreFlight:
@@ -162,9 +167,15 @@ def as_array(tensor: Tensor) -> Array:
     return array
 
 
-def write(answer: Array, out: Tensor) -> None:
+def write(answer: Array | bytes, out: Tensor) -> None:
     """Copy an answer, read-only memory of Ray's, into its place in the combine buffer."""
-    if out.device.type == "cpu":
-        np.copyto(as_array(out), answer)
-    else:
-        out.copy_(torch.from_numpy(answer.copy()).view(out.dtype))
+    here = (
+        as_array(out)
+        if out.device.type == "cpu"
+        else np.empty(out.shape, np.uint16 if out.dtype is torch.bfloat16 else np.float32)
+    )
+    if isinstance(answer, bytes):
+        answer = np.frombuffer(answer, here.dtype).reshape(here.shape)
+    np.copyto(here, answer)
+    if out.device.type != "cpu":
+        out.copy_(torch.from_numpy(here).view(out.dtype))

@@ -9,6 +9,7 @@ Torch is imported in the actor's own process only: the Serve replica that starts
 from __future__ import annotations
 
 import os
+import pickle
 import time
 import uuid
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import ray
 from cluster.errors import CheckpointError, ExpertUnavailable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from experts_service.experts import Experts
 
 
@@ -74,26 +77,39 @@ class ExpertShard:
         self,
         fingerprint: str,
         layer: int,
-        rows: np.ndarray[Any, Any],
-        row_indices: np.ndarray[Any, Any] | None,
         counts: tuple[int, ...],
+        batch: np.ndarray[Any, Any],
+        row_indices: np.ndarray[Any, Any],
     ) -> np.ndarray[Any, Any]:
-        """Rows [R, D] of the group's experts, or [T, D] with `row_indices` [R], to answers [R, D]. bf16 is uint16."""
+        """The rows `row_indices` [R] of `batch` [T, D], by expert, to answers [R, D]. bf16 travels as uint16."""
         import torch
 
+        rows = torch.from_numpy(batch.take(row_indices, axis=0)).view(self._experts.dtype)  # [R, D]
+        y = self._compute(fingerprint, layer, counts, rows)
+        answer: np.ndarray[Any, Any] = (y.view(torch.uint16) if y.dtype is torch.bfloat16 else y).numpy()
+        return answer
+
+    def run_inline(self, call: bytes) -> bytes:
+        """The same for few rows: all arguments in one pickle, rows [R, D] as their bytes, and so the answer.
+
+        Ray treats bytes a third faster than the same in arrays and arguments of their own.
+        """
+        import torch
+
+        fingerprint, layer, counts, data = pickle.loads(call)
+        rows = torch.frombuffer(bytearray(data), dtype=self._experts.dtype).view(sum(counts), -1)  # [R, D]
+        y = self._compute(fingerprint, layer, counts, rows)
+        answer: bytes = y.view(torch.uint8).numpy().tobytes()
+        return answer
+
+    def _compute(self, fingerprint: str, layer: int, counts: tuple[int, ...], rows: Tensor) -> Tensor:
         if fingerprint != self._spec.fingerprint:
             raise ExpertUnavailable(
                 f"expert group {self._spec.group} serves the checkpoint {self._spec.fingerprint[:8]}, "
                 f"and was asked for {fingerprint[:8]}: experts of two versions never mix"
             )
         started = time.perf_counter()
-        # A copy either way: what Ray hands over is read-only, and torch takes only what it may write.
-        own = rows.copy() if row_indices is None else rows.take(row_indices, axis=0)
-        x = torch.from_numpy(own)  # [R, D]
-        if self._experts.dtype is torch.bfloat16:
-            x = x.view(torch.bfloat16)
-        y = self._experts(layer, x.to(self._experts.device), counts).cpu()  # [R, D]
-        answer: np.ndarray[Any, Any] = (y.view(torch.uint16) if y.dtype is torch.bfloat16 else y).numpy()
+        answer = self._experts(layer, rows.to(self._experts.device), counts).cpu()  # [R, D]
         self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
         self._calls += 1
         self._busy_s += time.perf_counter() - started
