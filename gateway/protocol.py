@@ -11,8 +11,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cluster.errors import InvalidRequest
 
-MAX_STOP_STRINGS = 16
-
 
 def _one_or_many(value: Any) -> Any:
     """`stop` is null, one string or a list of strings."""

@@ -1,0 +1,83 @@
+"""A client's messages or prompts become token ids. Knows shapes and lengths; knows nothing of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.errors import ContextTooLong, InvalidRequest
+from cluster.messages import ModelCard
+from gateway.bounds import check_token_id
+from gateway.protocol import Message, text_of
+from gateway.tokenizer import ChatMessage, Tokenizer
+
+TokenIds = tuple[int, ...]
+
+
+class PromptReader:
+    """Reads the prompts of one model. Everything raises InvalidRequest with the path of what is wrong."""
+
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        self._card = card
+        self._tokenizer = tokenizer
+
+    def chat(self, messages: Sequence[Message]) -> TokenIds:
+        """A conversation, up to where the assistant answers."""
+        if not messages:
+            raise InvalidRequest("messages: must not be empty", param="messages")
+        chat: list[ChatMessage] = []
+        for i, message in enumerate(messages):
+            role = "system" if message.role == "developer" else message.role
+            chat.append({"role": role, "content": text_of(message, f"messages[{i}]")})
+        self._check_length(sum(len(message["content"]) for message in chat), "messages")
+        token_ids = self._tokenizer.encode_chat(chat)
+        if not token_ids:
+            raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
+        return token_ids
+
+    def prompts(self, prompt: Any, max_prompts: int) -> list[TokenIds]:
+        """A string, a list of strings, token ids, or a list of token-id lists."""
+        if prompt is None:
+            raise InvalidRequest("prompt: field required", param="prompt")
+        if isinstance(prompt, str):
+            return [self._encode(prompt, "prompt")]
+        expected = "prompt: expected a string, a list of strings, token ids, or a list of token-id lists"
+        if not isinstance(prompt, list):
+            raise InvalidRequest(expected, param="prompt")
+        if not prompt:
+            raise InvalidRequest("prompt: must not be empty", param="prompt")
+        if all(type(item) is int for item in prompt):
+            return [self._token_ids(prompt, "prompt")]
+        if len(prompt) > max_prompts:
+            raise InvalidRequest(f"prompt: at most {max_prompts} prompts with this n, got {len(prompt)}", "prompt")
+        if all(isinstance(item, str) for item in prompt):
+            return [self._encode(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+        if all(isinstance(item, list) for item in prompt):
+            return [self._token_ids(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+        raise InvalidRequest(expected, param="prompt")
+
+    def _encode(self, text: str, path: str) -> TokenIds:
+        self._check_length(len(text), path)
+        token_ids = self._tokenizer.encode(text)
+        if not token_ids:
+            raise InvalidRequest(f"{path}: must not be empty", param=path)
+        return token_ids
+
+    def _check_length(self, num_chars: int, path: str) -> None:
+        """Refuses a text that is too long whatever its tokens are, before it is tokenized."""
+        least = num_chars // self._tokenizer.max_token_chars
+        if least > self._card.max_model_len:
+            raise ContextTooLong(
+                f"{path}: {num_chars} characters are at least {least} tokens, over the model's context of "
+                f"{self._card.max_model_len}",
+                param=path,
+            )
+
+    def _token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
+        if not token_ids:
+            raise InvalidRequest(f"{path}: must not be empty", param=path)
+        for i, token_id in enumerate(token_ids):
+            if type(token_id) is not int:
+                raise InvalidRequest(f"{path}[{i}]: expected a token id", param=f"{path}[{i}]")
+            check_token_id(token_id, self._card, f"{path}[{i}]")
+        return tuple(token_ids)
