@@ -16,37 +16,16 @@ from typing import cast
 
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded, Unavailable
-from cluster.messages import FinishReason, ModelCard, Request, TokenChunk, TokenLogprobs
+from cluster.messages import ModelCard, TokenChunk
+from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
-from gateway.detokenizer import Detokenizer
 from gateway.health import Health
 from gateway.protocol import ChatCompletionRequest, CompletionRequest
-from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
 
 INLINE_CHARS = 20_000  # a longer prompt is tokenized in a thread, so that other streams go on
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new in one choice. The last delta of a choice, and only it, has a `finish_reason`."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Token counts of one request, summed over its choices; complete once its deltas are."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +91,7 @@ class Frontend:
         self.num_ongoing += 1
         try:
             model = self.model(generation.card.name)
-            choices = [_Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
+            choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
             merged = _one(choices[0], model.coordinator) if len(choices) == 1 else _merge(choices, model.coordinator)
             clock = asyncio.get_running_loop().time() + generation.deadline - time.time()
             async with aclosing(merged):
@@ -140,57 +119,7 @@ class Frontend:
             raise Overloaded(f"the gateway is at its limit of {bound} requests")
 
 
-class _Choice:
-    """One choice on its way to text."""
-
-    def __init__(
-        self, index: int, request: Request, generation: Generation, tokenizer: Tokenizer, usage: Usage
-    ) -> None:
-        context = request.prompt_token_ids[-8:] if generation.continues_prompt else ()
-        self.request = request
-        self.finished = False
-        self._index = index
-        self._usage = usage
-        self._num_tokens = 0
-        self._detokenizer = Detokenizer(tokenizer, context)
-        self._stop_strings = StopStrings(generation.stop)
-        self._min_tokens = generation.min_tokens
-
-    def push(self, chunk: TokenChunk) -> Delta:
-        """What the chunk adds; its text may be empty."""
-        if chunk.first_position != self._num_tokens:
-            raise Unavailable(f"a token was lost or doubled at position {self._num_tokens}")
-        if self._num_tokens == 0 and self.request.choice_index == 0:
-            self._usage.cached_tokens += chunk.num_cached_tokens
-        text = ""
-        used = 0
-        finish_reason = chunk.finish_reason
-        for token_id in chunk.token_ids:
-            used += 1
-            if used == len(chunk.token_ids) and chunk.stop_token_id is not None:
-                break  # the token that ended the sequence has no text
-            text += self._cut(self._detokenizer.push(token_id), used)
-            if self._stop_strings.is_stopped():
-                finish_reason = "stop"
-                break
-        if finish_reason is not None and not self._stop_strings.is_stopped():
-            text += self._cut(self._detokenizer.flush(), used) + self._stop_strings.flush()
-            if self._stop_strings.is_stopped():
-                finish_reason = "stop"
-        self._num_tokens += used
-        self._usage.completion_tokens += used
-        self.finished = finish_reason is not None
-        logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
-        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason)
-
-    def _cut(self, piece: str, used: int) -> str:
-        """Stop strings count only in text that comes after `min_tokens`."""
-        if not piece or self._num_tokens + used <= self._min_tokens:
-            return piece
-        return self._stop_strings.push(piece)
-
-
-async def _one(choice: _Choice, coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
+async def _one(choice: Choice, coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
     """The deltas of one choice until it is finished; a stream that ends before is an error, never a short answer."""
     async with aclosing(_closable(coordinator.generate(choice.request))) as stream:
         async for chunk in stream:
@@ -200,11 +129,11 @@ async def _one(choice: _Choice, coordinator: CoordinatorClient) -> AsyncGenerato
     raise Unavailable("the coordinator's stream ended before the answer was complete")
 
 
-async def _merge(choices: list[_Choice], coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
+async def _merge(choices: list[Choice], coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
     """The deltas of several choices, each as it comes; the first error ends them all."""
     queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(MERGED_DELTAS)
 
-    async def run(choice: _Choice) -> None:
+    async def run(choice: Choice) -> None:
         try:
             async with aclosing(_one(choice, coordinator)) as stream:
                 async for delta in stream:

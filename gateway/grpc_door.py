@@ -1,4 +1,4 @@
-"""The gRPC door: chat.proto's methods over a Frontend, and grpc.health.v1. Knows messages and status codes only.
+"""The gRPC door: chat.proto's methods over a Frontend. Knows messages and status codes only.
 
 Serve calls these methods by the RPC's name; a grpc.aio server takes the same object as its servicer.
 A client's deadline reaches us as a cancellation (Serve does not pass it on), so it ends the sequence like a client
@@ -8,34 +8,26 @@ that has gone; on a plain grpc.aio server it also bounds the request itself.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import grpc
-from grpc_health.v1 import health_pb2
-
 from cluster.errors import PayloadTooLarge
 from gateway import chat_pb2
-from gateway.frontend import Delta, Frontend, Usage
+from gateway.choice import Usage
+from gateway.frontend import Frontend
 from gateway.grpc_errors import RpcFailed, fail, status_of
+from gateway.grpc_health import HealthRpcs
+from gateway.grpc_messages import choice, head, sampling_fields, usage_message
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
 
-SERVICE = "manta.v1.Manta"
-WATCH_INTERVAL_S = 0.5
-FINISH = {
-    None: chat_pb2.FINISH_REASON_UNSPECIFIED,
-    "stop": chat_pb2.FINISH_REASON_STOP,
-    "length": chat_pb2.FINISH_REASON_LENGTH,
-}
 _MessageT = TypeVar("_MessageT")
 
 
-class GrpcDoor:
+class GrpcDoor(HealthRpcs):
     """The RPCs."""
 
     def __init__(self, frontend: Frontend) -> None:
@@ -81,48 +73,8 @@ class GrpcDoor:
             ]
         )
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
-        """grpc.health.v1: SERVING when every model can answer."""
-        status = await self._serving(request.service)
-        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            await fail(grpc_context, grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
-        return health_pb2.HealthCheckResponse(status=status)
-
-    async def Watch(
-        self,
-        request: health_pb2.HealthCheckRequest,
-        grpc_context: Any,  # noqa: ARG002
-    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """grpc.health.v1: the status now and whenever it changes, until the client or the door's timeout ends it."""
-        last = None
-        while True:
-            status = await self._serving(request.service)
-            if status != last:
-                last = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            await asyncio.sleep(WATCH_INTERVAL_S)
-
-    async def List(
-        self,
-        request: health_pb2.HealthListRequest,  # noqa: ARG002
-        grpc_context: Any,  # noqa: ARG002
-    ) -> health_pb2.HealthListResponse:
-        """grpc.health.v1: every service's status."""
-        response = health_pb2.HealthListResponse()
-        for service in ("", SERVICE):
-            response.statuses[service].status = await self._serving(service)
-        return response
-
-    async def _serving(self, service: str) -> int:
-        if service not in ("", SERVICE):
-            return int(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        models = await self.frontend.health.models()
-        if all(state.phase == "ready" for state in models.values()):
-            return int(health_pb2.HealthCheckResponse.SERVING)
-        return int(health_pb2.HealthCheckResponse.NOT_SERVING)
-
     async def _chat(self, request: chat_pb2.ChatRequest, timeout_s: float | None) -> Generation:
-        document = _sampling(request.sampling)
+        document = sampling_fields(request.sampling)
         top = document.pop("logprobs", None)
         if top is not None:
             document |= {"logprobs": True, "top_logprobs": top}
@@ -136,7 +88,7 @@ class GrpcDoor:
             prompt = request.text
         elif request.WhichOneof("prompt") == "token_ids":
             prompt = list(request.token_ids.ids)
-        document = {"model": request.model, "prompt": prompt, **_sampling(request.sampling)}
+        document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
         return await self.frontend.completion(parse_body(CompletionRequest, document), timeout_s)
 
     async def _unary(
@@ -161,12 +113,12 @@ class GrpcDoor:
             await fail(context, *status_of(error, request_id))
             return response_type()  # never sent: the status is not OK
         return response_type(
-            **_head(generation),
+            **head(generation),
             choices=[
-                _choice(i, choice.text, choice.token_ids, choice.logprobs, choice.finish_reason)
-                for i, choice in enumerate(choices)
+                choice(i, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason)
+                for i, whole in enumerate(choices)
             ],
-            usage=_usage(usage),
+            usage=usage_message(usage),
         )
 
     async def _stream(
@@ -186,7 +138,9 @@ class GrpcDoor:
                 async for delta in deltas:
                     running -= delta.finish_reason is not None
                     yield chat_pb2.Chunk(
-                        **_head(generation), choice=_delta(delta), usage=None if running else _usage(usage)
+                        **head(generation),
+                        choice=choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason),
+                        usage=None if running else usage_message(usage),
                     )
         except Exception as error:
             context.set_trailing_metadata([("x-request-id", request_id)])
@@ -200,54 +154,7 @@ class GrpcDoor:
         return request
 
 
-def _sampling(sampling: chat_pb2.Sampling) -> dict[str, Any]:
-    """Only the fields that are set, under the bodies' names."""
-    document: dict[str, Any] = {}
-    for field, value in sampling.ListFields():
-        if field.name == "logit_bias":
-            document["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
-        elif field.name in ("stop", "stop_token_ids"):
-            document[field.name] = list(value)
-        else:
-            document[field.name] = value
-    return document
-
-
 def _time_left(context: Any) -> float | None:
     """Seconds until the client's deadline, where the context knows it."""
     time_remaining = getattr(context, "time_remaining", None)
     return None if time_remaining is None else time_remaining()
-
-
-def _head(generation: Generation) -> dict[str, Any]:
-    return {"id": generation.id, "model": generation.card.name, "created": generation.created}
-
-
-def _delta(delta: Delta) -> chat_pb2.Choice:
-    return _choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
-
-
-def _choice(index: int, text: str, token_ids: Any, logprobs: Any, finish_reason: Any) -> chat_pb2.Choice:
-    return chat_pb2.Choice(
-        index=index,
-        text=text,
-        token_ids=token_ids,
-        logprobs=[
-            chat_pb2.TokenLogprob(
-                token_id=token_id,
-                logprob=at.token_logprob,
-                top=[chat_pb2.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in at.top],
-            )
-            for token_id, at in zip(token_ids, logprobs or (), strict=False)
-        ],
-        finish_reason=FINISH[finish_reason],
-    )
-
-
-def _usage(usage: Usage) -> chat_pb2.Usage:
-    return chat_pb2.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-    )

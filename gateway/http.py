@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import InvalidRequest
-from gateway.frontend import Frontend, Usage
+from gateway.choice import Usage
+from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.messages import ModelCard, TokenLogprobs
-from gateway.frontend import Delta, Usage
+from gateway.choice import Delta, Usage
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation
 

@@ -14,7 +14,8 @@ import pytest
 from cluster.config import GatewayConfig
 from cluster.errors import ModelLoading
 from cluster.messages import ModelCard, Request, TokenChunk
-from gateway.frontend import Frontend, Usage
+from gateway.choice import Usage
+from gateway.frontend import Frontend
 from gateway.health import Health, ModelHealth
 from gateway.protocol import ChatCompletionRequest, Message
 from gateway.tokenizer import HuggingFaceTokenizer

@@ -1,0 +1,61 @@
+"""chat.proto's messages to and from the doors' own types. Knows fields only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway import chat_pb2
+from gateway.choice import Usage
+from gateway.validator import Generation
+
+FINISH = {
+    None: chat_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": chat_pb2.FINISH_REASON_STOP,
+    "length": chat_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def sampling_fields(sampling: chat_pb2.Sampling) -> dict[str, Any]:
+    """Only the fields that are set, under the bodies' names."""
+    document: dict[str, Any] = {}
+    for field, value in sampling.ListFields():
+        if field.name == "logit_bias":
+            document["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
+        elif field.name in ("stop", "stop_token_ids"):
+            document[field.name] = list(value)
+        else:
+            document[field.name] = value
+    return document
+
+
+def head(generation: Generation) -> dict[str, Any]:
+    """What every answer and chunk begins with."""
+    return {"id": generation.id, "model": generation.card.name, "created": generation.created}
+
+
+def choice(index: int, text: str, token_ids: Any, logprobs: Any, finish_reason: Any) -> chat_pb2.Choice:
+    """One choice, whole or a piece of it."""
+    return chat_pb2.Choice(
+        index=index,
+        text=text,
+        token_ids=token_ids,
+        logprobs=[
+            chat_pb2.TokenLogprob(
+                token_id=token_id,
+                logprob=at.token_logprob,
+                top=[chat_pb2.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in at.top],
+            )
+            for token_id, at in zip(token_ids, logprobs or (), strict=False)
+        ],
+        finish_reason=FINISH[finish_reason],
+    )
+
+
+def usage_message(usage: Usage) -> chat_pb2.Usage:
+    """Token counts."""
+    return chat_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
