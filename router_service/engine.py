@@ -54,6 +54,8 @@ class Engine:
         self._sequences: dict[Key, Sequence] = {}
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._inbox_lock = threading.Lock()  # no request may be queued after the thread has looked for the last time
+        self._inbox_closed = False
         self._stopping = False
         self._death: BaseException | None = None
         self._num_prompt_tokens = 0
@@ -83,7 +85,10 @@ class Engine:
             )
         if self.num_waiting >= self.max_waiting:
             raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
-        self._inbox.put(lambda: self._add(Sequence(request)))
+        with self._inbox_lock:
+            if self._inbox_closed:
+                raise EngineDead("the engine stopped")
+            self._inbox.put(lambda: self._add(Sequence(request)))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""
@@ -135,6 +140,8 @@ class Engine:
             logger.exception("the engine died")
             self._death = error
         finally:
+            with self._inbox_lock:
+                self._inbox_closed = True
             self._take_pending_commands()
             self._fail((sequence, EngineDead("the engine stopped")) for sequence in list(self._sequences.values()))
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cluster.errors import DeadlineExceeded
+from cluster.errors import DeadlineExceeded, EngineDead, Overloaded
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -201,3 +201,45 @@ def test_rows_per_expert_are_counted(tiny):
     bench.run(make_request(prompt(10), max_tokens=5, ignore_eos=True))
     architecture = bench.engine.model_runner.decoder.architecture
     assert sum(bench.engine.stats().rows_per_expert) == 14 * architecture.top_k * architecture.num_layers
+
+
+def test_an_engine_that_dies_fails_what_it_had_and_refuses_more(tiny):
+    bench = Bench(tiny[0])
+    engine = bench.engine
+
+    def explode(batch):
+        raise RuntimeError("a bug")
+
+    engine.model_runner.forward = explode
+    engine.start()
+    request = make_request(prompt(5))
+    engine.submit(request)
+    engine._thread.join(10)
+    assert isinstance(bench.errors[request.key], EngineDead)
+    with pytest.raises(EngineDead, match="a bug"):
+        engine.check_alive()
+    with pytest.raises(EngineDead):
+        engine.submit(make_request(prompt(5)))
+
+
+def test_a_stopped_engine_leaves_nobody_waiting(tiny):
+    bench = Bench(tiny[0])
+    bench.engine.start()
+    request = make_request(prompt(5), max_tokens=400, ignore_eos=True)
+    bench.engine.submit(request)
+    bench.engine.stop()
+    assert isinstance(bench.errors[request.key], EngineDead)
+
+
+def test_past_the_bound_of_waiting_requests_more_are_refused(tiny):
+    bench = Bench(tiny[0], max_waiting=2, max_num_seqs=1)
+    bench.add(*(make_request(prompt(5)) for _ in range(2)))
+    bench.engine.start()
+
+    def submit_fifty():
+        for _ in range(50):
+            bench.engine.submit(make_request(prompt(5), max_tokens=400, ignore_eos=True))
+
+    with pytest.raises(Overloaded, match="2 requests wait"):
+        submit_fifty()
+    bench.engine.stop()
