@@ -15,7 +15,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.errors import InvalidRequest
 from gateway.choice import Usage
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
@@ -179,7 +178,5 @@ class _Errors:
             request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
             if started:
                 raise  # the connection is cut: what was sent must not look complete
-            if isinstance(error, UnicodeDecodeError):
-                error = InvalidRequest("the path or a header is not valid text")
             with contextlib.suppress(OSError):  # a client that left
                 await error_response(error, request_id)(scope, receive, send)

@@ -136,6 +136,13 @@ def test_unknown_routes_and_methods(server: tuple[str, ScriptedCoordinator]) -> 
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_strange_paths_and_the_schema(server: tuple[str, ScriptedCoordinator]) -> None:
+    assert httpx.get(server[0] + "/openapi.json").status_code == 200
+    for path in ("/v1/models/%ff%00", "/v1/models/a%2Fb", "/%ff", "/v1//models"):
+        assert httpx.get(server[0] + path).status_code == 404
+    assert httpx.request("GET", server[0] + "/v1/models", json={"a": 1}).status_code == 200
+
+
 def test_client_gone_aborts_within_250_ms(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
     for stream in (True, False):
         coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 20)[1:], pause_s=0.1, eos=None))
