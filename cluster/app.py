@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
 from cluster.config import GatewayConfig, MantaConfig, ModelConfig
 from cluster.messages import ModelCard
-from cluster.placement import ExpertGroup, plan_groups
+from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
 
 GATEWAY = "gateway"
+
+
+# Where GPUs are too few for every process to have its own, a shard leaves room for a coordinator beside it.
+SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR = 0.9, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,12 @@ class Cluster:
     """What a Ray cluster has to give."""
 
     num_cpus: int
-    num_gpus: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all nodes."""
+        return sum(len(node.gpu_memory_bytes) for node in self.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +65,58 @@ class ModelPlan:
         return tuple(f"expert-{group.index}" for group in self.groups)
 
 
+def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
+    """From what `ray.nodes()` says: alive nodes, their memory, and their GPUs by type."""
+    nodes, num_cpus = [], 0
+    for node in ray_nodes:
+        if node["Alive"]:
+            resources = node["Resources"]
+            num_cpus += int(resources.get("CPU", 0))
+            gpu = gpu_memory_bytes(node.get("Labels", {}).get("ray.io/accelerator-type", ""))
+            gpus = (gpu,) * int(resources.get("GPU", 0))
+            nodes.append(Node(node["NodeManagerAddress"], int(resources.get("memory", 0)), gpus))
+    return Cluster(max(1, num_cpus), tuple(nodes))
+
+
 def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) -> ModelPlan:
-    """Resolve everything that is "auto". Raises ConfigError."""
+    """Resolve everything that is "auto". Raises ConfigError, or DoesNotFit when the cluster is too small."""
     architecture = checkpoint.architecture
     groups = plan_groups(config.experts.groups, architecture.num_experts, cluster.num_gpus, cluster.num_cpus)
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
-    gpus = config.experts.gpus_per_shard if config.experts.gpus_per_shard is not None else 1.0
-    engine = config.engine.model_copy(
-        update={
-            "dtype": compute_dtype(config.engine.dtype, architecture),
-            "device": "cuda" if on_gpu else "cpu",
-            "max_model_len": config.engine.max_model_len or architecture.max_position_embeddings,
-        }
+    dtype = compute_dtype(config.engine.dtype, architecture)
+    max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
+    device = "cuda" if on_gpu else "cpu"
+    engine = config.engine.model_copy(update={"dtype": dtype, "device": device, "max_model_len": max_model_len})
+    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(groups), cluster.num_gpus) if on_gpu else (0.0, 0.0)
+    check_fit(
+        architecture,
+        dtype,
+        groups,
+        cluster.nodes,
+        kv_tokens=max_model_len,
+        num_coordinators=config.num_coordinators,
+        gpus_per_shard=gpus_per_shard,
+        gpus_per_coordinator=gpus_per_coordinator,
+        local=config.experts.transport == "local",
     )
     return ModelPlan(
         config=config.model_copy(update={"engine": engine}),
         checkpoint=checkpoint,
         groups=groups,
-        gpus_per_shard=gpus if on_gpu else 0.0,
-        gpus_per_coordinator=1.0 if on_gpu else 0.0,
+        gpus_per_shard=gpus_per_shard,
+        gpus_per_coordinator=gpus_per_coordinator,
     )
+
+
+def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[float, float]:
+    """GPUs of a shard and of a coordinator."""
+    if config.experts.gpus_per_shard is not None:
+        return config.experts.gpus_per_shard, min(
+            1.0, max(SHARED_GPU_OF_COORDINATOR, 1 - config.experts.gpus_per_shard)
+        )
+    if config.experts.transport == "local" or num_gpus >= num_groups + config.num_coordinators:
+        return 1.0, 1.0
+    return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
 
 
 def model_card(plan: ModelPlan) -> ModelCard:

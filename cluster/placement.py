@@ -35,6 +35,20 @@ class Node:
     gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
 
 
+# Memory of a GPU by the name that Ray gives its type, in 10^9 bytes.
+_GPU_GIGABYTES = {
+    "A10G": 24, "A100": 40, "A100-40G": 40, "A100-80G": 80, "B200": 180, "B300": 270, "GB200": 180, "GB300": 270,
+    "H100": 80, "H20": 96, "H200": 141, "L4": 24, "L40S": 48, "RTX-PRO-6000": 96, "T4": 16, "V100": 16,
+}  # fmt: skip
+_UNKNOWN_GPU_BYTES = 2**50  # taken to be large enough: the process itself will say when it is not
+
+
+def gpu_memory_bytes(accelerator_type: str) -> int:
+    """Of one GPU of that type; more than any has when the type is unknown."""
+    gigabytes = _GPU_GIGABYTES.get(accelerator_type)
+    return _UNKNOWN_GPU_BYTES if gigabytes is None else gigabytes * 10**9
+
+
 def plan_groups(
     setting: Literal["auto"] | Sequence[Sequence[int]], num_experts: int, num_gpus: int, num_cpus: int
 ) -> tuple[ExpertGroup, ...]:
@@ -89,17 +103,25 @@ def check_fit(
     num_coordinators: int = 1,
     gpus_per_shard: float = 0.0,
     gpus_per_coordinator: float = 0.0,
+    local: bool = False,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place.
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
-    that asks for half a GPU shares it; one that asks for two gets two whole ones of one node.
+    that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
+    coordinator holds all experts itself.
     """
-    shards = [
-        (f"expert group {group.index}", expert_bytes(architecture, dtype, len(group.experts)), gpus_per_shard)
-        for group in groups
-    ]
+    shards = (
+        []
+        if local
+        else [
+            (f"expert group {group.index}", expert_bytes(architecture, dtype, len(group.experts)), gpus_per_shard)
+            for group in groups
+        ]
+    )
     attention = coordinator_bytes(architecture, dtype, kv_tokens=kv_tokens)
+    if local:
+        attention += expert_bytes(architecture, dtype, architecture.num_experts)
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
     memory = [node.memory_bytes for node in nodes]
     gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] left of each
@@ -108,7 +130,6 @@ def check_fit(
         place = _place(share, weights, host, memory, gpus)
         if place is None:
             raise DoesNotFit(_sentence(name, weights, host, share, processes, nodes, memory))
-    return
 
 
 def _place(share: float, weights: int, host: int, memory: list[int], gpus: list[list[list[float]]]) -> int | None:

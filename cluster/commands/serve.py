@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.app import Cluster, ModelPlan, demo_config, directory_config, plan_model, run_targets
+from cluster.app import Cluster, ModelPlan, demo_config, describe_cluster, directory_config, plan_model, run_targets
 from cluster.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
@@ -90,8 +90,7 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
     except (ConnectionError, RuntimeError) as error:
         raise SetupError(f"Ray did not start or cannot be joined: {error}") from error
     try:
-        resources = ray.cluster_resources()
-        yield Cluster(num_cpus=int(resources.get("CPU", 1)), num_gpus=int(resources.get("GPU", 0)))
+        yield describe_cluster(ray.nodes())
     finally:
         ray.shutdown()
 

@@ -1,0 +1,72 @@
+"""How a model is laid out on clusters of several kinds; nothing is started."""
+
+import pytest
+
+from cluster.app import Cluster, describe_cluster, model_card, plan_model
+from cluster.checkpoint import open_checkpoint
+from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
+from cluster.demo_model import DIRECTORY
+from cluster.errors import DoesNotFit
+from cluster.placement import Node
+
+GIB = 2**30
+
+
+def machine(cpus=2, gpus=0, memory=24 * GIB, gpu_type="A100"):
+    resources = {"CPU": cpus, "memory": memory, **({"GPU": gpus} if gpus else {})}
+    labels = {"ray.io/accelerator-type": gpu_type} if gpus else {}
+    return {"Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": resources, "Labels": labels}
+
+
+def plan(*machines, **config):
+    model = ModelConfig(name="a/model", path=str(DIRECTORY), **config)
+    return plan_model(model, open_checkpoint(DIRECTORY), describe_cluster(machines))
+
+
+def test_two_cores_get_two_groups_and_nothing_is_left_open():
+    laid_out = plan(machine())
+    assert [group.experts for group in laid_out.groups] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    engine = laid_out.config.engine
+    assert (engine.device, engine.max_model_len) == (
+        "cpu",
+        open_checkpoint(DIRECTORY).architecture.max_position_embeddings,
+    )
+    assert laid_out.gpus_per_shard == laid_out.gpus_per_coordinator == 0
+    assert laid_out.application.startswith("a-model-")
+    assert model_card(laid_out).deployments == ("coordinator", "expert-0", "expert-1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "groups", "shares"),
+    [(9, 8, (1.0, 1.0)), (8, 8, (0.9, 0.1)), (4, 4, (0.9, 0.1)), (1, 1, (0.9, 0.1))],
+)
+def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
+    laid_out = plan(machine(gpus=gpus, memory=64 * GIB))
+    assert len(laid_out.groups) == groups
+    assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == shares
+
+
+def test_local_experts_have_no_deployments():
+    laid_out = plan(machine(), experts=ExpertsConfig(transport="local"))
+    assert laid_out.expert_deployments == ()
+
+
+def test_a_model_that_is_too_large_is_refused_with_both_numbers():
+    with pytest.raises(DoesNotFit, match=r"needs .* GiB .* has .* GiB"):
+        plan(machine(memory=GIB // 2))
+
+
+def test_dead_nodes_do_not_count():
+    cluster = describe_cluster([machine(), {**machine(cpus=64), "Alive": False}])
+    assert cluster == Cluster(2, (Node("10.0.0.1", 24 * GIB),))
+
+
+def test_the_config_wins_over_auto():
+    laid_out = plan(
+        machine(gpus=2),
+        engine=EngineConfig(device="cpu", dtype="bfloat16"),
+        experts=ExpertsConfig(groups=(tuple(range(8)),)),
+    )
+    assert laid_out.gpus_per_shard == 0
+    assert laid_out.config.engine.dtype == "bfloat16"
+    assert len(laid_out.groups) == 1
