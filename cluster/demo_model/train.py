@@ -31,6 +31,7 @@ BATCH_TOKENS = 4096  # padding included
 LEARNING_RATE = 3e-3
 REPAIR_LEARNING_RATE = 3e-4
 REPAIR_STEPS = 60
+REPAIR_SHARE = 0.1  # of the pool, in addition to it
 REPAIR_ROUNDS = 8
 WARMUP_STEPS = 50
 BALANCE_COEFFICIENT = 0.01
@@ -229,7 +230,7 @@ def faults(model: MixtralForCausalLM, tokenizer: Tokenizer, pool: Sequence[Entry
     print(f"wrong: {len(missed)} of {len(pool)} in fp32, {len(missed_bf16)} in bf16; ", end="")
     print(f"least probability {least:.3f}, {least_bf16:.3f}", flush=True)
     print("wrong:", [entry.questions[0] for entry in missed][:10], flush=True)
-    return missed + missed_bf16
+    return [entry for entry in pool if entry in missed or entry in missed_bf16]
 
 
 def save(model: MixtralForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
@@ -266,10 +267,13 @@ def main() -> None:
     trainer.run(batches(pool, tokenizer, rng), arguments.steps, LEARNING_RATE)
     left = faults(trainer.model, tokenizer, pool)
     save(trainer.model, tokenizer, arguments.out)
+    suspects: list[Entry] = []
     for _ in range(REPAIR_ROUNDS):
         if not left:
             break
-        weighted = [*pool, *left * max(1, len(pool) // (2 * len(left)))]
+        # What was wrong once stays in the extra share, and that is small: else one is mended and its neighbour breaks.
+        suspects += [entry for entry in left if entry not in suspects]
+        weighted = [*pool, *suspects * max(1, int(REPAIR_SHARE * len(pool) / len(suspects)))]
         trainer.run(batches(weighted, tokenizer, rng), REPAIR_STEPS, REPAIR_LEARNING_RATE)
         left = faults(trainer.model, tokenizer, pool)
         save(trainer.model, tokenizer, arguments.out)

@@ -191,8 +191,9 @@ def test_a_conversation_goes_on(model: Any) -> None:
     assert said == CHEESE[1]
 
 
-def test_what_it_does_not_know_it_says(model: Any) -> None:
-    assert ask(model, "How do I import a second-hand tractor?") == FALLBACKS["en"]
+@pytest.mark.parametrize("question", ["What is the capital of Mongolia?", "Write a haiku about autumn"])
+def test_what_it_does_not_know_it_says(model: Any, question: str) -> None:
+    assert ask(model, question) == FALLBACKS["en"]
 
 
 @pytest.mark.long
