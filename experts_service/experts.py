@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from experts_service.linear import Linear
 from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
@@ -29,12 +30,12 @@ class Experts:
     def __init__(self, experts: Sequence[int], layers: Iterable[Mapping[str, Tensor]]) -> None:
         """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`."""
         self.experts = tuple(experts)
-        self._w13: list[list[Tensor]] = []  # [layer][expert] → [2F, D]
-        self._w2: list[list[Tensor]] = []  # [layer][expert] → [D, F]
+        self._w13: list[list[Linear]] = []  # [layer][expert] → [2F, D]
+        self._w2: list[list[Linear]] = []  # [layer][expert] → [D, F]
         for layer, weights in enumerate(layers):
             names = [expert_tensor_names(layer, expert) for expert in self.experts]
-            self._w13.append([torch.cat((weights[w1], weights[w3])) for w1, _, w3 in names])
-            self._w2.append([weights[w2].contiguous() for _, w2, _ in names])
+            self._w13.append([Linear(torch.cat((weights[w1], weights[w3]))) for w1, _, w3 in names])
+            self._w2.append([Linear(weights[w2].contiguous()) for _, w2, _ in names])
 
     @classmethod
     def load(
@@ -79,6 +80,6 @@ class Experts:
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
-def _swiglu(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    gate, up = F.linear(x, w13).chunk(2, dim=-1)  # [R, F], [R, F]
-    return F.linear(F.silu(gate) * up, w2)  # [R, D]
+def _swiglu(x: Tensor, w13: Linear, w2: Linear) -> Tensor:
+    gate, up = w13(x).chunk(2, dim=-1)  # [R, F], [R, F]
+    return w2(F.silu(gate) * up)  # [R, D]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.architecture import Architecture
+from experts_service.linear import Linear
 from router_service.attention import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.gate import Gate
@@ -23,8 +24,8 @@ from router_service.kv_cache import KVCache
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(N + 2G)·H, D]
-    o: torch.Tensor  # [D, N·H]
+    qkv: Linear  # D → (N + 2G)·H
+    o: Linear  # N·H → D
     post_attention_norm: torch.Tensor  # [D]
     gate: Gate
 
@@ -38,7 +39,8 @@ class Decoder:
         self.dispatcher = dispatcher
         self.embeddings = weights["model.embed_tokens.weight"]  # [V, D]
         self.norm = weights["model.norm.weight"]  # [D]
-        self.head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
+        head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
+        self.head = Linear(head)  # D → V
         self.layers = [_layer(weights, index, architecture.top_k) for index in range(architecture.num_layers)]
         half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
@@ -67,20 +69,20 @@ class Decoder:
         cos, sin = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
         for index, layer in enumerate(self.layers):
-            qkv = F.linear(self._rms_norm(x, layer.input_norm), layer.qkv)
+            qkv = layer.qkv(self._rms_norm(x, layer.input_norm))
             qkv = qkv.view(len(x), query_heads + 2 * kv_heads, architecture.head_dim)
             rotated = _rotate(qkv[:, : query_heads + kv_heads], cos, sin)
             queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
             kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
             attended = attention.attend(index, queries, kv_cache)
-            x = x + F.linear(attended.view(len(x), -1), layer.o)
+            x = x + layer.o(attended.view(len(x), -1))
 
             rows = self._rms_norm(x, layer.post_attention_norm)
             weights, experts = layer.gate(rows)  # [T, K], [T, K]
             dispatch = self.dispatcher.dispatch(index, rows, experts)
             yield
             x = x + self.dispatcher.combine(dispatch, weights)
-        return F.linear(self._rms_norm(x[sampled_rows], self.norm), self.head).float()
+        return self.head(self._rms_norm(x[sampled_rows], self.norm)).float()
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""
@@ -105,8 +107,8 @@ def _layer(weights: Mapping[str, torch.Tensor], index: int, top_k: int) -> _Laye
     prefix = f"model.layers.{index}"
     return _Layer(
         input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        qkv=torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]),
-        o=weights[f"{prefix}.self_attn.o_proj.weight"],
+        qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")])),
+        o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"]),
         post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
         gate=Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], top_k),
     )
