@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands import bench
 from cluster.errors import MantaError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench.app)
 
 
 def main() -> None:
