@@ -234,7 +234,7 @@ def faults(model: MixtralForCausalLM, tokenizer: Tokenizer, pool: Sequence[Entry
 
 
 def save(model: MixtralForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes everything that transformers and Manta read; the weights in bfloat16."""
+    """Writes everything that transformers and Manta read; the weights in bfloat16, to be computed with in fp32."""
     directory.mkdir(parents=True, exist_ok=True)
     model.config.router_jitter_noise = 0.0
     model.generation_config = GenerationConfig(
@@ -242,6 +242,8 @@ def save(model: MixtralForCausalLM, tokenizer: Tokenizer, directory: Path) -> No
     )
     model.bfloat16().save_pretrained(directory)
     model.float()
+    model.config.dtype = torch.float32  # what `from_pretrained` and Manta run it in: small, and the same on any machine
+    model.config.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
     template = DIRECTORY / "chat_template.jinja"
     if directory.resolve() != DIRECTORY.resolve():
