@@ -6,6 +6,7 @@ Formula and rounding are those of `MixtralExperts` in transformers: w2(silu(w1 x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,57 @@ def expert_tensor_names(layer: int, expert: int) -> tuple[str, str, str]:
     return f"{prefix}.w1.weight", f"{prefix}.w2.weight", f"{prefix}.w3.weight"
 
 
+class _OneByOne:
+    """The experts of a layer, a matmul for each that has rows."""
+
+    def __init__(self, w13: Sequence[Tensor], w2: Sequence[Tensor]) -> None:
+        self._w13 = [Linear(weight) for weight in w13]  # D → 2F
+        self._w2 = [Linear(weight) for weight in w2]  # F → D
+
+    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        answers = []
+        start = 0
+        for count, w13, w2 in zip(counts, self._w13, self._w2, strict=True):
+            if count:
+                gate, up = w13(rows[start : start + count]).chunk(2, dim=-1)  # [R, F], [R, F]
+                answers.append(w2(F.silu(gate) * up))  # [R, D]
+            start += count
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+class _Grouped:
+    """The experts of a layer as one grouped matmul, which a GPU runs in one kernel."""
+
+    def __init__(self, w13: Sequence[Tensor], w2: Sequence[Tensor]) -> None:
+        self._w13 = torch.stack(list(w13)).transpose(1, 2)  # [E, D, 2F]
+        self._w2 = torch.stack(list(w2)).transpose(1, 2)  # [E, F, D]
+
+    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)  # [E]
+        gate, up = F.grouped_mm(rows, self._w13, offs=ends).chunk(2, dim=-1)  # [R, F], [R, F]
+        return F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends)  # [R, D]
+
+
 class Experts:
     """The weights of some experts in all layers, and what they compute."""
 
-    def __init__(self, experts: Sequence[int], layers: Iterable[Mapping[str, Tensor]]) -> None:
-        """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`."""
+    def __init__(
+        self, experts: Sequence[int], layers: Iterable[Mapping[str, Tensor]], *, grouped: bool | None = None
+    ) -> None:
+        """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`.
+
+        `grouped`: one grouped matmul for all experts; None: where that is faster, bf16 on a GPU.
+        """
         self.experts = tuple(experts)
-        self._w13: list[list[Linear]] = []  # [layer][expert] → [2F, D]
-        self._w2: list[list[Linear]] = []  # [layer][expert] → [D, F]
+        self._layers: list[_OneByOne | _Grouped] = []
         for layer, weights in enumerate(layers):
             names = [expert_tensor_names(layer, expert) for expert in self.experts]
-            self._w13.append([Linear(torch.cat((weights[w1], weights[w3]))) for w1, _, w3 in names])
-            self._w2.append([Linear(weights[w2].contiguous()) for _, w2, _ in names])
+            w13 = [torch.cat((weights[w1], weights[w3])) for w1, _, w3 in names]  # [2F, D] each
+            w2 = [weights[name].contiguous() for _, name, _ in names]  # [D, F] each
+            self.dtype, self.device = w2[0].dtype, w2[0].device
+            if grouped is None:
+                grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
+            self._layers.append((_Grouped if grouped else _OneByOne)(w13, w2))
 
     @classmethod
     def load(
@@ -58,28 +98,9 @@ class Experts:
 
     @property
     def num_layers(self) -> int:
-        return len(self._w2)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._w2[0][0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._w2[0][0].device
+        return len(self._layers)
 
     @torch.inference_mode()
     def __call__(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """`rows` [R, D], the first counts[0] for the first expert and so on → [R, D]."""
-        answers = []
-        start = 0
-        for count, w13, w2 in zip(counts, self._w13[layer], self._w2[layer], strict=True):
-            if count:
-                answers.append(_swiglu(rows[start : start + count], w13, w2))
-            start += count
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
-
-
-def _swiglu(x: Tensor, w13: Linear, w2: Linear) -> Tensor:
-    gate, up = w13(x).chunk(2, dim=-1)  # [R, F], [R, F]
-    return w2(F.silu(gate) * up)  # [R, D]
+        return self._layers[layer](rows, counts)
