@@ -11,15 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ray import serve
+from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
 from cluster.config import GatewayConfig, MantaConfig, ModelConfig
 from cluster.messages import ModelCard
 from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 GATEWAY = "gateway"
 
@@ -140,7 +141,7 @@ def model_card(plan: ModelPlan) -> ModelCard:
     )
 
 
-def model_application(plan: ModelPlan, gateway: GatewayConfig) -> serve.Application:
+def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     """Coordinator and experts of one model version."""
     from experts_service.service import expert_deployment
     from experts_service.shard import ShardSpec
@@ -186,6 +187,8 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> serve.Applicat
 
 def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
     """All applications for `serve.run_many`; the gateway first, so that /health answers while models load."""
+    from ray import serve
+
     from gateway.service import gateway_application
 
     cards = tuple(model_card(plan) for plan in plans)

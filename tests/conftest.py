@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from tests.ports import free_port
+from tests.waiting import wait_for
 
 START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
@@ -54,7 +55,7 @@ def server() -> Iterator[Server]:
         url = f"http://127.0.0.1:{port}"
         _wait_for_health(url, process, output)
         start_s = time.monotonic() - started
-        _wait_for(lambda: "Ctrl-C stops" in "".join(output), 30, "the announcement")
+        wait_for(lambda: "Ctrl-C stops" in "".join(output), 30, "the announcement")
         ray_address = re.search(r"Ray (\S+:\d+)", "".join(output))
         assert ray_address is not None, "".join(output)
         yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s)
@@ -91,11 +92,4 @@ def _wait_for_health(url: str, process: subprocess.Popen[str], output: list[str]
         except httpx.TransportError:
             return False
 
-    _wait_for(healthy, START_TIMEOUT_S, "the server")
-
-
-def _wait_for(condition: object, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.2)
+    wait_for(healthy, START_TIMEOUT_S, "the server")

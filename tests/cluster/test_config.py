@@ -1,0 +1,41 @@
+"""The configuration refuses what it does not know, and says which key."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import load_config
+from cluster.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [{name: a, path: b, experts: {group: auto}}]", "models.0.experts.group: .* did you mean 'groups'"),
+        ("models: [{name: a, path: b}, {name: a, path: c}]", "used twice"),
+        ("models: [{name: a, path: b}, {name: b, path: c, aliases: [a]}]", "used twice"),
+        ("models: [{name: a, path: b, engine: {block_size: 0}}]", "models.0.engine.block_size: .* greater than"),
+        ("models: [{name: a, path: b}]\ngateway: {http_port: 99999}", "gateway.http_port"),
+        ("models: []", "models"),
+        ("models: 7", "models"),
+        ("- a", "expected a mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, words):
+    file = tmp_path / "manta.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"manta\.yaml"):
+        load_config(tmp_path / "manta.yaml")
+
+
+def test_the_example_of_the_readme_is_accepted(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    file = tmp_path / "manta.yaml"
+    file.write_text(readme.split("```yaml")[1].split("```")[0])
+    assert load_config(file).models[0].experts.groups == ((0, 1), (2, 3), (4, 5), (6, 7))

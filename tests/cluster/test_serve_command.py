@@ -1,0 +1,65 @@
+"""`manta serve` refuses what cannot work before it starts anything, in one line that says what to mend."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.checkpoints import write_checkpoint
+
+
+def serve(*arguments):
+    """Exit code and standard error of a `manta serve` that is expected to end by itself."""
+    command = [sys.executable, "-m", "cluster.cli", "serve", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, ended.stderr
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    write_checkpoint(tmp_path)
+    return tmp_path
+
+
+def test_a_truncated_file_is_named(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, message = serve(checkpoint)
+    assert code == 2
+    assert "model.safetensors" in message
+
+
+def test_a_directory_without_safetensors_is_refused_and_told_why(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    code, message = serve(checkpoint)
+    assert code == 2
+    assert "safetensors" in message
+
+
+def test_neither_directory_nor_hub_id():
+    code, message = serve("/nowhere/at/all")
+    assert code == 2
+    assert "/nowhere/at/all" in message
+
+
+def test_model_and_config_together():
+    assert serve("somewhere", "--config", "manta.yaml")[0] == 2
+
+
+def test_a_wrong_configuration_names_the_key(tmp_path):
+    config = tmp_path / "manta.yaml"
+    config.write_text("models: [{name: a, path: b, experts: {group: auto}}]")
+    code, message = serve("--config", config)
+    assert code == 2
+    assert "did you mean 'groups'" in message
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, message = serve("--port", taken.getsockname()[1])
+    assert code == 2
+    assert "gateway.http_port" in message
