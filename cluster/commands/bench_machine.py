@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ def read_bandwidth(device: str = "cpu", nbytes: int | None = None) -> float:
     numbers = torch.ones(nbytes // 4096 // 4, 4096, device=device)
     ones = torch.ones(4096, device=device)
     best = float("inf")
+    kernels: tuple[Callable[[], object], ...] = (lambda: numbers.sum(), lambda: numbers @ ones)
     for _ in range(PROBE_READS):
-        for read in (numbers.sum, lambda: numbers @ ones):
+        for read in kernels:
             started = time.perf_counter()
             read()
             if device != "cpu":

@@ -1,0 +1,80 @@
+"""The experts of `manta bench decode`: in this process, or as the deployments that `manta serve` would make.
+
+Each is a context manager that yields the transport to them and ends everything that it started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cluster.checkpoint import Checkpoint
+from cluster.config import GatewayConfig, ModelConfig
+from cluster.errors import SetupError
+from cluster.placement import ExpertGroup
+from experts_service.experts import Experts
+from experts_service.local import LocalTransport
+from experts_service.transport import Transport
+
+OBJECT_STORE_BYTES = 512 * 2**20  # rows of large batches; no weights
+
+
+@contextmanager
+def local_experts(
+    checkpoint: Checkpoint, groups: tuple[ExpertGroup, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[Transport]:
+    """Loaded here, as a coordinator with `transport: local` does."""
+    yield LocalTransport(
+        {group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device) for group in groups}
+    )
+
+
+@contextmanager
+def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Transport]:
+    """In processes of their own, on a Ray cluster of our own without dashboard and proxies."""
+    import ray
+    from ray import serve
+
+    from cluster.app import describe_cluster, model_application, plan_model
+    from experts_service.client import ExpertPool
+
+    try:
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise SetupError(f"Ray did not start: {error}") from error
+    pool, started = None, []
+    try:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        plan = plan_model(config, checkpoint, describe_cluster(ray.nodes()))
+        serve.start(proxy_location="Disabled")
+        # The coordinator's place is taken by this process; its experts are those that it would have been bound to.
+        bound = model_application(plan, GatewayConfig())._bound_deployment.init_args
+        experts = [argument for argument in bound if isinstance(argument, serve.Application)]
+        targets = [
+            serve.RunTarget(application, name=f"bench-{name}", route_prefix=None)
+            for name, application in zip(plan.expert_deployments, experts, strict=True)
+        ]
+        started = [target.name for target in targets]
+        serve.run_many(targets)
+        pool = ExpertPool(
+            {
+                group.index: serve.get_deployment_handle(name, f"bench-{name}")
+                for group, name in zip(plan.groups, plan.expert_deployments, strict=True)
+            }
+        )
+        pool.connect(config.experts.load_timeout_s)
+        yield pool.transport(checkpoint.fingerprint, config.experts.expert_timeout_s)
+    finally:
+        if pool is not None:
+            pool.close()
+        for name in started:
+            serve.delete(name)
+        ray.shutdown()
