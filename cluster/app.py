@@ -86,9 +86,16 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
     dtype = compute_dtype(config.engine.dtype, architecture)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
-    device = "cuda" if on_gpu else "cpu"
-    engine = config.engine.model_copy(update={"dtype": dtype, "device": device, "max_model_len": max_model_len})
     gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(groups), cluster.num_gpus) if on_gpu else (0.0, 0.0)
+    apart = gpus_per_shard >= 1 and config.experts.transport != "local"
+    engine = config.engine.model_copy(
+        update={
+            "dtype": dtype,
+            "device": "cuda" if on_gpu else "cpu",
+            "max_model_len": max_model_len,
+            "microbatches": (2 if apart else 1) if config.engine.microbatches == "auto" else config.engine.microbatches,
+        }
+    )
     check_fit(
         architecture,
         dtype,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,6 +40,8 @@ class EngineConfig(_Frozen):
     max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
     max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429
     prefix_caching: bool = True
+    # Parts of a step that take turns computing and waiting. auto: 2 where every process has a GPU of its own, else 1.
+    microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=3)] = "auto"
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of the coordinator; None: measured default
 
 

@@ -55,7 +55,7 @@ def build_engine(
     kv_cache = KVCache(architecture, num_blocks, config.block_size, dtype=dtype, device=device)
     return Engine(
         scheduler,
-        ModelRunner(decoder, kv_cache),
+        ModelRunner(decoder, kv_cache, 1 if config.microbatches == "auto" else config.microbatches),
         Sampler(eos_token_ids),
         deliver,
         max_waiting=config.max_waiting,

@@ -1,9 +1,15 @@
 """Turns a scheduled batch into tensors, runs the decoder over it, and hands back logits. Chooses nothing.
 
-Shapes: T tokens of the step, B sequences that get a new token, V vocabulary.
+The batch is cut into microbatches whose forward passes are driven in turn: while one waits for its experts, the next
+computes its attention. Each microbatch reads the weights again, so more than one pays only where coordinator and
+experts have hardware of their own.
+
+Shapes: T tokens of a microbatch, B sequences that get a new token, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Generator
 
 import torch
 
@@ -16,9 +22,10 @@ from router_service.scheduler import Batch
 class ModelRunner:
     """One decoder and its KV cache."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, kv_cache: KVCache, num_microbatches: int = 1) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self.num_microbatches = num_microbatches
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -27,6 +34,22 @@ class ModelRunner:
         Raises ExpertUnavailable when the experts cannot be reached in time; the cache may then hold half a step, which
         does not matter: the same slots are written again.
         """
+        microbatches = split(batch, self.num_microbatches)
+        logits: list[torch.Tensor | None] = [None] * len(microbatches)
+        passes = list(enumerate(map(self._forward, microbatches)))
+        while passes:
+            unfinished = []
+            for index, forward in passes:
+                try:
+                    next(forward)
+                    unfinished.append((index, forward))
+                except StopIteration as finished:
+                    logits[index] = finished.value
+            passes = unfinished
+        return torch.cat([one for one in logits if one is not None])
+
+    def _forward(self, batch: Batch) -> Generator[None, None, torch.Tensor]:
+        """The forward pass of one microbatch."""
         device = self.decoder.device
         token_ids: list[int] = []
         positions: list[int] = []
@@ -45,22 +68,31 @@ class ModelRunner:
             dtype=self.decoder.dtype,
             device=device,
         )
-        forward = self.decoder.forward(
+        return self.decoder.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
             plan,
             self.kv_cache,
             torch.tensor(sampled_rows, dtype=torch.int64, device=device),
         )
-        while True:
-            try:
-                next(forward)
-            except StopIteration as finished:
-                logits: torch.Tensor = finished.value
-                return logits
 
     def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
         """Cache slots [num_tokens] of a sequence's first tokens."""
         block_size = self.kv_cache.block_size
         blocks = torch.tensor(block_table[: -(-num_tokens // block_size)])[:, None]
         return (blocks * block_size + torch.arange(block_size)).view(-1)[:num_tokens]
+
+
+def split(batch: Batch, num_parts: int) -> list[Batch]:
+    """At most `num_parts` runs of consecutive sequences, of about as many tokens each; none is empty."""
+    parts: list[Batch] = []
+    total = sum(scheduled.num_tokens for scheduled in batch)
+    part: Batch = []
+    taken = 0
+    for scheduled in batch:
+        part.append(scheduled)
+        taken += scheduled.num_tokens
+        if taken * num_parts >= total * (len(parts) + 1):
+            parts.append(part)
+            part = []
+    return parts

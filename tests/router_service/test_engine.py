@@ -111,6 +111,8 @@ def alone(tiny):
         pytest.param({"block_size": 1, "num_kv_blocks": 2048}, id="blocks-of-one"),
         pytest.param({"max_num_seqs": 3}, id="three-at-a-time"),
         pytest.param({"prefix_caching": True}, id="prefix-caching"),
+        pytest.param({"microbatches": 2}, id="two-microbatches"),
+        pytest.param({"microbatches": 3, "max_num_batched_tokens": 40}, id="three-microbatches"),
         pytest.param({"num_groups": 4}, id="four-groups"),
         pytest.param({"num_groups": 8}, id="eight-groups"),
     ],
