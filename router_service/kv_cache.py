@@ -5,6 +5,9 @@ Slot s of a layer is row s of its two tensors; block b of size n is the slots bÂ
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from cluster.architecture import Architecture
@@ -28,8 +31,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (architecture.num_layers, num_blocks * block_size, architecture.num_kv_heads, architecture.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, G, H]
-        self._values = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, G, H]
+        self._keys = _zeros(shape, dtype, device)  # [L, S, G, H]
+        self._values = _zeros(shape, dtype, device)  # [L, S, G, H]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store `keys` and `values` [T, G, H] of T tokens at `slots` [T]."""
@@ -43,6 +46,14 @@ class KVCache:
         keys = self._keys[layer].index_select(0, flat)
         values = self._values[layer].index_select(0, flat)
         return keys.view(shape), values.view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU their pages are taken from the system only when written, which torch.zeros does at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def bytes_per_token(architecture: Architecture, dtype: torch.dtype) -> int:
