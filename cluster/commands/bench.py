@@ -149,7 +149,8 @@ def serve(
 ) -> None:
     """Load a running server and report latencies, throughput and goodput. Exit code 1 when a request failed."""
     from cluster.commands.bench_serve import run
-    from cluster.commands.bench_serve_load import Load, Slo
+    from cluster.commands.bench_serve_figures import Slo
+    from cluster.commands.bench_serve_load import Load
     from cluster.commands.bench_serve_target import Target
 
     raise typer.Exit(

@@ -1,0 +1,101 @@
+"""`manta bench serve`: loads a running server and reports what its clients saw. Speaks no protocol itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.commands.bench_machine import this_machine
+from cluster.commands.bench_output import Output
+from cluster.commands.bench_serve_figures import Outcome, Slo, report
+from cluster.commands.bench_serve_load import Load, drive
+from cluster.commands.bench_serve_target import Target, connected
+from cluster.errors import ConfigError, Unavailable
+
+WARM_UP = -1  # the number of a request whose prompt no other has
+LATENCIES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "whole request": "latency_ms"}
+
+
+def run(target: Target, load: Load, slo: Slo, plot: Path | None, json_file: Path | None) -> int:
+    """Returns the exit code: 1 when a request failed. Raises Unavailable when not even one to warm up is answered."""
+    if plot is not None:
+        from cluster.commands.bench_serve_plot import check_plotting
+
+        check_plotting()
+    machine, output = this_machine(), Output()
+    output.header(machine, [f"the client's machine; the server: {target.url}, {target.protocol}", str(load)])
+    model, outcomes = asyncio.run(_measure(target, load, output))
+    document: dict[str, Any] = {
+        "bench": "serve",
+        "url": target.url,
+        "protocol": target.protocol,
+        "model": model,
+        "concurrency": None if load.rate is not None else load.concurrency or 1,
+        "rate": load.rate,
+        "lengths": {"prompt": load.prompt_tokens, "output": load.output_tokens},
+        **report(outcomes, slo),
+        "machine": machine.to_json(),
+    }
+    _draw(document, outcomes, output)
+    if json_file is not None:
+        _write(json_file, document | {"each": [outcome.to_json() for outcome in outcomes]})
+    if plot is not None:
+        from cluster.commands.bench_serve_plot import draw
+
+        draw(outcomes, f"{model} at {target.url} ({target.protocol}): {load}", plot)
+    output.json(document)
+    return int(document["errors"] > 0)
+
+
+async def _measure(target: Target, load: Load, output: Output) -> tuple[str, list[Outcome]]:
+    async with connected(target, load) as (client, model):
+        output.line(f"model: {model}")
+        with output.progress() as bars:
+            bar = bars.add_task("warming up", total=load.requests)
+            first = (await client.send(WARM_UP, time.perf_counter())).outcome()
+            if first.error is not None:
+                raise Unavailable(f"the request that warms up failed: {first.error}: {first.detail}")
+            bars.update(bar, description="requests answered")
+            return model, await drive(client, load, lambda: bars.advance(bar))
+
+
+def _draw(document: dict[str, Any], outcomes: Sequence[Outcome], output: Output) -> None:
+    """Latencies, throughput, and each kind of error with an example."""
+    names = ("mean", "p50", "p90", "p99", "max")
+    output.table(
+        "latency (ms)",
+        ["", *names],
+        [
+            [title, *(f"{document[key][name]:.2f}" if document[key] else "-" for name in names)]
+            for title, key in LATENCIES.items()
+        ],
+    )
+    answered = document["requests"] - document["errors"]
+    output.line(
+        f"{answered} of {document['requests']} requests in {document['duration_s']:.2f} s: "
+        f"{document['output_tokens_per_s']:.1f} output tokens/s, {document['requests_per_s']:.2f} requests/s, "
+        f"{document['prompt_tokens']} prompt and {document['output_tokens']} output tokens"
+    )
+    if "slo" in document:
+        output.line(
+            f"goodput: {document['goodput_requests_per_s']:.2f} requests/s, "
+            f"{100 * document['slo_attainment']:.1f} % of the requests"
+        )
+    examples: dict[str, list[str]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            examples[outcome.error].append(outcome.detail)
+    for kind, details in examples.items():
+        output.line(f"{len(details)} × {kind}: {' '.join(details[0].split())}")
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}") from error
