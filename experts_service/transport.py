@@ -10,22 +10,26 @@ Implementations: `local` (in this process), `object_store` (direct actor calls);
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRows:
+class GroupRows(NamedTuple):
     """What one group is asked in one dispatch: R rows of the batch, ordered by expert as the group lists them."""
 
     group: int
     row_indices: npt.NDArray[np.int64]  # [R], into the batch; a row comes once for each of its experts in this group
     counts: tuple[int, ...]  # rows of each expert of the group; their sum is R ≥ 1
-    answer: Tensor  # [R, D] contiguous part of the combine buffer; the transport writes it
+    answers: Tensor  # [N, D] the combine buffer, contiguous, the same for all groups of a dispatch
+    start: int  # the transport writes rows start … start + R of it
+
+    @property
+    def answer(self) -> Tensor:
+        """This group's part [R, D] of the combine buffer."""
+        return self.answers[self.start : self.start + len(self.row_indices)]
 
 
 class Flight(Protocol):

@@ -76,7 +76,7 @@ class Dispatcher:
             first += len(group.experts)
             end = start + sum(of_group)
             if end > start:
-                parts.append(GroupRows(group.index, row_indices[start:end], of_group, answers[start:end]))
+                parts.append(GroupRows(group.index, row_indices[start:end], of_group, answers, start))
             start = end
         return Dispatch(layer, chosen, order, answers, self._transport.send(layer, rows, parts))
 

@@ -1,0 +1,171 @@
+"""The lane's wire format: a fixed head, counts per expert, raw tensor bytes. Knows no socket and no maths.
+
+    rows       head [44] · counts [4 · E] · rows [R, D]       coordinator → shard, E experts of the group
+    answer     head [44] · rows [R, D]                        shard → coordinator
+    error      head [44] · a sentence in UTF-8                shard → coordinator, `flags` says of which kind
+    draining   head [44]                                      shard → coordinator: not run, ask another replica
+
+A reply echoes the head of what it replies to, with another kind (an error also with its own flags and size): so one
+comparison of 44 bytes tells that an answer is the one asked for, of this request id, epoch, layer and attempt, and of
+the right shape and dtype. All integers are little-endian, and so are the rows: big-endian hosts are refused at import.
+A deadline travels as the milliseconds that are left, counted from arrival, because clocks of two nodes differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from struct import Struct
+from typing import NamedTuple
+
+import torch
+
+if sys.byteorder != "little":
+    raise ImportError("lanes carry little-endian rows as they are in memory; use transport object_store on this host")
+
+MAGIC = b"MNTA"
+VERSION = 1
+MAX_PAYLOAD_BYTES = 2**30  # four times what 16384 rows of 8192 in bf16 need
+MAX_MESSAGE_BYTES = 512  # of an error's sentence
+MAX_DEADLINE_MS = 2**32 - 1
+
+ROWS, ANSWER, ERROR, DRAINING = 1, 2, 3, 4  # kinds
+FAILED, LATE = 1, 2  # flags of an error: the maths raised; the deadline had passed before its turn
+DTYPES = {torch.float32: 1, torch.bfloat16: 2}
+
+_FIELDS = "<4sBBBBQIHHIIHHII"
+_HEAD = Struct(_FIELDS)
+HEAD_BYTES = _HEAD.size
+_KIND, _FLAGS, _PAYLOAD = 5, 7, 40  # offsets in the head
+_ANSWER_KIND = bytes([ANSWER])
+_ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
+
+
+class FrameError(Exception):
+    """The bytes are not a frame that this side may receive; the connection they came on is closed."""
+
+
+class LaneShape(NamedTuple):
+    """What both ends of a lane agree on; a frame of another shape is refused."""
+
+    num_layers: int
+    num_experts: int  # E, of the group
+    hidden: int  # D
+    dtype: torch.dtype
+
+
+class RowsHead(NamedTuple):
+    """The head of a frame of rows, with its counts, as one struct."""
+
+    magic: bytes
+    version: int
+    kind: int
+    dtype: int
+    flags: int
+    request_id: int  # of the coordinator, one per message
+    epoch: int  # of its routing table, modulo 2³²
+    layer: int
+    attempt: int
+    rows: int  # R
+    hidden: int
+    num_experts: int
+    reserved: int
+    deadline_ms: int  # left when it was sent
+    payload_bytes: int
+    counts: tuple[int, ...]  # rows of each expert; their sum is R
+
+
+class RowsFormat:
+    """Heads of frames of rows for one group: the number of its experts fixes their size."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._struct = Struct(f"{_FIELDS}{num_experts}I")
+        self._num_experts = num_experts
+        self.head_bytes = self._struct.size
+
+    def pack(
+        self,
+        dtype: torch.dtype,
+        request_id: int,
+        epoch: int,
+        layer: int,
+        attempt: int,
+        rows: int,
+        hidden: int,
+        deadline_ms: int,
+        counts: tuple[int, ...],
+    ) -> bytes:
+        """The head for `rows` rows; they follow as they are in memory. Raises FrameError past the size limit."""
+        payload = rows * hidden * dtype.itemsize
+        if payload > MAX_PAYLOAD_BYTES:
+            raise FrameError(f"{payload} bytes of rows in one frame; the limit is {MAX_PAYLOAD_BYTES}")
+        return self._struct.pack(
+            MAGIC, VERSION, ROWS, DTYPES[dtype], 0, request_id, epoch & 0xFFFFFFFF, layer, attempt, rows, hidden,
+            self._num_experts, 0, deadline_ms, payload, *counts,
+        )  # fmt: skip
+
+    def read(self, head: bytearray, shape: LaneShape) -> RowsHead:
+        """The fields of a head, all checked against `shape`. Raises FrameError."""
+        fields = self._struct.unpack_from(head)
+        counts = fields[15:]
+        rows, hidden, num_experts, reserved, _, payload = fields[9:15]
+        if (
+            fields[:5] == (MAGIC, VERSION, ROWS, DTYPES[shape.dtype], 0)
+            and fields[7] < shape.num_layers
+            and hidden == shape.hidden
+            and num_experts == self._num_experts
+            and reserved == 0
+            and rows == sum(counts) > 0
+            and payload == rows * hidden * shape.dtype.itemsize <= MAX_PAYLOAD_BYTES
+        ):
+            return RowsHead._make((*fields[:15], counts))
+        raise FrameError(_complaint(RowsHead._make((*fields[:15], counts)), shape))
+
+
+class ReplyHead(NamedTuple):
+    """What a coordinator reads of a reply that is not simply the answer it waits for."""
+
+    kind: int
+    flags: int
+    request_id: int
+    payload_bytes: int
+
+
+def answer_head(asked: bytes | bytearray) -> bytes:
+    """The head of the answer to the frame that starts with `asked`."""
+    return bytes(asked[:_KIND]) + _ANSWER_KIND + bytes(asked[_KIND + 1 : HEAD_BYTES])
+
+
+def refusal_head(asked: bytes | bytearray, kind: int, flags: int, payload_bytes: int) -> bytes:
+    """The head of an error or of `draining`."""
+    head = bytearray(asked[:HEAD_BYTES])
+    head[_KIND], head[_FLAGS] = kind, flags
+    head[_PAYLOAD:HEAD_BYTES] = payload_bytes.to_bytes(4, "little")
+    return bytes(head)
+
+
+def read_reply(head: bytes | bytearray) -> ReplyHead:
+    """Kind, owner and size of any reply. Raises FrameError; whether somebody waits for it is not known here."""
+    magic, version, kind, dtype, flags, request_id, _, _, _, rows, hidden, _, reserved, _, size = _HEAD.unpack(head)
+    if magic != MAGIC or version != VERSION or reserved or dtype not in _ITEM_BYTES:
+        raise FrameError(f"not the head of a reply of lane version {VERSION}: {bytes(head[:8]).hex()}")
+    if kind == ANSWER:
+        if size != rows * hidden * _ITEM_BYTES[dtype] or size > MAX_PAYLOAD_BYTES:
+            raise FrameError(f"an answer of {size} bytes for {rows} rows of {hidden}")
+    elif not (kind == ERROR and size <= MAX_MESSAGE_BYTES) and not (kind == DRAINING and size == 0):
+        raise FrameError(f"a reply of kind {kind} and {size} bytes")
+    return ReplyHead(kind, flags, request_id, size)
+
+
+def _complaint(head: RowsHead, shape: LaneShape) -> str:
+    """What is wrong with a frame of rows, for the log of this side only."""
+    if head.magic != MAGIC:
+        return f"not a frame: it starts with {head.magic.hex()}"
+    if head.version != VERSION:
+        return f"a frame of version {head.version}; this side speaks {VERSION}"
+    if head.kind != ROWS:
+        return f"a frame of kind {head.kind} where rows were expected"
+    return (
+        f"rows that do not fit this shard: dtype {head.dtype}, flags {head.flags}, layer {head.layer} of "
+        f"{shape.num_layers}, {head.rows} rows (counts give {sum(head.counts)}) of {head.hidden} (here "
+        f"{shape.hidden}), {head.num_experts} experts, {head.payload_bytes} bytes"
+    )

@@ -1,0 +1,119 @@
+"""How the two ends of a lane prove that they belong together, before any frame. Knows the secret, not the maths.
+
+    coordinator → shard    hello: magic, version, role, nonce [32]
+    shard → coordinator    hello
+    coordinator → shard    proof: HMAC of the transcript [32], HMAC of transcript and fingerprint [32]
+    shard → coordinator    proof
+
+The transcript is both hellos, so a proof covers both roles, both nonces and the version, and begins with the role that
+gives it: neither side's proof serves for the other. Whoever does not like what it reads closes the connection without a
+word and logs why; a refused peer learns nothing, not even which of secret, role, version or fingerprint was wrong.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+import time
+from struct import Struct
+
+MAGIC = b"MNTA-HI\n"
+VERSION = 1
+COORDINATOR, SHARD = 1, 2  # roles
+TIMEOUT_S = 5.0
+
+_HELLO = Struct("<8sHBB32s")
+HELLO_BYTES = _HELLO.size
+PROOF_BYTES = 64
+_ROLE_NAMES = {COORDINATOR: "coordinator", SHARD: "shard"}
+
+
+class HandshakeRefused(Exception):
+    """The peer may not talk to us. The message is for the log of this side only."""
+
+
+def hello(role: int) -> bytes:
+    """The first message of either side, with a fresh nonce."""
+    return _HELLO.pack(MAGIC, VERSION, role, 0, os.urandom(32))
+
+
+def check_hello(message: bytes, role: int) -> None:
+    """Raises HandshakeRefused unless the peer speaks our version in the role that we expect."""
+    magic, version, theirs, reserved, _ = _HELLO.unpack(message)
+    if magic != MAGIC or reserved:
+        raise HandshakeRefused("the peer does not speak Manta's lanes")
+    if version != VERSION:
+        raise HandshakeRefused(f"the peer speaks lane version {version}, this side {VERSION}")
+    if theirs != role:
+        raise HandshakeRefused(f"the peer came as {_ROLE_NAMES.get(theirs, theirs)!r}, not as {_ROLE_NAMES[role]!r}")
+
+
+def proof(secret: bytes, fingerprint: str, role: int, transcript: bytes) -> bytes:
+    """What `role` shows: that it knows the secret, and which checkpoint it means."""
+    message = bytes([role]) + transcript
+    return _mac(secret, b"secret" + message) + _mac(secret, b"checkpoint" + message + fingerprint.encode())
+
+
+def check_proof(message: bytes, secret: bytes, fingerprint: str, role: int, transcript: bytes) -> None:
+    """Raises HandshakeRefused unless `role` gave this proof. Compares in constant time."""
+    expected = proof(secret, fingerprint, role, transcript)
+    same_secret = hmac.compare_digest(message[:32], expected[:32])
+    same_checkpoint = hmac.compare_digest(message[32:], expected[32:])
+    if not same_secret:
+        raise HandshakeRefused("the peer has another lane secret")
+    if not same_checkpoint:
+        raise HandshakeRefused("the peer means another checkpoint than this side serves")
+
+
+class Welcome:
+    """The shard's side, message by message, for a server that never blocks."""
+
+    def __init__(self, secret: bytes, fingerprint: str) -> None:
+        self._secret = secret
+        self._fingerprint = fingerprint
+        self._transcript = b""
+        self.wants = HELLO_BYTES  # bytes of the next message; 0 when the peer is welcome
+        self.deadline = time.monotonic() + TIMEOUT_S
+
+    def receive(self, message: bytes) -> bytes:
+        """Take a message of `wants` bytes; returns the reply. Raises HandshakeRefused."""
+        if self.wants == HELLO_BYTES:
+            check_hello(message, COORDINATOR)
+            reply = hello(SHARD)
+            self._transcript = message + reply
+            self.wants = PROOF_BYTES
+            return reply
+        check_proof(message, self._secret, self._fingerprint, COORDINATOR, self._transcript)
+        self.wants = 0
+        return proof(self._secret, self._fingerprint, SHARD, self._transcript)
+
+
+def introduce(connection: socket.socket, secret: bytes, fingerprint: str, timeout_s: float = TIMEOUT_S) -> None:
+    """The coordinator's side, on a connected socket. Raises HandshakeRefused, or OSError; changes its timeout."""
+    deadline = time.monotonic() + timeout_s
+    ours = hello(COORDINATOR)
+    connection.settimeout(timeout_s)
+    connection.sendall(ours)
+    theirs = _receive(connection, HELLO_BYTES, deadline)
+    check_hello(theirs, SHARD)
+    connection.sendall(proof(secret, fingerprint, COORDINATOR, ours + theirs))
+    check_proof(_receive(connection, PROOF_BYTES, deadline), secret, fingerprint, SHARD, ours + theirs)
+
+
+def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
+    received = b""
+    while len(received) < count:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the peer took too long to introduce itself")
+        connection.settimeout(remaining)
+        piece = connection.recv(count - len(received))
+        if not piece:
+            raise HandshakeRefused("the peer closed the connection: its log says why")
+        received += piece
+    return received
+
+
+def _mac(secret: bytes, message: bytes) -> bytes:
+    return hmac.digest(secret, message, "sha256")

@@ -1,0 +1,261 @@
+"""Transport `lane`: a connection per replica, a frame per group, answers read straight into the combine buffer.
+
+    send    one sendmsg per group, to all of them before anything is read; returns without waiting
+    wait    one recvmsg_into per group, in turn; the kernel holds the answers of the others meanwhile
+
+Whatever does not go that way (a shard that died, drains, fails or stalls, more rows than a socket holds) is settled by
+`_settle`: it polls all groups of the flight at once, asks other replicas, dials again, until the dispatch's deadline.
+An answer counts only with the request id, epoch and attempt that were asked for.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from socket import MSG_DONTWAIT
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ExpertUnavailable
+from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
+from experts_service.lane_dialer import Dialer
+from experts_service.lane_link import Ask, Link, LinkLost
+from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.transport import Flight, GroupRows
+
+MAX_ATTEMPTS = 200  # of one group in one dispatch; its deadline comes first unless shards fail at once
+MAX_ERRORS = 3  # of the maths itself: the same rows would fail everywhere
+TRIES_PER_TIMEOUT = 3  # a shard that is silent for this part of the timeout is suspected, if there is another
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between attempts, when there is no other replica to ask
+
+
+@dataclass(slots=True)
+class _Group:
+    """The rows of one group in one dispatch."""
+
+    part: GroupRows
+    rows: memoryview  # [R, D] as bytes
+    ask: Ask
+    sent_at: float
+    replica_id: str = ""
+    epoch: int = 0
+    attempt: int = 0
+    retry_at: float = 0.0  # 0: no attempt is put off
+    pause_s: float = FIRST_PAUSE_S
+    reason: str = "no replica is known"
+
+
+class LaneTransport:
+    """Connections to the replicas that the routing table names, dialled when they are first used."""
+
+    def __init__(
+        self, deployments: Mapping[int, Deployment], table: RoutingTable, dialer: Dialer, *, timeout_s: float
+    ) -> None:
+        self.deployments = dict(deployments)  # group → its deployment
+        self.table = table
+        self.timeout_s = timeout_s
+        self._dialer = dialer
+        self._links: dict[str, Link] = {}  # replica id → its connection
+        self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
+        self._forms: dict[int, RowsFormat] = {}  # number of experts → format
+        self._epoch = -1
+        self._turn = 0
+        self._next_id = 0
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        now = time.monotonic()
+        flight = _LaneFlight(self, layer, rows, now + self.timeout_s)
+        if not parts:
+            return flight
+        row_bytes = flight.row_bytes
+        memory = flight.memory(parts[0].answers)  # [N, D] as bytes
+        host = _on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
+        for part in parts:
+            count = len(part.row_indices)
+            data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
+            self._next_id += 1
+            start = part.start * row_bytes
+            ask = Ask(self._next_id, memory[start : start + count * row_bytes])
+            group = _Group(part, data.data.cast("B"), ask, now)
+            flight.groups.append(group)
+            self.attempt(flight, group, self.timeout_s)
+        return flight
+
+    def attempt(self, flight: _LaneFlight, group: _Group, remaining_s: float) -> None:
+        """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
+        if self._epoch != self.table.epoch:
+            self._look_at_table()
+        ask, part = group.ask, group.part
+        replicas = self._routes[part.group]
+        if not replicas:
+            ask.failed = group.reason
+            return
+        self._turn += 1
+        replica = replicas[self._turn % len(replicas)]
+        group.replica_id, group.epoch = replica.replica_id, self._epoch
+        group.attempt += 1
+        form = self._forms.get(len(part.counts)) or self._form(len(part.counts))
+        head = form.pack(
+            flight.dtype, ask.request_id, self._epoch, flight.layer, group.attempt, len(part.row_indices),
+            flight.hidden, min(MAX_DEADLINE_MS, int(remaining_s * 1000)), part.counts,
+        )  # fmt: skip
+        ask.failed, ask.expected = "", answer_head(head)
+        link = self._links.get(replica.replica_id)
+        try:
+            if link is None or link.lost:
+                link = self._links[replica.replica_id] = Link(self._dialer(replica, remaining_s))
+            link.send(ask, head, group.rows)
+        except LinkLost as lost:
+            ask.failed = str(lost)
+
+    def suspect(self, group: _Group, reason: str) -> None:
+        group.reason = reason
+        self.table.suspect(self.deployments[group.part.group], group.replica_id, group.epoch)
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+
+    def others(self, group: _Group) -> bool:
+        """Whether a trusted replica is left besides the one that was asked."""
+        replicas = self.table.replicas(self.deployments[group.part.group])
+        return any(r.replica_id != group.replica_id and not r.suspected for r in replicas)
+
+    def _form(self, num_experts: int) -> RowsFormat:
+        form = self._forms[num_experts] = RowsFormat(num_experts)
+        return form
+
+    def _look_at_table(self) -> None:
+        """Choose among trusted replicas, or suspected ones where there is no other; let go of those that left."""
+        epoch = self.table.epoch
+        known: set[str] = set()
+        for group, deployment in self.deployments.items():
+            replicas = self.table.replicas(deployment)
+            known.update(r.replica_id for r in replicas)
+            self._routes[group] = tuple(r for r in replicas if not r.suspected) or replicas
+        for replica_id in [r for r in self._links if r not in known and not self._links[r].outstanding]:
+            self._links.pop(replica_id).close()
+        self._epoch = epoch
+
+
+class _LaneFlight:
+    def __init__(self, transport: LaneTransport, layer: int, rows: Tensor, deadline: float) -> None:
+        self.groups: list[_Group] = []
+        self.layer = layer
+        self.dtype = rows.dtype
+        self.hidden = rows.shape[-1]
+        self.row_bytes = self.hidden * self.dtype.itemsize
+        self._transport = transport
+        self._deadline = deadline
+        self._staged: tuple[Tensor, Tensor] | None = None  # on the host, on the device
+
+    def memory(self, answers: Tensor) -> memoryview:
+        """Host memory, as bytes, that the answers [N, D] are received into."""
+        if answers.device.type != "cpu":
+            staged = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
+            self._staged = (staged, answers)
+            answers = staged
+        return answers.view(torch.uint8).numpy().data.cast("B")
+
+    def wait(self) -> None:
+        try:
+            for group in self.groups:
+                ask = group.ask
+                while not ask.done:
+                    link = ask.link
+                    if ask.failed or link is None or link.has_unsent:
+                        self._settle()
+                        break
+                    link.receive(ask)
+        except (BlockingIOError, LinkLost):
+            self._settle()
+        if self._staged is not None:
+            staged, answers = self._staged
+            answers.copy_(staged, non_blocking=True)
+
+    def __del__(self) -> None:
+        for group in self.groups:
+            if not group.ask.done and group.ask.link is not None:
+                group.ask.link.forget(group.ask)
+
+    def _settle(self) -> None:
+        """Go on until every group has answered. Raises ExpertUnavailable at the deadline."""
+        while waiting := [group for group in self.groups if not group.ask.done]:
+            now = time.monotonic()
+            if now >= self._deadline:
+                raise self._unavailable(waiting[0])
+            for group in waiting:
+                self._look_after(group, now)
+            self._poll([group for group in waiting if not group.ask.failed])
+        for group in self.groups:
+            if group.attempt > 1:
+                self._transport.table.trust(self._transport.deployments[group.part.group], group.replica_id)
+
+    def _look_after(self, group: _Group, now: float) -> None:
+        """Ask again where an attempt has failed, or where a replica is silent for too long and there is another."""
+        transport, ask = self._transport, group.ask
+        if not ask.failed:
+            silent = now - group.sent_at > transport.timeout_s / TRIES_PER_TIMEOUT
+            if not (silent and transport.others(group)):
+                return
+            assert ask.link is not None
+            ask.link.forget(ask)
+            ask.failed = "it is silent"
+        if group.retry_at == 0.0:
+            transport.suspect(group, ask.failed)
+            if ask.errors >= MAX_ERRORS or group.attempt >= MAX_ATTEMPTS:
+                raise self._unavailable(group)
+            if not transport.others(group):
+                group.retry_at = now + group.pause_s
+                group.pause_s = min(2 * group.pause_s, LONGEST_PAUSE_S)
+        if now >= group.retry_at:
+            group.retry_at = 0.0
+            group.sent_at = now
+            transport.attempt(self, group, self._deadline - now)
+
+    def _poll(self, waiting: list[_Group]) -> None:
+        """Wait for any of these, or for the next retry, and read and write what is possible."""
+        now = time.monotonic()
+        due = [self._deadline, now + LONGEST_PAUSE_S]
+        due += [g.retry_at for g in self.groups if not g.ask.done and g.retry_at]
+        timeout_s = max(0.0, min(due) - now)
+        poll = select.poll()
+        by_descriptor: dict[int, _Group] = {}
+        for group in waiting:
+            link = group.ask.link
+            if link is None or link.lost:
+                continue
+            by_descriptor[link.channel.fileno()] = group
+            poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.has_unsent else 0))
+        if not by_descriptor:
+            self._transport.table.wait_for_change(self._transport.table.epoch, timeout_s)
+            return
+        for descriptor, _ in poll.poll(timeout_s * 1000):
+            ask = by_descriptor[descriptor].ask
+            link = ask.link
+            assert link is not None
+            try:
+                link.flush()
+                while not (ask.done or ask.failed):
+                    link.receive(ask, MSG_DONTWAIT)
+            except (BlockingIOError, LinkLost):
+                continue
+
+    def _unavailable(self, group: _Group) -> ExpertUnavailable:
+        return ExpertUnavailable(
+            f"expert group {group.part.group} did not answer for layer {self.layer} within "
+            f"{self._transport.timeout_s:g} s ({group.ask.failed or group.reason})",
+            group=group.part.group,
+        )
+
+
+def _on_host(rows: Tensor) -> Tensor:
+    """The rows in contiguous host memory; those of a GPU through pinned memory."""
+    if rows.device.type == "cpu":
+        return rows.contiguous()
+    staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    return staged.copy_(rows)
