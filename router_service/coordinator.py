@@ -131,13 +131,19 @@ def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) 
 
 
 def coordinator_deployment(
-    *arguments: Any, num_replicas: int, gpus: float, request_timeout_s: float, max_ongoing_requests: int
+    *arguments: Any,
+    num_replicas: int,
+    gpus: float,
+    openmp_spin_count: int,
+    request_timeout_s: float,
+    max_ongoing_requests: int,
 ) -> serve.Application:
     """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator."""
+    environment = {"GOMP_SPINCOUNT": str(openmp_spin_count)}  # read when torch is imported
     deployment = serve.deployment(Coordinator).options(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
         max_ongoing_requests=max_ongoing_requests,
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
