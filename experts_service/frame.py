@@ -8,7 +8,8 @@
 A reply echoes the head of what it replies to, with another kind (an error also with its own flags and size): so one
 comparison of 44 bytes tells that an answer is the one asked for, of this request id, epoch, layer and attempt, and of
 the right shape and dtype. All integers are little-endian, and so are the rows: big-endian hosts are refused at import.
-A deadline travels as the milliseconds that are left, counted from arrival, because clocks of two nodes differ.
+A deadline travels as the milliseconds that are left, because clocks of two nodes differ; it counts from when the shard
+reads the frame, so time in a socket's buffer is not seen.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from cluster.errors import ExpertUnavailable
 from experts_service.frame import FAILED, LATE, FrameError, LaneShape
 from experts_service.handshake import HandshakeRefused, Welcome
@@ -195,21 +197,24 @@ class LaneServer:
         layer = frames[0].head.layer
         started = time.monotonic()
         self._running = True
+        answers: list[Tensor] = []
+        failure = ""
         try:
             answers = run_as_one(self._maths, layer, [(frame.rows, frame.head.counts) for frame in frames])
         except Exception as error:  # whatever the maths raises is told to those who asked
             logger.exception("layer %d failed for %d frames", layer, len(frames))
-            for frame in frames:
-                frame.connection.refuse(frame, FAILED, f"{type(error).__name__}: {error}")
-        else:
-            self._busy_s += time.monotonic() - started
-            for frame, answer in zip(frames, answers, strict=True):
-                frame.connection.reply(frame, answer)
+            failure = f"{type(error).__name__}: {error}"
+        self._busy_s += time.monotonic() - started
         self._batches += 1
         for frame in frames:
             self._frames += 1
             self._rows += frame.head.rows
             self._queue_s += started - frame.arrived
+        for index, frame in enumerate(frames):
+            if failure:
+                frame.connection.refuse(frame, FAILED, failure)
+            else:
+                frame.connection.reply(frame, answers[index])
             self._let_go(frame)
         self._running = False
 

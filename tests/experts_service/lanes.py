@@ -1,0 +1,127 @@
+"""Lane servers for tests: in this process, on real sockets, with experts whose answers do not depend on their batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cluster.placement import ExpertGroup
+from experts_service.frame import LaneShape
+from experts_service.lane import LaneTransport
+from experts_service.lane_address import LaneAddress
+from experts_service.lane_batch import Maths
+from experts_service.lane_dialer import LaneDialer
+from experts_service.lane_server import LaneServer
+from experts_service.routing_table import Deployment, Replica, RoutingTable
+from router_service.dispatcher import Dispatcher
+
+SECRET = b"s" * 32
+FINGERPRINT = "f" * 64
+NUM_LAYERS, NUM_EXPERTS, HIDDEN = 3, 4, 8
+GROUPS = (ExpertGroup(0, (0, 3)), ExpertGroup(1, (2, 1)))
+HERE, ELSEWHERE = "this node", "another node"
+
+
+def maths(experts: Sequence[int]) -> Maths:
+    """Scales and shifts by layer and expert, element by element: bitwise the same in whatever batch."""
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        pieces = rows.split(list(counts))
+        return torch.cat([(piece * (expert + 2) + layer).tanh() for piece, expert in zip(pieces, experts, strict=True)])
+
+    return run
+
+
+class LocalMaths:
+    """The transport `local` over the same maths."""
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[object]) -> LocalMaths:
+        for part in parts:
+            indices = torch.from_numpy(part.row_indices)  # type: ignore[attr-defined]
+            answer = maths(GROUPS[part.group].experts)(layer, rows[indices], part.counts)  # type: ignore[attr-defined]
+            part.answer.copy_(answer)  # type: ignore[attr-defined]
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Shards:
+    """Servers by replica id, as a routing table knows them."""
+
+    node: str = HERE  # where coordinators believe that the servers are: their own node, or another
+    dtype: torch.dtype = torch.float32
+    servers: dict[str, LaneServer] = field(default_factory=dict)
+    table: RoutingTable = field(default_factory=RoutingTable)
+    dialled: list[str] = field(default_factory=list)
+    transports: list[LaneTransport] = field(default_factory=list)
+
+    def start(
+        self, replica_id: str, group: int, run: Maths | None = None, *, fingerprint: str = FINGERPRINT
+    ) -> LaneServer:
+        """Serve a group and publish its replica."""
+        experts = GROUPS[group].experts
+        shape = LaneShape(NUM_LAYERS, len(experts), HIDDEN, self.dtype)
+        server = LaneServer(run or maths(experts), shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1")
+        server.start()
+        self.servers[replica_id] = server
+        self.publish()
+        return server
+
+    def publish(self) -> None:
+        for group in (0, 1):
+            names = [name for name in self.servers if name.startswith(f"{group}")]
+            replicas = [Replica(name, f"shard-{name}", "test", group, FINGERPRINT) for name in names]
+            self.table.publish(Deployment("model", f"expert-{group}"), replicas)
+
+    def address(self, replica: Replica, timeout_s: float) -> LaneAddress:
+        self.dialled.append(replica.replica_id)
+        server = self.servers[replica.replica_id]
+        return LaneAddress(str(server.path), "127.0.0.1", server.port, self.node, "first")
+
+    def transport(
+        self, timeout_s: float = 5.0, secret: bytes = SECRET, fingerprint: str = FINGERPRINT
+    ) -> LaneTransport:
+        dialer = LaneDialer(self.address, secret=secret, fingerprint=fingerprint, node_id=HERE)
+        deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
+        transport = LaneTransport(deployments, self.table, dialer, timeout_s=timeout_s)
+        self.transports.append(transport)
+        return transport
+
+
+@contextmanager
+def shards(node: str = HERE, dtype: torch.dtype = torch.float32) -> Iterator[Shards]:
+    """No servers yet; those that the test starts, and its transports, end with it."""
+    running = Shards(node, dtype)
+    try:
+        yield running
+    finally:
+        for transport in running.transports:
+            transport.close()
+        for server in running.servers.values():
+            server.close()
+
+
+def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, layer: int = 1) -> Tensor:
+    """Dispatch `rows` [T, D] to `experts` [T, K] and combine with equal weights."""
+    weights = torch.full(experts.shape, 0.5, dtype=rows.dtype)
+    return dispatcher.combine(dispatcher.dispatch(layer, rows, experts), weights)
+
+
+def batch(num_rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows [T, D] and two different experts for each [T, 2]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, HIDDEN, generator=generator).to(dtype)
+    return rows, torch.rand(num_rows, NUM_EXPERTS, generator=generator).topk(2).indices
+
+
+def expected(rows: Tensor, experts: Tensor, layer: int = 1) -> Tensor:
+    return ask(Dispatcher(GROUPS, LocalMaths()), rows, experts, layer)
