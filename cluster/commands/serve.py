@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.errors import ConfigError, SetupError
 from cluster.hub import resolve_model
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
-STOP_TIMEOUT_S = 30.0
+INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
 
 console = Console()
 
@@ -37,20 +38,41 @@ def run(
     """Serve until SIGINT or SIGTERM. Raises MantaError for whatever a user can mend."""
     config = _with_ports(_read_config(model, config_file), host, port, grpc_port)
     checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _Stop()
     with _ray(config.gateway, address) as cluster:
         import ray
 
+        stop.listen()  # again: Ray has put its own handlers there
         plans = tuple(
             plan_model(one, checkpoint, cluster) for one, checkpoint in zip(config.models, checkpoints, strict=True)
         )
         with _serving(config, plans, stop, joined=address is not None):
-            if not stop.is_set():
+            if not stop.requested.is_set():
                 _announce(config, plans, ray.get_runtime_context().gcs_address)
-            stop.wait()
-            console.print("Stopping …")
+            stop.requested.wait()
+            console.print("Stopping … (Ctrl-C again: at once)")
+
+
+class _Stop:
+    """What the user's signals ask for."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self.at_once = threading.Event()  # a second signal
+        self.drain_s = INTERRUPTED_S
+        self.listen()
+
+    def listen(self) -> None:
+        """Take SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.requested.is_set():
+            self.at_once.set()
+        elif number == signal.SIGTERM:
+            self.drain_s = TERMINATED_S
+        self.requested.set()
 
 
 def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
@@ -105,9 +127,7 @@ def _check_free(host: str, name: str, port: int) -> None:
 
 
 @contextmanager
-def _serving(
-    config: MantaConfig, plans: tuple[ModelPlan, ...], stop: threading.Event, *, joined: bool
-) -> Iterator[None]:
+def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, joined: bool) -> Iterator[None]:
     """All applications, running; on leaving, those that we started are gone."""
     from ray import serve
 
@@ -119,11 +139,17 @@ def _serving(
     serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_running([target.name for target in targets], stop)
+        _wait_until_running([target.name for target in targets], stop.requested)
         yield
     finally:
-        for target in targets:  # the gateway first: no new requests, then coordinators and experts
-            serve.delete(target.name)
+        # Serve waits for open streams. On a cluster of our own, Ray ends what is left when their time is over.
+        names = {target.name for target in targets}
+        for name in names:
+            serve.delete(name, _blocking=False)
+        deadline = time.monotonic() + stop.drain_s
+        while names & set(serve.status().applications) and (joined or time.monotonic() < deadline):
+            if stop.at_once.wait(0.1):
+                break
         if joined and not was_running:
             serve.shutdown()
 
@@ -152,11 +178,18 @@ def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
             bars.update(bar, completed=loaded, total=total or None, description=text)
             for name in applications:
                 if name in status and status[name].status == "DEPLOY_FAILED":
-                    raise SetupError(f"{name} cannot be started: {status[name].message}")
+                    raise SetupError(f"{name} cannot be started: {_failure(status[name])}")
             if all(name in status and status[name].status == "RUNNING" for name in applications):
                 break
     for name in applications:
         clear_progress(name)
+
+
+def _failure(application: Any) -> str:
+    """The last line of what each failed deployment says: the error, without the stack above it."""
+    messages = [d.message.strip() for d in application.deployments.values() if d.message and "FAILED" in d.status.value]
+    lines = dict.fromkeys(message.splitlines()[-1] for message in messages if message)
+    return " ".join(lines) or application.message
 
 
 def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str) -> None:
