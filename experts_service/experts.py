@@ -72,7 +72,7 @@ class Experts:
             names = [expert_tensor_names(layer, expert) for expert in self.experts]
             w13 = [torch.cat((weights[w1], weights[w3])) for w1, _, w3 in names]  # [2F, D] each
             w2 = [weights[name].contiguous() for _, name, _ in names]  # [D, F] each
-            self.dtype, self.device = w2[0].dtype, w2[0].device
+            self.dtype, self.device, self.hidden = w2[0].dtype, w2[0].device, len(w2[0])
             if grouped is None:
                 grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
             self._layers.append((_Grouped if grouped else _OneByOne)(w13, w2))

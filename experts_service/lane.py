@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from socket import MSG_DONTWAIT
 
@@ -110,6 +111,21 @@ class LaneTransport:
             link.send(ask, head, group.rows)
         except LinkLost as lost:
             ask.failed = str(lost)
+
+    def reaches(self, group: int) -> bool:
+        """Whether a replica of the group has a lane to us, dialled now if need be.
+
+        Where all are suspected, or none is known, this says yes: a dispatch then waits for them, by whatever way.
+        """
+        trusted = [r for r in self.table.replicas(self.deployments[group]) if not r.suspected]
+        for replica in trusted:
+            link = self._links.get(replica.replica_id)
+            if link is not None and not link.lost:
+                return True
+            with suppress(LinkLost):
+                self._links[replica.replica_id] = Link(self._dialer(replica, self.timeout_s))
+                return True
+        return not trusted
 
     def suspect(self, group: _Group, reason: str) -> None:
         group.reason = reason
