@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
-from cluster.config import GatewayConfig, MantaConfig, ModelConfig
+from cluster.config import ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig
 from cluster.messages import ModelCard
 from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
 
@@ -155,7 +155,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     from router_service.coordinator import coordinator_deployment
 
     config, checkpoint = plan.config, plan.checkpoint
-    engine, experts = config.engine, config.experts
+    engine, experts = config.engine, _with_lane_secret(config.experts)
     assert engine.dtype != "auto", "a plan has no open settings"
     assert engine.device != "auto", "a plan has no open settings"
     shards = [
@@ -172,6 +172,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
                 num_threads=experts.num_threads,
                 gpus=plan.gpus_per_shard,
                 load_timeout_s=experts.load_timeout_s,
+                lane_secret_file=experts.lane_secret_file,
             )
         )
         for group in plan.groups
@@ -191,6 +192,17 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         # The engine's own bound is what refuses; Serve's only has to be beyond it.
         max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + 1000,
     )
+
+
+def _with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
+    """The same with the path of a secret that can be read here, where lanes need one."""
+    from experts_service.lane_secret import ensure_lane_secret
+
+    if experts.transport not in ("auto", "lane"):
+        return experts
+    given = experts.lane_secret_file
+    path = ensure_lane_secret(None if given is None else Path(given))
+    return experts.model_copy(update={"lane_secret_file": str(path)})
 
 
 def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.errors import ConfigError
 
-Transport = Literal["auto", "object_store", "local"]
+Transport = Literal["auto", "lane", "object_store", "local"]
 
 
 class _Frozen(BaseModel):
@@ -53,7 +53,10 @@ class ExpertsConfig(_Frozen):
     """The expert groups of one model and how rows reach them."""
 
     groups: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"  # expert indices per group, the same in every layer
-    transport: Transport = "auto"
+    transport: Transport = "auto"  # auto: lanes, and the object store to shards that have none
+    lane_secret_file: str | None = (
+        None  # mode 0600, the same on every node; None: ~/.manta/lane_secret, made if missing
+    )
     gpus_per_shard: float | None = Field(None, ge=0)  # None: 1 where the cluster has GPUs, else 0
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
     expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch

@@ -15,11 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from cluster.errors import ConfigError
+from experts_service.auto import AutoTransport
+from experts_service.lane import LaneTransport
+from experts_service.lane_dialer import LaneDialer, ask_shard
+from experts_service.lane_secret import read_lane_secret
 from experts_service.object_store import ObjectStoreTransport
 from experts_service.routing_table import TABLE, Deployment
 from experts_service.transport import Transport
@@ -55,9 +62,31 @@ class ExpertPool:
             self._tasks.append(task)
         self._table.wait_for(self._deployments.values(), timeout_s)
 
-    def transport(self, fingerprint: str, timeout_s: float) -> Transport:
-        """The object_store transport to these groups; lanes come here too."""
-        return ObjectStoreTransport(self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s)
+    def transport(
+        self, fingerprint: str, timeout_s: float, *, name: str = "object_store", lane_secret_file: str | None = None
+    ) -> Transport:
+        """The transport `auto`, `lane` or `object_store` to these groups. Raises ConfigError for a lane without secret.
+
+        `auto` is the object store on a node where the secret cannot be read.
+        """
+        object_store = ObjectStoreTransport(
+            self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s
+        )
+        if name == "object_store":
+            return object_store
+        try:
+            if lane_secret_file is None:
+                raise ConfigError("lane_secret_file: none was given")
+            secret = read_lane_secret(Path(lane_secret_file))
+        except ConfigError as error:
+            if name == "lane":
+                raise
+            logger.warning("rows go through the object store, not over lanes: %s", error)
+            return object_store
+        node_id = ray.get_runtime_context().get_node_id()
+        dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, node_id=node_id)
+        lane = LaneTransport(self._deployments, self._table, dialer, timeout_s=timeout_s)
+        return lane if name == "lane" else AutoTransport(lane, object_store)
 
     def missing(self) -> list[str]:
         """Deployments without a replica that is believed to answer: not ready while there is one."""

@@ -8,22 +8,31 @@ Torch is imported in the actor's own process only: the Serve replica that starts
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import ray
+import ray.util
 
-from cluster.errors import CheckpointError, ExpertUnavailable
+from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from experts_service.experts import Experts
+    from experts_service.lane_address import LaneAddress
+    from experts_service.lane_server import LaneServer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class ShardSpec:
     num_threads: int | None = None  # None: the node's cores shared among the groups
     gpus: float = 0.0
     load_timeout_s: float = 1800.0
+    lane_secret_file: str | None = None  # None: no lanes
 
     @property
     def name(self) -> str:
@@ -69,9 +79,24 @@ class ExpertShard:
         self._rows = [0] * len(spec.experts)
         self._calls = 0
         self._busy_s = 0.0
+        self._one_at_a_time = threading.Lock()  # the actor's calls and the thread of the lanes share the weights
         started = time.monotonic()
         self._experts = self._load()
         self._loaded_s = time.monotonic() - started
+        self._lanes = self._open_lanes()
+
+    def lane_address(self) -> LaneAddress:
+        """Where this incarnation listens. Raises ExpertUnavailable when it has no lanes."""
+        from experts_service.lane_address import LaneAddress
+
+        if self._lanes is None:
+            raise ExpertUnavailable(f"the shard of expert group {self._spec.group} has no lanes")
+        node_id = ray.get_runtime_context().get_node_id()
+        return LaneAddress(str(self._lanes.path), self._host, self._lanes.port, node_id, self._incarnation)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse rows on lanes from now on; whether those in flight were answered before the timeout."""
+        return self._lanes is None or self._lanes.drain(timeout_s)
 
     def run(
         self,
@@ -108,15 +133,50 @@ class ExpertShard:
                 f"expert group {self._spec.group} serves the checkpoint {self._spec.fingerprint[:8]}, "
                 f"and was asked for {fingerprint[:8]}: experts of two versions never mix"
             )
-        started = time.perf_counter()
-        answer = self._experts(layer, rows.to(self._experts.device), counts).cpu()  # [R, D]
-        self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
-        self._calls += 1
-        self._busy_s += time.perf_counter() - started
+        return self._run(layer, rows, counts)
+
+    def _run(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        with self._one_at_a_time:
+            started = time.perf_counter()
+            answer = self._experts(layer, rows.to(self._experts.device), counts).cpu()  # [R, D]
+            self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
+            self._calls += 1
+            self._busy_s += time.perf_counter() - started
         return answer
 
+    def _open_lanes(self) -> LaneServer | None:
+        """Serve lanes, unless this node has no secret for them: object_store works without."""
+        import torch
+
+        from experts_service.frame import LaneShape
+        from experts_service.lane_secret import read_lane_secret
+        from experts_service.lane_server import LaneServer
+
+        spec = self._spec
+        if spec.lane_secret_file is None:
+            return None
+        try:
+            secret = read_lane_secret(Path(spec.lane_secret_file))
+        except ConfigError as error:
+            logger.warning("%s has no lanes: %s", spec.name, error)
+            return None
+        self._host = ray.util.get_node_ip_address()
+        shape = LaneShape(self._experts.num_layers, len(spec.experts), self._experts.hidden, getattr(torch, spec.dtype))
+        server = LaneServer(
+            self._run,
+            shape,
+            secret=secret,
+            fingerprint=spec.fingerprint,
+            host=self._host,
+            pinned=spec.device == "cuda",
+        )
+        server.start()
+        return server
+
     def stats(self) -> ShardStats:
-        """Also the sign of life that its ExpertService asks for."""
+        """Also the sign of life that its ExpertService asks for. Raises ExpertUnavailable when its lanes are dead."""
+        if self._lanes is not None:
+            self._lanes.stats()
         return ShardStats(
             incarnation=self._incarnation,
             group=self._spec.group,

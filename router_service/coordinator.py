@@ -77,7 +77,12 @@ class Coordinator:
             )
         else:
             self._pool.connect(experts.load_timeout_s)
-            transport = self._pool.transport(fingerprint, experts.expert_timeout_s)
+            transport = self._pool.transport(
+                fingerprint,
+                experts.expert_timeout_s,
+                name=experts.transport,
+                lane_secret_file=experts.lane_secret_file,
+            )
         dispatcher = Dispatcher(groups, transport)
         self._engine = build_engine(checkpoint, engine, dispatcher, self._deliver, on_bytes=progress)
         self._engine.start()
