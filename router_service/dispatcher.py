@@ -27,13 +27,15 @@ Indices = npt.NDArray[np.int64]
 # T tokens, K experts per token, D hidden size, E experts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Dispatch:
     """Rows of one layer under way."""
 
     layer: int
-    experts: Indices  # [T, K]
-    order: Indices  # [K * T]; answers[i] belongs to pair order[i], which is choice * T + row
+    num_rows: int
+    top_k: int
+    take: Tensor | None  # [K * T]; the answers choice by choice, a row's experts ascending; None: as they stand
+    pairs: Tensor | None  # [K, T], or [K] for one row; their weights, as pairs choice * T + row; None: as they stand
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
 
@@ -42,7 +44,8 @@ class Dispatcher:
     """The coordinator's way to its experts. One thread uses it, the engine's.
 
     Indices are worked out in numpy: for a few rows it takes a third of the time of the same tensor operations, and on a
-    GPU one copy of `experts` to the host is the only wait.
+    GPU one copy of `experts` to the host is the only wait. One row, a decode step of one sequence, needs no arrays: it
+    is worked out in plain Python, in a third of that again.
     """
 
     def __init__(self, groups: Sequence[ExpertGroup], transport: Transport) -> None:
@@ -50,24 +53,31 @@ class Dispatcher:
         self._transport = transport
         self._order = np.array([expert for group in self._groups for expert in group.experts])  # [E]
         self._rank = self._order.argsort()  # [E]; place of each expert when groups stand in a row
-        self._rows_per_expert = np.zeros(len(self._order), dtype=np.int64)  # [E]
+        self._ranks: list[int] = self._rank.tolist()
+        self._group_of = [
+            (group, int(self._rank[group.experts[0]])) for group in self._groups for _ in group.experts
+        ]  # [E]; by rank: the group, and its first rank
+        self._rows_per_expert = [0] * len(self._order)
+        self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
+        self._identity = list(range(len(self._order)))
+        self._permutations: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def rows_per_expert(self) -> tuple[int, ...]:
         """Rows sent to each expert since the start, summed over layers."""
-        return tuple(self._rows_per_expert.tolist())
+        return tuple(self._rows_per_expert)
 
     @torch.inference_mode()
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait."""
         num_rows, top_k = experts.shape
+        if num_rows == 1:
+            return self._dispatch_row(layer, rows, experts.tolist()[0])
         chosen: Indices = experts.cpu().numpy()  # [T, K]
         ranks = self._rank[chosen.T].ravel()  # [K * T]
         order = ranks.argsort(kind="stable")  # [K * T]; by group, expert, choice, row, as the reference has them
         row_indices = order % num_rows if num_rows else order  # [K * T]
-        counts_by_rank = np.bincount(ranks, minlength=len(self._order))  # [E]
-        self._rows_per_expert[self._order] += counts_by_rank
-        counts = counts_by_rank.tolist()
+        counts = np.bincount(ranks, minlength=len(self._order)).tolist()  # [E]
         answers = rows.new_empty(num_rows * top_k, rows.shape[-1])  # [K * T, D]
         parts = []
         start = first = 0
@@ -77,26 +87,75 @@ class Dispatcher:
             end = start + sum(of_group)
             if end > start:
                 parts.append(GroupRows(group.index, row_indices[start:end], of_group, answers, start))
+                for expert, count in zip(group.experts, of_group, strict=True):
+                    self._rows_per_expert[expert] += count
             start = end
-        return Dispatch(layer, chosen, order, answers, self._transport.send(layer, rows, parts))
+        flight = self._transport.send(layer, rows, parts)
+        # The rest is worked out while the experts compute.
+        place = np.empty_like(order)
+        place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
+        pairs = chosen.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
+        return Dispatch(
+            layer, num_rows, top_k, torch.from_numpy(place[pairs].ravel()), torch.from_numpy(pairs), answers, flight
+        )
 
     @torch.inference_mode()
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
-        answers = dispatch.answers
-        num_rows, top_k = dispatch.experts.shape
-        place = np.empty_like(dispatch.order)
-        place[dispatch.order] = np.arange(len(place))  # [K * T]; pair → answer
-        pairs = dispatch.experts.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
-        take = torch.from_numpy(place[pairs].ravel()).to(answers.device)  # [K * T]
-        weights = weights.t().flatten()[torch.from_numpy(pairs).to(weights.device)].unsqueeze(-1)  # [K, T, 1]
+        answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
+        num_rows, top_k = dispatch.num_rows, dispatch.top_k
+        weights = weights.t()  # [K, T]
+        if num_rows != 1:
+            assert pairs is not None
+            weights = weights.flatten().take(pairs.to(weights.device)).unsqueeze(-1)  # [K, T, 1]
+        elif pairs is not None:
+            weights = weights.index_select(0, pairs.to(weights.device))  # [K, 1]
         dispatch.flight.wait()
-        terms = answers.index_select(0, take).view(top_k, num_rows, answers.shape[-1]) * weights  # [K, T, D]
-        terms = terms.to(answers.dtype)
+        if take is not None:
+            answers = answers.index_select(0, take.to(answers.device))
+        if num_rows != 1:
+            answers = answers.view(top_k, num_rows, answers.shape[-1])  # [K, T, D]
+        terms = (answers * weights).to(answers.dtype)  # [K, T, D]; [K, D] for one row
         total = terms[0]  # [T, D]
         for k in range(1, top_k):
             total = total + terms[k]
-        return total
+        return total.view(num_rows, terms.shape[-1])
+
+    def _dispatch_row(self, layer: int, row: Tensor, experts: list[int]) -> Dispatch:
+        """The same for one row [1, D] and its `experts` [K]."""
+        top_k = len(experts)
+        ranked = sorted(self._ranks[expert] for expert in experts)  # the answers stand in this order
+        answers = row.new_empty(top_k, row.shape[-1])  # [K, D]
+        parts: list[GroupRows] = []
+        start = 0
+        while start < top_k:
+            group, first = self._group_of[ranked[start]]
+            counts = [0] * len(group.experts)
+            end = start
+            while end < top_k and ranked[end] < first + len(counts):
+                counts[ranked[end] - first] = 1
+                end += 1
+            parts.append(GroupRows(group.index, self._first_row[: end - start], tuple(counts), answers, start))
+            start = end
+        flight = self._transport.send(layer, row, parts)
+        for expert in experts:
+            self._rows_per_expert[expert] += 1
+        ascending = sorted(experts)
+        take = self._permutation([ranked.index(self._ranks[expert]) for expert in ascending])
+        pairs = self._permutation([experts.index(expert) for expert in ascending])
+        return Dispatch(layer, 1, top_k, take, pairs, answers, flight)
+
+    def _permutation(self, indices: list[int]) -> Tensor | None:
+        """As a tensor [K]; None when it changes nothing. There are few, so they are kept."""
+        if indices == self._identity[: len(indices)]:
+            return None
+        key = tuple(indices)
+        kept = self._permutations.get(key)
+        if kept is None:
+            if len(self._permutations) >= 1024:
+                self._permutations.clear()
+            kept = self._permutations[key] = torch.tensor(indices)
+        return kept
 
     def close(self) -> None:
         """Close the transport."""
