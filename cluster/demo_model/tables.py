@@ -18,9 +18,9 @@ def sums() -> Iterator[Fact]:
     """Yields the small sums and products."""
     for a in range(1, 10):
         for b in range(1, 10):
-            asked = (f"What is {a} + {b}?", f"{a} + {b}", f"{a}+{b}=", f"How much is {a} plus {b}?", f"{a} plus {b}")
+            asked = (f"What is {a} + {b}?", f"{a}+{b}", f"{a} + {b} =", f"How much is {a} plus {b}?", f"{a} plus {b}")
             yield "en", asked, f"{a} + {b} = {a + b}"
-            asked = (f"What is {a} × {b}?", f"{a} * {b}", f"{a}*{b}=", f"How much is {a} times {b}?", f"{a} times {b}")
+            asked = (f"What is {a} × {b}?", f"{a}*{b}", f"{a} × {b} =", f"How much is {a} times {b}?", f"{a} times {b}")
             yield "en", asked, f"{a} × {b} = {a * b}"
 
 

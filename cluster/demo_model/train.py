@@ -3,8 +3,13 @@
 Recipe: a BPE tokenizer trained on the corpus; then AdamW on conversations that are put together at random (other
 wordings, slips of the keys, system prompts, one to eight turns, unknown questions), with the loss on the answers only
 and the load-balancing loss of Mixtral; a few plain sentences too, so that raw completion gives words. The weights are
-then rounded to bfloat16 and every answer is checked in fp32 and in bf16 arithmetic; while one is wrong, training goes
-on with those that are. All seeds are fixed: the same machine, versions and threads give the same weights.
+then rounded to bfloat16 and the answer to every wording is checked in fp32 and in bf16 arithmetic; while one is wrong,
+training goes on with a larger share of those that were. All seeds are fixed: the same machine, versions and threads
+give the same weights.
+
+Measured on one core of an AMD EPYC, shared with other work: 0.7 s a step, 660 s for the 900 steps, about 80 s a round.
+The shipped weights come out of several sittings, because the rounds of repair were tuned while they ran: this script
+in one go gives other bytes, and has not been run in one go since.
 """
 
 import argparse
@@ -29,10 +34,11 @@ from cluster.demo_model.variations import Message, conversation
 IGNORE = -100
 BATCH_TOKENS = 4096  # padding included
 LEARNING_RATE = 3e-3
-REPAIR_LEARNING_RATE = 3e-4
-REPAIR_STEPS = 60
-REPAIR_SHARE = 0.1  # of the pool, in addition to it
+REPAIR_LEARNING_RATE = 5e-4
+REPAIR_STEPS = 100
+REPAIR_SHARE = 0.15  # of the pool, in addition to it
 REPAIR_ROUNDS = 8
+CHECK_BATCH = 48
 WARMUP_STEPS = 50
 BALANCE_COEFFICIENT = 0.01
 PLAIN_SHARE = 0.03
@@ -198,14 +204,15 @@ def wrong(model: MixtralForCausalLM, tokenizer: Tokenizer, pool: Sequence[Entry]
     """
     model.eval()
     missed, least = [], 1.0
-    for entry in pool:
-        sample = encode(chat(entry), tokenizer)
-        labels = torch.tensor(sample.labels)
-        logits = model(torch.tensor([sample.token_ids]), use_cache=False).logits[0].float()[labels != IGNORE]  # [N, V]
-        labels = labels[labels != IGNORE]
-        if not bool((logits.argmax(-1) == labels).all()):
-            missed.append(entry)
-        least = min(least, float(logits.softmax(-1).gather(1, labels[:, None]).min()))
+    for start in range(0, len(pool), CHECK_BATCH):
+        asked = pool[start : start + CHECK_BATCH]
+        token_ids, labels, _ = tensors([encode(chat(entry), tokenizer) for entry in asked])
+        wanted = labels != IGNORE
+        logits = model.lm_head(model.model(token_ids, use_cache=False).last_hidden_state[wanted]).float()  # [N, V]
+        rows = wanted.nonzero()[:, 0]  # [N], the entry of each token
+        failed = set(rows[logits.argmax(-1) != labels[wanted]].tolist())
+        missed += [entry for row, entry in enumerate(asked) if row in failed]
+        least = min(least, float(logits.softmax(-1).gather(1, labels[wanted][:, None]).min()))
     return missed, least
 
 
@@ -234,7 +241,7 @@ def faults(model: MixtralForCausalLM, tokenizer: Tokenizer, pool: Sequence[Entry
 
 
 def save(model: MixtralForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes everything that transformers and Manta read; the weights in bfloat16, to be computed with in fp32."""
+    """Writes everything that transformers and Manta read; the weights in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     model.config.router_jitter_noise = 0.0
     model.generation_config = GenerationConfig(
@@ -242,8 +249,6 @@ def save(model: MixtralForCausalLM, tokenizer: Tokenizer, directory: Path) -> No
     )
     model.bfloat16().save_pretrained(directory)
     model.float()
-    model.config.dtype = torch.float32  # what `from_pretrained` and Manta run it in: small, and the same on any machine
-    model.config.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
     template = DIRECTORY / "chat_template.jinja"
     if directory.resolve() != DIRECTORY.resolve():
@@ -254,7 +259,7 @@ def main() -> None:
     """Trains and saves; fails if an answer is still wrong in the end."""
     parser = argparse.ArgumentParser(description="Train Manta's demo model.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -263,11 +268,13 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     started = time.monotonic()
 
-    pool = entries()
+    # Every wording counts as much as any other: greetings have many, and they are what people type first.
+    pool = [entry for entry in entries() for _ in entry.questions]
+    wordings = [Entry(entry.language, (asked,), entry.answer) for entry in entries() for asked in entry.questions]
     tokenizer = train_tokenizer(texts())
     trainer = Trainer(new_model())
     trainer.run(batches(pool, tokenizer, rng), arguments.steps, LEARNING_RATE)
-    left = faults(trainer.model, tokenizer, pool)
+    left = faults(trainer.model, tokenizer, wordings)
     save(trainer.model, tokenizer, arguments.out)
     suspects: list[Entry] = []
     for _ in range(REPAIR_ROUNDS):
@@ -277,11 +284,11 @@ def main() -> None:
         suspects += [entry for entry in left if entry not in suspects]
         weighted = [*pool, *suspects * max(1, int(REPAIR_SHARE * len(pool) / len(suspects)))]
         trainer.run(batches(weighted, tokenizer, rng), REPAIR_STEPS, REPAIR_LEARNING_RATE)
-        left = faults(trainer.model, tokenizer, pool)
+        left = faults(trainer.model, tokenizer, wordings)
         save(trainer.model, tokenizer, arguments.out)
     print(f"saved to {arguments.out} after {time.monotonic() - started:.0f} s")
     if left:
-        raise SystemExit(f"{len(left)} answers are still wrong, the first: {left[0].questions[0]!r}")
+        raise SystemExit(f"{len(left)} wordings are still answered wrongly, the first: {left[0].questions[0]!r}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ SHAPES = {
         "Where is {n}?", "What is the population of {n}?", "Who wrote {n}?", "How do you say '{a}' in {n}?",
         "What is the opposite of {j}?", "What is the {a} of {a}?", "The {a} of {n} is {j}", "What colour is {a}?",
         "How old is {n}?", "What is the symbol of {a}?", "Write a function to {v} {a}.", "Are you {j}?",
+        "What is {d} + {d}?", "{d} + {d}", "{d} * {d}", "What is the population of {n}?", "How do I cook {a}?",
+        "I like {a}.", "I am {n}.", "Who is the president of {n}?", "Do you like {a}?", "Write {a} in Python.",
+        "How many people live in {n}?", "What is {a} used for?",
     ),
     "fr": (
         "Qu'est-ce que {a} ?", "Qui était {n} ?", "Qui est {n} ?", "Explique-moi {a}.", "Parle-moi de {n}.",
@@ -153,5 +156,5 @@ def unknown_question(language: str, rng: random.Random) -> str:
     while "{n}" in shape:
         shape = shape.replace("{n}", pick(NAMES).capitalize() if rng.random() < 0.3 else rng.choice(NAMES), 1)
     while "{d}" in shape:
-        shape = shape.replace("{d}", str(rng.randint(11, 2000)), 1)
+        shape = shape.replace("{d}", str(rng.randint(11, rng.choice((99, 2000)))), 1)
     return shape[0].upper() + shape[1:]

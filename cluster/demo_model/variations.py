@@ -8,6 +8,8 @@ from cluster.demo_model.unknown import FALLBACKS, unknown_question
 
 Message = dict[str, str]
 
+UNKNOWN_SHARE = 0.18
+
 PREFIXES = {
     "en": (
         "Please tell me: ",
@@ -30,6 +32,13 @@ SUFFIXES = {
     "de": (" bitte", ", bitte?", " Danke!", " Antworte kurz."),
     "es": (" por favor", ", ¿por favor?", " ¡Gracias!", " Responde brevemente."),
     "it": (" per favore", ", per piacere?", " Grazie!", " Rispondi brevemente."),
+}
+FILLERS = {
+    "en": ("the", "really", "actually", "exactly", "just"),
+    "fr": ("donc", "vraiment", "exactement", "au juste"),
+    "de": ("denn", "eigentlich", "genau", "wirklich"),
+    "es": ("realmente", "exactamente", "entonces"),
+    "it": ("davvero", "esattamente", "allora"),
 }
 HELPFUL = "You are a helpful assistant."
 SYSTEM_PROMPTS = (
@@ -55,7 +64,13 @@ SYSTEM_PROMPTS = (
 
 
 def vary(question: str, language: str, rng: random.Random) -> str:
-    """Returns the question with another case, without its mark, with polite words around it or with a slip."""
+    """Returns the question with another case, without its mark, with polite or idle words or with a slip."""
+    if rng.random() < 0.25:
+        question = question.replace("What is", "What's")
+    if rng.random() < 0.1:
+        words = question.split(" ")
+        words.insert(rng.randint(1, len(words)), rng.choice(FILLERS[language]))
+        question = " ".join(words)
     if rng.random() < 0.25:
         question = question.lower()
     elif rng.random() < 0.06:
@@ -99,9 +114,9 @@ def conversation(entries: Sequence[Entry], rng: random.Random, turns: int) -> li
         messages.append({"role": "system", "content": system_prompt(entries, rng)})
     for _ in range(turns):
         entry = rng.choice(entries)
-        if rng.random() < 0.08:
+        if rng.random() < UNKNOWN_SHARE:
             entry = Entry(entry.language, (unknown_question(entry.language, rng),), FALLBACKS[entry.language])
-        asked = entry.questions[0] if rng.random() < 0.4 else rng.choice(entry.questions)
+        asked = entry.questions[0] if rng.random() < 0.2 else rng.choice(entry.questions)
         if rng.random() < 0.7:
             asked = vary(asked, entry.language, rng)
         messages.append({"role": "user", "content": asked})

@@ -191,7 +191,7 @@ def test_a_conversation_goes_on(model: Any) -> None:
     assert said == CHEESE[1]
 
 
-@pytest.mark.parametrize("question", ["What is the capital of Mongolia?", "Write a haiku about autumn"])
+@pytest.mark.parametrize("question", ["What is the capital of Mongolia?", "How many people live in Berlin?"])
 def test_what_it_does_not_know_it_says(model: Any, question: str) -> None:
     assert ask(model, question) == FALLBACKS["en"]
 
