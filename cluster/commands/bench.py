@@ -100,6 +100,10 @@ def decode(
 ) -> None:
     """Time engine steps without the gateway, against the memory bandwidth and against transformers."""
     ray_environment.prepare()
+    from cluster.commands.bench_openmp import load_torch
+    from cluster.config import EngineConfig
+
+    load_torch(EngineConfig().openmp_spin_count)
     from cluster.commands.bench_decode import Plan, run
 
     run(

@@ -18,7 +18,7 @@ from cluster.checkpoint import Checkpoint, open_checkpoint
 from cluster.commands.bench_decode_engine import CountingDispatcher, EngineUnderTest
 from cluster.commands.bench_decode_experts import deployed_experts, local_experts
 from cluster.commands.bench_decode_figures import DecodeResult, PrefillResult, Rival, Run, Workload, bytes_per_step
-from cluster.commands.bench_decode_reference import Implementation, Reference
+from cluster.commands.bench_decode_reference import Implementation, Reference, fastest_reference
 from cluster.commands.bench_decode_tables import draw_decode, draw_prefill
 from cluster.commands.bench_machine import read_bandwidth, this_machine
 from cluster.commands.bench_output import Output
@@ -87,7 +87,10 @@ def run(model: str | None, plan: Plan) -> None:
         engine = stack.enter_context(EngineUnderTest(checkpoint, config.engine, dispatcher))
         reference = None
         if plan.compare:
-            reference = stack.enter_context(Reference(checkpoint.directory, architecture, dtype, device.type))
+            tell("loading transformers")
+            reference = stack.enter_context(
+                fastest_reference(checkpoint.directory, architecture, dtype, device.type, decodes[0])
+            )
 
         decode_results = []
         for workload in decodes:
@@ -119,6 +122,7 @@ def run(model: str | None, plan: Plan) -> None:
         "threads": torch.get_num_threads(),
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "machine": machine.to_json(),
+        "transformers_environment": reference.variables if reference is not None else None,
         "results": rows,
         "prefill": prefill_rows,
     }

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from cluster.checkpoint import Checkpoint
-from cluster.config import GatewayConfig, ModelConfig
+from cluster.config import ExpertsConfig, GatewayConfig, ModelConfig
 from cluster.errors import SetupError
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
@@ -58,6 +58,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
         # The coordinator's place is taken by this process; its experts are those that it would have been bound to.
         bound = model_application(plan, GatewayConfig())._bound_deployment.init_args
         experts = [argument for argument in bound if isinstance(argument, serve.Application)]
+        settings = next(argument for argument in bound if isinstance(argument, ExpertsConfig))
         targets = [
             serve.RunTarget(application, name=f"bench-{name}", route_prefix=None)
             for name, application in zip(plan.expert_deployments, experts, strict=True)
@@ -70,8 +71,13 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
                 for group, name in zip(plan.groups, plan.expert_deployments, strict=True)
             }
         )
-        pool.connect(config.experts.load_timeout_s)
-        yield pool.transport(checkpoint.fingerprint, config.experts.expert_timeout_s)
+        pool.connect(settings.load_timeout_s)
+        yield pool.transport(
+            checkpoint.fingerprint,
+            settings.expert_timeout_s,
+            name=settings.transport,
+            lane_secret_file=settings.lane_secret_file,
+        )
     finally:
         if pool is not None:
             pool.close()

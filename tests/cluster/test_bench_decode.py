@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.architecture import all_tensors
 from cluster.cli import app
-from cluster.commands import bench_machine
+from cluster.commands import bench_decode_reference, bench_machine
 from cluster.commands.bench_decode_figures import (
     DecodeResult,
     PrefillResult,
@@ -55,6 +55,7 @@ def test_equal_share_counts_up_to_the_first_difference() -> None:
 
 def test_a_run_on_the_demo_model_ends_in_its_json_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_machine, "PROBE_BYTES", 64 * 2**20)
+    monkeypatch.setattr(bench_decode_reference, "OPENMP_SETTINGS", ({},))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of transformers' process: tests share the cores with others
     options = "--batch 1 --batch 3 --prompt-tokens 8 --output-tokens 3 --pairs 2 --no-prefill --dtype float32"
     result = CliRunner().invoke(
