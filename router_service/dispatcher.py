@@ -33,9 +33,8 @@ class Dispatch:
 
     layer: int
     num_rows: int
-    top_k: int
-    take: Tensor | None  # [K * T]; the answers choice by choice, a row's experts ascending; None: as they stand
-    pairs: Tensor | None  # [K, T], or [K] for one row; their weights, as pairs choice * T + row; None: as they stand
+    take: Tensor | None  # [K, T], or [K] for one row: where its answers are, experts ascending; None: as they stand
+    pairs: Tensor | None  # the same shape; where their weights are, choice * T + row; None: as they stand
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
 
@@ -95,31 +94,34 @@ class Dispatcher:
         place = np.empty_like(order)
         place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
         pairs = chosen.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
-        return Dispatch(
-            layer, num_rows, top_k, torch.from_numpy(place[pairs].ravel()), torch.from_numpy(pairs), answers, flight
-        )
+        return Dispatch(layer, num_rows, torch.from_numpy(place[pairs]), torch.from_numpy(pairs), answers, flight)
 
     @torch.inference_mode()
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
         answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
-        num_rows, top_k = dispatch.num_rows, dispatch.top_k
         weights = weights.t()  # [K, T]
-        if num_rows != 1:
-            assert pairs is not None
-            weights = weights.flatten().take(pairs.to(weights.device)).unsqueeze(-1)  # [K, T, 1]
-        elif pairs is not None:
-            weights = weights.index_select(0, pairs.to(weights.device))  # [K, 1]
+        if dispatch.num_rows == 1:
+            if pairs is not None:
+                weights = weights.index_select(0, pairs.to(weights.device))  # [K, 1]
+            dispatch.flight.wait()
+            if take is not None:
+                answers = answers.index_select(0, take.to(answers.device))  # [K, D]
+            terms = (answers * weights).to(answers.dtype)  # [K, D]
+            total = terms[:1]  # [1, D]
+            for k in range(1, len(terms)):
+                total = total + terms[k]
+            return total
+        assert take is not None
+        assert pairs is not None
+        weights = weights.flatten().take(pairs.to(weights.device)).unsqueeze(-1)  # [K, T, 1]
+        take = take.to(answers.device)
         dispatch.flight.wait()
-        if take is not None:
-            answers = answers.index_select(0, take.to(answers.device))
-        if num_rows != 1:
-            answers = answers.view(top_k, num_rows, answers.shape[-1])  # [K, T, D]
-        terms = (answers * weights).to(answers.dtype)  # [K, T, D]; [K, D] for one row
-        total = terms[0]  # [T, D]
-        for k in range(1, top_k):
-            total = total + terms[k]
-        return total.view(num_rows, terms.shape[-1])
+        total = answers  # [T, D] from the first choice on
+        for choice, rows_of_choice in enumerate(take):  # one at a time: large temporaries cost more than calls
+            term = (answers.index_select(0, rows_of_choice) * weights[choice]).to(answers.dtype)  # [T, D]
+            total = total.add_(term) if choice else term
+        return total
 
     def _dispatch_row(self, layer: int, row: Tensor, experts: list[int]) -> Dispatch:
         """The same for one row [1, D] and its `experts` [K]."""
@@ -143,7 +145,7 @@ class Dispatcher:
         ascending = sorted(experts)
         take = self._permutation([ranked.index(self._ranks[expert]) for expert in ascending])
         pairs = self._permutation([experts.index(expert) for expert in ascending])
-        return Dispatch(layer, 1, top_k, take, pairs, answers, flight)
+        return Dispatch(layer, 1, take, pairs, answers, flight)
 
     def _permutation(self, indices: list[int]) -> Tensor | None:
         """As a tensor [K]; None when it changes nothing. There are few, so they are kept."""
