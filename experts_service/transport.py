@@ -4,7 +4,8 @@
     ...                                             # the coordinator works on another microbatch
     flight.wait()                                   # every part.answer is written, or ExpertUnavailable
 
-Implementations: `local` (in this process), `object_store` (direct actor calls); lanes are the third.
+Implementations: `local` (in this process), `object_store` (direct actor calls), `lane` (a connection per shard), and
+`auto`, which takes lanes where there are any.
 """
 
 from __future__ import annotations
