@@ -44,8 +44,8 @@ async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T
             return working.result()
         raise RequestCancelled("the client has gone")
     finally:
-        await _end(watching)
         await _end(working)
+        watching.cancel()
 
 
 class EventStream(Response):
@@ -67,7 +67,7 @@ class EventStream(Response):
                 sending.result()
         finally:
             await _end(sending)
-            await _end(watching)
+            watching.cancel()
             await self._events.aclose()
 
     async def _send(self, send: Send) -> None:

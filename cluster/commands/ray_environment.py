@@ -1,4 +1,4 @@
-"""Ray's environment variables. Ray reads them when it is imported: this runs before, and must not import Ray itself."""
+"""Ray's environment variables. Ray reads them when it is imported, so this runs before, and must not import it."""
 
 import os
 
@@ -7,3 +7,16 @@ def prepare() -> None:
     """Token authentication unless the user says otherwise, and no usage reports."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def prepare_to_serve() -> None:
+    """Also HAProxy in front, and replicas that talk gRPC directly: the processes of a Ray that we start inherit this.
+
+    Measured on 2 busy cores with the demo model, 16 streams (`manta bench serve --concurrency 16`): 362 tokens/s with
+    Serve's own proxy, 564 with HAProxy alone, 783 with all three. Without the thread of its own it would be 1017, but
+    then a client that leaves a plain request behind HAProxy is not noticed, and its sequence runs to the end.
+    """
+    prepare()
+    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "1")
