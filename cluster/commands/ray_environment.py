@@ -1,6 +1,15 @@
 """Ray's environment variables. Ray reads them when it is imported, so this runs before, and must not import it."""
 
 import os
+import socket
+
+# Ports of Serve's own, besides those of the doors. Two servers on one machine must not meet on Serve's fixed defaults.
+_INTERNAL_PORTS = (
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+)
 
 
 def prepare() -> None:
@@ -20,3 +29,12 @@ def prepare_to_serve() -> None:
     os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "1")
+    for name in _INTERNAL_PORTS:
+        os.environ.setdefault(name, str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
