@@ -22,7 +22,7 @@ def prepare_to_serve() -> None:
     """Also HAProxy in front instead of Serve's own proxy: the processes of a Ray that we start inherit this.
 
     Measured on 2 busy cores with the demo model, 16 streams (`manta bench serve --concurrency 16`): 362 tokens/s with
-    Serve's own proxy, 564 with HAProxy. RAY_SERVE_THROUGHPUT_OPTIMIZED on top gave 783, but in Ray 2.60 the two together
+    Serve's own proxy, 564 with HAProxy. RAY_SERVE_THROUGHPUT_OPTIMIZED on top gave 783, but with Ray 2.60 both together
     lose some disconnects: a client that leaves within milliseconds goes unnoticed, and its sequence runs to the end.
     """
     prepare()
