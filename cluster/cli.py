@@ -73,7 +73,7 @@ def serve(
     """Serve a model over HTTP and gRPC until Ctrl-C."""
     from cluster.commands import ray_environment
 
-    ray_environment.prepare_to_serve()
+    ray_environment.prepare()
     from cluster.commands.serve import run
 
     run(model, config, host, port, grpc_port, address)
