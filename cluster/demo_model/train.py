@@ -8,9 +8,9 @@ training goes on with a larger share of those that were. All seeds are fixed: th
 give the same weights.
 
 Measured on one core of an AMD EPYC, shared with other work: 0.7 s a step, 660 s for the 900 steps, about 80 s a round.
-The shipped weights come out of several sittings, because the rounds of repair were tuned while they ran. One run of this
-script from start to end, on a busy machine, took 13 minutes for the steps and had 68 of the 2915 wordings wrong before
-the first round of repair, 17 after the third, and 4 or 5 after the sixth and seventh; the shipped weights have 1.
+The shipped weights come out of several sittings, because the rounds of repair were tuned while they ran. One run of
+this script from start to end, on a busy machine, took 13 minutes for the steps and had 68 of the 2915 wordings wrong
+before the first round of repair, 17 after the third, and 4 or 5 after the sixth and seventh; the shipped weights: 1.
 """
 
 import argparse
