@@ -7,16 +7,17 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from cluster.architecture import Architecture, compute_dtype, coordinator_tensors
+from cluster.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
+from cluster.placement import kv_bytes_per_token
 from experts_service.weights import read_tensors
 from router_service.block_manager import BlockManager
 from router_service.decoder import Decoder
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
-from router_service.kv_cache import KVCache, bytes_per_token
+from router_service.kv_cache import KVCache
 from router_service.model_runner import ModelRunner
 from router_service.sampler import Sampler
 from router_service.scheduler import Scheduler
@@ -35,7 +36,8 @@ def build_engine(
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
     architecture = checkpoint.architecture
-    device, dtype = resolve_device(config), getattr(torch, compute_dtype(config.dtype, architecture))
+    device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
+    dtype: torch.dtype = getattr(torch, dtype_name)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     weights = read_tensors(
@@ -43,7 +45,7 @@ def build_engine(
     )
     decoder = Decoder(architecture, weights, dispatcher)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
-    num_blocks = _num_blocks(config, architecture, dtype, device, max_model_len)
+    num_blocks = _num_blocks(config, kv_bytes_per_token(architecture, dtype_name), device, max_model_len)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
         BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -69,11 +71,9 @@ def resolve_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _num_blocks(
-    config: EngineConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device, max_model_len: int
-) -> int:
+def _num_blocks(config: EngineConfig, token_bytes: int, device: torch.device, max_model_len: int) -> int:
     """As many blocks as the config says, or as the free memory holds, and never more than can be used at once."""
-    block_bytes = config.block_size * bytes_per_token(architecture, dtype)
+    block_bytes = config.block_size * token_bytes
     blocks_of_one = -(-max_model_len // config.block_size)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks

@@ -54,9 +54,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
-
-
-def bytes_per_token(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token over all layers."""
-    heads = architecture.num_layers * architecture.num_kv_heads
-    return 2 * heads * architecture.head_dim * dtype.itemsize

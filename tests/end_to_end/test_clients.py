@@ -8,7 +8,9 @@ import httpx
 import mistralai.client
 import openai
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from cluster.demo_model import DIRECTORY
 from cluster.demo_model.corpus import questions
 
 MODEL = "manta-demo"
@@ -41,9 +43,15 @@ def test_openai_chat_plain_and_streamed_are_equal(client):
 
 
 def test_openai_completion_with_token_ids(client):
-    by_text = client.completions.create(model=MODEL, prompt="Hello my name is", max_tokens=20, temperature=0)
+    ids = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)("Hello my name is")["input_ids"]
+    sampling = {"model": MODEL, "max_tokens": 20, "temperature": 0}
+    by_text = client.completions.create(prompt="Hello my name is", **sampling)
+    by_ids = client.completions.create(prompt=ids, extra_body={"return_token_ids": True}, **sampling)
     assert by_text.usage.completion_tokens <= 20
     assert by_text.choices[0].text
+    assert by_ids.choices[0].text == by_text.choices[0].text
+    assert by_ids.usage == by_text.usage
+    assert len(by_ids.choices[0].token_ids) == by_ids.usage.completion_tokens
 
 
 def test_mistralai_chat_plain_and_streamed(server):
