@@ -73,7 +73,10 @@ def serve(
     """Serve a model over HTTP and gRPC until Ctrl-C."""
     from cluster.commands import ray_environment
 
-    ray_environment.prepare()
+    if address is None:
+        ray_environment.prepare_server()
+    else:
+        ray_environment.prepare()
     from cluster.commands.serve import run
 
     run(model, config, host, port, grpc_port, address)

@@ -27,7 +27,7 @@ SPARE_REQUESTS = 64  # beyond our own bound, so that it is we who refuse, and /h
 DRAIN_S = 30.0
 
 SERVICER_FUNCTIONS = [
-    "gateway.chat_pb2_grpc.add_MantaServicer_to_server",
+    "gateway.grpc_cancellation.add_MantaServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 
