@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
 from cluster.config import ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig
+from cluster.errors import ConfigError
 from cluster.messages import ModelCard
 from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
 
@@ -60,7 +61,7 @@ class ModelPlan:
 
     @property
     def expert_deployments(self) -> tuple[str, ...]:
-        """Names of the experts' deployments: none when the coordinator runs them itself."""
+        """Names of the experts' deployments: none when the coordinator runs them itself, or the model is dense."""
         if self.config.experts.transport == "local":
             return ()
         return tuple(f"expert-{group.index}" for group in self.groups)
@@ -82,6 +83,10 @@ def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
 def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) -> ModelPlan:
     """Resolve everything that is "auto". Raises ConfigError, or DoesNotFit when the cluster is too small."""
     architecture = checkpoint.architecture
+    if architecture.is_dense:
+        if config.experts != ExpertsConfig():
+            raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
+        config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})
     groups = plan_groups(config.experts.groups, architecture.num_experts, cluster.num_gpus, cluster.num_cpus)
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
     dtype = compute_dtype(config.engine.dtype, architecture)
@@ -118,6 +123,8 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
 
 def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[float, float]:
     """GPUs of a shard and of a coordinator."""
+    if num_groups == 0:
+        return 0.0, 1.0
     if config.experts.gpus_per_shard is not None:
         return config.experts.gpus_per_shard, min(
             1.0, max(SHARED_GPU_OF_COORDINATOR, 1 - config.experts.gpus_per_shard)

@@ -4,6 +4,10 @@ Names are the hub's, whatever layout a checkpoint is stored in; a tensor's shape
 
     coordinator   model.embed_tokens, model.layers.N.{self_attn, norms, block_sparse_moe.gate}, model.norm, lm_head
     expert E      model.layers.N.block_sparse_moe.experts.E.{w1, w2, w3}
+
+A dense model (Mistral 7B) has a feed-forward network in place of gate and experts, and is the coordinator's as a whole:
+
+    coordinator   … model.layers.N.mlp.{gate_proj, up_proj, down_proj}, an expert's w1, w3 and w2
 """
 
 from __future__ import annotations
@@ -19,16 +23,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The sizes of a sparse mixture-of-experts decoder. Range-checked by whoever builds it from a file."""
+    """The sizes of a decoder, of experts or dense. Range-checked by whoever builds it from a file."""
 
     num_layers: int
     hidden_size: int
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # of one expert, or of a dense model's feed-forward network
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_experts: int
-    top_k: int  # experts per token
+    num_experts: int  # 0: dense
+    top_k: int  # experts per token; 0: dense
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -39,6 +43,11 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer has one feed-forward network instead of experts."""
+        return self.num_experts == 0
+
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], architecture: Architecture) -> ComputeDtype:
     """What weights and activations are held in. `auto` is what the checkpoint says; float16 runs as bfloat16."""
@@ -48,7 +57,7 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], architecture:
 
 
 def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
-    """Every tensor of the half that holds attention, norms, gate and embeddings."""
+    """Every tensor of the half that holds attention, norms, gate and embeddings: all of them, of a dense model."""
     a = architecture
     q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
@@ -61,12 +70,22 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
             f"{prefix}.self_attn.v_proj.weight": (kv_size, a.hidden_size),
             f"{prefix}.self_attn.o_proj.weight": (a.hidden_size, q_size),
             f"{prefix}.post_attention_layernorm.weight": (a.hidden_size,),
-            f"{prefix}.block_sparse_moe.gate.weight": (a.num_experts, a.hidden_size),
         }
+        if a.is_dense:
+            tensors |= feed_forward_tensors(a, layer)
+        else:
+            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (a.num_experts, a.hidden_size)
     tensors["model.norm.weight"] = (a.hidden_size,)
     if not a.tie_word_embeddings:
         tensors["lm_head.weight"] = (a.vocab_size, a.hidden_size)
     return tensors
+
+
+def feed_forward_tensors(architecture: Architecture, layer: int) -> dict[str, Shape]:
+    """The three matrices of a dense layer: y = down_proj(silu(gate_proj x) * up_proj x)."""
+    prefix = f"model.layers.{layer}.mlp"
+    up = (architecture.intermediate_size, architecture.hidden_size)
+    return {f"{prefix}.gate_proj.weight": up, f"{prefix}.down_proj.weight": up[::-1], f"{prefix}.up_proj.weight": up}
 
 
 def expert_tensors(architecture: Architecture, layer: int, expert: int) -> dict[str, Shape]:

@@ -10,8 +10,11 @@ from typing import cast, get_args
 from cluster.architecture import Architecture, StoredDtype
 from cluster.json_document import JsonDocument
 
-MODEL_TYPES = {"mixtral": "MixtralForCausalLM"}  # model_type → architectures
+MODEL_TYPES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}  # model_type → architectures
 MIXTRAL_ROPE_THETA = 1e6  # of both reference implementations, where the file names none
+MISTRAL_ROPE_THETA = 1e4  # transformers', and that of Mistral 7B v0.1, whose params.json names none
+MIXTRAL_NORM_EPS, MISTRAL_NORM_EPS = 1e-5, 1e-6  # transformers', where config.json names none
+MISTRAL_WINDOW = 4096  # transformers', where config.json does not even say null
 MISTRAL_CONTEXT = 32768  # params.json rarely says how long the context is
 MISTRAL_BOS, MISTRAL_EOS = 1, 2  # of every tokenizer that ships beside a params.json
 
@@ -21,6 +24,7 @@ _NOT_IN_PARAMS = ("lora", "quantization", "yarn", "llama_4_scaling", "vision_enc
 def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
     """From Hugging Face's `config.json`; keys of transformers 4 and 5. `default_dtype` is used where it names none."""
     _refuse_unsupported_config(config)
+    dense = _is_dense(config)
     num_heads = config.integer("num_attention_heads")
     hidden_size = config.integer("hidden_size")
     if not config.has("head_dim") and hidden_size % num_heads:
@@ -36,13 +40,15 @@ def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = 
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
         head_dim=config.integer("head_dim", default=max(1, hidden_size // num_heads)),
-        num_experts=config.integer("num_local_experts", maximum=1024),
-        top_k=config.integer("num_experts_per_tok"),
+        num_experts=0 if dense else config.integer("num_local_experts", maximum=1024),
+        top_k=0 if dense else config.integer("num_experts_per_tok"),
         vocab_size=vocab_size,
-        rms_norm_eps=config.number("rms_norm_eps", default=1e-5, maximum=1.0),
-        rope_theta=theta_holder.number("rope_theta", default=MIXTRAL_ROPE_THETA),
+        rms_norm_eps=config.number(
+            "rms_norm_eps", default=MISTRAL_NORM_EPS if dense else MIXTRAL_NORM_EPS, maximum=1.0
+        ),
+        rope_theta=theta_holder.number("rope_theta", default=MISTRAL_ROPE_THETA if dense else MIXTRAL_ROPE_THETA),
         max_position_embeddings=config.integer("max_position_embeddings"),
-        sliding_window=config.integer("sliding_window") if config.has("sliding_window") else None,
+        sliding_window=_sliding_window(config, dense),
         tie_word_embeddings=config.boolean("tie_word_embeddings", default=False),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=config.integers("eos_token_id", vocab_size - 1),
@@ -62,9 +68,7 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
     for key in _NOT_IN_PARAMS:
         if params.values.get(key):
             raise params.error(key, "is set, and Manta does not support it")
-    if not params.has("moe"):
-        raise params.error("moe", "is missing; Manta runs mixture-of-experts models (Mixtral)")
-    moe = params.section("moe")
+    dense, moe = not params.has("moe"), params.section("moe")
     if params.has("sliding_window") and isinstance(params.values["sliding_window"], str):
         params.values["sliding_window"] = _number_in_quotes(params.values["sliding_window"])
     context_key = next((k for k in ("max_position_embeddings", "max_seq_len") if params.values.get(k)), "")
@@ -76,11 +80,14 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
         num_heads=params.integer("n_heads"),
         num_kv_heads=params.integer("n_kv_heads"),
         head_dim=params.integer("head_dim"),
-        num_experts=moe.integer("num_experts", maximum=1024),
-        top_k=moe.integer("num_experts_per_tok"),
+        num_experts=0 if dense else moe.integer("num_experts", maximum=1024),
+        top_k=0 if dense else moe.integer("num_experts_per_tok"),
         vocab_size=vocab_size,
         rms_norm_eps=params.number("norm_eps", maximum=1.0),
-        rope_theta=params.number("rope_theta", default=MIXTRAL_ROPE_THETA),
+        rope_theta=params.number(
+            "rope_theta",
+            default=MISTRAL_ROPE_THETA if dense and params.has("sliding_window") else MIXTRAL_ROPE_THETA,
+        ),
         max_position_embeddings=params.integer(context_key, default=MISTRAL_CONTEXT),
         sliding_window=params.integer("sliding_window") if params.has("sliding_window") else None,
         tie_word_embeddings=params.boolean("tied_embeddings", default=False),
@@ -96,6 +103,18 @@ def refuse_remote_code(config: JsonDocument) -> None:
     """Raises CheckpointError where the checkpoint wants its own Python code run."""
     if config.has("auto_map"):
         raise config.error("auto_map", "points at Python code in the checkpoint, and Manta runs no remote code")
+
+
+def _is_dense(config: JsonDocument) -> bool:
+    """Whether a supported `config.json` describes a Mistral and not a Mixtral."""
+    model_type, architectures = config.values.get("model_type"), config.values.get("architectures")
+    return model_type == "mistral" or (model_type is None and "MixtralForCausalLM" not in (architectures or ()))
+
+
+def _sliding_window(config: JsonDocument, dense: bool) -> int | None:
+    if dense and "sliding_window" not in config.values:
+        return MISTRAL_WINDOW
+    return config.integer("sliding_window") if config.has("sliding_window") else None
 
 
 def _refuse_unsupported_config(config: JsonDocument) -> None:

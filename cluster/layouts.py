@@ -1,4 +1,4 @@
-"""Maps a model's tensors to byte ranges of stored ones, for each way a Mixtral is written. Knows names, reads no file.
+"""Maps a model's tensors to byte ranges of stored ones, for each way a model is written. Knows names, reads no file.
 
     hub               model.layers.N.block_sparse_moe.experts.E.w1.weight   [F, D]
     transformers 5    model.layers.N.mlp.experts.gate_up_proj               [E, 2F, D]  w1 = rows [:F], w3 = rows [F:]
@@ -6,7 +6,9 @@
     Mistral           layers.N.feed_forward.experts.E.w1.weight             [F, D]
     Mistral, early    layers.N.block_sparse_moe.w1                          [E·F, D]    and w2 so too, transposed
 
-with E experts, F intermediate size, D hidden size. Mistral interleaves the rows of wq and wk for its rotary embedding.
+with E experts, F intermediate size, D hidden size. The feed-forward network of a dense layer is `mlp.gate_proj.weight`
+(w1), `up_proj` (w3) and `down_proj` (w2) on the hub, `feed_forward.w1.weight` and so on at Mistral. Mistral interleaves
+the rows of wq and wk for its rotary embedding.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ _MISTRAL_NAMES = {
     "self_attn.v_proj.weight": "attention.wv.weight",
     "self_attn.o_proj.weight": "attention.wo.weight",
     "block_sparse_moe.gate.weight": "feed_forward.gate.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
 
 

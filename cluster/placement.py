@@ -55,9 +55,13 @@ def plan_groups(
     """The groups of a model.
 
     `auto`: one expert a group where there is a GPU for each, else a group for each GPU; without GPUs a group for each
-    core, and at least 2; sizes differ by at most one expert. `num_gpus` are those that experts may have. Raises
-    ConfigError when a list of groups does not name every expert exactly once.
+    core, and at least 2; sizes differ by at most one expert. `num_gpus` are those that experts may have. A dense model
+    has no groups. Raises ConfigError when a list of groups does not name every expert exactly once.
     """
+    if num_experts == 0:
+        if setting != "auto":
+            raise ConfigError("experts.groups: the model is dense, it has no experts to group")
+        return ()
     if setting == "auto":
         num_groups = min(num_experts, num_gpus or max(2, num_cpus))
         bounds = [num_experts * i // num_groups for i in range(num_groups + 1)]

@@ -1,7 +1,4 @@
-"""The maths of experts: SwiGLU over rows grouped by expert. Torch only; knows neither Ray nor transports.
-
-Formula and rounding are those of `MixtralExperts` in transformers: w2(silu(w1 x) * (w3 x)), w1 and w3 in one matmul.
-"""
+"""The maths of experts: SwiGLU over rows grouped by expert. Torch only; knows neither Ray nor transports."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
-from experts_service.linear import Linear
+from experts_service.swiglu import SwiGLU
 from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
@@ -29,16 +26,14 @@ class _OneByOne:
     """The experts of a layer, a matmul for each that has rows."""
 
     def __init__(self, w13: Sequence[Tensor], w2: Sequence[Tensor]) -> None:
-        self._w13 = [Linear(weight) for weight in w13]  # D → 2F
-        self._w2 = [Linear(weight) for weight in w2]  # F → D
+        self._experts = [SwiGLU(*weights) for weights in zip(w13, w2, strict=True)]
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         answers = []
         start = 0
-        for count, w13, w2 in zip(counts, self._w13, self._w2, strict=True):
+        for count, expert in zip(counts, self._experts, strict=True):
             if count:
-                gate, up = w13(rows[start : start + count]).chunk(2, dim=-1)  # [R, F], [R, F]
-                answers.append(w2(F.silu(gate) * up))  # [R, D]
+                answers.append(expert(rows[start : start + count]))  # [R, D]
             start += count
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 

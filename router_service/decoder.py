@@ -1,6 +1,7 @@
-"""Mixtral's decoder without its experts: embeddings, norms, rotary attention, gate, output head. Knows no sequence.
+"""The family's decoder without its experts: embeddings, norms, rotary attention, gate, output head. Knows no sequence.
 
 The forward pass is a generator that yields wherever it waits for experts, so that a runner can drive several at once.
+A dense model has no gate: its feed-forward networks are here, and it waits for nobody.
 
 Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K experts per token, V vocabulary.
 """
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from cluster.architecture import Architecture
 from experts_service.linear import Linear
+from experts_service.swiglu import SwiGLU
 from router_service.attention import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.gate import Gate
@@ -27,11 +29,11 @@ class _Layer:
     qkv: Linear  # D → (N + 2G)·H
     o: Linear  # N·H → D
     post_attention_norm: torch.Tensor  # [D]
-    gate: Gate
+    feed_forward: Gate | SwiGLU  # who computes it, or what
 
 
 class Decoder:
-    """All layers of one model, bound to the dispatcher that reaches its experts."""
+    """All layers of one model, bound to the dispatcher that reaches its experts, none if it is dense."""
 
     def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], dispatcher: Dispatcher) -> None:
         """`weights` by their names in `cluster.architecture.coordinator_tensors`, all of one dtype and device."""
@@ -41,7 +43,7 @@ class Decoder:
         self.norm = weights["model.norm.weight"]  # [D]
         head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
         self.head = Linear(head)  # D → V
-        self.layers = [_layer(weights, index, architecture.top_k) for index in range(architecture.num_layers)]
+        self.layers = [_layer(weights, index, architecture) for index in range(architecture.num_layers)]
         half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
@@ -63,7 +65,7 @@ class Decoder:
         kv_cache: KVCache,
         sampled_rows: torch.Tensor,  # [B] rows whose logits are wanted
     ) -> Generator[None, None, torch.Tensor]:
-        """Run all layers; yields once a layer after its rows were sent. Returns logits [B, V] in fp32."""
+        """Run all layers; yields once a layer after its rows were sent to experts. Returns logits [B, V] in fp32."""
         architecture = self.architecture
         query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
         cos, sin = self._rotary(positions)
@@ -78,7 +80,10 @@ class Decoder:
             x = x + layer.o(attended.view(len(x), -1))
 
             rows = self._rms_norm(x, layer.post_attention_norm)
-            weights, experts = layer.gate(rows)  # [T, K], [T, K]
+            if isinstance(layer.feed_forward, SwiGLU):
+                x = x + layer.feed_forward(rows)
+                continue
+            weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
             dispatch = self.dispatcher.dispatch(index, rows, experts)
             yield
             x = x + self.dispatcher.combine(dispatch, weights)
@@ -103,12 +108,18 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _layer(weights: Mapping[str, torch.Tensor], index: int, top_k: int) -> _Layer:
+def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture) -> _Layer:
     prefix = f"model.layers.{index}"
+    feed_forward: Gate | SwiGLU
+    if architecture.is_dense:
+        w1, w2, w3 = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "down", "up"))
+        feed_forward = SwiGLU(torch.cat((w1, w3)), w2)
+    else:
+        feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k)
     return _Layer(
         input_norm=weights[f"{prefix}.input_layernorm.weight"],
         qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")])),
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"]),
         post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
-        gate=Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], top_k),
+        feed_forward=feed_forward,
     )

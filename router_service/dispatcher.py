@@ -50,7 +50,7 @@ class Dispatcher:
     def __init__(self, groups: Sequence[ExpertGroup], transport: Transport) -> None:
         self._groups = tuple(groups)
         self._transport = transport
-        self._order = np.array([expert for group in self._groups for expert in group.experts])  # [E]
+        self._order = np.array([expert for group in self._groups for expert in group.experts], dtype=np.int64)  # [E]
         self._rank = self._order.argsort()  # [E]; place of each expert when groups stand in a row
         self._ranks: list[int] = self._rank.tolist()
         self._group_of = [

@@ -1,18 +1,19 @@
-"""Writes random tiny Mixtrals in every layout that Manta reads, beside the transformers model to compare with."""
+"""Writes random tiny models in every layout that Manta reads, beside the transformers model to compare with."""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 Layout = Literal["huggingface", "fused", "mistral", "mistral_early"]
+CausalLM = MixtralForCausalLM | MistralForCausalLM
 
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -29,13 +30,28 @@ TINY: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+ModelT = TypeVar("ModelT", MixtralForCausalLM, MistralForCausalLM)
+
 logging.disable_progress_bar()
 
 
 def random_mixtral(*, seed: int = 0, **config_overrides: Any) -> MixtralForCausalLM:
     """A random fp32 Mixtral in eval mode. Norm weights are not all one, so that a forgotten norm shows."""
     torch.manual_seed(seed)
-    model = MixtralForCausalLM(MixtralConfig(**{**TINY, **config_overrides})).eval()
+    return _with_uneven_norms(MixtralForCausalLM(MixtralConfig(**{**TINY, **config_overrides})))
+
+
+def random_mistral(*, seed: int = 0, **config_overrides: Any) -> MistralForCausalLM:
+    """The same without experts: one feed-forward network a layer."""
+    torch.manual_seed(seed)
+    sizes = {key: value for key, value in TINY.items() if key not in ("num_local_experts", "num_experts_per_tok")}
+    return _with_uneven_norms(
+        MistralForCausalLM(MistralConfig(**{**sizes, "sliding_window": None, **config_overrides}))
+    )
+
+
+def _with_uneven_norms(model: ModelT) -> ModelT:
+    model = model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -44,14 +60,20 @@ def random_mixtral(*, seed: int = 0, **config_overrides: Any) -> MixtralForCausa
 
 
 def write_checkpoint(
-    directory: Path, *, layout: Layout = "huggingface", shards: int = 1, seed: int = 0, **config_overrides: Any
-) -> MixtralForCausalLM:
-    """Write a random Mixtral to `directory` and return it.
+    directory: Path,
+    *,
+    layout: Layout = "huggingface",
+    dense: bool = False,
+    shards: int = 1,
+    seed: int = 0,
+    **config_overrides: Any,
+) -> CausalLM:
+    """Write a random Mixtral, or a Mistral with `dense`, to `directory` and return it.
 
     `huggingface` has the hub's names, `fused` those that transformers 5 has in memory, `mistral` is params.json and
     consolidated*.safetensors, and `mistral_early` the same with the experts of a layer in one tensor.
     """
-    model = random_mixtral(seed=seed, **config_overrides)
+    model = (random_mistral if dense else random_mixtral)(seed=seed, **config_overrides)
     directory.mkdir(parents=True, exist_ok=True)
     if layout in ("mistral", "mistral_early"):
         _write_mistral(model, directory, shards, early=layout == "mistral_early")
@@ -62,11 +84,12 @@ def write_checkpoint(
     return model
 
 
-def hub_state_dict(model: MixtralForCausalLM) -> dict[str, torch.Tensor]:
+def hub_state_dict(model: CausalLM) -> dict[str, torch.Tensor]:
     """The model's tensors under the hub's names, cut out of the fused ones."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        name = name.replace(".mlp.", ".block_sparse_moe.")
+        if isinstance(model, MixtralForCausalLM):
+            name = name.replace(".mlp.", ".block_sparse_moe.")
         if name.endswith("experts.gate_up_proj"):
             for expert, both in enumerate(tensor):
                 w1, w3 = both.chunk(2)
@@ -111,7 +134,7 @@ def _split(file: Path, shards: int) -> None:
     file.unlink()
 
 
-def _write_mistral(model: MixtralForCausalLM, directory: Path, shards: int, *, early: bool) -> None:
+def _write_mistral(model: CausalLM, directory: Path, shards: int, *, early: bool) -> None:
     config = model.config
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     params = {
@@ -125,8 +148,9 @@ def _write_mistral(model: MixtralForCausalLM, directory: Path, shards: int, *, e
         "vocab_size": config.vocab_size,
         "rope_theta": config.rope_parameters["rope_theta"],
         "max_position_embeddings": config.max_position_embeddings,
-        "moe": {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok},
     }
+    if isinstance(model, MixtralForCausalLM):
+        params["moe"] = {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok}
     if config.sliding_window is not None:
         params["sliding_window"] = config.sliding_window
     if config.tie_word_embeddings:
@@ -159,6 +183,9 @@ def _mistral_name(name: str) -> str:
         ("post_attention_layernorm", "ffn_norm"),
         ("input_layernorm", "attention_norm"),
         ("block_sparse_moe", "feed_forward"),
+        ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.down_proj", "feed_forward.w2"),
+        ("mlp.up_proj", "feed_forward.w3"),
         *((f"self_attn.{x}_proj", f"attention.w{x}") for x in "qkvo"),
     ):
         name = name.replace(hub, mistral)

@@ -198,6 +198,8 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
     name = plans[0].config.name
     for plan in plans:
         where = f"{len(plan.groups)} expert groups" if plan.expert_deployments else "experts in the coordinator"
+        if not plan.groups:
+            where = "dense"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
     console.print(
         f"\n  HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",

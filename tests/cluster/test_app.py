@@ -6,8 +6,9 @@ from cluster.app import Cluster, describe_cluster, model_card, plan_model
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.demo_model import DIRECTORY
-from cluster.errors import DoesNotFit
+from cluster.errors import ConfigError, DoesNotFit
 from cluster.placement import Node
+from tests.checkpoints import write_checkpoint
 
 GIB = 2**30
 
@@ -49,6 +50,19 @@ def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
 def test_local_experts_have_no_deployments():
     laid_out = plan(machine(), experts=ExpertsConfig(transport="local"))
     assert laid_out.expert_deployments == ()
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0, 0.0), (1, 1.0)])
+def test_a_dense_model_is_one_coordinator(tmp_path, gpus, share):
+    write_checkpoint(tmp_path, dense=True)
+    checkpoint = open_checkpoint(tmp_path)
+    cluster = describe_cluster([machine(gpus=gpus)])
+    laid_out = plan_model(ModelConfig(name="dense", path=str(tmp_path)), checkpoint, cluster)
+    assert (laid_out.groups, laid_out.gpus_per_coordinator) == ((), share)
+    assert model_card(laid_out).deployments == ("coordinator",)
+    placed = ModelConfig(name="dense", path=str(tmp_path), experts=ExpertsConfig(transport="lane"))
+    with pytest.raises(ConfigError, match="'dense' is a dense model"):
+        plan_model(placed, checkpoint, cluster)
 
 
 def test_a_model_that_is_too_large_is_refused_with_both_numbers():

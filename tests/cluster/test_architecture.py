@@ -1,15 +1,16 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig
+from transformers import MistralConfig, MixtralConfig
 
 from cluster.architecture import Architecture, all_tensors, coordinator_tensors, expert_tensors
 from cluster.errors import CheckpointError
 from cluster.hyperparameters import architecture_from_config, architecture_from_params
 from cluster.json_document import JsonDocument
-from tests.checkpoints import hub_state_dict, random_mixtral
+from tests.checkpoints import hub_state_dict, random_mistral, random_mixtral
 
 # As on the hub, mistralai/Mixtral-8x7B-Instruct-v0.1.
 MIXTRAL_8X7B: dict[str, Any] = {
@@ -53,6 +54,30 @@ PARAMS_8X7B: dict[str, Any] = {
     "moe": {"num_experts_per_tok": 2, "num_experts": 8},
 }
 
+# mistralai/Mistral-7B-v0.1, whose params.json names no rope_theta, and v0.3.
+MISTRAL_7B: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+PARAMS_7B = {key: value for key, value in PARAMS_8X7B.items() if key != "moe"} | {"sliding_window": 4096}
+V3 = {"vocab_size": 32768, "rope_theta": 1e6, "sliding_window": None}
+
 
 def from_config(**changes: Any) -> Architecture:
     return architecture_from_config(JsonDocument(Path("config.json"), MIXTRAL_8X7B | changes))
@@ -83,6 +108,34 @@ def test_mixtral_8x7b_is_read_the_same_from_both_files():
         eos_token_ids=(2,),
         dtype="bfloat16",
     )
+
+
+@pytest.mark.parametrize("changes", [{}, V3], ids=["v0.1", "v0.3"])
+def test_mistral_7b_is_dense_and_read_the_same_from_both_files(changes: dict[str, Any]):
+    config = architecture_from_config(JsonDocument(Path("config.json"), MISTRAL_7B | changes))
+    params = architecture_from_params(JsonDocument(Path("params.json"), PARAMS_7B | changes), "bfloat16")
+    assert config == params
+    assert (config.is_dense, config.num_experts, config.top_k) == (True, 0, 0)
+    assert not from_config().is_dense
+    parameters = sum(math.prod(shape) for shape in all_tensors(config).values())
+    assert parameters == (7_248_023_552 if changes else 7_241_732_096)  # as the models' cards have it
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "rope_theta", "rms_norm_eps"])
+def test_what_a_config_leaves_out_is_transformers_default(name: str):
+    """Mixtral's and Mistral's defaults differ."""
+    for values, read in ((MISTRAL_7B, MistralConfig), (MIXTRAL_8X7B, MixtralConfig)):
+        left = {key: value for key, value in values.items() if key != name}
+        ours = architecture_from_config(JsonDocument(Path("config.json"), left))
+        reference = read(**{key: value for key, value in left.items() if key != "torch_dtype"})
+        theirs = reference.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(reference, name)
+        assert getattr(ours, name) == theirs
+
+
+def test_architectures_alone_tell_a_mistral_from_a_mixtral():
+    for values, dense in ((MISTRAL_7B, True), (MIXTRAL_8X7B, False)):
+        document = {key: value for key, value in values.items() if key != "model_type"}
+        assert architecture_from_config(JsonDocument(Path("config.json"), document)).is_dense is dense
 
 
 def test_keys_of_transformers_4_and_5_mean_the_same(tmp_path: Path):
@@ -178,7 +231,6 @@ def test_config_refusals_name_file_and_key(changes: dict[str, Any], message: str
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
-        ({"moe": None}, "moe is missing"),
         ({"moe": {"num_experts": 2, "num_experts_per_tok": 3}}, "moe.num_experts_per_tok is 3; expected at most"),
         ({"moe": {"num_experts": 2}}, "moe.num_experts_per_tok is missing"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization is set"),
@@ -193,6 +245,15 @@ def test_params_refusals_name_file_and_key(changes: dict[str, Any], message: str
         from_params(**changes)
     assert caught.value.message.startswith("params.json: ")
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensor_names_of_a_dense_model_are_those_of_transformers(tied: bool):
+    model = random_mistral(tie_word_embeddings=tied)
+    config = JsonDocument(Path("config.json"), model.config.to_dict() | {"architectures": ["MistralForCausalLM"]})
+    architecture = architecture_from_config(config)
+    assert all_tensors(architecture) == coordinator_tensors(architecture)
+    assert all_tensors(architecture) == {name: tuple(t.shape) for name, t in hub_state_dict(model).items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])

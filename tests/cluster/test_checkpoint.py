@@ -66,6 +66,21 @@ def test_every_layout_has_the_same_architecture_and_tensors(originals: Path, lay
     }
 
 
+@pytest.mark.parametrize("layout", ["huggingface", "mistral"])
+def test_a_dense_model_is_read_whole_and_every_tensor_of_it_is_needed(tmp_path: Path, layout: Layout):
+    write_checkpoint(tmp_path, layout=layout, dense=True)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.architecture.is_dense
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    assert len(checkpoint.tensors) == len(tensors)
+    for name, tensor in tensors.items():
+        save_file({n: t for n, t in tensors.items() if n != name}, file)
+        assert f"has no tensor {name!r}" in refusal(tmp_path)
+        save_file(tensors | {name: tensor[:-1]}, file)
+        assert f"{file}: tensor {name!r} has shape" in refusal(tmp_path)
+
+
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_place(originals: Path, copy, tmp_path: Path):
     whole, sharded = open_checkpoint(originals / "huggingface"), open_checkpoint(originals / "sharded")
     assert open_checkpoint(copy("huggingface")).fingerprint == whole.fingerprint

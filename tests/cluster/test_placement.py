@@ -102,6 +102,12 @@ def test_a_wrong_list_of_groups_is_refused_by_key(setting: tuple[tuple[int, ...]
         plan_groups(setting, 4, num_gpus=0, num_cpus=2)
 
 
+def test_a_dense_model_has_no_groups() -> None:
+    assert plan_groups("auto", 0, num_gpus=8, num_cpus=64) == ()
+    with pytest.raises(ConfigError, match=r"experts\.groups: the model is dense"):
+        plan_groups(((0,),), 0, num_gpus=0, num_cpus=2)
+
+
 def test_all_processes_together_hold_each_parameter_once() -> None:
     parameters = sum(math.prod(shape) for shape in all_tensors(MIXTRAL).values())
     assert parameters == 46_702_792_704  # as the model's card has it: 46.7 B

@@ -59,9 +59,11 @@ class Bench:
 
 
 def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
-    """Experts of a checkpoint in this process, packed into `num_groups` groups."""
+    """Experts of a checkpoint in this process, packed into `num_groups` groups; a dense model has none."""
     checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
+    if architecture.is_dense:
+        return Dispatcher((), LocalTransport({}))
     dtype = getattr(torch, compute_dtype("auto", architecture))
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]

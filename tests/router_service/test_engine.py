@@ -1,4 +1,4 @@
-"""The engine against transformers' MixtralForCausalLM on the same weights, and against itself."""
+"""The engine against transformers' MixtralForCausalLM and MistralForCausalLM on the same weights, and itself."""
 
 import random
 import time
@@ -20,6 +20,9 @@ CONFIGS = {
     "sixteen-experts-top-3": {"num_local_experts": 16, "num_experts_per_tok": 3},
     "tied": {"tie_word_embeddings": True},
     "sliding-window": {"sliding_window": 24},
+    "dense": {"dense": True},
+    "dense-tied": {"dense": True, "tie_word_embeddings": True},
+    "dense-sliding-window": {"dense": True, "sliding_window": 24},
 }
 
 
@@ -28,6 +31,14 @@ def tiny(tmp_path_factory):
     """A random tiny Mixtral, and the reference."""
     directory = tmp_path_factory.mktemp("tiny")
     return directory, write_checkpoint(directory, layout="huggingface", num_local_experts=8)
+
+
+@pytest.fixture(scope="module")
+def tiny_dense(tmp_path_factory):
+    """A random tiny Mistral."""
+    directory = tmp_path_factory.mktemp("dense")
+    write_checkpoint(directory, dense=True)
+    return directory
 
 
 def prompt(length, seed=0):
@@ -64,7 +75,10 @@ def logits_of(bench, prompt_ids):
     [
         *(("huggingface", config) for config in CONFIGS),
         *(("fused", config) for config in ("plain", "sixteen-experts-top-3", "tied")),
-        *(("mistral", config) for config in ("plain", "one-kv-head", "head-dim", "sixteen-experts-top-3")),
+        *(
+            ("mistral", config)
+            for config in ("plain", "one-kv-head", "head-dim", "sixteen-experts-top-3", "dense", "dense-sliding-window")
+        ),
     ],
 )
 def test_logits_and_200_greedy_tokens_equal_transformers(tmp_path, config, layout):
@@ -124,6 +138,24 @@ def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
         assert bench.engine.stats().preemptions_total > 0, "the test is meant to preempt"
     assert bench.engine.stats().num_kv_blocks_used == 0
     assert bench.engine.stats().num_requests_running == bench.engine.stats().num_requests_waiting == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="together"),
+        pytest.param({"max_num_batched_tokens": 17}, id="chunked-prefill"),
+        pytest.param({"num_kv_blocks": 34, "block_size": 16}, id="preempted"),
+        pytest.param({"microbatches": 2}, id="two-microbatches"),
+    ],
+)
+def test_the_same_tokens_of_a_dense_model_however_the_work_is_cut(tiny_dense, config):
+    alone = Bench(tiny_dense, prefix_caching=False).one_by_one(*mixed_requests())
+    bench = Bench(tiny_dense, prefix_caching=False, **config)
+    assert bench.run(*mixed_requests()) == alone
+    stats = bench.engine.stats()
+    assert stats.preemptions_total > 0 or "num_kv_blocks" not in config
+    assert (stats.num_kv_blocks_used, stats.rows_per_expert) == (0, ())
 
 
 def test_a_second_request_with_the_same_beginning_reuses_it_and_answers_the_same(tiny):
