@@ -101,6 +101,7 @@ class EngineStats:
     prefix_cache_hit_tokens_total: int
     steps_total: int
     rows_per_expert: tuple[int, ...]  # rows sent to each expert, summed over layers
+    prefix_cache_query_tokens_total: int = 0  # looked up in the prefix cache
 
 
 @dataclass(frozen=True, slots=True)

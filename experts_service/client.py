@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import ConfigError
+from cluster.metrics import PowerOfTwoBuckets
 from experts_service.auto import AutoTransport
 from experts_service.lane import LaneTransport
 from experts_service.lane_dialer import LaneDialer, ask_shard
@@ -42,6 +43,7 @@ class ExpertPool:
     def __init__(self, handles: Mapping[int, Any], coordinator: str = "") -> None:
         self._handles = dict(handles)
         self._coordinator = coordinator
+        self.latency = {group: PowerOfTwoBuckets() for group in self._handles}  # of dispatches, by group
         self._table = TABLE
         self._deployments = {g: Deployment(h.app_name, h.deployment_name) for g, h in self._handles.items()}
         self._attached: dict[int, str] = {}  # group → replica id at the other end of its stream
@@ -70,7 +72,7 @@ class ExpertPool:
         `auto` is the object store on a node where the secret cannot be read.
         """
         object_store = ObjectStoreTransport(
-            self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s
+            self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s, latency=self.latency
         )
         if name == "object_store":
             return object_store
@@ -85,7 +87,7 @@ class ExpertPool:
             return object_store
         node_id = ray.get_runtime_context().get_node_id()
         dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, node_id=node_id)
-        lane = LaneTransport(self._deployments, self._table, dialer, timeout_s=timeout_s)
+        lane = LaneTransport(self._deployments, self._table, dialer, timeout_s=timeout_s, latency=self.latency)
         return lane if name == "lane" else AutoTransport(lane, object_store)
 
     def missing(self) -> list[str]:

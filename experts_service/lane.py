@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
+from cluster.metrics import PowerOfTwoBuckets
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
 from experts_service.lane_link import Ask, Link, LinkLost
@@ -53,11 +54,18 @@ class LaneTransport:
     """Connections to the replicas that the routing table names, dialled when they are first used."""
 
     def __init__(
-        self, deployments: Mapping[int, Deployment], table: RoutingTable, dialer: Dialer, *, timeout_s: float
+        self,
+        deployments: Mapping[int, Deployment],
+        table: RoutingTable,
+        dialer: Dialer,
+        *,
+        timeout_s: float,
+        latency: Mapping[int, PowerOfTwoBuckets] | None = None,
     ) -> None:
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.timeout_s = timeout_s
+        self.latency = latency or {group: PowerOfTwoBuckets() for group in self.deployments}
         self._dialer = dialer
         self._links: dict[str, Link] = {}  # replica id → its connection
         self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
@@ -68,7 +76,7 @@ class LaneTransport:
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         now = time.monotonic()
-        flight = _LaneFlight(self, layer, rows, now + self.timeout_s)
+        flight = _LaneFlight(self, layer, rows, now)
         if not parts:
             return flight
         row_bytes = flight.row_bytes
@@ -159,14 +167,15 @@ class LaneTransport:
 
 
 class _LaneFlight:
-    def __init__(self, transport: LaneTransport, layer: int, rows: Tensor, deadline: float) -> None:
+    def __init__(self, transport: LaneTransport, layer: int, rows: Tensor, sent_at: float) -> None:
         self.groups: list[_Group] = []
         self.layer = layer
         self.dtype = rows.dtype
         self.hidden = rows.shape[-1]
         self.row_bytes = self.hidden * self.dtype.itemsize
         self._transport = transport
-        self._deadline = deadline
+        self._sent_at = sent_at
+        self._deadline = sent_at + transport.timeout_s
         self._staged: tuple[Tensor, Tensor] | None = None  # on the host, on the device
 
     def memory(self, answers: Tensor) -> memoryview:
@@ -178,6 +187,8 @@ class _LaneFlight:
         return answers.view(torch.uint8).numpy().data.cast("B")
 
     def wait(self) -> None:
+        latency, monotonic = self._transport.latency, time.monotonic
+        landed = 0
         try:
             for group in self.groups:
                 ask = group.ask
@@ -187,8 +198,12 @@ class _LaneFlight:
                         self._settle()
                         break
                     link.receive(ask)
+                latency[group.part.group].observe(monotonic() - self._sent_at)
+                landed += 1
         except (BlockingIOError, LinkLost):
             self._settle()
+            for group in self.groups[landed:]:
+                latency[group.part.group].observe(monotonic() - self._sent_at)
         if self._staged is not None:
             staged, answers = self._staged
             answers.copy_(staged, non_blocking=True)

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable, MantaError
+from cluster.metrics import PowerOfTwoBuckets
 from experts_service.routing_table import Deployment, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
@@ -46,16 +47,23 @@ class ObjectStoreTransport:
     """Calls the shard of a replica that the routing table names."""
 
     def __init__(
-        self, deployments: Mapping[int, Deployment], table: RoutingTable, *, fingerprint: str, timeout_s: float
+        self,
+        deployments: Mapping[int, Deployment],
+        table: RoutingTable,
+        *,
+        fingerprint: str,
+        timeout_s: float,
+        latency: Mapping[int, PowerOfTwoBuckets] | None = None,
     ) -> None:
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.timeout_s = timeout_s
+        self.latency = latency or {group: PowerOfTwoBuckets() for group in self.deployments}
         self._fingerprint = fingerprint
         self._shards: dict[str, Any] = {}  # actor handles by name
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
-        deadline = time.monotonic() + self.timeout_s
+        now = time.monotonic()
         batch = as_array(rows)  # [T, D]
         row_bytes = batch[:1].nbytes
         inline = max((sum(part.counts) for part in parts), default=0) * row_bytes <= INLINE_BYTES
@@ -70,7 +78,7 @@ class ObjectStoreTransport:
                 call = _Call(part, "run", (self._fingerprint, layer, part.counts, shared, part.row_indices))
             self.attempt(call)
             calls.append(call)
-        return _ObjectStoreFlight(self, layer, calls, deadline)
+        return _ObjectStoreFlight(self, layer, calls, now)
 
     def attempt(self, call: _Call) -> None:
         """Send to a replica, the best one known now. Leaves `call.reference` None when there is none."""
@@ -98,11 +106,12 @@ class ObjectStoreTransport:
 
 
 class _ObjectStoreFlight:
-    def __init__(self, transport: ObjectStoreTransport, layer: int, calls: list[_Call], deadline: float) -> None:
+    def __init__(self, transport: ObjectStoreTransport, layer: int, calls: list[_Call], sent_at: float) -> None:
         self._transport = transport
         self._layer = layer
         self._calls = calls
-        self._deadline = deadline
+        self._sent_at = sent_at
+        self._deadline = sent_at + transport.timeout_s
 
     def wait(self) -> None:
         references = [call.reference for call in self._calls]
@@ -114,6 +123,7 @@ class _ObjectStoreFlight:
             else:
                 for call, answer in zip(self._calls, answers, strict=True):
                     write(answer, call.part.answer)
+                    self._observe(call)
                 return
         for call in self._calls:
             self._wait_for(call)
@@ -139,6 +149,7 @@ class _ObjectStoreFlight:
                 else:
                     self._transport.table.trust(deployment, call.replica_id)
                     write(answer, call.part.answer)
+                    self._observe(call)
                     return
             if not any(not replica.suspected for replica in self._transport.table.replicas(deployment)):
                 self._transport.table.wait_for_change(self._transport.table.epoch, min(pause, self._remaining()))
@@ -146,6 +157,9 @@ class _ObjectStoreFlight:
             if self._remaining() <= 0:
                 raise self._unavailable(call) from call.error
             self._transport.attempt(call)
+
+    def _observe(self, call: _Call) -> None:
+        self._transport.latency[call.part.group].observe(time.monotonic() - self._sent_at)
 
     def _remaining(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

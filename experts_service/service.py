@@ -15,12 +15,15 @@ import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ExpertUnavailable, MantaError
+from cluster.metrics import ProcessFigures
 from experts_service.membership import replica_metadata
 from experts_service.shard import ShardSpec, ShardStats, start_shard
+from experts_service.shard_metrics import shard_families
 
 REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which Ray does not count
 SHARD_CPUS = 0.01
@@ -40,6 +43,9 @@ class ExpertService:
         self._actor = f"{spec.application}:{spec.name}:{self._replica_id}"
         self._shard = start_shard(spec, self._actor, namespace=NAMESPACE, num_cpus=SHARD_CPUS, **_bundle(1))
         self._incarnation = ""
+        self._restarts = -1  # the first start is none
+        self._last: tuple[float, float] = (time.monotonic(), 0.0)  # when the shard was seen, and its busy_s
+        self._busy_fraction = 0.0
         self._silent_since: float | None = None
         self._dead: MantaError | None = None
         self._changed = asyncio.Condition()
@@ -77,6 +83,11 @@ class ExpertService:
         except (RayActorError, TimeoutError) as error:
             raise ExpertUnavailable(f"the shard of expert group {self._spec.group} is being restarted") from error
         return stats
+
+    async def metrics(self) -> ProcessFigures:
+        """The shard's figures, for the gateway's /metrics. Raises ExpertUnavailable while it is being restarted."""
+        families = shard_families(await self.stats(), self._spec.experts, self._busy_fraction, self._restarts)
+        return ProcessFigures(self._replica_id, tuple(families))
 
     def check_health(self) -> None:
         if self._dead is not None:
@@ -124,10 +135,20 @@ class ExpertService:
             ) from error
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, MantaError) else error) from None
+        self._note_load(stats)
         if stats.incarnation != self._incarnation:
+            self._restarts += 1
             async with self._changed:
                 self._incarnation = stats.incarnation
                 self._changed.notify_all()
+
+    def _note_load(self, stats: ShardStats) -> None:
+        """How busy the shard was since the last look, a second ago as a rule."""
+        now = time.monotonic()
+        seen_at, busy_s = self._last
+        self._last = (now, stats.busy_s)
+        if stats.incarnation == self._incarnation and now > seen_at:
+            self._busy_fraction = min(1.0, max(0.0, stats.busy_s - busy_s) / (now - seen_at))
 
 
 def _bundle(index: int) -> dict[str, Any]:
@@ -153,5 +174,6 @@ def expert_deployment(spec: ShardSpec, *, num_replicas: int = 1) -> serve.Applic
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=10.0,
         request_router_config=RequestRouterConfig(request_router_class="experts_service.membership.ExpertRouter"),
+        logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(spec)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 import ray
 import ray.util
 
@@ -68,6 +69,12 @@ class ShardStats:
     calls: int
     busy_s: float  # time spent computing
     loaded_s: float  # time it took to load
+    resident_bytes: int = 0  # of its process
+    lane_connections: int = 0  # now
+    lane_frames: int = 0
+    lane_queue_s: float = 0.0  # from a frame's arrival to its turn, summed
+    lane_late: int = 0  # frames whose deadline passed before their turn
+    lane_refused: int = 0  # peers whose handshake or frames were wrong
 
 
 class ExpertShard:
@@ -175,8 +182,7 @@ class ExpertShard:
 
     def stats(self) -> ShardStats:
         """Also the sign of life that its ExpertService asks for. Raises ExpertUnavailable when its lanes are dead."""
-        if self._lanes is not None:
-            self._lanes.stats()
+        lanes = None if self._lanes is None else self._lanes.stats()
         return ShardStats(
             incarnation=self._incarnation,
             group=self._spec.group,
@@ -184,6 +190,12 @@ class ExpertShard:
             calls=self._calls,
             busy_s=self._busy_s,
             loaded_s=self._loaded_s,
+            resident_bytes=psutil.Process().memory_info().rss,
+            lane_connections=lanes.connections if lanes else 0,
+            lane_frames=lanes.frames if lanes else 0,
+            lane_queue_s=lanes.queue_s if lanes else 0.0,
+            lane_late=lanes.late if lanes else 0,
+            lane_refused=lanes.refused if lanes else 0,
         )
 
     def _load(self) -> Experts:

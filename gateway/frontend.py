@@ -20,6 +20,8 @@ from cluster.messages import ModelCard, TokenChunk
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
 from gateway.health import Health
+from gateway.metrics import GatewayMetrics, RequestTimer
+from gateway.metrics_page import MetricsPage
 from gateway.protocol import ChatCompletionRequest, CompletionRequest
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
@@ -48,11 +50,18 @@ class Frontend:
         tokenizers: Mapping[str, Tokenizer],
         coordinators: Mapping[str, CoordinatorClient],
         health: Health,
+        metrics: GatewayMetrics | None = None,
+        metrics_page: MetricsPage | None = None,
     ) -> None:
-        """`tokenizers` and `coordinators` are keyed by the model's name."""
+        """`tokenizers` and `coordinators` are keyed by the model's name.
+
+        Without `metrics_page`, /metrics shows this process only.
+        """
         self.config = config
         self.health = health
         self.cards = cards
+        self.metrics = metrics or GatewayMetrics()
+        self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self.num_ongoing = 0
         self._models: dict[str, ServedModel] = {}
         for card in cards:
@@ -89,6 +98,8 @@ class Frontend:
         """
         self._refuse_when_full()
         self.num_ongoing += 1
+        timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
+        failure: BaseException | None = None
         try:
             model = self.model(generation.card.name)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
@@ -103,9 +114,14 @@ class Frontend:
                         return
                     except TimeoutError:
                         raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+                    timer.tokens(delta.index, len(delta.token_ids), delta.finish_reason)
                     yield delta
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             self.num_ongoing -= 1
+            timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
 
     async def _admit(self, name: str) -> ServedModel:
         model = self.model(name)

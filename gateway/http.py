@@ -36,6 +36,7 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/v1/models", door.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
     app.add_api_route("/health", door.health, methods=["GET"])
+    app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(_Errors)
@@ -87,6 +88,9 @@ class HttpDoor:
             },
         }
         return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
+
+    async def metrics(self) -> Response:
+        return await self._frontend.metrics_page.response()
 
     async def version(self) -> Response:
         return json_response({"version": version("manta-serve")})

@@ -15,11 +15,14 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
+from cluster.metrics import ProcessFigures
 from gateway.coordinator_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
 from gateway.health import Health, probe_serve
 from gateway.http import build_app
+from gateway.metrics import GatewayMetrics
+from gateway.metrics_page import MetricsPage, ServeProcesses
 from gateway.tokenizer import load_tokenizer
 
 DEPLOYMENT = "gateway"
@@ -36,14 +39,22 @@ class GatewayReplica(GrpcDoor):
     """One gateway process."""
 
     def __init__(self, config: GatewayConfig, cards: tuple[ModelCard, ...]) -> None:
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        metrics = GatewayMetrics()
         frontend = Frontend(
             config,
             cards,
             tokenizers={card.name: load_tokenizer(card) for card in cards},
             coordinators={card.name: ServeCoordinatorClient(card) for card in cards},
             health=Health(cards, probe_serve),
+            metrics=metrics,
+            metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),
         )
         super().__init__(frontend)
+
+    async def metrics(self) -> ProcessFigures:
+        """What this process counted, for the /metrics of every replica."""
+        return self.frontend.metrics.figures(self._replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self.frontend)

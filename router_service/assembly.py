@@ -33,6 +33,7 @@ def build_engine(
     deliver: Callable[[list[Event]], None],
     *,
     on_bytes: Callable[[int], None] | None = None,
+    observe_step: Callable[[float, int], object] | None = None,
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
     architecture = checkpoint.architecture
@@ -61,6 +62,7 @@ def build_engine(
         Sampler(eos_token_ids),
         deliver,
         max_waiting=config.max_waiting,
+        observe_step=observe_step,
     )
 
 

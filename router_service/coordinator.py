@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from cluster.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError
 from cluster.messages import EngineStats, Request, TokenChunk
+from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
 from cluster.progress import LoadingProgress
 from experts_service.client import ExpertPool
@@ -23,6 +25,7 @@ from experts_service.transport import Transport
 from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event, Key
+from router_service.engine_metrics import EngineMetrics
 from router_service.token_stream import TokenStream
 
 DEPLOYMENT = "coordinator"
@@ -48,7 +51,9 @@ class Coordinator:
         """
         self._loop = asyncio.get_running_loop()
         self._streams: dict[Key, TokenStream] = {}
-        self._pool = ExpertPool(dict(enumerate(handles)), coordinator=serve.get_replica_context().replica_id.unique_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
+        self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups)
 
     def _load(
@@ -84,7 +89,15 @@ class Coordinator:
                 lane_secret_file=experts.lane_secret_file,
             )
         dispatcher = Dispatcher(groups, transport)
-        self._engine = build_engine(checkpoint, engine, dispatcher, self._deliver, on_bytes=progress)
+        self._engine = build_engine(
+            checkpoint,
+            engine,
+            dispatcher,
+            self._deliver,
+            on_bytes=progress,
+            observe_step=self._metrics.observe_step,
+        )
+        self._metrics.watch(self._engine.stats)
         self._engine.start()
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
@@ -102,6 +115,10 @@ class Coordinator:
     async def stats(self) -> EngineStats:
         """A snapshot of the engine."""
         return self._engine.stats()
+
+    async def metrics(self) -> ProcessFigures:
+        """What this process counted, for the gateway's /metrics."""
+        return self._metrics.figures()
 
     def check_health(self) -> None:
         """Called by Serve; raises EngineDead when only a new process can help."""
@@ -154,5 +171,6 @@ def coordinator_deployment(
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=request_timeout_s + 10.0,  # the longest stream ends by itself before
+        logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(*arguments)

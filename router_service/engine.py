@@ -44,13 +44,18 @@ class Engine:
         deliver: Callable[[list[Event]], None],
         *,
         max_waiting: int,
+        observe_step: Callable[[float, int], object] | None = None,
     ) -> None:
-        """`deliver` is called on the engine's thread, once a step, with what every sequence got."""
+        """`deliver` is called on the engine's thread, once a step, with what every sequence got.
+
+        `observe_step` is told the seconds and the tokens of each.
+        """
         self.scheduler = scheduler
         self.model_runner = model_runner
         self.sampler = sampler
         self.max_waiting = max_waiting
         self._deliver = deliver
+        self._observe_step = observe_step
         self._sequences: dict[Key, Sequence] = {}
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -113,6 +118,7 @@ class Engine:
             prefix_cache_hit_tokens_total=scheduler.num_prefix_cache_hit_tokens,
             steps_total=self._num_steps,
             rows_per_expert=self.model_runner.decoder.dispatcher.rows_per_expert,
+            prefix_cache_query_tokens_total=scheduler.num_prefix_cache_query_tokens,
         )
 
     def step(self) -> None:
@@ -121,6 +127,7 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return
+        started = time.perf_counter()
         sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
         try:
             logits = self.model_runner.forward(batch)
@@ -130,6 +137,8 @@ class Engine:
         token_ids, logprobs = self.sampler(logits, sampled)
         self.scheduler.update(batch, token_ids)
         self._emit(batch, sampled, logprobs)
+        if self._observe_step is not None:
+            self._observe_step(time.perf_counter() - started, sum(scheduled.num_tokens for scheduled in batch))
 
     def _run(self) -> None:
         try:

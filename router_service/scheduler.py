@@ -53,6 +53,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
+        self.num_prefix_cache_query_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""
@@ -117,6 +118,7 @@ class Scheduler:
         if sequence.num_output_tokens == len(sequence.request.output_token_ids):  # not one that was preempted
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             self.num_prefix_cache_hit_tokens += num_cached
+            self.num_prefix_cache_query_tokens += len(sequence)
 
     def _preempt_last(self) -> Sequence:
         sequence = self.running.pop()

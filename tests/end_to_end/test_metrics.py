@@ -1,0 +1,55 @@
+"""`/metrics` of the running server: figures of every process, none of which can hold the page up."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import httpx
+import psutil
+
+from tests.gateway.test_metrics import samples, value
+from tests.waiting import wait_for
+
+MODEL = "manta-demo"
+
+
+def page(server) -> str:
+    answer = httpx.get(f"{server.url}/metrics", timeout=60)
+    assert answer.status_code == 200
+    return answer.text
+
+
+def test_every_process_is_in_the_page(server, engine_stats):
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    wait_for(lambda: value(page(server), "manta_shard_rows_total") > 0, 60, "the experts' figures")
+    time.sleep(1.1)  # the page is kept for a second
+    text, stats = page(server), engine_stats()
+    assert value(text, "vllm:generation_tokens_total", model=MODEL) == stats.generation_tokens_total
+    assert value(text, "manta_expert_rows_total", model=MODEL) == sum(stats.rows_per_expert)
+    assert value(text, "manta_step_seconds_count", model=MODEL) > 0
+    assert value(text, "manta_dispatch_seconds_count", model=MODEL, group="0") > 0
+    assert value(text, "vllm:request_success_total", model=MODEL) > 0
+    replicas = {dict(labels)["deployment"]: dict(labels)["replica"] for _, labels in samples(text)}
+    assert {"gateway", "coordinator", "expert-0", "expert-1"} <= set(replicas)
+    assert len(set(replicas.values())) == len(replicas)
+
+
+def test_a_shard_that_stands_still_is_left_out_and_counted(server):
+    [shard, *_] = [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if "ExpertShard" in " ".join(child.cmdline())
+    ]
+    failures = value(page(server), "manta_scrape_failures_total")
+    shard.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(1.1)  # the page is kept for a second
+        started = time.monotonic()
+        text = page(server)
+        assert time.monotonic() - started < 20, "ten times the limit"
+        assert value(text, "manta_scrape_failures_total") > failures
+        assert value(text, "vllm:kv_cache_usage_perc", model=MODEL) >= 0
+    finally:
+        shard.send_signal(signal.SIGCONT)
