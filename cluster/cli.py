@@ -69,6 +69,9 @@ def serve(
     address: Annotated[
         str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join, instead of starting one.")
     ] = None,
+    accept_any_model: Annotated[
+        bool, typer.Option("--accept-any-model", help="Answer requests for unknown models with the first one.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C."""
     from cluster.commands import ray_environment
@@ -79,7 +82,7 @@ def serve(
         ray_environment.prepare()
     from cluster.commands.serve import run
 
-    run(model, config, host, port, grpc_port, address)
+    run(model, config, host, port, grpc_port, address, accept_any_model)
 
 
 @app.command()

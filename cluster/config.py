@@ -85,6 +85,8 @@ class GatewayConfig(_Frozen):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429
+    accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
+    force_usage: bool = False  # every stream ends with the usage, asked for or not
 
 
 class MantaConfig(_Frozen):

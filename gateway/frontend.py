@@ -124,7 +124,8 @@ class Frontend:
             timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
 
     async def _admit(self, name: str) -> ServedModel:
-        model = self.model(name)
+        known = name in self._models or not self.config.accept_any_model
+        model = self.model(name if known else self.cards[0].name)
         self._refuse_when_full()
         await self.health.require(model.card)
         return model

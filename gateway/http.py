@@ -53,14 +53,14 @@ class HttpDoor:
         document = await read_object(request, self._frontend.config.max_body_bytes)
         parsed = parse_body(ChatCompletionRequest, document)
         generation = await self._frontend.chat(parsed)
-        tokenizer = self._frontend.model(parsed.model).tokenizer
+        tokenizer = self._frontend.model(generation.card.name).tokenizer
         return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, _ids(parsed)))
 
     async def completions(self, request: HttpRequest) -> Response:
         document = await read_object(request, self._frontend.config.max_body_bytes)
         parsed = parse_body(CompletionRequest, document)
         generation = await self._frontend.completion(parsed)
-        tokenizer = self._frontend.model(parsed.model).tokenizer
+        tokenizer = self._frontend.model(generation.card.name).tokenizer
         return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
 
     async def models(self) -> Response:
@@ -101,7 +101,7 @@ class HttpDoor:
         request.state.request_id = generation.id
         if not parsed.stream:
             return await unless_disconnected(request, self._whole(generation, shape))
-        events = self._events(generation, shape, parsed.wants_usage)
+        events = self._events(generation, shape, parsed.wants_usage or self._frontend.config.force_usage)
         try:
             first = await unless_disconnected(request, anext(events))  # an error before it is a plain HTTP error
         except BaseException:

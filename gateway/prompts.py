@@ -12,6 +12,10 @@ from gateway.protocol import Message, text_of
 from gateway.tokenizer import ChatMessage, Tokenizer
 
 TokenIds = tuple[int, ...]
+SAFE_PROMPT = (  # as Mistral's documentation of `safe_prompt` has it
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, unethical, "
+    "prejudiced, or negative content. Ensure replies promote fairness and positivity."
+)
 
 
 class PromptReader:
@@ -21,14 +25,16 @@ class PromptReader:
         self._card = card
         self._tokenizer = tokenizer
 
-    def chat(self, messages: Sequence[Message]) -> TokenIds:
-        """A conversation, up to where the assistant answers."""
+    def chat(self, messages: Sequence[Message], *, safe_prompt: bool = False) -> TokenIds:
+        """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`."""
         if not messages:
             raise InvalidRequest("messages: must not be empty", param="messages")
         chat: list[ChatMessage] = []
         for i, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
             chat.append({"role": role, "content": text_of(message, f"messages[{i}]")})
+        if safe_prompt:
+            chat = _guarded(chat)
         self._check_length(sum(len(message["content"]) for message in chat), "messages")
         token_ids = self._tokenizer.encode_chat(chat)
         if not token_ids:
@@ -81,3 +87,10 @@ class PromptReader:
                 raise InvalidRequest(f"{path}[{i}]: expected a token id", param=f"{path}[{i}]")
             check_token_id(token_id, self._card, f"{path}[{i}]")
         return tuple(token_ids)
+
+
+def _guarded(chat: list[ChatMessage]) -> list[ChatMessage]:
+    """The same with SAFE_PROMPT at the start of its system message."""
+    if chat[0]["role"] != "system":
+        return [{"role": "system", "content": SAFE_PROMPT}, *chat]
+    return [{"role": "system", "content": f"{SAFE_PROMPT}\n\n{chat[0]['content']}"}, *chat[1:]]

@@ -1,6 +1,6 @@
 """The bodies of OpenAI's chat and completion requests, as clients send them. Knows types; bounds are the validator's.
 
-Fields of other features are ignored where that changes nothing, and refused by `refuse_unsupported` where it would.
+Fields of other features are in `gateway.foreign_fields`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cluster.errors import InvalidRequest
+from gateway.foreign_fields import refuse_foreign
 
 
 def _one_or_many(value: Any) -> Any:
@@ -71,6 +72,7 @@ class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message]
+    safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -88,7 +90,8 @@ _BodyT = TypeVar("_BodyT", ChatCompletionRequest, CompletionRequest)
 
 def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
     """A typed body. Raises InvalidRequest, which names the first field that is wrong by its path."""
-    refuse_unsupported(document)
+    refuse_foreign(document)
+    _refuse_response_format(document)
     try:
         return cls.model_validate(document)
     except ValidationError as error:
@@ -98,13 +101,7 @@ def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
         raise InvalidRequest(f"{path}: {message}", param=path) from None
 
 
-def refuse_unsupported(document: dict[str, Any]) -> None:
-    """Raises InvalidRequest for features that would change the answer and are not served."""
-    for name, harmless in _UNSUPPORTED.items():
-        value = document.get(name)
-        if value is None or any(value == other and type(value) is type(other) for other in harmless):
-            continue
-        raise InvalidRequest(f"{name}: not supported by this server", param=name)
+def _refuse_response_format(document: dict[str, Any]) -> None:
     response_format = document.get("response_format")
     if response_format is None:
         return
@@ -152,28 +149,3 @@ def field_path(location: tuple[int | str, ...]) -> str:
 
 def _plain(message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should be", "expected")
-
-
-# Field → values that ask for nothing. null always asks for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "web_search_options": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "prompt_embeds": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-}

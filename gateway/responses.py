@@ -37,11 +37,13 @@ class ChatShape:
         self._head = _head(generation)
         self._tokenizer = tokenizer
         self.return_token_ids = return_token_ids
+        self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if return_token_ids else {}
         self._begun: set[int] = set()
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
         return {
             **self._head,
+            **self._prompt,
             "object": "chat.completion",
             "choices": [
                 {
@@ -57,7 +59,8 @@ class ChatShape:
         }
 
     def chunk(self, delta: Delta) -> Json:
-        """The role comes with the first chunk of each choice."""
+        """The role comes with the first chunk of each choice, the prompt's ids with the first of all."""
+        prompt = {} if self._begun else self._prompt
         message: Json = {"content": delta.text}
         if delta.index not in self._begun:
             self._begun.add(delta.index)
@@ -68,7 +71,7 @@ class ChatShape:
         if self.return_token_ids:
             choice["token_ids"] = delta.token_ids
         choice["finish_reason"] = delta.finish_reason
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._head, **prompt, "object": "chat.completion.chunk", "choices": [choice]}
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}

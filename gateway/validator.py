@@ -67,7 +67,7 @@ class Validator:
             max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompts=[self._reader.chat(body.messages)],
+            prompts=[self._reader.chat(body.messages, safe_prompt=bool(body.safe_prompt))],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,

@@ -34,9 +34,10 @@ def run(
     port: int | None,
     grpc_port: int | None,
     address: str | None,
+    accept_any_model: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises MantaError for whatever a user can mend."""
-    config = _with_ports(_read_config(model, config_file), host, port, grpc_port)
+    config = _with_options(_read_config(model, config_file), host, port, grpc_port, accept_any_model)
     checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
     stop = _Stop()
     with _ray(config.gateway, address) as cluster:
@@ -85,8 +86,10 @@ def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
     return directory_config(model, resolve_model(model))
 
 
-def _with_ports(config: MantaConfig, host: str | None, port: int | None, grpc_port: int | None) -> MantaConfig:
-    given = {"host": host, "http_port": port, "grpc_port": grpc_port}
+def _with_options(
+    config: MantaConfig, host: str | None, port: int | None, grpc_port: int | None, accept_any_model: bool
+) -> MantaConfig:
+    given = {"host": host, "http_port": port, "grpc_port": grpc_port, "accept_any_model": accept_any_model or None}
     update = {key: value for key, value in given.items() if value is not None}
     return config.model_copy(update={"gateway": config.gateway.model_copy(update=update)})
 

@@ -1,0 +1,122 @@
+"""Fields of every dialect: what is honoured, what is ignored, what is refused by name, and whose model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import GatewayConfig
+from gateway.foreign_fields import IGNORED, REFUSED
+from gateway.prompts import SAFE_PROMPT
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
+from tests.gateway.test_http import sse
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+PATHS = ("/v1/chat/completions", "/v1/completions")
+
+
+@pytest.fixture(scope="module")
+def coordinator() -> ScriptedCoordinator:
+    return ScriptedCoordinator(tokens_script([40, 41, 42]))
+
+
+@pytest.fixture(scope="module")
+def url(request: pytest.FixtureRequest, coordinator: ScriptedCoordinator) -> Iterator[str]:
+    card = model_card(request.getfixturevalue("tokenizer_directory"), max_model_len=512)
+    config = GatewayConfig(accept_any_model=True, force_usage=True)
+    with http_server(build_frontend(card, coordinator, config)) as url:
+        yield url
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_refused_fields_are_named_and_what_asks_for_nothing_passes(url: str, path: str) -> None:
+    with httpx.Client(base_url=url) as http:
+        for name, harmless in REFUSED.items():
+            refused = http.post(path, json=CHAT | {"prompt": "Hi", name: "something else"})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+            for value in (None, *harmless):
+                assert http.post(path, json=CHAT | {"prompt": "Hi", name: value}).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_fields_that_change_nothing_are_ignored(url: str, path: str) -> None:
+    everything = CHAT | {"prompt": "Hi"} | {name: {"any": ["thing"]} for name in IGNORED}
+    assert httpx.post(url + path, json=everything).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("max_completion_tokens", 1, ("max_tokens", 1)),
+        ("min_tokens", 1, ("min_tokens", 1)),
+        ("ignore_eos", True, ("ignore_eos", True)),
+        ("top_k", 7, ("top_k", 7)),
+        ("min_p", 0.25, ("min_p", 0.25)),
+        ("repetition_penalty", 1.5, ("repetition_penalty", 1.5)),
+        ("stop", None, ("max_tokens", 2)),
+        ("stop", "x", ("max_tokens", 2)),
+        ("stop", ["x", "y"], ("max_tokens", 2)),
+        ("stop", [], ("max_tokens", 2)),
+    ],
+)
+def test_sampling_fields_reach_the_coordinator(
+    url: str, coordinator: ScriptedCoordinator, field: str, value: object, expected: tuple[str, object]
+) -> None:
+    assert httpx.post(url + PATHS[0], json=CHAT | {field: value}).status_code == 200
+    assert getattr(coordinator.requests[-1].sampling, expected[0]) == expected[1]
+
+
+def test_both_names_of_the_seed(url: str, coordinator: ScriptedCoordinator) -> None:
+    for field in ("seed", "random_seed"):
+        assert httpx.post(url + PATHS[0], json=CHAT | {field: 11}).status_code == 200
+        assert coordinator.requests[-1].seed == 11
+
+
+def test_safe_prompt_comes_before_the_conversation(
+    url: str, coordinator: ScriptedCoordinator, tokenizer: HuggingFaceTokenizer
+) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for messages in (CHAT["messages"], [system, *CHAT["messages"]]):
+        assert httpx.post(url + PATHS[0], json=CHAT | {"messages": messages, "safe_prompt": True}).status_code == 200
+        prompt = tokenizer.decode(coordinator.requests[-1].prompt_token_ids)
+        assert prompt.startswith("<s>" + SAFE_PROMPT)
+        assert ("Be brief." in prompt) == (system in messages)
+
+
+def test_the_prompts_ids_come_with_the_answers(url: str, coordinator: ScriptedCoordinator) -> None:
+    asked = CHAT | {"return_token_ids": True, "n": 2}
+    whole = httpx.post(url + PATHS[0], json=asked).json()
+    prompt = list(coordinator.requests[-1].prompt_token_ids)
+    assert whole["prompt_token_ids"] == prompt
+    chunks = sse(httpx.post(url + PATHS[0], json=asked | {"stream": True}).text)
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [prompt] + [None] * (len(chunks) - 1)
+
+
+def test_any_model_name_is_answered_by_the_first_model(url: str) -> None:
+    answer = httpx.post(url + PATHS[0], json=CHAT | {"model": "gpt-4o"})
+    assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+    assert httpx.get(url + "/v1/models/gpt-4o").status_code == 404
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_forced_usage_ends_every_stream(url: str, path: str) -> None:
+    chunks = sse(httpx.post(url + path, json=CHAT | {"prompt": "Hi", "stream": True}).text)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 2
+    for chunk in chunks[:-1]:
+        assert chunk["id"]
+        assert chunk["model"] == "tiny"
+        [choice] = chunk["choices"]
+        assert {"index", "finish_reason"} < set(choice)
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stream_is_an_event_stream_whatever_is_accepted(url: str) -> None:
+    for accept in ("application/json", "text/plain", "*/*"):
+        answer = httpx.post(url + PATHS[0], json=CHAT | {"stream": True}, headers={"accept": accept})
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert answer.text.endswith("data: [DONE]\n\n")
