@@ -30,6 +30,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; N ≥ 0: the chosen token's and the N most likely
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, which is then computed whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token when asked for
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first chunk if asked for; [0] is None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     routed_experts: bytes | None = field(default=None, repr=False)  # uint8 [tokens, layers, top_k] when asked for
 

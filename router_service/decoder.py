@@ -63,9 +63,9 @@ class Decoder:
         positions: torch.Tensor,  # [T]
         attention: AttentionPlan,
         kv_cache: KVCache,
-        sampled_rows: torch.Tensor,  # [B] rows whose logits are wanted
+        wanted_rows: torch.Tensor,  # [R] rows whose last hidden states are wanted
     ) -> Generator[None, None, torch.Tensor]:
-        """Run all layers; yields once a layer after its rows were sent to experts. Returns logits [B, V] in fp32."""
+        """Run all layers; yields once a layer after its rows were sent to experts. Returns hidden states [R, D]."""
         architecture = self.architecture
         query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
         cos, sin = self._rotary(positions)
@@ -87,7 +87,11 @@ class Decoder:
             dispatch = self.dispatcher.dispatch(index, rows, experts)
             yield
             x = x + self.dispatcher.combine(dispatch, weights)
-        return self.head(self._rms_norm(x[sampled_rows], self.norm)).float()
+        return self._rms_norm(x[wanted_rows], self.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] in fp32 of what `forward` returned [R, D]."""
+        return self.head(hidden).float()
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""

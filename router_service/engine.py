@@ -217,6 +217,7 @@ class Engine:
 
 
 def _chunk(sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> TokenChunk:
+    scores = sequence.prompt_logprobs if sequence.num_output_tokens == len(token_ids) else None
     return TokenChunk(
         request_id=sequence.request.request_id,
         choice_index=sequence.request.choice_index,
@@ -226,4 +227,5 @@ def _chunk(sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogpro
         finish_reason=sequence.finish_reason,
         stop_token_id=sequence.stop_token_id,
         num_cached_tokens=sequence.num_cached_tokens,
+        prompt_logprobs=None if scores is None else tuple(scores),
     )

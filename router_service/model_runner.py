@@ -16,7 +16,9 @@ import torch
 from router_service.attention import AttentionPlan, Span
 from router_service.decoder import Decoder
 from router_service.kv_cache import KVCache
+from router_service.logprobs import rows_to_score, score_prompts
 from router_service.scheduler import Batch
+from router_service.sequence import Sequence
 
 
 class ModelRunner:
@@ -29,7 +31,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, V] in fp32, one row per scheduled sequence with `samples`, in order.
+        """Logits [B, V] in fp32, one row per scheduled sequence with `samples`, in order. Scores the prompts that ask.
 
         Raises ExpertUnavailable when the experts cannot be reached in time; the cache may then hold half a step, which
         does not matter: the same slots are written again.
@@ -49,14 +51,19 @@ class ModelRunner:
         return torch.cat([one for one in logits if one is not None])
 
     def _forward(self, batch: Batch) -> Generator[None, None, torch.Tensor]:
-        """The forward pass of one microbatch."""
+        """The forward pass of one microbatch; its logits."""
         device = self.decoder.device
         token_ids: list[int] = []
         positions: list[int] = []
         sampled_rows: list[int] = []
+        scored_rows: list[int] = []
+        scored: list[tuple[Sequence, int]] = []  # whose row it is, and its position
         spans: list[Span] = []
         for scheduled in batch:
             end = scheduled.start + scheduled.num_tokens
+            for position in rows_to_score(scheduled.sequence, scheduled.start, end):
+                scored_rows.append(len(token_ids) + position - scheduled.start)
+                scored.append((scheduled.sequence, position))
             token_ids += scheduled.sequence.token_ids[scheduled.start : end]
             positions += range(scheduled.start, end)
             spans.append(Span(scheduled.start, scheduled.num_tokens, self._slots(scheduled.sequence.block_table, end)))
@@ -68,13 +75,15 @@ class ModelRunner:
             dtype=self.decoder.dtype,
             device=device,
         )
-        return self.decoder.forward(
+        hidden = yield from self.decoder.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
             plan,
             self.kv_cache,
-            torch.tensor(sampled_rows, dtype=torch.int64, device=device),
+            torch.tensor(sampled_rows + scored_rows, dtype=torch.int64, device=device),
         )
+        score_prompts(hidden[len(sampled_rows) :], scored, self.decoder.logits)
+        return self.decoder.logits(hidden[: len(sampled_rows)])
 
     def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
         """Cache slots [num_tokens] of a sequence's first tokens."""

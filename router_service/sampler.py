@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from cluster.messages import SamplingParams, TokenLogprobs
+from router_service.logprobs import token_logprobs
 from router_service.sequence import Sequence
 
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
@@ -146,12 +147,7 @@ def _logprobs(logits: torch.Tensor, chosen: torch.Tensor, sequences: Seq[Sequenc
     asked = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
     if not asked:
         return result
-    logprobs = logits[asked].log_softmax(dim=-1)
-    chosen_logprobs: list[float] = logprobs.gather(1, chosen[asked][:, None])[:, 0].tolist()
     counts = [sequences[row].request.sampling.logprobs or 0 for row in asked]
-    top_logprobs, top_ids = logprobs.topk(max(counts), dim=-1)
-    for row, logprob, count, ids, values in zip(
-        asked, chosen_logprobs, counts, top_ids.tolist(), top_logprobs.tolist(), strict=True
-    ):
-        result[row] = TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+    for row, logprobs in zip(asked, token_logprobs(logits[asked], chosen[asked].tolist(), counts), strict=True):
+        result[row] = logprobs
     return result

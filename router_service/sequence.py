@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.messages import FinishReason, Request
+from cluster.messages import FinishReason, Request, TokenLogprobs
 
 
 class Sequence:
@@ -18,6 +18,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "prompt_logprobs",
         "request",
         "stop_token_id",
         "token_ids",
@@ -31,6 +32,9 @@ class Sequence:
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared, when first scheduled
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks, a chain from the first token on
+        # Of the prompt tokens scored so far, the first is None; all None when they are not asked for, or sent already.
+        asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
 
@@ -46,6 +50,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache yet: 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_prompt_scored(self) -> bool:
+        """Whether the prompt's log-probabilities are known, or not wanted; until then no prefix may be skipped."""
+        return self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens
 
     def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Add a sampled token and decide whether the sequence ends with it."""

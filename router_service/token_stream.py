@@ -51,6 +51,7 @@ def join(chunks: list[TokenChunk]) -> TokenChunk:
     return replace(
         last,
         first_position=chunks[0].first_position,
+        prompt_logprobs=chunks[0].prompt_logprobs,
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=None if last.logprobs is None else tuple(one for chunk in chunks for one in chunk.logprobs or ()),
     )
