@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import bench
+from cluster.commands import bench, keys
 from cluster.errors import MantaError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench.app)
+app.add_typer(keys.app)
 
 
 def main() -> None:
@@ -66,6 +67,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Where HTTP listens. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: 8000]")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="gRPC port. [default: 9000]")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="Hashes of API keys; without it only this machine is answered.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join, instead of starting one.")
     ] = None,
@@ -82,7 +86,14 @@ def serve(
         ray_environment.prepare()
     from cluster.commands.serve import run
 
-    run(model, config, host, port, grpc_port, address, accept_any_model)
+    gateway = {
+        "host": host,
+        "http_port": port,
+        "grpc_port": grpc_port,
+        "api_keys_file": None if api_keys_file is None else api_keys_file.absolute(),
+        "accept_any_model": accept_any_model or None,
+    }
+    run(model, config, address, {key: value for key, value in gateway.items() if value is not None})
 
 
 @app.command()

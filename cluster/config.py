@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
 
 Transport = Literal["auto", "lane", "object_store", "local"]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]  # other processes read it
 
 
 class _Frozen(BaseModel):
@@ -87,6 +88,9 @@ class GatewayConfig(_Frozen):
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
     force_usage: bool = False  # every stream ends with the usage, asked for or not
+    api_keys_file: AbsolutePath | None = None  # hashes of keys; None: only clients on this machine are answered
+    metrics_token_file: AbsolutePath | None = None  # its first line opens /metrics
+    allowed_hosts: tuple[str, ...] = ()  # Host names besides localhost, `host` and IP addresses; "*": any
 
 
 class MantaConfig(_Frozen):

@@ -19,6 +19,7 @@ from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded, Unavaila
 from cluster.messages import ModelCard, TokenChunk
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
+from gateway.guard import Guard
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics, RequestTimer
 from gateway.metrics_page import MetricsPage
@@ -59,6 +60,7 @@ class Frontend:
         """
         self.config = config
         self.health = health
+        self.guard = Guard(config)
         self.cards = cards
         self.metrics = metrics or GatewayMetrics()
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)

@@ -13,11 +13,12 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from cluster.errors import PayloadTooLarge
+from cluster.errors import PayloadTooLarge, Unauthorized
 from gateway import chat_pb2
 from gateway.choice import Usage
 from gateway.frontend import Frontend
 from gateway.grpc_errors import RpcFailed, fail, status_of
+from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, head, sampling_fields, usage_message
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
@@ -56,8 +57,13 @@ class GrpcDoor(HealthRpcs):
     async def ListModels(
         self,
         request: chat_pb2.ListModelsRequest,  # noqa: ARG002
-        grpc_context: Any,  # noqa: ARG002
+        grpc_context: Any,
     ) -> chat_pb2.ListModelsResponse:
+        try:
+            pass_guard(self.frontend.guard, grpc_context)
+        except Unauthorized as error:
+            await fail(grpc_context, *status_of(error, ""))
+            return chat_pb2.ListModelsResponse()  # never sent: the status is not OK
         health = await self.frontend.health.models()
         return chat_pb2.ListModelsResponse(
             models=[
@@ -100,6 +106,7 @@ class GrpcDoor(HealthRpcs):
     ) -> _MessageT:
         request_id = f"req-{uuid.uuid4().hex}"
         try:
+            pass_guard(self.frontend.guard, context)
             generation = await prepare(self._checked(request), _time_left(context))
             request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])
@@ -129,6 +136,7 @@ class GrpcDoor(HealthRpcs):
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
         request_id = f"req-{uuid.uuid4().hex}"
         try:
+            pass_guard(self.frontend.guard, context)
             generation = await prepare(self._checked(request), _time_left(context))
             request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])

@@ -19,6 +19,7 @@ from gateway.choice import Usage
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
+from gateway.http_guard import HttpGuard
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, CompletionShape, model_body
 from gateway.sse import DONE, EventStream, event, unless_disconnected
@@ -39,6 +40,7 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
     app.add_exception_handler(HTTPException, _http_exception)
+    app.add_middleware(HttpGuard, guard=frontend.guard)
     app.add_middleware(_Errors)
     return app
 

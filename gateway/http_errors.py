@@ -68,7 +68,10 @@ def error_response(error: BaseException, request_id: str) -> Response:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-    return json_response(error_body(error, request_id), status_of(error)[0], headers)
+    status = status_of(error)[0]
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return json_response(error_body(error, request_id), status, headers)
 
 
 def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -88,5 +88,5 @@ def grpc_options(config: GatewayConfig) -> gRPCOptions:
         port=config.grpc_port,
         grpc_servicer_functions=SERVICER_FUNCTIONS,
         request_timeout_s=config.request_timeout_s + 5,
-        enable_reflection=True,
+        enable_reflection=config.api_keys_file is None,  # Serve answers it itself, before any key is asked for
     )

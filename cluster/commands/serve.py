@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cluster.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
 from cluster.hub import resolve_model
+from gateway.guard import Guard, is_loopback
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
@@ -27,17 +28,11 @@ INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ct
 console = Console()
 
 
-def run(
-    model: str | None,
-    config_file: Path | None,
-    host: str | None,
-    port: int | None,
-    grpc_port: int | None,
-    address: str | None,
-    accept_any_model: bool = False,
-) -> None:
-    """Serve until SIGINT or SIGTERM. Raises MantaError for whatever a user can mend."""
-    config = _with_options(_read_config(model, config_file), host, port, grpc_port, accept_any_model)
+def run(model: str | None, config_file: Path | None, address: str | None, gateway: Mapping[str, Any]) -> None:
+    """Serve until SIGINT or SIGTERM; `gateway` goes before the file's. Raises MantaError for what a user can mend."""
+    config = _read_config(model, config_file)
+    config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
+    _check_doors(config.gateway)
     checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
     stop = _Stop()
     with _ray(config.gateway, address) as cluster:
@@ -86,12 +81,14 @@ def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
     return directory_config(model, resolve_model(model))
 
 
-def _with_options(
-    config: MantaConfig, host: str | None, port: int | None, grpc_port: int | None, accept_any_model: bool
-) -> MantaConfig:
-    given = {"host": host, "http_port": port, "grpc_port": grpc_port, "accept_any_model": accept_any_model or None}
-    update = {key: value for key, value in given.items() if value is not None}
-    return config.model_copy(update={"gateway": config.gateway.model_copy(update=update)})
+def _check_doors(gateway: GatewayConfig) -> None:
+    """Raises ConfigError for doors that would stand open, and for key files that cannot be read."""
+    if gateway.api_keys_file is None and not is_loopback(gateway.host):
+        raise ConfigError(
+            f"gateway.host: {gateway.host} can be reached from other machines, which needs API keys: "
+            "give --api-keys-file (gateway.api_keys_file; `manta keys new` makes an entry), or stay on 127.0.0.1"
+        )
+    Guard(gateway)
 
 
 @contextmanager

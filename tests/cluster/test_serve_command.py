@@ -63,3 +63,15 @@ def test_a_port_in_use_is_named():
         code, message = serve("--port", taken.getsockname()[1])
     assert code == 2
     assert "gateway.http_port" in message
+
+
+def test_a_host_that_others_reach_needs_keys(tmp_path):
+    code, message = serve("--host", "0.0.0.0")
+    assert code == 2
+    assert "gateway.host" in message
+    assert "--api-keys-file" in message
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("- {id: alice}")
+    code, message = serve("--host", "0.0.0.0", "--api-keys-file", keys)
+    assert code == 2
+    assert "0.sha256" in message

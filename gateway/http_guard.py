@@ -1,0 +1,51 @@
+"""Stands before every HTTP route. Knows paths and headers; who may pass is the Guard's decision.
+
+What is not on the short list of public paths needs a key, however its path is spelled: a path that only resembles a
+public one is not on the list.
+"""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.errors import InvalidRequest
+from gateway.caller import Caller, set_caller
+from gateway.guard import Guard
+
+PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
+METRICS_PATH = "/metrics"
+POLICY_VIOLATION = 1008  # WebSocket's close code
+
+
+class HttpGuard:
+    """ASGI middleware. Raises Unauthorized, and InvalidRequest for a Host that is not ours."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there is no such route
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            return
+        if scope["type"] == "http":
+            set_caller(self._caller(scope))
+        await self._app(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller:
+        headers = Headers(scope=scope)
+        peer = scope["client"][0] if scope.get("client") else None
+        authorization = headers.getlist("authorization")
+        if scope["path"] in PUBLIC_PATHS and scope["method"] in ("GET", "HEAD"):
+            self._guard.require_local(peer)
+            return Caller(None)
+        if scope["path"] == METRICS_PATH:
+            self._guard.require_metrics_token(authorization, peer)
+            caller = Caller(None)
+        else:
+            caller = Caller(self._guard.identify(authorization, peer))
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
+            raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")
+        return caller

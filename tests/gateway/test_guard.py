@@ -1,0 +1,214 @@
+"""Who passes the doors: every route and RPC, however it is spelled, over real sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.config import GatewayConfig
+from cluster.errors import Unauthorized
+from cluster.messages import ModelCard
+from gateway import chat_pb2
+from gateway.api_keys import digest
+from gateway.grpc_guard import peer_address
+from gateway.guard import Guard
+from gateway.http import build_app
+from gateway.http_guard import PUBLIC_PATHS
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
+from tests.gateway.test_grpc import grpc_server
+
+KEY, METRICS_TOKEN = "manta-right", "token-of-prometheus"
+
+
+def config(directory: Path, **fields: Any) -> GatewayConfig:
+    keys, token = directory / "keys.json", directory / "token"
+    keys.write_text(json.dumps([{"id": "alice", "sha256": digest(KEY)}, {"id": "bob", "sha256": digest("other")}]))
+    token.write_text(METRICS_TOKEN + "\n")
+    return GatewayConfig(api_keys_file=keys, metrics_token_file=token, **fields)
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -> Any:
+    coordinator = ScriptedCoordinator(tokens_script([40, 41]))
+    files = tmp_path_factory.mktemp("keys")
+    return build_frontend(model_card(tokenizer_directory), coordinator, config(files, allowed_hosts=("manta.example",)))
+
+
+@pytest.fixture(scope="module")
+def url(frontend: Any) -> Iterator[str]:
+    with http_server(frontend) as url:
+        yield url
+
+
+def send(url: str, method: str, path: str, key: str | None = None, host: str | None = None) -> tuple[int, Any, str]:
+    """(status, body, WWW-Authenticate) with the path as it is written, which HTTP libraries would tidy."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        connection.putheader("Host", host or url.removeprefix("http://"))
+        if key is not None:
+            connection.putheader("Authorization", f"Bearer {key}")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "2")
+        connection.endheaders(b"{}")
+        answer = connection.getresponse()
+        content = answer.read()
+        is_json = answer.headers.get_content_type() == "application/json" and content
+        return answer.status, json.loads(content) if is_json else None, answer.getheader("www-authenticate", "")
+    finally:
+        connection.close()
+
+
+def routes(app: Any) -> list[tuple[str, str]]:
+    """Every (method, path) that needs a key."""
+    found = [
+        (method, route.path.replace("{name:path}", "tiny"))
+        for route in app.routes
+        for method in sorted(route.methods - {"HEAD"})
+    ]
+    return [(method, path) for method, path in found if path not in PUBLIC_PATHS]
+
+
+def spellings(path: str) -> list[str]:
+    """The path, and what a guard that looks at its beginning may overlook."""
+    encoded = "".join(f"%{ord(char):02x}" for char in path[1:])
+    return [
+        path,
+        "/" + path,
+        path + "/",
+        path.upper(),
+        path + ";x",
+        path + "?a=/health",
+        "/health/.." + path,
+        "/./" + path[1:],
+        "/" + path[1:].replace("/", "%2f"),
+        "/" + encoded,
+        "/health%2f.." + path,
+        "/health;" + path,
+        "//health" + path,
+    ]
+
+
+def test_every_route_needs_a_key_however_it_is_spelled(frontend: Any, url: str) -> None:
+    app = build_app(frontend)
+    assert {path for _, path in routes(app)} >= {"/v1/chat/completions", "/v1/models", "/version", "/openapi.json"}
+    for method, path in [*routes(app), ("GET", "/metrics"), ("GET", "/no/such/route"), ("POST", "/health")]:
+        for spelling in spellings(path):
+            for key in (None, "wrong", "", digest(KEY)):
+                status, body, challenge = send(url, method, spelling, key)
+                assert (status, challenge) == (401, "Bearer"), (method, spelling, key)
+                assert body["error"]["type"] == "authentication_error"
+                assert KEY not in json.dumps(body)
+
+
+def test_a_strange_host_needs_a_key_first_and_is_refused_then(frontend: Any, url: str) -> None:
+    for method, path in routes(build_app(frontend)):
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "", "manta.example.evil"):
+            assert send(url, method, path, None, host)[0] == 401
+            assert send(url, method, path, "wrong", host)[0] == 401
+            if host:
+                status, body, _ = send(url, method, path, METRICS_TOKEN if path == "/metrics" else KEY, host)
+                assert (status, body["error"]["param"]) == (400, "Host"), (method, path, host)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:80", "10.1.2.3:8000", "manta.example."]
+)
+def test_our_own_names_pass_with_a_key(url: str, host: str) -> None:
+    assert send(url, "GET", "/v1/models", KEY, host)[0] == 200
+
+
+def test_a_key_opens_every_route_but_metrics(frontend: Any, url: str) -> None:
+    for method, path in routes(build_app(frontend)):
+        if path != "/metrics":
+            assert send(url, method, path, KEY)[0] not in (401, 403), path
+    assert send(url, "GET", "/metrics", KEY)[0] == 401
+    assert send(url, "GET", "/metrics", METRICS_TOKEN)[0] != 401
+    assert send(url, "GET", "/v1/models", METRICS_TOKEN)[0] == 401
+
+
+def test_public_paths_need_none(url: str) -> None:
+    assert send(url, "GET", "/health")[0] == 200
+    assert send(url, "GET", "/")[0] != 401
+
+
+def test_two_credentials_are_none(url: str) -> None:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.putrequest("GET", "/v1/models")
+    for key in (KEY, "wrong"):
+        connection.putheader("Authorization", f"Bearer {key}")
+    connection.endheaders()
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+def test_every_rpc_but_health_needs_a_key(frontend: Any) -> None:
+    service = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
+    with grpc_server(frontend) as channel:
+        for rpc in service.methods:
+            make = channel.unary_stream if rpc.server_streaming else channel.unary_unary
+            call = make(f"/manta.v1.Manta/{rpc.name}")
+            for key in (None, "", "wrong", "Bearer", "Bearer wrong", KEY, f"Basic {KEY}"):
+                metadata = () if key is None else (("authorization", key),)
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(call(b"", metadata=metadata))
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, rpc.name  # type: ignore[attr-defined]
+            try:
+                list(call(b"", metadata=(("authorization", f"Bearer {KEY}"),)))
+            except grpc.RpcError as error:
+                assert error.code() != grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]  # noqa: PT017
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_without_keys_only_loopback_is_answered() -> None:
+    guard = Guard(GatewayConfig())
+    for peer in ("127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"):
+        assert guard.identify([], peer) is None
+        assert guard.identify(["Bearer none"], peer) is None
+    for peer in ("10.0.0.1", "::ffff:10.0.0.1", "fe80::1", "localhost.evil", "", None):
+        with pytest.raises(Unauthorized, match="api_keys_file"):
+            guard.identify([], peer)
+        with pytest.raises(Unauthorized):
+            guard.require_metrics_token([], peer)
+
+
+def test_behind_a_proxy_that_listens_everywhere_nobody_is_answered_without_keys(tmp_path: Path) -> None:
+    """HAProxy's connections come from loopback, whoever its own client is."""
+    with pytest.raises(Unauthorized):
+        Guard(GatewayConfig(host="0.0.0.0")).identify([], "127.0.0.1")
+    assert Guard(config(tmp_path, host="0.0.0.0")).identify([f"Bearer {KEY}"], "10.0.0.1") is not None
+
+
+def test_without_keys_a_page_of_another_site_is_refused(card: ModelCard) -> None:
+    """DNS rebinding: the site's own name, resolved to 127.0.0.1."""
+    with http_server(build_frontend(card, ScriptedCoordinator(tokens_script([])))) as url:
+        assert send(url, "GET", "/v1/models")[0] == 200
+        assert send(url, "GET", "/v1/models", host="evil.example")[0] == 400
+        assert send(url, "GET", "/metrics", host="evil.example")[0] == 400
+
+
+def test_any_host_can_be_allowed() -> None:
+    assert Guard(GatewayConfig(allowed_hosts=("*",))).knows_host("evil.example")
+    assert not Guard(GatewayConfig()).knows_host("evil.example")
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:127.0.0.1:50000", "127.0.0.1"),
+        ("ipv6:%5B::1%5D:50000", "::1"),
+        ("ipv6:[::ffff:10.0.0.1]:50000", "::ffff:10.0.0.1"),
+        ("unix:/run/x", None),
+        ("", None),
+    ],
+)
+def test_grpcs_spelling_of_a_peer(peer: str, address: str | None) -> None:
+    assert peer_address(peer) == address
