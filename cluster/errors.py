@@ -8,6 +8,7 @@
     │   ├── ModelNotFound           no model of that name is served
     │   ├── PayloadTooLarge         the body is over the limit
     │   ├── Overloaded              a bound is reached; try again after `retry_after_s`
+    │   │   └── RateLimited         a limit of the caller's own key
     │   ├── RequestCancelled        the client left, or asked to stop
     │   └── DeadlineExceeded        the request's own deadline passed
     ├── Unavailable                 the server cannot answer now
@@ -80,6 +81,14 @@ class Overloaded(RequestError):
     def __init__(self, message: str = "", retry_after_s: float = 1.0, **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """A limit of the caller's own key is reached; `limit` names it."""
+
+    def __init__(self, message: str = "", retry_after_s: float = 1.0, limit: str = "", **attributes: Any) -> None:
+        super().__init__(message, retry_after_s, **attributes)
+        self.limit = limit
 
 
 class RequestCancelled(RequestError):

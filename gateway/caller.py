@@ -1,4 +1,4 @@
-"""Whose request the running code serves. Knows the key's entry, never the key.
+"""Whose request the running code serves, and what it uses up. Knows the key's entry, never the key.
 
 Each door's guard sets it before anything else of a request runs; it is a context variable, so that no route, and none
 that is added later, can forget to pass it on.
@@ -7,24 +7,65 @@ that is added later, can forget to pass it on.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
 
+from cluster.errors import RateLimited
 from gateway.api_keys import ApiKey
+from gateway.limits import KeyLimits, Limiter
 
 
-@dataclass(frozen=True)
 class Caller:
-    """`key` is None where no keys are configured, and on public routes."""
+    """One request of a key; without a key (none are configured, or the route is public) nothing is limited."""
 
-    key: ApiKey | None
+    def __init__(self, key: ApiKey | None = None, limiter: Limiter | None = None) -> None:
+        self.id = "" if key is None else key.id  # for logs, metrics and the prefix cache
+        self._limiter = limiter
+        self._limits: KeyLimits | None = None if key is None or limiter is None else limiter.of(key)
+        self._inside = False
 
-    @property
-    def id(self) -> str:
-        """The key's id, for logs and metrics; empty without one. Never the key."""
-        return "" if self.key is None else self.key.id
+    def enter(self) -> None:
+        """Count a request. Raises RateLimited. Every `enter` needs a `leave`, which is harmless without."""
+        if self._limiter is None or self._limits is None:
+            return
+        try:
+            self._limits.take_request()
+        except RateLimited as error:
+            self._refused(error)
+            raise
+        self._inside = True
+        self._limiter.requests.labels(self.id).inc()
+
+    def leave(self) -> None:
+        if self._inside and self._limits is not None:
+            self._limits.num_running -= 1
+        self._inside = False
+
+    def take_prompt(self, num_tokens: int) -> None:
+        """Before any of it is computed. Raises RateLimited."""
+        if self._limiter is None or self._limits is None:
+            return
+        try:
+            self._limits.take_prompt(num_tokens)
+        except RateLimited as error:
+            self._refused(error)
+            raise
+        self._limiter.tokens.labels(self.id, "prompt").inc(num_tokens)
+
+    def take_output(self, num_tokens: int) -> None:
+        """As tokens are generated; never refused."""
+        if self._limiter is not None and self._limits is not None:
+            self._limits.take_output(num_tokens)
+            self._limiter.tokens.labels(self.id, "generation").inc(num_tokens)
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*`, as of now."""
+        return {} if self._limits is None else self._limits.headers()
+
+    def _refused(self, error: RateLimited) -> None:
+        assert self._limiter is not None
+        self._limiter.refusals.labels(self.id, error.limit).inc()
 
 
-ANONYMOUS = Caller(None)
+ANONYMOUS = Caller()
 _caller: ContextVar[Caller] = ContextVar("caller")
 
 

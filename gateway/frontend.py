@@ -17,10 +17,12 @@ from typing import cast
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded, Unavailable
 from cluster.messages import ModelCard, TokenChunk
+from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
 from gateway.guard import Guard
 from gateway.health import Health
+from gateway.limits import Limiter
 from gateway.metrics import GatewayMetrics, RequestTimer
 from gateway.metrics_page import MetricsPage
 from gateway.protocol import ChatCompletionRequest, CompletionRequest
@@ -63,6 +65,7 @@ class Frontend:
         self.guard = Guard(config)
         self.cards = cards
         self.metrics = metrics or GatewayMetrics()
+        self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self.num_ongoing = 0
         self._models: dict[str, ServedModel] = {}
@@ -83,15 +86,15 @@ class Frontend:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model)
         if sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
-            return model.validator.chat(body, timeout_s)
-        return await asyncio.to_thread(model.validator.chat, body, timeout_s)
+            return _charged(model.validator.chat(body, timeout_s))
+        return _charged(await asyncio.to_thread(model.validator.chat, body, timeout_s))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model)
         if isinstance(body.prompt, str) and len(body.prompt) < INLINE_CHARS:
-            return model.validator.completion(body, timeout_s)
-        return await asyncio.to_thread(model.validator.completion, body, timeout_s)
+            return _charged(model.validator.completion(body, timeout_s))
+        return _charged(await asyncio.to_thread(model.validator.completion, body, timeout_s))
 
     async def generate(self, generation: Generation, usage: Usage) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come, `usage` kept up to date. Raises MantaError.
@@ -102,6 +105,7 @@ class Frontend:
         self.num_ongoing += 1
         timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
         failure: BaseException | None = None
+        caller = current_caller()
         try:
             model = self.model(generation.card.name)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
@@ -116,6 +120,7 @@ class Frontend:
                         return
                     except TimeoutError:
                         raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+                    caller.take_output(len(delta.token_ids))
                     timer.tokens(delta.index, len(delta.token_ids), delta.finish_reason)
                     yield delta
         except BaseException as error:
@@ -136,6 +141,12 @@ class Frontend:
         bound = self.config.max_ongoing_requests
         if self.num_ongoing >= bound:
             raise Overloaded(f"the gateway is at its limit of {bound} requests")
+
+
+def _charged(generation: Generation) -> Generation:
+    """The same, its prompt counted against the caller's key. Raises RateLimited."""
+    current_caller().take_prompt(generation.num_prompt_tokens)
+    return generation
 
 
 async def _one(choice: Choice, coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from cluster.errors import PayloadTooLarge, Unauthorized
 from gateway import chat_pb2
+from gateway.caller import ANONYMOUS
 from gateway.choice import Usage
 from gateway.frontend import Frontend
-from gateway.grpc_errors import RpcFailed, fail, status_of
+from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
 from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, head, sampling_fields, usage_message
@@ -60,7 +61,7 @@ class GrpcDoor(HealthRpcs):
         grpc_context: Any,
     ) -> chat_pb2.ListModelsResponse:
         try:
-            pass_guard(self.frontend.guard, grpc_context)
+            pass_guard(self.frontend.guard, self.frontend.limiter, grpc_context)
         except Unauthorized as error:
             await fail(grpc_context, *status_of(error, ""))
             return chat_pb2.ListModelsResponse()  # never sent: the status is not OK
@@ -105,8 +106,10 @@ class GrpcDoor(HealthRpcs):
         prepare: Callable[[Any, float | None], Coroutine[Any, Any, Generation]],
     ) -> _MessageT:
         request_id = f"req-{uuid.uuid4().hex}"
+        caller = ANONYMOUS
         try:
-            pass_guard(self.frontend.guard, context)
+            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
+            caller.enter()
             generation = await prepare(self._checked(request), _time_left(context))
             request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])
@@ -116,9 +119,11 @@ class GrpcDoor(HealthRpcs):
                 async for delta in deltas:
                     choices[delta.index].add(delta)
         except Exception as error:
-            context.set_trailing_metadata([("x-request-id", request_id)])
+            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
             await fail(context, *status_of(error, request_id))
             return response_type()  # never sent: the status is not OK
+        finally:
+            caller.leave()
         return response_type(
             **head(generation),
             choices=[
@@ -135,8 +140,10 @@ class GrpcDoor(HealthRpcs):
         prepare: Callable[[Any, float | None], Coroutine[Any, Any, Generation]],
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
         request_id = f"req-{uuid.uuid4().hex}"
+        caller = ANONYMOUS
         try:
-            pass_guard(self.frontend.guard, context)
+            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
+            caller.enter()
             generation = await prepare(self._checked(request), _time_left(context))
             request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])
@@ -151,9 +158,11 @@ class GrpcDoor(HealthRpcs):
                         usage=None if running else usage_message(usage),
                     )
         except Exception as error:
-            context.set_trailing_metadata([("x-request-id", request_id)])
+            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
             await fail(context, *status_of(error, request_id))
             raise RpcFailed(str(error)) from None
+        finally:
+            caller.leave()
 
     def _checked(self, request: Any) -> Any:
         bound = self.frontend.config.max_body_bytes

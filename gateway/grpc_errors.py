@@ -18,7 +18,7 @@ from cluster.errors import (
     Unauthorized,
     Unavailable,
 )
-from gateway.http_errors import INTERNAL_MESSAGE
+from gateway.http_errors import INTERNAL_MESSAGE, retry_after_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:
         logger.error("request %s failed", request_id, exc_info=error)
         return code, INTERNAL_MESSAGE
     return code, str(error)[:MAX_DETAILS_CHARS]
+
+
+def retry_after(error: BaseException) -> list[tuple[str, str]]:
+    """Trailing metadata: when another try is worth it, in whole seconds as HTTP's Retry-After."""
+    seconds = retry_after_seconds(error)
+    return [] if seconds is None else [("retry-after", str(seconds))]
 
 
 async def fail(context: Any, code: Any, details: str) -> None:

@@ -7,12 +7,18 @@ from urllib.parse import unquote
 
 from gateway.caller import Caller, set_caller
 from gateway.guard import Guard
+from gateway.limits import Limiter
 
 
-def pass_guard(guard: Guard, context: Any) -> None:
-    """To be called first by every RPC but grpc.health.v1's. Raises Unauthorized."""
+def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
+    """To be called first by every RPC but grpc.health.v1's. Raises Unauthorized.
+
+    RPCs that count as requests of a key `enter` and `leave` the caller.
+    """
     authorization = [str(value) for name, value in context.invocation_metadata() if name == "authorization"]
-    set_caller(Caller(guard.identify(authorization, peer_address(context.peer()))))
+    caller = Caller(guard.identify(authorization, peer_address(context.peer())), limiter)
+    set_caller(caller)
+    return caller
 
 
 def peer_address(peer: str) -> str | None:

@@ -40,7 +40,7 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
     app.add_exception_handler(HTTPException, _http_exception)
-    app.add_middleware(HttpGuard, guard=frontend.guard)
+    app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
     app.add_middleware(_Errors)
     return app
 

@@ -16,10 +16,12 @@ from cluster.errors import (
     ModelNotFound,
     Overloaded,
     PayloadTooLarge,
+    RateLimited,
     RequestCancelled,
     Unauthorized,
     Unavailable,
 )
+from gateway.caller import current_caller
 from gateway.sse import json_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     PayloadTooLarge: (413, "invalid_request_error", "payload_too_large"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: (429, "rate_limit_error", "overloaded"),
     RequestCancelled: (499, "cancelled", "cancelled"),
     ModelLoading: (503, "service_unavailable", "model_loading"),
@@ -57,6 +60,12 @@ def error_body(error: BaseException, request_id: str) -> dict[str, object]:
     return body(str(error), kind, param, code)
 
 
+def retry_after_seconds(error: BaseException) -> int | None:
+    """When another try is worth it; None where it never is."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return None if retry_after_s is None else max(1, math.ceil(retry_after_s))
+
+
 def body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, object]:
     """`{"error": {…}}`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -64,10 +73,10 @@ def body(message: str, kind: str, param: str | None, code: str | None) -> dict[s
 
 def error_response(error: BaseException, request_id: str) -> Response:
     """The whole answer, with Retry-After where another try is worth it."""
-    headers = {REQUEST_ID_HEADER: request_id}
-    retry_after_s = getattr(error, "retry_after_s", None)
-    if retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+    headers = {REQUEST_ID_HEADER: request_id, **current_caller().headers()}
+    seconds = retry_after_seconds(error)
+    if seconds is not None:
+        headers["retry-after"] = str(seconds)
     status = status_of(error)[0]
     if status == 401:
         headers["www-authenticate"] = "Bearer"

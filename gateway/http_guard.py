@@ -6,32 +6,49 @@ public one is not on the list.
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import InvalidRequest
-from gateway.caller import Caller, set_caller
+from gateway.caller import ANONYMOUS, Caller, set_caller
 from gateway.guard import Guard
+from gateway.limits import Limiter
 
 PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests of a key
 METRICS_PATH = "/metrics"
 POLICY_VIOLATION = 1008  # WebSocket's close code
 
 
 class HttpGuard:
-    """ASGI middleware. Raises Unauthorized, and InvalidRequest for a Host that is not ours."""
+    """ASGI middleware. Raises Unauthorized, RateLimited, and InvalidRequest for a Host that is not ours."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, limiter: Limiter) -> None:
         self._app = app
         self._guard = guard
+        self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there is no such route
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
-        if scope["type"] == "http":
-            set_caller(self._caller(scope))
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        caller = self._caller(scope)
+        set_caller(caller)
+
+        async def with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(caller.headers())
+            await send(message)
+
+        try:
+            if scope["method"] not in FREE_METHODS:
+                caller.enter()
+            await self._app(scope, receive, with_limits)
+        finally:
+            caller.leave()
 
     def _caller(self, scope: Scope) -> Caller:
         headers = Headers(scope=scope)
@@ -39,12 +56,12 @@ class HttpGuard:
         authorization = headers.getlist("authorization")
         if scope["path"] in PUBLIC_PATHS and scope["method"] in ("GET", "HEAD"):
             self._guard.require_local(peer)
-            return Caller(None)
+            return ANONYMOUS
         if scope["path"] == METRICS_PATH:
             self._guard.require_metrics_token(authorization, peer)
-            caller = Caller(None)
+            caller = ANONYMOUS
         else:
-            caller = Caller(self._guard.identify(authorization, peer))
+            caller = Caller(self._guard.identify(authorization, peer), self._limiter)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
             raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")

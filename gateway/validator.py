@@ -15,6 +15,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard, Request, SamplingParams
 from gateway.bounds import MAX_TOP_LOGPROBS, between, sampling_options
+from gateway.caller import current_caller
 from gateway.prompts import PromptReader, TokenIds
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from gateway.tokenizer import Tokenizer
@@ -115,6 +116,7 @@ class Validator:
                     seed=seed & (2**63 - 1),
                     choice_index=choice,
                     deadline=deadline,
+                    cache_salt=current_caller().id,
                 )
                 for choice in range(body.n or 1)
             ]
