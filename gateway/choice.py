@@ -21,6 +21,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, when asked for
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop_strings = StopStrings(generation.stop)
         self._min_tokens = generation.min_tokens
+        self._is_prompt_only = generation.is_prompt_only
 
     def push(self, chunk: TokenChunk) -> Delta:
         """What the chunk adds; its text may be empty."""
@@ -54,6 +56,10 @@ class Choice:
             raise Unavailable(f"a token was lost or doubled at position {self._num_tokens}")
         if self._num_tokens == 0 and self.request.choice_index == 0:
             self._usage.cached_tokens += chunk.num_cached_tokens
+        if self._is_prompt_only:
+            self.finished = True
+            no_logprobs = None if self.request.sampling.logprobs is None else ()
+            return Delta(self._index, "", (), no_logprobs, "length", chunk.prompt_logprobs)
         text = ""
         used = 0
         finish_reason = chunk.finish_reason
@@ -73,7 +79,7 @@ class Choice:
         self._usage.completion_tokens += used
         self.finished = finish_reason is not None
         logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
-        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason)
+        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason, chunk.prompt_logprobs)
 
     def _cut(self, piece: str, used: int) -> str:
         """Stop strings count only in text that comes after `min_tokens`."""

@@ -61,3 +61,9 @@ class Detokenizer:
 
     def _has_text(self, token_id: int) -> bool:
         return 0 <= token_id < self._tokenizer.vocab_size and token_id not in self._tokenizer.special_ids
+
+
+def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of a whole output, without special tokens."""
+    detokenizer = Detokenizer(tokenizer)
+    return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()

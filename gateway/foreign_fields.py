@@ -6,7 +6,7 @@ Any other unknown field is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from cluster.errors import InvalidRequest
@@ -71,10 +71,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_foreign(document: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for the first field that asks for what is not served."""
+def refuse_foreign(document: Mapping[str, Any], known: Container[str]) -> None:
+    """Raises InvalidRequest for the first field, not of `known` ones, that asks for what is not served."""
     for name, value in document.items():
         harmless = REFUSED.get(name)
-        if harmless is None or value is None or any(value == one and type(value) is type(one) for one in harmless):
+        if harmless is None or name in known or value is None:
+            continue
+        if any(value == one and type(value) is type(one) for one in harmless):
             continue
         raise InvalidRequest(f"{name}: not supported by this server", param=name)

@@ -16,12 +16,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.choice import Usage
+from gateway.completion_shape import CompletionShape
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
 from gateway.http_guard import HttpGuard
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
-from gateway.responses import ChatShape, ChoiceText, CompletionShape, model_body
+from gateway.responses import ChatShape, ChoiceText, model_body
 from gateway.sse import DONE, EventStream, event, unless_disconnected
 from gateway.validator import Generation
 
@@ -129,7 +130,7 @@ class HttpDoor:
         try:
             async with aclosing(self._frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
-                    if delta.text or delta.finish_reason or delta.logprobs or says_ids:
+                    if delta.text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs or says_ids:
                         yield event(shape.chunk(delta))
                         begun = True
         except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard
 from gateway.bounds import check_token_id
+from gateway.detokenizer import detokenize
 from gateway.protocol import Message, text_of
 from gateway.tokenizer import ChatMessage, Tokenizer
 
@@ -61,6 +62,14 @@ class PromptReader:
         if all(isinstance(item, list) for item in prompt):
             return [self._token_ids(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
         raise InvalidRequest(expected, param="prompt")
+
+    def texts(self, prompt: Any, token_ids: Sequence[TokenIds]) -> tuple[str, ...]:
+        """The text of each prompt: as it was sent, or that of its ids without special ones."""
+        if isinstance(prompt, str):
+            return (prompt,)
+        if isinstance(prompt[0], str):
+            return tuple(prompt)
+        return tuple(detokenize(self._tokenizer, ids) for ids in token_ids)
 
     def _encode(self, text: str, path: str) -> TokenIds:
         self._check_length(len(text), path)

@@ -83,6 +83,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Any = Field(None)  # string, list of strings, token ids, list of token ids; checked by the validator
     logprobs: int | None = None
+    echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
 
 _BodyT = TypeVar("_BodyT", ChatCompletionRequest, CompletionRequest)
@@ -90,7 +91,7 @@ _BodyT = TypeVar("_BodyT", ChatCompletionRequest, CompletionRequest)
 
 def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
     """A typed body. Raises InvalidRequest, which names the first field that is wrong by its path."""
-    refuse_foreign(document)
+    refuse_foreign(document, cls.model_fields)
     _refuse_response_format(document)
     try:
         return cls.model_validate(document)

@@ -20,6 +20,7 @@ class ChoiceText:
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
@@ -27,6 +28,8 @@ class ChoiceText:
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.finish_reason = delta.finish_reason
 
 
@@ -34,7 +37,7 @@ class ChatShape:
     """`chat.completion` and `chat.completion.chunk`."""
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
-        self._head = _head(generation)
+        self._head = head(generation)
         self._tokenizer = tokenizer
         self.return_token_ids = return_token_ids
         self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if return_token_ids else {}
@@ -87,58 +90,7 @@ class ChatShape:
 
     def _token(self, token_id: int, logprob: float) -> Json:
         data = self._tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
-
-
-class CompletionShape:
-    """`text_completion`, whole and in chunks."""
-
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
-        self._head = {**_head(generation), "object": "text_completion"}
-        self._tokenizer = tokenizer
-        self.return_token_ids = return_token_ids
-        self._offsets: dict[int, int] = {}
-
-    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
-        bodies = [
-            self._choice(i, choice.text, choice.token_ids, choice.logprobs, choice.finish_reason)
-            for i, choice in enumerate(choices)
-        ]
-        return {**self._head, "choices": bodies, "usage": usage_body(usage)}
-
-    def chunk(self, delta: Delta) -> Json:
-        choice = self._choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
-        return {**self._head, "choices": [choice]}
-
-    def usage_chunk(self, usage: Usage) -> Json:
-        return {**self._head, "choices": [], "usage": usage_body(usage)}
-
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs] | None,
-        finish_reason: str | None,
-    ) -> Json:
-        choice: Json = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        if logprobs is not None:
-            tokens = [self._text(i) for i in token_ids]
-            offset = self._offsets.get(index, 0)
-            offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-            self._offsets[index] = offset + sum(map(len, tokens))
-            choice["logprobs"] = {
-                "tokens": tokens,
-                "token_logprobs": [_finite(at.token_logprob) for at in logprobs],
-                "top_logprobs": [{self._text(i): _finite(logprob) for i, logprob in at.top} for at in logprobs],
-                "text_offset": offsets,
-            }
-        if self.return_token_ids:
-            choice["token_ids"] = list(token_ids)
-        return choice
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def usage_body(usage: Usage) -> Json:
@@ -169,7 +121,8 @@ def model_body(card: ModelCard, name: str) -> Json:
     }
 
 
-def _head(generation: Generation) -> Json:
+def head(generation: Generation) -> Json:
+    """What every answer and chunk begins with."""
     return {
         "id": generation.id,
         "created": generation.created,
@@ -178,6 +131,6 @@ def _head(generation: Generation) -> Json:
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON has no infinity: a token that could not be chosen has OpenAI's -9999."""
     return max(logprob, -9999.0)

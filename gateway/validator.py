@@ -34,6 +34,8 @@ class Generation:
     min_tokens: int
     continues_prompt: bool  # the text goes on from a raw prompt, so its first space counts
     deadline: float  # Unix time in seconds
+    echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
+    is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class _Asked:
     max_tokens: int | None
     max_tokens_field: str
     logprobs: int | None
+    echo: tuple[str, ...] = ()  # of each prompt
 
 
 class Validator:
@@ -81,13 +84,15 @@ class Validator:
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.logprobs is not None:
             between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+        prompts = self._reader.prompts(body.prompt, max_prompts=self._config.max_choices // (body.n or 1))
         asked = _Asked(
             id=f"cmpl-{uuid.uuid4().hex}",
-            prompts=self._reader.prompts(body.prompt, max_prompts=self._config.max_choices // (body.n or 1)),
+            prompts=prompts,
             prompt_field="prompt",
             max_tokens=body.max_tokens,
             max_tokens_field="max_tokens",
             logprobs=body.logprobs,
+            echo=self._reader.texts(body.prompt, prompts) if body.echo else (),
         )
         return self._generation(body, asked, options, timeout_s)
 
@@ -106,7 +111,12 @@ class Validator:
                 raise InvalidRequest(
                     f"min_tokens: must not be over max_tokens ({max_tokens}), got {options['min_tokens']}", "min_tokens"
                 )
-            sampling = SamplingParams(max_tokens=max_tokens, logprobs=asked.logprobs, **options)
+            sampling = SamplingParams(
+                max_tokens=max(1, max_tokens),
+                logprobs=asked.logprobs,
+                prompt_logprobs=asked.logprobs if asked.echo else None,
+                **options,
+            )
             requests += [
                 Request(
                     # A seeded prompt gets the same answer alone and in a list: each counts its choices from 0.
@@ -130,16 +140,19 @@ class Validator:
             min_tokens=options["min_tokens"],
             continues_prompt=asked.prompt_field == "prompt",
             deadline=deadline,
+            echo=tuple(text for text in asked.echo for _ in range(body.n or 1)),
+            is_prompt_only=asked.max_tokens == 0,
         )
 
     def _max_tokens(self, num_prompt: int, asked: _Asked) -> int:
         """What is asked for, or what is left of the context."""
         context, max_tokens = self._card.max_model_len, asked.max_tokens
-        if max_tokens is not None and max_tokens < 1:
+        least = 0 if asked.echo else 1
+        if max_tokens is not None and max_tokens < least:
             raise InvalidRequest(
-                f"{asked.max_tokens_field}: must be at least 1, got {max_tokens}", param=asked.max_tokens_field
+                f"{asked.max_tokens_field}: must be at least {least}, got {max_tokens}", param=asked.max_tokens_field
             )
-        if num_prompt >= context:
+        if num_prompt > context or (num_prompt == context and max_tokens != 0):
             raise ContextTooLong(
                 f"{asked.prompt_field}: the prompt has {num_prompt} tokens, which leaves no room in the model's "
                 f"context of {context}",

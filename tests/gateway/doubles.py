@@ -115,9 +115,18 @@ def tokens_script(
                 logprobs,
                 ("stop" if ended else "length") if last else None,
                 eos if ended else None,
+                prompt_logprobs=None if at else _prompt_logprobs(request),
             )
 
     return script
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+    """Each token's place as its score."""
+    if request.sampling.prompt_logprobs is None:
+        return None
+    scores = [TokenLogprobs(-float(place), ((5, -0.125),)) for place in range(1, len(request.prompt_token_ids))]
+    return (None, *scores)
 
 
 def failing_script(tokens: Sequence[int], error: BaseException) -> Callable[[Request], AsyncIterator[TokenChunk]]:

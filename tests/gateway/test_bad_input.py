@@ -109,7 +109,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": ["a"] * 5}, "prompt"),
     (COMPLETIONS, {"prompt": ["a", "b"], "n": 3}, "prompt"),
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
-    (COMPLETIONS, {"echo": True}, "echo"),
+    (CHAT, {"echo": True}, "echo"),
+    (COMPLETIONS, {"echo": "yes"}, "echo"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": -1, "echo": True}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 0, "echo": True, "prompt": [5] * 257}, "prompt"),
     (COMPLETIONS, {"suffix": "x"}, "suffix"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
 ]
