@@ -1,8 +1,7 @@
 """`/metrics`: the figures of every process, gathered. Knows how to ask Serve's deployments; knows no figure itself.
 
 A gateway replica behind a proxy would otherwise show whichever process the proxy picked. `broadcast` asks every live
-replica of a deployment and comes with what a handle has already, its own view of who lives; actor handles would need
-Serve's private tables. Its blocking form is used, in a thread: it alone gives what the others said when one is silent.
+replica of a deployment, by what the handle knows of who lives; handles of the actors would need Serve's private tables.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,6 @@ from cluster.metrics import ProcessFigures, exposition, labelled
 from gateway.metrics import GatewayMetrics
 
 MAX_AGE_S = 1.0
-MAX_THREADS = 64
 TIMEOUT_S = 2.0  # for all processes together: they are asked at once
 GATEWAY = "gateway"  # its application and its deployment
 
@@ -39,8 +36,8 @@ class Source:
     model: str = ""  # empty: the gateway, whose figures name their models themselves
 
 
-# A source's figures, and how many of its processes did not answer; blocks until the time limit at most.
-Ask = Callable[[Source, float], tuple[list[ProcessFigures], int]]
+# A source's figures, and how many of its processes did not answer within so many seconds.
+Ask = Callable[[Source, float], Awaitable[tuple[list[ProcessFigures], int]]]
 
 
 class MetricsPage:
@@ -56,8 +53,6 @@ class MetricsPage:
         self._sources = [Source(GATEWAY, GATEWAY)] + [
             Source(card.application, deployment, card.name) for card in cards for deployment in card.deployments
         ]
-        # Of our own: threads that wait for a silent process are not to keep prompts from being tokenized.
-        self._threads = ThreadPoolExecutor(min(MAX_THREADS, len(self._sources)), thread_name_prefix="metrics")
         self._page = b""
         self._gathered_at = float("-inf")
         self._gathering: asyncio.Task[None] | None = None
@@ -88,9 +83,7 @@ class MetricsPage:
     async def _figures(self, source: Source) -> tuple[Source, list[ProcessFigures]]:
         assert self._ask is not None
         try:
-            async with asyncio.timeout(2 * TIMEOUT_S):  # a thread that hangs in spite of its own limit
-                loop = asyncio.get_running_loop()
-                figures, silent = await loop.run_in_executor(self._threads, self._ask, source, TIMEOUT_S)
+            figures, silent = await self._ask(source, TIMEOUT_S)
         except Exception:
             logger.debug("no figures of %s", source, exc_info=True)
             figures, silent = [], 1
@@ -105,15 +98,26 @@ class ServeProcesses:
     def __init__(self) -> None:
         self._handles: dict[Source, Any] = {}
 
-    def __call__(self, source: Source, timeout_s: float) -> tuple[list[ProcessFigures], int]:
-        from ray import serve
+    async def __call__(self, source: Source, timeout_s: float) -> tuple[list[ProcessFigures], int]:
+        async with asyncio.timeout(timeout_s):
+            handle = self._handles.get(source)
+            if handle is None:
+                handle = self._handles[source] = await asyncio.to_thread(_handle, source)
+            # `results_async` would fail as a whole when one replica is silent, so each is waited for by itself.
+            replicas = await handle.broadcast("metrics")._fetch_replica_results_async()
+        asked = [asyncio.ensure_future(replica.get_async()) for replica in replicas]
+        answered, silent = await asyncio.wait(asked, timeout=timeout_s)
+        for one in silent:
+            one.cancel()
+        figures = [one.result() for one in answered if not one.cancelled() and one.exception() is None]
+        return figures, len(asked) - len(figures)
 
-        handle = self._handles.get(source)
-        if handle is None:
-            handle = self._handles[source] = serve.get_deployment_handle(source.deployment, app_name=source.application)
-        answers = handle.broadcast("metrics").results(timeout_s=timeout_s, return_exceptions=True)
-        figures = [answer for answer in answers if isinstance(answer, ProcessFigures)]
-        return figures, len(answers) - len(figures)
+
+def _handle(source: Source) -> Any:
+    """Asks Serve's controller whether there is such a deployment, so it blocks for milliseconds."""
+    from ray import serve
+
+    return serve.get_deployment_handle(source.deployment, app_name=source.application)
 
 
 def _labels(source: Source, replica: str) -> dict[str, str]:

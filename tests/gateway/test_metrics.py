@@ -83,7 +83,7 @@ def prompt_tokens(count: int) -> Metric:
 def test_figures_of_all_processes_are_one_page(card: ModelCard) -> None:
     asked: list[Source] = []
 
-    def ask(source: Source, timeout_s: float) -> tuple[list[ProcessFigures], int]:
+    async def ask(source: Source, timeout_s: float) -> tuple[list[ProcessFigures], int]:
         asked.append(source)
         if source.deployment == "coordinator":
             return [ProcessFigures("a", (prompt_tokens(3),)), ProcessFigures("b", (prompt_tokens(4),))], 1
