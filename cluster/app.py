@@ -152,6 +152,9 @@ def model_card(plan: ModelPlan) -> ModelCard:
         default_temperature=checkpoint.default_temperature,
         default_top_p=checkpoint.default_top_p,
         deployments=("coordinator", *plan.expert_deployments),
+        num_layers=checkpoint.architecture.num_layers,
+        num_experts=checkpoint.architecture.num_experts,
+        top_k=checkpoint.architecture.top_k,
     )
 
 

@@ -31,6 +31,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; N ≥ 0: the chosen token's and the N most likely
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt, which is then computed whole
+    routed_experts: bool = False  # tell which experts the row that each token was sampled from went to
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +124,6 @@ class ModelCard:
     default_temperature: float = 1.0
     default_top_p: float = 1.0
     deployments: tuple[str, ...] = ()  # names in `application`, coordinator first
+    num_layers: int = 0
+    num_experts: int = 0  # of each layer; 0 in a dense model
+    top_k: int = 0  # experts per token

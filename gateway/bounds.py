@@ -47,6 +47,7 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
         "logit_bias": _logit_bias(body.logit_bias or {}, card),
         "stop_token_ids": tuple(stop_token_ids),
         "ignore_eos": bool(body.ignore_eos),
+        "routed_experts": bool(body.return_routed_experts),
     }
 
 

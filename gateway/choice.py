@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.errors import Unavailable
 from cluster.messages import FinishReason, Request, TokenChunk, TokenLogprobs
 from gateway.detokenizer import Detokenizer
@@ -22,6 +24,12 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, when asked for
+    routed_experts: list[list[list[int]]] | None = None  # [token][layer][top_k] when asked for
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is more than token ids in it."""
+        return bool(self.text or self.finish_reason or self.logprobs or self.prompt_logprobs or self.routed_experts)
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class Choice:
         self._stop_strings = StopStrings(generation.stop)
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
+        self._top_k = generation.card.top_k
 
     def push(self, chunk: TokenChunk) -> Delta:
         """What the chunk adds; its text may be empty."""
@@ -79,7 +88,15 @@ class Choice:
         self._usage.completion_tokens += used
         self.finished = finish_reason is not None
         logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
-        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason, chunk.prompt_logprobs)
+        routed = self._routed_experts(chunk, used)
+        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason, chunk.prompt_logprobs, routed)
+
+    def _routed_experts(self, chunk: TokenChunk, used: int) -> list[list[list[int]]] | None:
+        if chunk.routed_experts is None or not used:
+            return None
+        each = np.frombuffer(chunk.routed_experts, np.uint8).reshape(len(chunk.token_ids), -1, max(1, self._top_k))
+        lists: list[list[list[int]]] = each[:used].tolist()
+        return lists
 
     def _cut(self, piece: str, used: int) -> str:
         """Stop strings count only in text that comes after `min_tokens`."""

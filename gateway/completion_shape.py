@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cluster.messages import TokenLogprobs
 from gateway.choice import Delta, Usage
 from gateway.detokenizer import Detokenizer
-from gateway.responses import ChoiceText, Json, finite, head, usage_body
+from gateway.responses import ChoiceText, Json, finite, head, routed_body, usage_body
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation
 
@@ -60,7 +60,7 @@ class CompletionShape:
             choice["token_ids"] = list(new.token_ids)
             if is_first:
                 choice["prompt_token_ids"] = prompt
-        return choice
+        return choice | routed_body(new.routed_experts)
 
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: _Offsets) -> Json:
         return {

@@ -130,7 +130,7 @@ class HttpDoor:
         try:
             async with aclosing(self._frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
-                    if delta.text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs or says_ids:
+                    if delta.says_something or says_ids:
                         yield event(shape.chunk(delta))
                         begun = True
         except Exception as error:

@@ -54,6 +54,7 @@ class SamplingFields(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None  # ours: `routed_experts` of each choice, [token][layer][top_k]
 
     @property
     def wants_usage(self) -> bool:

@@ -21,6 +21,7 @@ class ChoiceText:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.routed_experts: list[list[list[int]]] | None = None
         self.finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
@@ -30,6 +31,8 @@ class ChoiceText:
             self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.routed_experts is not None:
+            self.routed_experts = [*(self.routed_experts or ()), *delta.routed_experts]
         self.finish_reason = delta.finish_reason
 
 
@@ -55,6 +58,7 @@ class ChatShape:
                     "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
                     "finish_reason": choice.finish_reason,
                     **({"token_ids": choice.token_ids} if self.return_token_ids else {}),
+                    **routed_body(choice.routed_experts),
                 }
                 for i, choice in enumerate(choices)
             ],
@@ -73,6 +77,7 @@ class ChatShape:
             choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
         if self.return_token_ids:
             choice["token_ids"] = delta.token_ids
+        choice |= routed_body(delta.routed_experts)
         choice["finish_reason"] = delta.finish_reason
         return {**self._head, **prompt, "object": "chat.completion.chunk", "choices": [choice]}
 
@@ -118,6 +123,9 @@ def model_body(card: ModelCard, name: str) -> Json:
         "capabilities": {"completion_chat": True, "completion_fim": False, "function_calling": False, "vision": False},
         "aliases": [other for other in (card.name, *card.aliases) if other != name],
         "max_context_length": card.max_model_len,
+        "num_layers": card.num_layers,  # ours, as Hugging Face's configs name them
+        "num_experts": card.num_experts,
+        "num_experts_per_tok": card.top_k,
     }
 
 
@@ -129,6 +137,11 @@ def head(generation: Generation) -> Json:
         "model": generation.card.name,
         "system_fingerprint": f"fp_{generation.card.fingerprint[:8]}",
     }
+
+
+def routed_body(routed_experts: list[list[list[int]]] | None) -> Json:
+    """The field, where it was asked for."""
+    return {} if routed_experts is None else {"routed_experts": routed_experts}
 
 
 def finite(logprob: float) -> float:

@@ -64,6 +64,7 @@ class Decoder:
         attention: AttentionPlan,
         kv_cache: KVCache,
         wanted_rows: torch.Tensor,  # [R] rows whose last hidden states are wanted
+        routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
     ) -> Generator[None, None, torch.Tensor]:
         """Run all layers; yields once a layer after its rows were sent to experts. Returns hidden states [R, D]."""
         architecture = self.architecture
@@ -84,6 +85,8 @@ class Decoder:
                 x = x + layer.feed_forward(rows)
                 continue
             weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
+            if routed is not None:
+                routed.append(experts)
             dispatch = self.dispatcher.dispatch(index, rows, experts)
             yield
             x = x + self.dispatcher.combine(dispatch, weights)

@@ -228,4 +228,5 @@ def _chunk(sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogpro
         stop_token_id=sequence.stop_token_id,
         num_cached_tokens=sequence.num_cached_tokens,
         prompt_logprobs=None if scores is None else tuple(scores),
+        routed_experts=sequence.routed_experts if token_ids else None,
     )

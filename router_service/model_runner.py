@@ -17,6 +17,7 @@ from router_service.attention import AttentionPlan, Span
 from router_service.decoder import Decoder
 from router_service.kv_cache import KVCache
 from router_service.logprobs import rows_to_score, score_prompts
+from router_service.routed_experts import RoutedExperts
 from router_service.scheduler import Batch
 from router_service.sequence import Sequence
 
@@ -75,13 +76,17 @@ class ModelRunner:
             dtype=self.decoder.dtype,
             device=device,
         )
+        routed = RoutedExperts(batch)
         hidden = yield from self.decoder.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
             plan,
             self.kv_cache,
             torch.tensor(sampled_rows + scored_rows, dtype=torch.int64, device=device),
+            routed.layers if routed else None,
         )
+        if routed:
+            routed.tell()
         score_prompts(hidden[len(sampled_rows) :], scored, self.decoder.logits)
         return self.decoder.logits(hidden[: len(sampled_rows)])
 

@@ -53,5 +53,8 @@ def join(chunks: list[TokenChunk]) -> TokenChunk:
         first_position=chunks[0].first_position,
         prompt_logprobs=chunks[0].prompt_logprobs,
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        routed_experts=(
+            None if last.routed_experts is None else b"".join(chunk.routed_experts or b"" for chunk in chunks)
+        ),
         logprobs=None if last.logprobs is None else tuple(one for chunk in chunks for one in chunk.logprobs or ()),
     )
