@@ -82,6 +82,12 @@ class Frontend:
             known = ", ".join(self._models)
             raise ModelNotFound(f"the model {name!r} does not exist; served are: {known}") from None
 
+    def route(self, name: str | None) -> ServedModel:
+        """Who answers a request that names a model, or none. Raises ModelNotFound."""
+        if name is None or (name not in self._models and self.config.accept_any_model):
+            name = self.cards[0].name
+        return self.model(name)
+
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model)
@@ -131,8 +137,7 @@ class Frontend:
             timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
 
     async def _admit(self, name: str) -> ServedModel:
-        known = name in self._models or not self.config.accept_any_model
-        model = self.model(name if known else self.cards[0].name)
+        model = self.route(name)
         self._refuse_when_full()
         await self.health.require(model.card)
         return model

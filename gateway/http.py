@@ -23,7 +23,9 @@ from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_respo
 from gateway.http_guard import HttpGuard
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, model_body
-from gateway.sse import DONE, EventStream, event, unless_disconnected
+from gateway.responses_door import ResponsesDoor
+from gateway.sse import DONE, EventStream, event, first_then_rest, unless_disconnected
+from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 from gateway.validator import Generation
 
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
@@ -35,10 +37,14 @@ def build_app(frontend: Frontend) -> FastAPI:
     door = HttpDoor(frontend)
     app.add_api_route("/v1/chat/completions", door.chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", door.completions, methods=["POST"])
+    app.add_api_route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"])
+    app.add_api_route("/tokenize", door.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", door.detokenize, methods=["POST"])
     app.add_api_route("/v1/models", door.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
     app.add_api_route("/health", door.health, methods=["GET"])
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
+    app.add_api_route("/load", door.load, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
@@ -95,6 +101,20 @@ class HttpDoor:
     async def metrics(self) -> Response:
         return await self._frontend.metrics_page.response()
 
+    async def tokenize(self, request: HttpRequest) -> Response:
+        document = await read_object(request, self._frontend.config.max_body_bytes)
+        parsed = parse_body(TokenizeRequest, document)
+        model, token_ids = await tokenize(self._frontend, parsed)
+        return json_response(tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs)))
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        document = await read_object(request, self._frontend.config.max_body_bytes)
+        return json_response({"prompt": await detokenize(self._frontend, parse_body(DetokenizeRequest, document))})
+
+    async def load(self) -> Response:
+        """Requests that this gateway replica is answering."""
+        return json_response({"server_load": self._frontend.num_ongoing})
+
     async def version(self) -> Response:
         return json_response({"version": version("manta-serve")})
 
@@ -105,12 +125,7 @@ class HttpDoor:
         if not parsed.stream:
             return await unless_disconnected(request, self._whole(generation, shape))
         events = self._events(generation, shape, parsed.wants_usage or self._frontend.config.force_usage)
-        try:
-            first = await unless_disconnected(request, anext(events))  # an error before it is a plain HTTP error
-        except BaseException:
-            await events.aclose()
-            raise
-        return EventStream(_chain(first, events), {REQUEST_ID_HEADER: generation.id})
+        return EventStream(await first_then_rest(request, events), {REQUEST_ID_HEADER: generation.id})
 
     async def _whole(self, generation: Generation, shape: ChatShape | CompletionShape) -> Response:
         usage = Usage(generation.num_prompt_tokens)
@@ -141,13 +156,6 @@ class HttpDoor:
         if wants_usage:
             yield event(shape.usage_chunk(usage))
         yield DONE
-
-
-async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for data in rest:
-            yield data
 
 
 def _ids(parsed: SamplingFields) -> bool:

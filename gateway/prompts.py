@@ -47,7 +47,7 @@ class PromptReader:
         if prompt is None:
             raise InvalidRequest("prompt: field required", param="prompt")
         if isinstance(prompt, str):
-            return [self._encode(prompt, "prompt")]
+            return [self.text(prompt, "prompt")]
         expected = "prompt: expected a string, a list of strings, token ids, or a list of token-id lists"
         if not isinstance(prompt, list):
             raise InvalidRequest(expected, param="prompt")
@@ -58,7 +58,7 @@ class PromptReader:
         if len(prompt) > max_prompts:
             raise InvalidRequest(f"prompt: at most {max_prompts} prompts with this n, got {len(prompt)}", "prompt")
         if all(isinstance(item, str) for item in prompt):
-            return [self._encode(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+            return [self.text(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
         if all(isinstance(item, list) for item in prompt):
             return [self._token_ids(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
         raise InvalidRequest(expected, param="prompt")
@@ -71,9 +71,10 @@ class PromptReader:
             return tuple(prompt)
         return tuple(detokenize(self._tokenizer, ids) for ids in token_ids)
 
-    def _encode(self, text: str, path: str) -> TokenIds:
+    def text(self, text: str, path: str, *, add_special_tokens: bool = True) -> TokenIds:
+        """A raw prompt, as it is; `path` is its field."""
         self._check_length(len(text), path)
-        token_ids = self._tokenizer.encode(text)
+        token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
         return token_ids

@@ -21,17 +21,19 @@ def _one_or_many(value: Any) -> Any:
 Strings = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Any JSON body: strict types, unknown fields ignored."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Asks for a last chunk with the usage."""
 
     include_usage: bool | None = None
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """What chat and completions share; None is: not given."""
 
     model: str
@@ -62,7 +64,7 @@ class SamplingFields(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Message(_Body):
+class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -87,7 +89,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
 
-_BodyT = TypeVar("_BodyT", ChatCompletionRequest, CompletionRequest)
+_BodyT = TypeVar("_BodyT", bound=Body)
 
 
 def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:

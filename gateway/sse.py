@@ -48,6 +48,16 @@ async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T
         watching.cancel()
 
 
+async def first_then_rest(request: HttpRequest, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The same events, once there is a first: what is raised before it can still be a plain answer."""
+    try:
+        first = await unless_disconnected(request, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return _chain(first, events)
+
+
 class EventStream(Response):
     """Sends events as they come; when the client goes, the generator is closed at once."""
 
@@ -76,6 +86,13 @@ class EventStream(Response):
             async for data in events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for data in rest:
+            yield data
 
 
 async def _disconnected(receive: Receive) -> None:

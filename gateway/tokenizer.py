@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]  # never shown as text
     max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
@@ -66,8 +66,8 @@ class HuggingFaceTokenizer:
         decoder = json.dumps(json.loads(self._rust.to_str()).get("decoder"))
         self._byte_of = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._rust.encode(text, add_special_tokens=True).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         if not self._hf.chat_template:
@@ -107,8 +107,8 @@ class MistralTokenizer:
         self.max_token_chars = max(map(len, self._raw.vocab()))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._raw.encode(text, bos=True, eos=False))
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(self._raw.encode(text, bos=add_special_tokens, eos=False))
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         from mistral_common.exceptions import MistralCommonException

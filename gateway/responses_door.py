@@ -1,0 +1,74 @@
+"""POST /v1/responses over a Frontend. Knows events on the wire; shapes are those of `responses_api`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from cluster.errors import InvalidRequest
+from gateway.choice import Usage
+from gateway.frontend import Frontend
+from gateway.http_body import read_object
+from gateway.http_errors import REQUEST_ID_HEADER, error_body, json_response
+from gateway.responses_api import Json, ResponsesShape, parse_responses_body, renamed
+from gateway.sse import EventStream, event, first_then_rest, unless_disconnected
+from gateway.validator import Generation
+
+
+class ResponsesDoor:
+    """The route."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def create(self, request: HttpRequest) -> Response:
+        body, chat = parse_responses_body(await read_object(request, self._frontend.config.max_body_bytes))
+        try:
+            generation = await self._frontend.chat(chat)
+        except InvalidRequest as error:
+            raise renamed(error) from None
+        request.state.request_id = generation.id
+        shape = ResponsesShape(generation, body)
+        if not body.stream:
+            return await unless_disconnected(request, self._whole(generation, shape))
+        events = await first_then_rest(request, self._events(generation, shape))
+        return EventStream(events, {REQUEST_ID_HEADER: generation.id})
+
+    async def _whole(self, generation: Generation, shape: ResponsesShape) -> Response:
+        usage = Usage(generation.num_prompt_tokens)
+        text, finish_reason = "", None
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                text += delta.text
+                finish_reason = delta.finish_reason
+        document = shape.whole(text, finish_reason, usage)
+        return json_response(document, headers={REQUEST_ID_HEADER: generation.id})
+
+    async def _events(self, generation: Generation, shape: ResponsesShape) -> AsyncGenerator[bytes, None]:
+        """Nothing before the first token: until then an error is a plain HTTP answer."""
+        usage = Usage(generation.num_prompt_tokens)
+        begun = False
+        finish_reason = None
+        try:
+            async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+                async for delta in deltas:
+                    if not begun:
+                        begun = True
+                        yield _joined(*shape.begin())
+                    if delta.text:
+                        yield _joined(shape.delta(delta.text))
+                    finish_reason = delta.finish_reason
+        except Exception as error:
+            if not begun:
+                raise
+            yield _joined(shape.error(error_body(error, generation.id)))
+            return
+        yield _joined(*shape.end(finish_reason, usage))
+
+
+def _joined(*documents: Json) -> bytes:
+    """Events with their names, as this API has them."""
+    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document) for document in documents)

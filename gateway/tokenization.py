@@ -1,0 +1,72 @@
+"""Text or messages to token ids and back, as clients ask for it; vLLM's shapes. Knows no HTTP, gRPC or sampling."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from cluster.errors import InvalidRequest
+from gateway.bounds import check_token_id
+from gateway.frontend import INLINE_CHARS, Frontend, ServedModel
+from gateway.prompts import PromptReader, TokenIds
+from gateway.protocol import Body, Message
+
+INLINE_TOKENS = INLINE_CHARS // 4
+
+
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: either a prompt or messages; without a model the first one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None  # of a prompt, true unless said; a chat template has its own
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedModel, TokenIds]:
+    """The model asked for, and its token ids. Raises InvalidRequest or ModelNotFound."""
+    model = frontend.route(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("prompt: expected a prompt or messages, and not both", param="prompt")
+    if body.messages is not None and body.add_special_tokens is not None:
+        raise InvalidRequest("add_special_tokens: the chat template adds them", param="add_special_tokens")
+    size = len(body.prompt) if body.prompt is not None else len(str(body.messages))
+    if size < INLINE_CHARS:
+        return model, _tokenize(model, body)
+    return model, await asyncio.to_thread(_tokenize, model, body)
+
+
+async def detokenize(frontend: Frontend, body: DetokenizeRequest) -> str:
+    """The text of the ids, special tokens included. Raises InvalidRequest or ModelNotFound."""
+    model = frontend.route(body.model)
+    for i, token_id in enumerate(body.tokens):
+        check_token_id(token_id, model.card, f"tokens[{i}]")
+    if len(body.tokens) < INLINE_TOKENS:
+        return model.tokenizer.decode(body.tokens)
+    return await asyncio.to_thread(model.tokenizer.decode, body.tokens)
+
+
+def tokenize_body(model: ServedModel, token_ids: TokenIds, *, with_strings: bool) -> dict[str, Any]:
+    """vLLM's answer."""
+    spelled = [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in token_ids] if with_strings else None
+    return {
+        "count": len(token_ids),
+        "max_model_len": model.card.max_model_len,
+        "tokens": token_ids,
+        "token_strs": spelled,
+    }
+
+
+def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
+    reader = PromptReader(model.card, model.tokenizer)
+    if body.messages is not None:
+        return reader.chat(body.messages)
+    return reader.text(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens is not False)

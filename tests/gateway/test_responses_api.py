@@ -1,0 +1,147 @@
+"""The Responses API, driven by openai's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.errors import Unavailable
+from cluster.messages import ModelCard
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import (
+    ScriptedCoordinator,
+    build_frontend,
+    failing_script,
+    http_server,
+    model_card,
+    tokens_script,
+)
+
+ANSWER = "Grüße 👩‍🚀, 你好"
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, ScriptedCoordinator]]:
+    tokenizer = request.getfixturevalue("tokenizer")
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(ANSWER)[1:]))
+    with http_server(build_frontend(model_card(request.getfixturevalue("tokenizer_directory")), coordinator)) as url:
+        yield url, coordinator
+
+
+@pytest.fixture
+def client(server: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_whole_and_streamed_are_equal(client: openai.OpenAI) -> None:
+    whole = client.responses.create(model="tiny", input="Hello", instructions="Be brief.", temperature=0)
+    assert whole.output_text == ANSWER
+    assert (whole.status, whole.instructions, whole.temperature) == ("completed", "Be brief.", 0)
+    assert whole.usage is not None
+    assert whole.usage.output_tokens > 5
+    events = list(client.responses.create(model="tiny", input="Hello", instructions="Be brief.", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
+    last = events[-1]
+    assert last.type == "response.completed"
+    assert last.response.output_text == ANSWER
+    assert last.response.usage == whole.usage
+
+
+def test_the_clients_own_accumulator_understands_the_stream(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="tiny", input="Hello") as stream:
+        assert stream.get_final_response().output_text == ANSWER
+
+
+def test_every_shape_of_input_is_the_same_conversation(
+    client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]
+) -> None:
+    shapes: list[Any] = [
+        "Hello",
+        [{"role": "user", "content": "Hello"}],
+        [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+    ]
+    server[1].requests.clear()
+    for shape in shapes:
+        client.responses.create(model="tiny", input=shape, max_output_tokens=3)
+    assert len({request.prompt_token_ids for request in server[1].requests}) == 1
+
+
+def test_at_max_output_tokens_it_is_incomplete(client: openai.OpenAI) -> None:
+    cut = client.responses.create(model="tiny", input="Hello", max_output_tokens=3)
+    assert cut.status == "incomplete"
+    assert cut.incomplete_details is not None
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    events = list(client.responses.create(model="tiny", input="Hello", max_output_tokens=3, stream=True))
+    assert events[-1].type == "response.incomplete"
+
+
+def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+    first = client.responses.create(model="tiny", input="Hello")
+    turns: Any = [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "And?"}]
+    assert client.responses.create(model="tiny", input=turns).output_text == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": 3}, "input"),
+        ({"input": ["x"]}, "input[0]"),
+        ({"input": [{"type": "function_call_output"}]}, "input[0].type"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "input"),
+        ({"input": "x" * 9000}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 999}, "max_output_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+    ],
+)
+def test_what_is_wrong_or_not_served_is_named(
+    server: tuple[str, ScriptedCoordinator], change: dict[str, Any], param: str
+) -> None:
+    answer = httpx.post(server[0] + "/v1/responses", json={"model": "tiny", "input": "Hello"} | change)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+
+
+def test_an_error_mid_stream_is_its_last_event(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    coordinator = ScriptedCoordinator(failing_script(tokenizer.encode("Hello")[1:], Unavailable("an expert is gone")))
+    with (
+        http_server(build_frontend(card, coordinator)) as url,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.APIError, match="an expert is gone"):
+            list(client.responses.create(model="tiny", input="Hello", stream=True))
+        with pytest.raises(openai.InternalServerError, match="an expert is gone"):
+            client.responses.create(model="tiny", input="Hello")
