@@ -41,6 +41,8 @@ class EngineConfig(_Frozen):
     max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
     max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429
     prefix_caching: bool = True
+    grammar_timeout_s: float = Field(10.0, gt=0)  # to compile a schema that may be costly; past it 400
+    grammar_cache_mib: int = Field(256, ge=1)  # compiled grammars kept, the least recently used leave first
     # Parts of a step that take turns computing and waiting. auto: 2 where every process has a GPU of its own, else 1.
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=3)] = "auto"
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of the coordinator; None: one per core

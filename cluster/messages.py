@@ -35,11 +35,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Grammar:
-    """A constraint on the output, compiled on the coordinator's side."""
+class JsonSchema:
+    """A JSON Schema within the bounds of the door that took it; whether it compiles, only the coordinator finds out."""
 
-    kind: Literal["json_object", "json_schema"]
-    schema: str | None = None  # JSON text, for json_schema
+    text: str  # JSON
+    param: str  # the client's field that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallGrammar:
+    """Calls of tools: a marker, then ` [{"name": "f", "arguments": {…}}, …]` on one line."""
+
+    tools: tuple[
+        tuple[str, JsonSchema], ...
+    ]  # (name, schema of the arguments) of those that may be called; may be none
+    required: bool  # False: the model may answer with text instead
+    parallel: bool = True  # more than one call
+    marker: str = "[TOOL_CALLS]"  # what calls begin with, where the vocabulary has no token for it
+    marker_token_id: int | None = None  # its special token
+
+
+Grammar = JsonSchema | ToolCallGrammar  # a constraint on the output, compiled on the coordinator's side
 
 
 @dataclass(frozen=True, slots=True)

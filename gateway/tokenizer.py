@@ -5,7 +5,6 @@ The chat template comes from the checkpoint, never from a client, and is rendere
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from jinja2.exceptions import TemplateError
 
 from cluster.errors import CheckpointError, InvalidRequest
 from cluster.messages import ModelCard
+from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 
 ChatMessage = dict[str, str]  # role, content
 
@@ -63,8 +63,7 @@ class HuggingFaceTokenizer:
         self.max_token_chars = max(map(len, vocabulary))
         added = self._hf.added_tokens_decoder
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
-        decoder = json.dumps(json.loads(self._rust.to_str()).get("decoder"))
-        self._byte_of = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
+        self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -87,7 +86,7 @@ class HuggingFaceTokenizer:
             return b""
         if self._byte_of is not None and token_id not in self.special_ids:
             return bytes(self._byte_of.get(char, 0x3F) for char in token)
-        return _piece_bytes(token)
+        return piece_bytes(token)
 
 
 class MistralTokenizer:
@@ -97,10 +96,7 @@ class MistralTokenizer:
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Reader
 
-        files = [*sorted(directory.glob("tekken*.json")), *sorted(directory.glob("*.model*"))]
-        if not files:
-            raise CheckpointError(f"{directory} has neither tekken.json nor tokenizer.model")
-        self._reader: Any = Reader.from_file(str(files[0]))
+        self._reader: Any = Reader.from_file(str(tokenizer_file(directory)))
         self._raw: Any = self._reader.instruct_tokenizer.tokenizer
         self._ignore = SpecialTokenPolicy.IGNORE
         self.vocab_size: int = self._raw.n_words
@@ -128,18 +124,4 @@ class MistralTokenizer:
             return b""
         if hasattr(self._raw, "id_to_byte_piece") and token_id not in self.special_ids:
             return bytes(self._raw.id_to_byte_piece(token_id))
-        return _piece_bytes(self._raw.id_to_piece(token_id))
-
-
-def _piece_bytes(piece: str) -> bytes:
-    """SentencePiece's spelling: `<0xE4>` is a byte, `▁` a space."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: the printable ones are themselves, the rest follow from U+0100."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(plain)]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+        return piece_bytes(self._raw.id_to_piece(token_id))

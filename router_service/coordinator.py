@@ -26,6 +26,8 @@ from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event, Key
 from router_service.engine_metrics import EngineMetrics
+from router_service.grammar_compiler import GrammarCompiler
+from router_service.grammar_vocabulary import GrammarVocabulary
 from router_service.token_stream import TokenStream
 
 DEPLOYMENT = "coordinator"
@@ -98,6 +100,12 @@ class Coordinator:
             observe_step=self._metrics.observe_step,
         )
         self._metrics.watch(self._engine.stats)
+        architecture = checkpoint.architecture
+        self._grammars = GrammarCompiler(
+            GrammarVocabulary(directory, checkpoint.layout, architecture.vocab_size, architecture.eos_token_ids),
+            timeout_s=engine.grammar_timeout_s,
+            cache_bytes=engine.grammar_cache_mib * 2**20,
+        )
         self._engine.start()
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
@@ -105,7 +113,7 @@ class Coordinator:
         stream = TokenStream()
         self._streams[request.key] = stream
         try:
-            self._engine.submit(request)
+            self._engine.submit(request, await self._grammars.state(request))
             async for chunk in stream:
                 yield chunk
         finally:
@@ -128,6 +136,7 @@ class Coordinator:
         """Serve calls this when the replica stops, after its streams have ended."""
         if engine := self.__dict__.pop("_engine", None):
             engine.stop()
+            self._grammars.close()
             engine.model_runner.decoder.dispatcher.close()
             self._pool.close()
 

@@ -21,6 +21,7 @@ from cluster.errors import (
     Overloaded,
 )
 from cluster.messages import EngineStats, Request, TokenChunk, TokenLogprobs
+from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.sampler import Sampler
 from router_service.scheduler import Batch, Scheduler
@@ -81,8 +82,8 @@ class Engine:
         if not self._thread.is_alive():
             raise EngineDead(f"the engine has stopped: {self._death!r}")
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded, EngineDead, or InvalidRequest for one that can never run."""
+    def submit(self, request: Request, grammar: GrammarState | None = None) -> None:
+        """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
         self.check_alive()
         if len(request.prompt_token_ids) + len(request.output_token_ids) > self.scheduler.max_model_len:
             raise InvalidRequest(
@@ -93,7 +94,7 @@ class Engine:
         with self._inbox_lock:
             if self._inbox_closed:
                 raise EngineDead("the engine stopped")
-            self._inbox.put(lambda: self._add(Sequence(request)))
+            self._inbox.put(lambda: self._add(Sequence(request, grammar)))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""
@@ -175,6 +176,9 @@ class Engine:
         key = sequence.request.key
         if key in self._sequences:
             raise AssertionError(f"request ids are unique, {key} came twice")
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            self._deliver([(key, sequence.grammar.error)])
+            return
         sequence.check_finished(self.scheduler.eos_token_ids, self.scheduler.max_model_len)
         if sequence.finish_reason is not None:
             self._deliver([(key, _chunk(sequence, (), None))])
@@ -203,6 +207,10 @@ class Engine:
     def _emit(self, batch: Batch, sampled: list[Sequence], logprobs: list[TokenLogprobs | None]) -> None:
         events: list[Event] = []
         for sequence, logprob in zip(sampled, logprobs, strict=True):
+            if sequence.grammar is not None and sequence.grammar.error is not None:
+                self._abort(sequence.request.key)
+                events.append((sequence.request.key, sequence.grammar.error))
+                continue
             events.append((sequence.request.key, _chunk(sequence, (sequence.token_ids[-1],), logprob)))
             if sequence.finish_reason is not None:
                 del self._sequences[sequence.request.key]

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from cluster.messages import SamplingParams, TokenLogprobs
+from router_service.grammar import mask
 from router_service.logprobs import token_logprobs
 from router_service.sequence import Sequence
 
@@ -42,19 +43,41 @@ class Sampler:
         return token_ids, _logprobs(raw, chosen, sequences)
 
     def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
-        """Apply biases, penalties and the masks of `min_tokens`, to the rows that ask for any."""
+        """Apply biases, penalties, grammars and the masks of `min_tokens`, to the rows that ask for any."""
         touched = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
         if not touched:
             return logits
         logits = logits.clone()
         for row in touched:
             _penalise(logits[row], sequences[row])
-            sampling = sequences[row].request.sampling
-            for token_id, bias in sampling.logit_bias:
+            for token_id, bias in sequences[row].request.sampling.logit_bias:
                 logits[row, token_id] += bias
-            if sequences[row].num_output_tokens < sampling.min_tokens:
-                logits[row, [*self._eos_token_ids, *sampling.stop_token_ids]] = float("-inf")
+        states = {row: state for row in touched if (state := sequences[row].grammar) is not None}
+        if states:
+            mask(logits, list(states), list(states.values()))
+        for row in touched:
+            self._hold_open(logits[row], sequences[row])
         return logits
+
+    def _hold_open(self, logits: torch.Tensor, sequence: Sequence) -> None:
+        """Change `logits` [V] in place: nothing may end the sequence before `min_tokens`.
+
+        Within a grammar nothing may follow an end of sequence, so `ignore_eos` rules it out too; and where a grammar
+        allows only an end, the grammar wins.
+        """
+        sampling = sequence.request.sampling
+        if sequence.num_output_tokens < sampling.min_tokens:
+            ends = [*self._eos_token_ids, *sampling.stop_token_ids]
+        elif sequence.grammar is not None and sampling.ignore_eos:
+            ends = self._eos_token_ids
+        else:
+            return
+        if sequence.grammar is not None:
+            others = logits.clone()
+            others[ends] = float("-inf")
+            if others.max() == float("-inf"):
+                return
+        logits[ends] = float("-inf")
 
 
 def uniform(seed: int, choice_index: int, position: int) -> float:
@@ -67,6 +90,7 @@ def _is_adjusted(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
     return bool(
         sampling.logit_bias
+        or sequence.grammar is not None
         or sampling.repetition_penalty != 1.0
         or sampling.presence_penalty
         or sampling.frequency_penalty

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cluster.messages import FinishReason, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from router_service.grammar import GrammarState
 
 
 class Sequence:
@@ -15,6 +20,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "grammar",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -25,8 +31,10 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, grammar: GrammarState | None = None) -> None:
+        """`grammar` has accepted the request's output tokens already."""
         self.request = request
+        self.grammar = grammar
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
@@ -61,6 +69,8 @@ class Sequence:
     def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Add a sampled token and decide whether the sequence ends with it."""
         self.token_ids.append(token_id)
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         self.check_finished(eos_token_ids, max_model_len)
 
     def check_finished(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
@@ -69,8 +79,10 @@ class Sequence:
             return
         token_id = self.token_ids[-1]
         sampling = self.request.sampling
-        if self.num_output_tokens >= sampling.min_tokens and (
-            token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
+        closed = self.grammar is not None and self.grammar.is_complete  # whatever min_tokens and ignore_eos say
+        if closed or (
+            self.num_output_tokens >= sampling.min_tokens
+            and (token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos))
         ):
             self.finish_reason = "stop"
             self.stop_token_id = token_id

@@ -12,13 +12,16 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
-from cluster.messages import Request, TokenChunk
+from cluster.messages import Grammar, Request, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event, Key
+from router_service.grammar import GrammarState
+from router_service.grammar_format import structural_tag
+from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from router_service.sequence import Sequence
 
 
@@ -29,6 +32,11 @@ class Bench:
         checkpoint = open_checkpoint(directory)
         settings = EngineConfig(**{"num_kv_blocks": 64, "max_model_len": 512, **config})
         self.engine: Engine = build_engine(checkpoint, settings, local_dispatcher(directory, num_groups), self._collect)
+        architecture = checkpoint.architecture
+        self.vocabulary = GrammarVocabulary(
+            str(directory), checkpoint.layout, architecture.vocab_size, architecture.eos_token_ids
+        )
+        self.grammars: dict[Grammar, Any] = {}
         self.chunks: dict[Key, list[TokenChunk]] = defaultdict(list)
         self.errors: dict[Key, MantaError] = {}
 
@@ -42,7 +50,16 @@ class Bench:
     def add(self, *requests: Request) -> None:
         """Queue requests; the next step sees them."""
         for request in requests:
-            self.engine._add(Sequence(request))
+            self.engine._add(Sequence(request, self.grammar_state(request)))
+
+    def grammar_state(self, request: Request) -> GrammarState | None:
+        """Compiled here and now; the directory must have a tokenizer."""
+        if request.grammar is None:
+            return None
+        if request.grammar not in self.grammars:
+            compiler = new_compiler(self.vocabulary.tokenizer_info())
+            self.grammars[request.grammar] = compile_tag(compiler, structural_tag(request.grammar))
+        return GrammarState(self.grammars[request.grammar], request)
 
     def run(self, *requests: Request) -> list[list[int]]:
         """Add the requests and step until the engine is idle. Returns the output token ids of each."""

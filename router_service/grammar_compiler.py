@@ -1,0 +1,141 @@
+"""Compiles the grammars of one model off the engine's thread, and keeps them. Knows event loop, threads and the trial.
+
+A schema of few and plain words is compiled at once, in a thread of low priority. Any other is compiled on trial first,
+in a process that can be killed, and only if it passes in a thread here: the second time costs what the first did.
+The two kinds have a thread each, so a hostile schema delays only other costly ones, each by the time limit at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from cluster.errors import InvalidRequest, MantaError, Overloaded
+from cluster.messages import Grammar, Request
+from router_service.grammar import GrammarState, param
+from router_service.grammar_cost import begins, is_plain
+from router_service.grammar_format import schema_tags, schemas, structural_tag
+from router_service.grammar_trial import TrialProcess
+from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar, TokenizerInfo
+
+_MAX_PENDING = 64  # grammars that wait to be compiled
+_MAX_WAIT_TIMES = 4  # a request waits this many time limits for its grammar, in a queue that is not empty
+
+
+class GrammarCompiler:
+    """Owns the cache. Its methods are called on one event loop; `close` from any thread."""
+
+    def __init__(self, vocabulary: GrammarVocabulary, *, timeout_s: float, cache_bytes: int) -> None:
+        self._vocabulary = vocabulary
+        self._timeout_s = timeout_s
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._cache: OrderedDict[Grammar, tuple[int, CompiledGrammar | MantaError]] = OrderedDict()
+        self._pending: dict[Grammar, asyncio.Task[CompiledGrammar | MantaError]] = {}
+        self._trial = TrialProcess(vocabulary, timeout_s)
+        self._plain = ThreadPoolExecutor(1, "grammar", initializer=_yield_to_others)
+        self._costly = ThreadPoolExecutor(1, "grammar-trial", initializer=_yield_to_others)
+        self._info: TokenizerInfo | None = None
+        self._info_lock = threading.Lock()
+
+    async def state(self, request: Request) -> GrammarState | None:
+        """The beginning of the request's grammar, or where its resumed tokens have led; None without a grammar.
+
+        Raises InvalidRequest, which names the schema, or Overloaded.
+        """
+        if request.grammar is None:
+            return None
+        compiled = await self._compiled(request.grammar)
+        if isinstance(compiled, InvalidRequest):
+            raise InvalidRequest(compiled.message, compiled.param)
+        if isinstance(compiled, MantaError):
+            raise compiled
+        return await asyncio.to_thread(GrammarState, compiled, request)
+
+    def close(self) -> None:
+        """End threads and child."""
+        for pool in (self._plain, self._costly):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._trial.close()
+
+    async def _compiled(self, grammar: Grammar) -> CompiledGrammar | MantaError:
+        if grammar in self._cache:
+            self._cache.move_to_end(grammar)
+            return self._cache[grammar][1]
+        task = self._pending.get(grammar)
+        if task is None:
+            if len(self._pending) >= _MAX_PENDING:
+                raise Overloaded(f"{_MAX_PENDING} grammars wait to be compiled already; try again later")
+            task = asyncio.create_task(self._compile(grammar))
+            self._pending[grammar] = task
+            task.add_done_callback(lambda _: self._pending.pop(grammar))
+        try:
+            async with asyncio.timeout(_MAX_WAIT_TIMES * self._timeout_s):
+                return await asyncio.shield(task)  # others may wait for the same one
+        except TimeoutError:
+            raise Overloaded("too many grammars wait to be compiled; try again later") from None
+
+    async def _compile(self, grammar: Grammar) -> CompiledGrammar | MantaError:
+        """The compiled grammar, or what is wrong with it; both are kept, an error of our own is not."""
+        plain = is_plain([json.loads(schema.text) for schema in schemas(grammar)])
+        result = await asyncio.get_running_loop().run_in_executor(
+            self._plain if plain else self._costly, self._compile_here, grammar, plain
+        )
+        if not isinstance(result, MantaError) or isinstance(result, InvalidRequest):
+            text_bytes = sum(len(schema.text) for schema in schemas(grammar))
+            self._keep(grammar, result, text_bytes + getattr(result, "memory_size_bytes", 0))
+        return result
+
+    def _compile_here(self, grammar: Grammar, plain: bool) -> CompiledGrammar | MantaError:
+        """In a thread."""
+        try:
+            if not plain:
+                self._trial.run(grammar)
+            return self._compile_tag(structural_tag(grammar))
+        except MantaError as error:
+            return error
+        except ValueError as error:
+            return self._blame(grammar, error)
+
+    def _blame(self, grammar: Grammar, error: ValueError) -> InvalidRequest:
+        """The schema that is wrong: the first that does not compile by itself."""
+        for schema, tag in zip(schemas(grammar), schema_tags(grammar), strict=True):
+            try:
+                self._compile_tag(tag)
+            except ValueError as own:
+                return InvalidRequest(f"{schema.param}: {own}", param=schema.param)
+        return InvalidRequest(f"{param(grammar)}: {error}", param=param(grammar))
+
+    def _compile_tag(self, tag: str) -> CompiledGrammar:
+        """Raises ValueError."""
+        compiled = compile_tag(new_compiler(self._tokenizer_info()), tag)
+        if not begins(compiled, self._vocabulary.vocab_size):
+            raise ValueError("nothing can satisfy it")
+        return compiled
+
+    def _keep(self, grammar: Grammar, result: CompiledGrammar | MantaError, size: int) -> None:
+        self._cache[grammar] = (size, result)
+        self._cached_bytes += size
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1][0]
+
+    def _tokenizer_info(self) -> TokenizerInfo:
+        with self._info_lock:
+            if self._info is None:
+                self._info = self._vocabulary.tokenizer_info()
+            return self._info
+
+
+def _yield_to_others() -> None:
+    """This thread runs when engine and experts leave it time."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

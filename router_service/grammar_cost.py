@@ -1,0 +1,89 @@
+"""Which schemas are cheap to compile for certain, and how a compiled one is tried out. Knows no process or thread."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
+_MAX_PLAIN_ENTRIES = 512  # of lists and objects, over a whole schema
+_MAX_PLAIN_ITEMS = 100
+_COSTLY = {
+    *("pattern", "patternProperties", "propertyNames", "minLength", "maxLength"),
+    *("minProperties", "maxProperties", "multipleOf"),
+}
+_WALK_TOKENS = 64
+_MAX_WALK_S = 3.0  # CPU time
+_MAX_TOKEN_S = 0.25  # CPU time
+
+
+def is_plain(schemas: list[Any]) -> bool:
+    """Whether schemas have no word whose cost grows out of proportion, and few words in all."""
+    return _num_entries(schemas) <= _MAX_PLAIN_ENTRIES
+
+
+def patterns(schema: Any) -> list[str]:
+    """Every regular expression in a schema."""
+    found: list[str] = []
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            found.append(schema["pattern"])
+        if isinstance(schema.get("patternProperties"), dict):
+            found += schema["patternProperties"]
+    if isinstance(schema, dict | list):
+        for value in schema.values() if isinstance(schema, dict) else schema:
+            found += patterns(value)
+    return found
+
+
+def walk(compiled: CompiledGrammar, vocab_size: int) -> None:
+    """Follow a grammar along random tokens. Raises ValueError when that is impossible, or costs too much."""
+    from xgrammar import GrammarMatcher, allocate_token_bitmask
+
+    matcher = GrammarMatcher(compiled)
+    bitmask = allocate_token_bitmask(1, vocab_size)
+    draw = random.Random(0)
+    ends = set(matcher.stop_token_ids)
+    begun = time.process_time()
+    for position in range(_WALK_TOKENS):
+        started = time.process_time()
+        matcher.fill_next_token_bitmask(bitmask)
+        allowed = _set_bits(bitmask[0].tolist(), vocab_size)
+        if not allowed and position == 0:
+            raise ValueError("nothing can satisfy it")
+        allowed = [token_id for token_id in allowed if token_id not in ends]
+        if not allowed:
+            return
+        matcher.accept_token(draw.choice(allowed))
+        now = time.process_time()
+        if now - started > _MAX_TOKEN_S or now - begun > _MAX_WALK_S:
+            raise ValueError("it takes too long to follow")
+
+
+def begins(compiled: CompiledGrammar, vocab_size: int) -> bool:
+    """Whether there is a first token; a schema that refers only to itself has none."""
+    from xgrammar import GrammarMatcher, allocate_token_bitmask
+
+    bitmask = allocate_token_bitmask(1, vocab_size)
+    GrammarMatcher(compiled).fill_next_token_bitmask(bitmask)
+    return bool(bitmask.any())
+
+
+def _num_entries(value: Any) -> float:
+    """Entries of all lists and objects in a JSON value; infinite with a costly word."""
+    if isinstance(value, list):
+        return len(value) + sum(map(_num_entries, value))
+    if not isinstance(value, dict):
+        return 0
+    if not _COSTLY.isdisjoint(value) or any(
+        isinstance(value.get(word), int) and value[word] > _MAX_PLAIN_ITEMS for word in ("minItems", "maxItems")
+    ):
+        return float("inf")
+    return len(value) + sum(map(_num_entries, value.values()))
+
+
+def _set_bits(words: list[int], count: int) -> list[int]:
+    return [i for i in range(count) if words[i // 32] >> (i % 32) & 1]

@@ -1,0 +1,130 @@
+"""What xgrammar is told: a Grammar as one of its structural tags. Knows JSON Schema's words; compiles nothing.
+
+JSON is written on one line or close to it: between two elements comes at most one whitespace character, so a model
+cannot spend its tokens on blanks.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
+
+Format = dict[str, Any]
+
+_MAX_BLANKS = 1
+_FORMATS = {
+    *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uri-reference", "uuid")
+}
+
+
+def structural_tag(grammar: Grammar) -> str:
+    """The structural tag of a grammar, as JSON text."""
+    return _tag(_json(json.loads(grammar.text)) if isinstance(grammar, JsonSchema) else _answer(grammar))
+
+
+def schemas(grammar: Grammar) -> tuple[JsonSchema, ...]:
+    """Every schema that a client wrote."""
+    return (grammar,) if isinstance(grammar, JsonSchema) else tuple(schema for _, schema in grammar.tools)
+
+
+def schema_tags(grammar: Grammar) -> list[str]:
+    """A structural tag for each of `schemas` alone."""
+    return [_tag(_json(json.loads(schema.text))) for schema in schemas(grammar)]
+
+
+def _tag(content: Format) -> str:
+    return json.dumps({"type": "structural_tag", "format": content})
+
+
+def _answer(grammar: ToolCallGrammar) -> Format:
+    """Calls, or where they are not required also text that holds none."""
+    options = []
+    if grammar.tools:
+        options.append(_marked_calls(grammar))
+    if not grammar.required:
+        options.append(_text(grammar))
+    return options[0] if len(options) == 1 else {"type": "or", "elements": options}
+
+
+def _marked_calls(grammar: ToolCallGrammar) -> Format:
+    """A model with a token for it may say something before its calls; without one, calls are all of the answer."""
+    if grammar.marker_token_id is None:
+        begin: list[Format] = [{"type": "const_string", "value": grammar.marker}]
+        if not grammar.required:
+            begin.insert(0, {"type": "regex", "pattern": "[ \\n]*"})
+    else:
+        begin = [{"type": "token", "token": grammar.marker_token_id}]
+        if not grammar.required:
+            begin.insert(0, {"type": "any_text"})
+    return {"type": "sequence", "elements": [*begin, _calls(grammar)]}
+
+
+def _calls(grammar: ToolCallGrammar) -> Format:
+    calls = [
+        {
+            "type": "tag",
+            "begin": f'{{"name": {json.dumps(name)}, "arguments": ',
+            "content": _json(json.loads(schema.text)),
+            "end": "}",
+        }
+        for name, schema in grammar.tools
+    ]
+    content = {
+        "type": "tags_with_separator",
+        "tags": calls,
+        "separator": ", ",
+        "at_least_one": True,
+        "stop_after_first": not grammar.parallel,
+    }
+    return {"type": "tag", "begin": " [", "content": content, "end": "]"}
+
+
+def _text(grammar: ToolCallGrammar) -> Format:
+    """Any text; if the marker is text itself, one that does not begin with it: rule i has seen i characters of it."""
+    if grammar.marker_token_id is not None:
+        return {"type": "any_text"}
+    rules = ["root ::= [ \\n]* seen0", "any ::= [\\x00-\\U0010ffff]*"]
+    for i, char in enumerate(grammar.marker):
+        blanks = "" if i else " \\n"
+        other = f"[^{_in_class(char)}{blanks}] any"
+        more = f' | "{char}" seen{i + 1}' if i + 1 < len(grammar.marker) else ""
+        rules.append(f'seen{i} ::= "" | {other}{more}')
+    return {"type": "grammar", "grammar": "\n".join(rules)}
+
+
+def _in_class(char: str) -> str:
+    return f"\\{char}" if char in "[]^-\\" else char
+
+
+def _json(schema: Any) -> Format:
+    return {"type": "json_schema", "json_schema": _spelled_out(schema), "max_whitespace_cnt": _MAX_BLANKS}
+
+
+def _spelled_out(schema: Any) -> Any:
+    """The same schema, for what xgrammar gets wrong.
+
+    It overlooks a required property that `properties` does not declare, lets raw control characters into strings that
+    have a length, and knows some formats no better than a guess; a format only annotates.
+    """
+    if isinstance(schema, list):
+        return [_spelled_out(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {
+        key: value if key in ("enum", "const", "default", "examples") else _spelled_out(value)
+        for key, value in schema.items()
+    }
+    if result.get("format") not in _FORMATS:
+        result.pop("format", None)
+    low, high = result.pop("minLength", 0), result.pop("maxLength", None)
+    if low or high is not None:
+        result["pattern"] = f"^.{{{low},{'' if high is None else high}}}$"
+    required, declared = schema.get("required"), schema.get("properties", {})
+    if isinstance(required, list) and isinstance(declared, dict):
+        additional = result.get("additionalProperties", True)
+        missing = {name: additional for name in required if isinstance(name, str) and name not in declared}
+        if missing:
+            result["properties"] = {**result.get("properties", {}), **missing}
+    return result

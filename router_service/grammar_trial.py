@@ -1,0 +1,190 @@
+"""A child process that compiles grammars on trial, so that a hostile one can be killed. Knows no engine, no event loop.
+
+    coordinator ── orders, one JSON line each ──▶ this process ── fork ──▶ one process per trial
+                ◀── verdicts, one JSON line each ──            ◀── pipe ──
+
+The child has read the vocabulary already when it forks, so a trial costs milliseconds besides its own work, and what it
+allocates goes with it. A trial that runs past its time or memory is killed, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from cluster.errors import InvalidRequest, Unavailable
+from cluster.messages import Grammar
+from router_service.grammar import param
+from router_service.grammar_cost import patterns, walk
+from router_service.grammar_format import schema_tags, schemas, structural_tag
+from router_service.grammar_vocabulary import GrammarVocabulary, compile_pattern, compile_tag, new_compiler
+
+if TYPE_CHECKING:
+    from xgrammar import TokenizerInfo
+
+_START_TIMEOUT_S = 120.0  # to import xgrammar and read the vocabulary
+_GRACE_S = 30.0  # beyond a trial's own time, for a busy machine
+_MAX_BYTES = 2 * 2**30  # that one trial may allocate
+
+
+class TrialProcess:
+    """The coordinator's end: starts the child when it is first needed. Not thread-safe."""
+
+    def __init__(self, vocabulary: GrammarVocabulary, timeout_s: float) -> None:
+        self._vocabulary = vocabulary
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, grammar: Grammar) -> None:
+        """Raises InvalidRequest, which names the schema, or Unavailable when no trial can be held."""
+        documents = [json.loads(schema.text) for schema in schemas(grammar)]
+        order = {
+            "schemas": [
+                {"tag": tag, "patterns": patterns(document)}
+                for tag, document in zip(schema_tags(grammar), documents, strict=True)
+            ],
+            "whole": structural_tag(grammar),
+            "timeout_s": self._timeout_s,
+        }
+        verdict = self._ask(order)
+        if verdict["error"] is not None:
+            at = verdict["at"]
+            field = schemas(grammar)[at].param if at is not None else param(grammar)
+            raise InvalidRequest(f"{field}: {verdict['error']}", param=field)
+
+    def close(self) -> None:
+        """Kill the child; it is started again when needed."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):  # an order that was never read
+                        pipe.close()
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        try:
+            process = self._process or self._start()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
+            verdict: dict[str, Any] = json.loads(_read_line(process, self._timeout_s + _GRACE_S))
+        except (OSError, TimeoutError, EOFError) as error:
+            self.close()
+            raise Unavailable("the grammar compiler does not answer") from error
+        return verdict
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "router_service.grammar_trial", json.dumps(asdict(self._vocabulary))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # xgrammar writes what clients sent there
+            env=environment,
+        )
+        _read_line(self._process, _START_TIMEOUT_S)
+        return self._process
+
+
+def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
+    """One line of the child's output. Raises TimeoutError, or EOFError when it has ended."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    line = b""
+    while not line.endswith(b"\n"):
+        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError
+        data = os.read(process.stdout.fileno(), 65536)
+        if not data:
+            raise EOFError
+        line += data
+    return line
+
+
+def _main() -> None:
+    """The child: reads orders until its parent closes the pipe."""
+    arguments = json.loads(sys.argv[1])
+    vocabulary = GrammarVocabulary(**{**arguments, "eos_token_ids": tuple(arguments["eos_token_ids"])})
+    os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it closes the pipe
+    info = vocabulary.tokenizer_info()
+    print("ready", flush=True)
+    for line in sys.stdin.buffer:
+        print(json.dumps(_trial(info, json.loads(line))), flush=True)
+
+
+def _trial(info: TokenizerInfo, order: dict[str, Any]) -> dict[str, Any]:
+    """A verdict: `error`, or None; `at`: the index of the schema it concerns, or None for the whole."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reader)
+            _hold(info, order, writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    report = b""
+    deadline = time.monotonic() + order["timeout_s"]
+    error = "it needs too much memory to compile"  # unless the trial says how it ended
+    while True:
+        if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            error = f"it takes longer than {order['timeout_s']:g} s to compile"
+            break
+        data = os.read(reader, 65536)
+        if not data:
+            break
+        report += data
+    os.close(reader)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    said = [json.loads(line) for line in report.splitlines() if line.endswith(b"}")]
+    last = said[-1] if said else {"at": None}
+    return {"at": last["at"], "error": last.get("verdict", error)}
+
+
+def _hold(info: TokenizerInfo, order: dict[str, Any], writer: int) -> None:
+    """The trial itself, in a process of its own: says what it is at, and in the end its verdict."""
+    seconds = int(order["timeout_s"]) + 2  # of CPU, in case nobody is left to kill it
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(ValueError, OSError):  # not every system limits the address space
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MAX_BYTES, used + _MAX_BYTES))
+    at: int | None = None
+
+    def say(**report: Any) -> None:
+        os.write(writer, json.dumps({"at": at, **report}).encode() + b"\n")
+
+    try:
+        compiler = new_compiler(info)
+        for index, schema in enumerate(order["schemas"]):
+            at = index
+            say()
+            for pattern in schema["patterns"]:
+                walk(compile_pattern(compiler, pattern), info.vocab_size)
+            walk(compile_tag(compiler, schema["tag"]), info.vocab_size)
+        at = None
+        say()
+        walk(compile_tag(compiler, order["whole"]), info.vocab_size)
+        say(verdict=None)
+    except ValueError as error:
+        say(verdict=str(error))
+    except (MemoryError, RuntimeError):
+        say(verdict="it needs too much memory to compile")
+
+
+if __name__ == "__main__":
+    _main()
