@@ -21,6 +21,7 @@ from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
 from gateway.http_guard import HttpGuard
+from gateway.page import page_response
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, model_body
 from gateway.responses_door import ResponsesDoor
@@ -42,6 +43,7 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/detokenize", door.detokenize, methods=["POST"])
     app.add_api_route("/v1/models", door.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
+    app.add_api_route("/", door.page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/health", door.health, methods=["GET"])
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/load", door.load, methods=["GET"])
@@ -97,6 +99,9 @@ class HttpDoor:
             },
         }
         return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
+
+    async def page(self) -> Response:
+        return page_response()
 
     async def metrics(self) -> Response:
         return await self._frontend.metrics_page.response()

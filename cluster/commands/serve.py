@@ -202,7 +202,7 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
             where = "dense"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
     console.print(
-        f"\n  HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",
+        f"\n  Chat page {url}/   HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",
         highlight=False,
     )
     question = "What is the best French cheese?"
