@@ -85,6 +85,8 @@ class GatewayConfig(_Frozen):
     grpc_port: int = Field(9000, ge=1, le=65535)
     num_replicas: int = Field(1, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)  # deadline of a request that names none
+    # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
+    resume_timeout_s: float = Field(300.0, gt=0)
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429

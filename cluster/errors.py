@@ -14,6 +14,7 @@
     ├── Unavailable                 the server cannot answer now
     │   ├── ModelLoading            weights are still being read
     │   ├── ExpertUnavailable       no replica of an expert group answered in time
+    │   ├── CoordinatorLost         the coordinator went away while it answered; another one can go on
     │   └── EngineDead              the coordinator's engine stopped; Serve replaces it
     └── SetupError                  nothing was started
         ├── ConfigError             a key or value of the configuration is wrong
@@ -113,6 +114,10 @@ class ModelLoading(Unavailable):
 
 class ExpertUnavailable(Unavailable):
     """No replica of an expert group answered before the deadline. Never answered by dropping the expert."""
+
+
+class CoordinatorLost(Unavailable):
+    """The coordinator went away while it answered. Another one can go on from the tokens that arrived."""
 
 
 class EngineDead(Unavailable):

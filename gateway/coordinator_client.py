@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from cluster.errors import MantaError, Overloaded, Unavailable
+import grpc
+
+from cluster.errors import CoordinatorLost, MantaError, Overloaded, Unavailable
 from cluster.messages import EngineStats, ModelCard, Request, TokenChunk
 
 COORDINATOR = "coordinator"  # the deployment's name inside a model's application
 STATS_TIMEOUT_S = 5.0
+LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # where replicas talk gRPC to each other
 
 
 class CoordinatorClient(Protocol):
@@ -84,7 +87,9 @@ def manta_error(error: BaseException) -> BaseException:
     if isinstance(error, DeploymentUnavailableError):
         return Unavailable("the model's coordinator is not available")
     if isinstance(error, RayActorError | WorkerCrashedError | TaskCancelledError | RequestCancelledError):
-        return Unavailable("the model's coordinator was lost while it answered")
+        return CoordinatorLost("the model's coordinator was lost while it answered")
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() in LOST_CODES:
+        return CoordinatorLost("the connection to the model's coordinator was lost while it answered")
     if isinstance(error, GetTimeoutError | TimeoutError):
         return Unavailable("the model's coordinator did not answer in time")
     if isinstance(error, RayServeException):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from cluster.config import GatewayConfig
-from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded, Unavailable
+from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded
 from cluster.messages import ModelCard, TokenChunk
+from gateway import resumption
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
@@ -115,7 +115,11 @@ class Frontend:
         try:
             model = self.model(generation.card.name)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
-            merged = _one(choices[0], model.coordinator) if len(choices) == 1 else _merge(choices, model.coordinator)
+            streams = [
+                _one(choice, resumption.generate(model.coordinator, choice.request, self.config.resume_timeout_s))
+                for choice in choices
+            ]
+            merged = streams[0] if len(streams) == 1 else _merge(streams)
             clock = asyncio.get_running_loop().time() + generation.deadline - time.time()
             async with aclosing(merged):
                 while True:
@@ -154,29 +158,28 @@ def _charged(generation: Generation) -> Generation:
     return generation
 
 
-async def _one(choice: Choice, coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
-    """The deltas of one choice until it is finished; a stream that ends before is an error, never a short answer."""
-    async with aclosing(_closable(coordinator.generate(choice.request))) as stream:
-        async for chunk in stream:
+async def _one(choice: Choice, chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[Delta, None]:
+    """The deltas of one choice until it is finished."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
             yield choice.push(chunk)
             if choice.finished:
                 return
-    raise Unavailable("the coordinator's stream ended before the answer was complete")
 
 
-async def _merge(choices: list[Choice], coordinator: CoordinatorClient) -> AsyncGenerator[Delta, None]:
+async def _merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
     """The deltas of several choices, each as it comes; the first error ends them all."""
     queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(MERGED_DELTAS)
 
-    async def run(choice: Choice) -> None:
+    async def run(stream: AsyncGenerator[Delta, None]) -> None:
         try:
-            async with aclosing(_one(choice, coordinator)) as stream:
+            async with aclosing(stream):
                 async for delta in stream:
                     await queue.put(delta)
         except Exception as error:
             await queue.put(error)
 
-    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    tasks = [asyncio.create_task(run(stream)) for stream in streams]
     try:
         running = len(tasks)
         while running:
@@ -189,11 +192,6 @@ async def _merge(choices: list[Choice], coordinator: CoordinatorClient) -> Async
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _closable(stream: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:
-    """A CoordinatorClient's streams are async generators."""
-    return cast("AsyncGenerator[TokenChunk, None]", stream)
 
 
 def _num_chars(content: object) -> int:
