@@ -114,11 +114,15 @@ def chat(
 def status(
     address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the load of every expert, as it changes.")] = False,
 ) -> None:
     """Show deployments, expert groups, nodes, queue, KV use and rows per expert of a running cluster."""
-    from cluster.commands.status import run
+    from cluster.commands.status import run, watch_load
 
-    run(address, as_json)
+    if watch:
+        watch_load(address)
+    else:
+        run(address, as_json)
 
 
 if __name__ == "__main__":

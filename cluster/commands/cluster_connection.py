@@ -1,4 +1,4 @@
-"""Joins a running Ray cluster for one look at it, within a deadline. Starts nothing, and knows nothing of Serve.
+"""Joins a running Ray cluster for a look at it, within a deadline. Starts nothing, and knows nothing of Serve.
 
 Ray's own waits for a cluster that does not answer are minutes long and cannot be interrupted, so joining and looking
 run in a daemon thread.
@@ -10,14 +10,15 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 from cluster.commands import ray_environment
 from cluster.errors import SetupError, Unavailable
 
 CONNECT_TIMEOUT_S = 3.0
+LEAVE_TIMEOUT_S = 10.0
 DEADLINE_S = 40.0  # for the whole; importing and joining Ray takes a few seconds of it on a busy machine
 
 _START = "start one with `manta serve`, or name one with --address HOST:PORT"
@@ -30,31 +31,52 @@ def look_at_cluster(address: str, look: Callable[[str], T], deadline_s: float = 
 
     Raises Unavailable when none runs there or it does not answer in time, SetupError for an address of another form.
     """
+    with closing(watch_cluster(address, look, threading.TIMEOUT_MAX, deadline_s)) as looks:
+        return next(looks)
+
+
+def watch_cluster(
+    address: str, look: Callable[[str], T], interval_s: float, deadline_s: float = DEADLINE_S
+) -> Generator[T, None, None]:
+    """The same, again and again `interval_s` apart, until the generator is closed. Each look has the deadline."""
     ray_environment.prepare()
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":
         _knock(address)
     outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def look_again(gcs_address: str) -> None:
+        while True:
+            outcomes.put((look(gcs_address), None))
+            if left.wait(interval_s):
+                return
 
     def work() -> None:
         try:
-            outcomes.put((_join_and_look(address, look), None))
+            _join_and_look(address, look_again)
         except SystemExit:  # Ray's way to give up on joining
             outcomes.put((None, Unavailable(f"the Ray cluster at {address} cannot be joined; {_START}")))
         except BaseException as error:
             outcomes.put((None, error))
 
-    try:
-        with _stderr_silenced():
-            threading.Thread(target=work, daemon=True).start()
-            seen, error = outcomes.get(timeout=deadline_s)
-    except queue.Empty:
-        raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s") from None
-    if error is not None:
-        raise error
-    assert seen is not None
-    return seen
+    thread = threading.Thread(target=work, daemon=True)
+    with _stderr_silenced():
+        thread.start()
+        try:
+            while True:
+                seen, error = outcomes.get(timeout=deadline_s)
+                if error is not None:
+                    raise error
+                assert seen is not None
+                yield seen
+        except queue.Empty:
+            raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s") from None
+        except (GeneratorExit, KeyboardInterrupt):
+            left.set()
+            thread.join(LEAVE_TIMEOUT_S)
+            raise
 
 
 def _knock(address: str) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -53,3 +60,36 @@ def test_a_shard_that_stands_still_is_left_out_and_counted(server):
         assert value(text, "vllm:kv_cache_usage_perc", model=MODEL) >= 0
     finally:
         shard.send_signal(signal.SIGCONT)
+
+
+def test_every_figure_of_the_dashboard_exists(server):
+    """Also those that have no series yet; a histogram's are known by its type."""
+    known = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", page(server), re.MULTILINE):
+        known |= {name} if kind != "histogram" else {f"{name}_{part}" for part in ("bucket", "sum", "count")}
+    dashboard = json.loads((Path(__file__).parents[2] / "k8s/grafana/manta.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(expressions) > 20
+    named = {name for text in expressions for name in re.findall(r"\b(?:vllm:|manta_|process_)\w+", text)}
+    assert named - known == set()
+
+
+def test_status_watches_the_load_of_every_expert(server):
+    command = [sys.executable, "-m", "cluster.cli", "status", "--watch", "--address", server.ray_address]
+    terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "120"}  # else only the last frame is printed
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=terminal
+    ) as watching:
+        seen: list[str] = []
+        reader = threading.Thread(target=lambda: seen.extend(watching.stdout), daemon=True)
+        reader.start()
+        try:
+            wait_for(lambda: "Ctrl-C" in "".join(seen), 120, "the first frame")
+        finally:
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(60) == 0
+        reader.join(10)
+    output = "".join(seen)
+    assert MODEL in output
+    assert "rows/s" in output
+    assert "busy" in output

@@ -153,6 +153,10 @@ def test_an_answer_streams_is_rendered_and_shows_its_experts(
         page.keyboard.press("ArrowRight")
         assert page.is_visible("#tip")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
+        page.set_viewport_size({"width": 360, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, "it fits a phone"
+        page.screenshot(path=tmp_path / "phone.png")
+        page.set_viewport_size({"width": 900, "height": 1000})
 
         page.click("button:text-is('Regenerate')")
         page.wait_for_selector("text=The answer is complete.")
