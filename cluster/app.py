@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
-from cluster.config import ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig
+from cluster.config import ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
 from cluster.errors import ConfigError
 from cluster.messages import ModelCard
 from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
@@ -91,7 +91,9 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
     dtype = compute_dtype(config.engine.dtype, architecture)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
-    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(groups), cluster.num_gpus) if on_gpu else (0.0, 0.0)
+    _check_scaled_groups(config.experts, len(groups))
+    at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
+    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if on_gpu else (0, 0)
     apart = gpus_per_shard >= 1 and config.experts.transport != "local"
     engine = config.engine.model_copy(
         update={
@@ -104,7 +106,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
     check_fit(
         architecture,
         dtype,
-        groups,
+        at_start,
         cluster.nodes,
         kv_tokens=max_model_len,
         num_coordinators=config.num_coordinators,
@@ -119,6 +121,18 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
     )
+
+
+def scaling_of(experts: ExpertsConfig, group: ExpertGroup) -> ScalingConfig:
+    """How one group is scaled."""
+    return experts.group_scaling.get(group.index, experts.scaling)
+
+
+def _check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
+    """Raises ConfigError for a key of `group_scaling` that is no group."""
+    for index in experts.group_scaling:
+        if not 0 <= index < num_groups:
+            raise ConfigError(f"experts.group_scaling: there is no group {index}; groups are 0 to {num_groups - 1}")
 
 
 def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[float, float]:
@@ -183,7 +197,8 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
                 gpus=plan.gpus_per_shard,
                 load_timeout_s=experts.load_timeout_s,
                 lane_secret_file=experts.lane_secret_file,
-            )
+            ),
+            scaling_of(experts, group),
         )
         for group in plan.groups
         if plan.expert_deployments

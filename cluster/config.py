@@ -52,10 +52,32 @@ class EngineConfig(_Frozen):
     openmp_spin_count: int = Field(200, ge=0)
 
 
+class ScalingConfig(_Frozen):
+    """How many replicas an expert group has, and what its load has to be for more or fewer.
+
+    A replica's load is the part of the time that it computes; rows that wait for their turn count as well.
+    """
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_busy_fraction: float = Field(0.7, gt=0, le=1)  # of a replica; more replicas above, fewer well below
+    max_queue_s: float = Field(0.01, gt=0)  # mean wait of a dispatch for its turn; above, one replica more
+    upscale_delay_s: float = Field(10.0, ge=0)  # for so long the load has to ask for more
+    downscale_delay_s: float = Field(120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas: must be at least min_replicas ({self.min_replicas})")
+        return self
+
+
 class ExpertsConfig(_Frozen):
     """The expert groups of one model and how rows reach them."""
 
     groups: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"  # expert indices per group, the same in every layer
+    scaling: ScalingConfig = ScalingConfig()  # of every group
+    group_scaling: dict[int, ScalingConfig] = {}  # of single groups, by their position in `groups`
     transport: Transport = "auto"  # auto: lanes, and the object store to shards that have none
     lane_secret_file: str | None = (
         None  # mode 0600, the same on every node; None: ~/.manta/lane_secret, made if missing

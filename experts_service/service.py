@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
-from ray.serve.config import RequestRouterConfig
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.config import ScalingConfig
 from cluster.errors import ExpertUnavailable, MantaError
 from cluster.metrics import ProcessFigures
 from experts_service.membership import replica_metadata
+from experts_service.scaling_policy import BUSY_FRACTION, QUEUE_S
 from experts_service.shard import ShardSpec, ShardStats, start_shard
 from experts_service.shard_metrics import shard_families
 
@@ -29,6 +32,8 @@ REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which R
 SHARD_CPUS = 0.01
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
+LOOK_BACK_S = 5.0  # over which Serve averages what the scaling policy sees
+DRAIN_S = 5.0  # for rows in flight when a replica stops
 STUCK_S = 300.0  # a shard that is up and answers nothing for this long is restarted
 NAMESPACE = "manta"
 
@@ -44,8 +49,10 @@ class ExpertService:
         self._shard = start_shard(spec, self._actor, namespace=NAMESPACE, num_cpus=SHARD_CPUS, **_bundle(1))
         self._incarnation = ""
         self._restarts = -1  # the first start is none
-        self._last: tuple[float, float] = (time.monotonic(), 0.0)  # when the shard was seen, and its busy_s
-        self._busy_fraction = 0.0
+        self._seen_at = time.monotonic()
+        self._seen: ShardStats | None = None
+        self._busy_fraction = 0.0  # of the last second or so
+        self._queue_s = 0.0  # mean wait of the dispatches in it
         self._silent_since: float | None = None
         self._dead: MantaError | None = None
         self._changed = asyncio.Condition()
@@ -89,6 +96,10 @@ class ExpertService:
         families = shard_families(await self.stats(), self._spec.experts, self._busy_fraction, self._restarts)
         return ProcessFigures(self._replica_id, tuple(families))
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What ExpertScalingPolicy decides by; Serve's own count of requests knows nothing of rows."""
+        return {BUSY_FRACTION: self._busy_fraction, QUEUE_S: self._queue_s}
+
     def check_health(self) -> None:
         if self._dead is not None:
             raise self._dead
@@ -98,10 +109,12 @@ class ExpertService:
         if silent_s > max(self._spec.load_timeout_s, STUCK_S):
             raise ExpertUnavailable(f"the shard of expert group {self._spec.group} is silent for {silent_s:.0f} s")
 
-    def __del__(self) -> None:
-        """Serve calls this once coordinators have left; again when the object goes."""
+    async def __del__(self) -> None:
+        """Serve calls this once coordinators have left: what is in flight is answered, then the shard goes."""
         if watch := self.__dict__.pop("_watch", None):
             watch.cancel()
+            with suppress(RayError, TimeoutError):
+                await asyncio.wait_for(self._shard.drain.remote(DRAIN_S), DRAIN_S + 1.0)
             ray.kill(self._shard)
 
     async def _keep_watch(self) -> None:
@@ -145,10 +158,13 @@ class ExpertService:
     def _note_load(self, stats: ShardStats) -> None:
         """How busy the shard was since the last look, a second ago as a rule."""
         now = time.monotonic()
-        seen_at, busy_s = self._last
-        self._last = (now, stats.busy_s)
-        if stats.incarnation == self._incarnation and now > seen_at:
-            self._busy_fraction = min(1.0, max(0.0, stats.busy_s - busy_s) / (now - seen_at))
+        seen_at, seen = self._seen_at, self._seen
+        self._seen_at, self._seen = now, stats
+        if seen is None or stats.incarnation != seen.incarnation or now <= seen_at:
+            return
+        self._busy_fraction = min(1.0, max(0.0, stats.busy_s - seen.busy_s) / (now - seen_at))
+        frames = stats.lane_frames - seen.lane_frames
+        self._queue_s = (stats.lane_queue_s - seen.lane_queue_s) / frames if frames else 0.0
 
 
 def _bundle(index: int) -> dict[str, Any]:
@@ -159,12 +175,33 @@ def _bundle(index: int) -> dict[str, Any]:
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
 
 
-def expert_deployment(spec: ShardSpec, *, num_replicas: int = 1) -> serve.Application:
+def _replicas(scaling: ScalingConfig) -> dict[str, Any]:
+    """Serve's options for the number of replicas: fixed, or by our policy."""
+    if scaling.min_replicas == scaling.max_replicas:
+        return {"num_replicas": scaling.min_replicas}
+    policy = {"target_busy_fraction": scaling.target_busy_fraction, "max_queue_s": scaling.max_queue_s}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            initial_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            metrics_interval_s=PROBE_INTERVAL_S,
+            look_back_period_s=LOOK_BACK_S,
+            policy=AutoscalingPolicy(
+                policy_function="experts_service.scaling_policy:ExpertScalingPolicy", policy_kwargs=policy
+            ),
+        )
+    }
+
+
+def expert_deployment(spec: ShardSpec, scaling: ScalingConfig | None = None) -> serve.Application:
     """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded."""
     shard_bundle = {"CPU": SHARD_CPUS} | ({"GPU": spec.gpus} if spec.gpus else {})
     deployment = serve.deployment(ExpertService).options(
         name=spec.name,
-        num_replicas=num_replicas,
+        **_replicas(scaling or ScalingConfig()),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=[{"CPU": REPLICA_CPUS}, shard_bundle],
         placement_group_strategy="STRICT_PACK",
