@@ -113,6 +113,7 @@ class GatewayConfig(_Frozen):
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
+    cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser, https://app.example; "*": any
     force_usage: bool = False  # every stream ends with the usage, asked for or not
     api_keys_file: AbsolutePath | None = None  # hashes of keys; None: only clients on this machine are answered
     metrics_token_file: AbsolutePath | None = None  # its first line opens /metrics

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -51,6 +52,14 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
     app.add_middleware(_Errors)
+    if frontend.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=frontend.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", REQUEST_ID_HEADER, "retry-after"],
+        )
     return app
 
 

@@ -22,9 +22,10 @@ _PORTS = {
 
 
 def prepare() -> None:
-    """Token authentication unless the user says otherwise, and no usage reports."""
+    """Token authentication unless the user says otherwise, no usage reports, and our guard before Serve's own code."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.client_headers:middlewares")
 
 
 def prepare_server() -> None:
