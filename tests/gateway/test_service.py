@@ -67,7 +67,7 @@ for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutE
     print(type(manta_error(error)).__name__)
 """
     lines = run_python(code).splitlines()
-    assert lines == ["4.0 no expert", "Unavailable", "Overloaded", "KeyError", "Unavailable"]
+    assert lines == ["4.0 no expert", "CoordinatorLost", "Overloaded", "KeyError", "Unavailable"]
 
 
 def test_leaving_a_stream_early_cancels_the_call() -> None:
