@@ -215,7 +215,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         openmp_spin_count=engine.openmp_spin_count,
         request_timeout_s=gateway.request_timeout_s,
         # The engine's own bound is what refuses; Serve's only has to be beyond it.
-        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + 1000,
+        max_ongoing_requests=engine.max_num_seqs + 8 * engine.max_waiting + 1000,
     )
 
 

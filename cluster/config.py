@@ -39,7 +39,7 @@ class EngineConfig(_Frozen):
     kv_cache_gib: float | None = Field(None, gt=0)  # None: a fraction of the memory that is free at start
     max_num_seqs: int = Field(64, ge=1)  # sequences in one step
     max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
-    max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429
+    max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429 to those who hold most
     prefix_caching: bool = True
     grammar_timeout_s: float = Field(10.0, gt=0)  # to compile a schema that may be costly; past it 400
     grammar_cache_mib: int = Field(256, ge=1)  # compiled grammars kept, the least recently used leave first
@@ -111,7 +111,7 @@ class GatewayConfig(_Frozen):
     resume_timeout_s: float = Field(300.0, gt=0)
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
-    max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429
+    max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
     cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser, https://app.example; "*": any
     force_usage: bool = False  # every stream ends with the usage, asked for or not

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded
+from cluster.fairness import is_refused
 from cluster.messages import ModelCard, TokenChunk
 from gateway import resumption
 from gateway.caller import current_caller
@@ -67,7 +69,7 @@ class Frontend:
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
-        self.num_ongoing = 0
+        self._ongoing: Counter[str] = Counter()  # requests by the caller's id
         self._models: dict[str, ServedModel] = {}
         for card in cards:
             tokenizer = tokenizers[card.name]
@@ -108,10 +110,10 @@ class Frontend:
         Close it (`aclosing`) to abort: its sequences are gone when the close returns.
         """
         self._refuse_when_full()
-        self.num_ongoing += 1
+        caller = current_caller()
+        self._ongoing[caller.id] += 1
         timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
         failure: BaseException | None = None
-        caller = current_caller()
         try:
             model = self.model(generation.card.name)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
@@ -137,8 +139,13 @@ class Frontend:
             failure = error
             raise
         finally:
-            self.num_ongoing -= 1
+            self._ongoing -= Counter((caller.id,))
             timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
+
+    @property
+    def num_ongoing(self) -> int:
+        """Requests that are being answered."""
+        return self._ongoing.total()
 
     async def _admit(self, name: str) -> ServedModel:
         model = self.route(name)
@@ -148,7 +155,7 @@ class Frontend:
 
     def _refuse_when_full(self) -> None:
         bound = self.config.max_ongoing_requests
-        if self.num_ongoing >= bound:
+        if is_refused(self._ongoing, current_caller().id, bound):
             raise Overloaded(f"the gateway is at its limit of {bound} requests")
 
 

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from cluster.errors import (
@@ -20,6 +21,7 @@ from cluster.errors import (
     MantaError,
     Overloaded,
 )
+from cluster.fairness import is_refused
 from cluster.messages import EngineStats, Request, TokenChunk, TokenLogprobs
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
@@ -62,6 +64,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._inbox_lock = threading.Lock()  # no request may be queued after the thread has looked for the last time
         self._inbox_closed = False
+        self._arriving: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._stopping = False
         self._death: BaseException | None = None
         self._num_prompt_tokens = 0
@@ -89,12 +92,14 @@ class Engine:
             raise InvalidRequest(
                 f"{len(request.prompt_token_ids)} prompt tokens exceed the context of {self.scheduler.max_model_len}"
             )
-        if self.num_waiting >= self.max_waiting:
-            raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
+        tenant = request.cache_salt
         with self._inbox_lock:
             if self._inbox_closed:
                 raise EngineDead("the engine stopped")
-            self._inbox.put(lambda: self._add(Sequence(request, grammar)))
+            if is_refused(self._waiting_by_tenant(), tenant, self.max_waiting):
+                raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
+            self._arriving[tenant] += 1
+            self._inbox.put(lambda: self._arrive(Sequence(request, grammar)))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""
@@ -103,7 +108,10 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that are not in the running batch."""
-        return len(self.scheduler.waiting) + self._inbox.qsize()
+        return self._waiting_by_tenant().total()
+
+    def _waiting_by_tenant(self) -> Counter[str]:
+        return self.scheduler.waiting.counts() + self._arriving
 
     def stats(self) -> EngineStats:
         """A snapshot; the numbers may be a step apart from each other."""
@@ -171,6 +179,11 @@ class Engine:
 
     def _stop(self) -> None:
         self._stopping = True
+
+    def _arrive(self, sequence: Sequence) -> None:
+        self._add(sequence)
+        with self._inbox_lock:
+            self._arriving[sequence.request.cache_salt] -= 1
 
     def _add(self, sequence: Sequence) -> None:
         key = sequence.request.key

@@ -7,11 +7,11 @@ came last gives all of its blocks back and is computed again later (preemption b
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from router_service.block_manager import BlockManager
 from router_service.sequence import Sequence
+from router_service.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,15 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         self.num_prefix_cache_query_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all others."""
-        self.waiting.append(sequence)
+        """Queue a sequence behind the others of its tenant."""
+        self.waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free its blocks. Finished ones are removed by `update`."""
@@ -87,7 +87,7 @@ class Scheduler:
                 index += 1
 
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
-            sequence = self.waiting[0]
+            sequence = self.waiting.peek()
             num_cached = self.block_manager.take_prefix(sequence)
             num_tokens = min(len(sequence) - num_cached, budget)
             if not self.block_manager.grow(sequence, num_cached + num_tokens):
@@ -112,7 +112,7 @@ class Scheduler:
                     self.remove(sequence)
 
     def _admit(self, sequence: Sequence, num_cached: int) -> None:
-        self.waiting.popleft()
+        self.waiting.pop()
         self.running.append(sequence)
         sequence.num_computed_tokens = num_cached
         if sequence.num_output_tokens == len(sequence.request.output_token_ids):  # not one that was preempted
@@ -124,6 +124,6 @@ class Scheduler:
         sequence = self.running.pop()
         self.block_manager.free(sequence)
         sequence.num_computed_tokens = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.push_preempted(sequence)
         self.num_preemptions += 1
         return sequence

@@ -2,6 +2,7 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,3 +278,35 @@ def test_past_the_bound_of_waiting_requests_more_are_refused(tiny):
     with pytest.raises(Overloaded, match="2 requests wait"):
         submit_fifty()
     bench.engine.stop()
+
+
+def test_a_full_queue_still_takes_another_tenants_request_and_serves_it_next(tiny):
+    bench = Bench(tiny[0], max_waiting=4, max_num_seqs=1)
+    bench.engine._thread = SimpleNamespace(is_alive=lambda: True)  # steps are taken by hand
+    flood = [make_request(prompt(5), max_tokens=3, cache_salt="flood", ignore_eos=True) for _ in range(9)]
+    for request in flood[:4]:
+        bench.engine.submit(request)
+    with pytest.raises(Overloaded):
+        bench.engine.submit(flood[4])
+    other = make_request(prompt(5), max_tokens=3, cache_salt="other", ignore_eos=True)
+    bench.engine.submit(other)
+    assert bench.engine.num_waiting == 5
+    bench.engine._take_pending_commands()
+    assert bench.engine.num_waiting == 5
+    ended = []
+    while bench.engine._sequences:
+        bench.engine.step()
+        ended += [key for key, chunks in bench.chunks.items() if chunks[-1].finish_reason and key not in ended]
+    assert ended.index(other.key) == 1
+    assert len(ended) == 5
+    assert bench.engine.num_waiting == 0
+
+
+def test_two_tenants_never_share_a_block_and_one_does(tiny):
+    bench = Bench(tiny[0], block_size=4, num_kv_blocks=128)
+    requests = [make_request(prompt(30), cache_salt=salt) for salt in ("alice", "bob", "alice", "bob")]
+    outputs = bench.one_by_one(*requests)
+    cached = [bench.chunks[request.key][-1].num_cached_tokens for request in requests]
+    assert cached == [0, 0, 28, 28]
+    assert bench.engine.stats().prefix_cache_hit_tokens_total == 56
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]

@@ -59,7 +59,7 @@ def test_the_last_one_gives_way_when_blocks_run_out_and_comes_back():
     assert len(run(scheduler)) == 2  # two blocks each, and one token more than fits
     assert run(scheduler) == [(first, 8, 1)]
     assert scheduler.num_preemptions == 1
-    assert scheduler.waiting[0] is second
+    assert scheduler.waiting.peek() is second
     assert second.num_output_tokens == 1  # what was sampled stays
     for _ in range(10):
         run_batch = scheduler.schedule()
