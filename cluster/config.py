@@ -110,6 +110,8 @@ class GatewayConfig(_Frozen):
     # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
     resume_timeout_s: float = Field(300.0, gt=0)
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of all bodies that wait for an answer; past it 429
+    body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404

@@ -11,6 +11,7 @@
     │   │   └── RateLimited         a limit of the caller's own key
     │   ├── RequestCancelled        the client left, or asked to stop
     │   └── DeadlineExceeded        the request's own deadline passed
+    │       └── BodyTimeout         the client took too long to send it
     ├── Unavailable                 the server cannot answer now
     │   ├── ModelLoading            weights are still being read
     │   ├── ExpertUnavailable       no replica of an expert group answered in time
@@ -98,6 +99,10 @@ class RequestCancelled(RequestError):
 
 class DeadlineExceeded(RequestError):
     """The deadline of the request passed before it was complete."""
+
+
+class BodyTimeout(DeadlineExceeded):
+    """The client did not send all of its request in time."""
 
 
 class Unavailable(MantaError):

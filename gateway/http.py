@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.body_bounds import BodyBounds
 from gateway.choice import Usage
 from gateway.completion_shape import CompletionShape
 from gateway.frontend import Frontend
@@ -50,6 +51,11 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/load", door.load, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
     app.add_exception_handler(HTTPException, _http_exception)
+    app.add_middleware(
+        BodyBounds,
+        timeout_s=frontend.config.body_timeout_s,
+        max_bytes_of_all=frontend.config.max_bytes_received,
+    )
     app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
     app.add_middleware(_Errors)
     if frontend.config.cors_origins:

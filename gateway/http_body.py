@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from gateway.json_depth import is_deeper
 
 MAX_DEPTH = 64  # nesting of objects and lists
 
@@ -30,15 +31,16 @@ def parse_object(data: bytes) -> dict[str, Any]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is invalid") from None
+    if is_deeper(data, MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object")
-    _check(document)
+    if b"\\u" in data:  # else there is no way to write a lone surrogate
+        _check(document)
     return document
 
 
@@ -61,21 +63,21 @@ async def _read(request: HttpRequest, max_bytes: int) -> bytes:
 
 
 def _check(document: dict[str, Any]) -> None:
-    """Walks without recursion: depth, and text that cannot be encoded."""
-    waiting: list[tuple[str, Any, int]] = [("", document, 1)]
+    """Walks without recursion: text that cannot be encoded."""
+    waiting: list[tuple[str, Any]] = [("", document)]
     while waiting:
-        path, value, depth = waiting.pop()
+        path, value = waiting.pop()
         if isinstance(value, str):
             _check_text(path, value)
         elif isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
             if isinstance(value, dict):
                 for key in value:
                     _check_text(path, key)
-                waiting += [(f"{path}.{key}" if path else key, item, depth + 1) for key, item in value.items()]
+                waiting += [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
             elif not all(type(item) is int for item in value):  # token ids need no walk
-                waiting += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
+                waiting += [
+                    (f"{path}[{i}]", item) for i, item in enumerate(value) if isinstance(item, str | dict | list)
+                ]
 
 
 def _check_text(path: str, text: str) -> None:

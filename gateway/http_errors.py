@@ -8,6 +8,7 @@ import math
 from starlette.responses import Response
 
 from cluster.errors import (
+    BodyTimeout,
     ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
@@ -38,9 +39,11 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     RequestCancelled: (499, "cancelled", "cancelled"),
     ModelLoading: (503, "service_unavailable", "model_loading"),
     Unavailable: (503, "service_unavailable", "unavailable"),
+    BodyTimeout: (408, "invalid_request_error", "request_timeout"),
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
 }
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
+UNREAD = frozenset({401, 408, 413})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
 
@@ -80,6 +83,8 @@ def error_response(error: BaseException, request_id: str) -> Response:
     status = status_of(error)[0]
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if status in UNREAD:
+        headers["connection"] = "close"
     return json_response(error_body(error, request_id), status, headers)
 
 

@@ -30,6 +30,7 @@ class PromptReader:
         """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`."""
         if not messages:
             raise InvalidRequest("messages: must not be empty", param="messages")
+        self._check_count(len(messages), "messages", "messages")
         chat: list[ChatMessage] = []
         for i, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
@@ -89,9 +90,18 @@ class PromptReader:
                 param=path,
             )
 
+    def _check_count(self, count: int, path: str, things: str) -> None:
+        """Each is at least one token."""
+        if count > self._card.max_model_len:
+            raise ContextTooLong(
+                f"{path}: {count} {things} are over the model's context of {self._card.max_model_len} tokens",
+                param=path,
+            )
+
     def _token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
+        self._check_count(len(token_ids), path, "tokens")
         for i, token_id in enumerate(token_ids):
             if type(token_id) is not int:
                 raise InvalidRequest(f"{path}[{i}]: expected a token id", param=f"{path}[{i}]")

@@ -26,7 +26,9 @@ from gateway.metrics_page import MetricsPage, ServeProcesses
 from gateway.tokenizer import load_tokenizer
 
 DEPLOYMENT = "gateway"
-SPARE_REQUESTS = 64  # beyond our own bound, so that it is we who refuse, and /health is answered under load
+# As many as HAProxy has connections. It is we who refuse, by bounds of our own: to Serve a client that is slow with its
+# request counts as much as one that is being answered, and /health as well.
+MAX_CONNECTIONS = 4096
 DRAIN_S = 30.0
 
 SERVICER_FUNCTIONS = [
@@ -67,7 +69,7 @@ def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> 
     """What `serve.run(…, name="gateway", route_prefix="/")` takes."""
     return Gateway.options(
         num_replicas=config.num_replicas,
-        max_ongoing_requests=config.max_ongoing_requests + SPARE_REQUESTS,
+        max_ongoing_requests=config.max_ongoing_requests + MAX_CONNECTIONS,
         max_queued_requests=config.max_ongoing_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": 0},
