@@ -59,6 +59,16 @@ class MantaStub:
                 request_serializer=gateway_dot_chat__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=gateway_dot_chat__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/manta.v1.Manta/Tokenize',
+                request_serializer=gateway_dot_chat__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=gateway_dot_chat__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/manta.v1.Manta/Detokenize',
+                request_serializer=gateway_dot_chat__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=gateway_dot_chat__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class MantaServicer:
@@ -94,6 +104,18 @@ class MantaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MantaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +143,16 @@ def add_MantaServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=gateway_dot_chat__pb2.ListModelsRequest.FromString,
                     response_serializer=gateway_dot_chat__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=gateway_dot_chat__pb2.TokenizeRequest.FromString,
+                    response_serializer=gateway_dot_chat__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=gateway_dot_chat__pb2.DetokenizeRequest.FromString,
+                    response_serializer=gateway_dot_chat__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +290,60 @@ class Manta:
             '/manta.v1.Manta/ListModels',
             gateway_dot_chat__pb2.ListModelsRequest.SerializeToString,
             gateway_dot_chat__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.Manta/Tokenize',
+            gateway_dot_chat__pb2.TokenizeRequest.SerializeToString,
+            gateway_dot_chat__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.Manta/Detokenize',
+            gateway_dot_chat__pb2.DetokenizeRequest.SerializeToString,
+            gateway_dot_chat__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,7 @@ from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
 from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, head, sampling_fields, usage_message
+from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
@@ -29,7 +30,7 @@ from gateway.validator import Generation
 _MessageT = TypeVar("_MessageT")
 
 
-class GrpcDoor(HealthRpcs):
+class GrpcDoor(HealthRpcs, TokenizationRpcs):
     """The RPCs."""
 
     def __init__(self, frontend: Frontend) -> None:

@@ -1,0 +1,80 @@
+"""Tokenize and Detokenize. A mixin of the gRPC door, because Serve finds RPCs by their names there."""
+# ruff: noqa: N802  # the RPCs' names
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from cluster.errors import DeadlineExceeded, PayloadTooLarge
+from gateway import chat_pb2
+from gateway.caller import ANONYMOUS
+from gateway.frontend import Frontend
+from gateway.grpc_errors import fail, retry_after, status_of
+from gateway.grpc_guard import pass_guard
+from gateway.protocol import parse_body
+from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+
+_MessageT = TypeVar("_MessageT")
+
+
+class TokenizationRpcs:
+    """Both, behind the same guard and with the same codes as every RPC."""
+
+    frontend: Frontend
+
+    async def Tokenize(self, request: chat_pb2.TokenizeRequest, grpc_context: Any) -> chat_pb2.TokenizeResponse:
+        return await self._answer(chat_pb2.TokenizeResponse, request, grpc_context, self._tokenize)
+
+    async def Detokenize(self, request: chat_pb2.DetokenizeRequest, grpc_context: Any) -> chat_pb2.DetokenizeResponse:
+        return await self._answer(chat_pb2.DetokenizeResponse, request, grpc_context, self._detokenize)
+
+    async def _tokenize(self, request: chat_pb2.TokenizeRequest) -> chat_pb2.TokenizeResponse:
+        document: dict[str, Any] = {"model": request.model}
+        if request.WhichOneof("input") == "text":
+            document["prompt"] = request.text
+        elif request.WhichOneof("input") == "conversation":
+            turns = request.conversation.messages
+            document["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if request.HasField("add_special_tokens"):
+            document["add_special_tokens"] = request.add_special_tokens
+        model, token_ids = await tokenize(self.frontend, parse_body(TokenizeRequest, document))
+        return chat_pb2.TokenizeResponse(
+            model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
+        )
+
+    async def _detokenize(self, request: chat_pb2.DetokenizeRequest) -> chat_pb2.DetokenizeResponse:
+        body = parse_body(DetokenizeRequest, {"model": request.model, "tokens": list(request.token_ids)})
+        text = await detokenize(self.frontend, body)
+        return chat_pb2.DetokenizeResponse(model=self.frontend.route(request.model).card.name, text=text)
+
+    async def _answer(
+        self,
+        response_type: Callable[..., _MessageT],
+        request: Any,
+        context: Any,
+        answer: Callable[[Any], Coroutine[Any, Any, _MessageT]],
+    ) -> _MessageT:
+        request_id = f"req-{uuid.uuid4().hex}"
+        caller = ANONYMOUS
+        time_remaining = getattr(context, "time_remaining", None)  # Serve's context does not know it
+        try:
+            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
+            caller.enter()
+            bound = self.frontend.config.max_body_bytes
+            if request.ByteSize() > bound:
+                raise PayloadTooLarge(f"the message is over the limit of {bound} bytes")
+            context.set_trailing_metadata([("x-request-id", request_id)])
+            try:
+                async with asyncio.timeout(None if time_remaining is None else time_remaining()):
+                    return await answer(request)
+            except TimeoutError:
+                raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+        except Exception as error:
+            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
+            await fail(context, *status_of(error, request_id))
+            return response_type()  # never sent: the status is not OK
+        finally:
+            caller.leave()

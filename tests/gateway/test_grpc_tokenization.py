@@ -1,0 +1,66 @@
+"""Tokenize and Detokenize over a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.messages import ModelCard
+from gateway import chat_pb2, chat_pb2_grpc
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.gateway.test_grpc import USER, grpc_server
+
+TEXT = "Grüße 👩‍🚀, 你好"
+
+
+@pytest.fixture
+def coordinator() -> ScriptedCoordinator:
+    return ScriptedCoordinator(tokens_script([40]))
+
+
+@pytest.fixture
+def stub(card: ModelCard, coordinator: ScriptedCoordinator) -> Iterator[Any]:
+    with grpc_server(build_frontend(card, coordinator)) as channel:
+        yield chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+
+
+def test_a_text_to_tokens_and_back(stub: Any, tokenizer: HuggingFaceTokenizer) -> None:
+    answer, call = stub.Tokenize.with_call(chat_pb2.TokenizeRequest(model="tiny-latest", text=TEXT))
+    assert tuple(answer.token_ids) == tokenizer.encode(TEXT)
+    assert (answer.model, answer.max_model_len) == ("tiny", 256)
+    assert dict(call.trailing_metadata())["x-request-id"].startswith("req-")
+    bare = stub.Tokenize(chat_pb2.TokenizeRequest(model="tiny", text=TEXT, add_special_tokens=False))
+    assert tuple(bare.token_ids) == tokenizer.encode(TEXT)[1:]
+    whole = stub.Detokenize(chat_pb2.DetokenizeRequest(model="tiny", token_ids=bare.token_ids))
+    assert (whole.model, whole.text) == ("tiny", TEXT)
+
+
+def test_a_conversation_to_the_tokens_that_a_chat_would_have(stub: Any, coordinator: ScriptedCoordinator) -> None:
+    conversation = chat_pb2.Conversation(messages=USER)
+    ids = stub.Tokenize(chat_pb2.TokenizeRequest(model="tiny", conversation=conversation)).token_ids
+    stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER))
+    assert tuple(ids) == coordinator.requests[-1].prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    ("rpc", "fields", "code", "words"),
+    [
+        ("Tokenize", {"text": "x", "model": "absent"}, grpc.StatusCode.NOT_FOUND, "absent"),
+        ("Tokenize", {}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        ("Tokenize", {"text": "x" * 9000}, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        ("Tokenize", {"conversation": chat_pb2.Conversation()}, grpc.StatusCode.INVALID_ARGUMENT, "messages"),
+        ("Tokenize", {"text": "x" * 9 * 2**20}, grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
+        ("Detokenize", {"token_ids": [5, 320]}, grpc.StatusCode.INVALID_ARGUMENT, "tokens[1]"),
+        ("Detokenize", {"token_ids": [5], "model": "absent"}, grpc.StatusCode.NOT_FOUND, "absent"),
+    ],
+)
+def test_what_is_wrong_has_its_code(stub: Any, rpc: str, fields: dict[str, Any], code: Any, words: str) -> None:
+    request = getattr(chat_pb2, f"{rpc}Request")(**({"model": "tiny"} | fields))
+    with pytest.raises(grpc.RpcError) as refused:
+        getattr(stub, rpc)(request, timeout=30)
+    assert refused.value.code() == code
+    assert words in refused.value.details()
