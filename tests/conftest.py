@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """`manta serve` with the embedded demo model. Ends it with Ctrl-C, and fails when a process is left."""
+    """`manta serve` with the embedded demo model."""
+    with running_server() as running:
+        yield running
+
+
+@contextmanager
+def running_server(*arguments: str) -> Iterator[Server]:
+    """`manta serve` with these arguments. Ends it with Ctrl-C, and fails when a process is left."""
     port, grpc_port = free_port(), free_port()
     command = [Path(sys.executable).with_name("manta"), "serve", "--port", str(port), "--grpc-port", str(grpc_port)]
+    command += arguments
     started = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -1,0 +1,157 @@
+"""Processes die while streams run: every stream is complete, and has the tokens of a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import Server, running_server
+from tests.waiting import wait_for
+
+NUM_STREAMS, NUM_TOKENS = 8, 150
+DEMO = Path(__file__).parents[2] / "cluster" / "demo_model"
+CONFIG = f"""
+models:
+  - name: demo
+    path: {DEMO}
+    num_coordinators: 2
+    engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.1}}
+    experts: {{groups: [[0, 1, 2, 3], [4, 5, 6, 7]], scaling: {{min_replicas: 2, max_replicas: 2}}}}
+"""
+RECOVERY_S = 120  # for a replaced process to serve again
+
+
+@dataclass
+class Stream:
+    """What one client saw."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    longest_gap_s: float = 0.0
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory) -> Iterator[Server]:
+    """Two coordinators, and two replicas of each of two groups."""
+    file = tmp_path_factory.mktemp("replicated") / "manta.yaml"
+    file.write_text(CONFIG)
+    with running_server("--config", str(file)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(replicated) -> list[Stream]:
+    return asyncio.run(streams(replicated))
+
+
+def body(index: int) -> dict[str, object]:
+    """Half of the streams greedy, half sampled with a seed."""
+    sampling = {"temperature": 0} if index % 2 else {"temperature": 1.0, "seed": 100 + index}
+    asked = {"model": "demo", "prompt": f"Question {index}: what is a good cheese?", "max_tokens": NUM_TOKENS}
+    return {**asked, **sampling, "ignore_eos": True, "stream": True, "return_token_ids": True}
+
+
+async def streams(server: Server, disturb: Callable[[], None] | None = None) -> list[Stream]:
+    """Run all streams at once; `disturb` is called when a third of the tokens is there."""
+    seen = [Stream() for _ in range(NUM_STREAMS)]
+
+    async def read(client: httpx.AsyncClient, index: int) -> None:
+        stream, last = seen[index], time.monotonic()
+        async with client.stream("POST", "/v1/completions", json=body(index)) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    stream.token_ids += choice["token_ids"]
+                    stream.finish_reason = choice["finish_reason"] or stream.finish_reason
+                now = time.monotonic()
+                stream.longest_gap_s, last = max(stream.longest_gap_s, now - last), now
+
+    async def disturb_midway() -> None:
+        while sum(len(stream.token_ids) for stream in seen) < NUM_STREAMS * NUM_TOKENS / 3:
+            await asyncio.sleep(0.01)
+        if disturb is not None:
+            await asyncio.to_thread(disturb)
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client, asyncio.TaskGroup() as tasks:
+        for index in range(NUM_STREAMS):
+            tasks.create_task(read(client, index))
+        tasks.create_task(disturb_midway())
+    return seen
+
+
+def processes(server: Server, title: str) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def answers(server: Server) -> bool:
+    return httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def check_equal(seen: list[Stream], undisturbed: list[Stream]) -> None:
+    assert [stream.finish_reason for stream in seen] == ["length"] * NUM_STREAMS
+    assert [stream.token_ids for stream in seen] == [stream.token_ids for stream in undisturbed]
+
+
+@pytest.mark.parametrize("victim", ["ray::ExpertShard", ":expert-0", ":coordinator"])
+def test_a_killed_process_costs_no_stream_a_token(replicated, undisturbed, victim):
+    kill_one(replicated, undisturbed, victim)
+
+
+def test_streams_wait_for_shards_that_are_all_gone(replicated, undisturbed):
+    """No copy of any group is left: the steps are held while Ray restarts the shards and they load."""
+    shards = processes(replicated, "ray::ExpertShard")
+    seen = asyncio.run(streams(replicated, lambda: [shard.kill() for shard in shards]))
+    check_equal(seen, undisturbed)
+    gap_s = max(stream.longest_gap_s for stream in seen)
+    assert gap_s < 100, "promised within 10 s on a quiet machine"
+    wait_until_whole(replicated, "ray::ExpertShard", len(shards))
+
+
+@pytest.mark.long
+def test_twenty_killed_coordinators_cost_no_stream_a_token(replicated, undisturbed):
+    for _ in range(20):
+        kill_one(replicated, undisturbed, ":coordinator")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["ray::ExpertShard", ":expert-"])
+def test_an_expert_killed_every_two_seconds_costs_no_stream_a_token(replicated, undisturbed, victim):
+    """For a minute; a second replica of the group is awaited before the next, or nothing could answer."""
+    number = len(processes(replicated, victim))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        kill_one(replicated, undisturbed, victim)
+        time.sleep(2)
+    assert len(processes(replicated, victim)) >= number
+
+
+def kill_one(server: Server, undisturbed: list[Stream], victim: str) -> None:
+    """Kill a process of this title while streams run, and wait until another has taken its place."""
+    before = processes(server, victim)
+    assert len(before) >= 2
+    check_equal(asyncio.run(streams(server, lambda: before[0].send_signal(signal.SIGKILL))), undisturbed)
+    wait_until_whole(server, victim, len(before))
+
+
+def wait_until_whole(server: Server, victim: str, number: int) -> None:
+    wait_for(lambda: len(processes(server, victim)) >= number and answers(server), RECOVERY_S, f"a new {victim}")
