@@ -114,6 +114,7 @@ class GatewayConfig(_Frozen):
     body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
+    log_format: Literal["text", "json"] = "text"  # one line per request, in the replica's standard output
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
     cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser, https://app.example; "*": any
     force_usage: bool = False  # every stream ends with the usage, asked for or not

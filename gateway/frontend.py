@@ -25,7 +25,8 @@ from gateway.coordinator_client import CoordinatorClient
 from gateway.guard import Guard
 from gateway.health import Health
 from gateway.limits import Limiter
-from gateway.metrics import GatewayMetrics, RequestTimer
+from gateway.logs import current_record
+from gateway.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.metrics_page import MetricsPage
 from gateway.protocol import ChatCompletionRequest, CompletionRequest
 from gateway.tokenizer import Tokenizer
@@ -114,6 +115,7 @@ class Frontend:
         self._ongoing[caller.id] += 1
         timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
         failure: BaseException | None = None
+        record = current_record()
         try:
             model = self.model(generation.card.name)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
@@ -141,6 +143,13 @@ class Frontend:
         finally:
             self._ongoing -= Counter((caller.id,))
             timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
+            if record is not None:
+                record.model = generation.card.name
+                record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+                record.completion_tokens = usage.completion_tokens
+                record.time_to_first_token_s = timer.time_to_first_token_s
+                record.finish_reasons = timer.finish_reasons
+                record.error = "" if timer.is_complete else error_name(failure)
 
     @property
     def num_ongoing(self) -> int:

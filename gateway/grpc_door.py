@@ -23,6 +23,8 @@ from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
+from gateway.logs import RequestRecord, open_record
+from gateway.metrics import error_name
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
@@ -108,23 +110,29 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
     ) -> _MessageT:
         request_id = f"req-{uuid.uuid4().hex}"
         caller = ANONYMOUS
+        record = open_record(RequestRecord("grpc", _rpc(request), request_id))
         try:
             caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
             caller.enter()
             generation = await prepare(self._checked(request), _time_left(context))
-            request_id = generation.id
+            request_id = record.request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])
             usage = Usage(generation.num_prompt_tokens)
             choices = [ChoiceText() for _ in generation.requests]
             async with aclosing(self.frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
                     choices[delta.index].add(delta)
+            record.status = "OK"
         except Exception as error:
             context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
-            await fail(context, *status_of(error, request_id))
+            status = status_of(error, request_id)
+            record.status, record.error = status[0].name, error_name(error)
+            await fail(context, *status)
             return response_type()  # never sent: the status is not OK
         finally:
             caller.leave()
+            record.key_id = caller.id
+            record.write()
         return response_type(
             **head(generation),
             choices=[
@@ -142,11 +150,12 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
         request_id = f"req-{uuid.uuid4().hex}"
         caller = ANONYMOUS
+        record = open_record(RequestRecord("grpc", _rpc(request, "Stream"), request_id))
         try:
             caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
             caller.enter()
             generation = await prepare(self._checked(request), _time_left(context))
-            request_id = generation.id
+            request_id = record.request_id = generation.id
             context.set_trailing_metadata([("x-request-id", request_id)])
             usage = Usage(generation.num_prompt_tokens)
             running = len(generation.requests)
@@ -158,18 +167,28 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                         choice=choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason),
                         usage=None if running else usage_message(usage),
                     )
+            record.status = "OK"
         except Exception as error:
             context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
-            await fail(context, *status_of(error, request_id))
+            status = status_of(error, request_id)
+            record.status, record.error = status[0].name, error_name(error)
+            await fail(context, *status)
             raise RpcFailed(str(error)) from None
         finally:
             caller.leave()
+            record.key_id = caller.id
+            record.write()
 
     def _checked(self, request: Any) -> Any:
         bound = self.frontend.config.max_body_bytes
         if request.ByteSize() > bound:
             raise PayloadTooLarge(f"the message is over the limit of {bound} bytes")
         return request
+
+
+def _rpc(request: Any, suffix: str = "") -> str:
+    """The name of the RPC that takes this message."""
+    return type(request).__name__.removesuffix("Request") + suffix
 
 
 def _time_left(context: Any) -> float | None:

@@ -23,6 +23,9 @@ from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
 from gateway.http_guard import HttpGuard
+from gateway.http_log import HttpLog
+from gateway.logs import current_record
+from gateway.metrics import error_name
 from gateway.page import page_response
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, model_body
@@ -66,6 +69,7 @@ def build_app(frontend: Frontend) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", REQUEST_ID_HEADER, "retry-after"],
         )
+    app.add_middleware(HttpLog)
     return app
 
 
@@ -210,6 +214,8 @@ class _Errors:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
+            if record := current_record():
+                record.error = error_name(error)
             request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
             if started:
                 raise  # the connection is cut: what was sent must not look complete

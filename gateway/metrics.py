@@ -68,6 +68,7 @@ class RequestTimer:
         self._ongoing = metrics.ongoing.labels(model)
         self.started = time.monotonic()
         self.time_to_first_token_s: float | None = None
+        self.finish_reasons: list[str] = []
         self._ongoing.inc()
 
     def tokens(self, choice: int, count: int, finish_reason: str | None) -> None:
@@ -82,12 +83,18 @@ class RequestTimer:
         self._last[choice] = now
         if finish_reason is not None:
             self._waiting -= 1
+            self.finish_reasons.append(finish_reason)
             self._metrics.success.labels(self._model, finish_reason).inc()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has ended."""
+        return self._waiting == 0
 
     def end(self, prompt_tokens: int, completion_tokens: int, error: BaseException | None) -> None:
         """Whatever became of it; a request that its client left counts as `RequestCancelled`."""
         self._ongoing.dec()
-        if self._waiting == 0:
+        if self.is_complete:
             self._metrics.e2e_request_latency.labels(self._model).observe(time.monotonic() - self.started)
             self._metrics.prompt_tokens.labels(self._model).observe(prompt_tokens)
             self._metrics.generated_tokens.labels(self._model).observe(completion_tokens)

@@ -21,6 +21,7 @@ from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
 from gateway.health import Health, probe_serve
 from gateway.http import build_app
+from gateway.logs import configure_logs
 from gateway.metrics import GatewayMetrics
 from gateway.metrics_page import MetricsPage, ServeProcesses
 from gateway.tokenizer import load_tokenizer
@@ -42,6 +43,7 @@ class GatewayReplica(GrpcDoor):
 
     def __init__(self, config: GatewayConfig, cards: tuple[ModelCard, ...]) -> None:
         self._replica = serve.get_replica_context().replica_id.unique_id
+        configure_logs(config.log_format)
         metrics = GatewayMetrics()
         frontend = Frontend(
             config,

@@ -1,9 +1,14 @@
 """What the server's processes are: light doors, one actor per expert group, all gone at the end."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import httpx
 import psutil
+
+from tests.waiting import wait_for
 
 
 def processes(server, title):
@@ -25,6 +30,22 @@ def test_every_expert_group_has_an_actor_of_its_own(server):
 def test_the_demo_starts_within_a_minute(server):
     """Ten times the promised 60 s: the figure itself is measured, not asserted."""
     assert server.start_s < 600
+
+
+def test_a_request_is_one_line_of_the_gateway_s_log_and_none_of_the_coordinator_s(server):
+    body = {"model": "manta-demo", "prompt": "the prompt's own words", "max_tokens": 3}
+    request_id = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["id"]
+    [gateway] = processes(server, "ServeReplica:gateway")
+    log = Path(os.readlink(f"/proc/{gateway.pid}/fd/1"))
+    wait_for(lambda: request_id in log.read_text(), 30, "the line")
+    [line] = [line for line in log.read_text().splitlines() if request_id in line]
+    assert "status=200" in line
+    assert "completion_tokens=3" in line
+    written = [path.read_text(errors="replace") for path in log.parent.rglob("*") if path.is_file()]
+    assert not any("the prompt's own words" in text for text in written)
+    replicas = [path for path in (log.parent / "serve").glob("replica_*") if "coordinator" in path.name]
+    assert replicas
+    assert not any("CALL" in path.read_text() for path in replicas)
 
 
 def test_status_shows_groups_queue_and_rows(server):

@@ -144,7 +144,8 @@ def test_errors_of_the_engine_have_their_codes(card: ModelCard, tokenizer: Huggi
             (EngineDead("dead"), grpc.StatusCode.UNAVAILABLE),
             (KeyError("secret"), grpc.StatusCode.INTERNAL),
         ):
-            frontend = build_frontend(card, ScriptedCoordinator(failing_script(tokens, error)))
+            coordinator = ScriptedCoordinator(failing_script(tokens, error))
+            frontend = build_frontend(card, coordinator, GatewayConfig(resume_timeout_s=0.1))
             with grpc_server(frontend) as channel:
                 stub = chat_pb2_grpc.MantaStub(channel)
                 request = chat_pb2.ChatRequest(model="tiny", messages=USER)

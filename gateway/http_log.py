@@ -1,0 +1,44 @@
+"""Writes the log's line for each HTTP request. Knows ASGI; what is in a line is the record's."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.caller import ANONYMOUS, current_caller, set_caller
+from gateway.http_errors import REQUEST_ID_HEADER
+from gateway.logs import RequestRecord, open_record
+from gateway.metrics import error_name
+
+QUIET_ROUTES = frozenset({"/", "/health", "/metrics"})  # asked for all the time; logged only when they fail
+
+
+class HttpLog:
+    """ASGI middleware, outside of all that answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = open_record(RequestRecord("http", ""))
+        set_caller(ANONYMOUS)
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = str(message["status"])
+                record.request_id = Headers(raw=message["headers"]).get(REQUEST_ID_HEADER, "")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except BaseException as error:
+            record.error = record.error or error_name(error)
+            raise
+        finally:
+            record.route = getattr(scope.get("route"), "path", "unknown")
+            record.key_id = current_caller().id
+            if record.route not in QUIET_ROUTES or record.status not in ("", "200"):
+                record.write()
