@@ -169,6 +169,9 @@ def model_card(plan: ModelPlan) -> ModelCard:
         num_layers=checkpoint.architecture.num_layers,
         num_experts=checkpoint.architecture.num_experts,
         top_k=checkpoint.architecture.top_k,
+        kind=config.kind,
+        pooling=config.pooling or "mean",
+        hidden_size=checkpoint.architecture.hidden_size,
     )
 
 
@@ -176,6 +179,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     """Coordinator and experts of one model version."""
     from experts_service.service import expert_deployment
     from experts_service.shard import ShardSpec
+    from gateway.coordinator_router import CoordinatorRouter
     from router_service.coordinator import coordinator_deployment
 
     config, checkpoint = plan.config, plan.checkpoint
@@ -216,6 +220,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         request_timeout_s=gateway.request_timeout_s,
         # The engine's own bound is what refuses; Serve's only has to be beyond it.
         max_ongoing_requests=engine.max_num_seqs + 8 * engine.max_waiting + 1000,
+        request_router=CoordinatorRouter,
     )
 
 

@@ -94,9 +94,17 @@ class ModelConfig(_Frozen):
     name: str = Field(min_length=1, max_length=128)
     path: str  # a directory, or a hub id
     aliases: tuple[str, ...] = ()
+    kind: Literal["chat", "embedding"] = "chat"
+    pooling: Literal["mean", "last"] | None = None  # of kind embedding: over all hidden states, or the last; None: mean
     num_coordinators: int = Field(1, ge=1)
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()
+
+    @model_validator(mode="after")
+    def _pooling_is_for_embeddings(self) -> Self:
+        if self.pooling is not None and self.kind != "embedding":
+            raise ValueError("pooling: only a model of `kind: embedding` pools")
+        return self
 
 
 class GatewayConfig(_Frozen):
@@ -113,6 +121,7 @@ class GatewayConfig(_Frozen):
     max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of all bodies that wait for an answer; past it 429
     body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
+    max_embedding_inputs: int = Field(256, ge=1)  # of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
     log_format: Literal["text", "json"] = "text"  # one line per request, in the replica's standard output
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404

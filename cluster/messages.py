@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+Kind = Literal["chat", "embedding"]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Request:
     deadline: float = float("inf")  # Unix time in seconds
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     grammar: Grammar | None = None
+    pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
 
     @property
     def key(self) -> tuple[str, int]:
@@ -104,6 +107,15 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first chunk if asked for; [0] is None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     routed_experts: bytes | None = field(default=None, repr=False)  # uint8 [tokens, layers, top_k] when asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt as one vector: its last hidden states pooled and scaled to length 1."""
+
+    request_id: str
+    choice_index: int
+    values: bytes = field(repr=False)  # float32 [hidden size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +155,6 @@ class ModelCard:
     num_layers: int = 0
     num_experts: int = 0  # of each layer; 0 in a dense model
     top_k: int = 0  # experts per token
+    kind: Kind = "chat"
+    pooling: Pooling = "mean"  # of kind embedding
+    hidden_size: int = 0  # numbers in an embedding

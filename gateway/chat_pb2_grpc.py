@@ -54,6 +54,11 @@ class MantaStub:
                 request_serializer=gateway_dot_chat__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=gateway_dot_chat__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/manta.v1.Manta/Embed',
+                request_serializer=gateway_dot_chat__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=gateway_dot_chat__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/manta.v1.Manta/ListModels',
                 request_serializer=gateway_dot_chat__pb2.ListModelsRequest.SerializeToString,
@@ -93,6 +98,12 @@ class MantaServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +149,11 @@ def add_MantaServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=gateway_dot_chat__pb2.GenerateRequest.FromString,
                     response_serializer=gateway_dot_chat__pb2.Chunk.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=gateway_dot_chat__pb2.EmbedRequest.FromString,
+                    response_serializer=gateway_dot_chat__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -263,6 +279,33 @@ class Manta:
             '/manta.v1.Manta/GenerateStream',
             gateway_dot_chat__pb2.GenerateRequest.SerializeToString,
             gateway_dot_chat__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.Manta/Embed',
+            gateway_dot_chat__pb2.EmbedRequest.SerializeToString,
+            gateway_dot_chat__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import grpc
 
 from cluster.errors import CoordinatorLost, MantaError, Overloaded, Unavailable
-from cluster.messages import EngineStats, ModelCard, Request, TokenChunk
+from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk
 
 COORDINATOR = "coordinator"  # the deployment's name inside a model's application
 STATS_TIMEOUT_S = 5.0
@@ -21,6 +21,9 @@ class CoordinatorClient(Protocol):
 
     def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         """Chunks of one choice. Raises MantaError."""
+
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        """The embedding of each prompt, in order; cancelling aborts them. Raises MantaError."""
 
     async def stats(self) -> EngineStats:
         """A snapshot of one coordinator. Raises MantaError."""
@@ -48,6 +51,18 @@ class ServeCoordinatorClient:
         finally:
             if response is not None:
                 response.cancel()
+
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        self._connect()
+        response = self._handle.embed.remote(requests)
+        try:
+            embeddings: tuple[Embedding, ...] = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise manta_error(error) from error
+        return embeddings
 
     async def stats(self) -> EngineStats:
         self._connect()

@@ -15,20 +15,21 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from cluster.config import GatewayConfig
-from cluster.errors import DeadlineExceeded, ModelNotFound, Overloaded
+from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from cluster.fairness import is_refused
-from cluster.messages import ModelCard, TokenChunk
+from cluster.messages import Kind, ModelCard, TokenChunk
 from gateway import resumption
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
+from gateway.embeddings import EmbeddingJob, EmbeddingValidator, Vector, vectors
 from gateway.guard import Guard
 from gateway.health import Health
 from gateway.limits import Limiter
 from gateway.logs import current_record
 from gateway.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.metrics_page import MetricsPage
-from gateway.protocol import ChatCompletionRequest, CompletionRequest
+from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
 
@@ -43,6 +44,7 @@ class ServedModel:
     card: ModelCard
     tokenizer: Tokenizer
     validator: Validator
+    embedding_validator: EmbeddingValidator
     coordinator: CoordinatorClient
 
 
@@ -74,7 +76,13 @@ class Frontend:
         self._models: dict[str, ServedModel] = {}
         for card in cards:
             tokenizer = tokenizers[card.name]
-            model = ServedModel(card, tokenizer, Validator(card, tokenizer, config), coordinators[card.name])
+            model = ServedModel(
+                card,
+                tokenizer,
+                Validator(card, tokenizer, config),
+                EmbeddingValidator(card, tokenizer, config),
+                coordinators[card.name],
+            )
             self._models |= dict.fromkeys((card.name, *card.aliases), model)
 
     def model(self, name: str) -> ServedModel:
@@ -85,25 +93,62 @@ class Frontend:
             known = ", ".join(self._models)
             raise ModelNotFound(f"the model {name!r} does not exist; served are: {known}") from None
 
-    def route(self, name: str | None) -> ServedModel:
-        """Who answers a request that names a model, or none. Raises ModelNotFound."""
+    def route(self, name: str | None, kind: Kind = "chat") -> ServedModel:
+        """Who answers a request that names a model, or none: the first of that kind. Raises ModelNotFound."""
         if name is None or (name not in self._models and self.config.accept_any_model):
-            name = self.cards[0].name
+            name = next((card.name for card in self.cards if card.kind == kind), self.cards[0].name)
         return self.model(name)
 
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
-        model = await self._admit(body.model)
+        model = await self._admit(body.model, "chat")
         if sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
             return _charged(model.validator.chat(body, timeout_s))
         return _charged(await asyncio.to_thread(model.validator.chat, body, timeout_s))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
-        model = await self._admit(body.model)
+        model = await self._admit(body.model, "chat")
         if isinstance(body.prompt, str) and len(body.prompt) < INLINE_CHARS:
             return _charged(model.validator.completion(body, timeout_s))
         return _charged(await asyncio.to_thread(model.validator.completion, body, timeout_s))
+
+    async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
+        """Validates and tokenizes. Raises RequestError or ModelLoading."""
+        model = await self._admit(body.model, "embedding")
+        if _num_chars(body.input) < INLINE_CHARS:
+            job = model.embedding_validator.job(body, timeout_s)
+        else:
+            job = await asyncio.to_thread(model.embedding_validator.job, body, timeout_s)
+        current_caller().take_prompt(job.num_prompt_tokens)
+        return job
+
+    async def embed(self, job: EmbeddingJob) -> list[Vector]:
+        """The vector of each input, in order. Cancelling aborts them. Raises MantaError."""
+        self._refuse_when_full()
+        caller = current_caller()
+        self._ongoing[caller.id] += 1
+        timer = RequestTimer(self.metrics, job.card.name, len(job.requests))
+        failure: BaseException | None = None
+        try:
+            async with asyncio.timeout(job.deadline - time.time()):
+                coordinator = self.model(job.card.name).coordinator
+                embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
+            for choice in range(len(embeddings)):
+                timer.tokens(choice, 0, "stop")
+        except TimeoutError:
+            failure = DeadlineExceeded("the request's deadline passed before it was complete")
+            raise failure from None
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            self._ongoing -= Counter((caller.id,))
+            timer.end(job.num_prompt_tokens, 0, failure)
+            if record := current_record():
+                record.model, record.prompt_tokens = job.card.name, job.num_prompt_tokens
+                record.error = "" if failure is None else error_name(failure)
+        return vectors(job, embeddings)
 
     async def generate(self, generation: Generation, usage: Usage) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come, `usage` kept up to date. Raises MantaError.
@@ -156,8 +201,12 @@ class Frontend:
         """Requests that are being answered."""
         return self._ongoing.total()
 
-    async def _admit(self, name: str) -> ServedModel:
-        model = self.route(name)
+    async def _admit(self, name: str, kind: Kind) -> ServedModel:
+        model = self.route(name, kind)
+        if model.card.kind != kind:
+            others = ", ".join(card.name for card in self.cards if card.kind == kind) or "none"
+            does, wanted = ("makes embeddings", "chat") if kind == "chat" else ("chats", "embeddings")
+            raise InvalidRequest(f"model: {name!r} {does} only; served for {wanted}: {others}", param="model")
         self._refuse_when_full()
         await self.health.require(model.card)
         return model

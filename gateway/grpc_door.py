@@ -17,19 +17,21 @@ from cluster.errors import PayloadTooLarge, Unauthorized
 from gateway import chat_pb2
 from gateway.caller import ANONYMOUS
 from gateway.choice import Usage
+from gateway.embeddings import EmbeddingJob
 from gateway.frontend import Frontend
 from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
 from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
-from gateway.grpc_messages import choice, head, sampling_fields, usage_message
+from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.logs import RequestRecord, open_record
 from gateway.metrics import error_name
-from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
+from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
 
 _MessageT = TypeVar("_MessageT")
+_JobT = TypeVar("_JobT", bound=Generation | EmbeddingJob)
 
 
 class GrpcDoor(HealthRpcs, TokenizationRpcs):
@@ -39,10 +41,13 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         self.frontend = frontend
 
     async def Chat(self, request: chat_pb2.ChatRequest, grpc_context: Any) -> chat_pb2.ChatResponse:
-        return await self._unary(chat_pb2.ChatResponse, request, grpc_context, self._chat)
+        return await self._unary(chat_pb2.ChatResponse, request, grpc_context, self._chat, self._whole)
 
     async def Generate(self, request: chat_pb2.GenerateRequest, grpc_context: Any) -> chat_pb2.GenerateResponse:
-        return await self._unary(chat_pb2.GenerateResponse, request, grpc_context, self._generate)
+        return await self._unary(chat_pb2.GenerateResponse, request, grpc_context, self._generate, self._whole)
+
+    async def Embed(self, request: chat_pb2.EmbedRequest, grpc_context: Any) -> chat_pb2.EmbedResponse:
+        return await self._unary(chat_pb2.EmbedResponse, request, grpc_context, self._embedding, self._embed)
 
     async def ChatStream(
         self, request: chat_pb2.ChatRequest, grpc_context: Any
@@ -78,6 +83,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                     max_model_len=card.max_model_len,
                     created=card.created,
                     ready=health[card.name].phase == "ready",
+                    kind=card.kind,
                 )
                 for card in self.frontend.cards
             ]
@@ -101,12 +107,16 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
         return await self.frontend.completion(parse_body(CompletionRequest, document), timeout_s)
 
+    async def _embedding(self, request: chat_pb2.EmbedRequest, timeout_s: float | None) -> EmbeddingJob:
+        return await self.frontend.embedding(parse_body(EmbeddingRequest, embedding_fields(request)), timeout_s)
+
     async def _unary(
         self,
         response_type: Callable[..., _MessageT],
         request: Any,
         context: Any,
-        prepare: Callable[[Any, float | None], Coroutine[Any, Any, Generation]],
+        prepare: Callable[[Any, float | None], Coroutine[Any, Any, _JobT]],
+        answer: Callable[[Callable[..., _MessageT], _JobT], Coroutine[Any, Any, _MessageT]],
     ) -> _MessageT:
         request_id = f"req-{uuid.uuid4().hex}"
         caller = ANONYMOUS
@@ -114,15 +124,12 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         try:
             caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
             caller.enter()
-            generation = await prepare(self._checked(request), _time_left(context))
-            request_id = record.request_id = generation.id
+            job = await prepare(self._checked(request), _time_left(context))
+            request_id = record.request_id = job.id
             context.set_trailing_metadata([("x-request-id", request_id)])
-            usage = Usage(generation.num_prompt_tokens)
-            choices = [ChoiceText() for _ in generation.requests]
-            async with aclosing(self.frontend.generate(generation, usage)) as deltas:
-                async for delta in deltas:
-                    choices[delta.index].add(delta)
+            message = await answer(response_type, job)
             record.status = "OK"
+            return message
         except Exception as error:
             context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
             status = status_of(error, request_id)
@@ -133,6 +140,13 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
             caller.leave()
             record.key_id = caller.id
             record.write()
+
+    async def _whole(self, response_type: Callable[..., _MessageT], generation: Generation) -> _MessageT:
+        usage = Usage(generation.num_prompt_tokens)
+        choices = [ChoiceText() for _ in generation.requests]
+        async with aclosing(self.frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
         return response_type(
             **head(generation),
             choices=[
@@ -140,6 +154,14 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                 for i, whole in enumerate(choices)
             ],
             usage=usage_message(usage),
+        )
+
+    async def _embed(self, response_type: Callable[..., _MessageT], job: EmbeddingJob) -> _MessageT:
+        answer = await self.frontend.embed(job)
+        return response_type(
+            **head(job),
+            embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
+            usage=usage_message(Usage(job.num_prompt_tokens)),
         )
 
     async def _stream(

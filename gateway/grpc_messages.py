@@ -6,6 +6,7 @@ from typing import Any
 
 from gateway import chat_pb2
 from gateway.choice import Usage
+from gateway.embeddings import EmbeddingJob
 from gateway.validator import Generation
 
 FINISH = {
@@ -28,9 +29,16 @@ def sampling_fields(sampling: chat_pb2.Sampling) -> dict[str, Any]:
     return document
 
 
-def head(generation: Generation) -> dict[str, Any]:
+def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
+    """The body of the same request over HTTP; texts and token ids may not be mixed there."""
+    inputs = [item.text if item.WhichOneof("input") == "text" else list(item.token_ids.ids) for item in request.inputs]
+    dimensions = request.dimensions if request.HasField("dimensions") else None
+    return {"model": request.model, "input": inputs, "dimensions": dimensions}
+
+
+def head(job: Generation | EmbeddingJob) -> dict[str, Any]:
     """What every answer and chunk begins with."""
-    return {"id": generation.id, "model": generation.card.name, "created": generation.created}
+    return {"id": job.id, "model": job.card.name, "created": job.created}
 
 
 def choice(index: int, text: str, token_ids: Any, logprobs: Any, finish_reason: Any) -> chat_pb2.Choice:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.body_bounds import BodyBounds
 from gateway.choice import Usage
 from gateway.completion_shape import CompletionShape
+from gateway.embeddings import embeddings_body
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
@@ -27,7 +28,7 @@ from gateway.http_log import HttpLog
 from gateway.logs import current_record
 from gateway.metrics import error_name
 from gateway.page import page_response
-from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, parse_body
+from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, SamplingFields, parse_body
 from gateway.responses import ChatShape, ChoiceText, model_body
 from gateway.responses_door import ResponsesDoor
 from gateway.sse import DONE, EventStream, event, first_then_rest, unless_disconnected
@@ -46,6 +47,7 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"])
     app.add_api_route("/tokenize", door.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", door.detokenize, methods=["POST"])
+    app.add_api_route("/v1/embeddings", door.embeddings, methods=["POST"])
     app.add_api_route("/v1/models", door.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
     app.add_api_route("/", door.page, methods=["GET"], include_in_schema=False)
@@ -92,6 +94,13 @@ class HttpDoor:
         generation = await self._frontend.completion(parsed)
         tokenizer = self._frontend.model(generation.card.name).tokenizer
         return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        parsed = parse_body(EmbeddingRequest, await read_object(request, self._frontend.config.max_body_bytes))
+        job = await self._frontend.embedding(parsed)
+        request.state.request_id = job.id
+        answer = await unless_disconnected(request, self._frontend.embed(job))
+        return json_response(embeddings_body(job, answer, parsed.encoding_format), headers={REQUEST_ID_HEADER: job.id})
 
     async def models(self) -> Response:
         cards = self._frontend.cards

@@ -43,26 +43,26 @@ class PromptReader:
             raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
         return token_ids
 
-    def prompts(self, prompt: Any, max_prompts: int) -> list[TokenIds]:
-        """A string, a list of strings, token ids, or a list of token-id lists."""
+    def prompts(self, prompt: Any, max_prompts: int, field: str = "prompt") -> list[TokenIds]:
+        """A string, a list of strings, token ids, or a list of token-id lists; `field` is what the body calls it."""
         if prompt is None:
-            raise InvalidRequest("prompt: field required", param="prompt")
+            raise InvalidRequest(f"{field}: field required", param=field)
         if isinstance(prompt, str):
-            return [self.text(prompt, "prompt")]
-        expected = "prompt: expected a string, a list of strings, token ids, or a list of token-id lists"
+            return [self.text(prompt, field)]
+        expected = f"{field}: expected a string, a list of strings, token ids, or a list of token-id lists"
         if not isinstance(prompt, list):
-            raise InvalidRequest(expected, param="prompt")
+            raise InvalidRequest(expected, param=field)
         if not prompt:
-            raise InvalidRequest("prompt: must not be empty", param="prompt")
+            raise InvalidRequest(f"{field}: must not be empty", param=field)
         if all(type(item) is int for item in prompt):
-            return [self._token_ids(prompt, "prompt")]
+            return [self._token_ids(prompt, field)]
         if len(prompt) > max_prompts:
-            raise InvalidRequest(f"prompt: at most {max_prompts} prompts with this n, got {len(prompt)}", "prompt")
+            raise InvalidRequest(f"{field}: at most {max_prompts} in this request, got {len(prompt)}", field)
         if all(isinstance(item, str) for item in prompt):
-            return [self.text(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+            return [self.text(item, f"{field}[{i}]") for i, item in enumerate(prompt)]
         if all(isinstance(item, list) for item in prompt):
-            return [self._token_ids(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
-        raise InvalidRequest(expected, param="prompt")
+            return [self._token_ids(item, f"{field}[{i}]") for i, item in enumerate(prompt)]
+        raise InvalidRequest(expected, param=field)
 
     def texts(self, prompt: Any, token_ids: Sequence[TokenIds]) -> tuple[str, ...]:
         """The text of each prompt: as it was sent, or that of its ids without special ones."""

@@ -89,6 +89,17 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
 
+class EmbeddingRequest(Body):
+    """Body of POST /v1/embeddings, with Mistral's names where they differ."""
+
+    model: str
+    input: Any = Field(None)  # string, list of strings, token ids, list of token ids; checked by the validator
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    output_dimension: int | None = None  # Mistral's name
+    output_dtype: str | None = None
+
+
 _BodyT = TypeVar("_BodyT", bound=Body)
 
 

@@ -120,7 +120,12 @@ def model_body(card: ModelCard, name: str) -> Json:
         "fingerprint": card.fingerprint,
         "permission": [],
         "type": "base",  # Mistral's fields
-        "capabilities": {"completion_chat": True, "completion_fim": False, "function_calling": False, "vision": False},
+        "capabilities": {
+            "completion_chat": card.kind == "chat",
+            "completion_fim": False,
+            "function_calling": False,
+            "vision": False,
+        },
         "aliases": [other for other in (card.name, *card.aliases) if other != name],
         "max_context_length": card.max_model_len,
         "num_layers": card.num_layers,  # ours, as Hugging Face's configs name them

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import cast
 
 from cluster.errors import CoordinatorLost, EngineDead, Overloaded, Unavailable
-from cluster.messages import Request, TokenChunk
+from cluster.messages import Embedding, Request, TokenChunk
 from gateway.coordinator_client import CoordinatorClient
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,25 @@ async def generate(
         pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
         # Another id: should the lost coordinator live on, its sequence is not this one.
         asked = replace(request, request_id=f"{request.request_id}~{attempt}", output_token_ids=output)
+
+
+async def embed(
+    coordinator: CoordinatorClient, requests: tuple[Request, ...], resume_timeout_s: float
+) -> tuple[Embedding, ...]:
+    """The embedding of each prompt; where a coordinator is lost, another one computes them all. Raises MantaError."""
+    give_up_at = 0.0
+    pause_s = 0.0
+    while True:
+        try:
+            return await coordinator.embed(requests)
+        except (CoordinatorLost, EngineDead) as error:
+            now = time.monotonic()
+            give_up_at = give_up_at or now + min(resume_timeout_s, requests[0].deadline - time.time())
+            if now + pause_s >= give_up_at:
+                raise
+            logger.warning("%s: embedded again: %s", requests[0].request_id, error)
+        await asyncio.sleep(pause_s)
+        pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
 
 
 def _resumed(chunk: TokenChunk) -> TokenChunk:

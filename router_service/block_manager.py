@@ -49,7 +49,7 @@ class BlockManager:
         At least one token is left to compute: its logits are needed. Of a prompt that is to be scored all are.
         """
         assert not sequence.block_table, "a prefix is taken before any block is held"
-        if not self.prefix_caching or not sequence.is_prompt_scored:
+        if not self.prefix_caching or not sequence.may_skip_prefix:
             return 0
         for block_hash in self._hashes(sequence, (len(sequence) - 1) // self.block_size):
             block = self._block_of_hash.get(block_hash)

@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
-from ray import serve
+from ray import cloudpickle, serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError
-from cluster.messages import EngineStats, Request, TokenChunk
+from cluster.messages import Embedding, EngineStats, Request, TokenChunk
 from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
 from cluster.progress import LoadingProgress
@@ -28,9 +29,11 @@ from router_service.engine import Event, Key
 from router_service.engine_metrics import EngineMetrics
 from router_service.grammar_compiler import GrammarCompiler
 from router_service.grammar_vocabulary import GrammarVocabulary
+from router_service.pending_embedding import PendingEmbedding
 from router_service.token_stream import TokenStream
 
 DEPLOYMENT = "coordinator"
+EMBEDDINGS_AT_ONCE = 32  # of one call are queued, so that others get their turn
 CPUS = 0.01  # its threads are set by config; Ray is not to count them against the experts'
 
 
@@ -52,7 +55,7 @@ class Coordinator:
         resolved: the shards were told the same.
         """
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[Key, TokenStream] = {}
+        self._streams: dict[Key, TokenStream | PendingEmbedding] = {}
         replica = serve.get_replica_context().replica_id.unique_id
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
@@ -120,6 +123,22 @@ class Coordinator:
             del self._streams[request.key]
             self._engine.abort(request.key)
 
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        """The embedding of each prompt, in order. Cancelling aborts all. Raises MantaError for the first that fails."""
+        embeddings: list[Embedding] = []
+        for start in range(0, len(requests), EMBEDDINGS_AT_ONCE):
+            part = {request.key: PendingEmbedding() for request in requests[start : start + EMBEDDINGS_AT_ONCE]}
+            self._streams |= part
+            try:
+                for request in requests[start : start + EMBEDDINGS_AT_ONCE]:
+                    self._engine.submit(request)
+                embeddings += await asyncio.gather(*(pending.get() for pending in part.values()))
+            finally:
+                for key in part:
+                    del self._streams[key]
+                    self._engine.abort(key)
+        return tuple(embeddings)
+
     async def stats(self) -> EngineStats:
         """A snapshot of the engine."""
         return self._engine.stats()
@@ -148,7 +167,7 @@ class Coordinator:
         for key, item in events:
             stream = self._streams.get(key)
             if stream is not None:  # else its consumer has just left
-                stream.put(item)
+                stream.put(item)  # type: ignore[arg-type]  # chunks are for streams only, embeddings for the others
 
 
 def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:
@@ -168,14 +187,22 @@ def coordinator_deployment(
     openmp_spin_count: int,
     request_timeout_s: float,
     max_ongoing_requests: int,
+    request_router: type,
 ) -> serve.Application:
-    """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator."""
+    """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator.
+
+    `request_router` is the class that chooses a replica in the processes that call it. It is handed over ready pickled:
+    Serve refuses to be told of one by name for an application's first deployment when HAProxy is on, because HAProxy
+    would pass it over; but what has no route is called through handles only.
+    """
+    router_config = RequestRouterConfig.from_serialized_request_router_cls({}, cloudpickle.dumps(request_router))
     environment = {"GOMP_SPINCOUNT": str(openmp_spin_count)}  # read when torch is imported
     deployment = serve.deployment(Coordinator).options(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
         ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
         max_ongoing_requests=max_ongoing_requests,
+        request_router_config=router_config,
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,

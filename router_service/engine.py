@@ -22,9 +22,10 @@ from cluster.errors import (
     Overloaded,
 )
 from cluster.fairness import is_refused
-from cluster.messages import EngineStats, Request, TokenChunk, TokenLogprobs
+from cluster.messages import Embedding, EngineStats, Request, TokenChunk, TokenLogprobs
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
+from router_service.pooling import embedding
 from router_service.sampler import Sampler
 from router_service.scheduler import Batch, Scheduler
 from router_service.sequence import Sequence
@@ -32,7 +33,7 @@ from router_service.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]  # (request id, choice index)
-Event = tuple[Key, TokenChunk | MantaError]  # an error is the last event of its key
+Event = tuple[Key, TokenChunk | Embedding | MantaError]  # an error is the last event of its key
 _Command = Callable[[], None]
 
 
@@ -227,6 +228,10 @@ class Engine:
             events.append((sequence.request.key, _chunk(sequence, (sequence.token_ids[-1],), logprob)))
             if sequence.finish_reason is not None:
                 del self._sequences[sequence.request.key]
+        for scheduled in batch:
+            if scheduled.embeds:
+                events.append((scheduled.sequence.request.key, embedding(scheduled.sequence)))
+                del self._sequences[scheduled.sequence.request.key]
         self._num_steps += 1
         self._num_generated_tokens += len(sampled)
         self._num_prompt_tokens += sum(

@@ -17,6 +17,7 @@ from router_service.attention import AttentionPlan, Span
 from router_service.decoder import Decoder
 from router_service.kv_cache import KVCache
 from router_service.logprobs import rows_to_score, score_prompts
+from router_service.pooling import pool_prompts, rows_to_pool
 from router_service.routed_experts import RoutedExperts
 from router_service.scheduler import Batch
 from router_service.sequence import Sequence
@@ -32,7 +33,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, V] in fp32, one row per scheduled sequence with `samples`, in order. Scores the prompts that ask.
+        """Logits [B, V] in fp32, one row per scheduled sequence with `samples`, in order.
+
+        Prompts that ask for it are scored or pooled.
 
         Raises ExpertUnavailable when the experts cannot be reached in time; the cache may then hold half a step, which
         does not matter: the same slots are written again.
@@ -59,6 +62,8 @@ class ModelRunner:
         sampled_rows: list[int] = []
         scored_rows: list[int] = []
         scored: list[tuple[Sequence, int]] = []  # whose row it is, and its position
+        pooled_rows: list[int] = []
+        pooled: list[tuple[Sequence, range]] = []  # whose rows they are, and their positions
         spans: list[Span] = []
         for scheduled in batch:
             end = scheduled.start + scheduled.num_tokens
@@ -68,6 +73,10 @@ class ModelRunner:
             token_ids += scheduled.sequence.token_ids[scheduled.start : end]
             positions += range(scheduled.start, end)
             spans.append(Span(scheduled.start, scheduled.num_tokens, self._slots(scheduled.sequence.block_table, end)))
+            if pooled_positions := rows_to_pool(scheduled.sequence, scheduled.start, end):
+                first = len(token_ids) - end
+                pooled_rows += range(first + pooled_positions.start, first + pooled_positions.stop)
+                pooled.append((scheduled.sequence, pooled_positions))
             if scheduled.samples:
                 sampled_rows.append(len(token_ids) - 1)
         plan = AttentionPlan(
@@ -82,13 +91,15 @@ class ModelRunner:
             torch.tensor(positions, device=device),
             plan,
             self.kv_cache,
-            torch.tensor(sampled_rows + scored_rows, dtype=torch.int64, device=device),
+            torch.tensor(sampled_rows + scored_rows + pooled_rows, dtype=torch.int64, device=device),
             routed.layers if routed else None,
         )
         if routed:
             routed.tell()
-        score_prompts(hidden[len(sampled_rows) :], scored, self.decoder.logits)
-        return self.decoder.logits(hidden[: len(sampled_rows)])
+        of_sampled, of_scored, of_pooled = hidden.split([len(sampled_rows), len(scored_rows), len(pooled_rows)])
+        score_prompts(of_scored, scored, self.decoder.logits)
+        pool_prompts(of_pooled, pooled)
+        return self.decoder.logits(of_sampled)
 
     def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
         """Cache slots [num_tokens] of a sequence's first tokens."""

@@ -25,6 +25,16 @@ class ScheduledSequence:
     @property
     def samples(self) -> bool:
         """Whether the step reaches the last known token, so that a new one can be sampled."""
+        return self.is_complete and self.sequence.request.pooling is None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the step ends a prompt that becomes an embedding."""
+        return self.is_complete and self.sequence.request.pooling is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the step reaches the last known token."""
         return self.start + self.num_tokens == len(self.sequence)
 
 
@@ -106,7 +116,9 @@ class Scheduler:
             sequence = scheduled.sequence
             sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
             self.block_manager.publish(sequence)
-            if sequence.num_uncomputed_tokens == 0:
+            if scheduled.embeds:
+                self.remove(sequence)
+            elif scheduled.samples:
                 sequence.append(next(sampled), self.eos_token_ids, self.max_model_len)
                 if sequence.finish_reason is not None:
                     self.remove(sequence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.messages import FinishReason, Request, TokenLogprobs
 
@@ -24,6 +24,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "pooled",
         "prompt_logprobs",
         "request",
         "routed_experts",
@@ -45,6 +46,7 @@ class Sequence:
         asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
         self.routed_experts: bytes | None = None  # uint8 [layers, top_k] of the latest token, when asked for
+        self.pooled: Any = None  # of an embedding request: what the pooler has so far
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
 
@@ -62,8 +64,13 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def may_skip_prefix(self) -> bool:
+        """Whether a cached beginning need not be computed: not while its scores or hidden states are wanted."""
+        return self.is_prompt_scored and self.request.pooling is None
+
+    @property
     def is_prompt_scored(self) -> bool:
-        """Whether the prompt's log-probabilities are known, or not wanted; until then no prefix may be skipped."""
+        """Whether the prompt's log-probabilities are known, or not wanted."""
         return self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens
 
     def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:

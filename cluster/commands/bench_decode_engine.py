@@ -19,7 +19,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.commands.bench_decode_figures import Run
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
-from cluster.messages import Request, SamplingParams
+from cluster.messages import Request, SamplingParams, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.transport import Transport
 from router_service.assembly import build_engine
@@ -139,6 +139,7 @@ class EngineUnderTest:
                 watch.failure = item
                 watch.done.set()
                 return
+            assert isinstance(item, TokenChunk), "no embedding was asked for"
             watch.token_ids[key] += item.token_ids
             if item.finish_reason is not None:
                 watch.unfinished.discard(key)

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
-from cluster.messages import EngineStats, ModelCard, Request, TokenChunk, TokenLogprobs
+from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk, TokenLogprobs
 from gateway.coordinator_client import CoordinatorClient
 from gateway.frontend import Frontend
 from gateway.health import Health, ModelHealth, Probe
@@ -86,6 +86,9 @@ class ScriptedCoordinator:
         finally:
             self.running -= 1
             self.closed_at.append(time.monotonic())
+
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        raise AssertionError("no embedding was scripted")
 
     async def stats(self) -> EngineStats:
         return EngineStats(self.running, 0, 8, 0, 0, 0, 0, 0, 0, ())

@@ -12,7 +12,7 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
-from cluster.messages import Grammar, Request, TokenChunk
+from cluster.messages import Embedding, Grammar, Request, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
@@ -38,12 +38,15 @@ class Bench:
         )
         self.grammars: dict[Grammar, Any] = {}
         self.chunks: dict[Key, list[TokenChunk]] = defaultdict(list)
+        self.embeddings: dict[Key, torch.Tensor] = {}
         self.errors: dict[Key, MantaError] = {}
 
     def _collect(self, events: list[Event]) -> None:
         for key, item in events:
             if isinstance(item, MantaError):
                 self.errors[key] = item
+            elif isinstance(item, Embedding):
+                self.embeddings[key] = torch.frombuffer(bytearray(item.values), dtype=torch.float32)
             else:
                 self.chunks[key].append(item)
 

@@ -15,7 +15,9 @@ _numbers = itertools.count()
 def make_request(prompt: Iterable[int], *, output: Iterable[int] = (), seed: int = 0, **fields: Any) -> Request:
     """A greedy request of its own id; `fields` are those of Request or of SamplingParams."""
     of_request = {
-        name: fields.pop(name) for name in ("choice_index", "deadline", "cache_salt", "grammar") if name in fields
+        name: fields.pop(name)
+        for name in ("choice_index", "deadline", "cache_salt", "grammar", "pooling")
+        if name in fields
     }
     sampling = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **fields})
     return Request(

@@ -1,0 +1,42 @@
+"""Pools the last hidden states of a prompt into one vector, chunk by chunk. Knows rows; knows no scheduling.
+
+Sums are in fp32 whatever the model runs in, and the vector is scaled to length 1.
+
+Shapes: P rows to pool, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from cluster.messages import Embedding
+from router_service.sequence import Sequence
+
+
+def rows_to_pool(sequence: Sequence, start: int, end: int) -> range:
+    """Positions among those from `start` to `end` whose hidden states are part of the vector."""
+    if sequence.request.pooling is None:
+        return range(0)
+    return range(start if sequence.request.pooling == "mean" else max(start, sequence.num_prompt_tokens - 1), end)
+
+
+def pool_prompts(
+    hidden: torch.Tensor,  # [P, D]
+    parts: Iterable[tuple[Sequence, range]],  # whose rows they are, and at which positions
+) -> None:
+    """Add to each sequence's `pooled`; a prompt that is computed again, from position 0 on, starts anew."""
+    first = 0
+    for sequence, positions in parts:
+        rows = hidden[first : first + len(positions)].float()
+        first += len(positions)
+        total = rows.sum(dim=0)  # [D]
+        sequence.pooled = total if sequence.pooled is None or positions.start == 0 else sequence.pooled + total
+
+
+def embedding(sequence: Sequence) -> Embedding:
+    """The vector of a prompt whose last chunk is pooled. The scale of a sum is lost with its length."""
+    vector: torch.Tensor = F.normalize(sequence.pooled, dim=0)
+    return Embedding(sequence.request.request_id, sequence.request.choice_index, vector.cpu().numpy().tobytes())

@@ -1,0 +1,258 @@
+"""Embeddings at both doors: inputs of every shape, formats, dimensions, bounds, and models that do the other thing."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import openai
+import pytest
+from mistralai.client import Mistral
+
+from cluster.config import GatewayConfig
+from cluster.errors import CoordinatorLost, Overloaded
+from cluster.messages import Embedding, ModelCard, Request
+from gateway import chat_pb2, chat_pb2_grpc
+from gateway.frontend import Frontend
+from gateway.health import Health
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, http_server, model_card, ready, tokens_script
+from tests.gateway.test_grpc import grpc_server
+
+SIZE = 8
+TEXTS = ["Hello", "le fromage", "Hello"]
+
+
+def vector_of(token_ids: tuple[int, ...]) -> Any:
+    """Stands for what a model makes of a prompt: a unit vector that only these ids have."""
+    vector = np.random.default_rng(token_ids).normal(size=SIZE).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+class EmbeddingCoordinator(ScriptedCoordinator):
+    """Embeds at once, or after `pause_s`."""
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        super().__init__(tokens_script([]))
+        self.pause_s = pause_s
+        self.error: Exception | None = None
+        self.cancelled = False
+
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        self.requests += requests
+        try:
+            await asyncio.sleep(self.pause_s)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        if self.error is not None:
+            raise self.error
+        return tuple(Embedding(r.request_id, r.choice_index, vector_of(r.prompt_token_ids).tobytes()) for r in requests)
+
+
+def build(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, **config: Any) -> Frontend:
+    """A chat model and an embedding model behind one gateway."""
+    cards: tuple[ModelCard, ...] = (
+        model_card(tokenizer_directory),
+        model_card(
+            tokenizer_directory, name="embed", aliases=("embed-latest",), kind="embedding", hidden_size=SIZE,
+            pooling="last",
+        ),
+    )  # fmt: skip
+    tokenizer = HuggingFaceTokenizer(tokenizer_directory)
+    chat = ScriptedCoordinator(tokens_script(tokenizer.encode("Hi")[1:]))
+    return Frontend(
+        GatewayConfig(**config),
+        cards,
+        dict.fromkeys(("tiny", "embed"), tokenizer),
+        {"tiny": chat, "embed": coordinator},
+        Health(cards, ready),
+    )
+
+
+@pytest.fixture
+def coordinator() -> EmbeddingCoordinator:
+    return EmbeddingCoordinator()
+
+
+@pytest.fixture
+def url(tokenizer_directory: Path, coordinator: EmbeddingCoordinator) -> Iterator[str]:
+    with http_server(build(tokenizer_directory, coordinator, max_embedding_inputs=4)) as url:
+        yield url
+
+
+def post(url: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/embeddings", json={"model": "embed", **body}, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [("Hello", 1), (TEXTS, 3), ([5, 6, 7], 1), ([[5, 6], [7]], 2)],
+    ids=["text", "texts", "ids", "lists-of-ids"],
+)
+def test_inputs_of_every_shape(
+    url: str, coordinator: EmbeddingCoordinator, tokenizer: HuggingFaceTokenizer, value: Any, count: int
+) -> None:
+    answer = post(url, input=value).json()
+    assert set(answer) == {"id", "object", "model", "data", "usage"}
+    assert (answer["object"], answer["model"]) == ("list", "embed")
+    assert [(item["object"], item["index"]) for item in answer["data"]] == [("embedding", i) for i in range(count)]
+    prompts = [request.prompt_token_ids for request in coordinator.requests]
+    if isinstance(value, str) or isinstance(value[0], str):
+        assert prompts == [tokenizer.encode(text) for text in ([value] if isinstance(value, str) else value)]
+    for item, prompt in zip(answer["data"], prompts, strict=True):
+        np.testing.assert_allclose(item["embedding"], vector_of(prompt), atol=1e-6)
+    tokens = sum(map(len, prompts))
+    assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    assert {request.pooling for request in coordinator.requests} == {"last"}
+    assert len({request.key for request in coordinator.requests}) == count
+
+
+def test_base64_is_the_same_numbers(url: str) -> None:
+    floats = post(url, input=TEXTS, encoding_format="float").json()["data"]
+    packed = post(url, input=TEXTS, encoding_format="base64").json()["data"]
+    for one, other in zip(floats, packed, strict=True):
+        decoded = np.frombuffer(base64.b64decode(other["embedding"]), dtype="<f4")
+        np.testing.assert_array_equal(decoded, np.array(one["embedding"], dtype=np.float32))
+
+
+@pytest.mark.parametrize("field", ["dimensions", "output_dimension"])
+def test_fewer_dimensions_are_scaled_again(url: str, field: str) -> None:
+    whole = np.array(post(url, input="Hello").json()["data"][0]["embedding"])
+    short = np.array(post(url, input="Hello", **{field: 3}).json()["data"][0]["embedding"])
+    np.testing.assert_allclose(short, whole[:3] / np.linalg.norm(whole[:3]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [[]]}, "input[0]"),
+        ({"input": [1, "a"]}, "input"),
+        ({"input": [[1], [2, "a"]]}, "input[1][1]"),
+        ({"input": [1, 10**6]}, "input[1]"),
+        ({"input": {"text": "a"}}, "input"),
+        ({"input": ["a"] * 5}, "input"),
+        ({"input": [1] * 300}, "input"),
+        ({"input": [[1], [1] * 300]}, "input[1]"),
+        ({"input": "word " * 100_000}, "input"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "dimensions": SIZE + 1}, "dimensions"),
+        ({"input": "a", "output_dimension": SIZE + 1}, "output_dimension"),
+        ({"input": "a", "dimensions": "3"}, "dimensions"),
+        ({"input": "a", "output_dtype": "int8"}, "output_dtype"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ({"input": "a", "model": "tiny"}, "model"),
+    ],
+)
+def test_a_wrong_field_is_named(url: str, coordinator: EmbeddingCoordinator, body: dict[str, Any], param: str) -> None:
+    answer = post(url, **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert not coordinator.requests
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}), ("completions", {"prompt": "Hi"})],
+)
+def test_an_embedding_model_does_not_chat(url: str, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(f"{url}/v1/{path}", json={"model": "embed-latest", **body}, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "model"
+    assert "served for chat: tiny" in answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/v1/{path}", json={"model": "tiny", **body}, timeout=30).status_code == 200
+
+
+def test_any_name_means_the_first_model_of_the_kind(
+    tokenizer_directory: Path, coordinator: EmbeddingCoordinator
+) -> None:
+    with http_server(build(tokenizer_directory, coordinator, accept_any_model=True)) as url:
+        assert post(url, input="Hello", model="text-embedding-3-small").json()["model"] == "embed"
+        assert post(url, input="Hello", model="tiny").status_code == 400
+
+
+def test_models_say_what_they_do(url: str) -> None:
+    models = {model["id"]: model for model in httpx.get(f"{url}/v1/models").json()["data"]}
+    assert models["tiny"]["capabilities"]["completion_chat"]
+    assert not models["embed"]["capabilities"]["completion_chat"]
+
+
+def test_a_late_or_failed_one_is_an_error(tokenizer_directory: Path) -> None:
+    slow = EmbeddingCoordinator(pause_s=60)
+    with http_server(build(tokenizer_directory, slow, request_timeout_s=0.2)) as url:
+        assert post(url, input="Hello").status_code == 504
+    assert slow.cancelled
+    full = EmbeddingCoordinator()
+    full.error = Overloaded("full")
+    with http_server(build(tokenizer_directory, full)) as url:
+        assert post(url, input="Hello").status_code == 429
+
+
+def test_another_coordinator_computes_them_when_one_is_lost(tokenizer_directory: Path) -> None:
+    class Lost(EmbeddingCoordinator):
+        async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+            if not self.requests:
+                self.requests += requests
+                raise CoordinatorLost("killed")
+            return await super().embed(requests)
+
+    with http_server(build(tokenizer_directory, Lost())) as url:
+        assert post(url, input="Hello").status_code == 200
+    with http_server(build(tokenizer_directory, gone := Lost(), resume_timeout_s=0.001)) as url:
+        gone.error = CoordinatorLost("killed again")
+        assert post(url, input="Hello").status_code == 503
+
+
+def test_a_client_that_leaves_cancels_them(tokenizer_directory: Path) -> None:
+    slow = EmbeddingCoordinator(pause_s=60)
+    with http_server(build(tokenizer_directory, slow)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/embeddings", json={"model": "embed", "input": "Hello"}, timeout=0.5)
+        deadline = time.monotonic() + 10
+        while not slow.cancelled:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_stock_clients(url: str, tokenizer: HuggingFaceTokenizer) -> None:
+    expected = [vector_of(tokenizer.encode(text)) for text in TEXTS]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.embeddings.create(model="embed", input=TEXTS)
+        np.testing.assert_allclose([item.embedding for item in answer.data], expected, atol=1e-6)
+    with Mistral(api_key="none", server_url=url) as mistral:
+        embeddings = mistral.embeddings.create(model="embed", inputs=TEXTS)
+        np.testing.assert_allclose([item.embedding for item in embeddings.data], expected, atol=1e-6)
+
+
+def test_grpc(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, tokenizer: HuggingFaceTokenizer) -> None:
+    with grpc_server(build(tokenizer_directory, coordinator)) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+        texts = [chat_pb2.EmbedInput(text=text) for text in TEXTS]
+        answer = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=texts), timeout=30)
+        assert [item.index for item in answer.embeddings] == [0, 1, 2]
+        prompts = [tokenizer.encode(text) for text in TEXTS]
+        np.testing.assert_allclose(
+            [item.values for item in answer.embeddings], [vector_of(prompt) for prompt in prompts], atol=1e-6
+        )
+        assert answer.usage.total_tokens == sum(map(len, prompts))
+        ids = [chat_pb2.EmbedInput(token_ids=chat_pb2.TokenIds(ids=[5, 6]))]
+        short = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=ids, dimensions=2), timeout=30)
+        assert len(short.embeddings[0].values) == 2
+        for request in (
+            chat_pb2.EmbedRequest(model="tiny", inputs=texts),
+            chat_pb2.EmbedRequest(model="embed"),
+            chat_pb2.EmbedRequest(model="embed", inputs=[*texts, *ids]),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Embed(request, timeout=30)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
