@@ -207,10 +207,15 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
     )
     question = "What is the best French cheese?"
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
-    console.print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'\n", **_PLAIN)
+    key, header = "none", ""
+    if gateway.api_keys_file is not None:
+        key, header = "YOUR_KEY", " -H 'Authorization: Bearer YOUR_KEY'"
+    console.print(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n  -d '{body}'\n", **_PLAIN
+    )
     console.print(
         "from openai import OpenAI\n"
-        f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
+        f'client = OpenAI(base_url="{url}/v1", api_key="{key}")\n'
         f'answer = client.chat.completions.create(model="{name}", '
         f'messages=[{{"role": "user", "content": "{question}"}}])\n'
         "print(answer.choices[0].message.content)\n",
@@ -218,7 +223,7 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
     )
     console.print(
         "from mistralai.client import Mistral\n"
-        f'client = Mistral(server_url="{url}", api_key="none")\n'
+        f'client = Mistral(server_url="{url}", api_key="{key}")\n'
         f'answer = client.chat.complete(model="{name}", messages=[{{"role": "user", "content": "{question}"}}])\n'
         "print(answer.choices[0].message.content)\n",
         **_PLAIN,
