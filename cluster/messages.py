@@ -53,6 +53,7 @@ class ToolCallGrammar:
     ]  # (name, schema of the arguments) of those that may be called; may be none
     required: bool  # False: the model may answer with text instead
     parallel: bool = True  # more than one call
+    answer: JsonSchema | None = None  # what a text must validate against, when calls are not required
     marker: str = "[TOOL_CALLS]"  # what calls begin with, where the vocabulary has no token for it
     marker_token_id: int | None = None  # its special token
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from cluster.errors import Unavailable
-from cluster.messages import FinishReason, Request, TokenChunk, TokenLogprobs
+from cluster.messages import FinishReason, Request, TokenChunk, TokenLogprobs, ToolCallGrammar
 from gateway.detokenizer import Detokenizer
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Tokenizer
+from gateway.tools_reader import ToolCall, ToolCallReader
 from gateway.validator import Generation
 
 
@@ -22,14 +24,22 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, when asked for
     routed_experts: list[list[list[int]]] | None = None  # [token][layer][top_k] when asked for
+    tool_calls: tuple[ToolCall, ...] = ()  # each whole
 
     @property
     def says_something(self) -> bool:
         """Whether there is more than token ids in it."""
-        return bool(self.text or self.finish_reason or self.logprobs or self.prompt_logprobs or self.routed_experts)
+        return bool(
+            self.text
+            or self.tool_calls
+            or self.finish_reason
+            or self.logprobs
+            or self.prompt_logprobs
+            or self.routed_experts
+        )
 
 
 @dataclass(slots=True)
@@ -55,6 +65,8 @@ class Choice:
         self._num_tokens = 0
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop_strings = StopStrings(generation.stop)
+        grammar = request.grammar
+        self._tool_calls = ToolCallReader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
         self._top_k = generation.card.top_k
@@ -76,20 +88,29 @@ class Choice:
             used += 1
             if used == len(chunk.token_ids) and chunk.stop_token_id is not None:
                 break  # the token that ended the sequence has no text
-            text += self._cut(self._detokenizer.push(token_id), used)
+            text += self._own(token_id, self._cut(self._detokenizer.push(token_id), used))
             if self._stop_strings.is_stopped():
                 finish_reason = "stop"
                 break
         if finish_reason is not None and not self._stop_strings.is_stopped():
-            text += self._cut(self._detokenizer.flush(), used) + self._stop_strings.flush()
+            text += self._own(-1, self._cut(self._detokenizer.flush(), used) + self._stop_strings.flush())
             if self._stop_strings.is_stopped():
                 finish_reason = "stop"
+        calls: tuple[ToolCall, ...] = ()
+        reason: FinishReason | Literal["tool_calls"] | None = finish_reason
+        if self._tool_calls is not None:
+            calls = self._tool_calls.take()
+            if finish_reason is not None:
+                text += self._tool_calls.flush()
+            if finish_reason == "stop" and self._tool_calls.num_calls:
+                reason = "tool_calls"
         self._num_tokens += used
         self._usage.completion_tokens += used
         self.finished = finish_reason is not None
         logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
         routed = self._routed_experts(chunk, used)
-        return Delta(self._index, text, chunk.token_ids[:used], logprobs, finish_reason, chunk.prompt_logprobs, routed)
+        used_ids = chunk.token_ids[:used]
+        return Delta(self._index, text, used_ids, logprobs, reason, chunk.prompt_logprobs, routed, calls)
 
     def _routed_experts(self, chunk: TokenChunk, used: int) -> list[list[list[int]]] | None:
         if chunk.routed_experts is None or not used:
@@ -97,6 +118,10 @@ class Choice:
         each = np.frombuffer(chunk.routed_experts, np.uint8).reshape(len(chunk.token_ids), -1, max(1, self._top_k))
         lists: list[list[list[int]]] = each[:used].tolist()
         return lists
+
+    def _own(self, token_id: int, piece: str) -> str:
+        """What of a piece is the answer's own text, and no call of a tool."""
+        return piece if self._tool_calls is None else self._tool_calls.push(token_id, piece)
 
     def _cut(self, piece: str, used: int) -> str:
         """Stop strings count only in text that comes after `min_tokens`."""

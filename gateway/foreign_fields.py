@@ -18,7 +18,6 @@ IGNORED = frozenset(
         "metadata",
         "store",
         "service_tier",
-        "parallel_tool_calls",
         "prompt_mode",
         "reasoning_effort",
         "verbosity",
@@ -34,6 +33,7 @@ IGNORED = frozenset(
 
 # Refused, but for the values that ask for nothing; null always asks for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),

@@ -102,7 +102,7 @@ class Frontend:
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
-        if sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
+        if _num_chars(body.tools) + sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
             return _charged(model.validator.chat(body, timeout_s))
         return _charged(await asyncio.to_thread(model.validator.chat, body, timeout_s))
 

@@ -9,8 +9,10 @@ from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard
 from gateway.bounds import check_token_id
 from gateway.detokenizer import detokenize
-from gateway.protocol import Message, text_of
+from gateway.protocol import Message
 from gateway.tokenizer import ChatMessage, Tokenizer
+from gateway.tools import Tool
+from gateway.tools_history import plain_rendering, read_messages, speaks_of_tools
 
 TokenIds = tuple[int, ...]
 SAFE_PROMPT = (  # as Mistral's documentation of `safe_prompt` has it
@@ -26,19 +28,18 @@ class PromptReader:
         self._card = card
         self._tokenizer = tokenizer
 
-    def chat(self, messages: Sequence[Message], *, safe_prompt: bool = False) -> TokenIds:
+    def chat(self, messages: Sequence[Message], *, safe_prompt: bool = False, tools: Sequence[Tool] = ()) -> TokenIds:
         """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`."""
         if not messages:
             raise InvalidRequest("messages: must not be empty", param="messages")
         self._check_count(len(messages), "messages", "messages")
-        chat: list[ChatMessage] = []
-        for i, message in enumerate(messages):
-            role = "system" if message.role == "developer" else message.role
-            chat.append({"role": role, "content": text_of(message, f"messages[{i}]")})
+        chat = read_messages(messages)
         if safe_prompt:
             chat = _guarded(chat)
+        if not self._tokenizer.renders_tools and (tools or speaks_of_tools(chat)):
+            chat, tools = plain_rendering(chat, tools), ()
         self._check_length(sum(len(message["content"]) for message in chat), "messages")
-        token_ids = self._tokenizer.encode_chat(chat)
+        token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools])
         if not token_ids:
             raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
         return token_ids

@@ -69,6 +69,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None  # a string, or a list of ContentPart; checked by `text_of`
+    tool_calls: Any = None  # these three: checked by `gateway.tools_history`
+    tool_call_id: Any = None
+    name: str | None = None
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -79,6 +82,10 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    response_format: Any = None  # checked by `gateway.structured_output`
+    tools: Any = None  # this and `tool_choice`: checked by `gateway.tools`
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(SamplingFields):
@@ -106,7 +113,6 @@ _BodyT = TypeVar("_BodyT", bound=Body)
 def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
     """A typed body. Raises InvalidRequest, which names the first field that is wrong by its path."""
     refuse_foreign(document, cls.model_fields)
-    _refuse_response_format(document)
     try:
         return cls.model_validate(document)
     except ValidationError as error:
@@ -116,19 +122,9 @@ def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
         raise InvalidRequest(f"{path}: {message}", param=path) from None
 
 
-def _refuse_response_format(document: dict[str, Any]) -> None:
-    response_format = document.get("response_format")
-    if response_format is None:
-        return
-    if not isinstance(response_format, dict):
-        raise InvalidRequest("response_format: expected an object", param="response_format")
-    if response_format.get("type") != "text":
-        raise InvalidRequest("response_format.type: only 'text' is supported", param="response_format.type")
-
-
 def text_of(message: Message, path: str) -> str:
     """A message's content as one string. Raises InvalidRequest with the part's path."""
-    if message.role in ("tool", "function"):
+    if message.role == "function":
         raise InvalidRequest(f"{path}.role: {message.role!r} messages are not supported", param=f"{path}.role")
     content = message.content
     if content is None and message.role == "assistant":

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.messages import ModelCard, TokenLogprobs
 from gateway.choice import Delta, Usage
 from gateway.tokenizer import Tokenizer
+from gateway.tools_reader import ToolCall
 from gateway.validator import Generation
 
 Json = dict[str, Any]
@@ -22,11 +23,13 @@ class ChoiceText:
         self.logprobs: list[TokenLogprobs] | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.routed_experts: list[list[list[int]]] | None = None
+        self.tool_calls: list[ToolCall] = []
         self.finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
+        self.tool_calls += delta.tool_calls
         if delta.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
         if delta.prompt_logprobs is not None:
@@ -54,7 +57,11 @@ class ChatShape:
             "choices": [
                 {
                     "index": i,
-                    "message": {"role": "assistant", "content": choice.text},
+                    "message": {
+                        "role": "assistant",
+                        "content": choice.text,
+                        **({"tool_calls": [_call(call) for call in choice.tool_calls]} if choice.tool_calls else {}),
+                    },
                     "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
                     "finish_reason": choice.finish_reason,
                     **({"token_ids": choice.token_ids} if self.return_token_ids else {}),
@@ -72,6 +79,8 @@ class ChatShape:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             message = {"role": "assistant", "content": delta.text}
+        if delta.tool_calls:
+            message["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.tool_calls]
         choice: Json = {"index": delta.index, "delta": message}
         if delta.logprobs is not None:
             choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
@@ -96,6 +105,10 @@ class ChatShape:
     def _token(self, token_id: int, logprob: float) -> Json:
         data = self._tokenizer.token_bytes(token_id)
         return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+
+def _call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def usage_body(usage: Usage) -> Json:
@@ -123,7 +136,7 @@ def model_body(card: ModelCard, name: str) -> Json:
         "capabilities": {
             "completion_chat": card.kind == "chat",
             "completion_fim": False,
-            "function_calling": False,
+            "function_calling": card.kind == "chat",
             "vision": False,
         },
         "aliases": [other for other in (card.name, *card.aliases) if other != name],

@@ -10,6 +10,7 @@ from gateway.bounds import check_token_id
 from gateway.frontend import INLINE_CHARS, Frontend, ServedModel
 from gateway.prompts import PromptReader, TokenIds
 from gateway.protocol import Body, Message
+from gateway.tools import read_tools
 
 INLINE_TOKENS = INLINE_CHARS // 4
 
@@ -20,6 +21,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: Any = None  # with messages; checked by `gateway.tools`
     add_special_tokens: bool | None = None  # of a prompt, true unless said; a chat template has its own
     return_token_strs: bool | None = None
 
@@ -38,7 +40,7 @@ async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedMod
         raise InvalidRequest("prompt: expected a prompt or messages, and not both", param="prompt")
     if body.messages is not None and body.add_special_tokens is not None:
         raise InvalidRequest("add_special_tokens: the chat template adds them", param="add_special_tokens")
-    size = len(body.prompt) if body.prompt is not None else len(str(body.messages))
+    size = len(body.prompt) if body.prompt is not None else len(str(body.messages)) + len(str(body.tools))
     if size < INLINE_CHARS:
         return model, _tokenize(model, body)
     return model, await asyncio.to_thread(_tokenize, model, body)
@@ -68,5 +70,5 @@ def tokenize_body(model: ServedModel, token_ids: TokenIds, *, with_strings: bool
 def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
     reader = PromptReader(model.card, model.tokenizer)
     if body.messages is not None:
-        return reader.chat(body.messages)
+        return reader.chat(body.messages, tools=read_tools(body.tools))
     return reader.text(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens is not False)

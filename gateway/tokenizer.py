@@ -5,6 +5,7 @@ The chat template comes from the checkpoint, never from a client, and is rendere
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ from cluster.errors import CheckpointError, InvalidRequest
 from cluster.messages import ModelCard
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 
-ChatMessage = dict[str, str]  # role, content
+ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
+TOOL_CALLS = "[TOOL_CALLS]"
 
 
 class Tokenizer(Protocol):
@@ -25,10 +27,13 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]  # never shown as text
     max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
 
+    renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
+    tool_calls_token_id: int | None  # the special token that calls begin with, where the vocabulary has one
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -63,16 +68,21 @@ class HuggingFaceTokenizer:
         self.max_token_chars = max(map(len, vocabulary))
         added = self._hf.added_tokens_decoder
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
+        self.renders_tools = "tools" in str(self._hf.chat_template) and "tool_calls" in str(self._hf.chat_template)
+        marker = vocabulary.get(TOOL_CALLS)
+        self.tool_calls_token_id = marker if marker in self.special_ids else None
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         if not self._hf.chat_template:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
-            text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._hf.apply_chat_template(
+                _with_objects(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
@@ -102,16 +112,21 @@ class MistralTokenizer:
         self.vocab_size: int = self._raw.n_words
         self.max_token_chars = max(map(len, self._raw.vocab()))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
+        self.renders_tools = str(self._raw.version.value) != "v1"
+        markers = [i for i in self.special_ids if self._raw.id_to_piece(i) == TOOL_CALLS]
+        self.tool_calls_token_id = markers[0] if markers else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._raw.encode(text, bos=add_special_tokens, eos=False))
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         try:
-            request = ChatCompletionRequest.from_openai([dict(message) for message in messages])
+            request = ChatCompletionRequest.from_openai(
+                [dict(message) for message in messages], tools=list(tools) or None
+            )
             return tuple(self._reader.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
             raise InvalidRequest(f"the model's chat format refuses these messages: {error}", "messages") from error
@@ -125,3 +140,27 @@ class MistralTokenizer:
         if hasattr(self._raw, "id_to_byte_piece") and token_id not in self.special_ids:
             return bytes(self._raw.id_to_byte_piece(token_id))
         return piece_bytes(self._raw.id_to_piece(token_id))
+
+
+def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The same with every call's arguments parsed, as Hugging Face's templates expect them."""
+    return [
+        {
+            **message,
+            "tool_calls": [
+                {**call, "function": {**call["function"], "arguments": _parsed(call["function"]["arguments"])}}
+                for call in message["tool_calls"]
+            ],
+        }
+        if "tool_calls" in message
+        else dict(message)
+        for message in chat
+    ]
+
+
+def _parsed(arguments: str) -> Any:
+    """The arguments as JSON, or as the string that they are."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments

@@ -13,12 +13,14 @@ from typing import Any
 
 from cluster.config import GatewayConfig
 from cluster.errors import ContextTooLong, InvalidRequest
-from cluster.messages import ModelCard, Request, SamplingParams
+from cluster.messages import Grammar, ModelCard, Request, SamplingParams
 from gateway.bounds import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.caller import current_caller
 from gateway.prompts import PromptReader, TokenIds
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from gateway.structured_output import answer_schema
 from gateway.tokenizer import Tokenizer
+from gateway.tools import answer_grammar, read_tools
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Asked:
     max_tokens_field: str
     logprobs: int | None
     echo: tuple[str, ...] = ()  # of each prompt
+    grammar: Grammar | None = None
 
 
 class Validator:
@@ -58,6 +61,7 @@ class Validator:
         self._card = card
         self._config = config
         self._reader = PromptReader(card, tokenizer)
+        self._marker_id = tokenizer.tool_calls_token_id
 
     def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Raises InvalidRequest."""
@@ -69,13 +73,18 @@ class Validator:
         max_tokens, max_tokens_field = body.max_tokens, "max_tokens"
         if body.max_completion_tokens is not None:
             max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
+        tools = read_tools(body.tools)
+        grammar = answer_grammar(
+            tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._marker_id
+        )
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompts=[self._reader.chat(body.messages, safe_prompt=bool(body.safe_prompt))],
+            prompts=[self._reader.chat(body.messages, safe_prompt=bool(body.safe_prompt), tools=tools)],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=grammar,
         )
         return self._generation(body, asked, options, timeout_s)
 
@@ -127,6 +136,7 @@ class Validator:
                     choice_index=choice,
                     deadline=deadline,
                     cache_salt=current_caller().id,
+                    grammar=asked.grammar,
                 )
                 for choice in range(body.n or 1)
             ]

@@ -14,6 +14,20 @@ from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
 Format = dict[str, Any]
 
 _MAX_BLANKS = 1
+_WORDS = {  # of one type only; a schema that has them is read as of that type
+    "object": {
+        "properties",
+        "required",
+        "additionalProperties",
+        "patternProperties",
+        "propertyNames",
+        "minProperties",
+        "maxProperties",
+    },
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "string": {"pattern"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}
 _FORMATS = {
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uri-reference", "uuid")
 }
@@ -26,7 +40,9 @@ def structural_tag(grammar: Grammar) -> str:
 
 def schemas(grammar: Grammar) -> tuple[JsonSchema, ...]:
     """Every schema that a client wrote."""
-    return (grammar,) if isinstance(grammar, JsonSchema) else tuple(schema for _, schema in grammar.tools)
+    if isinstance(grammar, JsonSchema):
+        return (grammar,)
+    return (*(schema for _, schema in grammar.tools), *([grammar.answer] if grammar.answer else []))
 
 
 def schema_tags(grammar: Grammar) -> list[str]:
@@ -39,12 +55,12 @@ def _tag(content: Format) -> str:
 
 
 def _answer(grammar: ToolCallGrammar) -> Format:
-    """Calls, or where they are not required also text that holds none."""
+    """Calls, or where they are not required also text that holds none, or an answer within its schema."""
     options = []
     if grammar.tools:
         options.append(_marked_calls(grammar))
     if not grammar.required:
-        options.append(_text(grammar))
+        options.append(_json(json.loads(grammar.answer.text)) if grammar.answer else _text(grammar))
     return options[0] if len(options) == 1 else {"type": "or", "elements": options}
 
 
@@ -106,7 +122,7 @@ def _spelled_out(schema: Any) -> Any:
     """The same schema, for what xgrammar gets wrong.
 
     It overlooks a required property that `properties` does not declare, lets raw control characters into strings that
-    have a length, and knows some formats no better than a guess; a format only annotates.
+    have a length, overlooks words without a type, and knows some formats no better than a guess.
     """
     if isinstance(schema, list):
         return [_spelled_out(entry) for entry in schema]
@@ -121,6 +137,8 @@ def _spelled_out(schema: Any) -> Any:
     low, high = result.pop("minLength", 0), result.pop("maxLength", None)
     if low or high is not None:
         result["pattern"] = f"^.{{{low},{'' if high is None else high}}}$"
+    if not result.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
+        result |= next(({"type": name} for name, words in _WORDS.items() if words & result.keys()), {})
     required, declared = schema.get("required"), schema.get("properties", {})
     if isinstance(required, list) and isinstance(declared, dict):
         additional = result.get("additionalProperties", True)

@@ -18,7 +18,12 @@ CHAT = {"model": "manta-demo", "messages": [{"role": "user", "content": "Hello"}
         ({"stop": [1]}, 400, "stop"),
         ({"messages": [{"role": "user", "content": "word " * 60000}]}, 400, "messages"),
         ({"model": "gpt-4"}, 404, "model"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, 400, "tools[0].function.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            400,
+            "response_format",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(server, change, status, param):

@@ -42,7 +42,10 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": ["Hi"]}, "messages[0]"),
     (CHAT, {"messages": [{"content": "Hi"}]}, "messages[0].role"),
     (CHAT, {"messages": [USER, {"role": "king", "content": "Hi"}]}, "messages[1].role"),
-    (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].tool_call_id"),
+    (CHAT, {"messages": [{"role": "function", "content": "Hi"}]}, "messages[0].role"),
+    (CHAT, {"messages": [USER | {"tool_calls": [{"function": {"name": "f"}}]}]}, "messages[0].tool_calls"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
@@ -55,8 +58,19 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "user", "content": LONG}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     (CHAT, {"model": 7}, "model"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type"),
+    (CHAT, {"tools": {}}, "tools"),
+    (CHAT, {"tools": [{"type": "retrieval"}]}, "tools[0]"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    (CHAT, {"tools": [{"function": {"name": "f"}}] * 2}, "tools[1].function.name"),
+    (CHAT, {"tools": [{"function": {"name": "f", "parameters": [1]}}]}, "tools[0].function.parameters"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": "sometimes"}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+    (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"response_format": "text"}, "response_format"),
     (CHAT, {"top_logprobs": 3}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -209,7 +223,9 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-NAMES = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "tools", "echo"}))
+NAMES = st.sampled_from(
+    sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "tools", "echo", "tool_choice"})
+)
 
 
 @settings(max_examples=500, deadline=None)

@@ -1,0 +1,173 @@
+"""Which JSON Schemas are taken: their size, and the words that can be enforced. Compiles nothing.
+
+A word that would be overlooked is refused, so that an answer always validates. Two are taken more loosely: `oneOf` is
+`anyOf`, and `format` is a hint. Patterns match the whole string.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from cluster.errors import InvalidRequest
+from cluster.messages import JsonSchema
+
+MAX_BYTES = 65_536
+MAX_DEPTH = 24  # schemas within schemas
+MAX_SCHEMAS = 2000
+MAX_ENUM_VALUES = 2000  # over the whole schema
+MAX_PATTERN_CHARS = 512
+
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "integer": lambda value: not isinstance(value, bool) and (isinstance(value, int) or _is_whole(value)),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+}
+_WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")  # each says all that its schema may say
+_OF_A_TYPE = {
+    *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
+    *("minProperties", "maxProperties", "items", "prefixItems", "minItems", "maxItems"),
+    *("minLength", "maxLength", "pattern"),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}
+_REFUSED = {
+    *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"),
+    *("contains", "minContains", "maxContains", "additionalItems"),
+    *("$dynamicRef", "$recursiveRef", "$anchor", "$dynamicAnchor", "$recursiveAnchor"),
+}
+_COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
+# What JSON writes escaped: quotes, backslashes and control characters, plain or by an escape of the pattern's own.
+_ESCAPED = re.compile(r'["\x00-\x1f]|\\\\|\\[nrtfv0c]|\\x(?:[01][0-9a-f]|22|5c)|\\u00(?:[01][0-9a-f]|22|5c)', re.I)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def checked_schema(schema: Any, param: str) -> JsonSchema:
+    """The schema as it is sent to a coordinator. Raises InvalidRequest with `param`."""
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"{param}: expected a JSON Schema, an object", param=param)
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{param}: its numbers must be finite", param=param) from None
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        raise InvalidRequest(f"{param}: at most {MAX_BYTES} bytes, got {size}", param=param)
+    _Check(param).schema(schema, "", 1)
+    return JsonSchema(text, param)
+
+
+class _Check:
+    """One walk over one schema."""
+
+    def __init__(self, param: str) -> None:
+        self._param = param
+        self._num_schemas = 0
+        self._num_enum_values = 0
+
+    def schema(self, schema: Any, path: str, depth: int) -> None:
+        self._num_schemas += 1
+        if self._num_schemas > MAX_SCHEMAS:
+            self._refuse("", f"at most {MAX_SCHEMAS} schemas within one")
+        if depth > MAX_DEPTH:
+            self._refuse("", f"nested deeper than {MAX_DEPTH} schemas")
+        if isinstance(schema, bool):
+            return
+        if not isinstance(schema, dict):
+            self._refuse(path, "expected an object or a boolean")
+        for word in sorted(_REFUSED & schema.keys()):
+            self._refuse(f"{path}/{word}", "not supported")
+        self._whole(schema, path)
+        self._values(schema, path)
+        self._words(schema, path)
+        for name, child in self._children(schema, path):
+            self.schema(child, f"{path}/{name}", depth + 1)
+
+    def _whole(self, schema: dict[str, Any], path: str) -> None:
+        """`$ref`, `anyOf` and the like stand alone, but for `type` beside values."""
+        whole = [word for word in _WHOLE if word in schema]
+        if not whole:
+            return
+        others = {*whole[1:], *(_OF_A_TYPE & schema.keys())}
+        if "type" in schema and whole[0] not in ("enum", "const"):
+            others.add("type")
+        if others:
+            self._refuse(path, f"{whole[0]!r} and {min(others)!r} in one schema are not supported")
+        reference = schema.get("$ref", "#")
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+            self._refuse(f"{path}/$ref", "only references within the schema are supported, '#/$defs/…'")
+        if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
+            self._refuse(f"{path}/allOf", "more than one entry is not supported")
+
+    def _values(self, schema: dict[str, Any], path: str) -> None:
+        types = schema.get("type", list(_TYPES))
+        types = types if isinstance(types, list) else [types]
+        for name in types:
+            if not isinstance(name, str) or name not in _TYPES:
+                self._refuse(f"{path}/type", f"expected one of {', '.join(_TYPES)}")
+        values = schema.get("enum", [])
+        if not isinstance(values, list):
+            self._refuse(f"{path}/enum", "expected a list")
+        self._num_enum_values += len(values)
+        if self._num_enum_values > MAX_ENUM_VALUES:
+            self._refuse(f"{path}/enum", f"at most {MAX_ENUM_VALUES} values in the whole schema")
+        for value in [*values, *([schema["const"]] if "const" in schema else [])]:
+            if not any(_TYPES[name](value) for name in types):
+                self._refuse(path, "'enum' or 'const' has a value that is not of its 'type'")
+
+    def _words(self, schema: dict[str, Any], path: str) -> None:
+        for word in _COUNTS:
+            if word in schema and not (type(schema[word]) is int and 0 <= schema[word] < 2**31):
+                self._refuse(f"{path}/{word}", "expected a number of at least 0")
+        if schema.get("uniqueItems"):
+            self._refuse(f"{path}/uniqueItems", "not supported")
+        for word in ("unevaluatedProperties", "unevaluatedItems"):
+            if not isinstance(schema.get(word, False), bool):
+                self._refuse(f"{path}/{word}", "not supported")
+        required = schema.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            self._refuse(f"{path}/required", "expected a list of names")
+        if "minProperties" in schema and (schema.get("additionalProperties") or "patternProperties" in schema):
+            self._refuse(f"{path}/minProperties", "not supported where properties have no fixed names")
+        if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
+            self._refuse(f"{path}/pattern", "'pattern' and a length in one schema are not supported")
+        patterns = schema.get("patternProperties", {})
+        for pattern in [*([schema["pattern"]] if "pattern" in schema else []), *patterns]:
+            self._pattern(pattern, f"{path}/pattern")
+
+    def _pattern(self, pattern: Any, path: str) -> None:
+        if not isinstance(pattern, str):
+            self._refuse(path, "expected a string")
+        if len(pattern) > MAX_PATTERN_CHARS:
+            self._refuse(path, f"at most {MAX_PATTERN_CHARS} characters")
+        if _ESCAPED.search(pattern):
+            self._refuse(path, "quotes, backslashes and control characters are not supported")
+
+    def _children(self, schema: dict[str, Any], path: str) -> list[tuple[str, Any]]:
+        children: list[tuple[str, Any]] = []
+        for word in ("items", "additionalProperties", "propertyNames"):
+            if word in schema:
+                children.append((word, schema[word]))
+        for word in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            if word in schema:
+                if not isinstance(schema[word], list) or not schema[word]:
+                    self._refuse(f"{path}/{word}", "expected a list of schemas")
+                children += [(f"{word}/{i}", child) for i, child in enumerate(schema[word])]
+        for word in ("properties", "patternProperties", "$defs", "definitions"):
+            if word in schema:
+                if not isinstance(schema[word], dict):
+                    self._refuse(f"{path}/{word}", "expected an object")
+                children += [(f"{word}/{name}", child) for name, child in schema[word].items()]
+        return children
+
+    def _refuse(self, path: str, message: str) -> NoReturn:
+        where = f" at #{path[:200]}" if path else ""
+        raise InvalidRequest(f"{self._param}{where}: {message}", param=self._param)

@@ -1,0 +1,106 @@
+"""`tools` and `tool_choice` become what the model is told and what it may answer. Knows fields; renders nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import InvalidRequest
+from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
+from gateway.structured_schema import checked_schema
+
+MAX_TOOLS = 128
+MAX_SCHEMA_BYTES = 262_144  # over all tools
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]  # a JSON Schema
+    schema: JsonSchema
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """As templates expect it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+def read_tools(tools: Any) -> tuple[Tool, ...]:
+    """Raises InvalidRequest with the path of what is wrong."""
+    if tools is None:
+        return ()
+    if not isinstance(tools, list):
+        raise InvalidRequest("tools: expected a list", param="tools")
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"tools: at most {MAX_TOOLS} entries, got {len(tools)}", param="tools")
+    read = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
+    names = [tool.name for tool in read]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            path = f"tools[{i}].function.name"
+            raise InvalidRequest(f"{path}: the name {name!r} is used twice", param=path)
+    if sum(len(tool.schema.text) for tool in read) > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(f"tools: at most {MAX_SCHEMA_BYTES} bytes of parameters in all", param="tools")
+    return read
+
+
+def answer_grammar(
+    tools: tuple[Tool, ...],
+    tool_choice: Any,
+    parallel: bool | None,
+    answer: JsonSchema | None,
+    marker_token_id: int | None,
+) -> Grammar | None:
+    """What may be answered: calls, text, or within the schema `answer`. Raises InvalidRequest for a wrong choice."""
+    named = _named(tool_choice)
+    if named is not None and named not in [tool.name for tool in tools]:
+        raise InvalidRequest(f"tool_choice: there is no tool {named!r} in tools", param="tool_choice")
+    if tool_choice in ("any", "required") and not tools:
+        raise InvalidRequest(f"tool_choice: {tool_choice!r} needs tools", param="tool_choice")
+    if not tools or (tool_choice == "none" and answer is not None):
+        return answer
+    callable_ = [tool for tool in tools if tool_choice != "none" and named in (None, tool.name)]
+    return ToolCallGrammar(
+        tools=tuple((tool.name, tool.schema) for tool in callable_),
+        required=tool_choice in ("any", "required") or named is not None,
+        parallel=parallel is not False and named is None,
+        answer=answer,
+        marker_token_id=marker_token_id,
+    )
+
+
+def _tool(tool: Any, path: str) -> Tool:
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        raise InvalidRequest(f"{path}: expected a tool of type 'function'", param=path)
+    function = tool.get("function")
+    path = f"{path}.function"
+    if not isinstance(function, dict):
+        raise InvalidRequest(f"{path}: expected an object with name and parameters", param=path)
+    name, description = function.get("name"), function.get("description") or ""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(f"{path}.name: expected 1 to 64 letters, digits, _ . or -", param=f"{path}.name")
+    if not isinstance(description, str):
+        raise InvalidRequest(f"{path}.description: expected a string", param=f"{path}.description")
+    parameters = function.get("parameters") or _NO_ARGUMENTS
+    return Tool(name, description, parameters, checked_schema(parameters, f"{path}.parameters"))
+
+
+def _named(tool_choice: Any) -> str | None:
+    """The function that is to be called; None for the other choices."""
+    if tool_choice is None or tool_choice in ("none", "auto", "any", "required"):
+        return None
+    if isinstance(tool_choice, dict) and tool_choice.get("type", "function") == "function":
+        function = tool_choice.get("function")
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            return str(function["name"])
+    raise InvalidRequest(
+        "tool_choice: expected none, auto, any, required, or {'type': 'function', 'function': {'name': …}}",
+        param="tool_choice",
+    )

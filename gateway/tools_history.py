@@ -1,0 +1,139 @@
+"""A conversation with tools, checked, and its plain rendering for templates that know none. Knows roles and fields.
+
+The plain rendering spells in text what later Mistral templates spell in special tokens:
+
+- the tools stand before the last user message: `[AVAILABLE_TOOLS] [{…}][/AVAILABLE_TOOLS]` and a sentence that says how
+  to call them;
+- an assistant's calls are `[TOOL_CALLS] [{"name": …, "arguments": {…}, "id": …}]`, after its text if it has any;
+- a tool's answer is a user message `[TOOL_RESULTS] {"content": …, "call_id": …}[/TOOL_RESULTS]`; neighbours are joined.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import InvalidRequest
+from gateway.protocol import Message, text_of
+from gateway.tokenizer import ChatMessage
+from gateway.tools import Tool
+
+_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_HOW_TO_CALL = 'To call tools, answer with [TOOL_CALLS] [{"name": "…", "arguments": {…}}] and nothing else.'
+
+
+@dataclass(frozen=True)
+class _Call:
+    id: str
+    name: str
+    arguments: str  # JSON of an object, or what the client sent
+
+
+def read_messages(messages: Sequence[Message]) -> list[ChatMessage]:
+    """The messages as templates expect them. Raises InvalidRequest with the path of what is wrong."""
+    return [_read(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def speaks_of_tools(chat: Sequence[ChatMessage]) -> bool:
+    """Whether any message calls a tool or answers a call."""
+    return any(message["role"] == "tool" or "tool_calls" in message for message in chat)
+
+
+def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
+    """The same conversation in messages of role and content alone."""
+    plain: list[ChatMessage] = []
+    for message in chat:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            result = {"content": content, "call_id": message["tool_call_id"]}
+            role, content = "user", f"[TOOL_RESULTS] {_dumps(result)}[/TOOL_RESULTS]"
+        elif "tool_calls" in message:
+            calls = [
+                {
+                    "name": call["function"]["name"],
+                    "arguments": _object(call["function"]["arguments"]),
+                    "id": call["id"],
+                }
+                for call in message["tool_calls"]
+            ]
+            content = f"{content}\n[TOOL_CALLS] {_dumps(calls)}".lstrip()
+        if plain and plain[-1]["role"] == role == "user" and "[TOOL_RESULTS] " in plain[-1]["content"]:
+            plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{content}"}
+        else:
+            plain.append({"role": role, "content": content})
+    if tools:
+        _announce(plain, tools)
+    return plain
+
+
+def _announce(plain: list[ChatMessage], tools: Sequence[Tool]) -> None:
+    available = _dumps([tool.definition for tool in tools])
+    text = f"[AVAILABLE_TOOLS] {available}[/AVAILABLE_TOOLS]\n{_HOW_TO_CALL}"
+    for i in reversed(range(len(plain))):
+        if plain[i]["role"] == "user":
+            plain[i] = {"role": "user", "content": f"{text}\n\n{plain[i]['content']}"}
+            return
+    plain.append({"role": "user", "content": text})
+
+
+def _read(message: Message, path: str) -> ChatMessage:
+    role = "system" if message.role == "developer" else message.role
+    read: ChatMessage = {"role": role, "content": text_of(message, path)}
+    if message.tool_calls and role != "assistant":
+        raise InvalidRequest(f"{path}.tool_calls: only an assistant calls tools", param=f"{path}.tool_calls")
+    if message.tool_calls:
+        calls = _calls(message.tool_calls, f"{path}.tool_calls")
+        read["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    if role == "tool":
+        if not isinstance(message.tool_call_id, str) or not message.tool_call_id:
+            raise InvalidRequest(f"{path}.tool_call_id: field required", param=f"{path}.tool_call_id")
+        read["tool_call_id"] = _short_id(message.tool_call_id)
+        if message.name is not None:
+            read["name"] = message.name
+    return read
+
+
+def _calls(calls: Any, path: str) -> list[_Call]:
+    if not isinstance(calls, list):
+        raise InvalidRequest(f"{path}: expected a list", param=path)
+    read = []
+    for i, call in enumerate(calls):
+        here = f"{path}[{i}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequest(f"{here}.function: expected an object with name and arguments", f"{here}.function")
+        arguments = function.get("arguments", "{}")
+        if isinstance(arguments, dict):  # as Mistral's clients may send them
+            arguments = _dumps(arguments)
+        if not isinstance(arguments, str):
+            where = f"{here}.function.arguments"
+            raise InvalidRequest(f"{where}: expected a string of JSON or an object", param=where)
+        call_id = call.get("id")
+        read.append(_Call(_short_id(call_id if isinstance(call_id, str) else str(i)), function["name"], arguments))
+    return read
+
+
+def _short_id(call_id: str) -> str:
+    """Mistral's templates take ids of nine letters and digits only; any other has nine of its own for ever."""
+    if _ID.fullmatch(call_id):
+        return call_id
+    return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
+
+
+def _object(arguments: str) -> Any:
+    """The arguments as JSON, or as the string that they are."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,122 @@
+"""Which schemas the doors take, and which they refuse with what field."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from cluster.errors import InvalidRequest
+from gateway.structured_output import answer_schema
+from gateway.structured_schema import MAX_DEPTH, MAX_ENUM_VALUES, MAX_SCHEMAS, checked_schema
+
+PARAM = "response_format.json_schema.schema"
+
+
+class Street(BaseModel):
+    name: str = Field(min_length=1, max_length=40, description="without the number")
+    number: int | None = Field(None, ge=1)
+
+
+class Person(BaseModel):
+    name: str
+    code: str = Field(pattern=r"^[A-Z]{2}\d+$")
+    home: Street
+    others: list[Street] = Field(default_factory=list, max_length=3)
+    kind: str = Field("human", json_schema_extra={"enum": ["human", "manta"]})
+    extra: dict[str, float] = {}
+    parent: Person | None = None
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"type": "object", "additionalProperties": True},
+        {"type": ["string", "null"], "enum": ["a", None]},
+        {"const": 1.0, "type": "integer"},
+        {"type": "string", "format": "date-time", "title": "not a word", "x-mine": {"not": 1}},
+        {"properties": {"not": {"type": "string"}, "if": {}}},
+        {"oneOf": [{"type": "string"}, {"type": "null"}], "discriminator": {"propertyName": "x"}},
+        {"$ref": "#/$defs/a", "description": "a", "$defs": {"a": {"type": "string"}}},
+        Person.model_json_schema(),
+        nested(MAX_DEPTH - 1),
+    ],
+)
+def test_what_is_taken_is_sent_as_it_came(schema: dict[str, Any]) -> None:
+    assert json.loads(checked_schema(schema, PARAM).text) == schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (None, "expected a JSON Schema"),
+        ([], "expected a JSON Schema"),
+        ({"type": "banana"}, "#/type: expected one of"),
+        ({"type": "string", "not": {}}, "#/not: not supported"),
+        ({"properties": {"a": {"if": {}}}}, "#/properties/a/if: not supported"),
+        ({"$ref": "https://example.com/schema"}, "only references within the schema"),
+        ({"$ref": "other.json#/a"}, "only references within the schema"),
+        ({"$ref": 3}, "only references within the schema"),
+        ({"allOf": [{"type": "string"}, {"maxLength": 3}]}, "more than one entry"),
+        ({"anyOf": [{"required": ["a"]}], "properties": {"a": {}}}, "'anyOf' and 'properties' in one schema"),
+        ({"anyOf": []}, "#/anyOf: expected a list of schemas"),
+        ({"type": "string", "enum": [1]}, "not of its 'type'"),
+        ({"enum": "ab"}, "#/enum: expected a list"),
+        ({"enum": list(range(MAX_ENUM_VALUES + 1))}, "#/enum: at most"),
+        ({"type": "array", "uniqueItems": True}, "#/uniqueItems: not supported"),
+        ({"type": "array", "contains": {}}, "#/contains: not supported"),
+        ({"type": "array", "items": [{}]}, "#/items: expected an object or a boolean"),
+        ({"type": "string", "minLength": -1}, "#/minLength: expected a number"),
+        ({"type": "string", "minLength": 2**40}, "#/minLength: expected a number"),
+        ({"type": "string", "pattern": "a" * 513}, "at most 512 characters"),
+        ({"type": "string", "pattern": '^"$'}, "quotes, backslashes and control characters"),
+        ({"type": "string", "pattern": r"^\\$"}, "quotes, backslashes and control characters"),
+        ({"type": "string", "pattern": r"^\n$"}, "quotes, backslashes and control characters"),
+        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "'pattern' and a length"),
+        ({"properties": []}, "#/properties: expected an object"),
+        ({"required": "a"}, "#/required: expected a list of names"),
+        ({"minimum": float("inf")}, "its numbers must be finite"),
+        ({"description": "x" * 70_000}, "at most 65536 bytes"),
+        (nested(MAX_DEPTH + 1), "nested deeper than"),
+        ({"anyOf": [{}] * (MAX_SCHEMAS + 1)}, f"at most {MAX_SCHEMAS} schemas"),
+    ],
+)
+def test_what_could_not_be_enforced_is_refused(schema: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        checked_schema(schema, PARAM)
+    assert raised.value.param == PARAM
+    assert message in raised.value.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "enum", "const", "properties", "items", "anyOf", "$ref", "pattern", "minLength"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_any_json_is_a_schema_or_refused(document: Any) -> None:
+    with contextlib.suppress(InvalidRequest):
+        answer_schema({"type": "json_schema", "json_schema": {"name": "x", "schema": document}})

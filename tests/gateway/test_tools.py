@@ -1,0 +1,246 @@
+"""Tools: what the model is told, what it may answer, and how its calls reach OpenAI's and Mistral's clients."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from mistralai.client import Mistral
+
+from cluster.config import GatewayConfig
+from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
+from gateway.protocol import ChatCompletionRequest, parse_body
+from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.tools_reader import ToolCallReader
+from gateway.validator import Validator
+from tests.gateway.doubles import (
+    ScriptedCoordinator,
+    build_frontend,
+    http_server,
+    model_card,
+    tokens_script,
+    write_tokenizer,
+)
+
+USER = {"role": "user", "content": "What is the weather in Paris?"}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Today's weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
+TWO_CALLS = (
+    '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "P\\"a}r]is é"}}, {"name": "time", "arguments": {}}]'
+)
+ID = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+@pytest.fixture
+def long_card(card: ModelCard) -> ModelCard:
+    """Room for the plain rendering, which costs a token a byte or so here."""
+    return ModelCard(**{name: getattr(card, name) for name in card.__slots__} | {"max_model_len": 4096})
+
+
+@pytest.fixture
+def answering(long_card: ModelCard, tokenizer: HuggingFaceTokenizer) -> Any:
+    """Starts a door whose model answers a fixed text, `chunk` tokens at a time; returns its URL and coordinator."""
+    running: list[Any] = []
+
+    def start(text: str, **script: Any) -> tuple[str, ScriptedCoordinator]:
+        coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(text)[1:], **script))
+        server = http_server(build_frontend(long_card, coordinator))
+        running.append(server)
+        return server.__enter__(), coordinator
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture
+def validator(long_card: ModelCard, tokenizer: HuggingFaceTokenizer) -> Validator:
+    return Validator(long_card, tokenizer, GatewayConfig())
+
+
+def validated(validator: Validator, **fields: Any) -> Any:
+    body = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], **fields}
+    return validator.chat(parse_body(ChatCompletionRequest, body)).requests[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_a_whole_answer_has_openai_s_shape(answering: Any, chunk: int) -> None:
+    url, coordinator = answering(TWO_CALLS, chunk=chunk)
+    body = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME]}
+    [choice] = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == ""
+    first, second = choice["message"]["tool_calls"]
+    assert ID.fullmatch(first.pop("id"))
+    assert first == {"type": "function", "function": {"name": "weather", "arguments": '{"city": "P\\"a}r]is é"}'}}
+    assert second["function"] == {"name": "time", "arguments": "{}"}
+    assert second["id"] != first.get("id")
+    assert isinstance(coordinator.requests[0].grammar, ToolCallGrammar)
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_a_streamed_call_arrives_whole_in_one_delta(answering: Any, chunk: int) -> None:
+    url, _ = answering(TWO_CALLS, chunk=chunk)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        chunks = list(
+            client.chat.completions.create(
+                model="tiny",
+                messages=[USER],
+                tools=[WEATHER, TIME],
+                stream=True,  # type: ignore[call-overload]
+            )
+        )
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [(call.index, call.type, call.function.name) for call in calls] == [
+        (0, "function", "weather"),
+        (1, "function", "time"),
+    ]
+    assert all(ID.fullmatch(call.id) and json.loads(call.function.arguments) is not None for call in calls)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
+
+
+def test_mistral_s_client_reads_calls_plain_and_streamed(answering: Any) -> None:
+    url, _ = answering(TWO_CALLS)
+    with_parameters = {"type": "function", "function": {"name": "time", "parameters": {}}}
+    with Mistral(api_key="none", server_url=url) as client:
+        asked: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER, with_parameters], "tool_choice": "any"}
+        whole = client.chat.complete(**asked)
+        assert [call.function.name for call in whole.choices[0].message.tool_calls or ()] == ["weather", "time"]
+        assert whole.choices[0].finish_reason == "tool_calls"
+        with client.chat.stream(**asked) as stream:
+            deltas = [event.data.choices[0].delta for event in stream]
+        assert [call.function.name for delta in deltas for call in delta.tool_calls or ()] == ["weather", "time"]
+
+
+@pytest.mark.parametrize("text", ["It rains.", " [TOOL", "[TOOL_CALL] x", "so: [TOOL_CALLS] []"])
+def test_an_answer_that_is_no_call_is_text(answering: Any, text: str) -> None:
+    url, _ = answering(text)
+    body = {"model": "tiny", "messages": [USER], "tools": [WEATHER]}
+    [choice] = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text}
+    assert choice["finish_reason"] == "stop"
+
+
+def test_a_call_that_max_tokens_cuts_is_never_shown(answering: Any, tokenizer: HuggingFaceTokenizer) -> None:
+    url, _ = answering(TWO_CALLS)
+    max_tokens = len(tokenizer.encode(TWO_CALLS)) - 3
+    body = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], "max_tokens": max_tokens}
+    [choice] = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
+    assert choice["finish_reason"] == "length"
+
+
+def test_calls_after_a_special_token(tokenizer: HuggingFaceTokenizer) -> None:
+    reader = ToolCallReader(ToolCallGrammar((), required=False, marker_token_id=7))
+    assert reader.push(50, "I look. [TOOL_CALLS] []") == "I look. [TOOL_CALLS] []"
+    assert reader.push(7, "") == ""
+    assert reader.push(51, ' [{"name": "f", "arguments": {"a": [') == ""
+    assert reader.take() == ()
+    assert reader.push(52, '"}\\\\"]}}]') == ""
+    [call] = reader.take()
+    assert (call.name, call.arguments) == ("f", '{"a": ["}\\\\"]}')
+    assert reader.take() == ()
+    assert reader.num_calls == 1
+
+
+SCHEMA = JsonSchema(json.dumps(WEATHER["function"]["parameters"]), "tools[0].function.parameters")
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "required", "parallel"),
+    [
+        ({}, ["weather", "time"], False, True),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, ["weather", "time"], False, False),
+        ({"tool_choice": "any"}, ["weather", "time"], True, True),
+        ({"tool_choice": "required", "parallel_tool_calls": True}, ["weather", "time"], True, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, ["time"], True, False),
+        ({"tool_choice": "none"}, [], False, True),
+    ],
+)
+def test_the_choice_of_tools(
+    validator: Validator, fields: dict[str, Any], names: list[str], required: bool, parallel: bool
+) -> None:
+    grammar = validated(validator, **fields).grammar
+    assert [name for name, _ in grammar.tools] == names
+    assert (grammar.required, grammar.parallel, grammar.marker_token_id) == (required, parallel, None)
+    if "weather" in names:
+        assert grammar.tools[0][1] == SCHEMA
+
+
+def test_tools_and_a_format_of_the_answer_go_together(validator: Validator) -> None:
+    json_object = {"response_format": {"type": "json_object"}}
+    assert validated(validator, **json_object).grammar.answer.text == '{"type": "object"}'
+    assert isinstance(validated(validator, **json_object, tool_choice="none").grammar, JsonSchema)
+    assert validated(validator, tools=None).grammar is None
+    assert validated(validator, tools=[], tool_choice="auto").grammar is None
+
+
+def test_the_plain_rendering(validator: Validator, tokenizer: HuggingFaceTokenizer) -> None:
+    """The whole of it, as the README documents it."""
+    call = {
+        "id": "call_of_openai_1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+    }
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_of_openai_1", "name": "weather", "content": "rain"},
+        {"role": "user", "content": "Thanks!"},
+        {"role": "assistant", "content": "You are welcome."},
+        {"role": "user", "content": "And now?"},
+    ]
+    request = validated(validator, messages=messages, tools=[TIME])
+    [short] = set(re.findall(r'"(?:id|call_id)": "(\w{9})"', tokenizer.decode(request.prompt_token_ids)))
+    function = {"name": "time", "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools = json.dumps([{"type": "function", "function": function}])
+    assert tokenizer.decode(request.prompt_token_ids) == (
+        "<s>[INST] What is the weather in Paris? [/INST]"
+        f'[TOOL_CALLS] [{{"name": "weather", "arguments": {{"city": "Paris"}}, "id": "{short}"}}]</s>'
+        f'[INST] [TOOL_RESULTS] {{"content": "rain", "call_id": "{short}"}}[/TOOL_RESULTS]\nThanks! [/INST]'
+        "You are welcome.</s>"
+        f"[INST] [AVAILABLE_TOOLS] {tools}[/AVAILABLE_TOOLS]\n"
+        'To call tools, answer with [TOOL_CALLS] [{"name": "…", "arguments": {…}}] and nothing else.\n\n'
+        "And now? [/INST]"
+    )
+
+
+TEMPLATE_WITH_TOOLS = (
+    "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m['tool_calls'] %}"
+    "{% for c in m['tool_calls'] %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
+    "[TOOL_CALLS]{{ c.function | tojson }}{{ c.id }}{% endfor %}"
+    "{% elif m['role'] == 'tool' %}[TOOL_RESULTS]{{ m['content'] }}{{ m['tool_call_id'] }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_knows_tools_is_given_them(tmp_path: Any) -> None:
+    directory = write_tokenizer(tmp_path, chat_template=TEMPLATE_WITH_TOOLS)
+    tokenizer = HuggingFaceTokenizer(directory)
+    assert tokenizer.renders_tools
+    validator = Validator(model_card(directory, max_model_len=4096), tokenizer, GatewayConfig())
+    call = {"id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+    ]
+    text = tokenizer.decode(validated(validator, messages=messages, tools=[WEATHER]).prompt_token_ids)
+    assert json.loads(re.findall(r"\[AVAILABLE_TOOLS\] (.*)\[/AVAIL", text)[0]) == [WEATHER]
+    assert '[TOOL_CALLS]{"name": "weather", "arguments": {"city": "Paris"}}abcdefghi' in text
+    assert text.endswith("[TOOL_RESULTS]rainabcdefghi")
