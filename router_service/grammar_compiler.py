@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequest, MantaError, Overloaded
-from cluster.messages import Grammar, Request
+from cluster.messages import Grammar, Request, ToolCallGrammar
 from router_service.grammar import GrammarState, param
 from router_service.grammar_cost import begins, is_plain
 from router_service.grammar_format import schema_tags, schemas, structural_tag
@@ -96,24 +96,20 @@ class GrammarCompiler:
         return result
 
     def _compile_here(self, grammar: Grammar, plain: bool) -> CompiledGrammar | MantaError:
-        """In a thread."""
+        """In a thread. Each schema is looked at alone as well, so that an error can name it."""
+        field = param(grammar)
         try:
             if not plain:
                 self._trial.run(grammar)
+            elif isinstance(grammar, ToolCallGrammar):
+                for schema, tag in zip(schemas(grammar), schema_tags(grammar), strict=True):
+                    field = schema.param
+                    self._compile_tag(tag)
             return self._compile_tag(structural_tag(grammar))
         except MantaError as error:
             return error
         except ValueError as error:
-            return self._blame(grammar, error)
-
-    def _blame(self, grammar: Grammar, error: ValueError) -> InvalidRequest:
-        """The schema that is wrong: the first that does not compile by itself."""
-        for schema, tag in zip(schemas(grammar), schema_tags(grammar), strict=True):
-            try:
-                self._compile_tag(tag)
-            except ValueError as own:
-                return InvalidRequest(f"{schema.param}: {own}", param=schema.param)
-        return InvalidRequest(f"{param(grammar)}: {error}", param=param(grammar))
+            return InvalidRequest(f"{field}: {error}", param=field)
 
     def _compile_tag(self, tag: str) -> CompiledGrammar:
         """Raises ValueError."""

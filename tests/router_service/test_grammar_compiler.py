@@ -118,7 +118,9 @@ def test_a_wrong_tool_is_named(compiler):
             await state(compiler, ToolCallGrammar(tools=tools, required=True))
         assert raised.value.param == f"tools[{index}].function.parameters"
 
+    itself = ("d", as_schema({"$ref": "#"}, "tools[1].function.parameters"))
     asyncio.run(scenario(tools[:2], 1))
+    asyncio.run(scenario((tools[0], itself), 1))
     asyncio.run(scenario((tools[0], tools[2]), 2))
 
 
