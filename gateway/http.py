@@ -27,15 +27,33 @@ from gateway.http_guard import HttpGuard
 from gateway.http_log import HttpLog
 from gateway.logs import current_record
 from gateway.metrics import error_name
+from gateway.openapi import describe
 from gateway.page import page_response
-from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, SamplingFields, parse_body
+from gateway.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    SamplingFields,
+    parse_body,
+)
 from gateway.responses import ChatShape, ChoiceText, model_body
+from gateway.responses_api import ResponsesRequest
 from gateway.responses_door import ResponsesDoor
 from gateway.sse import DONE, EventStream, event, first_then_rest, unless_disconnected
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 from gateway.validator import Generation
 
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -55,6 +73,8 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/load", door.load, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])
+    names = [name for card in frontend.cards for name in (card.name, *card.aliases)]
+    describe(app, () if frontend.config.accept_any_model else names, BODIES)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(
         BodyBounds,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WithJsonSchema
 
 from cluster.errors import InvalidRequest
 from gateway.foreign_fields import refuse_foreign
@@ -18,7 +18,15 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Strings = Annotated[list[str], BeforeValidator(_one_or_many)]
+_STRINGS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
+_TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
+Strings = Annotated[list[str], BeforeValidator(_one_or_many), WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]})]
+Prompt = Annotated[  # checked by the validator
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, _STRINGS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}], "minItems": 1}
+    ),
+]
 
 
 class Body(BaseModel):
@@ -91,7 +99,7 @@ class ChatCompletionRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
-    prompt: Any = Field(None)  # string, list of strings, token ids, list of token ids; checked by the validator
+    prompt: Prompt = None  # string, list of strings, token ids, list of token ids
     logprobs: int | None = None
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
@@ -100,7 +108,7 @@ class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings, with Mistral's names where they differ."""
 
     model: str
-    input: Any = Field(None)  # string, list of strings, token ids, list of token ids; checked by the validator
+    input: Prompt = None  # string, list of strings, token ids, list of token ids
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     output_dimension: int | None = None  # Mistral's name
