@@ -19,6 +19,7 @@ from gateway.caller import ANONYMOUS
 from gateway.choice import Usage
 from gateway.embeddings import EmbeddingJob
 from gateway.frontend import Frontend
+from gateway.grpc_chat import chat_fields
 from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
 from gateway.grpc_guard import pass_guard
 from gateway.grpc_health import HealthRpcs
@@ -94,8 +95,8 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         top = document.pop("logprobs", None)
         if top is not None:
             document |= {"logprobs": True, "top_logprobs": top}
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        body = parse_body(ChatCompletionRequest, {"model": request.model, "messages": messages, **document})
+        document |= {"model": request.model, **chat_fields(request)}
+        body = parse_body(ChatCompletionRequest, document)
         return await self.frontend.chat(body, timeout_s)
 
     async def _generate(self, request: chat_pb2.GenerateRequest, timeout_s: float | None) -> Generation:
@@ -149,10 +150,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                 choices[delta.index].add(delta)
         return response_type(
             **head(generation),
-            choices=[
-                choice(i, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason)
-                for i, whole in enumerate(choices)
-            ],
+            choices=[choice(i, whole) for i, whole in enumerate(choices)],
             usage=usage_message(usage),
         )
 
@@ -186,7 +184,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                     running -= delta.finish_reason is not None
                     yield chat_pb2.Chunk(
                         **head(generation),
-                        choice=choice(delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason),
+                        choice=choice(delta.index, delta),
                         usage=None if running else usage_message(usage),
                     )
             record.status = "OK"

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from gateway import chat_pb2
-from gateway.choice import Usage
+from gateway.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob
+from gateway.grpc_chat import call_messages
+from gateway.responses import ChoiceText
 from gateway.validator import Generation
 
 FINISH = {
     None: chat_pb2.FINISH_REASON_UNSPECIFIED,
     "stop": chat_pb2.FINISH_REASON_STOP,
     "length": chat_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": chat_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -41,21 +44,22 @@ def head(job: Generation | EmbeddingJob) -> dict[str, Any]:
     return {"id": job.id, "model": job.card.name, "created": job.created}
 
 
-def choice(index: int, text: str, token_ids: Any, logprobs: Any, finish_reason: Any) -> chat_pb2.Choice:
+def choice(index: int, piece: ChoiceText | Delta) -> chat_pb2.Choice:
     """One choice, whole or a piece of it."""
     return chat_pb2.Choice(
         index=index,
-        text=text,
-        token_ids=token_ids,
+        text=piece.text,
+        token_ids=piece.token_ids,
         logprobs=[
             chat_pb2.TokenLogprob(
                 token_id=token_id,
                 logprob=at.token_logprob,
                 top=[chat_pb2.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in at.top],
             )
-            for token_id, at in zip(token_ids, logprobs or (), strict=False)
+            for token_id, at in zip(piece.token_ids, piece.logprobs or (), strict=False)
         ],
-        finish_reason=FINISH[finish_reason],
+        finish_reason=FINISH[piece.finish_reason],
+        tool_calls=call_messages(piece.tool_calls),
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from grpc_tools import protoc
 import gateway
 from cluster.config import GatewayConfig
 from cluster.errors import EngineDead, Overloaded
-from cluster.messages import ModelCard
+from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway import chat_pb2, chat_pb2_grpc
 from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
@@ -197,6 +199,40 @@ def test_models_and_health(card: ModelCard, coordinator: ScriptedCoordinator) ->
         with pytest.raises(grpc.RpcError) as unknown:
             health.Check(check(service="absent"))
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+
+
+def test_tools_and_formats_mean_what_they_mean_over_http(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    text = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]'
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(text)[1:]))
+    schema = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+    call = chat_pb2.ToolCall(id="abcdefghi", name="weather", arguments="{}")
+    request = chat_pb2.ChatRequest(
+        model="tiny",
+        messages=[
+            *USER,
+            chat_pb2.Message(role="assistant", tool_calls=[call]),
+            chat_pb2.Message(role="tool", content="rain", tool_call_id="abcdefghi"),
+        ],
+        tools=[chat_pb2.Tool(name="weather", parameters=schema), chat_pb2.Tool(name="time")],
+        tool_choice="weather",
+    )
+    with grpc_server(build_frontend(replace(card, max_model_len=4096), coordinator)) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)
+        [choice] = stub.Chat(request).choices
+        assert (choice.text, choice.finish_reason) == ("", chat_pb2.FINISH_REASON_TOOL_CALLS)
+        assert [(call.name, call.arguments) for call in choice.tool_calls] == [("weather", '{"city": "Paris"}')]
+        grammar = coordinator.requests[0].grammar
+        assert isinstance(grammar, ToolCallGrammar)
+        assert [(name, json.loads(one.text)) for name, one in grammar.tools] == [("weather", json.loads(schema))]
+        assert grammar.required
+        streamed = [call.name for chunk in stub.ChatStream(request) for call in chunk.choice.tool_calls]
+        assert streamed == ["weather"]
+        response_format = chat_pb2.ResponseFormat(type="json_schema", json_schema=schema)
+        stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER, response_format=response_format))
+        assert isinstance(coordinator.requests[-1].grammar, JsonSchema)
+        wrong = chat_pb2.ChatRequest(model="tiny", messages=USER, tools=[chat_pb2.Tool(name="f", parameters="[")])
+        with pytest.raises(grpc.RpcError, match=r"tools\[0\].function.parameters"):
+            stub.Chat(wrong)
 
 
 def test_the_generated_files_are_those_of_the_proto(tmp_path: Path) -> None:

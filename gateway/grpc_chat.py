@@ -1,0 +1,67 @@
+"""Tools, calls and formats of chat.proto under the HTTP bodies' names. Knows fields; bounds are the validator's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cluster.errors import InvalidRequest
+from gateway import chat_pb2
+from gateway.http_body import parse_object
+from gateway.tools_reader import ToolCall
+
+_CHOICES = ("none", "auto", "any", "required")
+
+
+def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
+    """Messages, tools and format; only what is set. Raises InvalidRequest for what is no JSON."""
+    fields: dict[str, Any] = {"messages": [_message(message) for message in request.messages]}
+    if request.tools:
+        fields["tools"] = [_tool(tool, f"tools[{i}].function.parameters") for i, tool in enumerate(request.tools)]
+    if request.tool_choice in _CHOICES:
+        fields["tool_choice"] = request.tool_choice
+    elif request.tool_choice:
+        fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
+    if request.HasField("parallel_tool_calls"):
+        fields["parallel_tool_calls"] = request.parallel_tool_calls
+    if request.HasField("response_format"):
+        fields["response_format"] = _format(request.response_format)
+    return fields
+
+
+def call_messages(calls: Iterable[ToolCall]) -> list[chat_pb2.ToolCall]:
+    """The calls of an answer."""
+    return [chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
+
+
+def _message(message: chat_pb2.Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
+
+
+def _tool(tool: chat_pb2.Tool, path: str) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    if tool.parameters:
+        function["parameters"] = _schema(tool.parameters, path)
+    return {"type": "function", "function": function}
+
+
+def _format(response_format: chat_pb2.ResponseFormat) -> dict[str, Any]:
+    fields: dict[str, Any] = {"type": response_format.type}
+    if response_format.json_schema:
+        schema = _schema(response_format.json_schema, "response_format.json_schema.schema")
+        fields["json_schema"] = {"schema": schema}
+    return fields
+
+
+def _schema(text: str, path: str) -> dict[str, Any]:
+    try:
+        return parse_object(text.encode())
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{path}: expected a JSON Schema, an object: {error.message}", param=path) from None
