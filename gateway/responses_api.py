@@ -1,4 +1,4 @@
-"""OpenAI's Responses API over a chat: its body, its answer and its events. Text only; nothing is stored.
+"""OpenAI's Responses API over a chat: its body, its answer and its events. Text, free or as JSON; nothing is stored.
 
 Knows shapes; knows nothing of HTTP. One answer has one output item, a message with one part:
 
@@ -31,9 +31,19 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
-    "text": ({}, {"format": {"type": "text"}}),
 }
-_RENAMED = {"max_completion_tokens": "max_output_tokens", "messages": "input"}
+_RENAMED = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
+
+
+class TextOptions(Body):
+    """How the text is constrained: `{"type": "json_schema", "name": …, "schema": {…}}`, or type json_object or text."""
+
+    format: dict[str, Any] | None = None
 
 
 class ResponsesRequest(Body):
@@ -46,11 +56,12 @@ class ResponsesRequest(Body):
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
+    text: TextOptions | None = None
     metadata: dict[str, str] | None = None
 
 
 def parse_responses_body(document: Json) -> tuple[ResponsesRequest, ChatCompletionRequest]:
-    """The typed body, and the chat that it asks for. Raises InvalidRequest, which names the field."""
+    """The typed body, and the chat that it asks for. Raises InvalidRequest; `renamed` gives it the client's field."""
     for name, harmless in _REFUSED.items():
         value = document.get(name)
         if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
@@ -62,11 +73,9 @@ def parse_responses_body(document: Json) -> tuple[ResponsesRequest, ChatCompleti
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "response_format": _response_format(body),
     }
-    try:
-        return body, parse_body(ChatCompletionRequest, chat)
-    except InvalidRequest as error:
-        raise renamed(error) from None
+    return body, parse_body(ChatCompletionRequest, chat)
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:
@@ -105,7 +114,7 @@ class ResponsesShape:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_p": sampling.top_p,
@@ -167,6 +176,14 @@ class ResponsesShape:
 
 def _part(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _response_format(body: ResponsesRequest) -> Json | None:
+    """As a chat has it: what describes a schema is one level deeper there."""
+    given = body.text.format if body.text else None
+    if given is None or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
 def _messages(body: ResponsesRequest) -> list[Json]:

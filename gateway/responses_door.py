@@ -25,11 +25,15 @@ class ResponsesDoor:
         self._frontend = frontend
 
     async def create(self, request: HttpRequest) -> Response:
-        body, chat = parse_responses_body(await read_object(request, self._frontend.config.max_body_bytes))
+        """An error names the field as this API has it."""
         try:
-            generation = await self._frontend.chat(chat)
+            return await self._create(request)
         except InvalidRequest as error:
             raise renamed(error) from None
+
+    async def _create(self, request: HttpRequest) -> Response:
+        body, chat = parse_responses_body(await read_object(request, self._frontend.config.max_body_bytes))
+        generation = await self._frontend.chat(chat)
         request.state.request_id = generation.id
         shape = ResponsesShape(generation, body)
         if not body.stream:

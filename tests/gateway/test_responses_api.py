@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import openai
 import pytest
 
 from cluster.errors import Unavailable
-from cluster.messages import ModelCard
+from cluster.messages import JsonSchema, ModelCard
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import (
     ScriptedCoordinator,
@@ -86,6 +87,18 @@ def test_every_shape_of_input_is_the_same_conversation(
     assert len({request.prompt_token_ids for request in server[1].requests}) == 1
 
 
+def test_a_schema_reaches_the_coordinator(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    wanted: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
+    answer = client.responses.create(model="tiny", input="Hello", text=wanted)
+    grammar = server[1].requests[-1].grammar
+    assert isinstance(grammar, JsonSchema)
+    assert json.loads(grammar.text)["required"] == ["n"]
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert answer.text.format.type == "json_schema"
+
+
 def test_at_max_output_tokens_it_is_incomplete(client: openai.OpenAI) -> None:
     cut = client.responses.create(model="tiny", input="Hello", max_output_tokens=3)
     assert cut.status == "incomplete"
@@ -121,7 +134,9 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"truncation": "auto"}, "truncation"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": "json"}, "text"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
     ],
 )
