@@ -6,15 +6,20 @@
 Whatever does not go that way (a shard that died, drains, fails or stalls, more rows than a socket holds) is settled by
 `_settle`: it polls all groups of the flight at once, asks other replicas, dials again, until the dispatch's deadline.
 An answer counts only with the request id, epoch and attempt that were asked for.
+
+Where a group has several replicas, many rows are split over them, and a replica that takes far longer than usual is
+hedged: another one is asked for the same rows, and the first answer counts.
 """
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from socket import MSG_DONTWAIT
 
 import torch
@@ -25,23 +30,30 @@ from cluster.metrics import PowerOfTwoBuckets
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
 from experts_service.lane_link import Ask, Link, LinkLost
+from experts_service.replica_load import ReplicaLoads
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
 MAX_ATTEMPTS = 200  # of one group in one dispatch; its deadline comes first unless shards fail at once
 MAX_ERRORS = 3  # of the maths itself: the same rows would fail everywhere
 TRIES_PER_TIMEOUT = 3  # a shard that is silent for this part of the timeout is suspected, if there is another
+SPLIT_ROWS = 64  # fewest rows of a group that are worth a replica of their own: each reads the weights again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between attempts, when there is no other replica to ask
 
 
 @dataclass(slots=True)
 class _Group:
-    """The rows of one group in one dispatch."""
+    """The rows of one group in one dispatch, or of a part of it that one replica is to run."""
 
     part: GroupRows
     rows: memoryview  # [R, D] as bytes
     ask: Ask
     sent_at: float
+    is_timed: bool = False  # whether its replica is one of several, whose speeds are compared
+    hedge_at: float = 0.0  # when another replica is asked as well; 0: not, or not again
+    hedge: Ask | None = None  # the second one's, into memory of its own
+    hedge_id: str = ""  # the second one
+    hedged_at: float = 0.0
     replica_id: str = ""
     epoch: int = 0
     attempt: int = 0
@@ -71,8 +83,9 @@ class LaneTransport:
         self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
         self._epoch = -1
-        self._turn = 0
+        self._replicated = False  # whether any group has several replicas
         self._next_id = 0
+        self.loads = ReplicaLoads()
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         now = time.monotonic()
@@ -82,6 +95,10 @@ class LaneTransport:
         row_bytes = flight.row_bytes
         memory = flight.memory(parts[0].answers)  # [N, D] as bytes
         host = _on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
+        if self._epoch != self.table.epoch:
+            self._look_at_table()
+        if self._replicated and any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
+            parts = [piece for part in parts for piece in split(part, len(self._routes[part.group]))]
         for part in parts:
             count = len(part.row_indices)
             data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
@@ -97,14 +114,50 @@ class LaneTransport:
         """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
         if self._epoch != self.table.epoch:
             self._look_at_table()
-        ask, part = group.ask, group.part
-        replicas = self._routes[part.group]
+        ask, replicas = group.ask, self._routes[group.part.group]
         if not replicas:
             ask.failed = group.reason
             return
-        self._turn += 1
-        replica = replicas[self._turn % len(replicas)]
+        replica = replicas[0]
+        group.is_timed = len(replicas) > 1
+        group.hedge_at = 0.0
+        if group.is_timed:
+            num_rows = len(group.part.row_indices)
+            replica = self.loads.choose(replicas, self._owed)
+            group.hedge_at = group.sent_at + self.loads.patience_s(group.part.group, num_rows)
         group.replica_id, group.epoch = replica.replica_id, self._epoch
+        self._ask(flight, group, ask, replica, remaining_s)
+
+    def hedge(self, flight: _LaneFlight, group: _Group, remaining_s: float, now: float) -> None:
+        """Ask a second replica for the same rows, if there is one."""
+        group.hedge_at = 0.0
+        others = [r for r in self._routes[group.part.group] if r.replica_id != group.replica_id and not r.suspected]
+        if not others:
+            return
+        replica = min(others, key=lambda other: self._owed(other.replica_id))
+        self._next_id += 1
+        group.hedge = Ask(self._next_id, memoryview(bytearray(len(group.ask.memory))))
+        group.hedge_id, group.hedged_at = replica.replica_id, now
+        self.loads.hedged()
+        self._ask(flight, group, group.hedge, replica, remaining_s)
+
+    def answered(self, group: _Group, now: float) -> None:
+        """Learn from an answer how fast the replicas of its group are; nobody waits for the other answer any more."""
+        part, hedge = group.part, group.hedge
+        loads, num_rows = self.loads, len(part.row_indices)
+        if hedge is None:
+            loads.answered(group.replica_id, part.group, num_rows, now - group.sent_at)
+            return
+        loads.answered(group.replica_id, part.group, num_rows, now - group.sent_at, beaten=hedge.done)
+        if hedge.done:
+            loads.answered(group.hedge_id, part.group, num_rows, now - group.hedged_at)
+        elif hedge.link is not None:
+            hedge.link.forget(hedge)
+        group.hedge = None
+
+    def _ask(self, flight: _LaneFlight, group: _Group, ask: Ask, replica: Replica, remaining_s: float) -> None:
+        """Send the rows to one replica. Leaves the reason in `ask.failed` when that did not even start."""
+        part = group.part
         group.attempt += 1
         form = self._forms.get(len(part.counts)) or self._form(len(part.counts))
         head = form.pack(
@@ -119,6 +172,16 @@ class LaneTransport:
             link.send(ask, head, group.rows)
         except LinkLost as lost:
             ask.failed = str(lost)
+
+    def _owed(self, replica_id: str) -> int:
+        """Dispatches that a replica has not answered, also those that nobody waits for any more."""
+        link = self._links.get(replica_id)
+        if link is None or link.lost:
+            return 0
+        if link.forgotten:
+            with suppress(LinkLost):
+                link.skip_forgotten()
+        return len(link.outstanding) + len(link.forgotten)
 
     def reaches(self, group: int) -> bool:
         """Whether a replica of the group has a lane to us, dialled now if need be.
@@ -161,6 +224,8 @@ class LaneTransport:
             replicas = self.table.replicas(deployment)
             known.update(r.replica_id for r in replicas)
             self._routes[group] = tuple(r for r in replicas if not r.suspected) or replicas
+        self._replicated = any(len(replicas) > 1 for replicas in self._routes.values())
+        self.loads.forget(known)
         for replica_id in [r for r in self._links if r not in known and not self._links[r].outstanding]:
             self._links.pop(replica_id).close()
         self._epoch = epoch
@@ -194,7 +259,7 @@ class _LaneFlight:
                 ask = group.ask
                 while not ask.done:
                     link = ask.link
-                    if ask.failed or link is None or link.has_unsent:
+                    if ask.failed or link is None or link.has_unsent or group.is_timed:
                         self._settle()
                         break
                     link.receive(ask)
@@ -210,8 +275,9 @@ class _LaneFlight:
 
     def __del__(self) -> None:
         for group in self.groups:
-            if not group.ask.done and group.ask.link is not None:
-                group.ask.link.forget(group.ask)
+            for ask in (group.ask, group.hedge):
+                if ask is not None and not ask.done and ask.link is not None:
+                    ask.link.forget(ask)
 
     def _settle(self) -> None:
         """Go on until every group has answered. Raises ExpertUnavailable at the deadline."""
@@ -221,15 +287,17 @@ class _LaneFlight:
                 raise self._unavailable(waiting[0])
             for group in waiting:
                 self._look_after(group, now)
-            self._poll([group for group in waiting if not group.ask.failed])
+            self._poll(waiting)
         for group in self.groups:
-            if group.attempt > 1:
+            if group.attempt > 1 and group.hedge_id == "":
                 self._transport.table.trust(self._transport.deployments[group.part.group], group.replica_id)
 
     def _look_after(self, group: _Group, now: float) -> None:
         """Ask again where an attempt has failed, or where a replica is silent for too long and there is another."""
         transport, ask = self._transport, group.ask
         if not ask.failed:
+            if group.hedge_at and now >= group.hedge_at:
+                transport.hedge(self, group, self._deadline - now, now)
             silent = now - group.sent_at > transport.timeout_s / TRIES_PER_TIMEOUT
             if not (silent and transport.others(group)):
                 return
@@ -252,29 +320,40 @@ class _LaneFlight:
         """Wait for any of these, or for the next retry, and read and write what is possible."""
         now = time.monotonic()
         due = [self._deadline, now + LONGEST_PAUSE_S]
-        due += [g.retry_at for g in self.groups if not g.ask.done and g.retry_at]
+        due += [at for g in self.groups if not g.ask.done for at in (g.retry_at, g.hedge_at) if at]
         timeout_s = max(0.0, min(due) - now)
         poll = select.poll()
-        by_descriptor: dict[int, _Group] = {}
+        by_descriptor: dict[int, list[tuple[_Group, Ask]]] = {}
         for group in waiting:
-            link = group.ask.link
-            if link is None or link.lost:
-                continue
-            by_descriptor[link.channel.fileno()] = group
-            poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.has_unsent else 0))
+            for ask in (group.ask, group.hedge):
+                link = ask.link if ask is not None else None
+                if ask is None or ask.failed or link is None or link.lost:
+                    continue
+                by_descriptor.setdefault(link.channel.fileno(), []).append((group, ask))
+                poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.has_unsent else 0))
         if not by_descriptor:
             self._transport.table.wait_for_change(self._transport.table.epoch, timeout_s)
             return
-        for descriptor, _ in poll.poll(timeout_s * 1000):
-            ask = by_descriptor[descriptor].ask
-            link = ask.link
-            assert link is not None
-            try:
-                link.flush()
-                while not (ask.done or ask.failed):
-                    link.receive(ask, MSG_DONTWAIT)
-            except (BlockingIOError, LinkLost):
-                continue
+        for descriptor, _ in poll.poll(math.ceil(timeout_s * 1000)):
+            for group, ask in by_descriptor[descriptor]:
+                self._read(group, ask)
+
+    def _read(self, group: _Group, ask: Ask) -> None:
+        """Write and read what one connection is ready for."""
+        link = ask.link
+        if group.ask.done or link is None:
+            return
+        with suppress(BlockingIOError, LinkLost):
+            link.flush()
+            while not (ask.done or ask.failed):
+                link.receive(ask, MSG_DONTWAIT)
+        if ask is group.hedge and ask.done and not group.ask.done:
+            group.ask.memory[:] = ask.memory
+            group.ask.done = True
+            if group.ask.link is not None:
+                group.ask.link.forget(group.ask)
+        if group.ask.done and group.is_timed:
+            self._transport.answered(group, time.monotonic())
 
     def _unavailable(self, group: _Group) -> ExpertUnavailable:
         return ExpertUnavailable(
@@ -282,6 +361,26 @@ class _LaneFlight:
             f"{self._transport.timeout_s:g} s ({group.ask.failed or group.reason})",
             group=group.part.group,
         )
+
+
+def split(part: GroupRows, num_replicas: int) -> list[GroupRows]:
+    """The same rows in pieces of about equal size, at least SPLIT_ROWS each, and at most one for each replica."""
+    num_rows = len(part.row_indices)
+    pieces = min(num_replicas, num_rows // SPLIT_ROWS)
+    if pieces < 2:
+        return [part]
+    ends = [0, *accumulate(part.counts)]  # where each expert's rows end
+    cuts = [num_rows * i // pieces for i in range(pieces + 1)]
+    return [
+        GroupRows(
+            part.group,
+            part.row_indices[start:end],
+            tuple(max(0, min(end, last) - max(start, first)) for first, last in pairwise(ends)),
+            part.answers,
+            part.start + start,
+        )
+        for start, end in pairwise(cuts)
+    ]
 
 
 def _on_host(rows: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from struct import pack
 
@@ -47,6 +48,7 @@ class Link:
         self.channel = channel
         self.lost = False
         self.outstanding: dict[int, Ask] = {}  # by request id
+        self.forgotten: set[int] = set()  # request ids whose answers nobody waits for, and that have not come
         self._unsent: deque[memoryview] = deque()
         self._head = bytearray(HEAD_BYTES)
         self._filled = 0  # bytes of it
@@ -131,13 +133,22 @@ class Link:
 
     def forget(self, ask: Ask) -> None:
         """Its answer, should it come, is nobody's."""
-        self.outstanding.pop(ask.request_id, None)
+        if self.outstanding.pop(ask.request_id, None) is not None:
+            self.forgotten.add(ask.request_id)
         if self._owner is ask:
             self._owner = None
             self._target = memoryview(bytearray(len(self._target)))
 
+    def skip_forgotten(self) -> None:
+        """Read the answers that nobody waits for, as far as they have come. Raises LinkLost."""
+        nobody = Ask(0, memoryview(bytearray(0)))
+        with suppress(BlockingIOError):
+            while self.forgotten:
+                self.receive(nobody, socket.MSG_DONTWAIT)
+
     def close(self) -> None:
         self.lost = True
+        self.forgotten.clear()
         self.channel.close()
         self.outstanding.clear()
         self._unsent.clear()
@@ -167,6 +178,7 @@ class Link:
         self._present = self._owner = None
         self._filled = 0
         if owner is None:
+            self.forgotten.discard(present.request_id)
             return
         del self.outstanding[owner.request_id]
         if present.kind == ANSWER:

@@ -117,6 +117,17 @@ def test_a_killed_process_costs_no_stream_a_token(replicated, undisturbed, victi
     kill_one(replicated, undisturbed, victim)
 
 
+def test_a_stopped_shard_delays_no_stream(replicated, undisturbed):
+    """It neither answers nor closes its connections, so nothing but its silence tells."""
+    [stopped, *_] = processes(replicated, "ray::ExpertShard")
+    try:
+        seen = asyncio.run(streams(replicated, stopped.suspend))
+    finally:
+        stopped.resume()
+    check_equal(seen, undisturbed)
+    assert max(stream.longest_gap_s for stream in seen) < 10, "promised within a second"
+
+
 def test_streams_wait_for_shards_that_are_all_gone(replicated, undisturbed):
     """No copy of any group is left: the steps are held while Ray restarts the shards and they load."""
     shards = processes(replicated, "ray::ExpertShard")

@@ -1,0 +1,93 @@
+"""Which replica of a group to ask, and when to ask another one as well. Plain numbers; knows no sockets and no rows.
+
+Replicas are asked in turn, those that still owe answers later, and a straggler last: one that takes clearly longer than
+is usual for so many rows in its group. Now and then it is asked again, to see whether it has recovered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from experts_service.routing_table import Replica
+
+WINDOW, FEWEST = 128, 16  # dispatches that say what is usual; fewer say nothing
+RECENT = 0.3  # weight of the latest dispatch in a replica's slowness
+CLEARLY, SLOWEST = 2.0, 20.0  # slowness below which all are alike, and at which it is cut
+NOISE_S = 0.002  # a difference of less is the machine's, whatever is usual
+PROBE_EVERY = 64  # choices, of which one goes to the replica that was asked longest ago
+HEDGE_AFTER, SHORTEST_S = 3.0, 0.005  # times the 95th percentile, and never sooner
+BUDGET, BURST = 0.05, 10.0  # hedges a dispatch in the long run, and at once
+
+
+class _Usual:
+    """How long dispatches of one size take in one group."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._fresh = 0
+        self.median_s = self.p95_s = 0.0  # 0: not known yet
+
+    def add(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+        self._fresh += 1
+        if self._fresh >= FEWEST:
+            self._fresh = 0
+            ranked = sorted(self._seconds)
+            self.median_s, self.p95_s = ranked[len(ranked) // 2], ranked[int(0.95 * (len(ranked) - 1))]
+
+
+class ReplicaLoads:
+    """What one coordinator knows of the replicas that it asks. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._usual: dict[tuple[int, int], _Usual] = {}  # by group, and size to a power of two
+        self._slowness: dict[str, float] = {}  # by replica id; 1: as usual
+        self._asked: dict[str, int] = {}  # the turn at which it was last asked
+        self._turn = 0
+        self._budget = BURST
+        self.hedges = 0  # since the start
+
+    def choose(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
+        """The best of `replicas`; `owed(replica_id)` are the dispatches that it has not answered."""
+        self._turn += 1
+        in_turn = sorted(replicas, key=lambda replica: self._asked.get(replica.replica_id, 0))
+        chosen = in_turn[0]
+        if self._turn % PROBE_EVERY or owed(chosen.replica_id):
+            chosen = min(in_turn, key=lambda replica: (1 + owed(replica.replica_id)) * self._penalty(replica))
+        self._asked[chosen.replica_id] = self._turn
+        return chosen
+
+    def _penalty(self, replica: Replica) -> float:
+        slowness = self._slowness.get(replica.replica_id, 1.0)
+        return slowness if slowness > CLEARLY else 1.0
+
+    def answered(self, replica: str, group: int, rows: int, seconds: float, *, beaten: bool = False) -> None:
+        """A replica took so long; or longer, when it was `beaten` by the one that was asked after it."""
+        usual = self._usual.get((group, rows.bit_length()))
+        if usual is None:
+            usual = self._usual[group, rows.bit_length()] = _Usual()
+        if usual.median_s:
+            slowness = min(SLOWEST, seconds / max(usual.median_s, NOISE_S))
+            self._slowness[replica] = (1 - RECENT) * self._slowness.get(replica, 1.0) + RECENT * slowness
+        if not beaten:
+            usual.add(seconds)
+        self._budget = min(BURST, self._budget + BUDGET)
+
+    def patience_s(self, group: int, rows: int) -> float:
+        """After how long to ask a second replica; infinite while nothing is known, or the budget is spent."""
+        usual = self._usual.get((group, rows.bit_length()))
+        if usual is None or not usual.p95_s or self._budget < 1.0:
+            return float("inf")
+        return max(SHORTEST_S, HEDGE_AFTER * usual.p95_s)
+
+    def hedged(self) -> None:
+        """A second replica was asked."""
+        self.hedges += 1
+        self._budget -= 1.0
+
+    def forget(self, known: set[str]) -> None:
+        """Drop what is known of replicas that left."""
+        for table in (self._slowness, self._asked):
+            for replica_id in [r for r in table if r not in known]:
+                del table[replica_id]

@@ -1,0 +1,54 @@
+"""The choice among replicas as plain numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from experts_service.replica_load import BUDGET, BURST, FEWEST, ReplicaLoads
+from experts_service.routing_table import Replica
+
+REPLICAS = [Replica(name, name, "test", 0, "f") for name in "abc"]
+
+
+def ask(loads: ReplicaLoads, seconds: dict[str, float], times: int) -> Counter[str]:
+    asked: Counter[str] = Counter()
+    for _ in range(times):
+        chosen = loads.choose(REPLICAS, lambda _: 0).replica_id
+        loads.answered(chosen, 0, 8, seconds[chosen])
+        asked[chosen] += 1
+    return asked
+
+
+def test_equal_replicas_are_asked_in_turn() -> None:
+    asked = ask(ReplicaLoads(), {"a": 0.010, "b": 0.011, "c": 0.012}, 300)
+    assert all(95 <= count <= 105 for count in asked.values()), asked
+
+
+def test_a_replica_that_owes_answers_is_asked_after_the_others() -> None:
+    loads = ReplicaLoads()
+    assert all(loads.choose(REPLICAS, {"a": 2, "b": 0, "c": 1}.get).replica_id == "b" for _ in range(63))
+
+
+def test_a_straggler_is_asked_rarely_and_returns_when_it_has_recovered() -> None:
+    loads = ReplicaLoads()
+    fast = dict.fromkeys("abc", 0.010)
+    ask(loads, fast, 60)
+    ask(loads, fast | {"a": 0.2}, 60)
+    assert 0 < ask(loads, fast | {"a": 0.2}, 640)["a"] < 20
+    ask(loads, fast, 640)
+    assert ask(loads, fast, 300)["a"] > 90
+
+
+def test_hedges_wait_for_what_is_usual_and_have_a_budget() -> None:
+    loads = ReplicaLoads()
+    assert loads.patience_s(0, 8) == float("inf")
+    for _ in range(FEWEST):
+        loads.answered("a", 0, 8, 0.1)
+    assert 0.3 <= loads.patience_s(0, 8) < 0.31
+    assert loads.patience_s(0, 64) == float("inf"), "dispatches of another size say nothing of these"
+    for _ in range(int(BURST)):
+        loads.hedged()
+    assert loads.patience_s(0, 8) == float("inf")
+    for _ in range(int(1 / BUDGET) + 1):
+        loads.answered("a", 0, 8, 0.1)
+    assert loads.patience_s(0, 8) < 1
