@@ -46,7 +46,7 @@ class JsonSchema:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallGrammar:
-    """Calls of tools: a marker, then ` [{"name": "f", "arguments": {…}}, …]` on one line."""
+    """Calls of tools: a marker, a space or none, then `[{"name": "f", "arguments": {…}}, …]` on one line."""
 
     tools: tuple[
         tuple[str, JsonSchema], ...

@@ -35,7 +35,13 @@ class _Call:
 
 def read_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """The messages as templates expect them. Raises InvalidRequest with the path of what is wrong."""
-    return [_read(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    chat = [_read(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    names: dict[str, str] = {}  # of the functions called, by id: some templates want them beside the results too
+    for message in chat:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and message["tool_call_id"] in names:
+            message.setdefault("name", names[message["tool_call_id"]])
+    return chat
 
 
 def speaks_of_tools(chat: Sequence[ChatMessage]) -> bool:

@@ -94,7 +94,8 @@ def _calls(grammar: ToolCallGrammar) -> Format:
         "at_least_one": True,
         "stop_after_first": not grammar.parallel,
     }
-    return {"type": "tag", "begin": " [", "content": content, "end": "]"}
+    listed = {"type": "tag", "begin": "[", "content": content, "end": "]"}
+    return {"type": "sequence", "elements": [{"type": "regex", "pattern": " ?"}, listed]}  # Tekken's models write none
 
 
 def _text(grammar: ToolCallGrammar) -> Format:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx
+import mistral_common
 import openai
 import pytest
 from mistralai.client import Mistral
@@ -14,7 +17,7 @@ from mistralai.client import Mistral
 from cluster.config import GatewayConfig
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway.protocol import ChatCompletionRequest, parse_body
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer
 from gateway.tools_reader import ToolCallReader
 from gateway.validator import Validator
 from tests.gateway.doubles import (
@@ -244,3 +247,31 @@ def test_a_template_that_knows_tools_is_given_them(tmp_path: Any) -> None:
     assert json.loads(re.findall(r"\[AVAILABLE_TOOLS\] (.*)\[/AVAIL", text)[0]) == [WEATHER]
     assert '[TOOL_CALLS]{"name": "weather", "arguments": {"city": "Paris"}}abcdefghi' in text
     assert text.endswith("[TOOL_RESULTS]rainabcdefghi")
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("mistral_instruct_tokenizer_240216.model.v2", '[TOOL_RESULTS] [{"name": "weather", "content": "rain"}]'),
+        ("mistral_instruct_tokenizer_240323.model.v3", '[TOOL_RESULTS] {"content": "rain", "call_id": "abcdefghi"}'),
+        ("tekken_240718.json", '[TOOL_RESULTS]{"content": "rain", "call_id": "abcdefghi"}'),
+    ],
+)
+def test_mistral_s_own_tokenizers_render_tools(tmp_path: Any, file: str, expected: str) -> None:
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / file, tmp_path)
+    tokenizer = MistralTokenizer(tmp_path)
+    card = model_card(tmp_path, layout="mistral", max_model_len=4096, vocab_size=tokenizer.vocab_size)
+    call = {"id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+    ]
+    request = validated(Validator(card, tokenizer, GatewayConfig()), messages=messages, tools=[WEATHER])
+    text = "".join(tokenizer._raw.id_to_piece(i) for i in request.prompt_token_ids).replace("▁", " ")
+    assert "[AVAILABLE_TOOLS]" in text
+    assert '{"name": "weather", "arguments": {"city": "Paris"}' in text
+    assert text.endswith(f"{expected}[/TOOL_RESULTS]")
+    marker = request.grammar.marker_token_id
+    assert tokenizer._raw.id_to_piece(marker) == "[TOOL_CALLS]"
+    assert marker in request.prompt_token_ids

@@ -64,7 +64,7 @@ def test_an_answer_within_a_schema_parses_and_validates(bench, tokenizer, name, 
 
 def calls_of(text):
     """What stands after the marker, as (name, arguments)."""
-    match = re.fullmatch(r"\[TOOL_CALLS\] (\[.*\])", text, re.DOTALL)
+    match = re.fullmatch(r"\[TOOL_CALLS\] ?(\[.*\])", text, re.DOTALL)
     assert match, text
     return [(call["name"], call["arguments"]) for call in json.loads(match[1])]
 
