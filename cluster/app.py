@@ -217,6 +217,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         num_replicas=config.num_coordinators,
         gpus=plan.gpus_per_coordinator,
         openmp_spin_count=engine.openmp_spin_count,
+        otlp_endpoint=gateway.otlp_endpoint,
         request_timeout_s=gateway.request_timeout_s,
         # The engine's own bound is what refuses; Serve's only has to be beyond it.
         max_ongoing_requests=engine.max_num_seqs + 8 * engine.max_waiting + 1000,

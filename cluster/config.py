@@ -123,6 +123,7 @@ class GatewayConfig(_Frozen):
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_embedding_inputs: int = Field(256, ge=1)  # of one request
     max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
+    otlp_endpoint: str | None = None  # a collector's base URL, http://collector:4318; None: no traces
     log_format: Literal["text", "json"] = "text"  # one line per request, in the replica's standard output
     accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
     cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser, https://app.example; "*": any

@@ -75,6 +75,7 @@ class Request:
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
+    traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced
 
     @property
     def key(self) -> tuple[str, int]:

@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from cluster.fairness import is_refused
 from cluster.messages import Kind, ModelCard, TokenChunk
+from cluster.traces import Span, Traces
 from gateway import resumption
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
@@ -26,7 +27,7 @@ from gateway.embeddings import EmbeddingJob, EmbeddingValidator, Vector, vectors
 from gateway.guard import Guard
 from gateway.health import Health
 from gateway.limits import Limiter
-from gateway.logs import current_record
+from gateway.logs import RequestRecord, current_record
 from gateway.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.metrics_page import MetricsPage
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
@@ -60,10 +61,11 @@ class Frontend:
         health: Health,
         metrics: GatewayMetrics | None = None,
         metrics_page: MetricsPage | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """`tokenizers` and `coordinators` are keyed by the model's name.
 
-        Without `metrics_page`, /metrics shows this process only.
+        Without `metrics_page`, /metrics shows this process only; without `traces` there are none.
         """
         self.config = config
         self.health = health
@@ -72,6 +74,7 @@ class Frontend:
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
+        self._traces = traces or Traces("manta-gateway", None)
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
         self._models: dict[str, ServedModel] = {}
         for card in cards:
@@ -160,10 +163,14 @@ class Frontend:
         self._ongoing[caller.id] += 1
         timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
         failure: BaseException | None = None
-        record = current_record()
+        record = current_record() or RequestRecord("http", "")
+        span = self._start_span(record, generation)
         try:
             model = self.model(generation.card.name)
-            choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(generation.requests)]
+            requests = generation.requests
+            if span:
+                requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
+            choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(requests)]
             streams = [
                 _one(choice, resumption.generate(model.coordinator, choice.request, self.config.resume_timeout_s))
                 for choice in choices
@@ -188,18 +195,29 @@ class Frontend:
         finally:
             self._ongoing -= Counter((caller.id,))
             timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
-            if record is not None:
-                record.model = generation.card.name
-                record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
-                record.completion_tokens = usage.completion_tokens
-                record.time_to_first_token_s = timer.time_to_first_token_s
-                record.finish_reasons = timer.finish_reasons
-                record.error = "" if timer.is_complete else error_name(failure)
+            record.model = generation.card.name
+            record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+            record.completion_tokens = usage.completion_tokens
+            record.time_to_first_token_s = timer.time_to_first_token_s
+            record.finish_reasons = timer.finish_reasons
+            record.error = "" if timer.is_complete else error_name(failure)
+            _end_span(span, record)
 
     @property
     def num_ongoing(self) -> int:
         """Requests that are being answered."""
         return self._ongoing.total()
+
+    def _start_span(self, record: RequestRecord, generation: Generation) -> Span:
+        attributes = {
+            "manta.request_id": generation.id,
+            "manta.door": record.door,
+            "gen_ai.request.model": generation.card.name,
+            "gen_ai.request.choice.count": len(generation.requests),
+        }
+        return self._traces.start(
+            "request", attributes, kind="server", parent=record.traceparent, started_ns=record.started_ns
+        )
 
     async def _admit(self, name: str, kind: Kind) -> ServedModel:
         model = self.route(name, kind)
@@ -215,6 +233,18 @@ class Frontend:
         bound = self.config.max_ongoing_requests
         if is_refused(self._ongoing, current_caller().id, bound):
             raise Overloaded(f"the gateway is at its limit of {bound} requests")
+
+
+def _end_span(span: Span, record: RequestRecord) -> None:
+    if span:
+        attributes = {
+            "gen_ai.usage.input_tokens": record.prompt_tokens,
+            "gen_ai.usage.output_tokens": record.completion_tokens,
+            "gen_ai.response.finish_reasons": record.finish_reasons,
+            "manta.cached_tokens": record.cached_tokens,
+            "manta.time_to_first_token_s": record.time_to_first_token_s or 0.0,
+        }
+        span.end(attributes, record.error)
 
 
 def _charged(generation: Generation) -> Generation:

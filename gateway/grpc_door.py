@@ -21,7 +21,7 @@ from gateway.embeddings import EmbeddingJob
 from gateway.frontend import Frontend
 from gateway.grpc_chat import chat_fields
 from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
-from gateway.grpc_guard import pass_guard
+from gateway.grpc_guard import pass_guard, traceparent
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
@@ -121,7 +121,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
     ) -> _MessageT:
         request_id = f"req-{uuid.uuid4().hex}"
         caller = ANONYMOUS
-        record = open_record(RequestRecord("grpc", _rpc(request), request_id))
+        record = open_record(RequestRecord("grpc", _rpc(request), request_id, traceparent=traceparent(context)))
         try:
             caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
             caller.enter()
@@ -170,7 +170,9 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
         request_id = f"req-{uuid.uuid4().hex}"
         caller = ANONYMOUS
-        record = open_record(RequestRecord("grpc", _rpc(request, "Stream"), request_id))
+        record = open_record(
+            RequestRecord("grpc", _rpc(request, "Stream"), request_id, traceparent=traceparent(context))
+        )
         try:
             caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
             caller.enter()

@@ -21,6 +21,11 @@ def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
     return caller
 
 
+def traceparent(context: Any) -> str:
+    """The client's span, as W3C writes it; empty for none."""
+    return next((str(value) for name, value in context.invocation_metadata() if name == "traceparent"), "")
+
+
 def peer_address(peer: str) -> str | None:
     """The IP address in `ipv4:127.0.0.1:50000` or `ipv6:%5B::1%5D:50000`; None for any other kind."""
     kind, _, rest = unquote(peer).partition(":")

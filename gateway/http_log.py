@@ -23,7 +23,8 @@ class HttpLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = open_record(RequestRecord("http", ""))
+        traceparent = Headers(scope=scope).get("traceparent", "")
+        record = open_record(RequestRecord("http", "", traceparent=traceparent))
         set_caller(ANONYMOUS)
 
         async def watched(message: Message) -> None:

@@ -36,6 +36,8 @@ class RequestRecord:
     completion_tokens: int = 0
     time_to_first_token_s: float | None = None
     started: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)  # Unix time
+    traceparent: str = ""  # the client's, not in the line
 
     def write(self) -> None:
         """The request has ended."""

@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
 from cluster.metrics import ProcessFigures
+from cluster.traces import Traces
 from gateway.coordinator_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
@@ -52,6 +53,7 @@ class GatewayReplica(GrpcDoor):
             coordinators={card.name: ServeCoordinatorClient(card) for card in cards},
             health=Health(cards, probe_serve),
             metrics=metrics,
+            traces=Traces("manta-gateway", config.otlp_endpoint),
             metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),
         )
         super().__init__(frontend)

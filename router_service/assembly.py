@@ -20,7 +20,7 @@ from router_service.engine import Engine, Event
 from router_service.kv_cache import KVCache
 from router_service.model_runner import ModelRunner
 from router_service.sampler import Sampler
-from router_service.scheduler import Scheduler
+from router_service.scheduler import Batch, Scheduler
 
 _CPU_CACHE_FRACTION = 0.2  # of the memory that is free at start: experts and other processes share the rest
 _GPU_CACHE_FRACTION = 0.9  # of what the weights leave free; the rest is for activations
@@ -33,7 +33,7 @@ def build_engine(
     deliver: Callable[[list[Event]], None],
     *,
     on_bytes: Callable[[int], None] | None = None,
-    observe_step: Callable[[float, int], object] | None = None,
+    observe_step: Callable[[float, Batch], object] | None = None,
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
     architecture = checkpoint.architecture

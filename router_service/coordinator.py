@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.messages import Embedding, EngineStats, Request, TokenChunk
 from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
 from cluster.progress import LoadingProgress
+from cluster.traces import Traces
 from experts_service.client import ExpertPool
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
@@ -27,13 +29,16 @@ from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event, Key
 from router_service.engine_metrics import EngineMetrics
+from router_service.engine_traces import EngineTraces
 from router_service.grammar_compiler import GrammarCompiler
 from router_service.grammar_vocabulary import GrammarVocabulary
 from router_service.pending_embedding import PendingEmbedding
+from router_service.scheduler import Batch
 from router_service.token_stream import TokenStream
 
 DEPLOYMENT = "coordinator"
 EMBEDDINGS_AT_ONCE = 32  # of one call are queued, so that others get their turn
+OTLP_ENDPOINT = "MANTA_OTLP_ENDPOINT"  # the environment's variable with the collector's URL
 CPUS = 0.01  # its threads are set by config; Ray is not to count them against the experts'
 
 
@@ -58,6 +63,7 @@ class Coordinator:
         self._streams: dict[Key, TokenStream | PendingEmbedding] = {}
         replica = serve.get_replica_context().replica_id.unique_id
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
+        self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups)
 
@@ -100,7 +106,7 @@ class Coordinator:
             dispatcher,
             self._deliver,
             on_bytes=progress,
-            observe_step=self._metrics.observe_step,
+            observe_step=self._observe_step,
         )
         self._metrics.watch(self._engine.stats)
         architecture = checkpoint.architecture
@@ -115,13 +121,19 @@ class Coordinator:
         """Stream the tokens of one choice. Closing the stream aborts the sequence. Raises MantaError."""
         stream = TokenStream()
         self._streams[request.key] = stream
+        span, num_tokens, failure = self._traces.begin(request), 0, None
         try:
             self._engine.submit(request, await self._grammars.state(request))
             async for chunk in stream:
+                num_tokens += len(chunk.token_ids)
                 yield chunk
+        except Exception as error:
+            failure = error
+            raise
         finally:
             del self._streams[request.key]
             self._engine.abort(request.key)
+            self._traces.end(request, span, num_tokens, failure)
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         """The embedding of each prompt, in order. Cancelling aborts all. Raises MantaError for the first that fails."""
@@ -158,6 +170,12 @@ class Coordinator:
             self._grammars.close()
             engine.model_runner.decoder.dispatcher.close()
             self._pool.close()
+            self._traces.close()
+
+    def _observe_step(self, seconds: float, batch: Batch) -> None:
+        """On the engine's thread."""
+        self._metrics.observe_step(seconds, sum(scheduled.num_tokens for scheduled in batch))
+        self._traces.observe_step(seconds, batch)
 
     def _deliver(self, events: list[Event]) -> None:
         """On the engine's thread, once a step: hand its results to the event loop in one call."""
@@ -185,6 +203,7 @@ def coordinator_deployment(
     num_replicas: int,
     gpus: float,
     openmp_spin_count: int,
+    otlp_endpoint: str | None,
     request_timeout_s: float,
     max_ongoing_requests: int,
     request_router: type,
@@ -197,6 +216,8 @@ def coordinator_deployment(
     """
     router_config = RequestRouterConfig.from_serialized_request_router_cls({}, cloudpickle.dumps(request_router))
     environment = {"GOMP_SPINCOUNT": str(openmp_spin_count)}  # read when torch is imported
+    if otlp_endpoint is not None:
+        environment[OTLP_ENDPOINT] = otlp_endpoint
     deployment = serve.deployment(Coordinator).options(
         name=DEPLOYMENT,
         num_replicas=num_replicas,

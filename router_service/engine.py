@@ -48,11 +48,11 @@ class Engine:
         deliver: Callable[[list[Event]], None],
         *,
         max_waiting: int,
-        observe_step: Callable[[float, int], object] | None = None,
+        observe_step: Callable[[float, Batch], object] | None = None,
     ) -> None:
         """`deliver` is called on the engine's thread, once a step, with what every sequence got.
 
-        `observe_step` is told the seconds and the tokens of each.
+        `observe_step` is told the seconds and the batch of each.
         """
         self.scheduler = scheduler
         self.model_runner = model_runner
@@ -148,7 +148,7 @@ class Engine:
         self.scheduler.update(batch, token_ids)
         self._emit(batch, sampled, logprobs)
         if self._observe_step is not None:
-            self._observe_step(time.perf_counter() - started, sum(scheduled.num_tokens for scheduled in batch))
+            self._observe_step(time.perf_counter() - started, batch)
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,46 @@
+"""A server that sends traces: what a collector gets of one request, and the log's line as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.demo_model import DIRECTORY
+from tests.collector import attributes, collector
+from tests.conftest import running_server
+from tests.end_to_end.test_processes import processes
+from tests.waiting import wait_for
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.long
+def test_a_request_is_followed_from_the_client_to_the_engine_s_steps(tmp_path: Path) -> None:
+    config = tmp_path / "manta.yaml"
+    with collector() as found:
+        config.write_text(
+            f"models: [{{name: demo, path: {DIRECTORY}}}]\n"
+            f"gateway: {{otlp_endpoint: '{found.url}', log_format: json}}\n"
+        )
+        with running_server("--config", str(config)) as server:
+            body = {"model": "demo", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
+            headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+            [gateway] = processes(server, "ServeReplica:gateway")
+            log = Path(os.readlink(f"/proc/{gateway.pid}/fd/1"))
+            wait_for(lambda: answer["id"] in log.read_text(), 30, "the line")
+            [line] = [json.loads(line) for line in log.read_text().splitlines() if answer["id"] in line]
+            wait_for(lambda: found.named("request") and found.named("generate"), 60, "the spans")
+            wait_for(lambda: len(found.named("step")) >= 4, 60, "the steps")
+    assert (line["status"], line["completion_tokens"], line["model"]) == ("200", 5, "demo")
+    [request], [generate] = found.named("request"), found.named("generate")
+    assert request.trace_id.hex() == generate.trace_id.hex() == TRACE
+    assert generate.parent_span_id == request.span_id
+    assert attributes(request)["manta.request_id"] == answer["id"]
+    assert attributes(generate)["gen_ai.usage.output_tokens"] == 5
+    assert all(link.span_id == generate.span_id for step in found.named("step") for link in step.links)
+    assert {service for service, _ in found.spans} == {"manta-gateway", "manta-coordinator"}
