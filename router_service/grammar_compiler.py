@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
 
 _MAX_PENDING = 64  # grammars that wait to be compiled
-_MAX_WAIT_TIMES = 4  # a request waits this many time limits for its grammar, in a queue that is not empty
+_MAX_WAIT_TIMES = 4  # a request waits for its grammar this many time limits, in a queue that is not empty,
+_START_S = 60.0  # and this long besides: xgrammar is imported when it is first needed, here and in the trial process
 
 
 class GrammarCompiler:
@@ -79,7 +80,7 @@ class GrammarCompiler:
             self._pending[grammar] = task
             task.add_done_callback(lambda _: self._pending.pop(grammar))
         try:
-            async with asyncio.timeout(_MAX_WAIT_TIMES * self._timeout_s):
+            async with asyncio.timeout(_START_S + _MAX_WAIT_TIMES * self._timeout_s):
                 return await asyncio.shield(task)  # others may wait for the same one
         except TimeoutError:
             raise Overloaded("too many grammars wait to be compiled; try again later") from None
