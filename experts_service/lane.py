@@ -35,6 +35,7 @@ from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
 MAX_ATTEMPTS = 200  # of one group in one dispatch; its deadline comes first unless shards fail at once
+MAX_NOT_FINITE = 2  # answers of a group that are not taken, in one dispatch; then the model itself is not finite there
 MAX_ERRORS = 3  # of the maths itself: the same rows would fail everywhere
 TRIES_PER_TIMEOUT = 3  # a shard that is silent for this part of the timeout is suspected, if there is another
 SPLIT_ROWS = 64  # fewest rows of a group that are worth a replica of their own: each reads the weights again
@@ -57,6 +58,7 @@ class _Group:
     replica_id: str = ""
     epoch: int = 0
     attempt: int = 0
+    not_finite: int = 0  # answers that were not taken
     retry_at: float = 0.0  # 0: no attempt is put off
     pause_s: float = FIRST_PAUSE_S
     reason: str = "no replica is known"
@@ -242,6 +244,7 @@ class _LaneFlight:
         self._sent_at = sent_at
         self._deadline = sent_at + transport.timeout_s
         self._staged: tuple[Tensor, Tensor] | None = None  # on the host, on the device
+        self._received: Tensor | None = None  # [N, D] on the host
 
     def memory(self, answers: Tensor) -> memoryview:
         """Host memory, as bytes, that the answers [N, D] are received into."""
@@ -249,6 +252,7 @@ class _LaneFlight:
             staged = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
             self._staged = (staged, answers)
             answers = staged
+        self._received = answers
         return answers.view(torch.uint8).numpy().data.cast("B")
 
     def wait(self) -> None:
@@ -269,9 +273,27 @@ class _LaneFlight:
             self._settle()
             for group in self.groups[landed:]:
                 latency[group.part.group].observe(monotonic() - self._sent_at)
+        while not self._is_finite() and self._doubt():
+            self._settle()
         if self._staged is not None:
             staged, answers = self._staged
             answers.copy_(staged, non_blocking=True)
+
+    def _is_finite(self) -> bool:
+        """Whether no answer holds NaN or infinity: either would survive the sum."""
+        return self._received is None or math.isfinite(self._received.sum())
+
+    def _doubt(self) -> bool:
+        """Have other replicas asked where finite rows got an answer that is not; whether there is such a group."""
+        doubtful = False
+        for group in self.groups:
+            rows, answer = (torch.frombuffer(data, dtype=self.dtype) for data in (group.rows, group.ask.memory))
+            wrong = math.isfinite(rows.sum()) and not math.isfinite(answer.sum())
+            if wrong and group.not_finite < MAX_NOT_FINITE:
+                group.not_finite += 1
+                group.ask.done, group.ask.failed = False, "its answer is not finite"
+                doubtful = True
+        return doubtful
 
     def __del__(self) -> None:
         for group in self.groups:

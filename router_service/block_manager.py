@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from router_service.sequence import Sequence
 
@@ -88,6 +89,13 @@ class BlockManager:
             if self._references[block] == 0:
                 self._free[block] = None
         sequence.block_table.clear()
+
+    def discard(self, blocks: Iterable[int]) -> list[int]:
+        """Have the prefix cache forget what these blocks hold. Returns those that nobody holds now."""
+        distinct = sorted(set(blocks))
+        for block in distinct:
+            self._forget(block)
+        return [block for block in distinct if block in self._free]
 
     def _hold(self, block: int) -> None:
         self._references[block] += 1

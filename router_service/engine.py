@@ -20,13 +20,14 @@ from cluster.errors import (
     InvalidRequest,
     MantaError,
     Overloaded,
+    Unavailable,
 )
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Request, TokenChunk, TokenLogprobs
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.pooling import embedding
-from router_service.sampler import Sampler
+from router_service.sampler import NOT_FINITE, Sampler
 from router_service.scheduler import Batch, Scheduler
 from router_service.sequence import Sequence
 
@@ -145,6 +146,14 @@ class Engine:
             self._fail((scheduled.sequence, error) for scheduled in batch)
             return
         token_ids, logprobs = self.sampler(logits, sampled)
+        if NOT_FINITE in token_ids:
+            lost = [sequence for sequence, token_id in zip(sampled, token_ids, strict=True) if token_id == NOT_FINITE]
+            self._fail_not_finite(lost)
+            batch = [scheduled for scheduled in batch if scheduled.sequence not in lost]
+            kept = [place for place, sequence in enumerate(sampled) if sequence not in lost]
+            sampled = [sampled[place] for place in kept]
+            token_ids = [token_ids[place] for place in kept]
+            logprobs = [logprobs[place] for place in kept]
         self.scheduler.update(batch, token_ids)
         self._emit(batch, sampled, logprobs)
         if self._observe_step is not None:
@@ -217,6 +226,12 @@ class Engine:
             self._abort(sequence.request.key)
             events.append((sequence.request.key, error))
         self._deliver(events)
+
+    def _fail_not_finite(self, lost: list[Sequence]) -> None:
+        """End sequences whose logits are not finite, and no others; nothing of their cache may reach anybody else."""
+        blocks = [block for sequence in lost for block in sequence.block_table]
+        self._fail((sequence, Unavailable("the model's output is not finite")) for sequence in lost)
+        self.model_runner.kv_cache.erase(self.scheduler.block_manager.discard(blocks))
 
     def _emit(self, batch: Batch, sampled: list[Sequence], logprobs: list[TokenLogprobs | None]) -> None:
         events: list[Event] = []

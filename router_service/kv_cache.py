@@ -47,6 +47,13 @@ class KVCache:
         values = self._values[layer].index_select(0, flat)
         return keys.view(shape), values.view(shape)
 
+    def erase(self, blocks: list[int]) -> None:
+        """Zero these blocks: what they hold is not finite, and padding may read them."""
+        for block in blocks:
+            slots = slice(block * self.block_size, (block + 1) * self.block_size)
+            self._keys[:, slots] = 0
+            self._values[:, slots] = 0
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU their pages are taken from the system only when written, which torch.zeros does at once."""

@@ -19,6 +19,7 @@ from router_service.grammar import mask
 from router_service.logprobs import token_logprobs
 from router_service.sequence import Sequence
 
+NOT_FINITE = -1
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
 
 
@@ -30,7 +31,10 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """A token id and, where asked for, its log-probabilities for each row of `logits` [B, V] (fp32)."""
+        """A token id and, where asked for, its log-probabilities for each row of `logits` [B, V] (fp32).
+
+        The id is NOT_FINITE for a row that holds NaN or infinity: no token can be told from it.
+        """
         raw = logits
         logits = self._adjust(logits, sequences)
         chosen = logits.argmax(dim=-1)  # [B]
@@ -39,8 +43,9 @@ class Sampler:
         ]
         if drawn:
             chosen[drawn] = _draw(logits[drawn], [sequences[row] for row in drawn])
-        token_ids: list[int] = chosen.tolist()
-        return token_ids, _logprobs(raw, chosen, sequences)
+        logprobs = _logprobs(raw, chosen, sequences)
+        token_ids: list[int] = chosen.where(raw.sum(dim=-1).isfinite(), NOT_FINITE).tolist()
+        return token_ids, logprobs
 
     def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
         """Apply biases, penalties, grammars and the masks of `min_tokens`, to the rows that ask for any."""
@@ -117,7 +122,7 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     params = [sequence.request.sampling for sequence in sequences]
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
-    probabilities = (logits / temperature).softmax(dim=-1)  # [B, V]
+    probabilities = (logits / temperature).softmax(dim=-1).nan_to_num(0.0)  # [B, V]
     uniforms = torch.tensor(
         [uniform(s.request.seed, s.request.choice_index, s.num_output_tokens) for s in sequences],
         dtype=torch.float64,

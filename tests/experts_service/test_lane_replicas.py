@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,3 +114,40 @@ def test_pieces_of_a_group_hold_its_rows_in_order(counts: list[int], num_replica
         assert sum(piece.counts) == len(piece.row_indices) >= min(total, SPLIT_ROWS)
         at += len(piece.row_indices)
     assert len(pieces) <= num_replicas
+
+
+def damaged(experts: Sequence[int], times: int) -> Maths:
+    """Answers NaN so often, then as it should."""
+    run = maths(experts)
+    left = [times]
+
+    def run_damaged(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        left[0] -= 1
+        answer = run(layer, rows, counts)
+        return answer * float("nan") if left[0] >= 0 else answer
+
+    return run_damaged
+
+
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_an_answer_that_is_not_finite_is_asked_of_another_replica(times: int) -> None:
+    with shards() as running:
+        running.start("0a", 0, damaged(GROUPS[0].experts, times))
+        running.start("0b", 0)
+        running.start("1a", 1)
+        dispatcher, local = Dispatcher(GROUPS, running.transport()), Dispatcher(GROUPS, LocalMaths())
+        rows, experts = batch(4)
+        for _ in range(10):
+            assert torch.equal(ask(dispatcher, rows, experts), ask(local, rows, experts))
+
+
+def test_rows_that_are_not_finite_in_every_replica_come_back_as_they_are() -> None:
+    with shards() as running:
+        for name in ("0a", "0b"):
+            running.start(name, 0, damaged(GROUPS[0].experts, 10**6))
+        running.start("1a", 1)
+        dispatcher = Dispatcher(GROUPS, running.transport())
+        rows, experts = batch(4)
+        started = time.monotonic()
+        assert not torch.isfinite(ask(dispatcher, rows, experts)).all()
+        assert time.monotonic() - started < 3
