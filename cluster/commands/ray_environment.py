@@ -20,6 +20,8 @@ _PORTS = {
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
 }
 
+_GRPC_MESSAGE_BYTES = 64 * 2**20  # gRPC holds a whole message before our doors see it; Ray's own choice is 2 GiB
+
 
 def prepare() -> None:
     """Token authentication unless the user says otherwise, no usage reports, and our guard before Serve's own code."""
@@ -32,6 +34,7 @@ def prepare_server() -> None:
     """For a Ray that we start ourselves: HAProxy and direct replicas, each unless the user says otherwise."""
     prepare()
     launcher = _haproxy_launcher()
+    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(_GRPC_MESSAGE_BYTES))
     if launcher is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
         return
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"

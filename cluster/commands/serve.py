@@ -91,6 +91,18 @@ def _check_doors(gateway: GatewayConfig) -> None:
     Guard(gateway)
 
 
+def _check_serves_host(gateway: GatewayConfig) -> None:
+    """Raises ConfigError where Serve ran already and listens elsewhere than we asked, without keys."""
+    from ray.serve.context import _get_global_client
+
+    host = _get_global_client().http_config.host
+    if gateway.api_keys_file is None and not is_loopback(str(host)):
+        raise ConfigError(
+            f"Serve runs on this cluster already and listens on {host}, where other machines reach it: "
+            "give --api-keys-file"
+        )
+
+
 @contextmanager
 def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
     """A Ray cluster: the one at `address`, or one of our own that ends with us."""
@@ -137,6 +149,7 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
     targets = run_targets(config, plans)
     was_running = joined and bool(serve.status().proxies)
     serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
+    _check_serves_host(config.gateway)
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running([target.name for target in targets], stop.requested)
