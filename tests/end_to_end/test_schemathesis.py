@@ -1,0 +1,43 @@
+"""schemathesis on our own OpenAPI document, against a real server: no 5xx, bad input rejected, answers as described."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import psutil
+import pytest
+
+from cluster.demo_model import DIRECTORY
+from tests.conftest import running_server
+from tests.environments import make_environment, run_in
+
+SECONDS = 120
+
+
+@pytest.mark.long
+def test_two_minutes_of_generated_requests(tmp_path):
+    python = make_environment(tmp_path / "environment", "schemathesis>=4.32,<5")
+    config = tmp_path / "manta.yaml"
+    engine = {"max_model_len": 96}  # short answers: many requests
+    config.write_text(json.dumps({"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}))
+    with running_server("--config", str(config)) as server:
+        before = coordinators(server)
+        run_in(
+            python.with_name("schemathesis"),
+            *("run", f"{server.url}/openapi.json", "--max-time", str(SECONDS), "--workers", "2"),
+            *("--request-timeout", "60", "--no-color"),
+            # Bounds that depend on the model and on other fields are no part of the document.
+            *("--exclude-checks", "positive_data_acceptance"),
+            timeout_s=10 * SECONDS,
+        )
+        assert coordinators(server) == before
+        assert httpx.get(f"{server.url}/load", timeout=30).json() == {"server_load": 0}
+
+
+def coordinators(server):
+    """(process id, start time) of each."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    found = [(child.pid, child.create_time()) for child in children if "ServeReplica:demo" in " ".join(child.cmdline())]
+    assert found
+    return sorted(found)
