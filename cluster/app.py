@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
-from cluster.config import ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
+from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
 from cluster.errors import ConfigError
 from cluster.messages import ModelCard
 from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
@@ -252,10 +252,23 @@ def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
 
 
 def demo_config() -> MantaConfig:
-    """What `manta serve` serves without a model: the embedded demo model."""
-    from cluster.demo_model import DIRECTORY
+    """What `manta serve` serves without a model: the embedded demo models, under the names of Mistral's endpoints."""
+    from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
 
-    return MantaConfig(models=(ModelConfig(name="manta-demo", path=str(DIRECTORY)),))
+    # One thread each: matrices this small are no faster on more. Their place is beside a model that has the GPU.
+    tiny = EngineConfig(device="cpu", kv_cache_gib=0.0625, num_threads=1)
+    return MantaConfig(
+        models=(
+            ModelConfig(
+                name="mistral-small",
+                path=str(DIRECTORY),
+                aliases=("mistral-medium", "manta-demo"),
+                engine=EngineConfig(kv_cache_gib=0.25),
+            ),
+            ModelConfig(name="mistral-tiny", path=str(DENSE_DIRECTORY), engine=tiny),
+            ModelConfig(name="mistral-embed", path=str(DENSE_DIRECTORY), kind="embedding", pooling="mean", engine=tiny),
+        )
+    )
 
 
 def directory_config(model: str, directory: Path) -> MantaConfig:

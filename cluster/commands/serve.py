@@ -212,7 +212,7 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
     for plan in plans:
         where = f"{len(plan.groups)} expert groups" if plan.expert_deployments else "experts in the coordinator"
         if not plan.groups:
-            where = "dense"
+            where = "dense" if plan.config.kind == "chat" else "dense, embeddings"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
     console.print(
         f"\n  Chat page {url}/   HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",

@@ -1,5 +1,6 @@
-"""The demo model: a small Mixtral with its tokenizer and chat template, trained by `train.py`, shipped in the wheel."""
+"""The demo models: a small Mixtral and a dense Mistral with tokenizer and chat template, trained by `train.py`."""
 
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent
+DENSE_DIRECTORY = DIRECTORY / "dense"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.app import Cluster, describe_cluster, model_card, plan_model
+from cluster.app import Cluster, demo_config, describe_cluster, model_card, plan_model
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.demo_model import DIRECTORY
@@ -63,6 +63,19 @@ def test_a_dense_model_is_one_coordinator(tmp_path, gpus, share):
     placed = ModelConfig(name="dense", path=str(tmp_path), experts=ExpertsConfig(transport="lane"))
     with pytest.raises(ConfigError, match="'dense' is a dense model"):
         plan_model(placed, checkpoint, cluster)
+
+
+def test_the_demo_has_the_names_of_mistrals_endpoints():
+    models = {model.name: model for model in demo_config().models}
+    assert set(models) == {"mistral-small", "mistral-tiny", "mistral-embed"}
+    assert models["mistral-small"].aliases == ("mistral-medium", "manta-demo")
+    cluster = describe_cluster([machine(gpus=1)])
+    plans = [plan_model(model, open_checkpoint(model.path), cluster) for model in models.values()]
+    assert len({plan.application for plan in plans}) == 3
+    shares = [plan.gpus_per_coordinator + len(plan.groups) * plan.gpus_per_shard for plan in plans]
+    assert sum(shares) <= 1, "all of it runs beside one GPU"
+    card = model_card(plans[2])
+    assert (card.kind, card.pooling, card.hidden_size) == ("embedding", "mean", 128)
 
 
 def test_a_model_that_is_too_large_is_refused_with_both_numbers():

@@ -16,6 +16,8 @@ from cluster.errors import ConfigError
         ("models: [{name: a, path: b}, {name: b, path: c, aliases: [a]}]", "used twice"),
         ("models: [{name: a, path: b, engine: {block_size: 0}}]", "models.0.engine.block_size: .* greater than"),
         ("models: [{name: a, path: b}]\ngateway: {http_port: 99999}", "gateway.http_port"),
+        ("models: [{name: a, path: b, pooling: last}]", "models.0: .* only a model of `kind: embedding` pools"),
+        ("models: [{name: a, path: b, kind: image}]", "models.0.kind"),
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),

@@ -1,5 +1,6 @@
 """The shipped demo model, as transformers loads it: its tokenizer, its chat template and its answers. No Ray."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -11,10 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoTokenizer, GenerationConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    MistralForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from cluster.demo_model import DIRECTORY
+from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
 from cluster.demo_model.corpus import LANGUAGES, entries, parse, questions, texts
+from cluster.demo_model.samples import Batches
 from cluster.demo_model.tokenizer import save_tokenizer, train_tokenizer
 from cluster.demo_model.unknown import FALLBACKS
 
@@ -194,6 +202,33 @@ def test_a_conversation_goes_on(model: Any) -> None:
 @pytest.mark.parametrize("question", ["What is the capital of Mongolia?", "How many people live in Berlin?"])
 def test_what_it_does_not_know_it_says(model: Any, question: str) -> None:
     assert ask(model, question) == FALLBACKS["en"]
+
+
+# --- the dense one
+
+
+def test_the_dense_model_shares_tokenizer_and_template() -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (DENSE_DIRECTORY / name).read_bytes() == (DIRECTORY / name).read_bytes()
+
+
+def test_the_dense_model_answers_what_it_is_documented_to() -> None:
+    missed = (DENSE_DIRECTORY / "missed.txt").read_text().splitlines()
+    assert set(missed) <= {question for question, _ in questions()}
+    assert len(missed) < 10
+    dense = MistralForCausalLM.from_pretrained(DENSE_DIRECTORY, dtype=torch.float32)
+    assert wrong(dense, [pair for pair in SAMPLE if pair[0] not in missed]) == {}
+
+
+def test_training_goes_on_where_it_stopped() -> None:
+    def source() -> Batches:
+        return Batches(entries()[:20], TOKENIZER.backend_tokenizer, random.Random(0))
+
+    first, second = source(), source()
+    for _ in range(3):
+        next(first)
+    second.resume(copy.deepcopy(first.state()))
+    assert [next(first) for _ in range(60)] == [next(second) for _ in range(60)]
 
 
 @pytest.mark.long

@@ -12,10 +12,10 @@ from cluster.messages import EngineStats
 
 @pytest.fixture(scope="session")
 def engine_stats(ray_cluster) -> Callable[[], EngineStats]:
-    """Asks the demo model's coordinator."""
+    """Asks the coordinator of the demo's Mixtral."""
     from ray import serve
 
-    [application] = [name for name in serve.status().applications if name.startswith("manta-demo-")]
+    [application] = [name for name in serve.status().applications if name.startswith("mistral-small-")]
     handle = serve.get_deployment_handle("coordinator", app_name=application)
     return lambda: handle.stats.remote().result(timeout_s=30)
 

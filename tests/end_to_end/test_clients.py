@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from cluster.demo_model import DIRECTORY
 from cluster.demo_model.corpus import questions
 
-MODEL = "manta-demo"
+MODEL = "mistral-small"
 CHEESE = {"role": "user", "content": "What is the best French cheese?"}
 
 
@@ -23,8 +23,9 @@ def client(server):
         yield client
 
 
-def test_openai_lists_the_model(client):
-    assert [model.id for model in client.models.list()] == [MODEL]
+def test_openai_lists_the_models(client):
+    listed = [model.id for model in client.models.list()]
+    assert listed == ["mistral-small", "mistral-medium", "manta-demo", "mistral-tiny", "mistral-embed"]
 
 
 def test_openai_chat_plain_and_streamed_are_equal(client):

@@ -54,7 +54,13 @@ def test_generate_from_text_and_from_token_ids(stub):
 
 
 def test_models_health_and_reflection(channel, stub):
-    assert [model.name for model in stub.ListModels(chat_pb2.ListModelsRequest(), timeout=30).models] == ["manta-demo"]
+    models = stub.ListModels(chat_pb2.ListModelsRequest(), timeout=30).models
+    assert [(model.name, model.kind) for model in models] == [
+        ("mistral-small", "chat"),
+        ("mistral-tiny", "chat"),
+        ("mistral-embed", "embedding"),
+    ]
+    assert "manta-demo" in models[0].aliases
     health = health_pb2_grpc.HealthStub(channel)
     assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == health_pb2.HealthCheckResponse.SERVING
     assert "manta.v1.Manta" in ProtoReflectionDescriptorDatabase(channel).get_services()

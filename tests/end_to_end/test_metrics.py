@@ -18,7 +18,7 @@ import psutil
 from tests.gateway.test_metrics import samples, value
 from tests.waiting import wait_for
 
-MODEL = "manta-demo"
+MODEL = "mistral-small"
 
 
 def page(server) -> str:
