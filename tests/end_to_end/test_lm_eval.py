@@ -1,0 +1,82 @@
+"""lm-evaluation-harness against the server: its log-likelihoods are those it computes with transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.demo_model import DIRECTORY
+from cluster.demo_model.corpus import questions
+from tests.conftest import running_server
+from tests.environments import make_environment, run_in
+
+TASK = "manta_questions"
+REQUIREMENTS = ("lm-eval>=0.4.9,<0.5", "aiohttp", "requests", "tenacity", "tiktoken", "accelerate")
+
+
+@pytest.fixture
+def task_directory(tmp_path, monkeypatch):
+    """A task of our own: how likely is each answer after its question?"""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    directory = tmp_path / "task"
+    directory.mkdir()
+    documents = directory / "questions.jsonl"
+    lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in questions()[:24]]
+    documents.write_text("".join(lines))
+    task = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": " {{answer}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (directory / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return directory
+
+
+def evaluate(python: Path, task_directory: Path, output: Path, backend: str, **arguments: str):
+    """(log-likelihood, whether greedy decoding gives it) of each document, in order."""
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
+    run_in(
+        python,
+        *("-m", "lm_eval", "run", "--model", backend, "--model_args", given, "--tasks", TASK),
+        *("--include_path", task_directory, "--output_path", output, "--log_samples", "--batch_size", "4"),
+        *(() if backend == "local-completions" else ("--device", "cpu")),
+    )
+    [samples] = output.rglob("samples_*.jsonl")
+    documents = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda one: one["doc_id"])
+    return [(float(likelihood), is_greedy) for [[[likelihood, is_greedy]]] in (one["resps"] for one in documents)]
+
+
+@pytest.mark.long
+def test_its_loglikelihoods_are_those_of_transformers(tmp_path, task_directory):
+    python = make_environment(tmp_path / "environment", *REQUIREMENTS, with_ours=True)
+    expected = evaluate(
+        python, task_directory, tmp_path / "hf", "hf", pretrained=str(DIRECTORY), dtype="float32", add_bos_token="True"
+    )
+    config = tmp_path / "manta.yaml"
+    engine = {"dtype": "float32", "max_num_batched_tokens": 48}  # prompts are cut into chunks
+    config.write_text(json.dumps({"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}))
+    with running_server("--config", str(config)) as server:
+        scored = evaluate(
+            python,
+            task_directory,
+            tmp_path / "manta",
+            "local-completions",
+            model="demo",
+            base_url=f"{server.url}/v1/completions",
+            tokenizer=str(DIRECTORY),
+            tokenized_requests="True",
+            add_bos_token="True",
+        )
+    assert len(scored) == 24
+    assert [greedy for _, greedy in scored] == [greedy for _, greedy in expected]
+    assert [value for value, _ in scored] == pytest.approx([value for value, _ in expected], abs=1e-4, rel=0)
