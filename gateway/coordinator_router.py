@@ -15,7 +15,7 @@ from collections import Counter
 from hashlib import blake2b
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.messages import Request
 
@@ -23,10 +23,12 @@ PREFIX_TOKENS = 32  # what two prompts must share; a shorter one has no favourit
 MOST_BEHIND = 8  # requests of this process that the favourite may have more than the least busy coordinator
 
 
-class CoordinatorRouter(RequestRouter):  # type: ignore[misc]
-    """A request is given the replica that was chosen for it, never that of another request.
+class CoordinatorRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
+    """A request is given the replica that was chosen for it.
 
-    Counts what it sends itself: Serve's own queue lengths are what replicas last said, which in a burst is long ago.
+    The choices of one client request share an id with Serve, which then knows the first of them only: the others are
+    given replicas in the order in which they came (FIFOMixin), their prompt being the same. Without it they wait for
+    ever. Counts what it sends itself: Serve's own queue lengths are what replicas last said, which in a burst is long ago.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

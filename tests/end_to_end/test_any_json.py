@@ -18,12 +18,14 @@ MODEL = "manta-demo"
 def coordinators(server):
     """(process id, start time) of each."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return sorted((c.pid, c.create_time()) for c in children if f"ServeReplica:{MODEL}" in " ".join(c.cmdline()))
+    titles = {child: " ".join(child.cmdline()) for child in children}
+    found = [child for child, title in titles.items() if "ServeReplica:" in title and ":coordinator" in title]
+    assert found
+    return sorted((child.pid, child.create_time()) for child in found)
 
 
 def test_http(server):
     before = coordinators(server)
-    assert before
 
     @FEW
     @given(data=st.data(), path=st.sampled_from(sorted(GOOD)))
