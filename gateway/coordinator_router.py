@@ -28,7 +28,9 @@ class CoordinatorRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     The choices of one client request share an id with Serve, which then knows the first of them only: the others are
     given replicas in the order in which they came (FIFOMixin), their prompt being the same. Without it they wait for
-    ever. Counts what it sends itself: Serve's own queue lengths are what replicas last said, which in a burst is long ago.
+    ever.
+
+    Counts what it sends itself: Serve's own queue lengths are what replicas last said, which in a burst is long ago.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
