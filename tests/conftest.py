@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import hypothesis
 import psutil
 import pytest
 
@@ -23,6 +24,10 @@ from tests.waiting import wait_for
 
 START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default draws new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
