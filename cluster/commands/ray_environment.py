@@ -21,6 +21,10 @@ _PORTS = {
 }
 
 _GRPC_MESSAGE_BYTES = 64 * 2**20  # gRPC holds a whole message before our doors see it; Ray's own choice is 2 GiB
+# First ports of gateway replicas. gRPC lets two servers listen on one port, and each would then get calls of the other,
+# so a second server has a range of its own.
+_RANGES = {"HTTP": 30000, "GRPC": 40000}
+_RANGE = 100  # ports
 
 
 def prepare() -> None:
@@ -44,6 +48,10 @@ def prepare_server() -> None:
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")  # HAProxy is on this machine
     for name, port in _PORTS.items():
         os.environ.setdefault(name, str(_free_port(port)))
+    for protocol, lowest in _RANGES.items():
+        first = next((port for port in range(lowest, lowest + 10 * _RANGE, _RANGE) if _is_free(port)), lowest)
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT", str(first))
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT", str(first + _RANGE))
 
 
 def _haproxy_launcher() -> str | None:
@@ -54,12 +62,19 @@ def _haproxy_launcher() -> str | None:
 
 def _free_port(preferred: int) -> int:
     """`preferred`, or any other where a second server has it."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise OSError("no free TCP port")
+    if _is_free(preferred):
+        return preferred
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    """Whether nobody listens on it, on whichever address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
