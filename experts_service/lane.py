@@ -133,7 +133,7 @@ class LaneTransport:
     def hedge(self, flight: _LaneFlight, group: _Group, remaining_s: float, now: float) -> None:
         """Ask a second replica for the same rows, if there is one."""
         group.hedge_at = 0.0
-        others = [r for r in self._routes[group.part.group] if r.replica_id != group.replica_id and not r.suspected]
+        others = self.others(group)
         if not others:
             return
         replica = min(others, key=lambda other: self._owed(other.replica_id))
@@ -209,10 +209,10 @@ class LaneTransport:
             link.close()
         self._links.clear()
 
-    def others(self, group: _Group) -> bool:
-        """Whether a trusted replica is left besides the one that was asked."""
+    def others(self, group: _Group) -> list[Replica]:
+        """The trusted replicas besides the one that was asked."""
         replicas = self.table.replicas(self.deployments[group.part.group])
-        return any(r.replica_id != group.replica_id and not r.suspected for r in replicas)
+        return [r for r in replicas if r.replica_id != group.replica_id and not r.suspected]
 
     def _form(self, num_experts: int) -> RowsFormat:
         form = self._forms[num_experts] = RowsFormat(num_experts)
@@ -257,22 +257,18 @@ class _LaneFlight:
 
     def wait(self) -> None:
         latency, monotonic = self._transport.latency, time.monotonic
-        landed = 0
-        try:
-            for group in self.groups:
-                ask = group.ask
+        for group in self.groups:
+            ask = group.ask
+            try:
                 while not ask.done:
                     link = ask.link
                     if ask.failed or link is None or link.has_unsent or group.is_timed:
                         self._settle()
                         break
                     link.receive(ask)
-                latency[group.part.group].observe(monotonic() - self._sent_at)
-                landed += 1
-        except (BlockingIOError, LinkLost):
-            self._settle()
-            for group in self.groups[landed:]:
-                latency[group.part.group].observe(monotonic() - self._sent_at)
+            except (BlockingIOError, LinkLost):
+                self._settle()
+            latency[group.part.group].observe(monotonic() - self._sent_at)
         while not self._is_finite() and self._doubt():
             self._settle()
         if self._staged is not None:
@@ -310,6 +306,9 @@ class _LaneFlight:
             for group in waiting:
                 self._look_after(group, now)
             self._poll(waiting)
+            for group in waiting:
+                if group.ask.done and group.is_timed:
+                    self._transport.answered(group, time.monotonic())
         for group in self.groups:
             if group.attempt > 1 and group.hedge_id == "":
                 self._transport.table.trust(self._transport.deployments[group.part.group], group.replica_id)
@@ -374,8 +373,6 @@ class _LaneFlight:
             group.ask.done = True
             if group.ask.link is not None:
                 group.ask.link.forget(group.ask)
-        if group.ask.done and group.is_timed:
-            self._transport.answered(group, time.monotonic())
 
     def _unavailable(self, group: _Group) -> ExpertUnavailable:
         return ExpertUnavailable(

@@ -34,9 +34,7 @@ async def generate(
     """
     output = request.output_token_ids
     begun = False  # whether the first chunk has arrived, from whichever coordinator
-    attempt = 0
-    pause_s = 0.0
-    give_up_at = float("inf")
+    attempts = _Attempts(request, resume_timeout_s)
     asked = request
     while True:
         length = len(output)
@@ -44,7 +42,7 @@ async def generate(
             async with aclosing(_closable(coordinator.generate(asked))) as stream:
                 async for chunk in stream:
                     output += chunk.token_ids
-                    yield _resumed(chunk) if begun and attempt else chunk
+                    yield _resumed(chunk) if begun and attempts.number else chunk
                     begun = True
                     if chunk.finish_reason is not None:
                         return
@@ -54,40 +52,49 @@ async def generate(
         except (CoordinatorLost, EngineDead) as error:
             lost = error
         except Overloaded as error:
-            if attempt == 0:
+            if attempts.number == 0:
                 raise
             lost = error
-        now = time.monotonic()
-        if len(output) > length or attempt == 0:  # it went on for a while: the time starts again
-            give_up_at = now + min(resume_timeout_s, request.deadline - time.time())
-            pause_s = 0.0
-        if now + pause_s >= give_up_at:
-            raise lost
-        attempt += 1
-        logger.warning("%s: attempt %d goes on after %d tokens: %s", request.request_id, attempt + 1, len(output), lost)
-        await asyncio.sleep(pause_s)
-        pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
+        await attempts.another(lost, went_on=len(output) > length)
         # Another id: should the lost coordinator live on, its sequence is not this one.
-        asked = replace(request, request_id=f"{request.request_id}~{attempt}", output_token_ids=output)
+        asked = replace(request, request_id=f"{request.request_id}~{attempts.number}", output_token_ids=output)
 
 
 async def embed(
     coordinator: CoordinatorClient, requests: tuple[Request, ...], resume_timeout_s: float
 ) -> tuple[Embedding, ...]:
     """The embedding of each prompt; where a coordinator is lost, another one computes them all. Raises MantaError."""
-    give_up_at = 0.0
-    pause_s = 0.0
+    attempts = _Attempts(requests[0], resume_timeout_s)
     while True:
         try:
             return await coordinator.embed(requests)
         except (CoordinatorLost, EngineDead) as error:
-            now = time.monotonic()
-            give_up_at = give_up_at or now + min(resume_timeout_s, requests[0].deadline - time.time())
-            if now + pause_s >= give_up_at:
-                raise
-            logger.warning("%s: embedded again: %s", requests[0].request_id, error)
-        await asyncio.sleep(pause_s)
-        pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
+            lost = error
+        await attempts.another(lost)
+
+
+class _Attempts:
+    """How often a request was given to another coordinator, and until when that goes on."""
+
+    def __init__(self, request: Request, timeout_s: float) -> None:
+        self.number = 0
+        self._request = request
+        self._timeout_s = timeout_s
+        self._give_up_at = 0.0
+        self._pause_s = 0.0
+
+    async def another(self, lost: Unavailable | Overloaded, *, went_on: bool = False) -> None:
+        """Return when the next is due. Raises `lost` when the time is over; it starts again where tokens came."""
+        now = time.monotonic()
+        if went_on or self.number == 0:
+            self._give_up_at = now + min(self._timeout_s, self._request.deadline - time.time())
+            self._pause_s = 0.0
+        if now + self._pause_s >= self._give_up_at:
+            raise lost
+        self.number += 1
+        logger.warning("%s: attempt %d: %s", self._request.request_id, self.number + 1, lost)
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
 
 
 def _resumed(chunk: TokenChunk) -> TokenChunk:
