@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -45,6 +45,8 @@ from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize,
 from gateway.validator import Generation
 
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
+
+_BodyT = TypeVar("_BodyT", bound=Body)
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -102,21 +104,19 @@ class HttpDoor:
         self._frontend = frontend
 
     async def chat_completions(self, request: HttpRequest) -> Response:
-        document = await read_object(request, self._frontend.config.max_body_bytes)
-        parsed = parse_body(ChatCompletionRequest, document)
+        parsed = await self._read(request, ChatCompletionRequest)
         generation = await self._frontend.chat(parsed)
         tokenizer = self._frontend.model(generation.card.name).tokenizer
         return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, _ids(parsed)))
 
     async def completions(self, request: HttpRequest) -> Response:
-        document = await read_object(request, self._frontend.config.max_body_bytes)
-        parsed = parse_body(CompletionRequest, document)
+        parsed = await self._read(request, CompletionRequest)
         generation = await self._frontend.completion(parsed)
         tokenizer = self._frontend.model(generation.card.name).tokenizer
         return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
 
     async def embeddings(self, request: HttpRequest) -> Response:
-        parsed = parse_body(EmbeddingRequest, await read_object(request, self._frontend.config.max_body_bytes))
+        parsed = await self._read(request, EmbeddingRequest)
         job = await self._frontend.embedding(parsed)
         request.state.request_id = job.id
         answer = await unless_disconnected(request, self._frontend.embed(job))
@@ -155,14 +155,13 @@ class HttpDoor:
         return await self._frontend.metrics_page.response()
 
     async def tokenize(self, request: HttpRequest) -> Response:
-        document = await read_object(request, self._frontend.config.max_body_bytes)
-        parsed = parse_body(TokenizeRequest, document)
+        parsed = await self._read(request, TokenizeRequest)
         model, token_ids = await tokenize(self._frontend, parsed)
         return json_response(tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs)))
 
     async def detokenize(self, request: HttpRequest) -> Response:
-        document = await read_object(request, self._frontend.config.max_body_bytes)
-        return json_response({"prompt": await detokenize(self._frontend, parse_body(DetokenizeRequest, document))})
+        parsed = await self._read(request, DetokenizeRequest)
+        return json_response({"prompt": await detokenize(self._frontend, parsed)})
 
     async def load(self) -> Response:
         """Requests that this gateway replica is answering."""
@@ -170,6 +169,9 @@ class HttpDoor:
 
     async def version(self) -> Response:
         return json_response({"version": version("manta-serve")})
+
+    async def _read(self, request: HttpRequest, body_type: type[_BodyT]) -> _BodyT:
+        return parse_body(body_type, await read_object(request, self._frontend.config.max_body_bytes))
 
     async def _answer(
         self, request: HttpRequest, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
