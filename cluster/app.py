@@ -18,7 +18,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
 from cluster.errors import ConfigError
 from cluster.messages import ModelCard
-from cluster.placement import ExpertGroup, Node, check_fit, gpu_memory_bytes, plan_groups
+from cluster.placement import ExpertGroup, Node, Room, check_fit, gpu_memory_bytes, plan_groups
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -80,8 +80,19 @@ def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
     return Cluster(max(1, num_cpus), tuple(nodes))
 
 
-def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) -> ModelPlan:
-    """Resolve everything that is "auto". Raises ConfigError, or DoesNotFit when the cluster is too small."""
+def plan_models(
+    configs: Sequence[ModelConfig], checkpoints: Sequence[Checkpoint], cluster: Cluster
+) -> tuple[ModelPlan, ...]:
+    """All models of a configuration, which have to fit side by side. Raises ConfigError or DoesNotFit."""
+    room = Room(cluster.nodes)
+    return tuple(plan_model(*each, cluster, room) for each in zip(configs, checkpoints, strict=True))
+
+
+def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, room: Room | None = None) -> ModelPlan:
+    """Resolve everything that is "auto". Raises ConfigError, or DoesNotFit when the cluster is too small.
+
+    The model takes its place in `room`: what others have left; without it the cluster is the model's own.
+    """
     architecture = checkpoint.architecture
     if architecture.is_dense:
         if config.experts != ExpertsConfig():
@@ -107,7 +118,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster) ->
         architecture,
         dtype,
         at_start,
-        cluster.nodes,
+        room or Room(cluster.nodes),
         kv_tokens=max_model_len,
         num_coordinators=config.num_coordinators,
         gpus_per_shard=gpus_per_shard,

@@ -35,6 +35,37 @@ class Node:
     gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
 
 
+class Room:
+    """What the nodes have left while processes find their places, those of one model after those of another."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.memory = [node.memory_bytes for node in nodes]
+        self.gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] of each
+        self.num_models = 0  # that have found theirs
+
+    @property
+    def gpu_bytes(self) -> list[float]:
+        """What each GPU has left that is not taken wholly."""
+        return [size for gpus in self.gpus for share, size in gpus if share > 1e-9]
+
+    def place(self, share: float, weights: int, host: int) -> bool:
+        """Take what a process needs from the node with most memory free. False: no node has it."""
+        for node in sorted(range(len(self.memory)), key=lambda index: -self.memory[index]):
+            if self.memory[node] < host:
+                continue
+            if share:
+                count, each = max(1, math.ceil(share)), min(1.0, share)
+                free = sorted((g for g in self.gpus[node] if g[0] >= each - 1e-9), key=lambda gpu: -gpu[1])
+                if len(free) < count or free[count - 1][1] < weights / count:
+                    continue
+                for gpu in free[:count]:
+                    gpu[0] -= each
+                    gpu[1] -= weights / count
+            self.memory[node] -= host
+            return True
+        return False
+
+
 # Memory of a GPU by the name that Ray gives its type, in 10^9 bytes.
 _GPU_GIGABYTES = {
     "A10G": 24, "A100": 40, "A100-40G": 40, "A100-80G": 80, "B200": 180, "B300": 270, "GB200": 180, "GB300": 270,
@@ -101,7 +132,7 @@ def check_fit(
     architecture: Architecture,
     dtype: Dtype,
     groups: Sequence[ExpertGroup],
-    nodes: Sequence[Node],
+    room: Room,
     *,
     kv_tokens: int,
     num_coordinators: int = 1,
@@ -109,7 +140,7 @@ def check_fit(
     gpus_per_coordinator: float = 0.0,
     local: bool = False,
 ) -> None:
-    """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place.
+    """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
@@ -127,56 +158,27 @@ def check_fit(
     if local:
         attention += expert_bytes(architecture, dtype, architecture.num_experts)
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
-    memory = [node.memory_bytes for node in nodes]
-    gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] left of each
+    memory, gpus = sum(room.memory), room.gpu_bytes
     for name, weights, share in sorted(processes, key=lambda process: -process[1]):
         host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else weights)
-        place = _place(share, weights, host, memory, gpus)
-        if place is None:
-            raise DoesNotFit(_sentence(name, weights, host, share, processes, nodes, memory))
+        if not room.place(share, weights, host):
+            needs = gib(sum(size for _, size, _ in processes))
+            beside = " beside the models before it" if room.num_models else ""
+            if share:
+                wanted = sum(asked for *_, asked in processes)
+                raise DoesNotFit(
+                    f"{name} needs {share:g} GPU with {gib(weights)} free, and no node has one left: the model "
+                    f"needs {needs} on {wanted:g} GPUs in all, and the cluster has {gib(sum(gpus))} on "
+                    f"{len(gpus)} GPUs{beside}"
+                )
+            most = gib(max(room.memory, default=0))
+            raise DoesNotFit(
+                f"{name} needs {gib(host)} of memory, and the most that a node has left is {most}: the model needs "
+                f"{needs} in all, and the cluster has {gib(memory)} free{beside}"
+            )
+    room.num_models += 1
 
 
-def _place(share: float, weights: int, host: int, memory: list[int], gpus: list[list[list[float]]]) -> int | None:
-    """Take what the process needs from the node with most memory free. None: no node has it."""
-    for node in sorted(range(len(memory)), key=lambda index: -memory[index]):
-        if memory[node] < host:
-            continue
-        if share:
-            count, each = max(1, math.ceil(share)), min(1.0, share)
-            free = sorted((g for g in gpus[node] if g[0] >= each - 1e-9), key=lambda gpu: -gpu[1])
-            if len(free) < count or free[count - 1][1] < weights / count:
-                continue
-            for gpu in free[:count]:
-                gpu[0] -= each
-                gpu[1] -= weights / count
-        memory[node] -= host
-        return node
-    return None
-
-
-def _sentence(
-    name: str,
-    weights: int,
-    host: int,
-    share: float,
-    processes: Sequence[tuple[str, int, float]],
-    nodes: Sequence[Node],
-    memory: Sequence[int],
-) -> str:
-    total = gib(sum(size for _, size, _ in processes))
-    if share:
-        have = [size for node in nodes for size in node.gpu_memory_bytes]
-        wanted = sum(gpus for *_, gpus in processes)
-        return (
-            f"{name} needs {share:g} GPU with {gib(weights)} free, and no node has one left: the model needs {total} "
-            f"on {wanted:g} GPUs in all, and the cluster has {gib(sum(have))} on {len(have)} GPUs"
-        )
-    return (
-        f"{name} needs {gib(host)} of memory, and the most that a node has left is {gib(max(memory, default=0))}: the "
-        f"model needs {total} in all, and the cluster has {gib(sum(node.memory_bytes for node in nodes))} free"
-    )
-
-
-def gib(size: int) -> str:
+def gib(size: float) -> str:
     """`7.25 GiB`, for a person."""
     return f"{size / 2**30:.2f} GiB"

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.app import Cluster, ModelPlan, demo_config, describe_cluster, directory_config, plan_model, run_targets
+from cluster.app import Cluster, ModelPlan, demo_config, describe_cluster, directory_config, plan_models, run_targets
 from cluster.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
@@ -39,9 +39,7 @@ def run(model: str | None, config_file: Path | None, address: str | None, gatewa
         import ray
 
         stop.listen()  # again: Ray has put its own handlers there
-        plans = tuple(
-            plan_model(one, checkpoint, cluster) for one, checkpoint in zip(config.models, checkpoints, strict=True)
-        )
+        plans = plan_models(config.models, checkpoints, cluster)
         with _serving(config, plans, stop, joined=address is not None):
             if not stop.requested.is_set():
                 _announce(config, plans, ray.get_runtime_context().gcs_address)

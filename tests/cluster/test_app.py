@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.app import Cluster, demo_config, describe_cluster, model_card, plan_model
+from cluster.app import Cluster, demo_config, describe_cluster, model_card, plan_model, plan_models
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.demo_model import DIRECTORY
@@ -70,7 +70,7 @@ def test_the_demo_has_the_names_of_mistrals_endpoints():
     assert set(models) == {"mistral-small", "mistral-tiny", "mistral-embed"}
     assert models["mistral-small"].aliases == ("mistral-medium", "manta-demo")
     cluster = describe_cluster([machine(gpus=1)])
-    plans = [plan_model(model, open_checkpoint(model.path), cluster) for model in models.values()]
+    plans = plan_models(models.values(), [open_checkpoint(model.path) for model in models.values()], cluster)
     assert len({plan.application for plan in plans}) == 3
     shares = [plan.gpus_per_coordinator + len(plan.groups) * plan.gpus_per_shard for plan in plans]
     assert sum(shares) <= 1, "all of it runs beside one GPU"
@@ -81,6 +81,17 @@ def test_the_demo_has_the_names_of_mistrals_endpoints():
 def test_a_model_that_is_too_large_is_refused_with_both_numbers():
     with pytest.raises(DoesNotFit, match=r"needs .* GiB .* has .* GiB"):
         plan(machine(memory=GIB // 2))
+
+
+@pytest.mark.parametrize("machines", [[machine(memory=2 * GIB)], [machine(gpus=1), machine()]])
+def test_models_that_fit_one_by_one_must_fit_together(machines):
+    """Each was looked at alone, and the second one's processes then waited for a place for ever."""
+    configs = [ModelConfig(name=name, path=str(DIRECTORY)) for name in ("first", "second")]
+    checkpoints = [open_checkpoint(DIRECTORY)] * 2
+    cluster = describe_cluster(machines)
+    plan_models(configs[:1], checkpoints[:1], cluster)
+    with pytest.raises(DoesNotFit, match="beside the models before it"):
+        plan_models(configs, checkpoints, cluster)
 
 
 def test_dead_nodes_do_not_count():

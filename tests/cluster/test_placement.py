@@ -15,6 +15,7 @@ from cluster.errors import ConfigError, DoesNotFit
 from cluster.placement import (
     ExpertGroup,
     Node,
+    Room,
     check_fit,
     coordinator_bytes,
     expert_bytes,
@@ -118,15 +119,17 @@ def test_all_processes_together_hold_each_parameter_once() -> None:
 def test_mixtral_fits_nine_gpus_of_24_gib_and_not_three() -> None:
     groups = plan_groups("auto", 8, num_gpus=8, num_cpus=64)
     nodes = [Node(f"node-{i}", 64 * GIB, (24 * GIB,) * 3) for i in range(3)]
-    check_fit(MIXTRAL, "bfloat16", groups, nodes, kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
+    check_fit(MIXTRAL, "bfloat16", groups, Room(nodes), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
     with pytest.raises(DoesNotFit, match=r"the model needs 9\d\.\d\d GiB on 9 GPUs.*has 72\.00 GiB on 3 GPUs"):
-        check_fit(MIXTRAL, "bfloat16", groups, nodes[:1], kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
+        check_fit(
+            MIXTRAL, "bfloat16", groups, Room(nodes[:1]), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1
+        )
 
 
 def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
     groups = plan_groups("auto", 8, num_gpus=1, num_cpus=16)
     for size, fits in ((140, True), (80, False)):
-        arguments = (MIXTRAL, "bfloat16", groups, [Node("node", 64 * GIB, (size * GIB,))])
+        arguments = (MIXTRAL, "bfloat16", groups, Room([Node("node", 64 * GIB, (size * GIB,))]))
         shares = {"gpus_per_shard": 0.3, "gpus_per_coordinator": 0.3, "kv_tokens": 32768}
         if fits:
             check_fit(*arguments, **shares)
@@ -138,7 +141,7 @@ def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
 def test_mixtral_does_not_fit_a_laptop_and_the_message_has_both_numbers() -> None:
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=2)
     with pytest.raises(DoesNotFit, match=r"needs 42\.\d\d GiB of memory.*16\.00 GiB.*has 16\.00 GiB free"):
-        check_fit(MIXTRAL, "bfloat16", groups, [Node("laptop", 16 * GIB)], kv_tokens=4096)
+        check_fit(MIXTRAL, "bfloat16", groups, Room([Node("laptop", 16 * GIB)]), kv_tokens=4096)
 
 
 @given(
@@ -156,7 +159,7 @@ def test_more_memory_never_makes_a_model_that_fits_not_fit(
     def fits(size: int) -> bool:
         nodes = [Node(f"node-{i}", size * GIB) for i in range(num_nodes)]
         try:
-            check_fit(architecture, "bfloat16", groups, nodes, kv_tokens=1024)
+            check_fit(architecture, "bfloat16", groups, Room(nodes), kv_tokens=1024)
         except DoesNotFit:
             return False
         return True
