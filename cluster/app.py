@@ -120,7 +120,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         at_start,
         room or Room(cluster.nodes),
         kv_tokens=max_model_len,
-        num_coordinators=config.num_coordinators,
+        num_coordinators=config.coordinators.min_replicas,
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
         local=config.experts.transport == "local",
@@ -154,7 +154,7 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
         return config.experts.gpus_per_shard, min(
             1.0, max(SHARED_GPU_OF_COORDINATOR, 1 - config.experts.gpus_per_shard)
         )
-    if config.experts.transport == "local" or num_gpus >= num_groups + config.num_coordinators:
+    if config.experts.transport == "local" or num_gpus >= num_groups + config.coordinators.min_replicas:
         return 1.0, 1.0
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
 
@@ -214,6 +214,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
                 lane_secret_file=experts.lane_secret_file,
             ),
             scaling_of(experts, group),
+            max_surge_percent=config.max_surge_percent,
         )
         for group in plan.groups
         if plan.expert_deployments
@@ -225,7 +226,8 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         experts,
         plan.groups,
         *shards,
-        num_replicas=config.num_coordinators,
+        scaling=config.coordinators,
+        max_surge_percent=config.max_surge_percent,
         gpus=plan.gpus_per_coordinator,
         openmp_spin_count=engine.openmp_spin_count,
         otlp_endpoint=gateway.otlp_endpoint,

@@ -52,16 +52,11 @@ class EngineConfig(_Frozen):
     openmp_spin_count: int = Field(200, ge=0)
 
 
-class ScalingConfig(_Frozen):
-    """How many replicas an expert group has, and what its load has to be for more or fewer.
-
-    A replica's load is the part of the time that it computes; rows that wait for their turn count as well.
-    """
+class ReplicaBounds(_Frozen):
+    """How many replicas a deployment has, at least and at most, and how soon it follows its load."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
-    target_busy_fraction: float = Field(0.7, gt=0, le=1)  # of a replica; more replicas above, fewer well below
-    max_queue_s: float = Field(0.01, gt=0)  # mean wait of a dispatch for its turn; above, one replica more
     upscale_delay_s: float = Field(10.0, ge=0)  # for so long the load has to ask for more
     downscale_delay_s: float = Field(120.0, ge=0)
 
@@ -70,6 +65,29 @@ class ScalingConfig(_Frozen):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas: must be at least min_replicas ({self.min_replicas})")
         return self
+
+
+class ScalingConfig(ReplicaBounds):
+    """How many replicas an expert group has, and what its load has to be for more or fewer.
+
+    A replica's load is the part of the time that it computes; rows that wait for their turn count as well.
+    """
+
+    target_busy_fraction: float = Field(0.7, gt=0, le=1)  # of a replica; more replicas above, fewer well below
+    max_queue_s: float = Field(0.01, gt=0)  # mean wait of a dispatch for its turn; above, one replica more
+
+
+class CoordinatorScalingConfig(ReplicaBounds):
+    """The same for the coordinators of a model, whose load is what they have given away of their cache or batch."""
+
+    target_used_fraction: float = Field(0.8, gt=0, le=1)  # of the KV blocks, or of max_num_seqs if that is more
+    max_waiting: float = Field(1.0, ge=0)  # sequences that wait, per coordinator; above, one coordinator more
+
+
+class GatewayScalingConfig(ReplicaBounds):
+    """The same for gateways."""
+
+    target_requests: float = Field(64.0, gt=0)  # that one of them is answering
 
 
 class ExpertsConfig(_Frozen):
@@ -97,8 +115,24 @@ class ModelConfig(_Frozen):
     kind: Literal["chat", "embedding"] = "chat"
     pooling: Literal["mean", "last"] | None = None  # of kind embedding: over all hidden states, or the last; None: mean
     num_coordinators: int = Field(1, ge=1)
+    coordinator_scaling: CoordinatorScalingConfig | None = None  # None: num_coordinators, whatever the load
+    # Replicas that a rolling update may add for a while, of coordinators and of each group. With 0, for clusters that
+    # have no GPU to spare, an old one stops before its successor starts; steps wait for it meanwhile.
+    max_surge_percent: int = Field(100, ge=0, le=100)
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()
+
+    @property
+    def coordinators(self) -> CoordinatorScalingConfig:
+        """How many coordinators there are."""
+        number = self.num_coordinators
+        return self.coordinator_scaling or CoordinatorScalingConfig(min_replicas=number, max_replicas=number)
+
+    @model_validator(mode="after")
+    def _number_or_scaling(self) -> Self:
+        if self.coordinator_scaling is not None and self.num_coordinators != 1:
+            raise ValueError("num_coordinators: coordinator_scaling says it already, by min_replicas and max_replicas")
+        return self
 
     @model_validator(mode="after")
     def _pooling_is_for_embeddings(self) -> Self:
@@ -114,6 +148,7 @@ class GatewayConfig(_Frozen):
     http_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
     num_replicas: int = Field(1, ge=1)
+    scaling: GatewayScalingConfig | None = None  # None: num_replicas, whatever the load
     request_timeout_s: float = Field(600.0, gt=0)  # deadline of a request that names none
     # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
     resume_timeout_s: float = Field(300.0, gt=0)
@@ -131,6 +166,18 @@ class GatewayConfig(_Frozen):
     api_keys_file: AbsolutePath | None = None  # hashes of keys; None: only clients on this machine are answered
     metrics_token_file: AbsolutePath | None = None  # its first line opens /metrics
     allowed_hosts: tuple[str, ...] = ()  # Host names besides localhost, `host` and IP addresses; "*": any
+
+    @property
+    def replicas(self) -> GatewayScalingConfig:
+        """How many gateways there are."""
+        number = self.num_replicas
+        return self.scaling or GatewayScalingConfig(min_replicas=number, max_replicas=number)
+
+    @model_validator(mode="after")
+    def _number_or_scaling(self) -> Self:
+        if self.scaling is not None and self.num_replicas != 1:
+            raise ValueError("num_replicas: scaling says it already, by min_replicas and max_replicas")
+        return self
 
 
 class MantaConfig(_Frozen):
@@ -176,6 +223,11 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         return str(error["msg"])
     key = str(error["loc"][-1])
-    known = sorted({name for model in _Frozen.__subclasses__() for name in model.model_fields})
+    known = sorted({name for model in _sections(_Frozen) for name in model.model_fields})
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _sections(root: type[BaseModel]) -> list[type[BaseModel]]:
+    """The classes of the tree."""
+    return [model for section in root.__subclasses__() for model in (section, *_sections(section))]

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -23,16 +23,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ScalingConfig
 from cluster.errors import ExpertUnavailable, MantaError
 from cluster.metrics import ProcessFigures
+from cluster.scaling_policy import LOAD, REPORT_INTERVAL_S, WAITING, replica_options
 from experts_service.membership import replica_metadata
-from experts_service.scaling_policy import BUSY_FRACTION, QUEUE_S
 from experts_service.shard import ShardSpec, ShardStats, start_shard
 from experts_service.shard_metrics import shard_families
 
 REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which Ray does not count
 SHARD_CPUS = 0.01
-PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
-LOOK_BACK_S = 5.0  # over which Serve averages what the scaling policy sees
 DRAIN_S = 5.0  # for rows in flight when a replica stops
 STUCK_S = 300.0  # a shard that is up and answers nothing for this long is restarted
 NAMESPACE = "manta"
@@ -97,8 +95,8 @@ class ExpertService:
         return ProcessFigures(self._replica_id, tuple(families))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What ExpertScalingPolicy decides by; Serve's own count of requests knows nothing of rows."""
-        return {BUSY_FRACTION: self._busy_fraction, QUEUE_S: self._queue_s}
+        """What the scaling policy decides by; Serve's own count of requests knows nothing of rows."""
+        return {LOAD: self._busy_fraction, WAITING: self._queue_s}
 
     def check_health(self) -> None:
         if self._dead is not None:
@@ -120,7 +118,7 @@ class ExpertService:
     async def _keep_watch(self) -> None:
         restarted_at = float("-inf")
         while True:
-            await asyncio.sleep(PROBE_INTERVAL_S)
+            await asyncio.sleep(REPORT_INTERVAL_S)
             try:
                 await self._probe(PROBE_TIMEOUT_S)
             except ActorDiedError as error:  # not "being restarted": it will not come back
@@ -175,33 +173,15 @@ def _bundle(index: int) -> dict[str, Any]:
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
 
 
-def _replicas(scaling: ScalingConfig) -> dict[str, Any]:
-    """Serve's options for the number of replicas: fixed, or by our policy."""
-    if scaling.min_replicas == scaling.max_replicas:
-        return {"num_replicas": scaling.min_replicas}
-    policy = {"target_busy_fraction": scaling.target_busy_fraction, "max_queue_s": scaling.max_queue_s}
-    return {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            initial_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-            metrics_interval_s=PROBE_INTERVAL_S,
-            look_back_period_s=LOOK_BACK_S,
-            policy=AutoscalingPolicy(
-                policy_function="experts_service.scaling_policy:ExpertScalingPolicy", policy_kwargs=policy
-            ),
-        )
-    }
-
-
-def expert_deployment(spec: ShardSpec, scaling: ScalingConfig | None = None) -> serve.Application:
+def expert_deployment(
+    spec: ShardSpec, scaling: ScalingConfig | None = None, *, max_surge_percent: int = 100
+) -> serve.Application:
     """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded."""
+    scaling = scaling or ScalingConfig()
     shard_bundle = {"CPU": SHARD_CPUS} | ({"GPU": spec.gpus} if spec.gpus else {})
     deployment = serve.deployment(ExpertService).options(
         name=spec.name,
-        **_replicas(scaling or ScalingConfig()),
+        **replica_options(scaling, target_load=scaling.target_busy_fraction, max_waiting=scaling.max_queue_s),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=[{"CPU": REPLICA_CPUS}, shard_bundle],
         placement_group_strategy="STRICT_PACK",
@@ -210,6 +190,7 @@ def expert_deployment(spec: ShardSpec, scaling: ScalingConfig | None = None) -> 
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=10.0,
+        max_surge_percent=max_surge_percent,
         request_router_config=RequestRouterConfig(request_router_class="experts_service.membership.ExpertRouter"),
         logging_config=LoggingConfig(enable_access_log=False),
     )

@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
 from cluster.metrics import ProcessFigures
+from cluster.scaling_policy import LOAD, replica_options
 from cluster.traces import Traces
 from gateway.coordinator_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
@@ -31,7 +32,6 @@ DEPLOYMENT = "gateway"
 # As many as HAProxy has connections. It is we who refuse, by bounds of our own: to Serve a client that is slow with its
 # request counts as much as one that is being answered, and /health as well.
 MAX_CONNECTIONS = 4096
-DRAIN_S = 30.0
 
 SERVICER_FUNCTIONS = [
     "gateway.grpc_cancellation.add_MantaServicer_to_server",
@@ -62,6 +62,10 @@ class GatewayReplica(GrpcDoor):
         """What this process counted, for the /metrics of every replica."""
         return self.frontend.metrics.figures(self._replica)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the scaling policy decides by: requests that are being answered. To Serve, /health is one, too."""
+        return {LOAD: float(self.frontend.num_ongoing)}
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self.frontend)
 
@@ -72,12 +76,13 @@ Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica)
 def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> Any:
     """What `serve.run(…, name="gateway", route_prefix="/")` takes."""
     return Gateway.options(
-        num_replicas=config.num_replicas,
+        **replica_options(config.replicas, target_load=config.replicas.target_requests),
         max_ongoing_requests=config.max_ongoing_requests + MAX_CONNECTIONS,
         max_queued_requests=config.max_ongoing_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=config.request_timeout_s + 10.0,  # the longest stream ends by itself before
+        max_surge_percent=100,
         health_check_period_s=1.0,
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
     ).bind(config, cards)

@@ -14,12 +14,13 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint import Checkpoint, open_checkpoint
-from cluster.config import EngineConfig, ExpertsConfig
+from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError
 from cluster.messages import Embedding, EngineStats, Request, TokenChunk
 from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
 from cluster.progress import LoadingProgress
+from cluster.scaling_policy import LOAD, WAITING, replica_options
 from cluster.traces import Traces
 from experts_service.client import ExpertPool
 from experts_service.experts import Experts
@@ -159,6 +160,12 @@ class Coordinator:
         """What this process counted, for the gateway's /metrics."""
         return self._metrics.figures()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the scaling policy decides by: how full the cache or the batch is, and who waits for a place."""
+        stats, max_num_seqs = self._engine.stats(), self._engine.scheduler.max_num_seqs
+        used = max(stats.num_kv_blocks_used / stats.num_kv_blocks, stats.num_requests_running / max_num_seqs)
+        return {LOAD: used, WAITING: float(stats.num_requests_waiting)}
+
     def check_health(self) -> None:
         """Called by Serve; raises EngineDead when only a new process can help."""
         self._engine.check_alive()
@@ -200,7 +207,8 @@ def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) 
 
 def coordinator_deployment(
     *arguments: Any,
-    num_replicas: int,
+    scaling: CoordinatorScalingConfig,
+    max_surge_percent: int,
     gpus: float,
     openmp_spin_count: int,
     otlp_endpoint: str | None,
@@ -220,7 +228,7 @@ def coordinator_deployment(
         environment[OTLP_ENDPOINT] = otlp_endpoint
     deployment = serve.deployment(Coordinator).options(
         name=DEPLOYMENT,
-        num_replicas=num_replicas,
+        **replica_options(scaling, target_load=scaling.target_used_fraction, max_waiting=scaling.max_waiting),
         ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
         max_ongoing_requests=max_ongoing_requests,
         request_router_config=router_config,
@@ -228,6 +236,7 @@ def coordinator_deployment(
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=request_timeout_s + 10.0,  # the longest stream ends by itself before
+        max_surge_percent=max_surge_percent,
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(*arguments)
