@@ -45,8 +45,21 @@ class JsonSchema:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolTokens:
+    """Ids of the special tokens that calls of tools are spelled with, as far as a model's vocabulary has them."""
+
+    calls: int | None = None  # [TOOL_CALLS]
+    args: int | None = None  # [ARGS]
+    call_id: int | None = None  # [CALL_ID]
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallGrammar:
-    """Calls of tools: a marker, a space or none, then `[{"name": "f", "arguments": {…}}, …]` on one line."""
+    """Calls of tools: a marker, a space or none, then `[{"name": "f", "arguments": {…}}, …]` on one line.
+
+    With `tokens.args` every call is spelled by itself instead, with special tokens: `[TOOL_CALLS]f[ARGS]{…}`, and with
+    `tokens.call_id` too, `[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{…}`.
+    """
 
     tools: tuple[
         tuple[str, JsonSchema], ...
@@ -55,7 +68,7 @@ class ToolCallGrammar:
     parallel: bool = True  # more than one call
     answer: JsonSchema | None = None  # what a text must validate against, when calls are not required
     marker: str = "[TOOL_CALLS]"  # what calls begin with, where the vocabulary has no token for it
-    marker_token_id: int | None = None  # its special token
+    tokens: ToolTokens = ToolTokens()
 
 
 Grammar = JsonSchema | ToolCallGrammar  # a constraint on the output, compiled on the coordinator's side

@@ -12,7 +12,7 @@ from cluster.messages import FinishReason, Request, TokenChunk, TokenLogprobs, T
 from gateway.detokenizer import Detokenizer
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.tools_reader import ToolCall, ToolCallReader
+from gateway.tools_reader import ToolCall, tool_call_reader
 from gateway.validator import Generation
 
 
@@ -66,7 +66,7 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop_strings = StopStrings(generation.stop)
         grammar = request.grammar
-        self._tool_calls = ToolCallReader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
+        self._tool_calls = tool_call_reader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
         self._top_k = generation.card.top_k
@@ -99,9 +99,9 @@ class Choice:
         calls: tuple[ToolCall, ...] = ()
         reason: FinishReason | Literal["tool_calls"] | None = finish_reason
         if self._tool_calls is not None:
-            calls = self._tool_calls.take()
             if finish_reason is not None:
-                text += self._tool_calls.flush()
+                text += self._tool_calls.flush(has_ended=finish_reason == "stop")
+            calls = self._tool_calls.take()
             if finish_reason == "stop" and self._tool_calls.num_calls:
                 reason = "tool_calls"
         self._num_tokens += used

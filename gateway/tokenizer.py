@@ -6,6 +6,7 @@ The chat template comes from the checkpoint, never from a client, and is rendere
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +14,11 @@ from typing import Any, Protocol
 from jinja2.exceptions import TemplateError
 
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.messages import ModelCard
+from cluster.messages import ModelCard, ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
-TOOL_CALLS = "[TOOL_CALLS]"
+TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
 
 class Tokenizer(Protocol):
@@ -28,7 +29,7 @@ class Tokenizer(Protocol):
     max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
 
     renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
-    tool_calls_token_id: int | None  # the special token that calls begin with, where the vocabulary has one
+    tool_tokens: ToolTokens  # the special tokens that calls are spelled with
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
@@ -68,9 +69,14 @@ class HuggingFaceTokenizer:
         self.max_token_chars = max(map(len, vocabulary))
         added = self._hf.added_tokens_decoder
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
-        self.renders_tools = "tools" in str(self._hf.chat_template) and "tool_calls" in str(self._hf.chat_template)
-        marker = vocabulary.get(TOOL_CALLS)
-        self.tool_calls_token_id = marker if marker in self.special_ids else None
+        template = str(self._hf.chat_template)
+        self.renders_tools = "tools" in template and "tool_calls" in template
+        special = {token: i for token, i in vocabulary.items() if i in self.special_ids}
+        self.tool_tokens = ToolTokens(
+            calls=special.get(TOOL_CALLS),
+            args=special.get(ARGS) if ARGS in template else None,
+            call_id=special.get(CALL_ID) if CALL_ID in template else None,
+        )
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -112,9 +118,14 @@ class MistralTokenizer:
         self.vocab_size: int = self._raw.n_words
         self.max_token_chars = max(map(len, self._raw.vocab()))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
-        self.renders_tools = str(self._raw.version.value) != "v1"
-        markers = [i for i in self.special_ids if self._raw.id_to_piece(i) == TOOL_CALLS]
-        self.tool_calls_token_id = markers[0] if markers else None
+        version = int(re.match(r"v(\d+)", str(self._raw.version.value))[1])  # type: ignore[index]
+        self.renders_tools = version > 1
+        special = {self._raw.id_to_piece(i): i for i in self.special_ids}
+        self.tool_tokens = ToolTokens(
+            calls=special.get(TOOL_CALLS),
+            args=special.get(ARGS) if version >= 11 else None,
+            call_id=special.get(CALL_ID) if 11 <= version < 13 else None,
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._raw.encode(text, bos=add_special_tokens, eos=False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
+from cluster.messages import Grammar, JsonSchema, ToolCallGrammar, ToolTokens
 from gateway.structured_schema import checked_schema
 
 MAX_TOOLS = 128
@@ -56,7 +56,7 @@ def answer_grammar(
     tool_choice: Any,
     parallel: bool | None,
     answer: JsonSchema | None,
-    marker_token_id: int | None,
+    tokens: ToolTokens,
 ) -> Grammar | None:
     """What may be answered: calls, text, or within the schema `answer`. Raises InvalidRequest for a wrong choice."""
     named = _named(tool_choice)
@@ -72,7 +72,7 @@ def answer_grammar(
         required=tool_choice in ("any", "required") or named is not None,
         parallel=parallel is not False and named is None,
         answer=answer,
-        marker_token_id=marker_token_id,
+        tokens=tokens,
     )
 
 

@@ -1,6 +1,7 @@
-"""Reads tool calls out of an output's text. Knows the spelling that the grammar of calls enforces; knows no streams.
+"""Reads tool calls out of an output's text. Knows the spellings that the grammar of calls enforces; knows no streams.
 
-    [TOOL_CALLS] [{"name": "f", "arguments": {…}}, {"name": "g", "arguments": {…}}]
+    [TOOL_CALLS] [{"name": "f", "arguments": {…}}, {"name": "g", "arguments": {…}}]      ToolCallReader
+    [TOOL_CALLS]f[ARGS]{…}[TOOL_CALLS]g[ARGS]{…}                                         SpelledCallReader
 
 The marker is a special token, or text where the vocabulary has none; what comes before the token, or is no marker, is
 the answer's own text. A call is handed on once it is complete; one that `max_tokens` cuts never is.
@@ -12,6 +13,7 @@ import json
 import secrets
 import string
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.messages import ToolCallGrammar
 
@@ -35,11 +37,11 @@ def new_call_id() -> str:
 
 
 class ToolCallReader:
-    """`push` each token and its text; `calls` has those that became complete since `take`."""
+    """`push` each token and its text, then `flush`; `take` gives the calls that became complete."""
 
     def __init__(self, grammar: ToolCallGrammar) -> None:
         self._marker = grammar.marker
-        self._marker_token_id = grammar.marker_token_id
+        self._marker_token_id = grammar.tokens.calls
         self._is_text = False  # decided: no marker can come any more
         self._held = ""  # what may still be the marker; in the calls, what is read of the present one
         self._in_calls = False
@@ -70,7 +72,7 @@ class ToolCallReader:
         self._is_text = True
         return self.flush()
 
-    def flush(self) -> str:
+    def flush(self, *, has_ended: bool = False) -> str:  # noqa: ARG002
         """What was held back, once nothing follows."""
         held, self._held = self._held, ""
         return "" if self._in_calls else held
@@ -102,3 +104,63 @@ class ToolCallReader:
         name, end = json.JSONDecoder().raw_decode(call, len(_NAME))
         self._calls.append(ToolCall(self.num_calls, new_call_id(), name, call[end + len(_ARGUMENTS) : -1]))
         self.num_calls += 1
+
+
+class SpelledCallReader:
+    """The same for calls that are spelled with a special token before each part."""
+
+    def __init__(self, grammar: ToolCallGrammar) -> None:
+        self._tokens = grammar.tokens
+        self._part: Literal["text", "name", "id", "arguments"] = "text"
+        self._parts: dict[str, str] = {}  # of the present call
+        self._calls: list[ToolCall] = []
+        self.num_calls = 0
+
+    def push(self, token_id: int, text: str) -> str:
+        """The part of `text` that is the answer's own."""
+        if token_id == self._tokens.calls:
+            self._complete(has_ended=True)
+            self._parts, self._part = dict.fromkeys(("name", "id", "arguments"), ""), "name"
+        elif self._part == "text":
+            return text
+        elif token_id == self._tokens.args:
+            self._part = "arguments"
+        elif token_id == self._tokens.call_id:
+            self._part = "id"
+        else:
+            self._parts[self._part] += text
+        return ""
+
+    def flush(self, *, has_ended: bool) -> str:
+        """Nothing was held back. The last call is complete if the output ended by itself, or it is an object."""
+        self._complete(has_ended=has_ended)
+        return ""
+
+    def take(self) -> tuple[ToolCall, ...]:
+        """The calls that became complete since the last time."""
+        calls, self._calls = tuple(self._calls), []
+        return calls
+
+    def _complete(self, *, has_ended: bool) -> None:
+        if self._part != "arguments":
+            return
+        name, call_id, arguments = (self._parts[part].strip() for part in ("name", "id", "arguments"))
+        self._part = "text"
+        if not _is_json(arguments) or not (has_ended or arguments[0] in "{["):
+            return
+        is_id = len(call_id) == 9 and all(char in _ALPHABET for char in call_id)
+        self._calls.append(ToolCall(self.num_calls, call_id if is_id else new_call_id(), name, arguments))
+        self.num_calls += 1
+
+
+def tool_call_reader(grammar: ToolCallGrammar) -> ToolCallReader | SpelledCallReader:
+    """The one for that spelling."""
+    return ToolCallReader(grammar) if grammar.tokens.args is None else SpelledCallReader(grammar)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -61,7 +61,7 @@ class Validator:
         self._card = card
         self._config = config
         self._reader = PromptReader(card, tokenizer)
-        self._marker_id = tokenizer.tool_calls_token_id
+        self._tool_tokens = tokenizer.tool_tokens
 
     def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Raises InvalidRequest."""
@@ -75,7 +75,7 @@ class Validator:
             max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
         tools = read_tools(body.tools)
         grammar = answer_grammar(
-            tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._marker_id
+            tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._tool_tokens
         )
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",

@@ -14,6 +14,7 @@ from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
 Format = dict[str, Any]
 
 _MAX_BLANKS = 1
+_BLANK: Format = {"type": "regex", "pattern": " ?"}  # after a special token; Tekken's models write none
 _WORDS = {  # of one type only; a schema that has them is read as of that type
     "object": {
         "properties",
@@ -66,18 +67,19 @@ def _answer(grammar: ToolCallGrammar) -> Format:
 
 def _marked_calls(grammar: ToolCallGrammar) -> Format:
     """A model with a token for it may say something before its calls; without one, calls are all of the answer."""
-    if grammar.marker_token_id is None:
-        begin: list[Format] = [{"type": "const_string", "value": grammar.marker}]
-        if not grammar.required:
-            begin.insert(0, {"type": "regex", "pattern": "[ \\n]*"})
+    tokens = grammar.tokens
+    if tokens.calls is None:
+        begin = [_const(grammar.marker), _list_of_calls(grammar)]
+    elif tokens.args is None:
+        begin = [_token(tokens.calls), _list_of_calls(grammar)]
     else:
-        begin = [{"type": "token", "token": grammar.marker_token_id}]
-        if not grammar.required:
-            begin.insert(0, {"type": "any_text"})
-    return {"type": "sequence", "elements": [*begin, _calls(grammar)]}
+        begin = [_spelled_calls(grammar, tokens.calls, tokens.args)]
+    if not grammar.required:
+        begin.insert(0, {"type": "any_text"} if tokens.calls is not None else {"type": "regex", "pattern": "[ \\n]*"})
+    return _sequence(*begin)
 
 
-def _calls(grammar: ToolCallGrammar) -> Format:
+def _list_of_calls(grammar: ToolCallGrammar) -> Format:
     calls = [
         {
             "type": "tag",
@@ -94,13 +96,27 @@ def _calls(grammar: ToolCallGrammar) -> Format:
         "at_least_one": True,
         "stop_after_first": not grammar.parallel,
     }
-    listed = {"type": "tag", "begin": "[", "content": content, "end": "]"}
-    return {"type": "sequence", "elements": [{"type": "regex", "pattern": " ?"}, listed]}  # Tekken's models write none
+    return _sequence(_BLANK, {"type": "tag", "begin": "[", "content": content, "end": "]"})
+
+
+def _spelled_calls(grammar: ToolCallGrammar, calls: int, args: int) -> Format:
+    """`[TOOL_CALLS]f[ARGS]{…}` once or more."""
+    call_id = grammar.tokens.call_id
+    identified = [] if call_id is None else [_token(call_id), {"type": "regex", "pattern": " ?[a-zA-Z0-9]{9}"}]
+    options = [
+        _sequence(
+            *(_token(calls), _BLANK, _const(name), *identified),
+            *(_token(args), _BLANK, _json(json.loads(schema.text))),
+        )
+        for name, schema in grammar.tools
+    ]
+    one = options[0] if len(options) == 1 else {"type": "or", "elements": options}
+    return {"type": "plus", "content": one} if grammar.parallel else one
 
 
 def _text(grammar: ToolCallGrammar) -> Format:
     """Any text; if the marker is text itself, one that does not begin with it: rule i has seen i characters of it."""
-    if grammar.marker_token_id is not None:
+    if grammar.tokens.calls is not None:
         return {"type": "any_text"}
     rules = ["root ::= [ \\n]* seen0", "any ::= [\\x00-\\U0010ffff]*"]
     for i, char in enumerate(grammar.marker):
@@ -109,6 +125,18 @@ def _text(grammar: ToolCallGrammar) -> Format:
         more = f' | "{char}" seen{i + 1}' if i + 1 < len(grammar.marker) else ""
         rules.append(f'seen{i} ::= "" | {other}{more}')
     return {"type": "grammar", "grammar": "\n".join(rules)}
+
+
+def _sequence(*elements: Format) -> Format:
+    return {"type": "sequence", "elements": list(elements)}
+
+
+def _const(text: str) -> Format:
+    return {"type": "const_string", "value": text}
+
+
+def _token(token_id: int) -> Format:
+    return {"type": "token", "token": token_id}
 
 
 def _in_class(char: str) -> str:

@@ -34,18 +34,20 @@ CHAT_TEMPLATE = (
 CORPUS = ["Hello, my name is Manta.", "le fromage français", "def add(a, b): return a + b", "STOP here, please"] * 4
 
 
-def write_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A byte-level BPE tokenizer in Hugging Face's layout: <s> 0, </s> 1, then bytes and merges."""
+def write_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = ()) -> Path:
+    """A byte-level BPE tokenizer in Hugging Face's layout: <s> 0, </s> 1, then bytes and merges, then `special`."""
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>"]
     rust.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    rust.add_special_tokens(list(special))
     fast = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
     fast.chat_template = chat_template
     fast.save_pretrained(str(directory))

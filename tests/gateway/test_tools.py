@@ -12,13 +12,14 @@ import httpx
 import mistral_common
 import openai
 import pytest
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from mistralai.client import Mistral
 
 from cluster.config import GatewayConfig
-from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
+from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar, ToolTokens
 from gateway.protocol import ChatCompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer
-from gateway.tools_reader import ToolCallReader
+from gateway.tools_reader import ToolCallReader, tool_call_reader
 from gateway.validator import Validator
 from tests.gateway.doubles import (
     ScriptedCoordinator,
@@ -147,7 +148,7 @@ def test_a_call_that_max_tokens_cuts_is_never_shown(answering: Any, tokenizer: H
 
 
 def test_calls_after_a_special_token(tokenizer: HuggingFaceTokenizer) -> None:
-    reader = ToolCallReader(ToolCallGrammar((), required=False, marker_token_id=7))
+    reader = ToolCallReader(ToolCallGrammar((), required=False, tokens=ToolTokens(calls=7)))
     assert reader.push(50, "I look. [TOOL_CALLS] []") == "I look. [TOOL_CALLS] []"
     assert reader.push(7, "") == ""
     assert reader.push(51, ' [{"name": "f", "arguments": {"a": [') == ""
@@ -157,6 +158,95 @@ def test_calls_after_a_special_token(tokenizer: HuggingFaceTokenizer) -> None:
     assert (call.name, call.arguments) == ("f", '{"a": ["}\\\\"]}')
     assert reader.take() == ()
     assert reader.num_calls == 1
+
+
+SPELLED = ToolCallGrammar((), required=False, tokens=ToolTokens(calls=7, args=8, call_id=9))
+
+
+def test_calls_spelled_in_special_tokens() -> None:
+    reader = tool_call_reader(SPELLED)
+    pushed = [(50, "I look."), (7, ""), (51, "wea"), (52, "ther"), (8, ""), (53, '{"city": '), (54, '"[ARGS] é"}')]
+    assert [reader.push(*each) for each in pushed] == ["I look.", *[""] * 6]
+    assert reader.take() == ()
+    assert reader.push(7, "") == ""
+    [call] = reader.take()
+    assert (call.index, call.name, call.arguments) == (0, "weather", '{"city": "[ARGS] é"}')
+    assert ID.fullmatch(call.id)
+    for each in ((55, " time"), (9, ""), (56, "Abc123xyz"), (8, ""), (57, "{}")):
+        reader.push(*each)
+    assert reader.flush(has_ended=True) == ""
+    [call] = reader.take()
+    assert (call.index, call.id, call.name, call.arguments) == (1, "Abc123xyz", "time", "{}")
+    assert reader.num_calls == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_ended", "is_call"),
+    [("{}", False, True), ('{"a": 1', False, False), ("12", False, False), ("12", True, True), ("", True, False)],
+)
+def test_a_spelled_call_that_is_cut_is_never_shown(arguments: str, has_ended: bool, is_call: bool) -> None:
+    reader = tool_call_reader(SPELLED)
+    for each in ((7, ""), (50, "f"), (8, ""), (51, arguments)):
+        reader.push(*each)
+    reader.flush(has_ended=has_ended)
+    assert len(reader.take()) == reader.num_calls == is_call
+
+
+SPELLING_TEMPLATE = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_spelled_calls_reach_openai_s_client(tmp_path: Path, stream: bool) -> None:
+    directory = write_tokenizer(tmp_path, chat_template=SPELLING_TEMPLATE, special=["[TOOL_CALLS]", "[ARGS]"])
+    tokenizer = HuggingFaceTokenizer(directory)
+    size = tokenizer.vocab_size
+    assert tokenizer.tool_tokens == ToolTokens(calls=size - 2, args=size - 1)
+    answer = 'So: [TOOL_CALLS]weather[ARGS]{"city": "Pâris"}[TOOL_CALLS]time[ARGS]{}'
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(answer)[1:]))
+    frontend = build_frontend(model_card(directory, max_model_len=4096, vocab_size=size), coordinator)
+    asked: Any = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], "stream": stream}
+    with http_server(frontend) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answered = client.chat.completions.create(**asked)
+        parts = [chunk.choices[0].delta for chunk in answered] if stream else [answered.choices[0].message]
+    assert "".join(part.content or "" for part in parts) == "So: "
+    calls = [call.function for part in parts for call in part.tool_calls or ()]
+    assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city": "Pâris"}'), ("time", "{}")]
+    grammar = coordinator.requests[0].grammar
+    assert isinstance(grammar, ToolCallGrammar)
+    assert grammar.tokens == tokenizer.tool_tokens
+
+
+@pytest.mark.parametrize(("version", "has_call_id"), [("v11", True), ("v13", False)])
+def test_mistral_s_later_tokenizers_spell_their_calls(tmp_path: Path, version: str, has_call_id: bool) -> None:
+    """mistral-common ships none of them; one is made of an earlier one."""
+    with open(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json") as file:
+        tekken = json.load(file)
+    tekken["config"]["version"] = version
+    names = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names += [name for name in ("[ARGS]", "[CALL_ID]") if name not in names]
+    tekken["special_tokens"] = [
+        {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
+    ]
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    tokenizer = MistralTokenizer(tmp_path)
+    tokens = tokenizer.tool_tokens
+    assert (tokens.calls is not None, tokens.args is not None, tokens.call_id is not None) == (True, True, has_call_id)
+    call = {"id": "abcdefghi", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+    ]
+    card = model_card(tmp_path, layout="mistral", max_model_len=4096, vocab_size=tokenizer.vocab_size)
+    request = validated(Validator(card, tokenizer, GatewayConfig()), messages=messages, tools=[WEATHER])
+    text = "".join(tokenizer._raw.id_to_piece(i) for i in request.prompt_token_ids)
+    identified = "[CALL_ID]abcdefghi" if has_call_id else ""
+    assert f'[TOOL_CALLS]weather{identified}[ARGS]{{"city": "Paris"}}' in text
+    assert request.grammar.tokens == tokens
 
 
 SCHEMA = JsonSchema(json.dumps(WEATHER["function"]["parameters"]), "tools[0].function.parameters")
@@ -178,7 +268,7 @@ def test_the_choice_of_tools(
 ) -> None:
     grammar = validated(validator, **fields).grammar
     assert [name for name, _ in grammar.tools] == names
-    assert (grammar.required, grammar.parallel, grammar.marker_token_id) == (required, parallel, None)
+    assert (grammar.required, grammar.parallel, grammar.tokens) == (required, parallel, ToolTokens())
     if "weather" in names:
         assert grammar.tools[0][1] == SCHEMA
 
@@ -272,6 +362,6 @@ def test_mistral_s_own_tokenizers_render_tools(tmp_path: Any, file: str, expecte
     assert "[AVAILABLE_TOOLS]" in text
     assert '{"name": "weather", "arguments": {"city": "Paris"}' in text
     assert text.endswith(f"{expected}[/TOOL_RESULTS]")
-    marker = request.grammar.marker_token_id
+    marker = request.grammar.tokens.calls
     assert tokenizer._raw.id_to_piece(marker) == "[TOOL_CALLS]"
     assert marker in request.prompt_token_ids

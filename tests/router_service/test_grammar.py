@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 
 import jsonschema
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InvalidRequest
-from cluster.messages import ToolCallGrammar
+from cluster.messages import ToolCallGrammar, ToolTokens
+from gateway.detokenizer import Detokenizer
+from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.tools_reader import SpelledCallReader
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench
@@ -97,7 +101,7 @@ def test_several_calls_come_only_when_they_may_be_parallel(bench, tokenizer):
 
 def test_a_model_with_a_token_for_calls_may_speak_before_them(bench, tokenizer):
     marker = 0  # any special token
-    grammar = tools(required=False, parallel=False, marker_token_id=marker)
+    grammar = tools(required=False, parallel=False, tokens=ToolTokens(calls=marker))
     state = bench.grammar_state(make_request(prompt(), grammar=grammar))
     for token_id in [*tokenizer.encode("Hello", add_special_tokens=False), marker]:
         state.accept(token_id)
@@ -105,6 +109,54 @@ def test_a_model_with_a_token_for_calls_may_speak_before_them(bench, tokenizer):
     for token_id in tokenizer.encode(" Hello", add_special_tokens=False):
         state.accept(token_id)
     assert state.error is not None
+
+
+@pytest.fixture(scope="module")
+def spelling(tmp_path_factory):
+    """The same with the special tokens of Mistral's later tokenizers."""
+    directory = tmp_path_factory.mktemp("spelling")
+    write_checkpoint(directory, vocab_size=SIZE + 16, bos_token_id=0, eos_token_id=EOS)
+    template = "{{ tools }}{{ messages[0].tool_calls }}[ARGS][CALL_ID]"
+    return write_tokenizer(directory, chat_template=template, special=["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"])
+
+
+@pytest.mark.parametrize("has_call_id", [False, True])
+def test_calls_spelled_in_special_tokens_parse_and_validate(spelling, has_call_id):
+    """What the grammar lets through is what the gateway reads."""
+    bench, tokenizer = Bench(spelling), HuggingFaceTokenizer(spelling)
+    tokens = tokenizer.tool_tokens if has_call_id else replace(tokenizer.tool_tokens, call_id=None)
+    grammar = tools(tokens=tokens)
+    bias = ((tokens.calls, 3.0), (EOS, 3.0))
+    read = []
+    for seed in range(6):
+        request = make_request(
+            prompt(seed), grammar=grammar, temperature=1.0, seed=seed, max_tokens=400, logit_bias=bias
+        )
+        [output] = bench.run(request)
+        assert bench.chunks[request.key][-1].finish_reason == "stop", tokenizer.decode(output)
+        assert (tokenizer.tool_tokens.call_id in output) == has_call_id
+        reader, detokenizer = SpelledCallReader(grammar), Detokenizer(tokenizer)
+        assert "".join(reader.push(i, detokenizer.push(i)) for i in output[:-1]) == ""
+        reader.flush(has_ended=True)
+        calls = reader.take()
+        assert len(calls) == output.count(tokens.calls)
+        read.append(len(calls))
+        for call in calls:
+            assert call.name == "weather"
+            jsonschema.validate(json.loads(call.arguments), WEATHER)
+    assert max(read) > 1
+
+
+def test_text_before_spelled_calls_is_free_and_one_call_is_all_without_parallel_ones(spelling):
+    bench, tokenizer = Bench(spelling), PreTrainedTokenizerFast.from_pretrained(spelling)
+    tokens = replace(HuggingFaceTokenizer(spelling).tool_tokens, call_id=None)
+    grammar = tools(required=False, parallel=False, tokens=tokens)
+    call = '[TOOL_CALLS]weather[ARGS]{"ville": "Paris", "days": 3}'
+    for text, fits in ((f"Well. {call}", True), ("Well.", True), (call + call, False), ("[TOOL_CALLS]x[ARGS]", False)):
+        state = bench.grammar_state(make_request(prompt(), grammar=grammar))
+        for token_id in [*tokenizer.encode(text, add_special_tokens=False), EOS]:
+            state.accept(token_id)
+        assert (state.error is None) == fits, text
 
 
 @pytest.mark.parametrize("text", ["", "Hello", " [TOOL", "[TOOL] x", "a [TOOL_CALLS] b", "Grüße", "[[TOOL_CALLS]"])
