@@ -60,6 +60,10 @@ def choice(index: int, piece: ChoiceText | Delta) -> chat_pb2.Choice:
         ],
         finish_reason=FINISH[piece.finish_reason],
         tool_calls=call_messages(piece.tool_calls),
+        routed_experts=[
+            chat_pb2.TokenExperts(layers=[chat_pb2.LayerExperts(experts=experts) for experts in layers])
+            for layers in piece.routed_experts or ()
+        ],
     )
 
 

@@ -34,6 +34,12 @@ ERROR: Json = {
         }
     },
 }
+# One server-sent event. The last of a completion's stream is [DONE].
+EVENT: Json = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "pattern": r"^(\{.*\}|\[DONE\])$"}},
+}
 MEANINGS = {
     400: "A field, the body or a header is wrong; `param` names it",
     401: "No API key, or a wrong one",
@@ -112,7 +118,7 @@ def _responses(path: str) -> Json:
 def _answer(path: str) -> Json:
     content: Json = {"application/json": {"schema": {"type": "object", "required": list(ALWAYS_THERE.get(path, ()))}}}
     if path in STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"itemSchema": EVENT}
     if path == "/metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
     return {"description": "The answer", "content": content}
