@@ -8,25 +8,20 @@ that has gone; on a plain grpc.aio server it also bounds the request itself.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from cluster.errors import PayloadTooLarge, Unauthorized
 from gateway import chat_pb2
-from gateway.caller import ANONYMOUS
 from gateway.choice import Usage
 from gateway.embeddings import EmbeddingJob
 from gateway.frontend import Frontend
+from gateway.grpc_call import rpc_call
 from gateway.grpc_chat import chat_fields
-from gateway.grpc_errors import RpcFailed, fail, retry_after, status_of
-from gateway.grpc_guard import pass_guard, traceparent
+from gateway.grpc_errors import RpcFailed
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
-from gateway.logs import RequestRecord, open_record
-from gateway.metrics import error_name
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
@@ -66,14 +61,16 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
 
     async def ListModels(
         self,
-        request: chat_pb2.ListModelsRequest,  # noqa: ARG002
+        request: chat_pb2.ListModelsRequest,
         grpc_context: Any,
     ) -> chat_pb2.ListModelsResponse:
         try:
-            pass_guard(self.frontend.guard, self.frontend.limiter, grpc_context)
-        except Unauthorized as error:
-            await fail(grpc_context, *status_of(error, ""))
+            async with rpc_call(self.frontend, request, grpc_context, is_counted=False):
+                return await self._models()
+        except RpcFailed:
             return chat_pb2.ListModelsResponse()  # never sent: the status is not OK
+
+    async def _models(self) -> chat_pb2.ListModelsResponse:
         health = await self.frontend.health.models()
         return chat_pb2.ListModelsResponse(
             models=[
@@ -119,28 +116,13 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         prepare: Callable[[Any, float | None], Coroutine[Any, Any, _JobT]],
         answer: Callable[[Callable[..., _MessageT], _JobT], Coroutine[Any, Any, _MessageT]],
     ) -> _MessageT:
-        request_id = f"req-{uuid.uuid4().hex}"
-        caller = ANONYMOUS
-        record = open_record(RequestRecord("grpc", _rpc(request), request_id, traceparent=traceparent(context)))
         try:
-            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
-            caller.enter()
-            job = await prepare(self._checked(request), _time_left(context))
-            request_id = record.request_id = job.id
-            context.set_trailing_metadata([("x-request-id", request_id)])
-            message = await answer(response_type, job)
-            record.status = "OK"
-            return message
-        except Exception as error:
-            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
-            status = status_of(error, request_id)
-            record.status, record.error = status[0].name, error_name(error)
-            await fail(context, *status)
+            async with rpc_call(self.frontend, request, context) as call:
+                job = await prepare(request, call.time_left_s)
+                call.name(job.id)
+                return await answer(response_type, job)
+        except RpcFailed:
             return response_type()  # never sent: the status is not OK
-        finally:
-            caller.leave()
-            record.key_id = caller.id
-            record.write()
 
     async def _whole(self, response_type: Callable[..., _MessageT], generation: Generation) -> _MessageT:
         usage = Usage(generation.num_prompt_tokens)
@@ -168,17 +150,9 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         context: Any,
         prepare: Callable[[Any, float | None], Coroutine[Any, Any, Generation]],
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
-        request_id = f"req-{uuid.uuid4().hex}"
-        caller = ANONYMOUS
-        record = open_record(
-            RequestRecord("grpc", _rpc(request, "Stream"), request_id, traceparent=traceparent(context))
-        )
-        try:
-            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
-            caller.enter()
-            generation = await prepare(self._checked(request), _time_left(context))
-            request_id = record.request_id = generation.id
-            context.set_trailing_metadata([("x-request-id", request_id)])
+        async with rpc_call(self.frontend, request, context, suffix="Stream") as call:
+            generation = await prepare(request, call.time_left_s)
+            call.name(generation.id)
             usage = Usage(generation.num_prompt_tokens)
             running = len(generation.requests)
             async with aclosing(self.frontend.generate(generation, usage)) as deltas:
@@ -189,31 +163,3 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                         choice=choice(delta.index, delta),
                         usage=None if running else usage_message(usage),
                     )
-            record.status = "OK"
-        except Exception as error:
-            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
-            status = status_of(error, request_id)
-            record.status, record.error = status[0].name, error_name(error)
-            await fail(context, *status)
-            raise RpcFailed(str(error)) from None
-        finally:
-            caller.leave()
-            record.key_id = caller.id
-            record.write()
-
-    def _checked(self, request: Any) -> Any:
-        bound = self.frontend.config.max_body_bytes
-        if request.ByteSize() > bound:
-            raise PayloadTooLarge(f"the message is over the limit of {bound} bytes")
-        return request
-
-
-def _rpc(request: Any, suffix: str = "") -> str:
-    """The name of the RPC that takes this message."""
-    return type(request).__name__.removesuffix("Request") + suffix
-
-
-def _time_left(context: Any) -> float | None:
-    """Seconds until the client's deadline, where the context knows it."""
-    time_remaining = getattr(context, "time_remaining", None)
-    return None if time_remaining is None else time_remaining()

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from cluster.errors import DeadlineExceeded, PayloadTooLarge
+from cluster.errors import DeadlineExceeded
 from gateway import chat_pb2
-from gateway.caller import ANONYMOUS
 from gateway.frontend import Frontend
-from gateway.grpc_errors import fail, retry_after, status_of
-from gateway.grpc_guard import pass_guard
+from gateway.grpc_call import rpc_call
+from gateway.grpc_errors import RpcFailed
 from gateway.protocol import parse_body
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
@@ -57,24 +55,12 @@ class TokenizationRpcs:
         context: Any,
         answer: Callable[[Any], Coroutine[Any, Any, _MessageT]],
     ) -> _MessageT:
-        request_id = f"req-{uuid.uuid4().hex}"
-        caller = ANONYMOUS
-        time_remaining = getattr(context, "time_remaining", None)  # Serve's context does not know it
         try:
-            caller = pass_guard(self.frontend.guard, self.frontend.limiter, context)
-            caller.enter()
-            bound = self.frontend.config.max_body_bytes
-            if request.ByteSize() > bound:
-                raise PayloadTooLarge(f"the message is over the limit of {bound} bytes")
-            context.set_trailing_metadata([("x-request-id", request_id)])
-            try:
-                async with asyncio.timeout(None if time_remaining is None else time_remaining()):
-                    return await answer(request)
-            except TimeoutError:
-                raise DeadlineExceeded("the request's deadline passed before it was complete") from None
-        except Exception as error:
-            context.set_trailing_metadata([("x-request-id", request_id), *retry_after(error)])
-            await fail(context, *status_of(error, request_id))
+            async with rpc_call(self.frontend, request, context) as call:
+                try:
+                    async with asyncio.timeout(call.time_left_s):
+                        return await answer(request)
+                except TimeoutError:
+                    raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+        except RpcFailed:
             return response_type()  # never sent: the status is not OK
-        finally:
-            caller.leave()

@@ -134,3 +134,16 @@ def test_calls_over_grpc_have_their_line(
     assert [line["status"] for line in (whole, streamed, unknown)] == ["OK", "OK", "NOT_FOUND"]
     assert int(streamed["completion_tokens"]) == answer.usage.completion_tokens
     assert left["error"] == "RequestCancelled"
+
+
+def test_the_small_calls_over_grpc_have_their_line_too(card: ModelCard, written: io.StringIO) -> None:
+    with grpc_server(build_frontend(card, ScriptedCoordinator(tokens_script([40])))) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+        _, call = stub.Tokenize.with_call(chat_pb2.TokenizeRequest(model="tiny", text=SECRETS[2]))
+        with pytest.raises(grpc.RpcError):
+            stub.Detokenize(chat_pb2.DetokenizeRequest(model="tiny", token_ids=[10**6]))
+        stub.ListModels(chat_pb2.ListModelsRequest())
+        tokenized, refused, listed = lines(written, 3)
+    assert tokenized["request_id"] == dict(call.trailing_metadata())["x-request-id"]
+    assert [line["route"] for line in (tokenized, refused, listed)] == ["Tokenize", "Detokenize", "ListModels"]
+    assert [line["status"] for line in (tokenized, refused, listed)] == ["OK", "INVALID_ARGUMENT", "OK"]
