@@ -26,6 +26,7 @@ class Guard:
         self._metrics_token = None if config.metrics_token_file is None else read_token(config.metrics_token_file)
         # A proxy in front of a replica is a loopback peer itself, so where that proxy listens counts as well.
         self._listens_locally = is_loopback(config.host)
+        self._origins = frozenset(config.cors_origins)
         self._hosts = frozenset({"localhost", *map(_host_name, (config.host, *config.allowed_hosts))})
 
     def identify(self, authorization: Sequence[str], peer: str | None) -> ApiKey | None:
@@ -64,6 +65,18 @@ class Guard:
         """Whether a Host header may name us so. A foreign name is how a web page reaches a server on loopback."""
         name = _host_name(host)
         return "*" in self._hosts or name in self._hosts or _ip(name) is not None
+
+    def knows_page(self, origin: str | None, fetch_site: str | None, host: str) -> bool:
+        """Whether a request that does something may be sent by the page that a browser names, if one does.
+
+        A page of any site can have a browser on this machine POST to loopback, and only cannot read the answer; where
+        keys are configured, it has none. Clients other than browsers send neither of the two headers.
+        """
+        if self._keys is not None or "*" in self._origins or origin in self._origins:
+            return True
+        if origin is None:
+            return fetch_site in (None, "same-origin", "none")
+        return origin.partition("://")[2].lower() == host.strip().lower()
 
 
 def is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ POLICY_VIOLATION = 1008  # WebSocket's close code
 
 
 class HttpGuard:
-    """ASGI middleware. Raises Unauthorized, RateLimited, and InvalidRequest for a Host that is not ours."""
+    """ASGI middleware. Raises Unauthorized, RateLimited, and InvalidRequest for a Host or a page that is not ours."""
 
     def __init__(self, app: ASGIApp, guard: Guard, limiter: Limiter) -> None:
         self._app = app
@@ -65,4 +65,11 @@ class HttpGuard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
             raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")
+        asks = headers.get("origin"), headers.get("sec-fetch-site")
+        if scope["method"] not in FREE_METHODS and not self._guard.knows_page(*asks, hosts[0]):
+            raise InvalidRequest(
+                "Origin: a server without API keys answers no page of another site; gateway.cors_origins lists those "
+                "that may ask",
+                param="Origin",
+            )
         return caller

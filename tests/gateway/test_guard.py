@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -154,6 +155,46 @@ def test_without_keys_a_page_of_another_site_is_refused(card: ModelCard) -> None
         assert send(url, "GET", "/v1/models")[0] == 200
         assert send(url, "GET", "/v1/models", host="evil.example")[0] == 400
         assert send(url, "GET", "/metrics", host="evil.example")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "{url}", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 400),
+        ({"Origin": "https://evil.example"}, 400),
+        ({"Origin": "null"}, 400),
+        ({"Origin": ""}, 400),
+        ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, 400),
+        ({"Origin": "https://{host}.evil.example"}, 400),
+        ({"Sec-Fetch-Site": "cross-site"}, 400),
+    ],
+)
+def test_without_keys_only_our_own_page_and_friends_may_ask(
+    card: ModelCard, headers: dict[str, str], status: int
+) -> None:
+    """A page of any site can POST to 127.0.0.1 without a content type, though it cannot read the answer."""
+    coordinator = ScriptedCoordinator(tokens_script([40]))
+    config = GatewayConfig(cors_origins=("https://friend.example",))
+    with http_server(build_frontend(card, coordinator, config)) as url:
+        host = url.removeprefix("http://")
+        sent = {name: value.format(url=url, host=host) for name, value in headers.items()}
+        content = b'{"model": "tiny", "prompt": "x"}'
+        answer = httpx.post(f"{url}/v1/completions", content=content, headers=sent)
+        assert answer.status_code == status, answer.text
+        assert len(coordinator.requests) == (status == 200)
+        assert httpx.get(f"{url}/v1/models", headers=sent).status_code == 200, "it does nothing, and cannot be read"
+    if status == 400:
+        assert answer.json()["error"]["param"] == "Origin"
+
+
+def test_with_keys_the_key_is_what_counts(url: str) -> None:
+    headers = {"Origin": "https://app.example", "Authorization": f"Bearer {KEY}"}
+    body = {"model": "tiny", "prompt": "x"}
+    assert httpx.post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
 
 
 def test_any_host_can_be_allowed() -> None:

@@ -209,3 +209,20 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(
         assert page.inner_text(".assistant .text") == "Hello"
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         assert page.locator("button:text-is('Experts')").count() == 0, "a dense model has none to show"
+
+
+@needs_chromium
+def test_a_page_of_another_site_cannot_ask_and_ours_can(browser: Any, card: ModelCard) -> None:
+    """What any page in the browser of whoever runs the server could do: no preflight, the answer is not read."""
+    coordinator = ScriptedCoordinator(tokens_script([40]))
+    body = '{"model": "tiny", "prompt": "x"}'
+    attack = f"url => fetch(url, {{method: 'POST', mode: 'no-cors', body: new Blob([{body!r}])}}).then(() => 'sent')"
+    others = build_frontend(card, ScriptedCoordinator(tokens_script([])))
+    with http_server(build_frontend(card, coordinator)) as url, http_server(others) as another:
+        context = browser.new_context()
+        page = context.new_page()
+        for site, count in ((another, 0), (url, 1)):
+            page.goto(f"{site}/health")
+            assert page.evaluate(attack, f"{url}/v1/completions") == "sent"
+            assert len(coordinator.requests) == count, site
+        context.close()
