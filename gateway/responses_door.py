@@ -1,7 +1,8 @@
-"""POST /v1/responses over a Frontend. Knows events on the wire; shapes are those of `responses_api`."""
+"""POST /v1/responses over a Frontend. Knows events on the wire; shapes are those of `responses_shape`."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -13,7 +14,8 @@ from gateway.choice import Usage
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
 from gateway.http_errors import REQUEST_ID_HEADER, error_body, json_response
-from gateway.responses_api import Json, ResponsesShape, parse_responses_body, renamed
+from gateway.responses_api import Json, parse_responses_body, renamed
+from gateway.responses_shape import ResponsesShape
 from gateway.sse import EventStream, event, first_then_rest, unless_disconnected
 from gateway.validator import Generation
 
@@ -43,13 +45,13 @@ class ResponsesDoor:
 
     async def _whole(self, generation: Generation, shape: ResponsesShape) -> Response:
         usage = Usage(generation.num_prompt_tokens)
-        text, finish_reason = "", None
+        finish_reason = None
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
-                text += delta.text
+                deque(shape.push(delta), maxlen=0)
                 finish_reason = delta.finish_reason
-        document = shape.whole(text, finish_reason, usage)
-        return json_response(document, headers={REQUEST_ID_HEADER: generation.id})
+        *_, last = shape.end(finish_reason, usage)
+        return json_response(last["response"], headers={REQUEST_ID_HEADER: generation.id})
 
     async def _events(self, generation: Generation, shape: ResponsesShape) -> AsyncGenerator[bytes, None]:
         """Nothing before the first token: until then an error is a plain HTTP answer."""
@@ -62,8 +64,8 @@ class ResponsesDoor:
                     if not begun:
                         begun = True
                         yield _joined(*shape.begin())
-                    if delta.text:
-                        yield _joined(shape.delta(delta.text))
+                    if said := _joined(*shape.push(delta)):
+                        yield said
                     finish_reason = delta.finish_reason
         except Exception as error:
             if not begun:

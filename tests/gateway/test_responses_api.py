@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from cluster.errors import Unavailable
-from cluster.messages import JsonSchema, ModelCard
+from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import (
     ScriptedCoordinator,
@@ -121,7 +122,9 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
         ({"input": ["x"]}, "input[0]"),
-        ({"input": [{"type": "function_call_output"}]}, "input[0].type"),
+        ({"input": [{"type": "reasoning"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "input"),
@@ -132,7 +135,12 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "tools[0].parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
@@ -160,3 +168,78 @@ def test_an_error_mid_stream_is_its_last_event(card: ModelCard, tokenizer: Huggi
             list(client.responses.create(model="tiny", input="Hello", stream=True))
         with pytest.raises(openai.InternalServerError, match="an expert is gone"):
             client.responses.create(model="tiny", input="Hello")
+
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "Today's weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": True,
+}
+CALLS = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Pâris"}}, {"name": "weather", "arguments": {}}]'
+
+
+@pytest.fixture
+def calling(tokenizer: HuggingFaceTokenizer, card: ModelCard) -> Iterator[tuple[openai.OpenAI, ScriptedCoordinator]]:
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(CALLS)[1:]))
+    with (
+        http_server(build_frontend(replace(card, max_model_len=4096), coordinator)) as url,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client, coordinator
+
+
+def test_calls_whole_and_streamed_are_equal(calling: tuple[openai.OpenAI, ScriptedCoordinator]) -> None:
+    client, coordinator = calling
+    choice: Any = {"type": "function", "name": "weather"}
+    whole = client.responses.create(model="tiny", input="Hello", tools=[WEATHER], tool_choice=choice)
+    grammar = coordinator.requests[-1].grammar
+    assert isinstance(grammar, ToolCallGrammar)
+    assert grammar.required
+    assert (whole.status, whole.output_text, whole.tools[0].type) == ("completed", "", "function")
+    with client.responses.stream(model="tiny", input="Hello", tools=[WEATHER]) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    each = [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ]
+    assert kinds == ["response.created", "response.in_progress", *each, *each, "response.completed"]
+    for answer in (whole, streamed):
+        calls = [item for item in answer.output if item.type == "function_call"]
+        assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city": "Pâris"}'), ("weather", "{}")]
+        assert len({call.call_id for call in calls}) == len({call.id for call in calls}) == len(answer.output) == 2
+
+
+def test_calls_and_their_results_are_the_next_turns_input(
+    calling: tuple[openai.OpenAI, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    client, coordinator = calling
+    user: Any = {"role": "user", "content": "Hello"}
+    first = client.responses.create(model="tiny", input=[user], tools=[WEATHER])
+    results: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "rain"}
+        for item in first.output
+        if item.type == "function_call"
+    ]
+    turns: Any = [user, *first.output, *results]
+    client.responses.create(model="tiny", input=turns, tools=[WEATHER])
+    prompt = tokenizer.decode(coordinator.requests[-1].prompt_token_ids)
+    assert prompt.count('{"name": "weather", "arguments": {') == 2
+    assert prompt.count('[TOOL_RESULTS] {"content": "rain"') == 2
+    assert prompt.count("[TOOL_CALLS] [{") == 2, "in the turn before, and in the sentence that says how"
+
+
+def test_text_beside_tools_is_a_message(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(ANSWER)[1:]))
+    with (
+        http_server(build_frontend(replace(card, max_model_len=4096), coordinator)) as url,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+        client.responses.stream(model="tiny", input="Hello", tools=[WEATHER]) as stream,
+    ):
+        answer = stream.get_final_response()
+    assert answer.output_text == ANSWER
+    assert [item.type for item in answer.output] == ["message"]

@@ -1,0 +1,155 @@
+"""The answer of OpenAI's Responses API, whole and as events. Knows shapes; knows nothing of HTTP.
+
+An answer's output is a message with one part, then the calls of functions, each an item:
+
+    response.created, response.in_progress,
+    response.output_item.added, response.content_part.added, response.output_text.delta …,
+    response.output_text.done, response.content_part.done, response.output_item.done,
+    response.output_item.added, response.function_call_arguments.delta, …arguments.done, response.output_item.done,
+    response.completed, or response.incomplete at max_output_tokens
+
+An answer of calls alone has no message; what had no tools always has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gateway.choice import Delta, Usage
+from gateway.responses_api import ResponsesRequest
+from gateway.responses_tools import call_item
+from gateway.tools_reader import ToolCall
+from gateway.validator import Generation
+
+Json = dict[str, Any]
+
+
+class ResponsesShape:
+    """The answer to one request: `begin`, `push` each delta, `end`; the last event has the whole of it."""
+
+    def __init__(self, generation: Generation, body: ResponsesRequest) -> None:
+        random = generation.id.rpartition("-")[2]
+        sampling = generation.requests[0].sampling
+        self._random = random
+        self._text: str | None = None  # of the message that is open
+        self._output: list[Json] = []  # complete items
+        self._number = 0
+        self._response: Json = {
+            "id": f"resp_{random}",
+            "object": "response",
+            "created_at": generation.created,
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": generation.card.name,
+            "output": [],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": sampling.temperature,
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+
+    def begin(self) -> Iterator[Json]:
+        """The events before the first token."""
+        yield self._event("response.created", response=self._response)
+        yield self._event("response.in_progress", response=self._response)
+        if not self._response["tools"]:
+            yield from self._open_message()
+
+    def push(self, delta: Delta) -> Iterator[Json]:
+        """The events of more text and of calls, each of which is whole."""
+        if delta.text:
+            if self._text is None:
+                yield from self._open_message()
+            self._text = (self._text or "") + delta.text
+            yield self._part_event("response.output_text.delta", delta=delta.text, logprobs=[])
+        for call in delta.tool_calls:
+            yield from self._close_message("completed")
+            yield from self._call(call)
+
+    def end(self, finish_reason: str | None, usage: Usage) -> Iterator[Json]:
+        """The events after the last token."""
+        status = "incomplete" if finish_reason == "length" else "completed"
+        if not self._output and self._text is None:
+            yield from self._open_message()
+        yield from self._close_message(status)
+        whole = self._response | {
+            "status": status,
+            "incomplete_details": None if status == "completed" else {"reason": "max_output_tokens"},
+            "output": self._output,
+            "usage": {
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            },
+        }
+        yield self._event(f"response.{status}", response=whole)
+
+    def error(self, body: Json) -> Json:
+        """The event that ends a stream in the middle; `body` is the error as other routes answer it."""
+        return self._event("error", **body, **{key: body["error"][key] for key in ("code", "message", "param")})
+
+    def _open_message(self) -> Iterator[Json]:
+        self._text = ""
+        yield self._item_event("response.output_item.added", self._message("in_progress"))
+        yield self._part_event("response.content_part.added", part=_part(""))
+
+    def _close_message(self, status: str) -> Iterator[Json]:
+        if self._text is None:
+            return
+        yield self._part_event("response.output_text.done", text=self._text, logprobs=[])
+        yield self._part_event("response.content_part.done", part=_part(self._text))
+        item = self._message(status, self._text)
+        yield self._item_event("response.output_item.done", item)
+        self._output.append(item)
+        self._text = None
+
+    def _call(self, call: ToolCall) -> Iterator[Json]:
+        item_id = f"fc_{self._random}{call.index}"
+        where = {"item_id": item_id, "output_index": len(self._output)}
+        yield self._item_event("response.output_item.added", call_item(item_id, call, status="in_progress"))
+        yield self._event("response.function_call_arguments.delta", **where, delta=call.arguments)
+        yield self._event("response.function_call_arguments.done", **where, name=call.name, arguments=call.arguments)
+        item = call_item(item_id, call)
+        yield self._item_event("response.output_item.done", item)
+        self._output.append(item)
+
+    def _message(self, status: str, text: str | None = None) -> Json:
+        content = [] if text is None else [_part(text)]
+        return {
+            "id": f"msg_{self._random}",
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": content,
+        }
+
+    def _item_event(self, kind: str, item: Json) -> Json:
+        return self._event(kind, output_index=len(self._output), item=item)
+
+    def _part_event(self, kind: str, **fields: Any) -> Json:
+        return self._event(
+            kind, item_id=f"msg_{self._random}", output_index=len(self._output), content_index=0, **fields
+        )
+
+    def _event(self, kind: str, **fields: Any) -> Json:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
