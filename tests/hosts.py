@@ -5,6 +5,7 @@
         a.kill()              # all processes in it
         b.cut(); b.rejoin()   # its cable out, and in again
         b.lose(0.05)          # that part of its packets, in each direction; 0: none
+    b.delay(0.01)         # all of them, in each direction; for good
         head.run(ask)         # call a function on a thread whose sockets are the host's
 
     manta-<pid>-<n>-0             the switch: a namespace too, with a bridge and one end of every cable
@@ -23,6 +24,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +56,7 @@ class Host:
         self.name, self.address = name, address
         self._switch, self._port = switch, port  # the namespace and the device of the cable's other end
         self._started: list[subprocess.Popen[str]] = []
+        self._cables: list[subprocess.Popen[str]] = []
 
     def start(self, command: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[str]:
         """A process on this host; `options` are Popen's."""
@@ -97,6 +100,13 @@ class Host:
         while self._started:
             self._started.pop().wait(10)
 
+    def remove(self) -> None:
+        """End what was started for it."""
+        self.kill()
+        for cable in self._cables:
+            cable.kill()
+            cable.wait(10)
+
     def cut(self) -> None:
         """No packet reaches it or leaves it; nobody is told."""
         _ip("-n", self._switch, "link", "set", self._port, "nomaster")
@@ -117,6 +127,16 @@ class Host:
         _tc(*tc, "qdisc", "add", "dev", self._port, "clsact")
         for direction in ("ingress", "egress"):
             _tc(*tc, "filter", "add", "dev", self._port, direction, "bpf", "direct-action", "bytecode", program)
+
+    def delay(self, seconds: float) -> None:
+        """Have every packet take that much longer, in each direction, from now on."""
+        near, far = f"{self._port}-near", f"{self._port}-far"
+        _ip("-n", self._switch, "link", "add", near, "up", "type", "veth", "peer", "name", far)
+        _ip("-n", self._switch, "link", "set", far, "up", "master", "bridge")
+        self.cut()
+        command = ["ip", "netns", "exec", self._switch, sys.executable, "-m", "tests.slow_cable"]
+        cable = subprocess.Popen([*command, self._port, near, str(seconds)], text=True, cwd=Path(__file__).parents[1])
+        self._cables.append(cable)
 
 
 @contextmanager
@@ -139,7 +159,7 @@ def hosts(number: int) -> Iterator[tuple[Host, ...]]:
         yield tuple(made)
     finally:
         for host in made:
-            host.kill()
+            host.remove()
         for name, _ in _namespaces():
             if name.startswith(network):
                 _remove(name)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -103,6 +104,25 @@ def test_lost_packets_delay_words_and_lose_none(two) -> None:
         assert sum(s > 0.15 for s in seconds) >= 3, "of 400 packets about 20 are sent again, 200 ms later"
         far.lose(0)
         assert sum(echo_s(channel, 30) > 0.15 for _ in range(200)) <= 1
+
+
+def test_packets_take_longer_and_all_of_many_come(two) -> None:
+    near, far = two
+    with connect(near, far) as channel:
+        far.delay(0.05)
+        wait_for(lambda: echo_s(channel, 20) >= 0.1, 20, "the slow cable")
+        seconds = [echo_s(channel, 20) for _ in range(10)]
+        assert min(seconds) >= 0.1, "there and back"
+        assert sorted(seconds)[5] < 0.5
+        many = b"word" * 100_000
+        channel.settimeout(60)
+        sender = threading.Thread(target=channel.sendall, args=(many,))
+        sender.start()
+        received = b""
+        while len(received) < len(many):
+            received += channel.recv(2**16)
+        sender.join()
+        assert received == many
 
 
 def test_a_function_sees_the_host_it_runs_on(two) -> None:
