@@ -1,7 +1,7 @@
 """The roof: composes the Serve applications of a configuration. Decides layout; starts nothing and shows nothing.
 
-gateway                     HTTP and gRPC doors, the only application with a route
-<model>-<fingerprint8>      one per model version: coordinator, expert-0 … expert-<G-1>
+gateway                HTTP and gRPC doors, the only application with a route
+<model>-<version>      one per model version: coordinator, expert-0 … expert-<G-1>, and a root without replicas
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ class ModelPlan:
     @property
     def application(self) -> str:
         """The name of its Serve application."""
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config.name)
-        return f"{name}-{self.checkpoint.fingerprint[:8]}"
+        return application_name(self.config.name, self.config.version or self.checkpoint.fingerprint[:8])
 
     @property
     def expert_deployments(self) -> tuple[str, ...]:
@@ -80,6 +79,11 @@ def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
     return Cluster(max(1, num_cpus), tuple(nodes))
 
 
+def application_name(model: str, version: str) -> str:
+    """`mixtral-1f2e3d4c`, of the characters that Serve and Ray take in names."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}-{version}"
+
+
 def plan_models(
     configs: Sequence[ModelConfig], checkpoints: Sequence[Checkpoint], cluster: Cluster
 ) -> tuple[ModelPlan, ...]:
@@ -95,14 +99,14 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     """
     architecture = checkpoint.architecture
     if architecture.is_dense:
-        if config.experts != ExpertsConfig():
+        if config.experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
             raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
         config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})
     groups = plan_groups(config.experts.groups, architecture.num_experts, cluster.num_gpus, cluster.num_cpus)
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
     dtype = compute_dtype(config.engine.dtype, architecture)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
-    _check_scaled_groups(config.experts, len(groups))
+    check_scaled_groups(config.experts, len(groups))
     at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
     gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if on_gpu else (0, 0)
     apart = gpus_per_shard >= 1 and config.experts.transport != "local"
@@ -139,7 +143,7 @@ def scaling_of(experts: ExpertsConfig, group: ExpertGroup) -> ScalingConfig:
     return experts.group_scaling.get(group.index, experts.scaling)
 
 
-def _check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
+def check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
     """Raises ConfigError for a key of `group_scaling` that is no group."""
     for index in experts.group_scaling:
         if not 0 <= index < num_groups:
@@ -188,9 +192,9 @@ def model_card(plan: ModelPlan) -> ModelCard:
 
 def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     """Coordinator and experts of one model version."""
+    from cluster.model_root import model_root
     from experts_service.service import expert_deployment
     from experts_service.shard import ShardSpec
-    from gateway.coordinator_router import CoordinatorRouter
     from router_service.coordinator import coordinator_deployment
 
     config, checkpoint = plan.config, plan.checkpoint
@@ -215,11 +219,12 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
             ),
             scaling_of(experts, group),
             max_surge_percent=config.max_surge_percent,
+            label_selector=experts.label_selector,
         )
         for group in plan.groups
         if plan.expert_deployments
     ]
-    return coordinator_deployment(
+    coordinator = coordinator_deployment(
         str(checkpoint.directory),
         checkpoint.fingerprint,
         engine,
@@ -229,13 +234,15 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         scaling=config.coordinators,
         max_surge_percent=config.max_surge_percent,
         gpus=plan.gpus_per_coordinator,
+        label_selector=config.label_selector,
         openmp_spin_count=engine.openmp_spin_count,
         otlp_endpoint=gateway.otlp_endpoint,
         request_timeout_s=gateway.request_timeout_s,
         # The engine's own bound is what refuses; Serve's only has to be beyond it.
         max_ongoing_requests=engine.max_num_seqs + 8 * engine.max_waiting + 1000,
-        request_router=CoordinatorRouter,
+        request_router="gateway.coordinator_router.CoordinatorRouter",
     )
+    return model_root(coordinator)
 
 
 def _with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
@@ -247,6 +254,17 @@ def _with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
     given = experts.lane_secret_file
     path = ensure_lane_secret(None if given is None else Path(given))
     return experts.model_copy(update={"lane_secret_file": str(path)})
+
+
+def check_doors(gateway: GatewayConfig) -> None:
+    """Raises ConfigError for doors that would stand open."""
+    from gateway.guard import is_loopback
+
+    if gateway.api_keys_file is None and not is_loopback(gateway.host):
+        raise ConfigError(
+            f"gateway.host: {gateway.host} can be reached from other machines, which needs API keys: "
+            "give --api-keys-file (gateway.api_keys_file; `manta keys new` makes an entry), or stay on 127.0.0.1"
+        )
 
 
 def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:

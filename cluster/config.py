@@ -102,6 +102,7 @@ class ExpertsConfig(_Frozen):
     )
     gpus_per_shard: float | None = Field(None, ge=0)  # None: 1 where the cluster has GPUs, else 0
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
+    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that shards may be on
     expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch
     load_timeout_s: float = Field(1800.0, gt=0)  # for a shard to read its weights
 
@@ -110,7 +111,9 @@ class ModelConfig(_Frozen):
     """One served model: a directory, and how it is laid out on the cluster."""
 
     name: str = Field(min_length=1, max_length=128)
-    path: str  # a directory, or a hub id
+    path: str  # a directory, a hub id, or one of the embedded models: demo, demo-dense
+    # Names the Serve application, <name>-<version>. None: the first 8 digits of the checkpoint's fingerprint.
+    version: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]{0,62}$")
     aliases: tuple[str, ...] = ()
     kind: Literal["chat", "embedding"] = "chat"
     pooling: Literal["mean", "last"] | None = None  # of kind embedding: over all hidden states, or the last; None: mean
@@ -119,6 +122,7 @@ class ModelConfig(_Frozen):
     # Replicas that a rolling update may add for a while, of coordinators and of each group. With 0, for clusters that
     # have no GPU to spare, an old one stops before its successor starts; steps wait for it meanwhile.
     max_surge_percent: int = Field(100, ge=0, le=100)
+    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that coordinators may be on
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()
 
@@ -149,6 +153,7 @@ class GatewayConfig(_Frozen):
     grpc_port: int = Field(9000, ge=1, le=65535)
     num_replicas: int = Field(1, ge=1)
     scaling: GatewayScalingConfig | None = None  # None: num_replicas, whatever the load
+    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that gateways may be on
     request_timeout_s: float = Field(600.0, gt=0)  # deadline of a request that names none
     # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
     resume_timeout_s: float = Field(300.0, gt=0)
@@ -181,17 +186,28 @@ class GatewayConfig(_Frozen):
 
 
 class MantaConfig(_Frozen):
-    """The whole: models behind one gateway."""
+    """The whole: models behind one gateway.
+
+    Entries of one name are versions of one model: requests go to the first of them that is up.
+    """
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [name for model in self.models for name in (model.name, *model.aliases)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the model name or alias {name!r} is used twice")
+        owners: dict[str, str] = {}
+        for model in self.models:
+            names = (model.name, *model.aliases)
+            for name in names:
+                if names.count(name) > 1 or owners.setdefault(name, model.name) != model.name:
+                    raise ValueError(f"the model name or alias {name!r} is used twice")
+        versions = [(model.name, model.version) for model in self.models]
+        for name, version in versions:
+            if versions.count((name, version)) > 1:
+                raise ValueError(
+                    f"the model name {name!r} is used twice; two versions of a model need a `version` each"
+                )
         return self
 
 

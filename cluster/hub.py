@@ -1,4 +1,4 @@
-"""Turns what a user calls a model into a directory: one that exists, the hub's local cache, or a download.
+"""Turns what a user calls a model into a directory: one that exists, an embedded one, the hub's cache, or a download.
 
 Downloads safetensors, JSON, chat templates and tokenizers, and nothing that can run code.
 """
@@ -14,10 +14,12 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from cluster.checkpoint import open_checkpoint
+from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
 from cluster.errors import CheckpointError, ConfigError, MantaError
 from cluster.hyperparameters import architecture_from_config
 from cluster.json_document import JsonDocument
 
+EMBEDDED = {"demo": DIRECTORY, "demo-dense": DENSE_DIRECTORY}  # the same names wherever the code is installed
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model*")
 _WEIGHTS = ("model*.safetensors", "consolidated*.safetensors")  # the first kind that the model has is taken
@@ -29,6 +31,8 @@ def resolve_model(model: str) -> Path:
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         return directory.resolve()
+    if model in EMBEDDED:
+        return EMBEDDED[model]
     if not _HUB_ID.fullmatch(model) or directory.exists():
         raise ConfigError(
             f"The model {model!r} is neither a directory nor a hub id such as 'mistralai/Mixtral-8x7B-v0.1'."

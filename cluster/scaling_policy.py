@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-from cluster.config import ReplicaBounds
+from cluster.config import CoordinatorScalingConfig, GatewayScalingConfig, ScalingConfig
 
 LOAD, WAITING = "load", "waiting"  # of one replica
 SLACK = 0.8  # fewer replicas only when they would carry less than this part of the target: no to and fro
@@ -68,21 +68,30 @@ class ScalingPolicy:
         ), {}
 
 
-def replica_options(bounds: ReplicaBounds, *, target_load: float, max_waiting: float = 0.0) -> dict[str, Any]:
-    """Serve's options for the number of a deployment's replicas: fixed, or by this policy."""
-    if bounds.min_replicas == bounds.max_replicas:
-        return {"num_replicas": bounds.min_replicas}
+def replica_options(scaling: ScalingConfig | CoordinatorScalingConfig | GatewayScalingConfig) -> dict[str, Any]:
+    """Serve's options for the number of a deployment's replicas, as plain data: fixed, or by this policy.
+
+    Serve begins with `min_replicas`; without a word on that, one edited number is enough to have more.
+    """
+    if scaling.min_replicas == scaling.max_replicas:
+        return {"num_replicas": scaling.min_replicas}
+    match scaling:
+        case CoordinatorScalingConfig():
+            target_load, max_waiting = scaling.target_used_fraction, scaling.max_waiting
+        case GatewayScalingConfig():
+            target_load, max_waiting = scaling.target_requests, 0.0
+        case ScalingConfig():
+            target_load, max_waiting = scaling.target_busy_fraction, scaling.max_queue_s
     policy = {
         "policy_function": "cluster.scaling_policy:ScalingPolicy",
         "policy_kwargs": {"target_load": target_load, "max_waiting": max_waiting},
     }
     return {
         "autoscaling_config": {
-            "min_replicas": bounds.min_replicas,
-            "initial_replicas": bounds.min_replicas,
-            "max_replicas": bounds.max_replicas,
-            "upscale_delay_s": bounds.upscale_delay_s,
-            "downscale_delay_s": bounds.downscale_delay_s,
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
             "metrics_interval_s": REPORT_INTERVAL_S,
             "look_back_period_s": LOOK_BACK_S,
             "policy": policy,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -174,17 +174,22 @@ def _bundle(index: int) -> dict[str, Any]:
 
 
 def expert_deployment(
-    spec: ShardSpec, scaling: ScalingConfig | None = None, *, max_surge_percent: int = 100
+    spec: ShardSpec,
+    scaling: ScalingConfig | None = None,
+    *,
+    max_surge_percent: int = 100,
+    label_selector: Mapping[str, str] | None = None,
 ) -> serve.Application:
     """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded."""
     scaling = scaling or ScalingConfig()
     shard_bundle = {"CPU": SHARD_CPUS} | ({"GPU": spec.gpus} if spec.gpus else {})
     deployment = serve.deployment(ExpertService).options(
         name=spec.name,
-        **replica_options(scaling, target_load=scaling.target_busy_fraction, max_waiting=scaling.max_queue_s),
+        **replica_options(scaling),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=[{"CPU": REPLICA_CPUS}, shard_bundle],
         placement_group_strategy="STRICT_PACK",
+        placement_group_bundle_label_selector=[dict(label_selector)] if label_selector else None,
         max_ongoing_requests=1000,  # one attach stream per coordinator, and status calls
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,

@@ -63,44 +63,61 @@ class Frontend:
         metrics_page: MetricsPage | None = None,
         traces: Traces | None = None,
     ) -> None:
-        """`tokenizers` and `coordinators` are keyed by the model's name.
+        """`tokenizers` and `coordinators` are keyed by the card's application.
 
         Without `metrics_page`, /metrics shows this process only; without `traces` there are none.
         """
         self.config = config
         self.health = health
         self.guard = Guard(config)
-        self.cards = cards
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self._traces = traces or Traces("manta-gateway", None)
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
-        self._models: dict[str, ServedModel] = {}
+        self._versions: dict[str, list[ModelCard]] = {}  # by name and alias, in the order of the configuration
+        self._served: dict[str, ServedModel] = {}  # by application
         for card in cards:
-            tokenizer = tokenizers[card.name]
-            model = ServedModel(
+            tokenizer = tokenizers[card.application]
+            self._served[card.application] = ServedModel(
                 card,
                 tokenizer,
                 Validator(card, tokenizer, config),
                 EmbeddingValidator(card, tokenizer, config),
-                coordinators[card.name],
+                coordinators[card.application],
             )
-            self._models |= dict.fromkeys((card.name, *card.aliases), model)
+            for name in (card.name, *card.aliases):
+                self._versions.setdefault(name, []).append(card)
+
+    @property
+    def cards(self) -> tuple[ModelCard, ...]:
+        """One per model: the version that answers now."""
+        names = dict.fromkeys(served.card.name for served in self._served.values())
+        return tuple(self.model(name).card for name in names)
 
     def model(self, name: str) -> ServedModel:
-        """By name or alias. Raises ModelNotFound."""
+        """The version that answers to a name or alias now. Raises ModelNotFound."""
+        return self.served(self.health.first_ready(self._versions_of(name)))
+
+    def served(self, card: ModelCard) -> ServedModel:
+        """The one that a card describes, even when another version answers by now."""
+        return self._served[card.application]
+
+    def _versions_of(self, name: str) -> list[ModelCard]:
         try:
-            return self._models[name]
+            return self._versions[name]
         except KeyError:
-            known = ", ".join(self._models)
+            known = ", ".join(self._versions)
             raise ModelNotFound(f"the model {name!r} does not exist; served are: {known}") from None
 
     def route(self, name: str | None, kind: Kind = "chat") -> ServedModel:
         """Who answers a request that names a model, or none: the first of that kind. Raises ModelNotFound."""
-        if name is None or (name not in self._models and self.config.accept_any_model):
-            name = next((card.name for card in self.cards if card.kind == kind), self.cards[0].name)
-        return self.model(name)
+        return self.model(self._name(name, kind))
+
+    def _name(self, name: str | None, kind: Kind) -> str:
+        if name is None or (name not in self._versions and self.config.accept_any_model):
+            return next((card.name for card in self.cards if card.kind == kind), self.cards[0].name)
+        return name
 
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
@@ -135,7 +152,7 @@ class Frontend:
         failure: BaseException | None = None
         try:
             async with asyncio.timeout(job.deadline - time.time()):
-                coordinator = self.model(job.card.name).coordinator
+                coordinator = self.served(job.card).coordinator
                 embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
             for choice in range(len(embeddings)):
                 timer.tokens(choice, 0, "stop")
@@ -166,7 +183,7 @@ class Frontend:
         record = current_record() or RequestRecord("http", "")
         span = self._start_span(record, generation)
         try:
-            model = self.model(generation.card.name)
+            model = self.served(generation.card)
             requests = generation.requests
             if span:
                 requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
@@ -226,8 +243,7 @@ class Frontend:
             does, wanted = ("makes embeddings", "chat") if kind == "chat" else ("chats", "embeddings")
             raise InvalidRequest(f"model: {name!r} {does} only; served for {wanted}: {others}", param="model")
         self._refuse_when_full()
-        await self.health.require(model.card)
-        return model
+        return self.served(await self.health.require(self._versions_of(model.card.name)))
 
     def _refuse_when_full(self) -> None:
         bound = self.config.max_ongoing_requests

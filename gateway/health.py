@@ -1,6 +1,7 @@
 """Whether a model can answer, and how far it is with loading. Asks Serve, at most twice a second; knows no request.
 
-A model is ready when each of its deployments has a running replica. That is also true during a rolling update.
+A model is ready when each of its deployments has a running replica. That is also true during a rolling update. Of
+several versions of a model, the first that is ready answers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ModelHealth:
         return self.phase
 
 
-Probe = Callable[[Sequence[ModelCard]], dict[str, ModelHealth]]  # by the model's name; may block
+Probe = Callable[[Sequence[ModelCard]], dict[str, ModelHealth]]  # by application; may block
 
 
 class Health:
@@ -49,25 +50,39 @@ class Health:
     def __init__(self, cards: Sequence[ModelCard], probe: Probe) -> None:
         self._cards = tuple(cards)
         self._probe = probe
-        self._models = {card.name: ModelHealth("starting", card.deployments) for card in cards}
+        self._states = {card.application: ModelHealth("starting", card.deployments) for card in cards}
         self._probed_at = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
 
     async def models(self) -> dict[str, ModelHealth]:
-        """Every model's state, by name, at most MAX_AGE_S old."""
-        if time.monotonic() - self._probed_at > MAX_AGE_S:
-            await asyncio.shield(self._refresh())
-        return self._models
+        """The state of the version that answers, by the model's name, at most MAX_AGE_S old."""
+        await self._look_again()
+        versions: dict[str, list[ModelCard]] = {}
+        for card in self._cards:
+            versions.setdefault(card.name, []).append(card)
+        return {name: self._states[self.first_ready(cards).application] for name, cards in versions.items()}
 
-    async def require(self, card: ModelCard) -> None:
-        """Raises ModelLoading unless the model is ready."""
-        if self._models[card.name].phase == "ready":
+    def first_ready(self, versions: Sequence[ModelCard]) -> ModelCard:
+        """The version that answers, by what is known; the first where none does."""
+        return next((card for card in versions if self._states[card.application].phase == "ready"), versions[0])
+
+    async def require(self, versions: Sequence[ModelCard]) -> ModelCard:
+        """The version that answers. Raises ModelLoading when none is ready."""
+        card = self.first_ready(versions)
+        if self._states[card.application].phase == "ready":
             if time.monotonic() - self._probed_at > MAX_AGE_BEHIND_REQUESTS_S:
                 self._refresh()
-            return
-        state = (await self.models())[card.name]
+            return card
+        await self._look_again()
+        card = self.first_ready(versions)
+        state = self._states[card.application]
         if state.phase != "ready":
             raise ModelLoading(f"the model {card.name!r} is not ready: {state}", retry_after_s=RETRY_AFTER_S)
+        return card
+
+    async def _look_again(self) -> None:
+        if time.monotonic() - self._probed_at > MAX_AGE_S:
+            await asyncio.shield(self._refresh())
 
     def _refresh(self) -> asyncio.Task[None]:
         if self._refreshing is None or self._refreshing.done():
@@ -78,7 +93,7 @@ class Health:
         """What cannot be asked stays as it was known: coordinators that live answer without Serve's controller."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                self._models = await asyncio.to_thread(self._probe, self._cards)
+                self._states = await asyncio.to_thread(self._probe, self._cards)
         except Exception:
             logger.warning("Serve's status could not be had", exc_info=True)
         self._probed_at = time.monotonic()
@@ -95,18 +110,18 @@ def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
     for card in cards:
         application = applications.get(card.application)
         if application is None:
-            found[card.name] = ModelHealth("starting", card.deployments)
+            found[card.application] = ModelHealth("starting", card.deployments)
             continue
         states = {name: deployment.replica_states for name, deployment in application.deployments.items()}
         wanted = card.deployments or tuple(states)
         missing = tuple(name for name in wanted if not states.get(name, {}).get("RUNNING"))
         if wanted and not missing:
-            found[card.name] = ModelHealth("ready")
+            found[card.application] = ModelHealth("ready")
             continue
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            found[card.name] = ModelHealth("failed", missing)
+            found[card.application] = ModelHealth("failed", missing)
             continue
         progress = read_progress(card.application)
         loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)
-        found[card.name] = ModelHealth("loading" if progress else "starting", missing, loaded, total)
+        found[card.application] = ModelHealth("loading" if progress else "starting", missing, loaded, total)
     return found

@@ -106,13 +106,13 @@ class HttpDoor:
     async def chat_completions(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, ChatCompletionRequest)
         generation = await self._frontend.chat(parsed)
-        tokenizer = self._frontend.model(generation.card.name).tokenizer
+        tokenizer = self._frontend.served(generation.card).tokenizer
         return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, _ids(parsed)))
 
     async def completions(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, CompletionRequest)
         generation = await self._frontend.completion(parsed)
-        tokenizer = self._frontend.model(generation.card.name).tokenizer
+        tokenizer = self._frontend.served(generation.card).tokenizer
         return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
 
     async def embeddings(self, request: HttpRequest) -> Response:

@@ -49,8 +49,8 @@ class GatewayReplica(GrpcDoor):
         frontend = Frontend(
             config,
             cards,
-            tokenizers={card.name: load_tokenizer(card) for card in cards},
-            coordinators={card.name: ServeCoordinatorClient(card) for card in cards},
+            tokenizers={card.application: load_tokenizer(card) for card in cards},
+            coordinators={card.application: ServeCoordinatorClient(card) for card in cards},
             health=Health(cards, probe_serve),
             metrics=metrics,
             traces=Traces("manta-gateway", config.otlp_endpoint),
@@ -76,11 +76,12 @@ Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica)
 def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> Any:
     """What `serve.run(…, name="gateway", route_prefix="/")` takes."""
     return Gateway.options(
-        **replica_options(config.replicas, target_load=config.replicas.target_requests),
+        **replica_options(config.replicas),
         max_ongoing_requests=config.max_ongoing_requests + MAX_CONNECTIONS,
         max_queued_requests=config.max_ongoing_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0}
+        | ({"label_selector": config.label_selector} if config.label_selector else {}),
         graceful_shutdown_timeout_s=config.request_timeout_s + 10.0,  # the longest stream ends by itself before
         max_surge_percent=100,
         health_check_period_s=1.0,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import torch
-from ray import cloudpickle, serve
+from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
@@ -210,28 +210,27 @@ def coordinator_deployment(
     scaling: CoordinatorScalingConfig,
     max_surge_percent: int,
     gpus: float,
+    label_selector: Mapping[str, str],
     openmp_spin_count: int,
     otlp_endpoint: str | None,
     request_timeout_s: float,
     max_ongoing_requests: int,
-    request_router: type,
+    request_router: str,
 ) -> serve.Application:
     """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator.
 
-    `request_router` is the class that chooses a replica in the processes that call it. It is handed over ready pickled:
-    Serve refuses to be told of one by name for an application's first deployment when HAProxy is on, because HAProxy
-    would pass it over; but what has no route is called through handles only.
+    `request_router` is where the class is that chooses a replica in the processes that call it.
     """
-    router_config = RequestRouterConfig.from_serialized_request_router_cls({}, cloudpickle.dumps(request_router))
     environment = {"GOMP_SPINCOUNT": str(openmp_spin_count)}  # read when torch is imported
     if otlp_endpoint is not None:
         environment[OTLP_ENDPOINT] = otlp_endpoint
     deployment = serve.deployment(Coordinator).options(
         name=DEPLOYMENT,
-        **replica_options(scaling, target_load=scaling.target_used_fraction, max_waiting=scaling.max_waiting),
-        ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": environment}},
+        **replica_options(scaling),
+        ray_actor_options={"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+        | ({"label_selector": dict(label_selector)} if label_selector else {}),
         max_ongoing_requests=max_ongoing_requests,
-        request_router_config=router_config,
+        request_router_config=RequestRouterConfig(request_router_class=request_router),
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,

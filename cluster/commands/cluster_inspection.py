@@ -8,6 +8,7 @@ from typing import Any
 from cluster.commands.cluster_connection import look_at_cluster
 from cluster.commands.cluster_snapshot import (
     COORDINATOR,
+    ROOT,
     ApplicationStatus,
     ClusterSnapshot,
     DeploymentStatus,
@@ -52,6 +53,7 @@ def _application(name: str, overview: Any) -> ApplicationStatus:
             message=deployment.message,
         )
         for key, deployment in sorted(overview.deployments.items())
+        if key != ROOT  # which never runs
     )
     application = ApplicationStatus(name, str(overview.status.value), deployments, overview.message)
     if application.model is None:

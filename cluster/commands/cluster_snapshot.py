@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from cluster.messages import EngineStats
 
-COORDINATOR = "coordinator"
+COORDINATOR, ROOT = "coordinator", "root"
 _EXPERT_GROUP = re.compile(r"expert-(\d+)")
-_MODEL_APPLICATION = re.compile(r"(.+)-([0-9a-f]{8})")
+_MODEL_APPLICATION = re.compile(r"(.+)-([A-Za-z0-9_.]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ApplicationStatus:
 
     @property
     def model(self) -> tuple[str, str] | None:
-        """(name, first eight digits of the fingerprint) of the model that this application serves, if it does."""
+        """(name, version) of the model that this application serves, if it does."""
         match = _MODEL_APPLICATION.fullmatch(self.name)
         has_coordinator = any(deployment.name == COORDINATOR for deployment in self.deployments)
         return (match[1], match[2]) if match and has_coordinator else None

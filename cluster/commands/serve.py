@@ -15,7 +15,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.app import Cluster, ModelPlan, demo_config, describe_cluster, directory_config, plan_models, run_targets
+from cluster.app import (
+    Cluster,
+    ModelPlan,
+    check_doors,
+    demo_config,
+    describe_cluster,
+    directory_config,
+    plan_models,
+    run_targets,
+)
 from cluster.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
@@ -32,7 +41,8 @@ def run(model: str | None, config_file: Path | None, address: str | None, gatewa
     """Serve until SIGINT or SIGTERM; `gateway` goes before the file's. Raises MantaError for what a user can mend."""
     config = _read_config(model, config_file)
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
-    _check_doors(config.gateway)
+    check_doors(config.gateway)
+    Guard(config.gateway)  # which reads the key files
     checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
     stop = _Stop()
     with _ray(config.gateway, address) as cluster:
@@ -77,16 +87,6 @@ def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
     if model is None:
         return demo_config()
     return directory_config(model, resolve_model(model))
-
-
-def _check_doors(gateway: GatewayConfig) -> None:
-    """Raises ConfigError for doors that would stand open, and for key files that cannot be read."""
-    if gateway.api_keys_file is None and not is_loopback(gateway.host):
-        raise ConfigError(
-            f"gateway.host: {gateway.host} can be reached from other machines, which needs API keys: "
-            "give --api-keys-file (gateway.api_keys_file; `manta keys new` makes an entry), or stay on 127.0.0.1"
-        )
-    Guard(gateway)
 
 
 def _check_serves_host(gateway: GatewayConfig) -> None:

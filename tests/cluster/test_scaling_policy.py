@@ -65,9 +65,11 @@ def test_serve_calls_it_with_what_replicas_report():
 
 def test_the_options_are_what_serve_takes():
     """A fixed number where the bounds leave no choice, else a configuration with our policy and the bounds."""
-    assert replica_options(ScalingConfig(min_replicas=2, max_replicas=2), target_load=1.0) == {"num_replicas": 2}
-    bounds = CoordinatorScalingConfig(min_replicas=1, max_replicas=3, upscale_delay_s=2.0)
-    options = replica_options(bounds, target_load=0.5, max_waiting=4.0)
+    assert replica_options(ScalingConfig(min_replicas=2, max_replicas=2)) == {"num_replicas": 2}
+    bounds = CoordinatorScalingConfig(
+        min_replicas=1, max_replicas=3, upscale_delay_s=2.0, target_used_fraction=0.5, max_waiting=4.0
+    )
+    options = replica_options(bounds)
     config = AutoscalingConfig(**options["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas, config.upscale_delay_s) == (1, 3, 2.0)
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)

@@ -146,7 +146,7 @@ def failing_script(tokens: Sequence[int], error: BaseException) -> Callable[[Req
 
 
 def ready(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
-    return {card.name: ModelHealth("ready") for card in cards}
+    return {card.application: ModelHealth("ready") for card in cards}
 
 
 def build_frontend(
@@ -154,7 +154,11 @@ def build_frontend(
 ) -> Frontend:
     tokenizer = HuggingFaceTokenizer(Path(card.directory))
     return Frontend(
-        config or GatewayConfig(), (card,), {card.name: tokenizer}, {card.name: coordinator}, Health((card,), probe)
+        config or GatewayConfig(),
+        (card,),
+        {card.application: tokenizer},
+        {card.application: coordinator},
+        Health((card,), probe),
     )
 
 

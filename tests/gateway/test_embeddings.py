@@ -63,7 +63,7 @@ def build(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, **config
         model_card(tokenizer_directory),
         model_card(
             tokenizer_directory, name="embed", aliases=("embed-latest",), kind="embedding", hidden_size=SIZE,
-            pooling="last",
+            pooling="last", application="embed-00000000",
         ),
     )  # fmt: skip
     tokenizer = HuggingFaceTokenizer(tokenizer_directory)
@@ -71,8 +71,8 @@ def build(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, **config
     return Frontend(
         GatewayConfig(**config),
         cards,
-        dict.fromkeys(("tiny", "embed"), tokenizer),
-        {"tiny": chat, "embed": coordinator},
+        dict.fromkeys(("tiny-00000000", "embed-00000000"), tokenizer),
+        {"tiny-00000000": chat, "embed-00000000": coordinator},
         Health(cards, ready),
     )
 

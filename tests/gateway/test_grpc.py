@@ -179,7 +179,7 @@ def test_cancellation_and_deadline_abort(card: ModelCard, tokenizer: HuggingFace
 
 
 def test_models_and_health(card: ModelCard, coordinator: ScriptedCoordinator) -> None:
-    state = {card.name: ModelHealth("loading")}
+    state = {card.application: ModelHealth("loading")}
     frontend = build_frontend(card, coordinator, probe=lambda cards: dict(state))
     with grpc_server(frontend) as channel:
         stub, health = chat_pb2_grpc.MantaStub(channel), health_pb2_grpc.HealthStub(channel)
@@ -191,7 +191,7 @@ def test_models_and_health(card: ModelCard, coordinator: ScriptedCoordinator) ->
         assert loading.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
         watch = health.Watch(check(service="manta.v1.Manta"))
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        state[card.name] = ModelHealth("ready")
+        state[card.application] = ModelHealth("ready")
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
         assert health.Check(check(service="manta.v1.Manta")).status == health_pb2.HealthCheckResponse.SERVING

@@ -208,7 +208,7 @@ def test_a_loading_model_is_503_with_its_phase(card: ModelCard) -> None:
     phase = ModelHealth("loading", ("expert-0",), 10, 20)
 
     def probe(cards: Any) -> dict[str, ModelHealth]:
-        return {card.name: phase for card in cards}
+        return {card.application: phase for card in cards}
 
     with http_server(build_frontend(card, ScriptedCoordinator(tokens_script([])), probe=probe)) as url:
         health = httpx.get(url + "/health")

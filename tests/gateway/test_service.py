@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cluster.errors import ModelLoading
 from cluster.messages import ModelCard, Request, TokenChunk
 from gateway.choice import Usage
 from gateway.frontend import Frontend
-from gateway.health import Health, ModelHealth
+from gateway.health import MAX_AGE_S, Health, ModelHealth, Phase
 from gateway.protocol import ChatCompletionRequest, Message
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
@@ -124,18 +125,18 @@ def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:
 
     def probe(cards: object) -> dict[str, ModelHealth]:
         asked.append(time.monotonic())
-        return {card.name: ModelHealth("starting" if len(asked) == 1 else "ready")}
+        return {card.application: ModelHealth("starting" if len(asked) == 1 else "ready")}
 
     async def run() -> None:
         health = Health((card,), probe)
         for _ in range(20):
             with pytest.raises(ModelLoading, match="starting"):
-                await health.require(card)
+                await health.require((card,))
         await asyncio.gather(*(health.models() for _ in range(20)))
         assert len(asked) == 1
         await asyncio.sleep(0.55)
-        await health.require(card)
-        await health.require(card)
+        await health.require((card,))
+        await health.require((card,))
         assert len(asked) == 2
 
     asyncio.run(run())
@@ -206,3 +207,25 @@ async def _generate(frontend: Frontend, min_tokens: int) -> tuple[str, list[int]
         text += delta.text
         ids += delta.token_ids
     return text, ids, usage
+
+
+def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard) -> None:
+    """While a new version loads, the old one answers."""
+    new, old = replace(card, application="tiny-v2"), replace(card, application="tiny-v1")
+    phases: dict[str, Phase] = {"tiny-v2": "loading", "tiny-v1": "ready"}
+
+    async def scenario() -> None:
+        health = Health((new, old), lambda cards: {name: ModelHealth(phase) for name, phase in phases.items()})
+        assert await health.require((new, old)) == old
+        assert (await health.models())["tiny"].phase == "ready"
+        phases["tiny-v2"] = "ready"
+        await asyncio.sleep(MAX_AGE_S)
+        await health.models()
+        assert await health.require((new, old)) == new
+        phases.update({"tiny-v2": "failed", "tiny-v1": "starting"})
+        await asyncio.sleep(MAX_AGE_S)
+        assert (await health.models())["tiny"].phase == "failed"
+        with pytest.raises(ModelLoading):
+            await health.require((new, old))
+
+    asyncio.run(scenario())
