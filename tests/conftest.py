@@ -26,7 +26,7 @@ START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default draws new ones. How long it takes to draw them says
-# nothing here: before the first float Hypothesis reads all modules for constants, which takes seconds on a busy machine.
+# nothing here: before the first float Hypothesis reads all modules for constants, seconds on a busy machine.
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
