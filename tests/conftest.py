@@ -62,7 +62,13 @@ def running_server(*arguments: str) -> Iterator[Server]:
     command += arguments
     started = time.monotonic()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        # The address of a cluster that nobody asked for: a server once joined, and died of it, what else ran here.
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)  # type: ignore[arg-type]

@@ -110,6 +110,7 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
         for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
             _check_free(gateway.host, name, port)
         options: dict[str, Any] = {
+            "address": "local",  # else Ray joins a cluster that somebody runs on this machine
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
