@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import bench, keys
+from cluster.commands import bench, k8s, keys
 from cluster.errors import MantaError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench.app)
+app.add_typer(k8s.app)
 app.add_typer(keys.app)
 
 
@@ -94,6 +95,18 @@ def serve(
         "accept_any_model": accept_any_model or None,
     }
     run(model, config, address, {key: value for key, value in gateway.items() if value is not None})
+
+
+@app.command()
+def fetch(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hub ids, or checkpoint directories.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Fetch nothing; return when somebody else has.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 86400.0,
+) -> None:
+    """Bring models into the hub's local cache and verify every byte of their weights."""
+    from cluster.commands.fetch import run
+
+    run(models, wait=wait, timeout_s=timeout)
 
 
 @app.command()

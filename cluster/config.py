@@ -185,6 +185,25 @@ class GatewayConfig(_Frozen):
         return self
 
 
+class KubernetesConfig(_Frozen):
+    """The pods: only `manta k8s render` reads it. Memory follows from the models."""
+
+    name: str = Field("manta", max_length=47, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")  # of the RayService
+    image: str = "manta"  # kustomize's `images` says where it is; or a full name with its digest
+    gpu_type: str | None = None  # Ray's name of the GPUs, A100-40G for one: each process has to fit one of them
+    gpu_resource: str = "nvidia.com/gpu"  # what a pod asks for
+    gpu_node_selector: dict[str, str] = {}  # Kubernetes' labels of the machines with those GPUs
+    head_cpus: int = Field(2, ge=1)
+    gateway_cpus: int = Field(2, ge=1)
+    coordinator_cpus: int = Field(4, ge=1)
+    expert_cpus: int = Field(2, ge=1)
+    cpu_expert_pods: int = Field(1, ge=1)  # without GPUs; each can hold all shards
+    storage_class: str | None = (
+        None  # of the models' volume: ReadWriteMany and ReadOnlyMany; None: the cluster's default
+    )
+    idle_timeout_s: int = Field(300, ge=1)  # then the autoscaler takes away a pod above the minimum
+
+
 class MantaConfig(_Frozen):
     """The whole: models behind one gateway.
 
@@ -193,6 +212,7 @@ class MantaConfig(_Frozen):
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -12,15 +12,8 @@ import socket
 import sys
 from pathlib import Path
 
-# What HAProxy and the proxy behind it listen on besides the doors, and Ray's own choice.
-_PORTS = {
-    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
-    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
-    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
-}
+from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, PORTS, haproxy
 
-_GRPC_MESSAGE_BYTES = 64 * 2**20  # gRPC holds a whole message before our doors see it; Ray's own choice is 2 GiB
 # First ports of gateway replicas. gRPC lets two servers listen on one port, and each would then get calls of the other,
 # so a second server has a range of its own.
 _RANGES = {"HTTP": 30000, "GRPC": 40000}
@@ -29,24 +22,21 @@ _RANGE = 100  # ports
 
 def prepare() -> None:
     """Token authentication unless the user says otherwise, no usage reports, and our guard before Serve's own code."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.client_headers:middlewares")
+    for name, value in BASE.items():
+        os.environ.setdefault(name, value)
 
 
 def prepare_server() -> None:
     """For a Ray that we start ourselves: HAProxy and direct replicas, each unless the user says otherwise."""
     prepare()
     launcher = _haproxy_launcher()
-    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(_GRPC_MESSAGE_BYTES))
+    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(GRPC_MESSAGE_BYTES))
     if launcher is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
         return
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", launcher)
-    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    os.environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "60")
+    for name, value in haproxy(launcher).items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")  # HAProxy is on this machine
-    for name, port in _PORTS.items():
+    for name, port in PORTS.items():
         os.environ.setdefault(name, str(_free_port(port)))
     for protocol, lowest in _RANGES.items():
         first = next((port for port in range(lowest, lowest + 10 * _RANGE, _RANGE) if _is_free(port)), lowest)

@@ -1,0 +1,89 @@
+"""`manta fetch`: brings models from the hub into the local cache and verifies every byte, or waits for who does.
+
+Files of weights lie in the hub's cache under their SHA-256, which is computed again here. A note beside the cache then
+says which version was found whole; those who wait read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.checkpoint import open_checkpoint
+from cluster.errors import CheckpointError, SetupError
+from cluster.hub import resolve_model
+
+WAIT_INTERVAL_S = 5.0
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def run(models: list[str], *, wait: bool, timeout_s: float) -> None:
+    """Raises ConfigError, CheckpointError, or SetupError when it waited for too long."""
+    deadline = time.monotonic() + timeout_s
+    for model in models:
+        if not wait:
+            _fetch(model)
+        elif Path(model).is_dir():
+            open_checkpoint(model)
+        else:
+            console.print(f"Waiting for {model} …")
+            while not note_of(model).is_file():
+                if time.monotonic() > deadline:
+                    raise SetupError(f"{model} was not fetched within {timeout_s:g} s")
+                time.sleep(WAIT_INTERVAL_S)
+
+
+def note_of(model: str) -> Path:
+    """Where it is written that a model was found whole."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / ".manta" / f"{model.replace('/', '--')}.json"
+
+
+def verify(directory: Path) -> int:
+    """Bytes that were read. Raises CheckpointError for a file that is not what its name in the cache says."""
+    total = 0
+    for name, blob in _blobs(directory):
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        total += blob.stat().st_size
+        if found != blob.name:
+            raise CheckpointError(f"{name} is damaged: its SHA-256 is {found}, and the hub's is {blob.name}")
+    return total
+
+
+def _fetch(model: str) -> None:
+    started = time.monotonic()
+    directory = resolve_model(model)
+    checkpoint = open_checkpoint(directory)
+    note = {"directory": str(directory), "fingerprint": checkpoint.fingerprint}
+    file = note_of(model)
+    if file.is_file() and json.loads(file.read_text()) == note:
+        console.print(f"{model} was fetched and verified before: {directory}")
+        return
+    total = verify(directory)
+    console.print(f"{model}: {directory}")
+    console.print(
+        f"  fingerprint {checkpoint.fingerprint[:8]}, {total / 1e9:.2f} GB in {time.monotonic() - started:.0f} s"
+    )
+    if not Path(model).is_dir():
+        file.parent.mkdir(exist_ok=True)
+        draft = file.with_suffix(".new")
+        draft.write_text(json.dumps(note))
+        draft.replace(file)
+
+
+def _blobs(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """Files of a snapshot, and what they link to where that is named by its content."""
+    for file in sorted(directory.iterdir()):
+        if file.is_symlink() and _SHA256.fullmatch(file.resolve().name):
+            yield file, file.resolve()

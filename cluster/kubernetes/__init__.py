@@ -1,0 +1,1 @@
+"""Kubernetes manifests of one Manta config, and what is wrong with manifests. Asks no cluster."""

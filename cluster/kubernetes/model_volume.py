@@ -1,0 +1,100 @@
+"""The volume with the models, and the Job that fetches and verifies them into it.
+
+One volume that the Job writes and every pod reads: the storage class has to offer ReadWriteMany and ReadOnlyMany.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cluster.config import MantaConfig
+from cluster.kubernetes import names
+from cluster.kubernetes.containers import SECURITY
+from cluster.kubernetes.ray_service import is_fetched, models_to_fetch
+from cluster.kubernetes.sizes import model_size
+
+Document = dict[str, Any]
+
+ROOM = 1.25  # of the weights: tokenizers, and a download that was interrupted
+
+
+def model_volume(config: MantaConfig) -> list[Document]:
+    """Nothing where every model is in the image."""
+    models = models_to_fetch(config)
+    if not models:
+        return []
+    sizes = {model.path: model_size(model).weight_bytes for model in config.models if is_fetched(model.path)}
+    gib = math.ceil(ROOM * sum(sizes.values()) / 2**30)
+    claim: Document = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": names.MODEL_CLAIM, "labels": {"app.kubernetes.io/part-of": "manta"}},
+        "spec": {
+            "accessModes": ["ReadOnlyMany", "ReadWriteMany"],
+            "resources": {"requests": {"storage": f"{gib}Gi"}},
+        },
+    }
+    if config.kubernetes.storage_class is not None:
+        claim["spec"]["storageClassName"] = config.kubernetes.storage_class
+    return [claim, _job(config.kubernetes.image, models)]
+
+
+def _job(image: str, models: tuple[str, ...]) -> Document:
+    limits = {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "2Gi"}
+    mounts = {"models": names.MODELS, "tmp": "/tmp", "home": names.CONTAINER_USER_HOME}
+    environment = {
+        "HF_HOME": names.MODELS,
+        "HF_TOKEN_PATH": names.HUB_TOKEN_FILE,  # for gated models; the Secret may be missing
+        "HF_XET_CACHE": "/tmp/xet",
+        "HOME": names.CONTAINER_USER_HOME,
+    }
+    pod: Document = {
+        "serviceAccountName": names.SERVICE_ACCOUNT,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "restartPolicy": "OnFailure",
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": names.USER,
+            "runAsGroup": names.USER,
+            "fsGroup": names.USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": "fetch",
+                "image": image,
+                "imagePullPolicy": "IfNotPresent",
+                "command": ["manta", "fetch", *models],
+                "securityContext": SECURITY,
+                "env": [{"name": name, "value": value} for name, value in environment.items()],
+                "resources": {"requests": dict(limits), "limits": dict(limits)},
+                "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()]
+                + [{"name": "hub-token", "mountPath": names.HUB_TOKEN_FILE.rsplit("/", 1)[0], "readOnly": True}],
+            }
+        ],
+        "volumes": [
+            {"name": "models", "persistentVolumeClaim": {"claimName": names.MODEL_CLAIM}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
+            {"name": "home", "emptyDir": {"sizeLimit": "64Mi"}},
+            {
+                "name": "hub-token",
+                "secret": {"secretName": names.HUB_TOKEN_SECRET, "defaultMode": 0o440, "optional": True},
+            },
+        ],
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "manta-fetch-models", "labels": {"app.kubernetes.io/part-of": "manta"}},
+        "spec": {
+            "backoffLimit": 10,  # a download goes on where it was interrupted
+            "ttlSecondsAfterFinished": 3600,
+            "template": {
+                "metadata": {"labels": {names.JOB: "model", "app.kubernetes.io/part-of": "manta"}},
+                "spec": pod,
+            },
+        },
+    }

@@ -1,0 +1,121 @@
+"""Pod templates of the Ray cluster, by role. Where they run, who they are, and what they may do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.config import KubernetesConfig
+from cluster.kubernetes import names
+from cluster.kubernetes.containers import SECURITY, ray_container, volumes
+from cluster.kubernetes.names import Role
+from cluster.kubernetes.sizes import PodSize
+
+Document = dict[str, Any]
+
+API_ACCESS = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
+def pod_template(
+    role: Role, size: PodSize, settings: KubernetesConfig, *, stream_s: int, load_s: int, models: tuple[str, ...]
+) -> Document:
+    """Of one role. `models` are those on the volume. Streams get `stream_s` to end, the pod some seconds more."""
+    has_models = bool(models)
+    container = ray_container(
+        role,
+        size,
+        image=settings.image,
+        stream_s=stream_s,
+        load_s=load_s,
+        gpu_resource=settings.gpu_resource,
+        has_models=has_models,
+    )
+    spec: Document = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "priorityClassName": names.priority_class(role),
+        "terminationGracePeriodSeconds": stream_s + 60,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": names.USER,
+            "runAsGroup": names.USER,
+            "fsGroup": names.USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [
+            _spread(role, "kubernetes.io/hostname"),
+            _spread(role, "topology.kubernetes.io/zone"),
+        ],
+        "containers": [container],
+        "volumes": volumes(size.shared_memory_mib, has_models=has_models),
+    }
+    labels = {names.ROLE: role, "app.kubernetes.io/part-of": "manta"}
+    if role == "head":
+        labels[names.ASKS_API_SERVER] = "yes"
+        spec["volumes"].append(_api_access())  # mounted by the autoscaler's container only
+        if has_models:
+            spec["initContainers"] = [_wait_for_models(container, models)]
+    else:
+        spec["serviceAccountName"] = names.SERVICE_ACCOUNT
+    if size.gpus:
+        spec["nodeSelector"] = dict(settings.gpu_node_selector)
+        spec["tolerations"] = [{"key": settings.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+    return {"metadata": {"labels": labels}, "spec": spec}
+
+
+def autoscaler_options(settings: KubernetesConfig) -> Document:
+    """KubeRay's container beside the head: the one process here that asks Kubernetes for something."""
+    limits = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
+    return {
+        "version": "v2",
+        "idleTimeoutSeconds": settings.idle_timeout_s,
+        "upscalingMode": "Default",
+        "imagePullPolicy": "IfNotPresent",
+        "resources": {"requests": dict(limits), "limits": dict(limits)},
+        "securityContext": SECURITY,
+        "env": [{"name": "HOME", "value": names.CONTAINER_USER_HOME}],
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "home", "mountPath": names.CONTAINER_USER_HOME},
+            {"name": "api-access", "mountPath": API_ACCESS, "readOnly": True},
+        ],
+    }
+
+
+def _spread(role: Role, topology_key: str) -> Document:
+    """Over machines and zones as far as there are any: eight experts may well share one machine with eight GPUs."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": topology_key,
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {names.ROLE: role}},
+    }
+
+
+def _api_access() -> Document:
+    return {
+        "name": "api-access",
+        "projected": {
+            "defaultMode": 0o440,
+            "sources": [
+                {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}},
+                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+                {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}]}},
+            ],
+        },
+    }
+
+
+def _wait_for_models(container: Document, models: tuple[str, ...]) -> Document:
+    """The cluster begins once the Job has fetched and verified what it is to serve."""
+    small = {"cpu": "200m", "memory": "512Mi", "ephemeral-storage": "1Gi"}
+    return {
+        "name": "wait-for-models",
+        "image": container["image"],
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["manta", "fetch", "--wait", *models],
+        "securityContext": SECURITY,
+        "env": container["env"],
+        "resources": {"requests": dict(small), "limits": dict(small)},
+        "volumeMounts": container["volumeMounts"],
+    }

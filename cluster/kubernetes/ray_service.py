@@ -1,0 +1,100 @@
+"""The RayService: Serve's configuration, and the Ray cluster that it runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from ray import __version__ as ray_version
+
+from cluster.config import MantaConfig
+from cluster.kubernetes import names
+from cluster.kubernetes.names import Role
+from cluster.kubernetes.pod_config import in_pods
+from cluster.kubernetes.pods import autoscaler_options, pod_template
+from cluster.kubernetes.sizes import OBJECT_STORE_MIB, PodGroup, PodSize, head_size, pod_groups
+from cluster.serve_config import serve_config
+
+Document = dict[str, Any]
+
+STREAM_MARGIN_S = 30  # what a stream may take beyond its deadline until its last byte is out
+LOAD_MARGIN_S = 900  # beyond the load deadline: the machine is added, the image pulled, Ray started
+
+
+def ray_service(config: MantaConfig) -> Document:
+    """Raises ConfigError or DoesNotFit for what cannot be served."""
+    groups = pod_groups(config)
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": config.kubernetes.name, "labels": {"app.kubernetes.io/part-of": "manta"}},
+        "spec": {
+            # What changes under rayClusterConfig makes a new cluster beside the old one; a model rolls inside it.
+            "upgradeStrategy": {"type": "NewCluster"},
+            "rayClusterDeletionDelaySeconds": stream_s(config),
+            "excludeHeadPodFromServeSvc": True,
+            "serveConfigV2": yaml.safe_dump(serve_config(in_pods(config)), sort_keys=False, width=110),
+            "rayClusterConfig": {
+                "rayVersion": ray_version,
+                "enableInTreeAutoscaling": True,
+                "autoscalerOptions": autoscaler_options(config.kubernetes),
+                "authOptions": {"mode": "token", "secretName": names.RAY_TOKEN_SECRET},
+                "headGroupSpec": _head(config),
+                "workerGroupSpecs": [_worker_group(role, groups[role], config) for role in groups],
+            },
+        },
+    }
+
+
+def stream_s(config: MantaConfig) -> int:
+    """What a pod gives its streams to end."""
+    return int(config.gateway.request_timeout_s) + STREAM_MARGIN_S
+
+
+def models_to_fetch(config: MantaConfig) -> tuple[str, ...]:
+    """Hub ids, each once: what is not in the image."""
+    return tuple(dict.fromkeys(model.path for model in config.models if is_fetched(model.path)))
+
+
+def is_fetched(path: str) -> bool:
+    """Whether a model comes from the hub: neither a directory of the image nor embedded in the code."""
+    return "/" in path and not path.startswith(("/", "~", "."))
+
+
+def _head(config: MantaConfig) -> Document:
+    return {
+        "serviceType": "ClusterIP",
+        "labels": {names.ROLE: "head"},
+        "rayStartParams": {
+            "num-cpus": "0",  # no work lands here
+            "num-gpus": "0",
+            "dashboard-host": "0.0.0.0",  # the operator asks it; Ray's token guards it
+            "object-store-memory": str(OBJECT_STORE_MIB * 2**20),
+        },
+        "template": _template("head", head_size(config.kubernetes.head_cpus), config),
+    }
+
+
+def _worker_group(role: Role, group: PodGroup, config: MantaConfig) -> Document:
+    return {
+        "groupName": role,
+        "replicas": group.min_pods,
+        "minReplicas": group.min_pods,
+        "maxReplicas": group.max_pods,
+        "idleTimeoutSeconds": config.kubernetes.idle_timeout_s,
+        "labels": {names.ROLE: role},  # of the pods, and of the Ray nodes: what label_selector asks for
+        "rayStartParams": {"object-store-memory": str(OBJECT_STORE_MIB * 2**20)},
+        "template": _template(role, group.size, config),
+    }
+
+
+def _template(role: Role, size: PodSize, config: MantaConfig) -> Document:
+    load_s = max(int(model.experts.load_timeout_s) for model in config.models) + LOAD_MARGIN_S
+    return pod_template(
+        role,
+        size,
+        config.kubernetes,
+        stream_s=stream_s(config),
+        load_s=load_s,
+        models=models_to_fetch(config),
+    )

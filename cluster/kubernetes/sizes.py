@@ -1,0 +1,225 @@
+"""How many pods of each role a configuration needs, and how large they are. By cluster.placement's arithmetic.
+
+A pod is one Ray node. With GPUs every shard has a pod with one GPU, and a coordinator too, unless it shares a shard's.
+Without, each expert pod can hold all the shards: Ray packs them as it likes, and no CPU is reserved for them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.app import scaling_of
+from cluster.architecture import Architecture, compute_dtype, coordinator_tensors
+from cluster.checkpoint import open_checkpoint
+from cluster.config import MantaConfig, ModelConfig
+from cluster.errors import ConfigError, DoesNotFit
+from cluster.hub import EMBEDDED, resolve_model
+from cluster.known_models import KNOWN_MODELS
+from cluster.kubernetes.names import Role
+from cluster.placement import (
+    DTYPE_BYTES,
+    SERVICE_PROCESS_BYTES,
+    TORCH_PROCESS_BYTES,
+    ExpertGroup,
+    Node,
+    Room,
+    check_fit,
+    coordinator_bytes,
+    expert_bytes,
+    gpu_memory_bytes,
+    kv_bytes_per_token,
+    plan_groups,
+)
+
+NODE_BYTES = 2**30  # raylet, agents, log monitor, HAProxy and the proxy behind it: 615 MB with Ray 2.60 on Linux
+HEAD_BYTES = 3 * 2**30  # and the GCS, the dashboard's processes and Serve's controller
+CUDA_PROCESS_BYTES = 4 * 2**30  # host memory of a process with a CUDA context and pinned buffers; not measured
+OBJECT_STORE_MIB, SHARED_MEMORY_MIB = 512, 640  # rows of a few prefills, no more lives there
+
+
+@dataclass(frozen=True, slots=True)
+class PodSize:
+    """What one pod is given."""
+
+    cpus: int
+    memory_mib: int  # shared memory is part of it
+    gpus: int = 0
+
+    @property
+    def shared_memory_mib(self) -> int:
+        """Of /dev/shm."""
+        return SHARED_MEMORY_MIB
+
+
+@dataclass(frozen=True, slots=True)
+class PodGroup:
+    """Pods of one role."""
+
+    size: PodSize
+    min_pods: int
+    max_pods: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """One model, as far as sizes go."""
+
+    config: ModelConfig
+    architecture: Architecture
+    groups: tuple[ExpertGroup, ...]  # none where the coordinator has all experts itself
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.engine.device == "cuda"
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether coordinators are on the shards' GPUs."""
+        share = self.config.experts.gpus_per_shard
+        return self.on_gpu and bool(self.groups) and share is not None and share < 1
+
+    @property
+    def kv_tokens(self) -> int:
+        """That a coordinator's cache has to hold: what is configured, and one sequence of full length at least."""
+        engine, a = self.config.engine, self.architecture
+        longest = engine.max_model_len or a.max_position_embeddings
+        token_bytes = kv_bytes_per_token(a, compute_dtype(engine.dtype, a))
+        return max(longest, int((engine.kv_cache_gib or 0) * 2**30 / token_bytes))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the checkpoint's files, in the dtype that it says."""
+        a = self.architecture
+        item = 4 if a.dtype == "float32" else 2
+        parameters = sum(math.prod(shape) for shape in coordinator_tensors(a).values())
+        experts = expert_bytes(a, "bfloat16", a.num_experts) // DTYPE_BYTES["bfloat16"] if a.num_experts else 0
+        return item * (parameters + experts)
+
+    def coordinator_host_bytes(self) -> int:
+        """Of host memory."""
+        process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES + self.config.engine.grammar_cache_mib * 2**20
+        if self.on_gpu:
+            return process + CUDA_PROCESS_BYTES
+        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
+        weights = coordinator_bytes(self.architecture, dtype, kv_tokens=0)
+        if not self.groups:
+            weights += expert_bytes(self.architecture, dtype, self.architecture.num_experts) if self._is_sparse else 0
+        return process + weights + int((self.config.engine.kv_cache_gib or 0) * 2**30)
+
+    def shard_host_bytes(self, group: ExpertGroup) -> int:
+        """Of host memory, with the replica that supervises it."""
+        process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES
+        if self.on_gpu:
+            return process + CUDA_PROCESS_BYTES
+        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
+        return process + expert_bytes(self.architecture, dtype, len(group.experts))
+
+    @property
+    def _is_sparse(self) -> bool:
+        return self.architecture.num_experts > 0
+
+
+def model_size(model: ModelConfig) -> ModelSize:
+    """Raises ConfigError for a model whose sizes cannot be known here."""
+    architecture = known_architecture(model.path)
+    local = architecture.is_dense or model.experts.transport == "local"
+    groups = () if local else plan_groups(model.experts.groups, architecture.num_experts, 0, 1)
+    return ModelSize(model, architecture, groups)
+
+
+def known_architecture(path: str) -> Architecture:
+    """Of a directory, an embedded model, or a hub id that is known. Raises ConfigError for others."""
+    if path in KNOWN_MODELS:
+        return KNOWN_MODELS[path]
+    if path in EMBEDDED or Path(path).expanduser().is_dir():
+        return open_checkpoint(resolve_model(path)).architecture
+    known = ", ".join(KNOWN_MODELS)
+    raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
+
+
+def pod_groups(config: MantaConfig) -> dict[Role, PodGroup]:
+    """By role, without roles that have no pod. Raises DoesNotFit where a GPU is too small."""
+    settings, models = config.kubernetes, [model_size(model) for model in config.models]
+    for model in models:
+        _check_gpus(model, settings.gpu_type)
+    groups: dict[Role, PodGroup] = {"gateway": _gateways(config)}
+    if coordinators := [model for model in models if not model.shares_gpu]:
+        lowest = sum(model.config.coordinators.min_replicas for model in coordinators)
+        highest = sum(_with_surge(model.config, model.config.coordinators.max_replicas) for model in coordinators)
+        largest = max(model.coordinator_host_bytes() for model in coordinators)
+        gpus = int(any(model.on_gpu for model in coordinators))
+        size = PodSize(settings.coordinator_cpus, _mib(NODE_BYTES + largest), gpus)
+        groups["coordinator"] = PodGroup(size, lowest, highest)
+    if experts := [model for model in models if model.groups]:
+        groups["expert"] = _experts(experts, settings.expert_cpus, settings.cpu_expert_pods)
+    return groups
+
+
+def head_size(cpus: int) -> PodSize:
+    """No work is on the head: it is Ray's own."""
+    return PodSize(cpus, _mib(HEAD_BYTES))
+
+
+def _gateways(config: MantaConfig) -> PodGroup:
+    gateway = config.gateway
+    memory = NODE_BYTES + 2 * SERVICE_PROCESS_BYTES + gateway.max_bytes_received
+    size = PodSize(config.kubernetes.gateway_cpus, _mib(memory))
+    return PodGroup(size, gateway.replicas.min_replicas, 2 * gateway.replicas.max_replicas)
+
+
+def _experts(models: list[ModelSize], cpus: int, cpu_pods: int) -> PodGroup:
+    shards = [(model, group) for model in models for group in model.groups]
+    if not any(model.on_gpu for model in models):
+        memory = NODE_BYTES + sum(
+            model.shard_host_bytes(group)
+            * _with_surge(model.config, scaling_of(model.config.experts, group).max_replicas)
+            for model, group in shards
+        )
+        return PodGroup(PodSize(cpus, _mib(memory)), cpu_pods, cpu_pods)
+    memory = NODE_BYTES + max(
+        model.shard_host_bytes(group) + (model.coordinator_host_bytes() if model.shares_gpu else 0)
+        for model, group in shards
+    )
+    scaling = [(model.config, scaling_of(model.config.experts, group)) for model, group in shards]
+    lowest = sum(bounds.min_replicas for _, bounds in scaling)
+    highest = sum(_with_surge(model, bounds.max_replicas) for model, bounds in scaling)
+    return PodGroup(PodSize(cpus, _mib(memory), 1), lowest, highest)
+
+
+def _with_surge(model: ModelConfig, replicas: int) -> int:
+    """With those that a rolling update, or the drain of a machine, starts before the old ones stop."""
+    return replicas + math.ceil(replicas * model.max_surge_percent / 100)
+
+
+def _check_gpus(model: ModelSize, gpu_type: str | None) -> None:
+    """Raises DoesNotFit unless every process of the model fits the GPU of its pod."""
+    if not model.on_gpu:
+        return
+    if model.config.engine.kv_cache_gib is None and model.shares_gpu:
+        raise ConfigError("engine.kv_cache_gib: say how much; the coordinator shares its GPU with a shard")
+    share = model.config.experts.gpus_per_shard if model.config.experts.gpus_per_shard is not None else 1.0
+    memory = gpu_memory_bytes(gpu_type or "")
+    num_coordinators = model.config.coordinators.min_replicas
+    pods = len(model.groups) + (0 if model.shares_gpu else num_coordinators)
+    dtype = compute_dtype(model.config.engine.dtype, model.architecture)
+    try:
+        check_fit(
+            model.architecture,
+            dtype,
+            model.groups,
+            Room([Node(f"pod {index}", 2**50, (memory,)) for index in range(pods)]),
+            kv_tokens=model.kv_tokens,
+            num_coordinators=num_coordinators,
+            gpus_per_shard=share,
+            gpus_per_coordinator=1 - share if model.shares_gpu else 1.0,
+            local=not model.groups,
+        )
+    except DoesNotFit as error:
+        raise DoesNotFit(f"models: {model.config.name!r} on {gpu_type} GPUs: {error.message}") from error
+
+
+def _mib(size: int) -> int:
+    """With shared memory, rounded up to a quarter of a GiB."""
+    return 256 * math.ceil((size / 2**20 + SHARED_MEMORY_MIB) / 256)

@@ -1,0 +1,90 @@
+"""`manta fetch` on a local cache of the hub: every byte is verified, and who waits goes on only then."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.commands.fetch import verify
+from cluster.demo_model import DIRECTORY
+from cluster.errors import CheckpointError
+from tests.waiting import wait_for
+
+MODEL, REVISION = "acme/demo", "5c79a376139be989ef1838f360bf4f1f256d7aec"
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A model in the cache, as the hub's client leaves it: names that link to blobs, large ones under their SHA-256."""
+    folder = tmp_path / "hub" / "models--acme--demo"
+    snapshot = folder / "snapshots" / REVISION
+    for name in ("blobs", "refs"):
+        (folder / name).mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(REVISION)
+    for file in DIRECTORY.iterdir():
+        if file.suffix in (".json", ".jinja", ".safetensors"):
+            content = file.read_bytes()
+            digest = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
+            blob = folder / "blobs" / digest(content).hexdigest()
+            shutil.copyfile(file, blob)
+            (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def _start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [Path(sys.executable).with_name("manta"), "fetch", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _fetch(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    process = _start(tmp_path, *arguments)
+    output, errors = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output + errors
+
+
+def test_who_waits_goes_on_when_a_model_was_verified(tmp_path: Path, snapshot: Path) -> None:
+    waiting = _start(tmp_path, "--wait", MODEL)
+    assert waiting.stdout is not None
+    assert "Waiting for acme/demo" in waiting.stdout.readline()
+    time.sleep(1)
+    assert waiting.poll() is None  # the files are there, and nobody has verified them
+    code, output = _fetch(tmp_path, MODEL)
+    assert code == 0, output
+    assert "fingerprint" in output
+    wait_for(lambda: waiting.poll() is not None, TIMEOUT_S, "the waiting command")
+    assert waiting.returncode == 0
+    waiting.communicate()
+    code, output = _fetch(tmp_path, MODEL)
+    assert (code, "was fetched and verified before" in output) == (0, True), output
+
+
+def test_one_wrong_byte_is_found(tmp_path: Path, snapshot: Path) -> None:
+    blob = (snapshot / "model.safetensors").resolve()
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    code, output = _fetch(tmp_path, MODEL)
+    assert code == 2
+    assert "model.safetensors is damaged: its SHA-256 is" in output
+    code, output = _fetch(tmp_path, "--wait", "--timeout", "0.1", MODEL)
+    assert (code, "acme/demo was not fetched within 0.1 s" in output) == (2, True), output
+
+
+def test_small_files_are_under_other_names(snapshot: Path) -> None:
+    assert verify(snapshot) == (DIRECTORY / "model.safetensors").stat().st_size
+
+
+def test_a_file_that_was_cut(snapshot: Path) -> None:
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        verify(snapshot)
