@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve check test test-long clean
+.PHONY: install serve check test test-long soak clean
 
 install: .venv/.installed
 
@@ -26,6 +26,11 @@ test: check
 
 test-long: check
 	$(BIN)/pytest
+
+# A fault every ten seconds under load; make soak SOAK_S=600 for ten minutes
+SOAK_S ?= 3600
+soak: install
+	MANTA_SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/end_to_end/test_soak.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

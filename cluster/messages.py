@@ -148,6 +148,7 @@ class EngineStats:
     steps_total: int
     rows_per_expert: tuple[int, ...]  # rows sent to each expert, summed over layers
     prefix_cache_query_tokens_total: int = 0  # looked up in the prefix cache
+    missing_experts: tuple[str, ...] = ()  # deployments of groups no replica of which is believed to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +174,8 @@ class ModelCard:
     kind: Kind = "chat"
     pooling: Pooling = "mean"  # of kind embedding
     hidden_size: int = 0  # numbers in an embedding
+
+    @property
+    def has_remote_experts(self) -> bool:
+        """Whether its experts have processes of their own."""
+        return len(self.deployments) > 1

@@ -22,19 +22,22 @@ import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, MantaError
 from cluster.metrics import PowerOfTwoBuckets
 from experts_service.auto import AutoTransport
 from experts_service.lane import LaneTransport
 from experts_service.lane_dialer import LaneDialer, ask_shard
 from experts_service.lane_secret import read_lane_secret
 from experts_service.object_store import ObjectStoreTransport
-from experts_service.routing_table import TABLE, Deployment
+from experts_service.routing_table import TABLE, Deployment, Replica
 from experts_service.transport import Transport
 
 logger = logging.getLogger(__name__)
 
 REATTACH_PAUSE_S = 0.2
+LOOK_S = 1.0  # between two looks at suspected replicas,
+LONGEST_LOOK_S = 30.0  # and at one that shows signs of life and fails again and again
+SIGN_OF_LIFE_S = 2.0
 
 
 class ExpertPool:
@@ -62,6 +65,9 @@ class ExpertPool:
             task = asyncio.run_coroutine_threadsafe(self._stay_attached(group), self._loop)
             task.add_done_callback(_report)
             self._tasks.append(task)
+        looks = asyncio.run_coroutine_threadsafe(self._look_at_suspects(), self._loop)
+        looks.add_done_callback(_report)
+        self._tasks.append(looks)
         self._table.wait_for(self._deployments.values(), timeout_s)
 
     def transport(
@@ -130,6 +136,23 @@ class ExpertPool:
                 self._attached.pop(group, None)
             await asyncio.sleep(REATTACH_PAUSE_S)
 
+    async def _look_at_suspects(self) -> None:
+        """Trust a suspected replica again when its shard shows a sign of life.
+
+        No row would find out: those go to other replicas, and where there is none, nothing is admitted any more.
+        """
+        due: dict[str, tuple[float, float]] = {}  # replica id → when to look again, and the pause after that
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            due = {replica_id: at for replica_id, at in due.items() if now < at[0] + LONGEST_LOOK_S}
+            for deployment in self._deployments.values():
+                for replica in self._table.replicas(deployment):
+                    look_at, pause_s = due.get(replica.replica_id, (now, LOOK_S))
+                    if replica.suspected and now >= look_at and await _lives(replica):
+                        due[replica.replica_id] = (now + pause_s, min(2 * pause_s, LONGEST_LOOK_S))
+                        self._table.trust(deployment, replica.replica_id)
+
     def _on_change(self) -> None:
         self._loop.call_soon_threadsafe(self._leave_the_departed)
 
@@ -138,6 +161,16 @@ class ExpertPool:
         for group, replica_id in list(self._attached.items()):
             if all(r.replica_id != replica_id for r in self._table.replicas(self._deployments[group])):
                 self._streams[group].cancel()
+
+
+async def _lives(replica: Replica) -> bool:
+    """Whether the shard answers a call."""
+    try:
+        shard = await asyncio.to_thread(ray.get_actor, replica.actor, namespace=replica.namespace)
+        await asyncio.wait_for(shard.stats.remote(), SIGN_OF_LIFE_S)
+    except (RayError, ValueError, TimeoutError, MantaError):  # ValueError: no actor of that name lives
+        return False
+    return True
 
 
 def _report(task: Future[None]) -> None:

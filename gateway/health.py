@@ -1,7 +1,9 @@
 """Whether a model can answer, and how far it is with loading. Asks Serve, at most twice a second; knows no request.
 
-A model is ready when each of its deployments has a running replica. That is also true during a rolling update. Of
-several versions of a model, the first that is ready answers.
+A model is ready when each of its deployments has a running replica, which is also true during a rolling update, and
+when its coordinator believes that each group of experts answers: what Serve knows of are the processes that watch the
+shards, and a shard that is being restarted is missed by coordinators only. Of several versions of a model, the first
+that is ready answers.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.errors import ModelLoading
+from cluster.errors import MantaError, ModelLoading
 from cluster.messages import ModelCard
 
 MAX_AGE_S = 0.5
@@ -23,7 +26,7 @@ RETRY_AFTER_S = 2.0
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["starting", "loading", "ready", "failed"]
+Phase = Literal["starting", "loading", "ready", "recovering", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +34,29 @@ class ModelHealth:
     """One model's state."""
 
     phase: Phase
-    waiting_for: tuple[str, ...] = ()  # deployments without a running replica
+    waiting_for: tuple[str, ...] = ()  # deployments without a running replica; recovering: without one that answers
     loaded_bytes: int = 0
     total_bytes: int = 0
 
     def __str__(self) -> str:
         if self.phase == "loading" and self.total_bytes:
             return f"loading weights, {self.loaded_bytes / 1e6:.0f} of {self.total_bytes / 1e6:.0f} MB"
+        if self.phase == "recovering":
+            return f"waiting for {', '.join(self.waiting_for)}"
         return self.phase
 
 
 Probe = Callable[[Sequence[ModelCard]], dict[str, ModelHealth]]  # by application; may block
+Missing = Callable[[ModelCard], Awaitable[tuple[str, ...]]]  # the groups that a coordinator misses; raises MantaError
 
 
 class Health:
     """Caches a probe. `require` costs nothing while a model is ready: it then refreshes behind the request."""
 
-    def __init__(self, cards: Sequence[ModelCard], probe: Probe) -> None:
+    def __init__(self, cards: Sequence[ModelCard], probe: Probe, missing: Missing | None = None) -> None:
         self._cards = tuple(cards)
         self._probe = probe
+        self._missing = missing
         self._states = {card.application: ModelHealth("starting", card.deployments) for card in cards}
         self._probed_at = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
@@ -93,10 +100,28 @@ class Health:
         """What cannot be asked stays as it was known: coordinators that live answer without Serve's controller."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                self._states = await asyncio.to_thread(self._probe, self._cards)
+                found = await asyncio.to_thread(self._probe, self._cards)
+                asked = [
+                    card for card in self._cards if found[card.application].phase == "ready" and card.has_remote_experts
+                ]
+                answers = await asyncio.gather(*(self._missed(card) for card in asked))
+            recovering = {
+                card.application: ModelHealth("recovering", missing)
+                for card, missing in zip(asked, answers, strict=True)
+                if missing
+            }
+            self._states = found | recovering
         except Exception:
             logger.warning("Serve's status could not be had", exc_info=True)
         self._probed_at = time.monotonic()
+
+    async def _missed(self, card: ModelCard) -> tuple[str, ...]:
+        """None when no coordinator says so: it may be lost just now, and another one take its requests."""
+        if self._missing is None:
+            return ()
+        with suppress(MantaError):
+            return await self._missing(card)
+        return ()
 
 
 def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:

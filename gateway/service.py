@@ -46,12 +46,17 @@ class GatewayReplica(GrpcDoor):
         self._replica = serve.get_replica_context().replica_id.unique_id
         configure_logs(config.log_format)
         metrics = GatewayMetrics()
+        coordinators = {card.application: ServeCoordinatorClient(card) for card in cards}
+
+        async def missing_experts(card: ModelCard) -> tuple[str, ...]:
+            return (await coordinators[card.application].stats()).missing_experts
+
         frontend = Frontend(
             config,
             cards,
             tokenizers={card.application: load_tokenizer(card) for card in cards},
-            coordinators={card.application: ServeCoordinatorClient(card) for card in cards},
-            health=Health(cards, probe_serve),
+            coordinators=coordinators,
+            health=Health(cards, probe_serve, missing_experts),
             metrics=metrics,
             traces=Traces("manta-gateway", config.otlp_endpoint),
             metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,8 +154,8 @@ class Coordinator:
         return tuple(embeddings)
 
     async def stats(self) -> EngineStats:
-        """A snapshot of the engine."""
-        return self._engine.stats()
+        """A snapshot of the engine, and whom it misses."""
+        return replace(self._engine.stats(), missing_experts=tuple(self._pool.missing()))
 
     async def metrics(self) -> ProcessFigures:
         """What this process counted, for the gateway's /metrics."""

@@ -82,7 +82,8 @@ def running_server(*arguments: str) -> Iterator[Server]:
         ray_address = re.search(r"Ray (\S+:\d+)", "".join(output))
         assert ray_address is not None, "".join(output)
         yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s)
-        children = psutil.Process(process.pid).children(recursive=True)
+        if process.poll() is None:  # a test may have ended it
+            children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGINT)
         try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
+from cluster.config import GatewayConfig, GatewayScalingConfig, ModelConfig, load_config
 from cluster.errors import ConfigError
 
 
@@ -18,6 +18,22 @@ from cluster.errors import ConfigError
         ("models: [{name: a, path: b}]\ngateway: {http_port: 99999}", "gateway.http_port"),
         ("models: [{name: a, path: b, pooling: last}]", "models.0: .* only a model of `kind: embedding` pools"),
         ("models: [{name: a, path: b, kind: image}]", "models.0.kind"),
+        (
+            "models: [{name: a, path: b, coordinator_scaling: {target_used: 1}}]",
+            "models.0.coordinator_scaling.target_used: .* did you mean 'target_used_fraction'",
+        ),
+        (
+            "models: [{name: a, path: b, num_coordinators: 2, coordinator_scaling: {max_replicas: 3}}]",
+            "models.0: .* num_coordinators: coordinator_scaling says it already",
+        ),
+        (
+            "models: [{name: a, path: b}]\ngateway: {num_replicas: 2, scaling: {max_replicas: 3}}",
+            "gateway: .* num_replicas: scaling says it already",
+        ),
+        (
+            "models: [{name: a, path: b}]\ngateway: {scaling: {min_replicas: 2}}",
+            r"gateway.scaling: .* max_replicas: must be at least min_replicas \(2\)",
+        ),
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),
@@ -41,3 +57,10 @@ def test_the_example_of_the_readme_is_accepted(tmp_path):
     file = tmp_path / "manta.yaml"
     file.write_text(readme.split("```yaml")[1].split("```")[0])
     assert load_config(file).models[0].experts.groups == ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+def test_a_number_of_replicas_is_both_bounds():
+    model = ModelConfig(name="a", path="b", num_coordinators=2)
+    assert (model.coordinators.min_replicas, model.coordinators.max_replicas) == (2, 2)
+    gateway = GatewayConfig(scaling=GatewayScalingConfig(min_replicas=1, max_replicas=3))
+    assert (gateway.replicas.min_replicas, gateway.replicas.max_replicas) == (1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.conftest import Server, running_server
+from tests.processes import processes
 from tests.waiting import wait_for
 
 NUM_STREAMS, NUM_TOKENS = 8, 150
@@ -26,7 +27,9 @@ models:
     num_coordinators: 2
     engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.1}}
     experts: {{groups: [[0, 1, 2, 3], [4, 5, 6, 7]], scaling: {{min_replicas: 2, max_replicas: 2}}}}
+gateway: {{num_replicas: 2}}
 """
+GATEWAY = "ServeReplica:gateway:gateway"
 RECOVERY_S = 120  # for a replaced process to serve again
 
 
@@ -36,12 +39,13 @@ class Stream:
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    is_broken: bool = False  # its connection ended early
     longest_gap_s: float = 0.0
 
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory) -> Iterator[Server]:
-    """Two coordinators, and two replicas of each of two groups."""
+    """Two gateways, two coordinators, and two replicas of each of two groups."""
     file = tmp_path_factory.mktemp("replicated") / "manta.yaml"
     file.write_text(CONFIG)
     with running_server("--config", str(file)) as server:
@@ -65,6 +69,12 @@ async def streams(server: Server, disturb: Callable[[], None] | None = None) -> 
     seen = [Stream() for _ in range(NUM_STREAMS)]
 
     async def read(client: httpx.AsyncClient, index: int) -> None:
+        try:
+            await read_to_the_end(client, index)
+        except httpx.TransportError:
+            seen[index].is_broken = True
+
+    async def read_to_the_end(client: httpx.AsyncClient, index: int) -> None:
         stream, last = seen[index], time.monotonic()
         async with client.stream("POST", "/v1/completions", json=body(index)) as response:
             assert response.status_code == 200, await response.aread()
@@ -92,22 +102,12 @@ async def streams(server: Server, disturb: Callable[[], None] | None = None) -> 
     return seen
 
 
-def processes(server: Server, title: str) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
-        try:
-            if title in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
 def answers(server: Server) -> bool:
     return httpx.get(f"{server.url}/health", timeout=10).status_code == 200
 
 
 def check_equal(seen: list[Stream], undisturbed: list[Stream]) -> None:
+    assert not any(stream.is_broken for stream in seen)
     assert [stream.finish_reason for stream in seen] == ["length"] * NUM_STREAMS
     assert [stream.token_ids for stream in seen] == [stream.token_ids for stream in undisturbed]
 
@@ -126,6 +126,32 @@ def test_a_stopped_shard_delays_no_stream(replicated, undisturbed):
         stopped.resume()
     check_equal(seen, undisturbed)
     assert max(stream.longest_gap_s for stream in seen) < 10, "promised within a second"
+
+
+def test_a_killed_gateway_ends_its_own_connections_and_no_others(replicated, undisturbed):
+    """They end without a last token, so that nobody takes them for complete, and their sequences are given up."""
+    gateways = processes(replicated, GATEWAY)
+    assert len(gateways) == 2
+    seen = asyncio.run(streams(replicated, gateways[0].kill))
+    broken = [stream.is_broken for stream in seen]
+    assert 0 < sum(broken) < NUM_STREAMS, "HAProxy spreads connections over both gateways"
+    for stream, whole in zip(seen, undisturbed, strict=True):
+        if stream.is_broken:
+            assert stream.finish_reason is None
+            assert stream.token_ids == whole.token_ids[: len(stream.token_ids)]
+        else:
+            assert (stream.finish_reason, stream.token_ids) == ("length", whole.token_ids)
+    check_equal(asyncio.run(streams(replicated)), undisturbed)  # the other one takes what comes next
+    wait_until_whole(replicated, GATEWAY, len(gateways))
+    wait_for(lambda: num_running(replicated) == 0, RECOVERY_S, "the sequences of the lost gateway to be given up")
+
+
+def num_running(server: Server) -> int:
+    """Sequences in all coordinators."""
+    page = httpx.get(f"{server.url}/metrics", timeout=10).text
+    values = re.findall(r"^vllm:num_requests_running{[^}]*} (\S+)$", page, re.MULTILINE)
+    assert values
+    return int(sum(map(float, values)))
 
 
 def test_streams_wait_for_shards_that_are_all_gone(replicated, undisturbed):

@@ -120,6 +120,15 @@ def test_a_killed_shard_comes_back_under_the_same_replica(pool: ExpertPool, chec
     assert status.status == "HEALTHY"
 
 
+def test_a_suspected_shard_that_lives_is_trusted_again(pool: ExpertPool) -> None:
+    """It was the only one, so no row would ever have found out: nothing is admitted while a group is missing."""
+    deployment = Deployment(APPLICATION, "expert-0")
+    (replica,) = TABLE.replicas(deployment)
+    TABLE.suspect(deployment, replica.replica_id, TABLE.epoch)
+    assert pool.missing() == ["expert-0"]
+    wait_until(lambda: pool.missing() == [], 20.0)
+
+
 def test_a_process_that_only_supervises_does_not_import_torch() -> None:
     """One replica of each group is such a process: 150 MB and two seconds of CPU apart."""
     code = "import sys, experts_service.service; assert 'torch' not in sys.modules"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import GatewayConfig
-from cluster.errors import ModelLoading
+from cluster.errors import CoordinatorLost, MantaError, ModelLoading
 from cluster.messages import ModelCard, Request, TokenChunk
 from gateway.choice import Usage
 from gateway.frontend import Frontend
@@ -37,6 +37,7 @@ def test_a_gateway_never_imports_torch(tokenizer_directory: Path) -> None:
     code = f"""
 import sys
 import gateway.service
+from dataclasses import replace
 from pathlib import Path
 from gateway.tokenizer import HuggingFaceTokenizer
 tokenizer = HuggingFaceTokenizer(Path({str(tokenizer_directory)!r}))
@@ -138,6 +139,30 @@ def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:
         await health.require((card,))
         await health.require((card,))
         assert len(asked) == 2
+
+    asyncio.run(run())
+
+
+def test_a_model_whose_coordinator_misses_experts_is_not_ready(card: ModelCard) -> None:
+    """Serve calls a replica running whose shard is being restarted; only the coordinator knows that rows wait."""
+    card = replace(card, deployments=("coordinator", "expert-0", "expert-1"))
+    answers: list[tuple[str, ...] | MantaError] = [("expert-1",), CoordinatorLost("it left"), ()]
+
+    async def missing(asked: ModelCard) -> tuple[str, ...]:
+        assert asked == card
+        answer = answers.pop(0)
+        if isinstance(answer, MantaError):
+            raise answer
+        return answer
+
+    async def run() -> None:
+        health = Health((card,), lambda cards: {card.application: ModelHealth("ready")}, missing)
+        with pytest.raises(ModelLoading, match="waiting for expert-1"):
+            await health.require([card])
+        assert (await health.models())[card.name] == ModelHealth("recovering", ("expert-1",))
+        for _ in range(2):  # a coordinator that cannot be asked says nothing of the experts
+            await asyncio.sleep(0.55)
+            assert (await health.models())[card.name].phase == "ready"
 
     asyncio.run(run())
 

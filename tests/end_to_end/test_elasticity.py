@@ -1,0 +1,205 @@
+"""One server that is asked for more than it can do, loses what it cannot replace, and is renewed while it answers.
+
+A small model scales from one coordinator and one gateway; another one, `narrow`, cannot, and refuses what is too much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.checkpoints import write_checkpoint
+from tests.conftest import Server, running_server
+from tests.processes import processes
+from tests.steady_streams import SteadyStreams
+from tests.waiting import wait_for
+
+DEMO = Path(__file__).parents[2] / "cluster" / "demo_model"
+SCALING = "max_replicas: 2, upscale_delay_s: 1, downscale_delay_s: 2"
+EXPERT_TIMEOUT_S = 5
+RECOVERY_S = 120
+COORDINATOR, GATEWAY, SHARD = ":coordinator", "ServeReplica:gateway:gateway", "ray::ExpertShard"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("elastic")
+
+
+@pytest.fixture(scope="module")
+def elastic(directory) -> Iterator[Server]:
+    for name, dense in (("wide", False), ("narrow", True)):
+        write_checkpoint(directory / name, vocab_size=2048, dense=dense)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (directory / name / file).write_bytes((DEMO / file).read_bytes())
+    config = directory / "manta.yaml"
+    config.write_text(f"""
+models:
+  - name: wide
+    path: {directory / "wide"}
+    coordinator_scaling: {{{SCALING}}}
+    engine: {{max_num_seqs: 6, num_kv_blocks: 512, num_threads: 1}}
+    experts: {{groups: [[0, 1, 2, 3]], num_threads: 1, expert_timeout_s: {EXPERT_TIMEOUT_S}}}
+  - name: narrow
+    path: {directory / "narrow"}
+    engine: {{max_num_seqs: 4, max_waiting: 4, num_kv_blocks: 256, num_threads: 1}}
+gateway: {{scaling: {{target_requests: 6, {SCALING}}}}}
+""")
+    with running_server("--config", str(config)) as server:
+        yield server
+
+
+def steady(server: Server, clients: int) -> SteadyStreams:
+    return SteadyStreams(server.url, "wide", [f"Question {index}: what is a cheese?" for index in range(clients)], 80)
+
+
+def completion(server: Server, model: str, **fields: object) -> httpx.Response:
+    asked = {"model": model, "prompt": "What is a good cheese?", "max_tokens": 10, "temperature": 0, "ignore_eos": True}
+    return httpx.post(f"{server.url}/v1/completions", json={**asked, **fields}, timeout=120)
+
+
+def wide_coordinators(server: Server) -> int:
+    return len([process for process in processes(server, COORDINATOR) if "wide" in " ".join(process.cmdline())])
+
+
+def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
+    clients = steady(elastic, 16)
+    clients.learn()
+
+    def number() -> tuple[int, int]:
+        return wide_coordinators(elastic), len(processes(elastic, GATEWAY))
+
+    assert number() == (1, 1)
+    with clients.running() as seen:
+        wait_for(lambda: number() == (2, 2), RECOVERY_S, "a second coordinator and a second gateway")
+        at_two = seen.num_complete
+        wait_for(lambda: seen.num_complete >= at_two + 32, RECOVERY_S, "answers of both")
+    assert (seen.failures, seen.num_wrong) == ([], 0)
+    few = steady(elastic, 1)
+    few.learn()
+    with few.running() as seen:
+        wait_for(lambda: number() == (1, 1), RECOVERY_S, "one of each")
+    assert (seen.failures, seen.num_wrong) == ([], 0)
+
+
+def test_goodput_holds_at_four_times_the_load(elastic):
+    """Half of what comes is refused at once, and asked again; what is taken is answered as fast as ever."""
+
+    def goodput(clients: int, seconds: float) -> float:
+        answered, refused = [], []
+
+        async def again_and_again(client: httpx.AsyncClient) -> None:
+            while time.monotonic() < stop_at:
+                body = {"model": "narrow", "prompt": "A cheese", "max_tokens": 30, "ignore_eos": True}
+                response = await client.post("/v1/completions", json=body)
+                if response.status_code == 429:
+                    assert float(response.headers["retry-after"]) >= 1
+                    refused.append(response)
+                    await asyncio.sleep(0.2)
+                    continue
+                assert response.json()["usage"]["completion_tokens"] == 30, response.text
+                answered.append(time.monotonic())
+
+        async def run() -> None:
+            async with httpx.AsyncClient(base_url=elastic.url, timeout=120) as client, asyncio.TaskGroup() as tasks:
+                for _ in range(clients):
+                    tasks.create_task(again_and_again(client))
+
+        stop_at = time.monotonic() + seconds
+        asyncio.run(run())
+        assert bool(refused) == (clients > 8)
+        return len(answered) / seconds
+
+    goodput(4, 1)
+    alone, crowded = goodput(4, 4), goodput(16, 4)
+    print(f"{alone:.0f} answers a second from 4 clients, {crowded:.0f} from 16")
+    assert crowded > 0.5 * alone, "promised 0.95"
+
+
+def test_a_group_that_cannot_come_back_ends_in_503_and_is_waited_for(elastic, directory):
+    """Its only shard dies while nobody can read the weights. Nothing hangs, nothing is admitted, nothing else dies."""
+    expected = completion(elastic, "wide").json()["choices"][0]["text"]
+    before = {process.pid for process in processes(elastic, COORDINATOR)}
+    [shard] = processes(elastic, SHARD)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(completion(elastic, "wide", max_tokens=480))
+
+    in_flight = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in in_flight:
+        thread.start()
+    time.sleep(0.2)
+    (directory / "wide").rename(directory / "elsewhere")
+    try:
+        killed_at = time.monotonic()
+        shard.kill()
+        for thread in in_flight:
+            thread.join(10 * EXPERT_TIMEOUT_S)
+        assert time.monotonic() - killed_at < 10 * EXPERT_TIMEOUT_S
+        assert [response.status_code for response in answers] == [503] * 3, [r.text for r in answers]
+        wait_for(lambda: health(elastic)[0] == 503, 20, "/health to say so")
+        assert "expert-0" in health(elastic)[1]["models"]["wide"]["waiting_for"]
+        started = time.monotonic()
+        refused = completion(elastic, "wide")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
+        assert time.monotonic() - started < EXPERT_TIMEOUT_S
+        assert completion(elastic, "narrow").status_code == 200, "the other model answers"
+    finally:
+        (directory / "elsewhere").rename(directory / "wide")
+    wait_for(lambda: health(elastic)[0] == 200, RECOVERY_S, "the group to be back")
+    assert completion(elastic, "wide").json()["choices"][0]["text"] == expected
+    assert before == {process.pid for process in processes(elastic, COORDINATOR)}
+
+
+def health(server: Server) -> tuple[int, dict]:
+    response = httpx.get(f"{server.url}/health", timeout=10)
+    return response.status_code, response.json()
+
+
+# What an operator's own script does: the same application again, which to Serve is a new version of the code.
+RENEW = """
+import sys
+from pathlib import Path
+import ray
+from ray import serve
+from cluster.app import describe_cluster, model_application, plan_model
+from cluster.checkpoint import open_checkpoint
+from cluster.config import load_config
+
+ray.init(address=sys.argv[2], log_to_driver=False)
+config = load_config(Path(sys.argv[1]))
+plan = plan_model(config.models[0], open_checkpoint(config.models[0].path), describe_cluster(ray.nodes()))
+serve.run(model_application(plan, config.gateway), name=plan.application, route_prefix=None)
+"""
+
+
+def test_a_rolling_update_of_coordinator_and_experts_fails_no_stream(elastic, directory):
+    """There is one of each: the new one starts beside it, and the old one ends when its streams have."""
+    clients = steady(elastic, 4)
+    clients.learn()
+    before = {process.pid for title in (COORDINATOR, SHARD) for process in processes(elastic, title)}
+    with clients.running() as seen:
+        subprocess.run(
+            [sys.executable, "-c", RENEW, directory / "manta.yaml", elastic.ray_address],
+            check=True,
+            timeout=RECOVERY_S,
+            cwd=Path(__file__).parents[2],
+        )
+
+        def renewed() -> bool:
+            now = {p.pid for title in (COORDINATOR, SHARD) for p in processes(elastic, title)}
+            return len(now) == len(before) and len(now & before) == 1  # the narrow model's coordinator stayed
+
+        wait_for(renewed, RECOVERY_S, "new processes in place of the old ones")
+        complete = seen.num_complete
+        wait_for(lambda: seen.num_complete >= complete + 8, RECOVERY_S, "answers of the new ones")
+    assert (seen.failures, seen.num_wrong) == ([], 0)
