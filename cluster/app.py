@@ -17,8 +17,9 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
 from cluster.errors import ConfigError
+from cluster.gpus import gpu_memory_bytes
 from cluster.messages import ModelCard
-from cluster.placement import ExpertGroup, Node, Room, check_fit, gpu_memory_bytes, plan_groups
+from cluster.placement import ExpertGroup, Node, Room, check_fit, plan_groups
 
 if TYPE_CHECKING:
     from ray.serve import Application

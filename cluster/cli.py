@@ -124,6 +124,40 @@ def chat(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint directory, demo, mixtral-8x7b, or a hub id that is known.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
+    gpu: Annotated[str, typer.Option(help="The GPUs' type, by Ray's name for it.")] = "H100",
+    gpus: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="How many are decoded at once.")] = 64,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each in the cache.")] = 4096,
+    milliseconds: Annotated[
+        float | None, typer.Option(min=0.001, help="A token of each, at most: the fewest GPUs that reach it.")
+    ] = None,
+    link: Annotated[float, typer.Option(min=0.001, help="GB/s between processes, in each direction.")] = 12.5,
+    dispatch: Annotated[
+        float | None, typer.Option(min=0, help="Microseconds of one layer's dispatch. [default: as measured on CPUs]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Show the processes a model needs on GPUs of one type, their memory, and the speed to expect."""
+    from cluster.commands import plan as command
+    from cluster.plan import Target
+    from cluster.roofline import Link, Load
+
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise typer.BadParameter("expected auto, bfloat16 or float32", param_hint="--dtype")
+    step_s = float("inf") if milliseconds is None else milliseconds / 1e3
+    target = Target(Load(sequences, context), step_s, gpus)
+    times = (command.DISPATCH_S, command.GROUP_S) if dispatch is None else (dispatch / 1e6, 0.0)
+    question = command.Question(gpu, target, Link(link * 1e9, *times), dtype)
+    command.run(model, config, question, as_json)
+
+
+@app.command()
 def status(
     address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,

@@ -66,20 +66,6 @@ class Room:
         return False
 
 
-# Memory of a GPU by the name that Ray gives its type, in 10^9 bytes.
-_GPU_GIGABYTES = {
-    "A10G": 24, "A100": 40, "A100-40G": 40, "A100-80G": 80, "B200": 180, "B300": 270, "GB200": 180, "GB300": 270,
-    "H100": 80, "H20": 96, "H200": 141, "L4": 24, "L40S": 48, "RTX-PRO-6000": 96, "T4": 16, "V100": 16,
-}  # fmt: skip
-_UNKNOWN_GPU_BYTES = 2**50  # taken to be large enough: the process itself will say when it is not
-
-
-def gpu_memory_bytes(accelerator_type: str) -> int:
-    """Of one GPU of that type; more than any has when the type is unknown."""
-    gigabytes = _GPU_GIGABYTES.get(accelerator_type)
-    return _UNKNOWN_GPU_BYTES if gigabytes is None else gigabytes * 10**9
-
-
 def plan_groups(
     setting: Literal["auto"] | Sequence[Sequence[int]], num_experts: int, num_gpus: int, num_cpus: int
 ) -> tuple[ExpertGroup, ...]:

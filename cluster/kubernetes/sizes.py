@@ -15,6 +15,7 @@ from cluster.architecture import Architecture, compute_dtype, coordinator_tensor
 from cluster.checkpoint import open_checkpoint
 from cluster.config import MantaConfig, ModelConfig
 from cluster.errors import ConfigError, DoesNotFit
+from cluster.gpus import gpu_memory_bytes
 from cluster.hub import EMBEDDED, resolve_model
 from cluster.known_models import KNOWN_MODELS
 from cluster.kubernetes.names import Role
@@ -28,7 +29,6 @@ from cluster.placement import (
     check_fit,
     coordinator_bytes,
     expert_bytes,
-    gpu_memory_bytes,
     kv_bytes_per_token,
     plan_groups,
 )

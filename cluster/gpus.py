@@ -1,0 +1,65 @@
+"""GPU types by the names that Ray gives them: memory, bandwidth and speed, from NVIDIA's data sheets. Numbers only.
+
+Bandwidth is that of the memory, speed that of bf16 matrices without sparsity; the data sheets give twice as much where
+they count sparse ones. A type without both is known by its memory alone: `manta plan` does not plan for it.
+
+    A10G           its data sheet; bf16 without sparsity     A100        nvidia-a100-datasheet, SXM
+    L4, L40S       their product briefs                      H100, H200  h100-datasheet, h200-datasheet, SXM
+    B200           dgx-b200-datasheet, an eighth of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class GpuType:
+    """One GPU."""
+
+    name: str
+    memory_bytes: int
+    bandwidth: float  # bytes a second
+    flops: float  # bf16, a second
+
+
+# name: (10^9 bytes, 10^9 bytes a second, 10^12 operations a second)
+_PLANNED = {
+    "A10G": (24, 600, 70),
+    "A100-40G": (40, 1555, 312),
+    "A100-80G": (80, 2039, 312),
+    "H100": (80, 3350, 989),
+    "H200": (141, 4800, 989),
+    "L4": (24, 300, 121),
+    "L40S": (48, 864, 362),
+    "B200": (180, 8000, 2250),
+}
+
+# 10^9 bytes, of those that Ray knows as well.
+_MEMORY_ONLY = {
+    "A100": 40, "B300": 270, "GB200": 180, "GB300": 270, "H20": 96, "RTX-PRO-6000": 96, "T4": 16, "V100": 16,
+}  # fmt: skip
+_UNKNOWN_GPU_BYTES = 2**50  # taken to be large enough: the process itself will say when it is not
+
+GPUS = {
+    name: GpuType(name, gigabytes * 10**9, bandwidth * 1e9, flops * 1e12)
+    for name, (gigabytes, bandwidth, flops) in _PLANNED.items()
+}
+
+
+def gpu_type(name: str) -> GpuType:
+    """By its name, in whatever case. Raises ConfigError with the names that are known."""
+    for known, gpu in GPUS.items():
+        if known.lower() == name.lower():
+            return gpu
+    raise ConfigError(f"there is no GPU type {name!r}; known are {', '.join(GPUS)}")
+
+
+def gpu_memory_bytes(accelerator_type: str) -> int:
+    """Of one GPU of that type; more than any has when the type is unknown."""
+    if accelerator_type in GPUS:
+        return GPUS[accelerator_type].memory_bytes
+    gigabytes = _MEMORY_ONLY.get(accelerator_type)
+    return _UNKNOWN_GPU_BYTES if gigabytes is None else gigabytes * 10**9
