@@ -64,6 +64,10 @@ class Host:
         self._started.append(process)
         return process
 
+    def start_quietly(self, command: Sequence[str | os.PathLike[str]], environment: dict[str, str]) -> None:
+        """A process on this host whose output nobody reads."""
+        self.start(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def run(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises, on a thread of this host; threads that it starts are there too."""
         outcome: Future[T] = Future()
@@ -174,6 +178,7 @@ def _host(network: str, index: int) -> Host:
     _ip("-n", name, "address", "add", f"{host.address}/24", "dev", "eth0")
     for device in ("lo", "eth0"):
         _ip("-n", name, "link", "set", device, "up")
+    _ip("-n", name, "route", "add", "default", "dev", "eth0")  # leads nowhere; Ray finds its own address by it
     return host
 
 
