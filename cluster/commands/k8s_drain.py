@@ -22,17 +22,19 @@ ALL_TOLD_S = 15.0  # until every pod of a cluster that is taken away has told Ra
 STATS_URL = f"http://127.0.0.1:{PORTS['RAY_SERVE_HAPROXY_STATS_PORT']}/stats;csv"
 
 
-def run(timeout_s: float, address: str = "auto", stats_url: str = STATS_URL) -> bool:
-    """Whether nothing needs the node any more; False when time is over. Raises what look_at_cluster raises."""
+def run(timeout_s: float, address: str = "auto", node_id: str | None = None, stats_url: str = STATS_URL) -> bool:
+    """Whether nothing needs the node any more; False when time is over. None: the node that we are on.
+
+    Raises what look_at_cluster raises.
+    """
     deadline = time.monotonic() + timeout_s
-    return look_at_cluster(address, lambda _: _drain(deadline, stats_url), deadline_s=timeout_s + DEADLINE_S)
+    return look_at_cluster(address, lambda _: _drain(deadline, node_id, stats_url), deadline_s=timeout_s + DEADLINE_S)
 
 
-def _drain(deadline: float, stats_url: str) -> bool:
+def _drain(deadline: float, node_id: str | None, stats_url: str) -> bool:
     import ray
 
-    context = ray.get_runtime_context()
-    node_id = context.get_node_id()
+    node_id = node_id or str(ray.get_runtime_context().get_node_id())
     if _is_head(node_id):
         time.sleep(min(ALL_TOLD_S, max(0.0, deadline - time.monotonic())))
         return _wait(lambda: bool(ray._private.state.state.get_draining_nodes()), deadline)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import yaml
 
 from tests.gateway.test_metrics import samples, value
 from tests.waiting import wait_for
@@ -62,15 +63,19 @@ def test_a_shard_that_stands_still_is_left_out_and_counted(server):
         shard.send_signal(signal.SIGCONT)
 
 
-def test_every_figure_of_the_dashboard_exists(server):
+def test_every_figure_of_the_dashboard_and_the_alerts_exists(server):
     """Also those that have no series yet; a histogram's are known by its type."""
     known = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", page(server), re.MULTILINE):
         known |= {name} if kind != "histogram" else {f"{name}_{part}" for part in ("bucket", "sum", "count")}
-    dashboard = json.loads((Path(__file__).parents[2] / "k8s/grafana/manta.json").read_text())
+    kubernetes = Path(__file__).parents[2] / "k8s"
+    dashboard = json.loads((kubernetes / "grafana/manta.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     assert len(expressions) > 20
-    named = {name for text in expressions for name in re.findall(r"\b(?:vllm:|manta_|process_)\w+", text)}
+    alerts = yaml.safe_load((kubernetes / "monitoring/prometheus-rule.yaml").read_text())
+    rules = [rule["expr"] for group in alerts["spec"]["groups"] for rule in group["rules"]]
+    assert len(rules) > 5
+    named = {name for text in expressions + rules for name in re.findall(r"\b(?:vllm:|manta_|process_)\w+", text)}
     assert named - known == set()
 
 

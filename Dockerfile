@@ -1,0 +1,66 @@
+# syntax=docker/dockerfile:1
+# The image of every pod. Two targets, for linux/amd64:
+#
+#   docker build --target cuda -t registry.example/manta .
+#   docker build --target cpu --build-arg TORCH_CPU_SHA256=… -t localhost/manta:cpu .
+#
+# Everything that is installed is named by its hash: see requirements/README.md.
+
+# Debian 12 with Python 3.11. The digest of the tag that you trust belongs behind it: python:3.11-slim-bookworm@sha256:…
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1
+RUN python -m venv /opt/manta
+ENV PATH=/opt/manta/bin:$PATH
+COPY requirements/build.txt requirements/common.txt /requirements/
+RUN pip install --require-hashes --only-binary :all: --requirement /requirements/build.txt \
+    && pip install --require-hashes --only-binary :all: --no-deps --requirement /requirements/common.txt
+
+# The code, as a wheel: the image has no source tree.
+FROM build AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY cluster cluster
+COPY experts_service experts_service
+COPY gateway gateway
+COPY router_service router_service
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM build AS cpu-environment
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_CPU_SHA256
+COPY requirements/torch-cpu.txt /requirements/
+RUN test -n "$TORCH_CPU_SHA256" || { echo "say --build-arg TORCH_CPU_SHA256=…: see requirements/README.md" >&2; exit 1; } \
+    && sed "s/@TORCH_CPU_SHA256@/$TORCH_CPU_SHA256/" /requirements/torch-cpu.txt > /requirements/torch-cpu-hashed.txt \
+    && pip install --require-hashes --only-binary :all: --no-deps --index-url "$TORCH_CPU_INDEX" \
+        --requirement /requirements/torch-cpu-hashed.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl && pip check && pip uninstall --yes pip
+
+FROM build AS cuda-environment
+COPY requirements/torch-cuda.txt /requirements/
+RUN pip install --require-hashes --only-binary :all: --no-deps --requirement /requirements/torch-cuda.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl && pip check && pip uninstall --yes pip
+
+# What runs: Python, bash (KubeRay's commands need one) and the environment; nobody in it can write.
+FROM ${PYTHON_IMAGE} AS runtime
+RUN groupadd --gid 10001 manta && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin manta
+ENV PATH=/opt/manta/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+WORKDIR /home/manta
+EXPOSE 8000 9000
+STOPSIGNAL SIGTERM
+# One machine: `docker run … manta serve`. On Kubernetes the pods' own probes count, and KubeRay writes the command.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=6 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+CMD ["manta", "serve"]
+
+FROM runtime AS cpu
+COPY --from=cpu-environment /opt/manta /opt/manta
+USER 10001:10001
+
+FROM runtime AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=cuda-environment /opt/manta /opt/manta
+USER 10001:10001

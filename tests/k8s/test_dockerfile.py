@@ -1,0 +1,131 @@
+"""The Dockerfile and the locks, read: no engine builds the image here."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from cluster.kubernetes.containers import LAUNCHER
+from cluster.kubernetes.names import CONTAINER_USER_HOME, USER
+from tests.k8s.overlays import REPOSITORY
+
+LINE = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
+STAGES = ("cpu", "cuda")
+
+
+def _instructions() -> list[tuple[str, str, str]]:
+    """(stage, instruction, arguments), with continued lines joined."""
+    text = re.sub(r"\\\n\s*", " ", (REPOSITORY / "Dockerfile").read_text())
+    found, stage = [], ""
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, arguments = line.strip().partition(" ")
+        if name == "FROM":
+            stage = arguments.rsplit(" AS ", 1)[1]
+        found.append((stage, name, arguments))
+    return found
+
+
+def _base(stage: str) -> str:
+    return next(
+        arguments.split(" AS ")[0] for where, name, arguments in _instructions() if (where, name) == (stage, "FROM")
+    )
+
+
+def _lock(name: str) -> dict[str, str]:
+    """Package → version, of a file in which every package has its hash."""
+    lines = [
+        line for line in (REPOSITORY / "requirements" / name).read_text().splitlines() if line[:1] not in ("", "#")
+    ]
+    matches = [LINE.fullmatch(line) for line in lines]
+    assert all(matches), [line for line, match in zip(lines, matches, strict=True) if match is None]
+    return {match[1]: match[2] for match in matches if match}
+
+
+def test_every_copied_path_exists_and_is_sent() -> None:
+    sent = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for _, name, arguments in _instructions():
+        if name == "COPY" and not arguments.startswith("--from="):
+            for source in arguments.split()[:-1]:
+                assert (REPOSITORY / source).exists(), source
+                assert source.split("/")[0] in sent, source
+
+
+def test_stages_that_are_named_exist() -> None:
+    stages = {stage for stage, _, _ in _instructions()}
+    for _, name, arguments in _instructions():
+        if name == "FROM":
+            base = arguments.split(" AS ")[0]
+            assert base in stages or base == "${PYTHON_IMAGE}"
+        if name == "COPY" and arguments.startswith("--from="):
+            assert arguments.split()[0].removeprefix("--from=") in stages
+
+
+def test_what_runs_is_not_root_and_has_a_health_check() -> None:
+    for stage in STAGES:
+        users = [arguments for where, name, arguments in _instructions() if (where, name) == (stage, "USER")]
+        assert users == [f"{USER}:{USER}"]
+        assert _base(stage) == "runtime"
+    runtime = [(name, arguments) for stage, name, arguments in _instructions() if stage == "runtime"]
+    assert any(name == "HEALTHCHECK" and "/health" in arguments for name, arguments in runtime)
+    assert ("WORKDIR", CONTAINER_USER_HOME) in runtime
+    assert any(name == "RUN" and f"--uid {USER}" in arguments for name, arguments in runtime)
+
+
+def test_pods_find_haproxy_where_the_image_has_it() -> None:
+    environment = next(arguments for stage, name, arguments in _instructions() if (stage, name) == ("runtime", "ENV"))
+    assert f"PATH={Path(LAUNCHER).parent}:" in environment
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert Path(LAUNCHER).name in scripts
+
+
+def test_nothing_is_installed_without_a_hash() -> None:
+    for _, name, arguments in _instructions():
+        if name == "RUN":
+            for command in re.split(r"&&|\|\||;", arguments):
+                if "pip install" in command and "/wheels/" not in command:  # our own wheel, made in the stage before
+                    assert "--require-hashes" in command, command
+
+
+def test_versions_are_those_of_the_tests() -> None:
+    pins = dict(
+        line.lower().replace("_", "-").split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    )
+    common, cuda = _lock("common.txt"), _lock("torch-cuda.txt")
+    assert not set(common) & set(cuda)
+    assert cuda["torch"] == pins["torch"]
+    for name, version in common.items():
+        assert pins[name] == version, name
+    torch = (REPOSITORY / "requirements" / "torch-cpu.txt").read_text()
+    assert f"torch=={pins['torch']}+cpu --hash=sha256:@TORCH_CPU_SHA256@" in torch
+
+
+def test_the_locks_hold_all_that_is_needed() -> None:
+    """Everything that the code requires, and what that requires, as the installed packages say."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["otel"])]
+    locked = {**_lock("common.txt"), **_lock("build.txt"), **_lock("torch-cuda.txt")}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        key = (name, frozenset(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        assert name in locked, f"{requirement} is in no lock"
+        if name == "torch" or name.startswith("nvidia"):
+            continue  # the build that is installed here may be another
+        for text in distribution(name).requires or []:
+            needed = Requirement(text)
+            if any(
+                needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
+            ):
+                wanted.append(needed)
+    assert len(seen) > 50
