@@ -221,6 +221,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
             scaling_of(experts, group),
             max_surge_percent=config.max_surge_percent,
             label_selector=experts.label_selector,
+            request_timeout_s=gateway.request_timeout_s,
         )
         for group in plan.groups
         if plan.expert_deployments

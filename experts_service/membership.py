@@ -16,10 +16,16 @@ from experts_service import routing_table
 
 
 class ExpertRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
-    """Serve's stock choice of replicas; every update also goes into this process's table."""
+    """Serve's stock choice of replicas; every update also goes into this process's table.
+
+    Except that nobody is left. Those who were there last have died, and are suspected as soon as they are asked; or
+    their application is being deleted, and they live until the streams that need them have ended.
+    """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
+        if not replicas:
+            return
         routing_table.TABLE.publish(
             routing_table.Deployment(self._deployment_id.app_name, self._deployment_id.name),
             [

@@ -32,6 +32,7 @@ REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which R
 SHARD_CPUS = 0.01
 PROBE_TIMEOUT_S = 5.0
 DRAIN_S = 5.0  # for rows in flight when a replica stops
+LEAVING_S = 10.0  # for coordinators to leave it before that
 STUCK_S = 300.0  # a shard that is up and answers nothing for this long is restarted
 NAMESPACE = "manta"
 
@@ -179,8 +180,14 @@ def expert_deployment(
     *,
     max_surge_percent: int = 100,
     label_selector: Mapping[str, str] | None = None,
+    request_timeout_s: float = 0.0,
 ) -> serve.Application:
-    """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded."""
+    """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded.
+
+    A replica that is the last of its group, because its application is deleted, ends after the longest request. Without
+    a surge the last one makes room for its successor, for which steps wait.
+    """
+    drain_s = LEAVING_S + (request_timeout_s if max_surge_percent else 0.0)
     scaling = scaling or ScalingConfig()
     shard_bundle = {"CPU": SHARD_CPUS} | ({"GPU": spec.gpus} if spec.gpus else {})
     deployment = serve.deployment(ExpertService).options(
@@ -194,7 +201,7 @@ def expert_deployment(
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=10.0,
+        graceful_shutdown_timeout_s=drain_s,
         max_surge_percent=max_surge_percent,
         request_router_config=RequestRouterConfig(request_router_class="experts_service.membership.ExpertRouter"),
         logging_config=LoggingConfig(enable_access_log=False),
