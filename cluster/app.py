@@ -109,7 +109,8 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
     check_scaled_groups(config.experts, len(groups))
     at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
-    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if on_gpu else (0, 0)
+    reserves = on_gpu or bool(config.experts.gpus_per_shard)
+    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if reserves else (0, 0)
     apart = gpus_per_shard >= 1 and config.experts.transport != "local"
     engine = config.engine.model_copy(
         update={
@@ -155,10 +156,8 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
     """GPUs of a shard and of a coordinator."""
     if num_groups == 0:
         return 0.0, 1.0
-    if config.experts.gpus_per_shard is not None:
-        return config.experts.gpus_per_shard, min(
-            1.0, max(SHARED_GPU_OF_COORDINATOR, 1 - config.experts.gpus_per_shard)
-        )
+    if (given := config.experts.gpus_per_shard) is not None:
+        return given, 1.0 if given >= 1 else max(SHARED_GPU_OF_COORDINATOR, 1 - given)
     if config.experts.transport == "local" or num_gpus >= num_groups + config.coordinators.min_replicas:
         return 1.0, 1.0
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR

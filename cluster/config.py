@@ -100,7 +100,8 @@ class ExpertsConfig(_Frozen):
     lane_secret_file: str | None = (
         None  # mode 0600, the same on every node; None: ~/.manta/lane_secret, made if missing
     )
-    gpus_per_shard: float | None = Field(None, ge=0)  # None: 1 where the cluster has GPUs, else 0
+    # None: 1 where the cluster has GPUs, else 0. What is given is reserved, also with `device: cpu`.
+    gpus_per_shard: float | None = Field(None, ge=0)
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
     label_selector: dict[str, str] = {}  # Ray's labels of the nodes that shards may be on
     expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch

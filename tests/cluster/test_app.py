@@ -47,6 +47,16 @@ def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
     assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == shares
 
 
+@pytest.mark.parametrize(("given", "coordinator"), [(1.0, 1.0), (2.0, 1.0), (0.75, 0.25), (0.9, 0.1)])
+def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordinator):
+    """It was given a tenth of one beside shards that had been given whole ones, so two coordinators could share."""
+    experts = ExpertsConfig(gpus_per_shard=given)
+    laid_out = plan(machine(gpus=32, memory=64 * GIB), experts=experts)
+    assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == (given, pytest.approx(coordinator))
+    reserved = plan(machine(gpus=32, memory=64 * GIB), experts=experts, engine=EngineConfig(device="cpu"))
+    assert (reserved.gpus_per_shard, reserved.config.engine.device) == (given, "cpu")
+
+
 def test_local_experts_have_no_deployments():
     laid_out = plan(machine(), experts=ExpertsConfig(transport="local"))
     assert laid_out.expert_deployments == ()
