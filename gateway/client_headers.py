@@ -14,6 +14,8 @@ import uuid
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.serve_answers import ServeAnswers
+
 IMPORT_PATH = "gateway.client_headers:middlewares"
 REQUEST_ID = b"x-request-id"
 SAFE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -52,8 +54,8 @@ class ClientHeaders:
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve."""
-    return [Middleware(ClientHeaders)]
+    """For Serve; the first is the outermost."""
+    return [Middleware(ClientHeaders), Middleware(ServeAnswers)]
 
 
 def _passes(name: bytes, value: bytes) -> bool:

