@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from cluster.config import GatewayConfig
@@ -23,6 +23,7 @@ from gateway import resumption
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
+from gateway.deadline import PASSED, Deadline
 from gateway.embeddings import EmbeddingJob, EmbeddingValidator, Vector, vectors
 from gateway.guard import Guard
 from gateway.health import Health
@@ -146,28 +147,16 @@ class Frontend:
     async def embed(self, job: EmbeddingJob) -> list[Vector]:
         """The vector of each input, in order. Cancelling aborts them. Raises MantaError."""
         self._refuse_when_full()
-        caller = current_caller()
-        self._ongoing[caller.id] += 1
-        timer = RequestTimer(self.metrics, job.card.name, len(job.requests))
-        failure: BaseException | None = None
-        try:
-            async with asyncio.timeout(job.deadline - time.time()):
-                coordinator = self.served(job.card).coordinator
-                embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
+        record = current_record() or RequestRecord("http", "")
+        with self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer:
+            coordinator = self.served(job.card).coordinator
+            try:
+                async with asyncio.timeout(job.deadline - time.time()):
+                    embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
+            except TimeoutError:
+                raise DeadlineExceeded(PASSED) from None
             for choice in range(len(embeddings)):
                 timer.tokens(choice, 0, "stop")
-        except TimeoutError:
-            failure = DeadlineExceeded("the request's deadline passed before it was complete")
-            raise failure from None
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            self._ongoing -= Counter((caller.id,))
-            timer.end(job.num_prompt_tokens, 0, failure)
-            if record := current_record():
-                record.model, record.prompt_tokens = job.card.name, job.num_prompt_tokens
-                record.error = "" if failure is None else error_name(failure)
         return vectors(job, embeddings)
 
     async def generate(self, generation: Generation, usage: Usage) -> AsyncGenerator[Delta, None]:
@@ -176,13 +165,13 @@ class Frontend:
         Close it (`aclosing`) to abort: its sequences are gone when the close returns.
         """
         self._refuse_when_full()
-        caller = current_caller()
-        self._ongoing[caller.id] += 1
-        timer = RequestTimer(self.metrics, generation.card.name, len(generation.requests))
-        failure: BaseException | None = None
         record = current_record() or RequestRecord("http", "")
-        span = self._start_span(record, generation)
-        try:
+        caller = current_caller()
+        with (
+            self._traced(record, generation) as span,
+            self._counted(generation.card.name, len(generation.requests), usage, record) as timer,
+        ):
+            record.finish_reasons = timer.finish_reasons
             model = self.served(generation.card)
             requests = generation.requests
             if span:
@@ -193,48 +182,59 @@ class Frontend:
                 for choice in choices
             ]
             merged = streams[0] if len(streams) == 1 else _merge(streams)
-            clock = asyncio.get_running_loop().time() + generation.deadline - time.time()
-            async with aclosing(merged):
-                while True:
-                    try:
-                        async with asyncio.timeout_at(clock):
-                            delta = await anext(merged)
-                    except StopAsyncIteration:
-                        return
-                    except TimeoutError:
-                        raise DeadlineExceeded("the request's deadline passed before it was complete") from None
-                    caller.take_output(len(delta.token_ids))
-                    timer.tokens(delta.index, len(delta.token_ids), delta.finish_reason)
-                    yield delta
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            self._ongoing -= Counter((caller.id,))
-            timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
-            record.model = generation.card.name
-            record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
-            record.completion_tokens = usage.completion_tokens
-            record.time_to_first_token_s = timer.time_to_first_token_s
-            record.finish_reasons = timer.finish_reasons
-            record.error = "" if timer.is_complete else error_name(failure)
-            _end_span(span, record)
+            with Deadline(generation.deadline) as deadline:
+                async with aclosing(merged):
+                    while True:
+                        try:
+                            delta = await deadline.next(merged)
+                        except StopAsyncIteration:
+                            return
+                        caller.take_output(len(delta.token_ids))
+                        timer.tokens(delta.index, len(delta.token_ids), delta.finish_reason)
+                        record.time_to_first_token_s = timer.time_to_first_token_s
+                        yield delta
 
     @property
     def num_ongoing(self) -> int:
         """Requests that are being answered."""
         return self._ongoing.total()
 
-    def _start_span(self, record: RequestRecord, generation: Generation) -> Span:
+    @contextmanager
+    def _counted(self, model: str, num_choices: int, usage: Usage, record: RequestRecord) -> Iterator[RequestTimer]:
+        """Around the answer to an admitted request: one more is ongoing; at the end figures and record are told."""
+        caller = current_caller()
+        self._ongoing[caller.id] += 1
+        timer = RequestTimer(self.metrics, model, num_choices)
+        failure: BaseException | None = None
+        try:
+            yield timer
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            self._ongoing -= Counter((caller.id,))
+            timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
+            record.model = model
+            record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+            record.completion_tokens = usage.completion_tokens
+            record.error = "" if timer.is_complete else error_name(failure)
+
+    @contextmanager
+    def _traced(self, record: RequestRecord, generation: Generation) -> Iterator[Span]:
+        """A span of the request, around `_counted`: it ends with what the record was told."""
         attributes = {
             "manta.request_id": generation.id,
             "manta.door": record.door,
             "gen_ai.request.model": generation.card.name,
             "gen_ai.request.choice.count": len(generation.requests),
         }
-        return self._traces.start(
+        span = self._traces.start(
             "request", attributes, kind="server", parent=record.traceparent, started_ns=record.started_ns
         )
+        try:
+            yield span
+        finally:
+            _end_span(span, record)
 
     async def _admit(self, name: str, kind: Kind) -> ServedModel:
         model = self.route(name, kind)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from cluster.errors import DeadlineExceeded
 from gateway import chat_pb2
+from gateway.deadline import PASSED
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
 from gateway.grpc_errors import RpcFailed
@@ -61,6 +62,6 @@ class TokenizationRpcs:
                     async with asyncio.timeout(call.time_left_s):
                         return await answer(request)
                 except TimeoutError:
-                    raise DeadlineExceeded("the request's deadline passed before it was complete") from None
+                    raise DeadlineExceeded(PASSED) from None
         except RpcFailed:
             return response_type()  # never sent: the status is not OK

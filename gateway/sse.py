@@ -19,11 +19,12 @@ from cluster.errors import RequestCancelled
 
 DONE = b"data: [DONE]\n\n"
 _T = TypeVar("_T")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every event
 
 
 def json_bytes(document: object) -> bytes:
     """Compact UTF-8 JSON."""
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(document).encode("utf-8", "replace")
 
 
 def event(document: object) -> bytes:
