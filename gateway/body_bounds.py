@@ -10,21 +10,19 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import BodyTimeout, Overloaded
+from gateway.asgi import HttpMiddleware
 
 
-class BodyBounds:
+class BodyBounds(HttpMiddleware):
     """ASGI middleware. Reading a body raises BodyTimeout, or Overloaded when others' fill the memory set aside."""
 
     def __init__(self, app: ASGIApp, timeout_s: float, max_bytes_of_all: int) -> None:
-        self._app = app
+        super().__init__(app)
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes_of_all
         self._num_bytes = 0  # of bodies that no answer has been begun for
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         is_complete = False
         held = 0
@@ -57,6 +55,6 @@ class BodyBounds:
             await send(message)
 
         try:
-            await self._app(scope, bounded_receive, released_send)
+            await self.app(scope, bounded_receive, released_send)
         finally:
             release()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.body_bounds import BodyBounds
 from gateway.choice import Usage
@@ -22,11 +19,9 @@ from gateway.completion_shape import CompletionShape
 from gateway.embeddings import embeddings_body
 from gateway.frontend import Frontend
 from gateway.http_body import read_object
-from gateway.http_errors import REQUEST_ID_HEADER, body, error_body, error_response, json_response
+from gateway.http_errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
 from gateway.http_guard import HttpGuard
 from gateway.http_log import HttpLog
-from gateway.logs import current_record
-from gateway.metrics import error_name
 from gateway.openapi import describe
 from gateway.page import page_response
 from gateway.protocol import (
@@ -84,7 +79,7 @@ def build_app(frontend: Frontend) -> FastAPI:
         max_bytes_of_all=frontend.config.max_bytes_received,
     )
     app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
-    app.add_middleware(_Errors)
+    app.add_middleware(ErrorAnswers)
     if frontend.config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -223,32 +218,3 @@ async def _http_exception(_request: HttpRequest, error: Exception) -> Response:
     kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
     headers = dict(error.headers) if error.headers else None
     return json_response(body(str(error.detail), kind, None, None), error.status_code, headers)
-
-
-class _Errors:
-    """Outermost but for Starlette's own: every exception of a request becomes an answer by the one table."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception as error:
-            if record := current_record():
-                record.error = error_name(error)
-            request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
-            if started:
-                raise  # the connection is cut: what was sent must not look complete
-            with contextlib.suppress(OSError):  # a client that left
-                await error_response(error, request_id)(scope, receive, send)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import uuid
 
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import (
     BodyTimeout,
@@ -22,7 +25,10 @@ from cluster.errors import (
     Unauthorized,
     Unavailable,
 )
+from gateway.asgi import HttpMiddleware
 from gateway.caller import current_caller
+from gateway.logs import current_record
+from gateway.metrics import error_name
 from gateway.sse import json_bytes
 
 logger = logging.getLogger(__name__)
@@ -91,3 +97,26 @@ def error_response(error: BaseException, request_id: str) -> Response:
 def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """JSON in UTF-8."""
     return Response(json_bytes(document), status_code=status, headers=headers, media_type="application/json")
+
+
+class ErrorAnswers(HttpMiddleware):
+    """Outermost but for Starlette's own: every exception of a request becomes an answer by the one table."""
+
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if record := current_record():
+                record.error = error_name(error)
+            request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
+            if started:
+                raise  # the connection is cut: what was sent must not look complete
+            with contextlib.suppress(OSError):  # a client that left
+                await error_response(error, request_id)(scope, receive, send)

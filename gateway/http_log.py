@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from gateway.asgi import HttpMiddleware
 from gateway.caller import ANONYMOUS, current_caller, set_caller
 from gateway.http_errors import REQUEST_ID_HEADER
 from gateway.logs import RequestRecord, open_record
@@ -13,16 +14,10 @@ from gateway.metrics import error_name
 QUIET_ROUTES = frozenset({"/", "/health", "/metrics"})  # asked for all the time; logged only when they fail
 
 
-class HttpLog:
+class HttpLog(HttpMiddleware):
     """ASGI middleware, outside of all that answers."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
         traceparent = Headers(scope=scope).get("traceparent", "")
         record = open_record(RequestRecord("http", "", traceparent=traceparent))
         set_caller(ANONYMOUS)
@@ -34,7 +29,7 @@ class HttpLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self.app(scope, receive, watched)
         except BaseException as error:
             record.error = record.error or error_name(error)
             raise

@@ -7,8 +7,9 @@ where nothing is deployed, 500. They are plain text, which none of our routes an
 from __future__ import annotations
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from gateway.asgi import HttpMiddleware
 from gateway.http_errors import body
 from gateway.sse import json_bytes
 
@@ -21,15 +22,12 @@ _MEANINGS = {  # status → (type, code)
 }
 
 
-class ServeAnswers:
+class ServeAnswers(HttpMiddleware):
     """ASGI middleware, before all of Serve's own code."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(_OWN_PATHS):
-            await self._app(scope, receive, send)
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(_OWN_PATHS):
+            await self.app(scope, receive, send)
             return
         start: Message | None = None  # of an answer that is Serve's own
         text = b""
@@ -49,7 +47,7 @@ class ServeAnswers:
                     await send({**start, "headers": headers.raw})
                     await send({"type": "http.response.body", "body": content})
 
-        await self._app(scope, receive, reshaped)
+        await self.app(scope, receive, reshaped)
 
 
 def _is_plain(start: Message) -> bool:
