@@ -1,14 +1,23 @@
-"""The tokenizer of these tests, made once."""
+"""The tokenizer of these tests, made once, and a door whose model says what a module's ANSWER is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from cluster.messages import ModelCard
 from gateway.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import model_card, write_tokenizer
+from tests.gateway.doubles import (
+    ScriptedCoordinator,
+    build_frontend,
+    http_server,
+    model_card,
+    tokens_script,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +33,19 @@ def tokenizer(tokenizer_directory: Path) -> HuggingFaceTokenizer:
 @pytest.fixture
 def card(tokenizer_directory: Path) -> ModelCard:
     return model_card(tokenizer_directory)
+
+
+@pytest.fixture(scope="module")
+def server(
+    request: pytest.FixtureRequest, tokenizer: HuggingFaceTokenizer, tokenizer_directory: Path
+) -> Iterator[tuple[str, ScriptedCoordinator]]:
+    """(URL, coordinator) of an HTTP door that answers ANSWER."""
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(request.module.ANSWER)[1:]))
+    with http_server(build_frontend(model_card(tokenizer_directory), coordinator)) as url:
+        yield url, coordinator
+
+
+@pytest.fixture
+def client(server: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0) as client:
+        yield client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -26,23 +26,6 @@ from tests.gateway.doubles import (
 
 ANSWER = "Grüße 👩‍🚀, 你好. é STOP here"
 USER: Any = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, ScriptedCoordinator]]:
-    from tests.gateway.doubles import model_card
-
-    directory = request.getfixturevalue("tokenizer_directory")
-    tokenizer = request.getfixturevalue("tokenizer")
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(ANSWER)[1:]))
-    with http_server(build_frontend(model_card(directory), coordinator)) as url:
-        yield url, coordinator
-
-
-@pytest.fixture
-def client(server: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_streamed_chat_is_the_whole_chat(client: openai.OpenAI) -> None:

@@ -19,25 +19,10 @@ from tests.gateway.doubles import (
     build_frontend,
     failing_script,
     http_server,
-    model_card,
     tokens_script,
 )
 
 ANSWER = "Grüße 👩‍🚀, 你好"
-
-
-@pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, ScriptedCoordinator]]:
-    tokenizer = request.getfixturevalue("tokenizer")
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(ANSWER)[1:]))
-    with http_server(build_frontend(model_card(request.getfixturevalue("tokenizer_directory")), coordinator)) as url:
-        yield url, coordinator
-
-
-@pytest.fixture
-def client(server: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_whole_and_streamed_are_equal(client: openai.OpenAI) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cluster.architecture import compute_dtype
@@ -92,3 +93,26 @@ def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
         for group in groups
     }
     return Dispatcher(groups, LocalTransport(loaded))
+
+
+# Settings that cut the same work in other ways; what comes out may not depend on any of them.
+CUTS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "chunked-prefill": {"max_num_batched_tokens": 17},
+    "token-by-token": {"max_num_batched_tokens": 1},
+    "preempted": {"num_kv_blocks": 34, "block_size": 16},
+    "preempted-in-chunks": {"num_kv_blocks": 34, "block_size": 16, "max_num_batched_tokens": 64},
+    "blocks-of-one": {"block_size": 1, "num_kv_blocks": 2048},
+    "one-at-a-time": {"max_num_seqs": 1},
+    "three-at-a-time": {"max_num_seqs": 3},
+    "prefix-caching": {"prefix_caching": True},
+    "two-microbatches": {"microbatches": 2},
+    "three-microbatches": {"microbatches": 3, "max_num_batched_tokens": 40},
+    "four-groups": {"num_groups": 4},
+    "eight-groups": {"num_groups": 8},
+}
+
+
+def cut_by(*names: str) -> Any:
+    """Runs a test with `config` set in each of these ways."""
+    return pytest.mark.parametrize("config", [pytest.param(CUTS[name], id=name) for name in names])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from cluster.errors import DeadlineExceeded, EngineDead
 from tests.checkpoints import write_checkpoint
-from tests.router_service.engines import Bench
+from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
 
 LENGTHS = (1, 2, 16, 17, 40, 90, 300)
@@ -34,17 +34,7 @@ def by_hand(model, pooling, length):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="together"),
-        pytest.param({"max_num_batched_tokens": 17}, id="chunked"),
-        pytest.param({"max_num_batched_tokens": 1}, id="token-by-token"),
-        pytest.param({"max_num_seqs": 1}, id="one-at-a-time"),
-        pytest.param({"num_kv_blocks": 34, "max_num_batched_tokens": 64}, id="preempted"),
-        pytest.param({"microbatches": 2}, id="two-microbatches"),
-    ],
-)
+@cut_by("together", "chunked-prefill", "token-by-token", "one-at-a-time", "preempted-in-chunks", "two-microbatches")
 def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config):
     directory, model = tiny
     bench = Bench(directory, **config)

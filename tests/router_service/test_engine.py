@@ -9,7 +9,7 @@ import torch
 
 from cluster.errors import DeadlineExceeded, EngineDead, Overloaded
 from tests.checkpoints import write_checkpoint
-from tests.router_service.engines import Bench
+from tests.router_service.engines import CUTS, Bench, cut_by
 from tests.router_service.requests import make_request
 
 CONFIGS = {
@@ -117,21 +117,7 @@ def alone(tiny):
     return Bench(tiny[0], prefix_caching=False).one_by_one(*mixed_requests())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="together"),
-        pytest.param({"max_num_batched_tokens": 17}, id="chunked-prefill"),
-        pytest.param({"num_kv_blocks": 34, "block_size": 16}, id="preempted"),
-        pytest.param({"block_size": 1, "num_kv_blocks": 2048}, id="blocks-of-one"),
-        pytest.param({"max_num_seqs": 3}, id="three-at-a-time"),
-        pytest.param({"prefix_caching": True}, id="prefix-caching"),
-        pytest.param({"microbatches": 2}, id="two-microbatches"),
-        pytest.param({"microbatches": 3, "max_num_batched_tokens": 40}, id="three-microbatches"),
-        pytest.param({"num_groups": 4}, id="four-groups"),
-        pytest.param({"num_groups": 8}, id="eight-groups"),
-    ],
-)
+@cut_by(*(name for name in CUTS if name not in ("token-by-token", "one-at-a-time", "preempted-in-chunks")))
 def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
     bench = Bench(tiny[0], **{"prefix_caching": False, **config})
     assert bench.run(*mixed_requests()) == alone
@@ -141,15 +127,7 @@ def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
     assert bench.engine.stats().num_requests_running == bench.engine.stats().num_requests_waiting == 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="together"),
-        pytest.param({"max_num_batched_tokens": 17}, id="chunked-prefill"),
-        pytest.param({"num_kv_blocks": 34, "block_size": 16}, id="preempted"),
-        pytest.param({"microbatches": 2}, id="two-microbatches"),
-    ],
-)
+@cut_by("together", "chunked-prefill", "preempted", "two-microbatches")
 def test_the_same_tokens_of_a_dense_model_however_the_work_is_cut(tiny_dense, config):
     alone = Bench(tiny_dense, prefix_caching=False).one_by_one(*mixed_requests())
     bench = Bench(tiny_dense, prefix_caching=False, **config)

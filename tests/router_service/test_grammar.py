@@ -18,7 +18,7 @@ from gateway.tokenizer import HuggingFaceTokenizer
 from gateway.tools_reader import SpelledCallReader
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
-from tests.router_service.engines import Bench
+from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import BOUNDED, WEATHER, as_schema
 
@@ -217,15 +217,7 @@ def alone(directory):
     return Bench(directory, prefix_caching=False).one_by_one(*mixed_requests())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="together"),
-        pytest.param({"max_num_batched_tokens": 17}, id="chunked-prefill"),
-        pytest.param({"num_kv_blocks": 32, "block_size": 16}, id="preempted"),
-        pytest.param({"max_num_seqs": 3}, id="three-at-a-time"),
-    ],
-)
+@cut_by("together", "chunked-prefill", "preempted", "three-at-a-time")
 def test_the_same_tokens_however_the_work_is_cut(directory, alone, config):
     bench = Bench(directory, **{"prefix_caching": False, **config})
     assert bench.run(*mixed_requests()) == alone

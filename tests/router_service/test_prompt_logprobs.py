@@ -7,7 +7,7 @@ import torch
 
 from router_service.logprobs import ROWS_AT_ONCE
 from tests.checkpoints import write_checkpoint
-from tests.router_service.engines import Bench
+from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
 
 LENGTHS = (1, 2, 17, 40, 90, ROWS_AT_ONCE + 70)
@@ -45,17 +45,14 @@ def check(chunk, length, reference):
     )
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="together"),
-        pytest.param({"max_num_batched_tokens": 17}, id="chunked"),
-        pytest.param({"max_num_batched_tokens": 1}, id="token-by-token"),
-        pytest.param({"max_num_seqs": 1}, id="one-at-a-time"),
-        pytest.param({"num_kv_blocks": 34, "max_num_batched_tokens": 64}, id="preempted"),
-        pytest.param({"microbatches": 2}, id="two-microbatches"),
-        pytest.param({"num_groups": 4}, id="four-groups"),
-    ],
+@cut_by(
+    "together",
+    "chunked-prefill",
+    "token-by-token",
+    "one-at-a-time",
+    "preempted-in-chunks",
+    "two-microbatches",
+    "four-groups",
 )
 def test_scores_are_those_of_the_reference_however_the_work_is_cut(tiny, reference, config):
     bench = Bench(tiny[0], **config)

@@ -6,7 +6,7 @@ import torch
 
 from router_service.token_stream import join
 from tests.checkpoints import write_checkpoint
-from tests.router_service.engines import Bench
+from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
 from tests.router_service.test_engine import prompt
 
@@ -22,11 +22,7 @@ def routed(chunks, architecture):
     return data.reshape(-1, architecture.num_layers, architecture.top_k)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"max_num_batched_tokens": 7}, {"microbatches": 2}, {"num_kv_blocks": 34, "max_num_seqs": 5}],
-    ids=["together", "chunked-prefill", "two-microbatches", "short-of-blocks"],
-)
+@cut_by("together", "chunked-prefill", "two-microbatches", "preempted", "three-at-a-time")
 def test_the_reference_chooses_the_same(tiny, config):
     directory, model = tiny
     bench = Bench(directory, **{"prefix_caching": False, **config})
