@@ -136,8 +136,8 @@ def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
     from cluster.progress import read_progress
 
     statuses = {status.name: status.app_status.status for status in _get_global_client().list_serve_statuses()}
-    found = {card.name: ModelHealth("ready") for card in cards if statuses.get(card.application) == "RUNNING"}
-    others = [card for card in cards if card.name not in found]
+    found = {card.application: ModelHealth("ready") for card in cards if statuses.get(card.application) == "RUNNING"}
+    others = [card for card in cards if card.application not in found]
     applications = serve.status().applications if others else {}
     for card in others:
         application = applications.get(card.application)

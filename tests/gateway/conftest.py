@@ -36,7 +36,7 @@ def card(tokenizer_directory: Path) -> ModelCard:
 
 
 @pytest.fixture(scope="module")
-def server(
+def door(
     request: pytest.FixtureRequest, tokenizer: HuggingFaceTokenizer, tokenizer_directory: Path
 ) -> Iterator[tuple[str, ScriptedCoordinator]]:
     """(URL, coordinator) of an HTTP door that answers ANSWER."""
@@ -46,6 +46,6 @@ def server(
 
 
 @pytest.fixture
-def client(server: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0) as client:
+def client(door: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=door[0] + "/v1", api_key="none", max_retries=0) as client:
         yield client

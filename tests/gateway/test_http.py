@@ -57,28 +57,28 @@ def test_completion_in_every_prompt_shape(client: openai.OpenAI, tokenizer: Hugg
 
 
 def test_several_choices_share_a_request_id_and_a_seed(
-    client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]
 ) -> None:
-    server[1].requests.clear()
+    door[1].requests.clear()
     answer = client.chat.completions.create(model="tiny", messages=USER, n=3, seed=7)
     assert [choice.message.content for choice in answer.choices] == [ANSWER] * 3
-    assert sorted(r.choice_index for r in server[1].requests) == [0, 1, 2]
-    assert {(r.request_id, r.seed) for r in server[1].requests} == {(answer.id, 7)}
+    assert sorted(r.choice_index for r in door[1].requests) == [0, 1, 2]
+    assert {(r.request_id, r.seed) for r in door[1].requests} == {(answer.id, 7)}
     assert answer.usage is not None
     assert answer.usage.completion_tokens % 3 == 0
 
 
 def test_token_ids_and_logprobs_cover_every_token(
-    client: openai.OpenAI, server: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
 ) -> None:
     expected = [*tokenizer.encode(ANSWER)[1:], 1]
     fields = {"model": "tiny", "messages": USER, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
-    whole = httpx.post(server[0] + "/v1/chat/completions", json=fields).json()["choices"][0]
+    whole = httpx.post(door[0] + "/v1/chat/completions", json=fields).json()["choices"][0]
     assert whole["token_ids"] == expected
     assert [len(entry["top_logprobs"]) for entry in whole["logprobs"]["content"]] == [2] * len(expected)
     spelled = b"".join(bytes(entry["bytes"]) for entry in whole["logprobs"]["content"][:-1])
     assert spelled.decode() == ANSWER
-    chunks = sse(httpx.post(server[0] + "/v1/chat/completions", json=fields | {"stream": True}).text)
+    chunks = sse(httpx.post(door[0] + "/v1/chat/completions", json=fields | {"stream": True}).text)
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == expected
     assert all("finish_reason" in chunk["choices"][0] for chunk in chunks)
     legacy = client.completions.create(model="tiny", prompt="Hello", logprobs=1)
@@ -86,14 +86,14 @@ def test_token_ids_and_logprobs_cover_every_token(
     assert legacy.choices[0].logprobs.token_logprobs == [-0.25] * len(expected)
 
 
-def test_stop_string_cuts_and_aborts(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+def test_stop_string_cuts_and_aborts(client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]) -> None:
     cut = ANSWER[: ANSWER.index("STOP")]
     for stop in ("STOP", ["absent", "STOP"]):
         whole = client.chat.completions.create(model="tiny", messages=USER, stop=stop)
         assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (cut, "stop")
         stream = client.chat.completions.create(model="tiny", messages=USER, stop=stop, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == cut
-    assert server[1].running == 0
+    assert door[1].running == 0
 
 
 def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
@@ -103,27 +103,27 @@ def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 3
 
 
-def test_models_and_version(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+def test_models_and_version(client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-latest"]
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="tiny-latest"):
         client.models.retrieve("absent")
-    assert httpx.get(server[0] + "/health").json()["status"] == "ok"
-    assert httpx.get(server[0] + "/version").json()["version"]
+    assert httpx.get(door[0] + "/health").json()["status"] == "ok"
+    assert httpx.get(door[0] + "/version").json()["version"]
 
 
-def test_unknown_routes_and_methods(server: tuple[str, ScriptedCoordinator]) -> None:
+def test_unknown_routes_and_methods(door: tuple[str, ScriptedCoordinator]) -> None:
     for method, path, status in (("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
-        response = httpx.request(method, server[0] + path)
+        response = httpx.request(method, door[0] + path)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_strange_paths_and_the_schema(server: tuple[str, ScriptedCoordinator]) -> None:
-    assert httpx.get(server[0] + "/openapi.json").status_code == 200
+def test_strange_paths_and_the_schema(door: tuple[str, ScriptedCoordinator]) -> None:
+    assert httpx.get(door[0] + "/openapi.json").status_code == 200
     for path in ("/v1/models/%ff%00", "/v1/models/a%2Fb", "/%ff", "/v1//models"):
-        assert httpx.get(server[0] + path).status_code == 404
-    assert httpx.request("GET", server[0] + "/v1/models", json={"a": 1}).status_code == 200
+        assert httpx.get(door[0] + path).status_code == 404
+    assert httpx.request("GET", door[0] + "/v1/models", json={"a": 1}).status_code == 200
 
 
 def test_client_gone_aborts_within_250_ms(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

@@ -60,24 +60,24 @@ def test_the_clients_own_accumulator_understands_the_stream(client: openai.OpenA
 
 
 def test_every_shape_of_input_is_the_same_conversation(
-    client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]
 ) -> None:
     shapes: list[Any] = [
         "Hello",
         [{"role": "user", "content": "Hello"}],
         [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
     ]
-    server[1].requests.clear()
+    door[1].requests.clear()
     for shape in shapes:
         client.responses.create(model="tiny", input=shape, max_output_tokens=3)
-    assert len({request.prompt_token_ids for request in server[1].requests}) == 1
+    assert len({request.prompt_token_ids for request in door[1].requests}) == 1
 
 
-def test_a_schema_reaches_the_coordinator(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+def test_a_schema_reaches_the_coordinator(client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     wanted: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
     answer = client.responses.create(model="tiny", input="Hello", text=wanted)
-    grammar = server[1].requests[-1].grammar
+    grammar = door[1].requests[-1].grammar
     assert isinstance(grammar, JsonSchema)
     assert json.loads(grammar.text)["required"] == ["n"]
     assert answer.text is not None
@@ -94,7 +94,7 @@ def test_at_max_output_tokens_it_is_incomplete(client: openai.OpenAI) -> None:
     assert events[-1].type == "response.incomplete"
 
 
-def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple[str, ScriptedCoordinator]) -> None:
+def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]) -> None:
     first = client.responses.create(model="tiny", input="Hello")
     turns: Any = [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "And?"}]
     assert client.responses.create(model="tiny", input=turns).output_text == ANSWER
@@ -134,9 +134,9 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, server: tuple
     ],
 )
 def test_what_is_wrong_or_not_served_is_named(
-    server: tuple[str, ScriptedCoordinator], change: dict[str, Any], param: str
+    door: tuple[str, ScriptedCoordinator], change: dict[str, Any], param: str
 ) -> None:
-    answer = httpx.post(server[0] + "/v1/responses", json={"model": "tiny", "input": "Hello"} | change)
+    answer = httpx.post(door[0] + "/v1/responses", json={"model": "tiny", "input": "Hello"} | change)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == param
