@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import psutil
@@ -39,8 +40,8 @@ def build_engine(
     architecture = checkpoint.architecture
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
     dtype: torch.dtype = getattr(torch, dtype_name)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    # Said aloud in any case: Ray gives a worker that reserves no whole CPU one thread.
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     weights = read_tensors(
         checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
     )
