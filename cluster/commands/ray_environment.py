@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, PORTS, haproxy
 
-# Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at 8 %
-# of a core while nothing happens; with 1 it is 3 %. The engine and the experts have better use for the core.
+# Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at
+# 8 % of a core while nothing happens; with 1 it is 3 %. The engine and the experts have better use for the core.
 _CONTROL_LOOP_INTERVAL_S = "0.5"
 # First ports of gateway replicas. gRPC lets two servers listen on one port, and each would then get calls of the other,
 # so a second server has a range of its own.
