@@ -5,6 +5,7 @@ One volume that the Job writes and every pod reads: the storage class has to off
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from cluster.kubernetes.sizes import model_size
 
 Document = dict[str, Any]
 
+# `kubectl apply -k … -l app.kubernetes.io/component=models` fetches before anything is served.
+LABELS = {"app.kubernetes.io/part-of": "manta", "app.kubernetes.io/component": "models"}
 ROOM = 1.25  # of the weights: tokenizers, and a download that was interrupted
 
 
@@ -29,7 +32,7 @@ def model_volume(config: MantaConfig) -> list[Document]:
     claim: Document = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": names.MODEL_CLAIM, "labels": {"app.kubernetes.io/part-of": "manta"}},
+        "metadata": {"name": names.MODEL_CLAIM, "labels": dict(LABELS)},
         "spec": {
             "accessModes": ["ReadOnlyMany", "ReadWriteMany"],
             "resources": {"requests": {"storage": f"{gib}Gi"}},
@@ -88,7 +91,11 @@ def _job(image: str, models: tuple[str, ...]) -> Document:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": "manta-fetch-models", "labels": {"app.kubernetes.io/part-of": "manta"}},
+        # Other models are another Job: what a Job does cannot be changed.
+        "metadata": {
+            "name": f"manta-fetch-{hashlib.sha256(' '.join(models).encode()).hexdigest()[:8]}",
+            "labels": dict(LABELS),
+        },
         "spec": {
             "backoffLimit": 10,  # a download goes on where it was interrupted
             "ttlSecondsAfterFinished": 3600,
