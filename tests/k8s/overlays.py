@@ -30,7 +30,7 @@ def kuberay_schemas() -> Path | None:
 @functools.cache
 def build(overlay: Path) -> tuple[dict[str, Any], ...]:
     """Every document of an overlay."""
-    return tuple(yaml.safe_load_all(kustomize(overlay)))
+    return tuple(yaml.load_all(kustomize(overlay), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def the(overlay: Path, kind: str, name: str | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import yaml
 from cluster.errors import ConfigError
 
 KUSTOMIZE_TIMEOUT_S = 60
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast, where libyaml is there
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 
 
@@ -118,7 +119,7 @@ def _read(path: Path) -> Iterator[Document]:
 
 def _parse(text: str, source: str) -> Iterator[Document]:
     try:
-        bodies = list(yaml.safe_load_all(text))
+        bodies = list(yaml.load_all(text, Loader=_LOADER))
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
     for number, body in enumerate(bodies, start=1):
