@@ -43,6 +43,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
 
     try:
         ray.init(
+            address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,

@@ -144,6 +144,7 @@ def _shards(number: int, hidden: int, dtype: str) -> Iterator[RoutingTable]:
 
     try:
         ray.init(
+            address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
