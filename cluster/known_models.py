@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.architecture import Architecture
 
-_MIXTRAL_8X7B = Architecture(
+MIXTRAL_8X7B = Architecture(
     num_layers=32,
     hidden_size=4096,
     intermediate_size=14336,
@@ -28,8 +28,8 @@ _MIXTRAL_8X7B = Architecture(
     eos_token_ids=(2,),
     dtype="bfloat16",
 )
-_MIXTRAL_8X22B = replace(
-    _MIXTRAL_8X7B,
+MIXTRAL_8X22B = replace(
+    MIXTRAL_8X7B,
     num_layers=56,
     hidden_size=6144,
     intermediate_size=16384,
@@ -38,7 +38,7 @@ _MIXTRAL_8X22B = replace(
 )
 
 KNOWN_MODELS: dict[str, Architecture] = {
-    "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL_8X7B,
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL_8X7B,
-    "mistralai/Mixtral-8x22B-v0.1": _MIXTRAL_8X22B,
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL_8X7B,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL_8X7B,
+    "mistralai/Mixtral-8x22B-v0.1": MIXTRAL_8X22B,
 }

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from cluster.architecture import Architecture, Shape, all_tensors
+from cluster.known_models import MIXTRAL_8X7B
 
-CONTEXT = 32768  # tokens
-
-BENCH = Architecture(
-    num_layers=8,
-    hidden_size=1024,
-    intermediate_size=3584,
-    num_heads=16,
-    num_kv_heads=4,
-    head_dim=64,
-    num_experts=8,
-    top_k=2,
-    vocab_size=32000,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    max_position_embeddings=CONTEXT,
-    sliding_window=None,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    dtype="bfloat16",
-)
-
-MIXTRAL_8X7B = Architecture(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    num_experts=8,
-    top_k=2,
-    vocab_size=32000,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    max_position_embeddings=CONTEXT,
-    sliding_window=None,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    dtype="bfloat16",
+BENCH = replace(
+    MIXTRAL_8X7B, num_layers=8, hidden_size=1024, intermediate_size=3584, num_heads=16, num_kv_heads=4, head_dim=64
 )
 
 SHAPES = {"bench": BENCH, "mixtral-8x7b": MIXTRAL_8X7B}

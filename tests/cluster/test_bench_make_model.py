@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, MixtralForCausalLM
 from cluster.architecture import Architecture, all_tensors
 from cluster.checkpoint import open_checkpoint
 from cluster.commands.bench_make_model import write_model
-from cluster.commands.bench_shapes import BENCH, MIXTRAL_8X7B, num_parameters
+from cluster.commands.bench_shapes import BENCH, num_parameters
 from cluster.errors import SetupError
+from cluster.known_models import MIXTRAL_8X7B
 
 TINY = replace(
     BENCH, num_layers=2, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=2304

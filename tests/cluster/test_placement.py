@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.architecture import Architecture, all_tensors
+from cluster.architecture import all_tensors
 from cluster.errors import ConfigError, DoesNotFit
+from cluster.known_models import MIXTRAL_8X7B
 from cluster.placement import (
     ExpertGroup,
     Node,
@@ -24,25 +25,6 @@ from cluster.placement import (
 )
 
 GIB = 2**30
-MIXTRAL = Architecture(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    num_experts=8,
-    top_k=2,
-    vocab_size=32000,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    max_position_embeddings=32768,
-    sliding_window=None,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    dtype="bfloat16",
-)
 
 
 def sizes(groups: tuple[ExpertGroup, ...]) -> list[int]:
@@ -110,26 +92,29 @@ def test_a_dense_model_has_no_groups() -> None:
 
 
 def test_all_processes_together_hold_each_parameter_once() -> None:
-    parameters = sum(math.prod(shape) for shape in all_tensors(MIXTRAL).values())
+    parameters = sum(math.prod(shape) for shape in all_tensors(MIXTRAL_8X7B).values())
     assert parameters == 46_702_792_704  # as the model's card has it: 46.7 B
-    assert coordinator_bytes(MIXTRAL, "bfloat16", kv_tokens=0) + expert_bytes(MIXTRAL, "bfloat16", 8) == 2 * parameters
-    assert kv_bytes_per_token(MIXTRAL, "bfloat16") == 128 * 1024
+    assert (
+        coordinator_bytes(MIXTRAL_8X7B, "bfloat16", kv_tokens=0) + expert_bytes(MIXTRAL_8X7B, "bfloat16", 8)
+        == 2 * parameters
+    )
+    assert kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16") == 128 * 1024
 
 
 def test_mixtral_fits_nine_gpus_of_24_gib_and_not_three() -> None:
     groups = plan_groups("auto", 8, num_gpus=8, num_cpus=64)
     nodes = [Node(f"node-{i}", 64 * GIB, (24 * GIB,) * 3) for i in range(3)]
-    check_fit(MIXTRAL, "bfloat16", groups, Room(nodes), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
+    check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
     with pytest.raises(DoesNotFit, match=r"the model needs 9\d\.\d\d GiB on 9 GPUs.*has 72\.00 GiB on 3 GPUs"):
         check_fit(
-            MIXTRAL, "bfloat16", groups, Room(nodes[:1]), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1
+            MIXTRAL_8X7B, "bfloat16", groups, Room(nodes[:1]), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1
         )
 
 
 def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
     groups = plan_groups("auto", 8, num_gpus=1, num_cpus=16)
     for size, fits in ((140, True), (80, False)):
-        arguments = (MIXTRAL, "bfloat16", groups, Room([Node("node", 64 * GIB, (size * GIB,))]))
+        arguments = (MIXTRAL_8X7B, "bfloat16", groups, Room([Node("node", 64 * GIB, (size * GIB,))]))
         shares = {"gpus_per_shard": 0.3, "gpus_per_coordinator": 0.3, "kv_tokens": 32768}
         if fits:
             check_fit(*arguments, **shares)
@@ -141,7 +126,7 @@ def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
 def test_mixtral_does_not_fit_a_laptop_and_the_message_has_both_numbers() -> None:
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=2)
     with pytest.raises(DoesNotFit, match=r"needs 42\.\d\d GiB of memory.*16\.00 GiB.*has 16\.00 GiB free"):
-        check_fit(MIXTRAL, "bfloat16", groups, Room([Node("laptop", 16 * GIB)]), kv_tokens=4096)
+        check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room([Node("laptop", 16 * GIB)]), kv_tokens=4096)
 
 
 @given(
@@ -153,7 +138,7 @@ def test_mixtral_does_not_fit_a_laptop_and_the_message_has_both_numbers() -> Non
 def test_more_memory_never_makes_a_model_that_fits_not_fit(
     layers: int, num_nodes: int, memory: int, extra: int
 ) -> None:
-    architecture = replace(MIXTRAL, num_layers=layers)
+    architecture = replace(MIXTRAL_8X7B, num_layers=layers)
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=8)
 
     def fits(size: int) -> bool:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.commands.bench_shapes import MIXTRAL_8X7B
 from cluster.errors import DoesNotFit
 from cluster.gpus import GPUS, gpu_type
+from cluster.known_models import MIXTRAL_8X7B
 from cluster.placement import plan_groups
 from cluster.plan import USABLE, Layout, Planner, Target
 from cluster.roofline import Link, Load, Model

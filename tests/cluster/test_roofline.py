@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.commands.bench_shapes import MIXTRAL_8X7B
 from cluster.errors import ConfigError
 from cluster.gpus import GPUS, gpu_memory_bytes, gpu_type
+from cluster.known_models import MIXTRAL_8X7B
 from cluster.roofline import Link, Load, Model, attention_s, disaggregated_s, experts_s, replica_s, wire_s
 
 MIXTRAL = Model(MIXTRAL_8X7B, "bfloat16")
