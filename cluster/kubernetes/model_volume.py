@@ -50,6 +50,7 @@ def _job(image: str, models: tuple[str, ...]) -> Document:
         "HF_HOME": names.MODELS,
         "HF_TOKEN_PATH": names.HUB_TOKEN_FILE,  # for gated models; the Secret may be missing
         "HF_XET_CACHE": "/tmp/xet",
+        "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",  # what is fetched goes to the volume at once
         "HOME": names.CONTAINER_USER_HOME,
     }
     pod: Document = {

@@ -34,7 +34,7 @@ from cluster.placement import (
 )
 
 NODE_BYTES = 2**30  # raylet, agents, log monitor, HAProxy and the proxy behind it: 615 MB with Ray 2.60 on Linux
-HEAD_BYTES = 3 * 2**30  # and the GCS, the dashboard's processes and Serve's controller
+HEAD_BYTES = 5 * 2**29  # and the GCS, the dashboard's processes and Serve's controller
 CUDA_PROCESS_BYTES = 4 * 2**30  # host memory of a process with a CUDA context and pinned buffers; not measured
 OBJECT_STORE_MIB, SHARED_MEMORY_MIB = 512, 640  # rows of a few prefills, no more lives there
 
