@@ -2,12 +2,11 @@
 
 A lane was cheaper at every size measured (`manta bench dispatch`), so size decides nothing but what no frame may hold.
 A group is apart when none of its trusted replicas gives us a lane: it has no secret to show, or its node refuses the
-connection. Lanes to them are tried again when membership changes, and from time to time.
+connection. They are dialled behind the requests; the epoch says when one of them is connected after all.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,8 +15,6 @@ from experts_service.frame import MAX_PAYLOAD_BYTES
 from experts_service.lane import LaneTransport
 from experts_service.object_store import ObjectStoreTransport
 from experts_service.transport import Flight, GroupRows
-
-RETRY_S = 30.0  # between attempts to reach a group that is apart
 
 
 class AutoTransport:
@@ -28,10 +25,9 @@ class AutoTransport:
         self._object_store = object_store
         self._epoch = -1
         self._apart: frozenset[int] = frozenset()
-        self._retry_at = 0.0
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
-        if self._epoch != self._lane.table.epoch or (self._apart and time.monotonic() >= self._retry_at):
+        if self._epoch != self._lane.table.epoch:
             self._try_lanes()
         if (self._apart and any(part.group in self._apart for part in parts)) or _too_large(rows, parts):
             return self._object_store.send(layer, rows, parts)
@@ -44,7 +40,6 @@ class AutoTransport:
     def _try_lanes(self) -> None:
         self._epoch = self._lane.table.epoch
         self._apart = frozenset(group for group in self._lane.deployments if not self._lane.reaches(group))
-        self._retry_at = time.monotonic() + RETRY_S
 
 
 def _too_large(rows: Tensor, parts: Sequence[GroupRows]) -> bool:

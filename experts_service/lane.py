@@ -29,7 +29,8 @@ from cluster.errors import ExpertUnavailable
 from cluster.metrics import PowerOfTwoBuckets
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
-from experts_service.lane_link import Ask, Link, LinkLost
+from experts_service.lane_link import Ask, LinkLost
+from experts_service.lane_links import LaneLinks
 from experts_service.replica_load import ReplicaLoads
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
@@ -65,7 +66,7 @@ class _Group:
 
 
 class LaneTransport:
-    """Connections to the replicas that the routing table names, dialled when they are first used."""
+    """Sends rows over connections to the replicas that the routing table names."""
 
     def __init__(
         self,
@@ -80,9 +81,9 @@ class LaneTransport:
         self.table = table
         self.timeout_s = timeout_s
         self.latency = latency or {group: PowerOfTwoBuckets() for group in self.deployments}
-        self._dialer = dialer
-        self._links: dict[str, Link] = {}  # replica id → its connection
+        self._links = LaneLinks(dialer, table, timeout_s)
         self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
+        self._unreached: frozenset[int] = frozenset()  # groups of whose replicas none is connected, at `_epoch`
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
         self._epoch = -1
         self._replicated = False  # whether any group has several replicas
@@ -116,11 +117,17 @@ class LaneTransport:
         """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
         if self._epoch != self.table.epoch:
             self._look_at_table()
-        ask, replicas = group.ask, self._routes[group.part.group]
+        ask, reason = group.ask, ""
+        if group.part.group in self._unreached:
+            reason = self._wait_for_link(group.part.group, remaining_s)
+        replicas = self._routes[group.part.group]
         if not replicas:
             ask.failed = group.reason
             return
         replica = replicas[0]
+        if reason:
+            group.replica_id, group.epoch, ask.failed = replica.replica_id, self._epoch, reason
+            return
         group.is_timed = len(replicas) > 1
         group.hedge_at = 0.0
         if group.is_timed:
@@ -168,9 +175,11 @@ class LaneTransport:
         )  # fmt: skip
         ask.failed, ask.expected = "", answer_head(head)
         link = self._links.get(replica.replica_id)
+        if link is None:
+            self._epoch = -1  # whatever the table says, the routes are out of date
+            ask.failed = "its connection was lost"
+            return
         try:
-            if link is None or link.lost:
-                link = self._links[replica.replica_id] = Link(self._dialer(replica, remaining_s))
             link.send(ask, head, group.rows)
         except LinkLost as lost:
             ask.failed = str(lost)
@@ -178,7 +187,7 @@ class LaneTransport:
     def _owed(self, replica_id: str) -> int:
         """Dispatches that a replica has not answered, also those that nobody waits for any more."""
         link = self._links.get(replica_id)
-        if link is None or link.lost:
+        if link is None:
             return 0
         if link.forgotten:
             with suppress(LinkLost):
@@ -186,33 +195,45 @@ class LaneTransport:
         return len(link.outstanding) + len(link.forgotten)
 
     def reaches(self, group: int) -> bool:
-        """Whether a replica of the group has a lane to us, dialled now if need be.
+        """Whether a replica of the group has a lane to us; where none has, each is dialled first.
 
         Where all are suspected, or none is known, this says yes: a dispatch then waits for them, by whatever way.
         """
-        trusted = [r for r in self.table.replicas(self.deployments[group]) if not r.suspected]
-        for replica in trusted:
-            link = self._links.get(replica.replica_id)
-            if link is not None and not link.lost:
-                return True
-            with suppress(LinkLost):
-                self._links[replica.replica_id] = Link(self._dialer(replica, self.timeout_s))
-                return True
-        return not trusted
+        if self._epoch != self.table.epoch:
+            self._look_at_table()
+        if group not in self._unreached or all(r.suspected for r in self._routes[group]):
+            return True
+        return not self._wait_for_link(group, self.timeout_s)
+
+    def _wait_for_link(self, group: int, timeout_s: float) -> str:
+        """Have a group without any connection dialled now; why that failed, or nothing."""
+        reason = self._links.wait(self._routes[group], timeout_s)
+        self._look_at_table()
+        return reason
 
     def suspect(self, group: _Group, reason: str) -> None:
         group.reason = reason
         self.table.suspect(self.deployments[group.part.group], group.replica_id, group.epoch)
 
+    def give_up(self, group: _Group, reason: str) -> None:
+        """End the connection to a replica that does not answer; it is dialled again, and used when that succeeds."""
+        link = self._links.get(group.replica_id)
+        if link is not None:
+            link.give_up(reason)
+
     def close(self) -> None:
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        self._links.close()
 
     def others(self, group: _Group) -> list[Replica]:
-        """The trusted replicas besides the one that was asked."""
-        replicas = self.table.replicas(self.deployments[group.part.group])
-        return [r for r in replicas if r.replica_id != group.replica_id and not r.suspected]
+        """The trusted replicas besides the one that was asked, as far as they are connected."""
+        if self._epoch != self.table.epoch:
+            self._look_at_table()
+        replicas = self._routes[group.part.group]
+        return [
+            r
+            for r in replicas
+            if r.replica_id != group.replica_id and not r.suspected and self._links.get(r.replica_id) is not None
+        ]
 
     def _form(self, num_experts: int) -> RowsFormat:
         form = self._forms[num_experts] = RowsFormat(num_experts)
@@ -221,15 +242,25 @@ class LaneTransport:
     def _look_at_table(self) -> None:
         """Choose among trusted replicas, or suspected ones where there is no other; let go of those that left."""
         epoch = self.table.epoch
+        links = self._links
+        links.take()
         known: set[str] = set()
+        unreached = set()
         for group, deployment in self.deployments.items():
             replicas = self.table.replicas(deployment)
-            known.update(r.replica_id for r in replicas)
-            self._routes[group] = tuple(r for r in replicas if not r.suspected) or replicas
+            for replica in replicas:
+                known.add(replica.replica_id)
+                if links.get(replica.replica_id) is None:
+                    links.dial(deployment, replica)
+            trusted = tuple(r for r in replicas if not r.suspected) or replicas
+            connected = tuple(r for r in trusted if links.get(r.replica_id) is not None)
+            self._routes[group] = connected or trusted
+            if not connected:
+                unreached.add(group)
+        self._unreached = frozenset(unreached)
         self._replicated = any(len(replicas) > 1 for replicas in self._routes.values())
         self.loads.forget(known)
-        for replica_id in [r for r in self._links if r not in known and not self._links[r].outstanding]:
-            self._links.pop(replica_id).close()
+        links.keep_only(known)
         self._epoch = epoch
 
 
@@ -322,8 +353,7 @@ class _LaneFlight:
             silent = now - group.sent_at > transport.timeout_s / TRIES_PER_TIMEOUT
             if not (silent and transport.others(group)):
                 return
-            assert ask.link is not None
-            ask.link.forget(ask)
+            transport.give_up(group, "it is silent")
             ask.failed = "it is silent"
         if group.retry_at == 0.0:
             transport.suspect(group, ask.failed)

@@ -146,6 +146,12 @@ class Link:
             while self.forgotten:
                 self.receive(nobody, socket.MSG_DONTWAIT)
 
+    def give_up(self, reason: str) -> None:
+        """Close it although the shard has not: whoever waits for an answer has to ask elsewhere."""
+        for ask in self.outstanding.values():
+            ask.failed = ask.failed or reason
+        self.close()
+
     def close(self) -> None:
         self.lost = True
         self.forgotten.clear()
@@ -213,9 +219,7 @@ class Link:
 
     def _gone(self, error: BaseException | None) -> LinkLost:
         reason = "it closed the connection" if error is None else str(error)
-        for ask in self.outstanding.values():
-            ask.failed = ask.failed or reason
-        self.close()
+        self.give_up(reason)
         return LinkLost(reason)
 
 

@@ -18,6 +18,7 @@ NOISE_S = 0.002  # a difference of less is the machine's, whatever is usual
 PROBE_EVERY = 64  # choices, of which one goes to the replica that was asked longest ago
 HEDGE_AFTER, SHORTEST_S = 3.0, 0.005  # times the 95th percentile, and never sooner
 BUDGET, BURST = 0.05, 10.0  # hedges a dispatch in the long run, and at once
+OVERDUE_AFTER, OVERDUE_S = 30.0, 1.0  # times the 95th percentile, and never sooner: then the budget does not matter
 
 
 class _Usual:
@@ -75,16 +76,33 @@ class ReplicaLoads:
         self._budget = min(BURST, self._budget + BUDGET)
 
     def patience_s(self, group: int, rows: int) -> float:
-        """After how long to ask a second replica; infinite while nothing is known, or the budget is spent."""
-        usual = self._usual.get((group, rows.bit_length()))
-        if usual is None or not usual.p95_s or self._budget < 1.0:
-            return float("inf")
-        return max(SHORTEST_S, HEDGE_AFTER * usual.p95_s)
+        """After how long to ask a second replica; infinite while nothing is known of the group.
+
+        What is usual for fewer rows says at most how long these take: as much longer as there are more of them.
+        """
+        size = rows.bit_length()
+        usual = self._usual.get((group, size))
+        p95_s = usual.p95_s if usual is not None else 0.0
+        if not p95_s:
+            p95_s = self._guess_s(group, size)
+            if not p95_s:
+                return float("inf")
+        if self._budget < 1.0:
+            return max(OVERDUE_S, OVERDUE_AFTER * p95_s)
+        return max(SHORTEST_S, HEDGE_AFTER * p95_s)
+
+    def _guess_s(self, group: int, size: int) -> float:
+        """The 95th percentile of a size that is not known, from the next smaller one, or else the next larger."""
+        known = {bits: one.p95_s for (of, bits), one in self._usual.items() if of == group and one.p95_s}
+        smaller = max((bits for bits in known if bits < size), default=None)
+        if smaller is not None:
+            return known[smaller] * 2.0 ** (size - smaller)
+        return known[min(known)] if known else 0.0
 
     def hedged(self) -> None:
         """A second replica was asked."""
         self.hedges += 1
-        self._budget -= 1.0
+        self._budget = max(0.0, self._budget - 1.0)
 
     def forget(self, known: set[str]) -> None:
         """Drop what is known of replicas that left."""

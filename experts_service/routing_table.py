@@ -76,6 +76,18 @@ class RoutingTable:
         with self._changed:
             self._mark(deployment, replica_id, suspected=False)
 
+    def renew(self, deployment: Deployment, replica_id: str) -> None:
+        """There is a new connection to the replica: it is trusted, and what failed before says nothing any more."""
+        with self._changed:
+            fresh = self._epoch + 1
+            self._set(
+                deployment,
+                [
+                    replace(r, suspected=False, epoch=fresh) if r.replica_id == replica_id else r
+                    for r in self.replicas(deployment)
+                ],
+            )
+
     def choose(self, deployment: Deployment) -> tuple[Replica, int] | None:
         """A replica and the present epoch: trusted ones in turn, a suspected one only when there is no other."""
         with self._changed:
