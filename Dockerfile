@@ -10,7 +10,8 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1
+# pip compiles what it installs: in the pods nobody could write the byte code, and every process would compile anew.
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/manta
 ENV PATH=/opt/manta/bin:$PATH
 COPY requirements/build.txt requirements/common.txt /requirements/
