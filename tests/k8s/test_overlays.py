@@ -13,7 +13,8 @@ from cluster.config import load_config
 from cluster.kubernetes.check.documents import read_documents
 from cluster.kubernetes.check.problems import problems
 from cluster.kubernetes.manifests import render
-from tests.k8s.overlays import OVERLAYS, RENDERED, build, kuberay_schemas, needs_kubectl
+from cluster.serve_config import GatewayArguments, ModelApplicationArguments
+from tests.k8s.overlays import OVERLAYS, RENDERED, build, kuberay_schemas, needs_kubectl, the
 
 # Fields that a kustomization may have: those of the kustomize in kubectl 1.21, and no components.
 KUSTOMIZE_1_21 = {"apiVersion", "kind", "namespace", "resources", "patches", "images", "configMapGenerator"}
@@ -85,3 +86,20 @@ def test_check_finds_only_the_placeholder_of_the_image(overlay: Path) -> None:
     else:
         assert found
         assert all("has no digest" in problem and "registry.example/" in problem for problem in found), found
+
+
+@needs_kubectl
+@each_overlay
+def test_the_builders_take_their_arguments(overlay: Path) -> None:
+    """They run on the cluster, so that a wrong argument would show there first."""
+    document = yaml.safe_load(the(overlay, "RayService")["spec"]["serveConfigV2"])
+    gateway, *models = document["applications"]
+    assert gateway["import_path"] == "cluster.serve_config:build_gateway"
+    doors = GatewayArguments.model_validate(gateway["args"])
+    assert doors.gateway.host == "0.0.0.0"
+    assert doors.gateway.api_keys_file is not None
+    for application in models:
+        assert application["import_path"] == "cluster.serve_config:build_model"
+        arguments = ModelApplicationArguments.model_validate(application["args"])
+        assert arguments.model in [one.model for one in doors.models]
+        assert application["name"] == f"{arguments.model.name}-{arguments.model.version}"
