@@ -18,6 +18,7 @@ from cluster.commands.cluster_connection import DEADLINE_S, look_at_cluster
 from cluster.ray_variables import PORTS
 
 POLL_S = 1.0
+RAY_MARGIN_S = 30.0  # Ray's own deadline for the node comes so much later
 ALL_TOLD_S = 15.0  # until every pod of a cluster that is taken away has told Ray so
 STATS_URL = f"http://127.0.0.1:{PORTS['RAY_SERVE_HAPROXY_STATS_PORT']}/stats;csv"
 
@@ -57,17 +58,17 @@ def _is_head(node_id: str) -> bool:
 
 
 def _tell_ray(node_id: str, deadline: float) -> None:
-    """Ray places nothing here any more; after the deadline it may end what is left."""
+    """Ray places nothing here any more. What it ends itself it ends later than we do."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
-    ends_ms = int((time.time() + deadline - time.monotonic()) * 1000)
+    ends_ms = int((time.time() + deadline - time.monotonic() + RAY_MARGIN_S) * 1000)
     gcs: Any = ray._private.worker.global_worker.gcs_client  # what `ray drain-node` asks
     gcs.drain_node(node_id, autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION, "the pod is being stopped", ends_ms)
 
 
 def replicas_on(node_id: str) -> list[str]:
-    """Serve's replicas on that node."""
+    """Serve's replicas on that node; one that has no place yet is on none."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
@@ -78,7 +79,7 @@ def replicas_on(node_id: str) -> list[str]:
         for application in client.get_serve_details()["applications"].values()
         for deployment in application["deployments"].values()
         for replica in deployment["replicas"]
-        if replica["node_id"] == node_id
+        if replica.get("node_id") == node_id
     ]
 
 
