@@ -101,8 +101,9 @@ def test_no_key_and_a_wrong_one_open_no_route(guarded, routes):
 
 def test_a_strange_host_is_401_without_and_400_with_a_key(guarded, routes):
     for method, path in routes:
-        for key in (None, WRONG):
-            assert send(guarded.url, method, path, key, "evil.example")[0] == 401
+        for spelling in (path, "/" + path, "/" + path[1:].replace("/", "%2f")):
+            for key in (None, WRONG):
+                assert send(guarded.url, method, spelling, key, "evil.example")[0] == 401
         key = guarded.metrics_token if path == "/metrics" else guarded.alice
         status, body, _ = send(guarded.url, method, path, key, "evil.example")
         assert (status, body["error"]["param"]) == (400, "Host"), (method, path)
@@ -118,6 +119,31 @@ def test_metrics_have_a_token_of_their_own(guarded):
     figures = httpx.get(f"{guarded.url}/metrics", headers=bearer(guarded.metrics_token), timeout=60)
     assert figures.status_code == 200
     assert guarded.alice not in figures.text
+
+
+@pytest.mark.parametrize("authority", ["localhost", "evil.example"])
+def test_an_rpc_that_is_spelled_otherwise_is_none(guarded, authority):
+    """Serve finds RPCs by their names before a key is asked for; what it does not find is no RPC."""
+    service = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
+    options = [("grpc.default_authority", authority)]
+    with grpc.insecure_channel(guarded.server.grpc_address, options) as channel:
+        for rpc in service.methods:
+            make = channel.unary_stream if rpc.server_streaming else channel.unary_unary
+            for key in (None, WRONG):
+                metadata = () if key is None else (("authorization", f"Bearer {key}"),)
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(make(f"/{service.full_name}/{rpc.name}")(b"", metadata=metadata, timeout=60))
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, rpc.name
+                for path in (
+                    f"//{service.full_name}/{rpc.name}",
+                    f"/{service.full_name}%2f{rpc.name}",
+                    f"/{service.full_name}/{rpc.name}/",
+                    f"/{service.full_name.upper()}/{rpc.name}",
+                    f"/grpc.health.v1.Health/../{service.full_name}/{rpc.name}",
+                ):
+                    with pytest.raises(grpc.RpcError) as refused:
+                        list(make(path)(b"", metadata=metadata, timeout=60))
+                    assert refused.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND), path
 
 
 def test_no_key_and_a_wrong_one_open_no_rpc(guarded):
