@@ -1,0 +1,175 @@
+"""The server as Kubernetes runs it: no root, no capabilities, only /tmp and /dev/shm to write to; and who listens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.hosts import Host, NotPossible, hosts
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.root
+
+USER = 10001  # that of the image
+REPOSITORY = Path(__file__).parents[2]
+START_TIMEOUT_S = 600
+
+# In a mount namespace of its own: all mounts read-only, /tmp and /dev/shm fresh, then away with every privilege. What
+# is needed of /tmp, and of root's home, which is closed to others, is put back there.
+CONFINE = """
+set -e
+mount --make-rprivate /
+findmnt --raw --noheadings --output TARGET | grep -vE '^/(proc|sys|dev)' | while read -r target; do
+    mount -o remount,bind,ro "$target"
+done
+mount -t tmpfs tmpfs /media
+for path in $NEEDED; do
+    mkdir -p "/media$path"
+    mount --bind "$path" "/media$path"
+done
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=755 tmpfs /root
+for path in $NEEDED; do
+    if [ ! -e "$path" ]; then
+        mkdir -p "$path"
+        mount --bind "/media$path" "$path"
+        mount -o remount,bind,ro "$path"
+    fi
+done
+mount -o remount,bind,ro /root
+umount --lazy --recursive /media
+mkdir /tmp/home
+chown "$USER_ID" /tmp/home
+cd /tmp/home
+exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups --bounding-set -all --inh-caps -all --no-new-privs \
+    env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" "$@"
+"""
+
+# The README's table: who listens on which ports, from the lowest to the highest, and whether on loopback only.
+NAMED = {
+    "haproxy": ((8000, 8000, True), (9000, 9000, True), (8404, 8404, False), (9101, 9101, False)),
+    "ray::ServeReplica:gateway:gateway": ((30000, 30100, True), (40000, 40100, False)),
+    "ray::ProxyActor": ((8500, 8500, True), (9500, 9500, False)),
+    "ray::DashboardAgent": ((52365, 52365, False),),
+    "autoscaler/_private/monitor": ((44217, 44217, False),),
+    "dashboard/dashboard": ((44227, 44227, False),),
+}
+# Ray's own processes and its driver; what starts with `ray::` is one too. Theirs are random, and guarded by its token.
+RANDOM = {"gcs_server", "raylet", "manta", "workers/setup_worker"}
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening TCP socket."""
+
+    address: str
+    port: int
+    process_id: int
+
+    @property
+    def program(self) -> str:
+        """What its process calls itself, without Ray's method names."""
+        command = Path(f"/proc/{self.process_id}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        if command.startswith("ray::"):
+            return command.split()[0].split(".")[0]
+        script = re.search(r"ray/(?:_private/)?(\S+)\.py|bin/(manta) serve", command)
+        return script[1] or script[2] if script else Path(command.split()[0]).name
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.address in ("127.0.0.1", "[::1]", "::1")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """A host of its own, on which `manta serve` runs confined."""
+    try:
+        with hosts(1) as (only,):
+            yield only
+    except NotPossible as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The process, once it answers."""
+    log = tmp_path_factory.mktemp("hardening") / "log"
+    manta = Path(sys.executable).with_name("manta")
+    with log.open("w") as out:
+        process = host.start(
+            ["unshare", "--mount", "sh", "-c", CONFINE, "confine", manta, "serve"],
+            stdout=out, stderr=subprocess.STDOUT,
+            env={
+                **os.environ, "REPOSITORY": str(REPOSITORY), "USER_ID": str(USER),
+                "NEEDED": f"{REPOSITORY} {sys.prefix} {sys.base_prefix}",
+            },
+        )  # fmt: skip
+
+    def healthy() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return host.run(lambda: httpx.get("http://127.0.0.1:8000/health", timeout=5)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(healthy, START_TIMEOUT_S, "the confined server")
+    except AssertionError as error:
+        raise AssertionError(log.read_text()[-4000:]) from error
+    yield process
+    host.kill()
+
+
+def test_it_serves_without_privileges_on_a_file_system_that_is_read_only(host: Host, server: Any) -> None:
+    body = {"model": "mistral-small", "messages": [{"role": "user", "content": "What is the best French cheese?"}]}
+    url = "http://127.0.0.1:8000/v1/chat/completions"
+    answer = host.run(lambda: httpx.post(url, json=body, timeout=120))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
+    looked_at = 0
+    for process_id in host.process_ids():
+        try:
+            status = Path(f"/proc/{process_id}/status").read_text()
+            mounts = Path(f"/proc/{process_id}/mountinfo").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        assert fields["Uid"].split() == [str(USER)] * 4, status
+        assert (fields["CapEff"], fields["CapBnd"], fields["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1"), status
+        writable = {line.split()[4] for line in mounts if line.split()[5].startswith("rw")}
+        assert {path for path in writable if not re.match(r"/(proc|sys|dev)", path)} == {"/tmp"}, writable
+        looked_at += 1
+    assert looked_at > 10, "the server, Ray's own processes and the replicas"
+
+
+def test_only_the_ports_of_the_readme_listen(host: Host, server: Any) -> None:
+    lines = subprocess.run(
+        ["ip", "netns", "exec", host.name, "ss", "--no-header", "--listening", "--tcp", "--numeric", "--processes"],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    listeners = []
+    for line in lines:
+        address, port = line.split()[3].rsplit(":", 1)
+        for process_id in set(re.findall(r"pid=(\d+)", line)):
+            listeners.append(Listener(address, int(port), int(process_id)))
+    print(*sorted({f"{one.program} {one.address}:{one.port}" for one in listeners}), sep="\n")
+    for program, ports in NAMED.items():
+        for lowest, highest, loopback in ports:
+            found = [one for one in listeners if one.program == program and lowest <= one.port <= highest]
+            assert found, f"{program} does not listen on {lowest}"
+            assert not loopback or all(one.on_loopback for one in found), found
+    single = {lowest for ports in NAMED.values() for lowest, highest, _ in ports if lowest == highest}
+    for one in listeners:
+        if not any(lowest <= one.port <= highest for lowest, highest, _ in NAMED.get(one.program, ())):
+            assert one.port not in single, f"{one.program} listens on {one.port}"
+            assert one.program in RANDOM or one.program.startswith("ray::"), f"{one.program} listens on {one.port}"
