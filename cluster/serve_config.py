@@ -12,6 +12,7 @@ weights are.
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,8 @@ def _plan(arguments: ModelArguments) -> ModelPlan:
             f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint[:8]}…, and the Serve config was made "
             f"for {str(arguments.fingerprint)[:8]}…"
         )
-    gpus = checkpoint.architecture.num_experts + 1 if model.engine.device == "cuda" else 0
+    reserves = model.engine.device == "cuda" or bool(model.experts.gpus_per_shard)
+    gpus = (checkpoint.architecture.num_experts + 1) * ceil(model.experts.gpus_per_shard or 1) if reserves else 0
     return plan_model(model, checkpoint, Cluster(1, (Node("any", _PLENTY, (_PLENTY,) * gpus),)))
 
 

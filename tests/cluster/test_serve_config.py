@@ -129,3 +129,11 @@ def deployments(root: Any) -> tuple[Any, Any]:
     [coordinator] = root._bound_deployment.init_args
     expert = next(arg for arg in coordinator._bound_deployment.init_args if hasattr(arg, "_bound_deployment"))
     return expert._bound_deployment, coordinator._bound_deployment
+
+
+@pytest.mark.parametrize(("given", "shard", "coordinator"), [(1.0, 1.0, 1.0), (0.75, 0.75, 0.25), (2.0, 2.0, 1.0)])
+def test_gpus_are_reserved_as_they_are_asked_for(given: float, shard: float, coordinator: float) -> None:
+    model = DEMO | {"experts": {"groups": GROUPS, "gpus_per_shard": given}}
+    expert, attention = deployments(build_model(serve_config(config(model))["applications"][1]["args"]))
+    assert expert._replica_config.placement_group_bundles[1]["GPU"] == shard
+    assert attention._replica_config.ray_actor_options["num_gpus"] == coordinator
