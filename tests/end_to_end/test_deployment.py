@@ -1,4 +1,4 @@
-"""The Serve config of an overlay, deployed by Ray's own `serve deploy` on a cluster laid out like the pods."""
+"""The Serve configs of overlays, deployed by Ray's own `serve deploy` on clusters laid out like the pods."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.config import load_config
@@ -193,3 +194,33 @@ def test_the_demo_is_deployed_scaled_and_rolled_without_a_failed_request(tmp_pat
         assert clients.failures == []
         assert set(clients.answers) == {answer}
         print(f"{len(clients.answers)} streams, none failed; connections opened again at {clients.reconnects}")
+
+
+@pytest.mark.long
+def test_eight_gpus_have_an_expert_each_and_coordinators_are_apart(tmp_path: Path) -> None:
+    """The overlay `mixtral-8x7b-8gpu` on nodes with a GPU each, unused: the weights are the demo's, on CPU."""
+    layout = (
+        Pod("head"), Pod("gateway", cpus=1),
+        *[Pod("coordinator", cpus=1, gpus=1)] * 2, *[Pod("expert", cpus=1, gpus=1)] * 9,
+    )  # fmt: skip
+    document = Mounted(tmp_path).here(overlay("mixtral-8x7b-8gpu"))
+    gateway, model = document["applications"]
+    for arguments in (gateway["args"]["models"][0]["model"], model["args"]["model"]):
+        arguments["path"] = "demo"
+        arguments["engine"] = {"device": "cpu", "kv_cache_gib": 0.0625, "num_threads": 1}
+        arguments["experts"]["num_threads"] = 1
+    numbers = {one["name"]: one for one in model["deployments"]}
+    numbers["coordinator"]["num_replicas"] = numbers["expert-0"]["num_replicas"] = 2
+    gateway["deployments"][0]["autoscaling_config"]["min_replicas"] = 1
+    with pods(*layout) as cluster:
+        cluster.deploy(document)
+        cluster.wait_until_running(model["name"], "gateway", timeout_s=540)
+        replicas = cluster.replicas(model["name"])
+        experts = [node for name, running in replicas.items() if name.startswith("expert-") for _, node in running]
+        coordinators = [node for _, node in replicas["coordinator"]]
+        assert len(experts) == len(set(experts)) == 9, "each shard has a GPU, two replicas of a group have two nodes"
+        assert len(coordinators) == len(set(coordinators)) == 2
+        assert roles(cluster, layout, replicas) == {
+            "root": [], "coordinator": ["coordinator"] * 2, "expert-0": ["expert"] * 2,
+            **{f"expert-{group}": ["expert"] for group in range(1, 8)},
+        }  # fmt: skip
