@@ -58,7 +58,7 @@ class Health:
         self._probe = probe
         self._missing = missing
         self._states = {card.application: ModelHealth("starting", card.deployments) for card in cards}
-        self._probed_at = float("-inf")
+        self._began_at = self._probed_at = float("-inf")  # the last probe that has ended
         self._refreshing: asyncio.Task[None] | None = None
 
     async def models(self) -> dict[str, ModelHealth]:
@@ -74,18 +74,22 @@ class Health:
         return next((card for card in versions if self._states[card.application].phase == "ready"), versions[0])
 
     async def require(self, versions: Sequence[ModelCard]) -> ModelCard:
-        """The version that answers. Raises ModelLoading when none is ready."""
-        card = self.first_ready(versions)
-        if self._states[card.application].phase == "ready":
-            if time.monotonic() - self._probed_at > MAX_AGE_BEHIND_REQUESTS_S:
-                self._refresh()
-            return card
-        await self._look_again()
-        card = self.first_ready(versions)
-        state = self._states[card.application]
-        if state.phase != "ready":
-            raise ModelLoading(f"the model {card.name!r} is not ready: {state}", retry_after_s=RETRY_AFTER_S)
-        return card
+        """The version that answers. Raises ModelLoading when none is ready.
+
+        Only a probe that began after the call can refuse it: another gateway may have said that the model is ready.
+        """
+        called_at = time.monotonic()
+        while True:
+            card = self.first_ready(versions)
+            state = self._states[card.application]
+            if state.phase == "ready":
+                if called_at - self._probed_at > MAX_AGE_BEHIND_REQUESTS_S:
+                    self._refresh()
+                return card
+            if self._began_at >= called_at:
+                raise ModelLoading(f"the model {card.name!r} is not ready: {state}", retry_after_s=RETRY_AFTER_S)
+            await asyncio.sleep(max(0.0, self._probed_at + MAX_AGE_S - time.monotonic()))
+            await asyncio.shield(self._refresh())
 
     async def _look_again(self) -> None:
         if time.monotonic() - self._probed_at > MAX_AGE_S:
@@ -98,6 +102,7 @@ class Health:
 
     async def _ask(self) -> None:
         """What cannot be asked stays as it was known: coordinators that live answer without Serve's controller."""
+        began_at = time.monotonic()
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 found = await asyncio.to_thread(self._probe, self._cards)
@@ -113,7 +118,7 @@ class Health:
             self._states = found | recovering
         except Exception:
             logger.warning("Serve's status could not be had", exc_info=True)
-        self._probed_at = time.monotonic()
+        self._began_at, self._probed_at = began_at, time.monotonic()
 
     async def _missed(self, card: ModelCard) -> tuple[str, ...]:
         """None when no coordinator says so: it may be lost just now, and another one take its requests."""

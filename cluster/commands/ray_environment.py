@@ -40,6 +40,8 @@ def prepare_server() -> None:
     for name, value in haproxy(launcher).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")  # HAProxy is on this machine
+    # It starts anew whenever a gateway comes or goes; the old one may end its streams. Ray's own choice is two minutes.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "3600")
     for name, port in PORTS.items():
         os.environ.setdefault(name, str(_free_port(port)))
     for protocol, lowest in _RANGES.items():

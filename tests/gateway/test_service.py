@@ -130,12 +130,11 @@ def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:
 
     async def run() -> None:
         health = Health((card,), probe)
-        for _ in range(20):
-            with pytest.raises(ModelLoading, match="starting"):
-                await health.require((card,))
+        refused = await asyncio.gather(*(health.require((card,)) for _ in range(20)), return_exceptions=True)
+        assert all(isinstance(error, ModelLoading) and "starting" in str(error) for error in refused)
         await asyncio.gather(*(health.models() for _ in range(20)))
         assert len(asked) == 1
-        await asyncio.sleep(0.55)
+        # Another gateway may have said by now that the model is ready; what this one knew a moment ago refused it once.
         await health.require((card,))
         await health.require((card,))
         assert len(asked) == 2
