@@ -193,45 +193,17 @@ def model_card(plan: ModelPlan) -> ModelCard:
 def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     """Coordinator and experts of one model version."""
     from cluster.model_root import model_root
-    from experts_service.service import expert_deployment
-    from experts_service.shard import ShardSpec
     from router_service.coordinator import coordinator_deployment
 
     config, checkpoint = plan.config, plan.checkpoint
-    engine, experts = config.engine, _with_lane_secret(config.experts)
-    assert engine.dtype != "auto", "a plan has no open settings"
-    assert engine.device != "auto", "a plan has no open settings"
-    shards = [
-        expert_deployment(
-            ShardSpec(
-                application=plan.application,
-                directory=str(checkpoint.directory),
-                fingerprint=checkpoint.fingerprint,
-                group=group.index,
-                experts=group.experts,
-                num_groups=len(plan.groups),
-                dtype=engine.dtype,
-                device=engine.device,
-                num_threads=experts.num_threads,
-                gpus=plan.gpus_per_shard,
-                load_timeout_s=experts.load_timeout_s,
-                lane_secret_file=experts.lane_secret_file,
-            ),
-            scaling_of(experts, group),
-            max_surge_percent=config.max_surge_percent,
-            label_selector=experts.label_selector,
-            request_timeout_s=gateway.request_timeout_s,
-        )
-        for group in plan.groups
-        if plan.expert_deployments
-    ]
+    engine, experts = config.engine, with_lane_secret(config.experts)
     coordinator = coordinator_deployment(
         str(checkpoint.directory),
         checkpoint.fingerprint,
         engine,
         experts,
         plan.groups,
-        *shards,
+        *expert_applications(plan, experts, gateway).values(),
         scaling=config.coordinators,
         max_surge_percent=config.max_surge_percent,
         gpus=plan.gpus_per_coordinator,
@@ -246,7 +218,40 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
     return model_root(coordinator)
 
 
-def _with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
+def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: GatewayConfig) -> dict[str, Application]:
+    """The experts' deployments by name, bound, for a coordinator to hold; `experts` has its lane secret."""
+    from experts_service.service import expert_deployment
+    from experts_service.shard import ShardSpec
+
+    config, checkpoint = plan.config, plan.checkpoint
+    assert config.engine.dtype != "auto", "a plan has no open settings"
+    assert config.engine.device != "auto", "a plan has no open settings"
+    return {
+        name: expert_deployment(
+            ShardSpec(
+                application=plan.application,
+                directory=str(checkpoint.directory),
+                fingerprint=checkpoint.fingerprint,
+                group=group.index,
+                experts=group.experts,
+                num_groups=len(plan.groups),
+                dtype=config.engine.dtype,
+                device=config.engine.device,
+                num_threads=experts.num_threads,
+                gpus=plan.gpus_per_shard,
+                load_timeout_s=experts.load_timeout_s,
+                lane_secret_file=experts.lane_secret_file,
+            ),
+            scaling_of(experts, group),
+            max_surge_percent=config.max_surge_percent,
+            label_selector=experts.label_selector,
+            request_timeout_s=gateway.request_timeout_s,
+        )
+        for name, group in zip(plan.expert_deployments, plan.groups, strict=bool(plan.expert_deployments))
+    }
+
+
+def with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
     """The same with the path of a secret that can be read here, where lanes need one."""
     from experts_service.lane_secret import ensure_lane_secret
 

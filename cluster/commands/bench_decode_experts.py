@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from cluster.checkpoint import Checkpoint
-from cluster.config import ExpertsConfig, GatewayConfig, ModelConfig
+from cluster.config import GatewayConfig, ModelConfig
 from cluster.errors import SetupError
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
@@ -38,7 +38,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
     import ray
     from ray import serve
 
-    from cluster.app import describe_cluster, model_application, plan_model
+    from cluster.app import describe_cluster, expert_applications, plan_model, with_lane_secret
     from experts_service.client import ExpertPool
 
     try:
@@ -56,13 +56,11 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         plan = plan_model(config, checkpoint, describe_cluster(ray.nodes()))
         serve.start(proxy_location="Disabled")
-        # The coordinator's place is taken by this process; its experts are those that it would have been bound to.
-        bound = model_application(plan, GatewayConfig())._bound_deployment.init_args
-        experts = [argument for argument in bound if isinstance(argument, serve.Application)]
-        settings = next(argument for argument in bound if isinstance(argument, ExpertsConfig))
+        settings = with_lane_secret(plan.config.experts)
+        # This process takes the place of the coordinator that they would be bound to.
         targets = [
             serve.RunTarget(application, name=f"bench-{name}", route_prefix=None)
-            for name, application in zip(plan.expert_deployments, experts, strict=True)
+            for name, application in expert_applications(plan, settings, GatewayConfig()).items()
         ]
         started = [target.name for target in targets]
         serve.run_many(targets)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -72,6 +75,17 @@ def test_a_run_on_the_demo_model_ends_in_its_json_line(monkeypatch: pytest.Monke
     # 4 layers of 8 experts, 2 a row: batch 1 reads exactly 8 of 32 in every step, batch 3 more
     assert line["results"][0]["bytes_per_step"] < line["results"][1]["bytes_per_step"]
     assert "of the floor" in result.stdout
+
+
+@pytest.mark.long
+def test_experts_in_processes_of_their_own() -> None:
+    """In a process of its own, as it starts a Ray. The deployments were once looked for where they no longer were."""
+    command = [Path(sys.executable).with_name("manta"), "bench", "decode", "--transport", "lane", "--groups", "2"]
+    options = "--batch 1 --prompt-tokens 4 --output-tokens 3 --pairs 1 --no-prefill"
+    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert (line["transport"], line["groups"], [row["batch"] for row in line["results"]]) == ("lane", 2, [1])
 
 
 def test_prefill_is_timed_without_steps(monkeypatch: pytest.MonkeyPatch) -> None:
