@@ -160,7 +160,8 @@ def test_a_group_that_cannot_come_back_ends_in_503_and_is_waited_for(elastic, di
         (directory / "elsewhere").rename(directory / "wide")
     wait_for(lambda: health(elastic)[0] == 200, RECOVERY_S, "the group to be back")
     assert completion(elastic, "wide").json()["choices"][0]["text"] == expected
-    assert before == {process.pid for process in processes(elastic, COORDINATOR)}
+    # Another one may have come meanwhile: to the scaling policy, requests that wait are load.
+    assert before <= {process.pid for process in processes(elastic, COORDINATOR)}
 
 
 def health(server: Server) -> tuple[int, dict]:
@@ -187,6 +188,7 @@ serve.run(model_application(plan, config.gateway), name=plan.application, route_
 
 def test_a_rolling_update_of_coordinator_and_experts_fails_no_stream(elastic, directory):
     """There is one of each: the new one starts beside it, and the old one ends when its streams have."""
+    wait_for(lambda: wide_coordinators(elastic) == 1, RECOVERY_S, "what an earlier load asked for to go")
     clients = steady(elastic, 4)
     clients.learn()
     before = {process.pid for title in (COORDINATOR, SHARD) for process in processes(elastic, title)}
@@ -200,7 +202,7 @@ def test_a_rolling_update_of_coordinator_and_experts_fails_no_stream(elastic, di
 
         def renewed() -> bool:
             now = {p.pid for title in (COORDINATOR, SHARD) for p in processes(elastic, title)}
-            return len(now) == len(before) and len(now & before) == 1  # the narrow model's coordinator stayed
+            return len(now) >= len(before) and len(now & before) == 1  # the narrow model's coordinator stayed
 
         wait_for(renewed, RECOVERY_S, "new processes in place of the old ones")
         complete = seen.num_complete
