@@ -17,6 +17,14 @@ Document = dict[str, Any]
 LAUNCHER = "/opt/manta/bin/manta-haproxy"  # of the image
 PROBE_PERIOD_S = 5
 
+POD_SECURITY: Document = {
+    "runAsNonRoot": True,
+    "runAsUser": names.USER,
+    "runAsGroup": names.USER,
+    "fsGroup": names.USER,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 SECURITY: Document = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.config import MantaConfig
 from cluster.kubernetes import names
-from cluster.kubernetes.containers import SECURITY
+from cluster.kubernetes.containers import POD_SECURITY, SECURITY
 from cluster.kubernetes.ray_service import is_fetched, models_to_fetch
 from cluster.kubernetes.sizes import model_size
 
@@ -58,14 +58,7 @@ def _job(image: str, models: tuple[str, ...]) -> Document:
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "restartPolicy": "OnFailure",
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": names.USER,
-            "runAsGroup": names.USER,
-            "fsGroup": names.USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": dict(POD_SECURITY),
         "containers": [
             {
                 "name": "fetch",

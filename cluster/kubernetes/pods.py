@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.config import KubernetesConfig
 from cluster.kubernetes import names
-from cluster.kubernetes.containers import SECURITY, ray_container, volumes
+from cluster.kubernetes.containers import POD_SECURITY, SECURITY, ray_container, volumes
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.sizes import PodSize
 
@@ -34,14 +34,7 @@ def pod_template(
         "enableServiceLinks": False,
         "priorityClassName": names.priority_class(role),
         "terminationGracePeriodSeconds": stream_s + 60,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": names.USER,
-            "runAsGroup": names.USER,
-            "fsGroup": names.USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": dict(POD_SECURITY),
         "topologySpreadConstraints": [
             _spread(role, "kubernetes.io/hostname"),
             _spread(role, "topology.kubernetes.io/zone"),
