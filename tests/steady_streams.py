@@ -6,12 +6,24 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
+
+
+async def choices_of_stream(client: httpx.AsyncClient, body: dict[str, object]) -> AsyncIterator[list[dict[str, Any]]]:
+    """The `choices` of each event of a streamed completion. An error, as status or as event, fails the test."""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                yield event["choices"]
 
 
 @dataclass
@@ -93,17 +105,11 @@ class SteadyStreams:
     async def _stream(self, client: httpx.AsyncClient, body: dict[str, object], seen: Seen) -> list[int]:
         token_ids: list[int] = []
         finished, last = False, time.monotonic()
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            assert response.status_code == 200, await response.aread()
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                assert "error" not in event, event
-                for choice in event["choices"]:
-                    token_ids += choice["token_ids"]
-                    finished = finished or choice["finish_reason"] == "length"
-                now = time.monotonic()
-                seen.longest_gap_s, last = max(seen.longest_gap_s, now - last), now
+        async for choices in choices_of_stream(client, body):
+            for choice in choices:
+                token_ids += choice["token_ids"]
+                finished = finished or choice["finish_reason"] == "length"
+            now = time.monotonic()
+            seen.longest_gap_s, last = max(seen.longest_gap_s, now - last), now
         assert finished, f"a stream ended after {len(token_ids)} tokens"
         return token_ids

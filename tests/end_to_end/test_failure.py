@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import signal
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from tests.conftest import Server, running_server
 from tests.processes import processes
+from tests.steady_streams import choices_of_stream
 from tests.waiting import wait_for
 
 NUM_STREAMS, NUM_TOKENS = 8, 150
@@ -76,18 +76,12 @@ async def streams(server: Server, disturb: Callable[[], None] | None = None) -> 
 
     async def read_to_the_end(client: httpx.AsyncClient, index: int) -> None:
         stream, last = seen[index], time.monotonic()
-        async with client.stream("POST", "/v1/completions", json=body(index)) as response:
-            assert response.status_code == 200, await response.aread()
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                assert "error" not in event, event
-                for choice in event["choices"]:
-                    stream.token_ids += choice["token_ids"]
-                    stream.finish_reason = choice["finish_reason"] or stream.finish_reason
-                now = time.monotonic()
-                stream.longest_gap_s, last = max(stream.longest_gap_s, now - last), now
+        async for choices in choices_of_stream(client, body(index)):
+            for choice in choices:
+                stream.token_ids += choice["token_ids"]
+                stream.finish_reason = choice["finish_reason"] or stream.finish_reason
+            now = time.monotonic()
+            stream.longest_gap_s, last = max(stream.longest_gap_s, now - last), now
 
     async def disturb_midway() -> None:
         while sum(len(stream.token_ids) for stream in seen) < NUM_STREAMS * NUM_TOKENS / 3:
