@@ -52,6 +52,16 @@ class PowerOfTwoBuckets:
         family.add_metric(labels, buckets=buckets, sum_value=self.total_s)
 
 
+class DispatchCounts(PowerOfTwoBuckets):
+    """How long the dispatches to one group took, and how many of them were asked of a second replica as well."""
+
+    __slots__ = ("hedges",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hedges = 0
+
+
 def labelled(families: Iterable[Metric], labels: Mapping[str, str]) -> list[Metric]:
     """The same with more labels on every sample; those that a sample has already stay as they are."""
     result = []

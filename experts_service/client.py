@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import ConfigError, MantaError
-from cluster.metrics import PowerOfTwoBuckets
+from cluster.metrics import DispatchCounts
 from experts_service.auto import AutoTransport
 from experts_service.lane import LaneTransport
 from experts_service.lane_dialer import LaneDialer, ask_shard
@@ -46,7 +46,7 @@ class ExpertPool:
     def __init__(self, handles: Mapping[int, Any], coordinator: str = "") -> None:
         self._handles = dict(handles)
         self._coordinator = coordinator
-        self.latency = {group: PowerOfTwoBuckets() for group in self._handles}  # of dispatches, by group
+        self.latency = {group: DispatchCounts() for group in self._handles}  # of dispatches, by group
         self._table = TABLE
         self._deployments = {g: Deployment(h.app_name, h.deployment_name) for g, h in self._handles.items()}
         self._attached: dict[int, str] = {}  # group → replica id at the other end of its stream

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
-from cluster.metrics import PowerOfTwoBuckets
+from cluster.metrics import DispatchCounts
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
 from experts_service.lane_link import Ask, LinkLost
 from experts_service.lane_links import LaneLinks
-from experts_service.replica_load import ReplicaLoads
+from experts_service.replica_load import OVERDUE_S, ReplicaLoads
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
@@ -52,7 +52,7 @@ class _Group:
     ask: Ask
     sent_at: float
     is_timed: bool = False  # whether its replica is one of several, whose speeds are compared
-    hedge_at: float = 0.0  # when another replica is asked as well; 0: not, or not again
+    hedge_at: float = 0.0  # when another replica is asked as well, if there is one; 0: not again
     hedge: Ask | None = None  # the second one's, into memory of its own
     hedge_id: str = ""  # the second one
     hedged_at: float = 0.0
@@ -75,12 +75,12 @@ class LaneTransport:
         dialer: Dialer,
         *,
         timeout_s: float,
-        latency: Mapping[int, PowerOfTwoBuckets] | None = None,
+        latency: Mapping[int, DispatchCounts] | None = None,
     ) -> None:
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.timeout_s = timeout_s
-        self.latency = latency or {group: PowerOfTwoBuckets() for group in self.deployments}
+        self.latency = latency or {group: DispatchCounts() for group in self.deployments}
         self._links = LaneLinks(dialer, table, timeout_s)
         self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
         self._unreached: frozenset[int] = frozenset()  # groups of whose replicas none is connected, at `_epoch`
@@ -129,7 +129,7 @@ class LaneTransport:
             group.replica_id, group.epoch, ask.failed = replica.replica_id, self._epoch, reason
             return
         group.is_timed = len(replicas) > 1
-        group.hedge_at = 0.0
+        group.hedge_at = group.sent_at + OVERDUE_S  # another may be connected by then
         if group.is_timed:
             num_rows = len(group.part.row_indices)
             replica = self.loads.choose(replicas, self._owed)
@@ -138,16 +138,18 @@ class LaneTransport:
         self._ask(flight, group, ask, replica, remaining_s)
 
     def hedge(self, flight: _LaneFlight, group: _Group, remaining_s: float, now: float) -> None:
-        """Ask a second replica for the same rows, if there is one."""
-        group.hedge_at = 0.0
+        """Ask a second replica for the same rows, as soon as there is one."""
         others = self.others(group)
         if not others:
+            group.hedge_at = now + LONGEST_PAUSE_S
             return
+        group.hedge_at, group.is_timed = 0.0, True
         replica = min(others, key=lambda other: self._owed(other.replica_id))
         self._next_id += 1
         group.hedge = Ask(self._next_id, memoryview(bytearray(len(group.ask.memory))))
         group.hedge_id, group.hedged_at = replica.replica_id, now
         self.loads.hedged()
+        self.latency[group.part.group].hedges += 1
         self._ask(flight, group, group.hedge, replica, remaining_s)
 
     def answered(self, group: _Group, now: float) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from experts_service.routing_table import Replica
 
 WINDOW, FEWEST = 128, 16  # dispatches that say what is usual; fewer say nothing
-RECENT = 0.3  # weight of the latest dispatch in a replica's slowness
-CLEARLY, SLOWEST = 2.0, 20.0  # slowness below which all are alike, and at which it is cut
+RECENT = 3  # dispatches whose median is a replica's slowness: a single late one says nothing, its very first least
+CLEARLY = 2.0  # slowness below which all are alike
 NOISE_S = 0.002  # a difference of less is the machine's, whatever is usual
 PROBE_EVERY = 64  # choices, of which one goes to the replica that was asked longest ago
 HEDGE_AFTER, SHORTEST_S = 3.0, 0.005  # times the 95th percentile, and never sooner
@@ -43,11 +43,10 @@ class ReplicaLoads:
 
     def __init__(self) -> None:
         self._usual: dict[tuple[int, int], _Usual] = {}  # by group, and size to a power of two
-        self._slowness: dict[str, float] = {}  # by replica id; 1: as usual
+        self._slowness: dict[str, deque[float]] = {}  # the latest by replica id; 1: as usual
         self._asked: dict[str, int] = {}  # the turn at which it was last asked
         self._turn = 0
         self._budget = BURST
-        self.hedges = 0  # since the start
 
     def choose(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
         """The best of `replicas`; `owed(replica_id)` are the dispatches that it has not answered."""
@@ -60,7 +59,8 @@ class ReplicaLoads:
         return chosen
 
     def _penalty(self, replica: Replica) -> float:
-        slowness = self._slowness.get(replica.replica_id, 1.0)
+        recent = self._slowness.get(replica.replica_id)
+        slowness = sorted(recent)[RECENT // 2] if recent is not None else 1.0
         return slowness if slowness > CLEARLY else 1.0
 
     def answered(self, replica: str, group: int, rows: int, seconds: float, *, beaten: bool = False) -> None:
@@ -69,14 +69,16 @@ class ReplicaLoads:
         if usual is None:
             usual = self._usual[group, rows.bit_length()] = _Usual()
         if usual.median_s:
-            slowness = min(SLOWEST, seconds / max(usual.median_s, NOISE_S))
-            self._slowness[replica] = (1 - RECENT) * self._slowness.get(replica, 1.0) + RECENT * slowness
+            recent = self._slowness.get(replica)
+            if recent is None:
+                recent = self._slowness[replica] = deque([1.0] * RECENT, maxlen=RECENT)
+            recent.append(seconds / max(usual.median_s, NOISE_S))
         if not beaten:
             usual.add(seconds)
         self._budget = min(BURST, self._budget + BUDGET)
 
     def patience_s(self, group: int, rows: int) -> float:
-        """After how long to ask a second replica; infinite while nothing is known of the group.
+        """After how long to ask a second replica; while nothing is known of the group, after what is long for any.
 
         What is usual for fewer rows says at most how long these take: as much longer as there are more of them.
         """
@@ -86,7 +88,7 @@ class ReplicaLoads:
         if not p95_s:
             p95_s = self._guess_s(group, size)
             if not p95_s:
-                return float("inf")
+                return OVERDUE_S if self._budget >= 1.0 else float("inf")
         if self._budget < 1.0:
             return max(OVERDUE_S, OVERDUE_AFTER * p95_s)
         return max(SHORTEST_S, HEDGE_AFTER * p95_s)
@@ -101,7 +103,6 @@ class ReplicaLoads:
 
     def hedged(self) -> None:
         """A second replica was asked."""
-        self.hedges += 1
         self._budget = max(0.0, self._budget - 1.0)
 
     def forget(self, known: set[str]) -> None:

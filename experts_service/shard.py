@@ -3,6 +3,9 @@
 Its constructor loads, so an actor that Ray restarts comes back loaded, or not at all. One thread runs its calls in
 turn, `stats` among them: a shard that is stuck does not look alive.
 
+Weights come from the checkpoint, which a node keeps in its page cache once a shard there has read it. From a living
+replica they would take longer: 48 ms for a group of the demo model, where reading takes 20.
+
 Torch is imported in the actor's own process only: the Serve replica that starts it stays small.
 """
 

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from cluster.messages import EngineStats
-from cluster.metrics import PowerOfTwoBuckets, ProcessFigures
+from cluster.metrics import DispatchCounts, ProcessFigures
 from cluster.placement import ExpertGroup
 
 STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -40,7 +40,7 @@ class EngineMetrics(Collector):
         self,
         replica: str,
         groups: Sequence[ExpertGroup],
-        dispatch_latency: Mapping[int, PowerOfTwoBuckets],
+        dispatch_latency: Mapping[int, DispatchCounts],
     ) -> None:
         """`dispatch_latency` by group; counts that go on while this looks at them."""
         self._replica = replica
@@ -82,7 +82,7 @@ def engine_families(stats: EngineStats) -> Iterable[Metric]:
 
 
 def expert_families(
-    groups: Sequence[ExpertGroup], rows: Sequence[int], latency: Mapping[int, PowerOfTwoBuckets]
+    groups: Sequence[ExpertGroup], rows: Sequence[int], latency: Mapping[int, DispatchCounts]
 ) -> Iterable[Metric]:
     """Rows sent to each expert, how unequal they are, and how long answers took to come; nothing for a dense model."""
     if not rows:
@@ -103,9 +103,14 @@ def expert_families(
     dispatch = HistogramMetricFamily(
         "manta_dispatch_seconds", "From sending a layer's rows to a group until its answer is read.", labels=["group"]
     )
-    for index, buckets in latency.items():
-        buckets.add_to(dispatch, [str(index)])
+    hedges = CounterMetricFamily(
+        "manta_dispatch_hedges", "Dispatches asked of a second replica, as the first was slow.", labels=["group"]
+    )
+    for index, counts in latency.items():
+        counts.add_to(dispatch, [str(index)])
+        hedges.add_metric([str(index)], counts.hedges)
     yield dispatch
+    yield hedges
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

@@ -9,7 +9,7 @@ from rich.console import Console
 from cluster.commands.load_tables import BAR_WIDTH, draw_load
 from cluster.commands.model_load import LoadSample, load_between
 from cluster.messages import EngineStats
-from cluster.metrics import PowerOfTwoBuckets
+from cluster.metrics import DispatchCounts
 from cluster.placement import ExpertGroup
 from experts_service.shard import ShardStats
 from experts_service.shard_metrics import shard_families
@@ -20,7 +20,7 @@ GROUPS = (ExpertGroup(0, (0, 2)), ExpertGroup(1, (1, 3)))
 
 def coordinator(rows, tokens):
     stats = EngineStats(3, 4, 100, 25, 10 * tokens, tokens, 0, 0, 7, rows)
-    latency = {group.index: PowerOfTwoBuckets() for group in GROUPS}
+    latency = {group.index: DispatchCounts() for group in GROUPS}
     return [*engine_families(stats), *expert_families(GROUPS, rows, latency)]
 
 
