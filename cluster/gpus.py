@@ -3,9 +3,11 @@
 Bandwidth is that of the memory, speed that of bf16 matrices without sparsity; the data sheets give twice as much where
 they count sparse ones. A type without both is known by its memory alone: `manta plan` does not plan for it.
 
-    A10G           its data sheet; bf16 without sparsity     A100        nvidia-a100-datasheet, SXM
+    A10G           its data sheet; 125 is the A10's speed    A100        nvidia-a100-datasheet, SXM
     L4, L40S       their product briefs                      H100, H200  h100-datasheet, h200-datasheet, SXM
     B200           dgx-b200-datasheet, an eighth of it
+
+A10 and A10G side by side: https://www.baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference/
 """
 
 from __future__ import annotations

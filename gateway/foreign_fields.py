@@ -70,13 +70,28 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
 }
 
+REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "prefix": (False,),  # Mistral's: an answer's beginning, to be continued
+    "audio": (),
+    "function_call": (),
+}
+
 
 def refuse_foreign(document: Mapping[str, Any], known: Container[str]) -> None:
     """Raises InvalidRequest for the first field, not of `known` ones, that asks for what is not served."""
     for name, value in document.items():
-        harmless = REFUSED.get(name)
-        if harmless is None or name in known or value is None:
-            continue
-        if any(value == one and type(value) is type(one) for one in harmless):
-            continue
-        raise InvalidRequest(f"{name}: not supported by this server", param=name)
+        if name not in known:
+            _refuse(name, value, REFUSED, name)
+
+
+def refuse_in_message(unknown: Mapping[str, Any], path: str) -> None:
+    """The same for the fields of one message, whose `path` it names."""
+    for name, value in unknown.items():
+        _refuse(name, value, REFUSED_IN_MESSAGE, f"{path}.{name}")
+
+
+def _refuse(name: str, value: Any, refused: Mapping[str, tuple[Any, ...]], path: str) -> None:
+    harmless = refused.get(name)
+    if harmless is None or value is None or any(value == one and type(value) is type(one) for one in harmless):
+        return
+    raise InvalidRequest(f"{path}: not supported by this server", param=path)

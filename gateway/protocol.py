@@ -73,7 +73,9 @@ class SamplingFields(Body):
 
 
 class Message(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation. Unknown fields are kept, for `gateway.tools_history` to look at."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None  # a string, or a list of ContentPart; checked by `text_of`

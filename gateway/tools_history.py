@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequest
+from gateway.foreign_fields import refuse_in_message
 from gateway.protocol import Message, text_of
 from gateway.tokenizer import ChatMessage
 from gateway.tools import Tool
@@ -87,6 +88,7 @@ def _announce(plain: list[ChatMessage], tools: Sequence[Tool]) -> None:
 
 
 def _read(message: Message, path: str) -> ChatMessage:
+    refuse_in_message(message.model_extra or {}, path)
     role = "system" if message.role == "developer" else message.role
     read: ChatMessage = {"role": role, "content": text_of(message, path)}
     if message.tool_calls and role != "assistant":

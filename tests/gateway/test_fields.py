@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from cluster.config import GatewayConfig
-from gateway.foreign_fields import IGNORED, REFUSED
+from gateway.foreign_fields import IGNORED, REFUSED, REFUSED_IN_MESSAGE
 from gateway.prompts import SAFE_PROMPT
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
@@ -40,6 +40,21 @@ def test_refused_fields_are_named_and_what_asks_for_nothing_passes(url: str, pat
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
             for value in (None, *harmless):
                 assert http.post(path, json=CHAT | {"prompt": "Hi", name: value}).status_code == 200
+
+
+def test_fields_of_messages_are_refused_by_their_path(url: str) -> None:
+    """Mistral's `prefix` was passed over: the answer began anew behind what it should have gone on from."""
+
+    def ask(**fields: object) -> httpx.Response:
+        messages = [*CHAT["messages"], {"role": "assistant", "content": "Well", **fields}, *CHAT["messages"]]
+        return httpx.post(url + PATHS[0], json=CHAT | {"messages": messages})
+
+    for name, harmless in REFUSED_IN_MESSAGE.items():
+        refused = ask(**{name: True})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"messages[1].{name}")
+        for value in (None, *harmless):
+            assert ask(**{name: value}).status_code == 200
+    assert ask(refusal=None, annotations=[], weight=1).status_code == 200, "others change nothing"
 
 
 @pytest.mark.parametrize("path", PATHS)
