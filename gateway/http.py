@@ -67,6 +67,8 @@ def build_app(frontend: Frontend) -> FastAPI:
     app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
     app.add_api_route("/", door.page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/health", door.health, methods=["GET"])
+    for path, endpoint in (("/", door.page), ("/health", door.health)):  # what monitors and load balancers ask
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", door.metrics, methods=["GET"])
     app.add_api_route("/load", door.load, methods=["GET"])
     app.add_api_route("/version", door.version, methods=["GET"])

@@ -112,6 +112,13 @@ def test_models_and_version(client: openai.OpenAI, door: tuple[str, ScriptedCoor
     assert httpx.get(door[0] + "/version").json()["version"]
 
 
+def test_monitors_may_ask_with_head(door: tuple[str, ScriptedCoordinator]) -> None:
+    for path in ("/health", "/"):
+        answer, whole = httpx.head(door[0] + path), httpx.get(door[0] + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+
+
 def test_unknown_routes_and_methods(door: tuple[str, ScriptedCoordinator]) -> None:
     for method, path, status in (("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
         response = httpx.request(method, door[0] + path)
