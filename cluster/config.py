@@ -103,6 +103,9 @@ class ExpertsConfig(_Frozen):
     # None: 1 where the cluster has GPUs, else 0. What is given is reserved, also with `device: cpu`.
     gpus_per_shard: float | None = Field(None, ge=0)
     num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
+    # Where shards of one thread share a machine's few cores with their coordinator: it moves those that it asks at the
+    # same time to different ones.
+    spread_over_cores: bool = True
     label_selector: dict[str, str] = {}  # Ray's labels of the nodes that shards may be on
     expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch
     load_timeout_s: float = Field(1800.0, gt=0)  # for a shard to read its weights

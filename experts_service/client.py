@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.errors import ConfigError, MantaError
 from cluster.metrics import DispatchCounts
 from experts_service.auto import AutoTransport
+from experts_service.core_balance import CoreBalance
 from experts_service.lane import LaneTransport
 from experts_service.lane_dialer import LaneDialer, ask_shard
 from experts_service.lane_secret import read_lane_secret
@@ -71,7 +73,13 @@ class ExpertPool:
         self._table.wait_for(self._deployments.values(), timeout_s)
 
     def transport(
-        self, fingerprint: str, timeout_s: float, *, name: str = "object_store", lane_secret_file: str | None = None
+        self,
+        fingerprint: str,
+        timeout_s: float,
+        *,
+        name: str = "object_store",
+        lane_secret_file: str | None = None,
+        spread_over_cores: bool = False,
     ) -> Transport:
         """The transport `auto`, `lane` or `object_store` to these groups. Raises ConfigError for a lane without secret.
 
@@ -93,7 +101,14 @@ class ExpertPool:
             return object_store
         node_id = ray.get_runtime_context().get_node_id()
         dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, node_id=node_id)
-        lane = LaneTransport(self._deployments, self._table, dialer, timeout_s=timeout_s, latency=self.latency)
+        lane = LaneTransport(
+            self._deployments,
+            self._table,
+            dialer,
+            timeout_s=timeout_s,
+            latency=self.latency,
+            cores=CoreBalance(sorted(os.sched_getaffinity(0))) if spread_over_cores else None,
+        )
         return lane if name == "lane" else AutoTransport(lane, object_store)
 
     def missing(self) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from cluster.metrics import DispatchCounts
+from experts_service.core_balance import CoreBalance, cost
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
 from experts_service.lane_link import Ask, LinkLost
@@ -76,12 +77,16 @@ class LaneTransport:
         *,
         timeout_s: float,
         latency: Mapping[int, DispatchCounts] | None = None,
+        cores: CoreBalance | None = None,
     ) -> None:
+        """`cores`: spreads shards over those of this machine, where they share it."""
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.timeout_s = timeout_s
         self.latency = latency or {group: DispatchCounts() for group in self.deployments}
         self._links = LaneLinks(dialer, table, timeout_s)
+        self._cores = cores
+        self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared; at `_epoch`
         self._routes: dict[int, tuple[Replica, ...]] = {}  # group → replicas to use, at `_epoch`
         self._unreached: frozenset[int] = frozenset()  # groups of whose replicas none is connected, at `_epoch`
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
@@ -102,6 +107,8 @@ class LaneTransport:
             self._look_at_table()
         if self._replicated and any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
             parts = [piece for part in parts for piece in split(part, len(self._routes[part.group]))]
+        if self._cores is not None and all(part.group in self._threads for part in parts):
+            self._cores.spread([(self._threads[part.group], cost(part.counts)) for part in parts])
         for part in parts:
             count = len(part.row_indices)
             data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
@@ -261,9 +268,19 @@ class LaneTransport:
                 unreached.add(group)
         self._unreached = frozenset(unreached)
         self._replicated = any(len(replicas) > 1 for replicas in self._routes.values())
+        self._threads = self._threads_to_spread()
         self.loads.forget(known)
         links.keep_only(known)
         self._epoch = epoch
+
+    def _threads_to_spread(self) -> dict[int, int]:
+        """By group, the thread of its one replica; none where the kernel finds a core for each by itself."""
+        links = [(group, self._links.get(r.replica_id)) for group, replicas in self._routes.items() for r in replicas]
+        threads = {group: link.thread_id for group, link in links if link is not None and link.thread_id}
+        if self._cores is None or (not self._replicated and self._cores.is_needed(len(threads))):
+            return threads
+        self._cores.release()
+        return {}
 
 
 class _LaneFlight:

@@ -30,6 +30,7 @@ class LaneAddress:
     port: int  # 0: no TCP
     node_id: str
     incarnation: str
+    thread_id: int = 0  # of the one thread that computes there; 0: several do, or a GPU
 
 
 def listen_unix(directory: Path | None = None) -> tuple[socket.socket, Path]:

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from experts_service.handshake import TIMEOUT_S, HandshakeRefused, introduce
 from experts_service.lane_address import LaneAddress, connect
@@ -17,7 +18,14 @@ logger = logging.getLogger(__name__)
 ASK_TIMEOUT_S = 2.0  # a shard that is being restarted is asked again later, so that others are not kept waiting
 
 AddressOf = Callable[[Replica, float], LaneAddress]  # replica, timeout in seconds; raises OSError
-Dialer = Callable[[Replica, float], socket.socket]  # the same; raises LinkLost
+Dialer = Callable[[Replica, float], "Dialled"]  # the same; raises LinkLost
+
+
+class Dialled(NamedTuple):
+    """An authenticated connection."""
+
+    channel: socket.socket
+    thread_id: int = 0  # of the one thread that computes at its other end, on this machine; 0: it is not here
 
 
 class LaneDialer:
@@ -29,8 +37,8 @@ class LaneDialer:
         self._fingerprint = fingerprint
         self._node_id = node_id  # of this process; shards there are reached by Unix socket
 
-    def __call__(self, replica: Replica, timeout_s: float) -> socket.socket:
-        """An authenticated connection. Raises LinkLost at the latest after `timeout_s`."""
+    def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
+        """Raises LinkLost at the latest after `timeout_s`."""
         deadline = time.monotonic() + min(timeout_s, ASK_TIMEOUT_S + TIMEOUT_S)
         try:
             address = self._address_of(replica, min(timeout_s, ASK_TIMEOUT_S))
@@ -43,7 +51,7 @@ class LaneDialer:
             channel.close()
             logger.warning("no lane to %s: %s", replica.actor, error)
             raise LinkLost(f"no handshake: {error}") from error
-        return channel
+        return Dialled(channel, address.thread_id if channel.family == socket.AF_UNIX else 0)
 
 
 def ask_shard(replica: Replica, timeout_s: float) -> LaneAddress:

@@ -41,11 +41,13 @@ class Ask:
 class Link:
     """One authenticated, blocking socket. Used by one thread."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, thread_id: int = 0) -> None:
+        """`thread_id`: of the shard's thread, if it is on this machine and alone; else 0."""
         seconds, micros = int(WAIT_S), int(WAIT_S % 1 * 1e6)
         channel.settimeout(None)
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack("@ll", seconds, micros))
         self.channel = channel
+        self.thread_id = thread_id
         self.lost = False
         self.outstanding: dict[int, Ask] = {}  # by request id
         self.forgotten: set[int] = set()  # request ids whose answers nobody waits for, and that have not come

@@ -10,13 +10,12 @@ waits for one only when a group has no connection at all. A dial that succeeds b
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from experts_service.lane_dialer import Dialer
+from experts_service.lane_dialer import Dialer, Dialled
 from experts_service.lane_link import Link, LinkLost
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 
@@ -45,7 +44,7 @@ class LaneLinks:
         self._links: dict[str, Link] = {}
         self._changed = threading.Condition()  # guards what is below
         self._dialling: dict[str, _Dial] = {}
-        self._dialled: dict[str, socket.socket] = {}  # connections that the engine's thread has not taken
+        self._dialled: dict[str, Dialled] = {}  # connections that the engine's thread has not taken
         self._closed = False
 
     def get(self, replica_id: str) -> Link | None:
@@ -92,10 +91,10 @@ class LaneLinks:
     def take(self) -> None:
         """Make links of what was dialled."""
         with self._changed:
-            for replica_id, channel in self._dialled.items():
+            for replica_id, dialled in self._dialled.items():
                 if before := self._links.get(replica_id):
                     before.close()
-                self._links[replica_id] = Link(channel)
+                self._links[replica_id] = Link(*dialled)
             self._dialled.clear()
 
     def keep_only(self, known: set[str]) -> None:
@@ -108,8 +107,8 @@ class LaneLinks:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            for channel in self._dialled.values():
-                channel.close()
+            for dialled in self._dialled.values():
+                dialled.channel.close()
             self._dialled.clear()
         for link in self._links.values():
             link.close()
@@ -119,7 +118,7 @@ class LaneLinks:
         replica_id = dial.replica.replica_id
         while True:
             try:
-                channel = self._dialer(dial.replica, self._timeout_s)
+                dialled = self._dialer(dial.replica, self._timeout_s)
             except LinkLost as lost:
                 with self._changed:
                     dial.failures, dial.reason, dial.hurried = dial.failures + 1, str(lost), False
@@ -135,9 +134,9 @@ class LaneLinks:
             with self._changed:
                 del self._dialling[replica_id]
                 if self._closed:
-                    channel.close()
+                    dialled.channel.close()
                     return
-                self._dialled[replica_id] = channel
+                self._dialled[replica_id] = dialled
                 self._changed.notify_all()
             self._table.renew(dial.deployment, replica_id)
             return

@@ -96,6 +96,7 @@ class LaneServer:
         self._warned_at = float("-inf")
         self._accept_again_at: float | None = None
         self._epoll = select.epoll()
+        self._cores = os.sched_getaffinity(0)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, _READ)
         unix, self.path = listen_unix(directory)
@@ -111,6 +112,11 @@ class LaneServer:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def thread_id(self) -> int:
+        """Of the thread that runs the maths, as the kernel knows it."""
+        return self._thread.native_id or 0
 
     def stats(self) -> LaneStats:
         """Raises ExpertUnavailable when the thread is dead: the shard is up then, and cannot serve."""
@@ -308,6 +314,8 @@ class LaneServer:
             guest.channel.close()
         if connection := self._connections.pop(descriptor, None):
             connection.close()
+            with suppress(OSError):
+                os.sched_setaffinity(self.thread_id, self._cores)  # that coordinator may have chosen one for us
 
     def _warn(self, message: str) -> None:
         now = time.monotonic()

@@ -102,7 +102,8 @@ class ExpertShard:
         if self._lanes is None:
             raise ExpertUnavailable(f"the shard of expert group {self._spec.group} has no lanes")
         node_id = ray.get_runtime_context().get_node_id()
-        return LaneAddress(str(self._lanes.path), self._host, self._lanes.port, node_id, self._incarnation)
+        thread_id = self._lanes.thread_id if self._computes_on_one_thread() else 0
+        return LaneAddress(str(self._lanes.path), self._host, self._lanes.port, node_id, self._incarnation, thread_id)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse rows on lanes from now on; whether those in flight were answered before the timeout."""
@@ -182,6 +183,11 @@ class ExpertShard:
         )
         server.start()
         return server
+
+    def _computes_on_one_thread(self) -> bool:
+        import torch
+
+        return self._spec.device == "cpu" and torch.get_num_threads() == 1
 
     def stats(self) -> ShardStats:
         """Also the sign of life that its ExpertService asks for. Raises ExpertUnavailable when its lanes are dead."""

@@ -67,6 +67,8 @@ class AttentionPlan:
 
     def attend(self, layer: int, queries: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
+        if self._decodes is not None and not self._prefills:
+            return _attend_decodes(self._decodes, layer, queries, kv_cache)
         output = torch.empty_like(queries)
         for prefill in self._prefills:
             rows = slice(prefill.first, prefill.first + prefill.length)
@@ -81,16 +83,21 @@ class AttentionPlan:
             )
             output[rows] = attended[0].transpose(0, 1)
         if self._decodes is not None:
-            rows_ = self._decodes.rows
-            keys, values = kv_cache.read(layer, self._decodes.slots)  # [B, S, G, H]
-            batch, _, groups, head_dim = keys.shape
-            # The N / G query heads that share a key head stand where query positions would: no key is repeated.
-            grouped = queries[rows_].view(batch, groups, -1, head_dim)  # [B, G, N / G, H]
-            attended = F.scaled_dot_product_attention(
-                grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self._decodes.mask
-            )
-            output[rows_] = attended.reshape(batch, -1, head_dim)
+            of_decodes = self._decodes.rows
+            output[of_decodes] = _attend_decodes(self._decodes, layer, queries[of_decodes], kv_cache)
         return output
+
+
+def _attend_decodes(decodes: _Decodes, layer: int, queries: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+    """Attention of the last tokens `queries` [B, N, H] over their contexts. Returns [B, N, H]."""
+    keys, values = kv_cache.read(layer, decodes.slots)  # [B, S, G, H]
+    batch, _, groups, head_dim = keys.shape
+    # The N / G query heads that share a key head stand where query positions would: no key is repeated.
+    grouped = queries.reshape(batch, groups, -1, head_dim)  # [B, G, N / G, H]
+    attended = F.scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decodes.mask
+    )
+    return attended.reshape(batch, -1, head_dim)
 
 
 def _plan_decodes(rows: list[int], slots: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> _Decodes:

@@ -100,6 +100,7 @@ class Coordinator:
                 experts.expert_timeout_s,
                 name=experts.transport,
                 lane_secret_file=experts.lane_secret_file,
+                spread_over_cores=experts.spread_over_cores,
             )
         dispatcher = Dispatcher(groups, transport)
         self._engine = build_engine(

@@ -21,6 +21,7 @@ from router_service.attention import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.gate import Gate
 from router_service.kv_cache import KVCache
+from router_service.step_threads import StepThreads
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,13 @@ class Decoder:
         self.head = Linear(head)  # D → V
         self.layers = [_layer(weights, index, architecture) for index in range(architecture.num_layers)]
         half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
+        # Of the attention of one layer and one token.
+        self._multiplications = (
+            architecture.head_dim
+            * architecture.hidden_size
+            * (2 * architecture.num_heads + 2 * architecture.num_kv_heads)
+        )
+        self._threads = StepThreads()
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
     @property
@@ -67,24 +75,18 @@ class Decoder:
         routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
     ) -> Generator[None, None, torch.Tensor]:
         """Run all layers; yields once a layer after its rows were sent to experts. Returns hidden states [R, D]."""
-        architecture = self.architecture
-        query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
-        cos, sin = self._rotary(positions)
+        work = len(token_ids) * self._multiplications
+        rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._rms_norm(x, layer.input_norm))
-            qkv = qkv.view(len(x), query_heads + 2 * kv_heads, architecture.head_dim)
-            rotated = _rotate(qkv[:, : query_heads + kv_heads], cos, sin)
-            queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
-            kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
-            attended = attention.attend(index, queries, kv_cache)
-            x = x + layer.o(attended.view(len(x), -1))
-
-            rows = self._rms_norm(x, layer.post_attention_norm)
+            with self._threads.for_work(work):
+                x = self._attend(index, layer, x, rotary, attention, kv_cache)
+                rows = self._rms_norm(x, layer.post_attention_norm)
+                if isinstance(layer.feed_forward, Gate):
+                    weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
             if isinstance(layer.feed_forward, SwiGLU):
                 x = x + layer.feed_forward(rows)
                 continue
-            weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
             if routed is not None:
                 routed.append(experts)
             dispatch = self.dispatcher.dispatch(index, rows, experts)
@@ -96,10 +98,29 @@ class Decoder:
         """Logits [R, V] in fp32 of what `forward` returned [R, D]."""
         return self.head(hidden).float()
 
+    def _attend(
+        self,
+        index: int,
+        layer: _Layer,
+        x: torch.Tensor,  # [T, D]
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+    ) -> torch.Tensor:
+        """Self-attention of one layer, added to `x` [T, D]."""
+        query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
+        qkv = layer.qkv(self._rms_norm(x, layer.input_norm))
+        qkv = qkv.view(len(x), query_heads + 2 * kv_heads, self.architecture.head_dim)
+        rotated = _rotate(qkv[:, : query_heads + kv_heads], *rotary)
+        queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
+        kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
+        attended = attention.attend(index, queries, kv_cache)
+        return x + layer.o(attended.view(len(x), -1))
+
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.architecture.rms_norm_eps)
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.architecture.rms_norm_eps)
         return weight * wide.to(x.dtype)
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

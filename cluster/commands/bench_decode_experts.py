@@ -76,6 +76,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
             settings.expert_timeout_s,
             name=settings.transport,
             lane_secret_file=settings.lane_secret_file,
+            spread_over_cores=settings.spread_over_cores,
         )
     finally:
         if pool is not None:

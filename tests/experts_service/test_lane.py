@@ -289,9 +289,9 @@ def test_slow_and_stalled_peers_delay_nobody() -> None:
         transport = running.transport()
         replica = running.table.replicas(transport.deployments[0])[0]
         form = RowsFormat(2)
-        stalled = transport._links._dialer(replica, 5.0)  # sends half a frame, then nothing
+        stalled = transport._links._dialer(replica, 5.0).channel  # sends half a frame, then nothing
         stalled.sendall(form.pack(torch.float32, 1, 0, 0, 1, 50, HIDDEN, 1000, (50, 0)) + b"half")
-        deaf = transport._links._dialer(replica, 5.0)  # asks for much and reads nothing
+        deaf = transport._links._dialer(replica, 5.0).channel  # asks for much and reads nothing
         deaf.settimeout(0.2)
         big = form.pack(torch.float32, 1, 0, 0, 1, 50_000, HIDDEN, 60_000, (50_000, 0)) + bytes(50_000 * HIDDEN * 4)
         with pytest.raises(TimeoutError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.errors import ExpertUnavailable
 from experts_service import lane_links
 from experts_service.lane import LaneTransport
-from experts_service.lane_dialer import Dialer
+from experts_service.lane_dialer import Dialer, Dialled
 from experts_service.lane_link import LinkLost
 from experts_service.routing_table import Deployment, Replica
 from router_service.dispatcher import Dispatcher
@@ -30,7 +30,7 @@ class Network:
         self.dials: list[str] = []
         self._dialer = dialer
 
-    def __call__(self, replica: Replica, timeout_s: float) -> socket.socket:
+    def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
         self.dials.append(replica.replica_id)
         deadline = time.monotonic() + timeout_s
         while replica.replica_id in self.cut:
