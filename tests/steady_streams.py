@@ -17,7 +17,8 @@ import httpx
 
 async def choices_of_stream(client: httpx.AsyncClient, body: dict[str, object]) -> AsyncIterator[list[dict[str, Any]]]:
     """The `choices` of each event of a streamed completion. An error, as status or as event, fails the test."""
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    async with client.stream("POST", path, json=body) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):

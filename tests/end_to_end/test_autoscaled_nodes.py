@@ -30,6 +30,7 @@ def test_a_pending_replica_adds_a_node_and_lands_there(tmp_path: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_TMPDIR": directory,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-m"]
     command += ["tests.end_to_end.autoscaled_experts", str(tmp_path / "tiny")]

@@ -83,7 +83,7 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
     with clients.running() as seen:
         wait_for(lambda: number() == (2, 2), RECOVERY_S, "a second coordinator and a second gateway")
         at_two = seen.num_complete
-        wait_for(lambda: seen.num_complete >= at_two + 24, RECOVERY_S, "answers of both")
+        wait_for(lambda: seen.num_complete >= at_two + 12, RECOVERY_S, "answers of both")
     assert (seen.failures, seen.num_wrong) == ([], 0)
     few = steady(elastic, 1)
     few.learn()

@@ -70,7 +70,7 @@ def test_lost_packets(cluster: RayHosts, streams: SteadyStreams) -> None:
 
     def lose() -> None:
         lossy.lose(0.05)
-        time.sleep(10)
+        time.sleep(5)
         lossy.lose(0)
 
     try:
@@ -91,7 +91,7 @@ def test_a_store_of_rays_that_is_killed_and_comes_back(
         gcs.kill()
         time.sleep(absent_s)
         cluster.head.start_quietly(command, environment)
-        time.sleep(5)
+        time.sleep(2)
 
     check(seen_during(cluster, streams, kill))
     assert cluster.gcs().pid != gcs.pid

@@ -38,6 +38,7 @@ def test_every_process_is_in_the_page(server, engine_stats):
     assert value(text, "manta_expert_rows_total", model=MODEL) == sum(stats.rows_per_expert)
     assert value(text, "manta_step_seconds_count", model=MODEL) > 0
     assert value(text, "manta_dispatch_seconds_count", model=MODEL, group="0") > 0
+    assert value(text, "manta_dispatch_hedges_total", model=MODEL, group="0") == 0, "there is one replica"
     assert value(text, "vllm:request_success_total", model=MODEL) > 0
     replicas = {dict(labels)["deployment"]: dict(labels)["replica"] for _, labels in samples(text)}
     assert {"gateway", "coordinator", "expert-0", "expert-1"} <= set(replicas)
