@@ -32,6 +32,7 @@ from gateway.logs import RequestRecord, current_record
 from gateway.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.metrics_page import MetricsPage
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from gateway.recent_refusals import RecentRefusals
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
 
@@ -76,6 +77,7 @@ class Frontend:
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self._traces = traces or Traces("manta-gateway", None)
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
+        self._refusals = RecentRefusals()
         self._versions: dict[str, list[ModelCard]] = {}  # by name and alias, in the order of the configuration
         self._served: dict[str, ServedModel] = {}  # by application
         for card in cards:
@@ -210,6 +212,8 @@ class Frontend:
             yield timer
         except BaseException as error:
             failure = error
+            if isinstance(error, Overloaded):
+                self._refusals.note(model, caller.id, error)
             raise
         finally:
             self._ongoing -= Counter((caller.id,))
@@ -243,6 +247,7 @@ class Frontend:
             does, wanted = ("makes embeddings", "chat") if kind == "chat" else ("chats", "embeddings")
             raise InvalidRequest(f"model: {name!r} {does} only; served for {wanted}: {others}", param="model")
         self._refuse_when_full()
+        self._refusals.check(model.card.name, current_caller().id)
         return self.served(await self.health.require(self._versions_of(model.card.name)))
 
     def _refuse_when_full(self) -> None:

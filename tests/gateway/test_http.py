@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 
 import httpx
@@ -157,16 +158,15 @@ def test_client_gone_aborts_within_250_ms(card: ModelCard, tokenizer: HuggingFac
 
 def test_errors_before_the_first_token_are_plain_answers(card: ModelCard) -> None:
     cases = ((Overloaded("full", retry_after_s=3), 429, "3"), (Unavailable("gone"), 503, "1"), (KeyError("x"), 500, ""))
-    for error, status, retry_after in cases:
+    for (error, status, retry_after), stream in product(cases, (False, True)):
         with http_server(build_frontend(card, ScriptedCoordinator(failing_script([], error)))) as url:
-            for stream in (False, True):
-                response = httpx.post(
-                    url + "/v1/chat/completions", json={"model": "tiny", "messages": USER, "stream": stream}
-                )
-                assert response.status_code == status
-                assert response.headers.get("retry-after", "") == retry_after
-                assert response.headers["x-manta-request-id"].startswith("chatcmpl-")
-                assert "Traceback" not in response.text
+            response = httpx.post(
+                url + "/v1/chat/completions", json={"model": "tiny", "messages": USER, "stream": stream}
+            )
+            assert response.status_code == status
+            assert response.headers.get("retry-after", "") == retry_after
+            assert response.headers["x-manta-request-id"].startswith("chatcmpl-")
+            assert "Traceback" not in response.text
 
 
 def test_an_error_mid_stream_is_an_event_and_the_end(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

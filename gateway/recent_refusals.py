@@ -1,0 +1,34 @@
+"""Whom a coordinator has just refused: for a moment they are refused here. Knows names and times; knows no request.
+
+A refusal of the coordinator costs it a call, whose time its steps lack, and the gateway a prompt that is tokenized for
+nothing. The moment is too short for a full queue to run empty.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from cluster.errors import Overloaded
+
+HOLD_S = 0.1
+
+
+class RecentRefusals:
+    """By model and caller: where one is refused, another may still have a place."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._refused: dict[tuple[str, str], tuple[float, Overloaded]] = {}  # when, and with what
+
+    def note(self, model: str, caller: str, error: Overloaded) -> None:
+        """The model's coordinator has refused this caller."""
+        now = self._clock()
+        self._refused = {who: at for who, at in self._refused.items() if now - at[0] < HOLD_S}
+        self._refused[model, caller] = (now, error)
+
+    def check(self, model: str, caller: str) -> None:
+        """Raises Overloaded, as the coordinator did."""
+        at, error = self._refused.get((model, caller), (float("-inf"), None))
+        if error is not None and self._clock() - at < HOLD_S:
+            raise Overloaded(str(error), retry_after_s=error.retry_after_s)
