@@ -5,7 +5,8 @@
         cluster.details()             # what Serve says of applications, deployments and replicas
 
 The nodes are children of a process of their own (this file as a program), so that the test's process is no part of the
-cluster. HAProxy is in front, as in pods; each node's has ports of its own beside the two doors.
+cluster. HAProxy is in front on every node, as in pods. The nodes share an address, so each has ports of its own; the
+doors of the head's are those of the document.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tests.waiting import wait_for
 
 START_TIMEOUT_S = 300
 OBJECT_STORE_BYTES = 80 * 2**20
+WORKERS_HTTP_PORT, WORKERS_GRPC_PORT = "RAY_SERVE_WORKER_PROXY_HTTP_PORT", "RAY_SERVE_WORKER_PROXY_GRPC_PORT"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Pods:
     token: str
     directory: Path
     node_ids: tuple[str, ...]  # in the order of the pods
+    http_ports: tuple[int, ...]  # of the HAProxy of each; the head's is that of the document
 
     def deploy(self, document: Mapping[str, Any]) -> None:
         """`serve deploy` of this document, which must be taken."""
@@ -116,7 +119,7 @@ def _pods(directory: Path, specs: Sequence[Pod]) -> Iterator[Pods]:
             line = process.stdout.readline()
             assert line, (directory / "pods.log").read_text()[-4000:]
             said = json.loads(line)
-            yield Pods(said["dashboard"], said["token"], directory, tuple(said["node_ids"]))
+            yield Pods(said["dashboard"], said["token"], directory, tuple(said["node_ids"]), tuple(said["http_ports"]))
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
             process.stdin.close()
@@ -134,7 +137,7 @@ def _environment(directory: Path) -> dict[str, str]:
         **BASE,
         **haproxy(str(Path(sys.executable).with_name("manta-haproxy"))),
         "RAY_TMPDIR": str(directory),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",  # in pods 30; HAProxy took 7 s on a machine at load 24
     }
 
 
@@ -159,20 +162,25 @@ def _main(specs: list[dict[str, Any]]) -> None:
 
     ensure_token_if_auth_enabled(create_token_if_missing=True)
     cluster = Cluster(shutdown_at_exit=False)
-    node_ids = []
+    node_ids, http_ports = [], []
     for index, spec in enumerate(specs):
+        ports = {name: free_port() for name in (*PORTS, WORKERS_HTTP_PORT, WORKERS_GRPC_PORT)}
         head = {"include_dashboard": True, "dashboard_port": free_port()} if index == 0 else {}
         node = cluster.add_node(
             num_cpus=spec["cpus"],
             num_gpus=spec["gpus"],
             labels={ROLE: spec["role"]},
             object_store_memory=OBJECT_STORE_BYTES,
-            env_vars={name: str(free_port()) for name in PORTS},
+            env_vars={name: str(port) for name, port in ports.items()},
             **head,
         )
         node_ids.append(node.node_id)
+        http_ports.append(ports[WORKERS_HTTP_PORT])
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().read_text().strip()
-    print(json.dumps({"dashboard": f"http://{cluster.webui_url}", "token": token, "node_ids": node_ids}), flush=True)
+    said = {
+        "dashboard": f"http://{cluster.webui_url}", "token": token, "node_ids": node_ids, "http_ports": http_ports,
+    }  # fmt: skip
+    print(json.dumps(said), flush=True)
     sys.stdin.read()
     cluster.shutdown()
 

@@ -17,7 +17,9 @@ from cluster.serve_config import serve_config
 
 Document = dict[str, Any]
 
-STREAM_MARGIN_S = 30  # what a stream may take beyond its deadline until its last byte is out
+# What a stream may take beyond its deadline: for 90 s a connection that is kept alive may still begin one, through the
+# HAProxy that is on its way out, and then the last byte has to go out.
+STREAM_MARGIN_S = 90 + 30
 LOAD_MARGIN_S = 900  # beyond the load deadline: the machine is added, the image pulled, Ray started
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.root
 
 USER = 10001  # that of the image
 REPOSITORY = Path(__file__).parents[2]
+OVERLAY = REPOSITORY / "k8s" / "overlays" / "cpu-demo" / "manta.yaml"
 START_TIMEOUT_S = 600
 
 # In a mount namespace of its own: all mounts read-only, /tmp and /dev/shm fresh, then away with every privilege. What
@@ -107,7 +108,7 @@ def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
     manta = Path(sys.executable).with_name("manta")
     with log.open("w") as out:
         process = host.start(
-            ["unshare", "--mount", "sh", "-c", CONFINE, "confine", manta, "serve"],
+            ["unshare", "--mount", "sh", "-c", CONFINE, "confine", manta, "serve", "--config", OVERLAY],
             stdout=out, stderr=subprocess.STDOUT,
             env={
                 **os.environ, "REPOSITORY": str(REPOSITORY), "USER_ID": str(USER),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.config import load_config
+from cluster.kubernetes.check.quantities import parse_quantity
 from cluster.kubernetes.sizes import SHARED_MEMORY_MIB, pod_groups
-from tests.k8s.overlays import OVERLAYS, REPOSITORY
+from tests.k8s.overlays import OVERLAYS, REPOSITORY, needs_kubectl, the
 
 README = (REPOSITORY / "k8s" / "README.md").read_text()
 ROWS = [
@@ -70,3 +74,36 @@ def test_every_overlay_is_there() -> None:
 
 def test_shared_memory() -> None:
     assert f"{SHARED_MEMORY_MIB} MiB of `/dev/shm`" in README
+
+
+@needs_kubectl
+def test_the_demo_fits_the_laptop() -> None:
+    """Pods ask for what they may use. kind's own pods and the operator ask for a core and a GB together."""
+    assert "eight cores and 16 GB of memory" in README
+    cluster = the(REPOSITORY / "k8s" / "overlays" / "cpu-demo", "RayService")["spec"]["rayClusterConfig"]
+    groups = [(cluster["headGroupSpec"], 1)] + [(one, one["minReplicas"]) for one in cluster["workerGroupSpecs"]]
+    pods = [(group["template"]["spec"]["containers"][0]["resources"], number) for group, number in groups]
+    pods.append((cluster["autoscalerOptions"]["resources"], 1))
+    for resource, most, others in (("cpu", 8, 1.1), ("memory", 16e9, 1e9)):
+        asked = [float(parse_quantity(sizes["requests"][resource]) or 0) * number for sizes, number in pods]
+        assert 0.7 * most < sum(asked) + others < 0.98 * most, f"of {resource} {sum(asked)}"
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["mixtral-8x7b-8gpu", "gcs-fault-tolerance"])
+def test_one_command_names_the_image(overlay: str, tmp_path: Path) -> None:
+    """As it stands there, on a copy; what is then left to say is the image of Redis."""
+    [command] = re.findall(r"^ *(sed -i.*)$", README, re.MULTILINE)
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
+    digest = f"sha256:{'0' * 64}"
+    subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env={"IMAGE": "ghcr.io/acme/manta", "DIGEST": digest}, check=True
+    )
+    result = CliRunner().invoke(app, ["k8s", "check", str(tmp_path / "k8s" / "overlays" / overlay)])
+    problems = [line for line in result.output.splitlines() if "image" in line]
+    assert all("registry.example/redis" in problem for problem in problems), problems
+    assert len(problems) == (overlay == "gcs-fault-tolerance")
+    assert result.exit_code == len(problems)
+    service = the(tmp_path / "k8s" / "overlays" / overlay, "RayService")
+    containers = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert containers[0]["image"] == f"ghcr.io/acme/manta@{digest}"
