@@ -13,6 +13,9 @@ from typing import Literal
 FinishReason = Literal["stop", "length"]
 Kind = Literal["chat", "embedding"]
 Pooling = Literal["mean", "last"]
+Key = tuple[str, int]  # (request id, choice index)
+
+HEARTBEAT_S = 1.0  # the longest pause between two items of a TokenStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Request:
     traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """Identifies the sequence inside an engine."""
         return (self.request_id, self.choice_index)
 
@@ -122,6 +125,24 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first chunk if asked for; [0] is None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     routed_experts: bytes | None = field(default=None, repr=False)  # uint8 [tokens, layers, top_k] when asked for
+
+    @property
+    def key(self) -> Key:
+        """Of the request that it answers."""
+        return (self.request_id, self.choice_index)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """Names the one stream in which a coordinator sends all tokens that a gateway's requests get there.
+
+    An item of it is a tuple of TokenChunks, at most one per choice: a step's, or those of several where the gateway is
+    behind. Where there is nothing to send there is an empty one every HEARTBEAT_S, so that silence says something. The
+    log-probabilities of a long prompt come in parts, in chunks without tokens before the first that has some.
+    """
+
+    gateway: str  # the inbox that requests are sent with
+    coordinator: str  # Serve's id of the replica
 
 
 @dataclass(frozen=True, slots=True)

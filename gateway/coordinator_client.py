@@ -10,9 +10,13 @@ import grpc
 
 from cluster.errors import CoordinatorLost, MantaError, Overloaded, Unavailable
 from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk
+from gateway.coordinator_table import TABLE
+from gateway.token_inbox import Mail, TokenInbox
+from gateway.token_streams import TokenStreams
 
 COORDINATOR = "coordinator"  # the deployment's name inside a model's application
 STATS_TIMEOUT_S = 5.0
+LAST_TOKENS_S = 5.0  # that tokens may come after the call has returned which sent them
 LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # where replicas talk gRPC to each other
 
 
@@ -30,27 +34,30 @@ class CoordinatorClient(Protocol):
 
 
 class ServeCoordinatorClient:
-    """The real one, over a Serve DeploymentHandle; Serve picks the replica."""
+    """The real one, over a Serve DeploymentHandle; Serve picks the replica.
+
+    A call of `generate` lasts as long as its sequence and returns nothing: tokens come in the coordinator's one stream.
+    """
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
+        self._inbox = TokenInbox(TABLE)
         self._handle: Any = None
-        self._streaming: Any = None
+        self._generate: Any = None
+        self._streams: TokenStreams | None = None
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         self._connect()
-        response = None
-        try:
-            response = self._streaming.remote(request)
-            async for chunk in response:
-                yield chunk
-            response = None  # complete: nothing to cancel
-        except Exception as error:
-            response = None  # failed: cancelling would only raise the same again
-            raise manta_error(error) from error
-        finally:
-            if response is not None:
-                response.cancel()
+        with self._inbox.expect(request) as mail:
+            response = self._generate.remote(request, self._inbox.id)
+            call = asyncio.ensure_future(_ended(response))
+            call.add_done_callback(lambda call: _tell(mail, call))
+            try:
+                async for chunk in mail:
+                    yield chunk
+            finally:
+                if not (mail.is_complete or call.done()):
+                    response.cancel()
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()
@@ -73,6 +80,11 @@ class ServeCoordinatorClient:
             raise manta_error(error) from error
         return stats
 
+    async def close(self) -> None:
+        """End the streams of tokens, before the event loop does."""
+        if self._streams is not None:
+            await self._streams.close()
+
     def _connect(self) -> None:
         """Only inside a replica, and only once its application exists."""
         if self._handle is None:
@@ -81,8 +93,26 @@ class ServeCoordinatorClient:
             handle = serve.get_deployment_handle(COORDINATOR, app_name=self._card.application)
             # Plain pickle: Serve's own choice costs more than all else of a chunk, and only matters for local classes.
             plain = {"request_serialization": "pickle", "response_serialization": "pickle"}
-            self._streaming = handle.options(stream=True, method_name="generate", **plain)
+            self._generate = handle.options(method_name="generate", **plain)
+            streaming = handle.options(stream=True, method_name="token_stream", **plain)
+            self._streams = TokenStreams(self._card.application, self._inbox, TABLE, streaming.remote)
+            self._streams.start()
             self._handle = handle
+
+
+async def _ended(response: Any) -> None:
+    await response
+
+
+def _tell(mail: Mail, call: asyncio.Future[None]) -> None:
+    """The call of a request has ended: with an error, or a little before or after its last tokens have come."""
+    if call.cancelled():
+        mail.fail(CoordinatorLost("the call of the model's coordinator was cancelled"))
+    elif (error := call.exception()) is not None:
+        mail.fail(manta_error(error))
+    elif not mail.is_complete:
+        late = CoordinatorLost("the model's coordinator has answered, but its last tokens did not come")
+        asyncio.get_running_loop().call_later(LAST_TOKENS_S, mail.fail, late)
 
 
 def manta_error(error: BaseException) -> BaseException:

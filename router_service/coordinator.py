@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,8 @@ from ray.serve.schema import LoggingConfig
 from cluster.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
-from cluster.errors import CheckpointError
-from cluster.messages import Embedding, EngineStats, Request, TokenChunk
+from cluster.errors import CheckpointError, CoordinatorLost
+from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
 from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
 from cluster.progress import LoadingProgress
@@ -29,14 +30,14 @@ from experts_service.local import LocalTransport
 from experts_service.transport import Transport
 from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
-from router_service.engine import Event, Key
+from router_service.engine import Event
 from router_service.engine_metrics import EngineMetrics
 from router_service.engine_traces import EngineTraces
 from router_service.grammar_compiler import GrammarCompiler
 from router_service.grammar_vocabulary import GrammarVocabulary
 from router_service.pending_embedding import PendingEmbedding
 from router_service.scheduler import Batch
-from router_service.token_stream import TokenStream
+from router_service.token_outbox import OutgoingTokens, TokenOutboxes
 
 DEPLOYMENT = "coordinator"
 EMBEDDINGS_AT_ONCE = 32  # of one call are queued, so that others get their turn
@@ -62,8 +63,9 @@ class Coordinator:
         resolved: the shards were told the same.
         """
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[Key, TokenStream | PendingEmbedding] = {}
-        replica = serve.get_replica_context().replica_id.unique_id
+        self._waiting: dict[Key, OutgoingTokens | PendingEmbedding] = {}
+        self._outboxes = TokenOutboxes()
+        self._replica = replica = serve.get_replica_context().replica_id.unique_id
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
@@ -120,37 +122,49 @@ class Coordinator:
         )
         self._engine.start()
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
-        """Stream the tokens of one choice. Closing the stream aborts the sequence. Raises MantaError."""
-        stream = TokenStream()
-        self._streams[request.key] = stream
-        span, num_tokens, failure = self._traces.begin(request), 0, None
-        try:
-            self._engine.submit(request, await self._grammars.state(request))
-            async for chunk in stream:
-                num_tokens += len(chunk.token_ids)
-                yield chunk
-        except Exception as error:
-            failure = error
-            raise
-        finally:
-            del self._streams[request.key]
-            self._engine.abort(request.key)
-            self._traces.end(request, span, num_tokens, failure)
+    async def generate(self, request: Request, gateway: str) -> None:
+        """Return once the tokens of one choice are on their way in that gateway's stream. Raises MantaError.
+
+        Cancelling aborts the sequence.
+        """
+        span, failure = self._traces.begin(request), None
+        with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
+            self._waiting[request.key] = outgoing
+            try:
+                self._engine.submit(request, await self._grammars.state(request))
+                await outgoing.sent()
+            except Exception as error:
+                failure = error
+                raise
+            finally:
+                del self._waiting[request.key]
+                self._engine.abort(request.key)
+                self._traces.end(request, span, outgoing.num_tokens, failure)
+
+    async def token_stream(self, stream: TokenStream) -> AsyncIterator[tuple[TokenChunk, ...]]:
+        """The tokens of all requests that a gateway has here, step by step, until it closes the stream.
+
+        Raises CoordinatorLost when another replica was meant.
+        """
+        if stream.coordinator != self._replica:
+            raise CoordinatorLost("Serve has sent this to another coordinator")
+        async with aclosing(self._outboxes.of(stream.gateway).items()) as items:
+            async for item in items:
+                yield item
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         """The embedding of each prompt, in order. Cancelling aborts all. Raises MantaError for the first that fails."""
         embeddings: list[Embedding] = []
         for start in range(0, len(requests), EMBEDDINGS_AT_ONCE):
             part = {request.key: PendingEmbedding() for request in requests[start : start + EMBEDDINGS_AT_ONCE]}
-            self._streams |= part
+            self._waiting |= part
             try:
                 for request in requests[start : start + EMBEDDINGS_AT_ONCE]:
                     self._engine.submit(request)
                 embeddings += await asyncio.gather(*(pending.get() for pending in part.values()))
             finally:
                 for key in part:
-                    del self._streams[key]
+                    del self._waiting[key]
                     self._engine.abort(key)
         return tuple(embeddings)
 
@@ -192,9 +206,9 @@ class Coordinator:
 
     def _hand_out(self, events: list[Event]) -> None:
         for key, item in events:
-            stream = self._streams.get(key)
-            if stream is not None:  # else its consumer has just left
-                stream.put(item)  # type: ignore[arg-type]  # chunks are for streams only, embeddings for the others
+            waiting = self._waiting.get(key)
+            if waiting is not None:  # else who waited has just left
+                waiting.put(item)  # type: ignore[arg-type]  # chunks are for requests only, embeddings for the others
 
 
 def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:

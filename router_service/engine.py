@@ -23,7 +23,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.fairness import is_refused
-from cluster.messages import Embedding, EngineStats, Request, TokenChunk, TokenLogprobs
+from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.pooling import embedding
@@ -33,7 +33,6 @@ from router_service.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[str, int]  # (request id, choice index)
 Event = tuple[Key, TokenChunk | Embedding | MantaError]  # an error is the last event of its key
 _Command = Callable[[], None]
 

@@ -9,7 +9,7 @@ from cluster.messages import Embedding
 
 
 class PendingEmbedding:
-    """Awaitable once. `put` is called on the consumer's loop, as a TokenStream's is."""
+    """Awaitable once. `put` is called on the consumer's loop, as that of OutgoingTokens."""
 
     def __init__(self) -> None:
         self._answer: asyncio.Future[Embedding] = asyncio.get_running_loop().create_future()

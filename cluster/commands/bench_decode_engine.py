@@ -19,12 +19,12 @@ from cluster.checkpoint import Checkpoint
 from cluster.commands.bench_decode_figures import Run
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
-from cluster.messages import Request, SamplingParams, TokenChunk
+from cluster.messages import Key, Request, SamplingParams, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.transport import Transport
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatch, Dispatcher
-from router_service.engine import Event, Key
+from router_service.engine import Event
 
 ALIVE_INTERVAL_S = 1.0
 

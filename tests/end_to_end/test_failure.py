@@ -159,6 +159,20 @@ def test_a_stopped_shard_delays_no_stream(replicated, undisturbed):
     assert max(stream.longest_gap_s for stream in seen) < 10, "promised within a second"
 
 
+def test_a_coordinator_that_falls_silent_costs_no_stream_a_token(replicated, undisturbed):
+    """As one does that was cut off: its connections stay open, and Serve takes half a minute to replace it."""
+    [stopped, *others] = processes(replicated, ":coordinator")
+    assert others
+    try:
+        seen = asyncio.run(streams(replicated, stopped.suspend))
+    finally:
+        stopped.resume()
+    check_equal(seen, undisturbed)
+    gap_s = max(stream.longest_gap_s for stream in seen)
+    assert 2 < gap_s < 25, "promised within 8 s; half of the streams or so were there"
+    wait_for(lambda: num_running(replicated) == 0, RECOVERY_S, "the silent one to give up what was taken from it")
+
+
 def test_a_killed_gateway_ends_its_own_connections_and_no_others(replicated, undisturbed):
     """They end without a last token, so that nobody takes them for complete, and their sequences are given up."""
     gateways = processes(replicated, GATEWAY)

@@ -5,11 +5,13 @@ The shards are real ones that sleep for every row, so that a second replica is f
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ import pytest
 from cluster.app import describe_cluster, model_application, plan_model
 from cluster.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, ModelConfig
+from gateway.coordinator_client import ServeCoordinatorClient
 from tests.checkpoints import TINY, bias_gates, write_checkpoint
+from tests.gateway.doubles import model_card
 from tests.router_service.requests import make_request
 from tests.waiting import wait_for
 
@@ -97,8 +101,15 @@ class Skewed:
     def token_ids(self) -> list[int]:
         """Greedy tokens after a prompt of both halves."""
         request = make_request(range(0, TINY["vocab_size"], 9), max_tokens=NUM_TOKENS, ignore_eos=True)
-        stream = self.handle.options(stream=True).generate.remote(request)
-        return [token for chunk in stream for token in chunk.token_ids]
+
+        async def ask() -> list[int]:
+            client = ServeCoordinatorClient(model_card(Path(), application=self.application))
+            try:
+                return [token async for chunk in client.generate(request) for token in chunk.token_ids]
+            finally:
+                await client.close()
+
+        return asyncio.run(ask())
 
 
 @dataclass

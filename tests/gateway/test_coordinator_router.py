@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from ray import cloudpickle, serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.messages import ModelCard, Request, SamplingParams
+from cluster.messages import ModelCard, Request, SamplingParams, TokenChunk
 from gateway.coordinator_client import COORDINATOR, ServeCoordinatorClient
 from gateway.coordinator_router import MOST_BEHIND, PREFIX_TOKENS, CoordinatorRouter
+from gateway.coordinator_table import TABLE, CoordinatorTable
+from router_service.token_outbox import TokenOutboxes
 from tests.gateway.doubles import model_card
 
 APPLICATION = "router-test"
@@ -25,14 +29,25 @@ def application(ray_cluster: str) -> Iterator[str]:
     """Replicas without a model, which answer with their own names for as long as a request wants them to."""
 
     class Replica:  # local, so that it travels by value: the cluster's processes know nothing of tests
-        async def generate(self, request: Any) -> AsyncIterator[str]:
-            name = serve.get_replica_context().replica_id.unique_id
-            for _ in range(request.sampling.max_tokens):
-                yield name
-                await asyncio.sleep(0.1)
+        def __init__(self) -> None:
+            self.name = serve.get_replica_context().replica_id.unique_id
+            self.outboxes = TokenOutboxes()
+
+        async def generate(self, request: Any, gateway: str) -> None:
+            num_tokens = request.sampling.max_tokens
+            for position in range(num_tokens):
+                await asyncio.sleep(0.1 if position else 0)
+                reason = "length" if position == num_tokens - 1 else None
+                chunk = TokenChunk(*request.key, position, (self.name,), finish_reason=reason)
+                self.outboxes.of(gateway).put(chunk)
+
+        async def token_stream(self, stream: Any) -> AsyncIterator[Any]:
+            assert stream.coordinator == self.name, "it comes to the one that it is meant for"
+            async for item in self.outboxes.of(stream.gateway).items():
+                yield item
 
         async def embed(self, requests: Any) -> str:
-            return serve.get_replica_context().replica_id.unique_id
+            return self.name
 
     deployment = serve.deployment(Replica).options(
         name=COORDINATOR,
@@ -49,60 +64,83 @@ def application(ray_cluster: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(application: str, card: ModelCard) -> ServeCoordinatorClient:
-    return ServeCoordinatorClient(model_card(card.directory, application=application))  # type: ignore[arg-type]
+def asked_card(application: str, card: ModelCard) -> ModelCard:
+    return model_card(card.directory, application=application)  # type: ignore[arg-type]
 
 
 def request(beginning: int, end: int, *, length: int = 50, salt: str = "", tokens: int = 1) -> Request:
     """Requests of one `beginning` share PREFIX_TOKENS tokens, and no more."""
     prompt = (*(beginning + i for i in range(PREFIX_TOKENS)), *(end + i for i in range(length - PREFIX_TOKENS)))
-    return Request(f"{beginning}-{end}", prompt[:length], SamplingParams(max_tokens=tokens), 0, cache_salt=salt)
+    return Request(uuid.uuid4().hex, prompt[:length], SamplingParams(max_tokens=tokens), 0, cache_salt=salt)
+
+
+@asynccontextmanager
+async def gateway(card: ModelCard) -> AsyncIterator[ServeCoordinatorClient]:
+    """A gateway's way to the replicas."""
+    client = ServeCoordinatorClient(card)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 async def answer(client: ServeCoordinatorClient, asked: Request) -> str:
-    names: set[Any] = {chunk async for chunk in client.generate(asked)}
-    [name] = names
+    [name] = {name async for chunk in client.generate(asked) for name in chunk.token_ids}
     return str(name)
 
 
-def answers(client: ServeCoordinatorClient, *asked: Request) -> list[str]:
+def answers(card: ModelCard, *asked: Request) -> list[str]:
     async def ask() -> list[str]:
-        return [await answer(client, one) for one in asked]
+        async with gateway(card) as client:
+            return [await answer(client, one) for one in asked]
 
     return asyncio.run(ask())
 
 
-def test_requests_that_begin_alike_go_to_one_coordinator(client: ServeCoordinatorClient) -> None:
+def test_requests_that_begin_alike_go_to_one_coordinator(asked_card: ModelCard) -> None:
     favourites = {}
     for beginning in range(100, 6100, 100):
-        names = answers(client, *(request(beginning, end) for end in range(3)))
+        names = answers(asked_card, *(request(beginning, end) for end in range(3)))
         assert len(set(names)) == 1, "all of one beginning"
         favourites[beginning] = names[0]
     assert len(set(favourites.values())) == NUM_REPLICAS, "beginnings are spread"
-    other_gateway = ServeCoordinatorClient(client._card)
-    assert answers(other_gateway, *(request(beginning, 9) for beginning in favourites)) == list(favourites.values())
-    salted = answers(client, *(request(beginning, 0, salt="key-2") for beginning in favourites))
+    assert answers(asked_card, *(request(beginning, 9) for beginning in favourites)) == list(favourites.values())
+    salted = answers(asked_card, *(request(beginning, 0, salt="key-2") for beginning in favourites))
     assert salted != list(favourites.values()), "what is not shared needs no common place"
 
 
-def test_short_prompts_and_embeddings_have_no_favourite(client: ServeCoordinatorClient) -> None:
-    short = answers(client, *(request(100, 0, length=PREFIX_TOKENS - 1) for _ in range(40)))
+def test_short_prompts_and_embeddings_have_no_favourite(asked_card: ModelCard) -> None:
+    short = answers(asked_card, *(request(100, 0, length=PREFIX_TOKENS - 1) for _ in range(40)))
     assert len(set(short)) == NUM_REPLICAS
 
     async def embed() -> list[Any]:
-        return [await client.embed((request(100, 0),)) for _ in range(40)]
+        async with gateway(asked_card) as client:
+            return [await client.embed((request(100, 0),)) for _ in range(40)]
 
     assert len(set(asyncio.run(embed()))) == NUM_REPLICAS
 
 
-def test_a_favourite_that_is_much_busier_is_passed_over(client: ServeCoordinatorClient) -> None:
+def test_a_favourite_that_is_much_busier_is_passed_over(asked_card: ModelCard) -> None:
     """Sixty requests of one beginning, at once and each a few seconds long."""
 
     async def ask() -> list[str]:
-        return await asyncio.gather(*(answer(client, request(100, end, tokens=30)) for end in range(60)))
+        async with gateway(asked_card) as client:
+            return await asyncio.gather(*(answer(client, request(100, end, tokens=30)) for end in range(60)))
 
     counts = Counter(asyncio.run(ask()))
     assert len(counts) == NUM_REPLICAS
     assert max(counts.values()) <= min(counts.values()) + 2 * MOST_BEHIND
-    [favourite] = answers(client, request(100, 0))
+    [favourite] = answers(asked_card, request(100, 0))
     assert counts[favourite] > 60 / NUM_REPLICAS
+
+
+def test_a_silent_coordinator_is_asked_only_where_there_is_no_other(
+    asked_card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [favourite] = answers(asked_card, request(100, 0))
+    everybody = TABLE.coordinators(APPLICATION)
+    for silent in ({favourite}, everybody):
+        monkeypatch.setattr(CoordinatorTable, "silent", frozenset(silent))  # they are not, and would be heard
+        names = answers(asked_card, *(request(100, end) for end in range(5)))
+        assert len(set(names)) == 1
+        assert (names[0] == favourite) == (silent == everybody)

@@ -73,38 +73,44 @@ for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutE
 
 
 def test_leaving_a_stream_early_cancels_the_call() -> None:
+    """And only that does: a call that has answered, or failed, ends by itself."""
     code = """
 import asyncio
 from contextlib import aclosing
+from cluster.messages import Request, SamplingParams, TokenChunk
 from ray.serve.exceptions import BackPressureError
+from gateway import coordinator_client
 from gateway.coordinator_client import ServeCoordinatorClient
+
+coordinator_client.LAST_TOKENS_S = 0.1
 
 class Response:
     cancelled = False
-    def __init__(self, items):
-        self.items = iter(items)
-    def __aiter__(self):
-        return self
-    async def __anext__(self):
-        item = next(self.items, None)
-        if item is None:
-            raise StopAsyncIteration
-        if isinstance(item, Exception):
-            raise item
-        return item
+    def __init__(self, client, tokens, error, returns):
+        self.client, self.tokens, self.error, self.returns = client, tokens, error, returns
+    def __await__(self):
+        return self.answer().__await__()
+    async def answer(self):
+        for position in range(self.tokens):
+            reason = "length" if position == 2 else None
+            self.client._inbox.deliver((TokenChunk("r", 0, position, (7,), finish_reason=reason),))
+            await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(0 if self.returns else 60)
     def cancel(self):
         self.cancelled = True
 
-class Streaming:
-    def remote(self, request):
+class Generate:
+    def remote(self, request, gateway):
         return self.response
 
-async def run(items, take):
+async def run(take, tokens, error=None, returns=True):
     client = ServeCoordinatorClient(None)
-    client._handle = client._streaming = Streaming()
-    client._streaming.response = Response(items)
+    client._handle = client._generate = Generate()
+    client._generate.response = Response(client, tokens, error, returns)
     try:
-        async with aclosing(client.generate(None)) as stream:
+        async with aclosing(client.generate(Request("r", (1,), SamplingParams(3), 0))) as stream:
             async for chunk in stream:
                 take -= 1
                 if not take:
@@ -112,13 +118,21 @@ async def run(items, take):
         error = None
     except Exception as raised:
         error = type(raised).__name__
-    print(client._streaming.response.cancelled, error)
+    print(client._generate.response.cancelled, error)
 
-asyncio.run(run([1, 2], 1))
-asyncio.run(run([1, 2], 3))
-asyncio.run(run([1, BackPressureError(1, 1)], 3))
+asyncio.run(run(take=1, tokens=1, returns=False))
+asyncio.run(run(take=9, tokens=3))
+asyncio.run(run(take=9, tokens=3, returns=False))
+asyncio.run(run(take=9, tokens=1, error=BackPressureError(1, 1)))
+asyncio.run(run(take=9, tokens=1))
 """
-    assert run_python(code).splitlines() == ["True None", "False None", "False Overloaded"]
+    assert run_python(code).splitlines() == [
+        "True None",
+        "False None",
+        "False None",
+        "False Overloaded",
+        "False CoordinatorLost",
+    ]
 
 
 def test_health_asks_at_most_twice_a_second(card: ModelCard) -> None:

@@ -13,13 +13,13 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
-from cluster.messages import Embedding, Grammar, Request, TokenChunk
+from cluster.messages import Embedding, Grammar, Key, Request, TokenChunk
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
-from router_service.engine import Engine, Event, Key
+from router_service.engine import Engine, Event
 from router_service.grammar import GrammarState
 from router_service.grammar_format import structural_tag
 from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler

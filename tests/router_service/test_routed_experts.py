@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from router_service.token_stream import join
+from cluster.token_chunks import join
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
