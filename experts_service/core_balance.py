@@ -15,8 +15,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-READ_ROWS = 8  # an expert with fewer rows takes as long as with these: its weights have to be read
-
 
 class CoreBalance:
     """One coordinator's say in where the threads of shards run. Used by one thread, the coordinator's own."""
@@ -63,8 +61,3 @@ class CoreBalance:
         except OSError:  # it has ended, or is somebody else's
             core = -1
         self._placed[thread] = core
-
-
-def cost(counts: Sequence[int]) -> int:
-    """Of running an expert for each of `counts` rows, in rows."""
-    return sum(max(count, READ_ROWS) for count in counts if count)

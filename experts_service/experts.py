@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from experts_service.cost import cost
+from experts_service.crew import Job
 from experts_service.swiglu import SwiGLU
 from experts_service.weights import read_tensors
 
@@ -25,8 +28,9 @@ def expert_tensor_names(layer: int, expert: int) -> tuple[str, str, str]:
 class _OneByOne:
     """The experts of a layer, a matmul for each that has rows."""
 
-    def __init__(self, w13: Sequence[Tensor], w2: Sequence[Tensor]) -> None:
-        self._experts = [SwiGLU(*weights) for weights in zip(w13, w2, strict=True)]
+    def __init__(self, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """`weights`: w1, w2 and w3 of each expert."""
+        self._experts = [SwiGLU(*of_expert) for of_expert in weights]
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         answers = []
@@ -37,18 +41,32 @@ class _OneByOne:
             start += count
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
+    def jobs(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
+        jobs: list[Job] = []
+        start = 0
+        for count, expert in zip(counts, self._experts, strict=True):
+            if count:
+                span = slice(start, start + count)
+                jobs.append((cost((count,)), partial(_run, expert, rows[span], answers[span])))
+            start += count
+        return jobs
+
 
 class _Grouped:
     """The experts of a layer as one grouped matmul, which a GPU runs in one kernel."""
 
-    def __init__(self, w13: Sequence[Tensor], w2: Sequence[Tensor]) -> None:
-        self._w13 = torch.stack(list(w13)).transpose(1, 2)  # [E, D, 2F]
-        self._w2 = torch.stack(list(w2)).transpose(1, 2)  # [E, F, D]
+    def __init__(self, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """`weights`: w1, w2 and w3 of each expert."""
+        self._w13 = torch.stack([torch.cat((w1, w3)) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
+        self._w2 = torch.stack([w2 for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)  # [E]
         gate, up = F.grouped_mm(rows, self._w13, offs=ends).chunk(2, dim=-1)  # [R, F], [R, F]
         return F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends)  # [R, D]
+
+    def jobs(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
+        return [(cost(counts), partial(_run, partial(self, counts=counts), rows, answers))]
 
 
 class Experts:
@@ -64,13 +82,14 @@ class Experts:
         self.experts = tuple(experts)
         self._layers: list[_OneByOne | _Grouped] = []
         for layer, weights in enumerate(layers):
-            names = [expert_tensor_names(layer, expert) for expert in self.experts]
-            w13 = [torch.cat((weights[w1], weights[w3])) for w1, _, w3 in names]  # [2F, D] each
-            w2 = [weights[name].contiguous() for _, name, _ in names]  # [D, F] each
-            self.dtype, self.device, self.hidden = w2[0].dtype, w2[0].device, len(w2[0])
+            of_experts = []
+            for expert in self.experts:
+                w1, w2, w3 = (weights[name].contiguous() for name in expert_tensor_names(layer, expert))
+                of_experts.append((w1, w2, w3))
+            self.dtype, self.device, self.hidden = w2.dtype, w2.device, len(w2)
             if grouped is None:
                 grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
-            self._layers.append((_Grouped if grouped else _OneByOne)(w13, w2))
+            self._layers.append((_Grouped if grouped else _OneByOne)(of_experts))
 
     @classmethod
     def load(
@@ -99,3 +118,11 @@ class Experts:
     def __call__(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """`rows` [R, D], the first counts[0] for the first expert and so on → [R, D]."""
         return self._layers[layer](rows, counts)
+
+    def jobs(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
+        """The same, but written to `answers` [R, D] by jobs that do not depend on each other, costs in rows."""
+        return self._layers[layer].jobs(rows, counts, answers)
+
+
+def _run(experts: Callable[[Tensor], Tensor], rows: Tensor, answers: Tensor) -> None:
+    answers.copy_(experts(rows))

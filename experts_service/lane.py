@@ -27,7 +27,8 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from cluster.metrics import DispatchCounts
-from experts_service.core_balance import CoreBalance, cost
+from experts_service.core_balance import CoreBalance
+from experts_service.cost import cost
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
 from experts_service.lane_link import Ask, LinkLost

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from experts_service.crew import Crew, Job
 from experts_service.experts import Experts
 from experts_service.transport import Flight, GroupRows
 
@@ -17,17 +18,22 @@ class _Landed:
 
 
 class LocalTransport:
-    """Runs each group where it is called."""
+    """Runs the experts where it is called; those of a CPU side by side."""
 
     def __init__(self, groups: Mapping[int, Experts]) -> None:
         self._groups = dict(groups)
+        self._crew = Crew()
 
     @torch.inference_mode()
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        jobs: list[Job] = []
         for part in parts:
             indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
-            part.answer.copy_(self._groups[part.group](layer, rows.index_select(0, indices), part.counts))
+            own_rows = rows.index_select(0, indices)  # [R, D]
+            jobs += self._groups[part.group].jobs(layer, own_rows, part.counts, part.answer)
+        self._crew.run(jobs)
         return _Landed()
 
     def close(self) -> None:
+        self._crew.close()
         self._groups.clear()

@@ -1,12 +1,15 @@
 """A feed-forward network of the family: an expert's in one layer, or a dense layer's. Torch only; knows no names.
 
-Formula and rounding are those of transformers: w2(silu(w1 x) * (w3 x)), here with w1 and w3 in one matmul.
+Formula and rounding are those of transformers: w2(silu(w1 x) * (w3 x)). On a GPU w1 and w3 are one matmul; on a CPU
+two, which for few rows take a fifth less time with oneDNN's packed weights (1.90 ms instead of 2.55 an expert of the
+bench model, one row, one thread).
 
 Shapes: R rows, D hidden size, F intermediate size.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,14 +17,16 @@ from experts_service.linear import Linear
 
 
 class SwiGLU:
-    """Two matrices, packed once."""
+    """Its matrices, packed once."""
 
-    def __init__(self, w13: Tensor, w2: Tensor) -> None:
-        """`w13` [2F, D], the rows of w1 before those of w3; `w2` [D, F]."""
-        self._w13 = Linear(w13)  # D → 2F
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
+        """`w1` and `w3` [F, D], `w2` [D, F]."""
+        fused = w1.device.type != "cpu"
+        self._w1_w3 = (Linear(torch.cat((w1, w3))),) if fused else (Linear(w1), Linear(w3))  # D → 2F, or D → F each
         self._w2 = Linear(w2)  # F → D
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`rows` [R, D] → [R, D]."""
-        gate, up = self._w13(rows).chunk(2, dim=-1)  # [R, F], [R, F]
+        outputs = [matrix(rows) for matrix in self._w1_w3]
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)  # [R, F], [R, F]
         return self._w2(F.silu(gate) * up)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from experts_service.core_balance import READ_ROWS, CoreBalance, cost
+from experts_service.core_balance import CoreBalance
+from experts_service.cost import READ_ROWS, cost
 from experts_service.lane import LaneTransport
 from experts_service.lane_address import LaneAddress
 from experts_service.lane_dialer import LaneDialer
