@@ -30,7 +30,7 @@ class _OneByOne:
 
     def __init__(self, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """`weights`: w1, w2 and w3 of each expert."""
-        self._experts = [SwiGLU(*of_expert) for of_expert in weights]
+        self._experts = [SwiGLU(*of_expert, fused=of_expert[0].device.type != "cpu") for of_expert in weights]
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         answers = []

@@ -141,7 +141,7 @@ def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Archit
     feed_forward: Gate | SwiGLU
     if architecture.is_dense:
         w1, w2, w3 = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "down", "up"))
-        feed_forward = SwiGLU(w1, w2, w3)
+        feed_forward = SwiGLU(w1, w2, w3, fused=True)
     else:
         feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k)
     return _Layer(
