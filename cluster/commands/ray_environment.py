@@ -6,6 +6,7 @@ while a message is being written. Both are read by the Ray processes themselves:
 have to be set on every node.
 """
 
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, PORTS, haproxy
+from experts_service.lane_address import private_directory
 
 # Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at
 # 8 % of a core while nothing happens; with 1 it is 3 %. The engine and the experts have better use for the core.
@@ -45,7 +47,7 @@ def prepare_server() -> None:
     for name, port in PORTS.items():
         os.environ.setdefault(name, str(_free_port(port)))
     for protocol, lowest in _RANGES.items():
-        first = next((port for port in range(lowest, lowest + 10 * _RANGE, _RANGE) if _is_free(port)), lowest)
+        first = next((port for port in range(lowest, lowest + 10 * _RANGE, _RANGE) if _claim(port)), lowest)
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT", str(first))
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT", str(first + _RANGE))
 
@@ -58,11 +60,24 @@ def _haproxy_launcher() -> str | None:
 
 def _free_port(preferred: int) -> int:
     """`preferred`, or any other where a second server has it."""
-    if _is_free(preferred):
+    if _claim(preferred):
         return preferred
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def _claim(port: int) -> bool:
+    """Whether it is free, and ours from now on: another server that starts meanwhile does not listen yet either."""
+    if not _is_free(port):
+        return False
+    claim = os.open(private_directory() / f"port-{port}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(claim)
+        return False
+    return True  # and stays open, and ours, as long as this process lives
 
 
 def _is_free(port: int) -> bool:

@@ -141,13 +141,17 @@ def _check_free(host: str, name: str, port: int) -> None:
 def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, joined: bool) -> Iterator[None]:
     """All applications, running; on leaving, those that we started are gone."""
     from ray import serve
+    from ray.exceptions import RayError
 
     from gateway.service import grpc_options, http_options
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     targets = run_targets(config, plans)
     was_running = joined and bool(serve.status().proxies)
-    serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
+    try:
+        serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
+    except (RayError, TimeoutError) as error:
+        raise SetupError(f"Serve did not start: {str(error).strip().splitlines()[-1]}") from error
     _check_serves_host(config.gateway)
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
