@@ -131,6 +131,7 @@ class Coordinator:
         with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
             self._waiting[request.key] = outgoing
             try:
+                self._engine.check_admission(request)  # a grammar is compiled only for who will be served
                 self._engine.submit(request, await self._grammars.state(request))
                 await outgoing.sent()
             except Exception as error:

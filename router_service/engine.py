@@ -63,7 +63,7 @@ class Engine:
         self._sequences: dict[Key, Sequence] = {}
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._inbox_lock = threading.Lock()  # no request may be queued after the thread has looked for the last time
+        self._inbox_lock = threading.RLock()  # no request may be queued after the thread has looked for the last time
         self._inbox_closed = False
         self._arriving: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._stopping = False
@@ -86,20 +86,24 @@ class Engine:
         if not self._thread.is_alive():
             raise EngineDead(f"the engine has stopped: {self._death!r}")
 
-    def submit(self, request: Request, grammar: GrammarState | None = None) -> None:
-        """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
+    def check_admission(self, request: Request) -> None:
+        """Raises what `submit` would now, before anybody has worked for the request."""
         self.check_alive()
         if len(request.prompt_token_ids) + len(request.output_token_ids) > self.scheduler.max_model_len:
             raise InvalidRequest(
                 f"{len(request.prompt_token_ids)} prompt tokens exceed the context of {self.scheduler.max_model_len}"
             )
-        tenant = request.cache_salt
         with self._inbox_lock:
             if self._inbox_closed:
                 raise EngineDead("the engine stopped")
-            if is_refused(self._waiting_by_tenant(), tenant, self.max_waiting):
+            if is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting):
                 raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
-            self._arriving[tenant] += 1
+
+    def submit(self, request: Request, grammar: GrammarState | None = None) -> None:
+        """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
+        with self._inbox_lock:
+            self.check_admission(request)
+            self._arriving[request.cache_salt] += 1
             self._inbox.put(lambda: self._arrive(Sequence(request, grammar)))
 
     def abort(self, key: Key) -> None:

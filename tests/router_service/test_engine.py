@@ -264,8 +264,9 @@ def test_a_full_queue_still_takes_another_tenants_request_and_serves_it_next(tin
     flood = [make_request(prompt(5), max_tokens=3, cache_salt="flood", ignore_eos=True) for _ in range(9)]
     for request in flood[:4]:
         bench.engine.submit(request)
-    with pytest.raises(Overloaded):
-        bench.engine.submit(flood[4])
+    for refuse in (bench.engine.check_admission, bench.engine.submit):
+        with pytest.raises(Overloaded):
+            refuse(flood[4])
     other = make_request(prompt(5), max_tokens=3, cache_salt="other", ignore_eos=True)
     bench.engine.submit(other)
     assert bench.engine.num_waiting == 5
