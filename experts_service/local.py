@@ -18,7 +18,10 @@ class _Landed:
 
 
 class LocalTransport:
-    """Runs the experts where it is called; those of a CPU side by side."""
+    """Runs the experts where it is called; in bf16 side by side.
+
+    In fp32 they take turns on all threads, as the reference does: fp32 is rounded otherwise on another number of them.
+    """
 
     def __init__(self, groups: Mapping[int, Experts]) -> None:
         self._groups = dict(groups)
@@ -31,7 +34,11 @@ class LocalTransport:
             indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
             own_rows = rows.index_select(0, indices)  # [R, D]
             jobs += self._groups[part.group].jobs(layer, own_rows, part.counts, part.answer)
-        self._crew.run(jobs)
+        if rows.dtype is torch.bfloat16:
+            self._crew.run(jobs)
+        else:
+            for _, job in jobs:
+                job()
         return _Landed()
 
     def close(self) -> None:
