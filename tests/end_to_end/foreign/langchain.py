@@ -3,20 +3,32 @@
 import json
 import sys
 
-from langchain_mistralai import ChatMistralAI
-from langchain_openai import ChatOpenAI
+from langchain_mistralai import ChatMistralAI, MistralAIEmbeddings
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-url, model, question = sys.argv[1:]
+url, model, question, embedding_model, tool = sys.argv[1:]
+server = {"base_url": f"{url}/v1", "api_key": "none"}
+chats = {
+    "openai": ChatOpenAI(model=model, temperature=0, **server),
+    "mistralai": ChatMistralAI(model=model, temperature=0, **server),
+}
+embeddings = {
+    # Without this it sends the token ids of OpenAI's own models.
+    "openai": OpenAIEmbeddings(model=embedding_model, check_embedding_ctx_length=False, **server),
+    "mistralai": MistralAIEmbeddings(model=embedding_model, endpoint=f"{url}/v1/", api_key="none"),
+}
 answers = {}
-for name, chat in {
-    "openai": ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0),
-    "mistralai": ChatMistralAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0),
-}.items():
+for name, chat in chats.items():
     whole = chat.invoke(question)
     chunks = list(chat.stream(question))
+    with_tool = chat.bind_tools([json.loads(tool)], tool_choice="any")
+    streamed_calls = [call for chunk in with_tool.stream(question) for call in chunk.tool_calls]
     answers[name] = {
         "whole": whole.content,
         "streamed": "".join(chunk.content for chunk in chunks),
         "tokens": whole.usage_metadata["output_tokens"],
+        "calls": [(call["name"], call["args"]) for call in with_tool.invoke(question).tool_calls],
+        "streamed_calls": [(call["name"], call["args"]) for call in streamed_calls],
+        "embedding": embeddings[name].embed_documents([question])[0],
     }
 print(json.dumps(answers))
