@@ -22,14 +22,13 @@ class Crew:
     """All intra-op threads of this process, as one team or as several."""
 
     def __init__(self) -> None:
-        """`torch.set_num_threads` has been called: so many are all."""
-        self._num_threads = torch.get_num_threads()
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._members: list[threading.Thread] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Do all of them, in any order. Raises what one of them raises, after all have ended."""
-        num_teams = min(len(jobs), self._num_threads)
+        num_threads = torch.get_num_threads()  # of the caller; a coordinator sets it after its experts are loaded
+        num_teams = min(len(jobs), num_threads)
         costs = [cost for cost, _ in jobs]
         if num_teams < 2 or max(costs) * num_teams > MOST_IDLE * sum(costs):
             for _, job in jobs:
@@ -37,7 +36,7 @@ class Crew:
             return
         self._hire(num_teams - 1)
         waiting = deque(job for _, job in sorted(jobs, key=lambda job: -job[0]))
-        threads_each = self._num_threads // num_teams
+        threads_each = num_threads // num_teams
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
         def work() -> None:
@@ -57,7 +56,7 @@ class Crew:
         for _ in range(num_teams - 1):
             self._calls.put(work)
         work()
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(num_threads)
         errors = [ended.get() for _ in range(num_teams)]
         for error in errors:
             if error is not None:

@@ -241,9 +241,11 @@ class LaneTransport:
 
     def _threads_to_spread(self) -> dict[int, int]:
         """By group, the thread of its one replica; none where the kernel finds a core for each by itself."""
+        if self._cores is None:
+            return {}
         links = [(group, self._links.get(r.replica_id)) for group, replicas in self._routes.items() for r in replicas]
         threads = {group: link.thread_id for group, link in links if link is not None and link.thread_id}
-        if self._cores is None or (not self._replicated and self._cores.is_needed(len(threads))):
+        if not self._replicated and self._cores.is_needed(len(threads)):
             return threads
         self._cores.release()
         return {}

@@ -17,8 +17,9 @@ WAIT_S = 10.0
 @pytest.fixture
 def crew() -> Iterator[Crew]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as Ray has it while a coordinator loads its experts
     crew = Crew()
+    torch.set_num_threads(2)
     yield crew
     crew.close()
     torch.set_num_threads(before)
