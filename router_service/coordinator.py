@@ -131,7 +131,8 @@ class Coordinator:
         with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
             self._waiting[request.key] = outgoing
             try:
-                self._engine.check_admission(request)  # a grammar is compiled only for who will be served
+                if request.grammar is not None:
+                    self._engine.check_admission(request)  # it is compiled only for who will be served
                 self._engine.submit(request, await self._grammars.state(request))
                 await outgoing.sent()
             except Exception as error:

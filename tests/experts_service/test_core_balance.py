@@ -90,11 +90,7 @@ def test_an_expert_costs_at_least_the_reading_of_its_weights() -> None:
 
 def test_a_transport_spreads_its_shards_and_lets_go_of_them() -> None:
     with shards() as running:
-        running.start("0a", 0)
-        running.start("1a", 1)
-        transport = _spreading(running)
-        assert _asked(transport)
-        threads = [running.servers[name].thread_id for name in ("0a", "1a")]
+        transport, threads = _spread(running)
         placed = [os.sched_getaffinity(thread) for thread in threads]
         assert [len(cores) for cores in placed] == [1, 1]
         assert placed[0] != placed[1]
@@ -105,14 +101,19 @@ def test_a_transport_spreads_its_shards_and_lets_go_of_them() -> None:
 
 def test_a_shard_is_free_again_when_its_coordinator_leaves() -> None:
     with shards() as running:
-        running.start("0a", 0)
-        running.start("1a", 1)
-        transport = _spreading(running)
-        assert _asked(transport)
-        threads = [running.servers[name].thread_id for name in ("0a", "1a")]
+        transport, threads = _spread(running)
         assert all(len(os.sched_getaffinity(thread)) == 1 for thread in threads)
         transport.close()
         wait_for(lambda: all(os.sched_getaffinity(thread) == set(CORES) for thread in threads), 5.0, "free threads")
+
+
+def _spread(running: Shards) -> tuple[LaneTransport, list[int]]:
+    """A transport to one shard of either group, which has been asked, and the shards' threads."""
+    running.start("0a", 0)
+    running.start("1a", 1)
+    transport = _spreading(running)
+    assert _asked(transport)
+    return transport, [running.servers[name].thread_id for name in ("0a", "1a")]
 
 
 def _spreading(running: Shards) -> LaneTransport:
