@@ -26,6 +26,7 @@ class SwiGLU:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`rows` [R, D] → [R, D]."""
-        outputs = [matrix(rows) for matrix in self._w1_w3]
+        padded = self._w1_w3[0].pad(rows)
+        outputs = [matrix(padded) for matrix in self._w1_w3]
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)  # [R, F], [R, F]
-        return self._w2(F.silu(gate) * up)
+        return self._w2(F.silu(gate) * up)[: len(rows)]
