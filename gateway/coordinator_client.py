@@ -50,7 +50,7 @@ class ServeCoordinatorClient:
         self._connect()
         with self._inbox.expect(request) as mail:
             response = self._generate.remote(request, self._inbox.id)
-            call = asyncio.ensure_future(_ended(response))
+            call = asyncio.ensure_future(_result(response))
             call.add_done_callback(lambda call: _tell(mail, call))
             try:
                 async for chunk in mail:
@@ -61,14 +61,20 @@ class ServeCoordinatorClient:
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()
-        response = self._handle.embed.remote(requests)
-        try:
-            embeddings: tuple[Embedding, ...] = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except Exception as error:
-            raise manta_error(error) from error
+        with self._inbox.expect(requests[0]) as mail:  # no token comes, only word that the coordinator is lost
+            response = self._handle.embed.remote(requests)
+            call = asyncio.ensure_future(_result(response))
+            loss = asyncio.ensure_future(mail.failure())
+            try:
+                await asyncio.wait((call, loss), return_when=asyncio.FIRST_COMPLETED)
+                if (error := _failure(call) if call.done() else await loss) is not None:
+                    raise error
+                embeddings: tuple[Embedding, ...] = call.result()
+            finally:
+                loss.cancel()
+                if not call.done():
+                    call.cancel()
+                    response.cancel()
         return embeddings
 
     async def stats(self) -> EngineStats:
@@ -100,19 +106,26 @@ class ServeCoordinatorClient:
             self._handle = handle
 
 
-async def _ended(response: Any) -> None:
-    await response
+async def _result(response: Any) -> Any:
+    """A coroutine, which can become a task; Serve's responses are only awaitable."""
+    return await response
 
 
-def _tell(mail: Mail, call: asyncio.Future[None]) -> None:
+def _tell(mail: Mail, call: asyncio.Future[Any]) -> None:
     """The call of a request has ended: with an error, or a little before or after its last tokens have come."""
-    if call.cancelled():
-        mail.fail(CoordinatorLost("the call of the model's coordinator was cancelled"))
-    elif (error := call.exception()) is not None:
-        mail.fail(manta_error(error))
+    if (error := _failure(call)) is not None:
+        mail.fail(error)
     elif not mail.is_complete:
         late = CoordinatorLost("the model's coordinator has answered, but its last tokens did not come")
         asyncio.get_running_loop().call_later(LAST_TOKENS_S, mail.fail, late)
+
+
+def _failure(call: asyncio.Future[Any]) -> BaseException | None:
+    """Why a call that has ended brought no answer."""
+    if call.cancelled():
+        return CoordinatorLost("the call of the model's coordinator was cancelled")
+    error = call.exception()
+    return None if error is None else manta_error(error)
 
 
 def manta_error(error: BaseException) -> BaseException:

@@ -30,9 +30,10 @@ class _Coordinator(RunningReplica):  # type: ignore[misc]
     """Tells the table which requests it is sent."""
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Any:
-        request = _first_argument(pr)
-        if isinstance(request, Request):
-            coordinator_table.TABLE.sent(request.key, self.replica_id.unique_id)
+        asked = _first_argument(pr)
+        first = asked[0] if isinstance(asked, tuple) else asked  # embeddings are asked for together
+        if isinstance(first, Request):
+            coordinator_table.TABLE.sent(first.key, self.replica_id.unique_id)
         return super().try_send_request(pr, with_rejection)
 
 

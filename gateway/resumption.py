@@ -56,8 +56,7 @@ async def generate(
                 raise
             lost = error
         await attempts.another(lost, went_on=len(output) > length)
-        # Another id: should the lost coordinator live on, its sequence is not this one.
-        asked = replace(request, request_id=f"{request.request_id}~{attempts.number}", output_token_ids=output)
+        asked = replace(request, request_id=attempts.request_id(request), output_token_ids=output)
 
 
 async def embed(
@@ -65,12 +64,14 @@ async def embed(
 ) -> tuple[Embedding, ...]:
     """The embedding of each prompt; where a coordinator is lost, another one computes them all. Raises MantaError."""
     attempts = _Attempts(requests[0], resume_timeout_s)
+    asked = requests
     while True:
         try:
-            return await coordinator.embed(requests)
+            return await coordinator.embed(asked)
         except (CoordinatorLost, EngineDead) as error:
             lost = error
         await attempts.another(lost)
+        asked = tuple(replace(request, request_id=attempts.request_id(request)) for request in requests)
 
 
 class _Attempts:
@@ -95,6 +96,10 @@ class _Attempts:
         logger.warning("%s: attempt %d: %s", self._request.request_id, self.number + 1, lost)
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
+
+    def request_id(self, request: Request) -> str:
+        """Another one for each attempt: should the lost coordinator live on, its sequence is not this one."""
+        return f"{request.request_id}~{self.number}"
 
 
 def _resumed(chunk: TokenChunk) -> TokenChunk:

@@ -49,6 +49,13 @@ class Mail:
             self._error = error
             self._arrived.set()
 
+    async def failure(self) -> BaseException:
+        """What `fail` is given, as soon as it is. For one who expects no chunks."""
+        while self._error is None:
+            await self._arrived.wait()
+            self._arrived.clear()
+        return self._error
+
     async def __aiter__(self) -> AsyncIterator[TokenChunk]:
         while True:
             await self._arrived.wait()

@@ -13,6 +13,7 @@ import pytest
 from ray import cloudpickle, serve
 from ray.serve.config import RequestRouterConfig
 
+from cluster.errors import CoordinatorLost
 from cluster.messages import ModelCard, Request, SamplingParams, TokenChunk
 from gateway.coordinator_client import COORDINATOR, ServeCoordinatorClient
 from gateway.coordinator_router import MOST_BEHIND, PREFIX_TOKENS, CoordinatorRouter
@@ -47,6 +48,7 @@ def application(ray_cluster: str) -> Iterator[str]:
                 yield item
 
         async def embed(self, requests: Any) -> str:
+            await asyncio.sleep(0.1 * (requests[0].sampling.max_tokens - 1))
             return self.name
 
     deployment = serve.deployment(Replica).options(
@@ -144,3 +146,18 @@ def test_a_silent_coordinator_is_asked_only_where_there_is_no_other(
         names = answers(asked_card, *(request(100, end) for end in range(5)))
         assert len(set(names)) == 1
         assert (names[0] == favourite) == (silent == everybody)
+
+
+def test_embeddings_of_a_lost_coordinator_are_not_waited_for(asked_card: ModelCard) -> None:
+    async def run() -> None:
+        async with gateway(asked_card) as client, asyncio.timeout(20):
+            asked = request(100, 0, tokens=600)
+            embeddings = asyncio.ensure_future(client.embed((asked, request(100, 1))))
+            while (place := TABLE.place(asked.key)) is None:
+                await asyncio.sleep(0.01)
+            client._inbox.lose(place, "it is silent")
+            with pytest.raises(CoordinatorLost, match="it is silent"):
+                await embeddings
+            assert TABLE.place(asked.key) is None
+
+    asyncio.run(run())

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import CoordinatorLost, EngineDead, InvalidRequest, Overloaded, Unavailable
 from cluster.messages import Request, SamplingParams, TokenChunk
-from gateway.resumption import generate
+from gateway.resumption import embed, generate
 
 ANSWER = tuple(range(100, 120))
 
@@ -99,3 +99,18 @@ def test_it_gives_up_in_time_when_no_coordinator_comes_back(timeout_s, deadline_
         read(coordinator, request(deadline=time.time() + deadline_s), timeout_s)
     assert time.monotonic() - started < 3.0
     assert len(coordinator.requests) > 2
+
+
+def test_embeddings_are_asked_of_another_coordinator_under_another_id():
+    ids = []
+
+    class Coordinators:
+        async def embed(self, requests):
+            ids.append([one.request_id for one in requests])
+            if len(ids) < 3:
+                raise CoordinatorLost("silent")
+            return ("one", "two")
+
+    prompts = tuple(request(request_id=name) for name in ("a", "b"))
+    assert asyncio.run(embed(Coordinators(), prompts, 5.0)) == ("one", "two")
+    assert ids == [["a", "b"], ["a~1", "b~1"], ["a~2", "b~2"]]
