@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -21,7 +24,7 @@ from experts_service.client import ExpertPool
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
 from experts_service.routing_table import TABLE, Deployment
-from experts_service.service import NAMESPACE, expert_deployment
+from experts_service.service import NAMESPACE, ExpertService, expert_deployment
 from experts_service.shard import ShardSpec
 from router_service.dispatcher import Dispatcher
 from tests.checkpoints import write_checkpoint
@@ -47,22 +50,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(directory)
 
 
+def shard_spec(checkpoint: Checkpoint, group: ExpertGroup) -> ShardSpec:
+    return ShardSpec(
+        application=APPLICATION,
+        directory=str(checkpoint.directory),
+        fingerprint=checkpoint.fingerprint,
+        group=group.index,
+        experts=group.experts,
+        num_groups=len(GROUPS),
+        dtype="float32",
+        num_threads=1,
+    )
+
+
 @pytest.fixture(scope="module")
 def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
-    specs = [
-        ShardSpec(
-            application=APPLICATION,
-            directory=str(checkpoint.directory),
-            fingerprint=checkpoint.fingerprint,
-            group=group.index,
-            experts=group.experts,
-            num_groups=len(GROUPS),
-            dtype="float32",
-            num_threads=1,
-        )
-        for group in GROUPS
-    ]
-    application = holder().bind(*(expert_deployment(spec) for spec in specs))
+    application = holder().bind(*(expert_deployment(shard_spec(checkpoint, group)) for group in GROUPS))
     serve.run(application, name=APPLICATION, route_prefix=None)
     pool = ExpertPool({g.index: serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS})
     pool.connect(timeout_s=30.0)
@@ -127,6 +130,37 @@ def test_a_suspected_shard_that_lives_is_trusted_again(pool: ExpertPool) -> None
     TABLE.suspect(deployment, replica.replica_id, TABLE.epoch)
     assert pool.missing() == ["expert-0"]
     wait_until(lambda: pool.missing() == [], 20.0)
+
+
+def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkpoint) -> None:
+    """It is alive, so neither Ray nor Serve would do anything."""
+
+    class Impatient(ExpertService):  # local, so that it travels by value
+        async def __init__(self, spec: ShardSpec) -> None:  # type: ignore[misc]
+            from experts_service import service
+
+            service.STUCK_S, service.PROBE_TIMEOUT_S = 3.0, 1.0
+            await super().__init__(spec)
+
+    name = "experts-stuck"
+    spec = replace(shard_spec(checkpoint, GROUPS[0]), application=name)
+    handle = serve.run(serve.deployment(Impatient).options(name=spec.name).bind(spec), name=name, route_prefix=None)
+    try:
+        first = handle.stats.remote().result(timeout_s=10).incarnation
+        metadata = handle.record_replica_metadata.remote().result(timeout_s=10)
+        shard = ray.get_actor(metadata["actor"], namespace=NAMESPACE)
+        pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+        os.kill(pid, signal.SIGSTOP)
+
+        def incarnation() -> str:
+            with suppress(Exception):  # it is being restarted
+                return str(handle.stats.remote().result(timeout_s=10).incarnation)
+            return first
+
+        wait_until(lambda: incarnation() != first, 60.0)
+        assert not psutil.pid_exists(pid)
+    finally:
+        serve.delete(name)
 
 
 def test_a_process_that_only_supervises_does_not_import_torch() -> None:
