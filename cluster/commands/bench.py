@@ -41,7 +41,7 @@ class DtypeName(StrEnum):
 
 
 class Rival(StrEnum):
-    """What `decode` can be compared with."""
+    """What `decode` and `serve` can be compared with."""
 
     TRANSFORMERS = "transformers"
 
@@ -146,6 +146,13 @@ def serve(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file whose first line is the API key.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and arrival times.")] = 0,
+    compare: Annotated[
+        Rival | None, typer.Option(help="Run it in turn with the load, on this machine: needs --checkpoint.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For --compare: the checkpoint or hub id that is served.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="For --compare: runs of each; the medians count.")] = 3,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw the figures.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, metavar="FILE", help="Write every request's figures.")
@@ -156,7 +163,15 @@ def serve(
     from cluster.commands.bench_serve_figures import Slo
     from cluster.commands.bench_serve_load import Load
     from cluster.commands.bench_serve_target import Target
+    from cluster.errors import ConfigError
 
+    if (compare is None) != (checkpoint is None):
+        raise ConfigError("--compare and --checkpoint go together: transformers loads what the server serves")
+    comparison = None
+    if checkpoint is not None:
+        from cluster.commands.bench_serve_compare import Comparison
+
+        comparison = Comparison(checkpoint, pairs)
     raise typer.Exit(
         run(
             Target(url, model, grpc=grpc, chat=chat, extensions=extensions, key_file=key_file),
@@ -164,5 +179,6 @@ def serve(
             Slo(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms),
             plot,
             json_file,
+            comparison,
         )
     )

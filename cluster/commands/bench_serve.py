@@ -8,28 +8,41 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.commands.bench_machine import this_machine
 from cluster.commands.bench_output import Output
-from cluster.commands.bench_serve_figures import Outcome, Slo, report
+from cluster.commands.bench_serve_figures import Outcome, Slo, duration, report
 from cluster.commands.bench_serve_load import Load, drive
 from cluster.commands.bench_serve_target import Target, connected
 from cluster.errors import ConfigError, Unavailable
+
+if TYPE_CHECKING:
+    from cluster.commands.bench_serve_compare import Comparison
 
 WARM_UP = -1  # the number of a request whose prompt no other has
 LATENCIES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "whole request": "latency_ms"}
 
 
-def run(target: Target, load: Load, slo: Slo, plot: Path | None, json_file: Path | None) -> int:
-    """Returns the exit code: 1 when a request failed. Raises Unavailable when not even one to warm up is answered."""
+def run(
+    target: Target,
+    load: Load,
+    slo: Slo,
+    plot: Path | None,
+    json_file: Path | None,
+    comparison: Comparison | None = None,
+) -> int:
+    """Returns the exit code: 1 when a request failed. Raises Unavailable when not even one to warm up is answered.
+
+    With a comparison the load is run as often as that says, and the figures are those of the run of median throughput.
+    """
     if plot is not None:
         from cluster.commands.bench_serve_plot import check_plotting
 
         check_plotting()
     machine, output = this_machine(), Output()
     output.header(machine, [f"the client's machine; the server: {target.url}, {target.protocol}", str(load)])
-    model, outcomes = asyncio.run(_measure(target, load, output))
+    model, outcomes, compared = _compare(target, load, output, comparison)
     document: dict[str, Any] = {
         "bench": "serve",
         "url": target.url,
@@ -39,6 +52,7 @@ def run(target: Target, load: Load, slo: Slo, plot: Path | None, json_file: Path
         "rate": load.rate,
         "lengths": {"prompt": load.prompt_tokens, "output": load.output_tokens},
         **report(outcomes, slo),
+        **({"transformers": compared} if compared is not None else {}),
         "machine": machine.to_json(),
     }
     _draw(document, outcomes, output)
@@ -50,6 +64,26 @@ def run(target: Target, load: Load, slo: Slo, plot: Path | None, json_file: Path
         draw(outcomes, f"{model} at {target.url} ({target.protocol}): {load}", plot)
     output.json(document)
     return int(document["errors"] > 0)
+
+
+def _compare(
+    target: Target, load: Load, output: Output, comparison: Comparison | None
+) -> tuple[str, list[Outcome], dict[str, Any] | None]:
+    """The model's name, what its clients saw, and how transformers did in turn with them."""
+    if comparison is None:
+        return *asyncio.run(_measure(target, load, output)), None
+    from cluster.commands.bench_serve_compare import Pair, opened
+
+    pairs: list[Pair] = []
+    with opened(comparison, load) as rival:
+        for number in range(comparison.pairs):
+            before = rival.run() if number % 2 else None  # the first of a pair alternates
+            model, outcomes = asyncio.run(_measure(target, load, output))
+            pairs.append(Pair(outcomes, before or rival.run()))
+            if any(outcome.error is not None for outcome in outcomes):
+                return model, outcomes, None
+    pairs.sort(key=lambda pair: duration(pair.outcomes))
+    return model, pairs[len(pairs) // 2].outcomes, rival.to_json(pairs)
 
 
 async def _measure(target: Target, load: Load, output: Output) -> tuple[str, list[Outcome]]:
@@ -81,6 +115,12 @@ def _draw(document: dict[str, Any], outcomes: Sequence[Outcome], output: Output)
         f"{document['output_tokens_per_s']:.1f} output tokens/s, {document['requests_per_s']:.2f} requests/s, "
         f"{document['prompt_tokens']} prompt and {document['output_tokens']} output tokens"
     )
+    if (compared := document.get("transformers")) is not None:
+        output.line(
+            f"transformers ({compared['experts']}, {compared['attention']}): {compared['output_tokens_per_s']:.1f} "
+            f"output tokens/s, {compared['tpot_ms']:.1f} ms a step; the server is {compared['throughput_speedup']:.2f} "
+            f"and {compared['tpot_speedup']:.2f} times as fast, medians of {compared['pairs']} pairs"
+        )
     if "slo" in document:
         output.line(
             f"goodput: {document['goodput_requests_per_s']:.2f} requests/s, "

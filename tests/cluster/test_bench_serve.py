@@ -12,8 +12,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.commands import bench_decode_reference
 from cluster.commands.bench_serve_figures import Outcome, Slo, goodput, percentile, report, summary
 from cluster.commands.bench_serve_load import Load
+from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import ConfigError, Unavailable
 from tests.cluster.bench_sse_server import SseServer, serving
 from tests.ports import free_port
@@ -159,3 +161,32 @@ def test_a_server_that_refuses_the_warm_up_is_not_measured() -> None:
     with serving(SseServer(0.0, 0.0, faults={0: "refused"})) as server:
         result = bench(server.url)
     assert "scripted refusal" in str(result.exception)
+
+
+def test_transformers_run_the_same_work_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode_reference, "OPENMP_SETTINGS", ({},))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of transformers' process: tests share the cores with others
+    options = "--requests 4 --concurrency 2 --prompt-tokens 4 --output-tokens 3 --compare transformers --pairs 2"
+    with serving(SseServer(first_s=0.05, later_s=0.02)) as server:
+        result = bench(server.url, *options.split(), "--checkpoint", str(DEMO))
+    assert result.exit_code == 0, result.output
+    line = last_line(result)
+    compared = line["transformers"]
+    assert (compared["pairs"], line["requests"], line["errors"]) == (2, 4, 0)
+    assert compared["ttft_ms"] > 0
+    assert compared["tpot_ms"] > 0
+    # The ratios are of pairs, those of medians are near: the script's times are nearly the same each time.
+    assert compared["tpot_speedup"] == pytest.approx(compared["tpot_ms"] / line["tpot_ms"]["p50"], rel=0.5)
+    assert f"{compared['throughput_speedup']:.2f} and" in result.stdout
+    assert len(server.bodies) == 2 * (1 + 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--compare transformers", "--checkpoint DEMO", "--rate 1 --compare transformers --checkpoint DEMO"],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_sent(options: str) -> None:
+    with serving(SseServer(0.0, 0.0)) as server:
+        result = bench(server.url, *options.replace("DEMO", str(DEMO)).split())
+        assert "--compare" in str(result.exception)
+        assert server.bodies == []
