@@ -13,7 +13,7 @@ def test_it_equals_linear_for_any_number_of_rows(dtype, shape):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
     linear = Linear(weight.clone())
-    for rows in (0, 1, 2, 16, 17, 200):
+    for rows in (0, 1, 2, 3, 4, 5, 16, 17, 200):
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
         exact = F.linear(x.double(), weight.double())
         torch.testing.assert_close(linear(x).double(), exact, rtol=0.02 if dtype is torch.bfloat16 else 1e-4, atol=0.1)
