@@ -7,6 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def run(
     machine, output = this_machine(), Output()
     output.header(machine, [f"the client's machine; the server: {target.url}, {target.protocol}", str(load)])
     model, outcomes, compared = _compare(target, load, output, comparison)
+    output.line(f"model: {model}")
     document: dict[str, Any] = {
         "bench": "serve",
         "url": target.url,
@@ -78,7 +80,8 @@ def _compare(
     with opened(comparison, load) as rival:
         for number in range(comparison.pairs):
             before = rival.run() if number % 2 else None  # the first of a pair alternates
-            model, outcomes = asyncio.run(_measure(target, load, output))
+            anew = replace(load, seed=load.seed + number)  # the server has the prompts before in its prefix cache
+            model, outcomes = asyncio.run(_measure(target, anew, output))
             pairs.append(Pair(outcomes, before or rival.run()))
             if any(outcome.error is not None for outcome in outcomes):
                 return model, outcomes, None
@@ -88,7 +91,6 @@ def _compare(
 
 async def _measure(target: Target, load: Load, output: Output) -> tuple[str, list[Outcome]]:
     async with connected(target, load) as (client, model):
-        output.line(f"model: {model}")
         with output.progress() as bars:
             bar = bars.add_task("warming up", total=load.requests)
             first = (await client.send(WARM_UP, time.perf_counter())).outcome()

@@ -178,7 +178,8 @@ def test_transformers_run_the_same_work_in_turn(monkeypatch: pytest.MonkeyPatch)
     # The ratios are of pairs, those of medians are near: the script's times are nearly the same each time.
     assert compared["tpot_speedup"] == pytest.approx(compared["tpot_ms"] / line["tpot_ms"]["p50"], rel=0.5)
     assert f"{compared['throughput_speedup']:.2f} and" in result.stdout
-    assert len(server.bodies) == 2 * (1 + 4)
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == 2 * (1 + 4), "no prefix cache helps"
+    assert result.stdout.count("model: ") == 1
 
 
 @pytest.mark.parametrize(
