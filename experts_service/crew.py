@@ -18,6 +18,12 @@ Job = tuple[int, Callable[[], None]]  # its cost, in any unit; what to do
 MOST_IDLE = 1.5  # times the mean: where one worker would have more to do than that, all do the jobs in turn, together
 
 
+def run_in_turn(jobs: Sequence[Job]) -> None:
+    """Do one after the other, each with all threads."""
+    for _, job in jobs:
+        job()
+
+
 class Crew:
     """All intra-op threads of this process, as one team or as several."""
 
@@ -31,8 +37,7 @@ class Crew:
         num_teams = min(len(jobs), num_threads)
         costs = [cost for cost, _ in jobs]
         if num_teams < 2 or max(costs) * num_teams > MOST_IDLE * sum(costs):
-            for _, job in jobs:
-                job()
+            run_in_turn(jobs)
             return
         self._hire(num_teams - 1)
         waiting = deque(job for _, job in sorted(jobs, key=lambda job: -job[0]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from experts_service.crew import Crew, Job
+from experts_service.crew import Crew, Job, run_in_turn
 from experts_service.experts import Experts
 from experts_service.transport import Flight, GroupRows
 
@@ -37,8 +37,7 @@ class LocalTransport:
         if rows.dtype is torch.bfloat16:
             self._crew.run(jobs)
         else:
-            for _, job in jobs:
-                job()
+            run_in_turn(jobs)
         return _Landed()
 
     def close(self) -> None:

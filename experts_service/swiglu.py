@@ -26,7 +26,7 @@ class SwiGLU:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`rows` [R, D] → [R, D]."""
-        padded = self._w1_w3[0].pad(rows)
+        padded = self._w1_w3[0].pad(rows)  # [P, D], P ≥ R: once for all three
         outputs = [matrix(padded) for matrix in self._w1_w3]
-        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)  # [R, F], [R, F]
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)  # [P, F], [P, F]
         return self._w2(F.silu(gate) * up)[: len(rows)]
