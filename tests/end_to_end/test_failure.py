@@ -161,8 +161,8 @@ def test_a_stopped_shard_delays_no_stream(replicated, undisturbed):
 
 def test_a_coordinator_that_falls_silent_costs_no_stream_a_token(replicated, undisturbed):
     """As one does that was cut off: its connections stay open, and Serve takes half a minute to replace it."""
-    [stopped, *others] = processes(replicated, ":coordinator")
-    assert others
+    wait_for(lambda: num_coordinators(replicated) == 2, RECOVERY_S, "two coordinators that serve")
+    stopped, _ = processes(replicated, ":coordinator")
     try:
         seen = asyncio.run(streams(replicated, stopped.suspend))
     finally:
@@ -192,6 +192,11 @@ def test_a_killed_gateway_ends_its_own_connections_and_no_others(replicated, und
     wait_for(lambda: num_running(replicated) == 0, RECOVERY_S, "the sequences of the lost gateway to be given up")
 
 
+def num_coordinators(server: Server) -> int:
+    """Those that serve; the process of one that still loads its weights is there before."""
+    return len(series(server, "vllm:num_requests_running"))
+
+
 def num_running(server: Server) -> int:
     """Sequences in all coordinators."""
     return total(server, "vllm:num_requests_running")
@@ -199,10 +204,15 @@ def num_running(server: Server) -> int:
 
 def total(server: Server, name: str) -> int:
     """A figure of /metrics, summed over all processes."""
-    page = httpx.get(f"{server.url}/metrics", timeout=10).text
-    values = re.findall(rf"^{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)
+    values = series(server, name)
     assert values
-    return int(sum(map(float, values)))
+    return int(sum(values))
+
+
+def series(server: Server, name: str) -> list[float]:
+    """A figure of /metrics, as each process gave it."""
+    page = httpx.get(f"{server.url}/metrics", timeout=10).text
+    return [float(value) for value in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)]
 
 
 def test_streams_wait_for_shards_that_are_all_gone(replicated, undisturbed):
