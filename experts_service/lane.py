@@ -59,6 +59,7 @@ class LaneTransport:
         self._epoch = -1
         self._replicated = False  # whether any group has several replicas
         self._next_id = 0
+        self.answers_soon = False  # whether the last flight's came sooner than a sleeper would have woken up
         self.loads = ReplicaLoads()
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:

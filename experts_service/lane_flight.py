@@ -32,6 +32,7 @@ MAX_ATTEMPTS = 200  # of one group in one dispatch; its deadline comes first unl
 MAX_NOT_FINITE = 2  # answers of a group that are not taken, in one dispatch; then the model itself is not finite there
 MAX_ERRORS = 3  # of the maths itself: the same rows would fail everywhere
 TRIES_PER_TIMEOUT = 3  # a shard that is silent for this part of the timeout is suspected, if there is another
+SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between attempts, when there is no other replica to ask
 
 
@@ -82,7 +83,9 @@ class LaneFlight:
         return answers.view(torch.uint8).numpy().data.cast("B")
 
     def wait(self) -> None:
-        latency, monotonic = self._transport.latency, time.monotonic
+        transport, monotonic = self._transport, time.monotonic
+        started = now = monotonic()
+        sleep_at = started + SOON_S if transport.answers_soon else started
         for group in self.groups:
             ask = group.ask
             try:
@@ -91,10 +94,12 @@ class LaneFlight:
                     if ask.failed or link is None or link.has_unsent or group.is_timed:
                         self._settle()
                         break
-                    link.receive(ask)
+                    link.wait(ask, sleep_at)
             except (BlockingIOError, LinkLost):
                 self._settle()
-            latency[group.part.group].observe(monotonic() - self._sent_at)
+            now = monotonic()
+            transport.latency[group.part.group].observe(now - self._sent_at)
+        transport.answers_soon = now - started < SOON_S
         while not self._is_finite() and self._doubt():
             self._settle()
         if self._staged is not None:

@@ -8,7 +8,9 @@ more (another attempt was faster, or the step failed) are skipped: a dropped dis
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +96,20 @@ class Link:
                 self._unsent[0] = piece[sent:]
             else:
                 self._unsent.popleft()
+
+    def wait(self, ask: Ask, sleep_at: float) -> None:
+        """`receive`, but before `sleep_at` on the monotonic clock it leaves its core only to whoever can use it.
+
+        A thread that sleeps is woken tens of microseconds late, on a virtual machine, and finds its caches cold.
+        """
+        while time.monotonic() < sleep_at:
+            try:
+                self.receive(ask, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()
+            else:
+                return
+        self.receive(ask)
 
     def receive(self, ask: Ask, flags: int = 0) -> None:
         """Read once; it may complete `ask`, any other, or none. Raises BlockingIOError after WAIT_S, and LinkLost."""
