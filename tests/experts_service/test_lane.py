@@ -16,7 +16,7 @@ from cluster.errors import ExpertUnavailable
 from experts_service.frame import ANSWER, HEAD_BYTES, RowsFormat, answer_head, refusal_head
 from experts_service.lane_address import LaneAddress, connect
 from experts_service.lane_batch import run_as_one
-from experts_service.lane_link import Ask, Link, LinkLost
+from experts_service.lane_link import WAIT_S, Ask, Link, LinkLost
 from experts_service.lane_server import LaneServer
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import (
@@ -373,6 +373,46 @@ def test_a_link_skips_stale_answers_and_moves_what_it_read_too_early() -> None:
     assert [bytes(one.memory) for one in asks] == [b"first___", b"second__"]
     assert not link.outstanding
     link.close()
+
+
+def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
+    ours, shard = socket.socketpair()
+    link = Link(ours)
+    one = Ask(1, memoryview(bytearray(8)))
+    asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, 2, 1000, (1,))
+    one.expected = answer_head(asked)
+    link.send(one, asked, memoryview(bytes(8)))
+    with shard:
+        started = time.monotonic()
+        with pytest.raises(BlockingIOError):
+            link.wait(one, started + 0.05)
+        assert time.monotonic() - started >= 0.05 + WAIT_S
+        later = threading.Timer(0.05, shard.sendall, [one.expected + b"answered"])
+        later.start()
+        link.wait(one, time.monotonic() + 60)
+        later.join()
+    assert one.done
+    assert bytes(one.memory) == b"answered"
+    link.close()
+
+
+def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts_service.lane_flight.SOON_S", 1.0)
+    rows, experts = torch.ones(1, HIDDEN), torch.tensor([GROUPS[0].experts])
+    pause_s = 0.0
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        time.sleep(pause_s)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    with shards() as running:
+        running.start("0a", 0, run)
+        transport = running.transport()
+        seen = []
+        for pause_s in (0.0, 1.1, 0.0):  # `run` reads it
+            assert torch.equal(ask(Dispatcher(GROUPS, transport), rows, experts), expected(rows, experts))
+            seen.append(transport.answers_soon)
+    assert seen == [True, False, True]
 
 
 def test_a_link_closes_on_what_is_no_reply() -> None:
