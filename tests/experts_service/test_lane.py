@@ -399,17 +399,17 @@ def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
 def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experts_service.lane_flight.SOON_S", 1.0)
     rows, experts = torch.ones(1, HIDDEN), torch.tensor([GROUPS[0].experts])
-    pause_s = 0.0
+    pauses = iter((0.0, 1.1, 0.0))
 
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        time.sleep(pause_s)
+        time.sleep(next(pauses))
         return maths(GROUPS[0].experts)(layer, rows, counts)
 
     with shards() as running:
         running.start("0a", 0, run)
         transport = running.transport()
         seen = []
-        for pause_s in (0.0, 1.1, 0.0):  # `run` reads it
+        for _ in range(3):
             assert torch.equal(ask(Dispatcher(GROUPS, transport), rows, experts), expected(rows, experts))
             seen.append(transport.answers_soon)
     assert seen == [True, False, True]
