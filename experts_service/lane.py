@@ -22,7 +22,7 @@ from experts_service.core_balance import CoreBalance
 from experts_service.cost import cost
 from experts_service.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.lane_dialer import Dialer
-from experts_service.lane_flight import LONGEST_PAUSE_S, AskedGroup, LaneFlight
+from experts_service.lane_flight import LONGEST_PAUSE_S, AskedGroup, Asker, LaneFlight
 from experts_service.lane_link import Ask, LinkLost
 from experts_service.lane_links import LaneLinks
 from experts_service.replica_load import OVERDUE_S, ReplicaLoads
@@ -32,7 +32,7 @@ from experts_service.transport import Flight, GroupRows
 SPLIT_ROWS = 64  # fewest rows of a group that are worth a replica of their own: each reads the weights again
 
 
-class LaneTransport:
+class LaneTransport(Asker):
     """Sends rows over connections to the replicas that the routing table names."""
 
     def __init__(
@@ -59,7 +59,7 @@ class LaneTransport:
         self._epoch = -1
         self._replicated = False  # whether any group has several replicas
         self._next_id = 0
-        self.answers_soon = False  # whether the last flight's came sooner than a sleeper would have woken up
+        self.answers_soon = False
         self.loads = ReplicaLoads()
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
@@ -88,7 +88,6 @@ class LaneTransport:
         return flight
 
     def attempt(self, flight: LaneFlight, group: AskedGroup, remaining_s: float) -> None:
-        """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
         if self._epoch != self.table.epoch:
             self._look_at_table()
         ask, reason = group.ask, ""
@@ -112,7 +111,6 @@ class LaneTransport:
         self._ask(flight, group, ask, replica, remaining_s)
 
     def hedge(self, flight: LaneFlight, group: AskedGroup, remaining_s: float, now: float) -> None:
-        """Ask a second replica for the same rows, as soon as there is one."""
         others = self.others(group)
         if not others:
             group.hedge_at = now + LONGEST_PAUSE_S
@@ -127,7 +125,6 @@ class LaneTransport:
         self._ask(flight, group, group.hedge, replica, remaining_s)
 
     def answered(self, group: AskedGroup, now: float) -> None:
-        """Learn from an answer how fast the replicas of its group are; nobody waits for the other answer any more."""
         part, hedge = group.part, group.hedge
         loads, num_rows = self.loads, len(part.row_indices)
         if hedge is None:
@@ -192,7 +189,6 @@ class LaneTransport:
         self.table.suspect(self.deployments[group.part.group], group.replica_id, group.epoch)
 
     def give_up(self, group: AskedGroup, reason: str) -> None:
-        """End the connection to a replica that does not answer; it is dialled again, and used when that succeeds."""
         link = self._links.get(group.replica_id)
         if link is not None:
             link.give_up(reason)
@@ -201,7 +197,6 @@ class LaneTransport:
         self._links.close()
 
     def others(self, group: AskedGroup) -> list[Replica]:
-        """The trusted replicas besides the one that was asked, as far as they are connected."""
         if self._epoch != self.table.epoch:
             self._look_at_table()
         replicas = self._routes[group.part.group]

@@ -13,20 +13,20 @@ from __future__ import annotations
 import math
 import select
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from socket import MSG_DONTWAIT
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
+from cluster.metrics import DispatchCounts
 from experts_service.lane_link import Ask, LinkLost
+from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import GroupRows
-
-if TYPE_CHECKING:
-    from experts_service.lane import LaneTransport
 
 MAX_ATTEMPTS = 200  # of one group in one dispatch; its deadline comes first unless shards fail at once
 MAX_NOT_FINITE = 2  # answers of a group that are not taken, in one dispatch; then the model itself is not finite there
@@ -58,10 +58,38 @@ class AskedGroup:
     reason: str = "no replica is known"
 
 
-class LaneFlight:
-    """The groups that one dispatch asked. Made by LaneTransport, which it asks for others to ask."""
+class Asker(Protocol):
+    """Who makes flights: knows the replicas of every group."""
 
-    def __init__(self, transport: LaneTransport, layer: int, rows: Tensor, sent_at: float) -> None:
+    deployments: Mapping[int, Deployment]  # group → its deployment
+    table: RoutingTable
+    timeout_s: float
+    latency: Mapping[int, DispatchCounts]
+    answers_soon: bool  # whether the last flight's came sooner than a sleeper would have woken up
+
+    def attempt(self, flight: LaneFlight, group: AskedGroup, remaining_s: float) -> None:
+        """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
+
+    def hedge(self, flight: LaneFlight, group: AskedGroup, remaining_s: float, now: float) -> None:
+        """Ask a second replica for the same rows, as soon as there is one."""
+
+    def answered(self, group: AskedGroup, now: float) -> None:
+        """Learn from an answer how fast the replicas of its group are; nobody waits for the other answer any more."""
+
+    def others(self, group: AskedGroup) -> list[Replica]:
+        """The trusted replicas besides the one that was asked, as far as they are connected."""
+
+    def suspect(self, group: AskedGroup, reason: str) -> None:
+        """Tell the routing table that the replica that was asked failed."""
+
+    def give_up(self, group: AskedGroup, reason: str) -> None:
+        """End the connection to a replica that does not answer; it is dialled again, and used when that succeeds."""
+
+
+class LaneFlight:
+    """The groups that one dispatch asked."""
+
+    def __init__(self, transport: Asker, layer: int, rows: Tensor, sent_at: float) -> None:
         self.groups: list[AskedGroup] = []
         self.layer = layer
         self.dtype = rows.dtype

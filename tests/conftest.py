@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import hypothesis
@@ -58,8 +59,17 @@ def server() -> Iterator[Server]:
 
 
 @contextmanager
-def running_server(*arguments: str) -> Iterator[Server]:
-    """`manta serve` with these arguments. Ends it with Ctrl-C, and fails when a process is left."""
+def running_server(config: str = "") -> Iterator[Server]:
+    """`manta serve` with this text of a manta.yaml, if any. Ends it with Ctrl-C, and fails when a process is left."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "manta.yaml"
+        file.write_text(config)
+        with _started_server(*(("--config", str(file)) if config else ())) as server:
+            yield server
+
+
+@contextmanager
+def _started_server(*arguments: str) -> Iterator[Server]:
     port, grpc_port = free_port(), free_port()
     command = [Path(sys.executable).with_name("manta"), "serve", "--port", str(port), "--grpc-port", str(grpc_port)]
     command += arguments

@@ -68,11 +68,9 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory) -> Iterator[Server]:
+def replicated() -> Iterator[Server]:
     """Two gateways, two coordinators, and two replicas of each of two groups."""
-    file = tmp_path_factory.mktemp("replicated") / "manta.yaml"
-    file.write_text(CONFIG)
-    with running_server("--config", str(file)) as server:
+    with running_server(CONFIG) as server:
         yield server
 
 

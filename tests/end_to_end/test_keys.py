@@ -72,11 +72,10 @@ def guarded(tmp_path_factory) -> Iterator[GuardedServer]:
         {"id": "bob", "sha256": digest(bob)},
         {"id": "once", "sha256": digest(once), "requests_per_minute": 1},
     ]
-    keys, token, config = directory / "keys.json", directory / "token", directory / "manta.yaml"
+    keys, token = directory / "keys.json", directory / "token"
     keys.write_text(json.dumps(entries))
     token.write_text("a-token-for-prometheus\n")
-    config.write_text(CONFIG.format(model=DIRECTORY, keys=keys, token=token, bound=BOUND))
-    with running_server("--config", str(config)) as server:
+    with running_server(CONFIG.format(model=DIRECTORY, keys=keys, token=token, bound=BOUND)) as server:
         yield GuardedServer(server, alice, bob, once, "a-token-for-prometheus")
 
 

@@ -33,11 +33,9 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Iterator[Server]:
+def pair() -> Iterator[Server]:
     """One group with two replicas."""
-    file = tmp_path_factory.mktemp("pair") / "manta.yaml"
-    file.write_text(CONFIG)
-    with running_server("--config", str(file)) as server:
+    with running_server(CONFIG) as server:
         yield server
 
 

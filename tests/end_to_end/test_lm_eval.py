@@ -62,10 +62,9 @@ def test_its_loglikelihoods_are_those_of_transformers(tmp_path, task_directory):
     expected = evaluate(
         python, task_directory, tmp_path / "hf", "hf", pretrained=str(DIRECTORY), dtype="float32", add_bos_token="True"
     )
-    config = tmp_path / "manta.yaml"
     engine = {"dtype": "float32", "max_num_batched_tokens": 48}  # prompts are cut into chunks
-    config.write_text(json.dumps({"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}))
-    with running_server("--config", str(config)) as server:
+    config = {"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}
+    with running_server(json.dumps(config)) as server:
         scored = evaluate(
             python,
             task_directory,

@@ -18,10 +18,9 @@ SECONDS = 120
 @pytest.mark.long
 def test_two_minutes_of_generated_requests(tmp_path):
     python = make_environment(tmp_path / "environment", "schemathesis>=4.32,<5")
-    config = tmp_path / "manta.yaml"
     engine = {"max_model_len": 96}  # short answers: many requests
-    config.write_text(json.dumps({"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}))
-    with running_server("--config", str(config)) as server:
+    config = {"models": [{"name": "demo", "path": str(DIRECTORY), "engine": engine}]}
+    with running_server(json.dumps(config)) as server:
         before = coordinators(server)
         run_in(
             python.with_name("schemathesis"),

@@ -27,11 +27,9 @@ SILENT_S = 60.0  # ten times what it takes; the request's own deadline is far be
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Iterator[Server]:
+def two() -> Iterator[Server]:
     """Two coordinators of a model without experts."""
-    file = tmp_path_factory.mktemp("two") / "manta.yaml"
-    file.write_text(CONFIG)
-    with running_server("--config", str(file)) as server:
+    with running_server(CONFIG) as server:
         yield server
 
 

@@ -40,9 +40,8 @@ models:
 
 
 @pytest.mark.long
-def test_a_fault_every_ten_seconds_fails_no_stream(tmp_path):
-    (tmp_path / "manta.yaml").write_text(CONFIG)
-    with running_server("--config", str(tmp_path / "manta.yaml")) as server:
+def test_a_fault_every_ten_seconds_fails_no_stream():
+    with running_server(CONFIG) as server:
         soak(server, random.Random(0))
 
 

@@ -19,14 +19,13 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @pytest.mark.long
-def test_a_request_is_followed_from_the_client_to_the_engine_s_steps(tmp_path: Path) -> None:
-    config = tmp_path / "manta.yaml"
+def test_a_request_is_followed_from_the_client_to_the_engine_s_steps() -> None:
     with collector() as found:
-        config.write_text(
+        config = (
             f"models: [{{name: demo, path: {DIRECTORY}}}]\n"
             f"gateway: {{otlp_endpoint: '{found.url}', log_format: json}}\n"
         )
-        with running_server("--config", str(config)) as server:
+        with running_server(config) as server:
             body = {"model": "demo", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
             headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
             answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60).json()

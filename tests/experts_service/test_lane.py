@@ -375,13 +375,19 @@ def test_a_link_skips_stale_answers_and_moves_what_it_read_too_early() -> None:
     link.close()
 
 
-def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
+def asked_link() -> tuple[Link, Ask, bytes, socket.socket]:
+    """A link that was asked for one row, the head that it sent, and the shard's end."""
     ours, shard = socket.socketpair()
     link = Link(ours)
     one = Ask(1, memoryview(bytearray(8)))
     asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, 2, 1000, (1,))
     one.expected = answer_head(asked)
     link.send(one, asked, memoryview(bytes(8)))
+    return link, one, asked, shard
+
+
+def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
+    link, one, _, shard = asked_link()
     with shard:
         started = time.monotonic()
         with pytest.raises(BlockingIOError):
@@ -416,12 +422,7 @@ def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: py
 
 
 def test_a_link_closes_on_what_is_no_reply() -> None:
-    ours, shard = socket.socketpair()
-    link = Link(ours)
-    one = Ask(1, memoryview(bytearray(8)))
-    asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, 2, 1000, (1,))
-    one.expected = answer_head(asked)
-    link.send(one, asked, memoryview(bytes(8)))
+    link, one, asked, shard = asked_link()
     with shard:
         shard.sendall(refusal_head(asked, ANSWER, 0, 16) + bytes(16))
         with pytest.raises(LinkLost):
