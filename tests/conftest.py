@@ -51,6 +51,16 @@ class Server:
     start_s: float  # until the first answer of /health with 200
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's tensors are: what runs on a CPU runs on a GPU as well, where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """`manta serve` with the embedded demo model."""

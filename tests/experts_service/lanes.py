@@ -112,7 +112,7 @@ def shards(node: str = HERE, dtype: torch.dtype = torch.float32) -> Iterator[Sha
 
 def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, layer: int = 1) -> Tensor:
     """Dispatch `rows` [T, D] to `experts` [T, K] and combine with equal weights."""
-    weights = torch.full(experts.shape, 0.5, dtype=rows.dtype)
+    weights = torch.full(experts.shape, 0.5, dtype=rows.dtype, device=rows.device)
     return dispatcher.combine(dispatcher.dispatch(layer, rows, experts), weights)
 
 

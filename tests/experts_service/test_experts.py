@@ -23,9 +23,9 @@ def make_experts(dtype, grouped, device="cpu"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [(1, 0, 0), (3, 4, 5), (0, 7, 2), (40, 1, 0)])
-def test_grouped_equals_one_by_one(dtype, counts):
-    rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
-    one_by_one, grouped = make_experts(dtype, False)(0, rows, counts), make_experts(dtype, True)(0, rows, counts)
+def test_grouped_equals_one_by_one(dtype, counts, device):
+    rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    one_by_one, grouped = (make_experts(dtype, way, device)(0, rows, counts) for way in (False, True))
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(grouped, one_by_one, atol=tolerance, rtol=tolerance)
 

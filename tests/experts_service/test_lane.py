@@ -60,13 +60,14 @@ def both(running: Shards) -> Dispatcher:
 
 @UNIX_AND_TCP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_lane_gives_the_bits_of_local_experts(node: str, dtype: torch.dtype) -> None:
+def test_a_lane_gives_the_bits_of_local_experts(node: str, dtype: torch.dtype, device: str) -> None:
     with shards(node, dtype) as running:
         remote = both(running)
         for num_rows in (1, 2, 17, 300, 9000):  # the last is more than sockets and first buffers hold
             rows, experts = batch(num_rows, dtype)
             for layer in range(3):
-                assert torch.equal(ask(remote, rows, experts, layer), expected(rows, experts, layer)), num_rows
+                answer = ask(remote, rows.to(device), experts.to(device), layer).cpu()
+                assert torch.equal(answer, expected(rows, experts, layer)), num_rows
         assert sorted(running.dialled) == ["0a", "1a"], "connections persist"
 
 

@@ -29,10 +29,11 @@ from router_service.sequence import Sequence
 class Bench:
     """An engine without a thread, and what it delivered. `run` steps it until every request has ended."""
 
-    def __init__(self, directory: Path, *, num_groups: int = 1, **config: Any) -> None:
+    def __init__(self, directory: Path, *, num_groups: int = 1, device: str = "cpu", **config: Any) -> None:
         checkpoint = open_checkpoint(directory)
-        settings = EngineConfig(**{"num_kv_blocks": 64, "max_model_len": 512, **config})
-        self.engine: Engine = build_engine(checkpoint, settings, local_dispatcher(directory, num_groups), self._collect)
+        settings = EngineConfig(**{"num_kv_blocks": 64, "max_model_len": 512, "device": device, **config})
+        dispatcher = local_dispatcher(directory, num_groups, device)
+        self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture
         self.vocabulary = GrammarVocabulary(
             str(directory), checkpoint.layout, architecture.vocab_size, architecture.eos_token_ids
@@ -79,7 +80,7 @@ class Bench:
         return [self.run(request)[0] for request in requests]
 
 
-def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
+def local_dispatcher(directory: Path, num_groups: int, device: str) -> Dispatcher:
     """Experts of a checkpoint in this process, packed into `num_groups` groups; a dense model has none."""
     checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
@@ -89,7 +90,7 @@ def local_dispatcher(directory: Path, num_groups: int) -> Dispatcher:
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
     loaded = {
-        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device("cpu"))
+        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device(device))
         for group in groups
     }
     return Dispatcher(groups, LocalTransport(loaded))

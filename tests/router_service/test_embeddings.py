@@ -35,9 +35,9 @@ def by_hand(model, pooling, length):
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @cut_by("together", "chunked-prefill", "token-by-token", "one-at-a-time", "preempted-in-chunks", "two-microbatches")
-def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config):
+def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config, device):
     directory, model = tiny
-    bench = Bench(directory, **config)
+    bench = Bench(directory, device=device, **config)
     bench.run(make_request(prompt(300), max_tokens=1))  # the prefix cache has their beginning
     generated = [make_request(prompt(90 + i)[i:], max_tokens=60, ignore_eos=True) for i in range(6)]
     requests = {length: make_request(prompt(length), pooling=pooling) for length in LENGTHS}
@@ -48,7 +48,9 @@ def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config):
         assert embedding.norm().item() == pytest.approx(1.0, abs=1e-5)
         assert not bench.chunks[request.key], "nothing is generated"
     alone = [make_request(prompt(90 + i)[i:], max_tokens=60, ignore_eos=True) for i in range(6)]
-    assert [*outputs[:3], *outputs[-3:]] == Bench(directory).one_by_one(*alone), "others get their own tokens"
+    assert [*outputs[:3], *outputs[-3:]] == Bench(directory, device=device).one_by_one(*alone), (
+        "others get their own tokens"
+    )
     stats = bench.engine.stats()
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.num_kv_blocks_used) == (0, 0, 0)
     if config.get("num_kv_blocks") == 34:

@@ -49,8 +49,8 @@ def prompt(length, seed=0):
 def reference_ids(model, prompt_ids, count):
     with torch.inference_mode():
         output = model.generate(
-            torch.tensor([prompt_ids]),
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64),
+            torch.tensor([prompt_ids], device=model.device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64, device=model.device),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
@@ -82,12 +82,12 @@ def logits_of(bench, prompt_ids):
         ),
     ],
 )
-def test_logits_and_200_greedy_tokens_equal_transformers(tmp_path, config, layout):
-    model = write_checkpoint(tmp_path, layout=layout, **CONFIGS[config])
-    bench = Bench(tmp_path, prefix_caching=False)
+def test_logits_and_200_greedy_tokens_equal_transformers(tmp_path, config, layout, device):
+    model = write_checkpoint(tmp_path, layout=layout, **CONFIGS[config]).to(device)
+    bench = Bench(tmp_path, prefix_caching=False, device=device)
     ids = prompt(40)
     with torch.inference_mode():
-        expected = model(torch.tensor([ids])).logits[0, -1]
+        expected = model(torch.tensor([ids], device=device)).logits[0, -1]
     torch.testing.assert_close(logits_of(bench, ids), expected, atol=1e-4, rtol=0)
     request = make_request(ids, max_tokens=200, ignore_eos=True, min_tokens=200)
     assert bench.run(request) == [reference_ids(model, ids, 200)]
@@ -112,14 +112,14 @@ def mixed_requests():
 
 
 @pytest.fixture(scope="module")
-def alone(tiny):
+def alone(tiny, device):
     """What each of the mixed requests gets when nothing else runs."""
-    return Bench(tiny[0], prefix_caching=False).one_by_one(*mixed_requests())
+    return Bench(tiny[0], prefix_caching=False, device=device).one_by_one(*mixed_requests())
 
 
 @cut_by(*(name for name in CUTS if name not in ("token-by-token", "one-at-a-time", "preempted-in-chunks")))
-def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
-    bench = Bench(tiny[0], **{"prefix_caching": False, **config})
+def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config, device):
+    bench = Bench(tiny[0], **{"prefix_caching": False, "device": device, **config})
     assert bench.run(*mixed_requests()) == alone
     if config.get("num_kv_blocks") == 34:
         assert bench.engine.stats().preemptions_total > 0, "the test is meant to preempt"
@@ -128,9 +128,9 @@ def test_the_same_tokens_however_the_work_is_cut(tiny, alone, config):
 
 
 @cut_by("together", "chunked-prefill", "preempted", "two-microbatches")
-def test_the_same_tokens_of_a_dense_model_however_the_work_is_cut(tiny_dense, config):
-    alone = Bench(tiny_dense, prefix_caching=False).one_by_one(*mixed_requests())
-    bench = Bench(tiny_dense, prefix_caching=False, **config)
+def test_the_same_tokens_of_a_dense_model_however_the_work_is_cut(tiny_dense, config, device):
+    alone = Bench(tiny_dense, prefix_caching=False, device=device).one_by_one(*mixed_requests())
+    bench = Bench(tiny_dense, prefix_caching=False, device=device, **config)
     assert bench.run(*mixed_requests()) == alone
     stats = bench.engine.stats()
     assert stats.preemptions_total > 0 or "num_kv_blocks" not in config

@@ -23,14 +23,14 @@ class Damaging:
         flight = self.send_on(layer, rows, parts)
         for part in parts:
             if self.armed and layer == 1:
-                part.answer[torch.from_numpy(part.row_indices == 0)] = float("nan")
+                part.answer[torch.from_numpy(part.row_indices == 0).to(rows.device)] = float("nan")
         return flight
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_only_the_requests_that_it_reached_fail(tmp_path, temperature):
+def test_only_the_requests_that_it_reached_fail(tmp_path, temperature, device):
     write_checkpoint(tmp_path)
-    bench = Bench(tmp_path, dtype="float32")
+    bench = Bench(tmp_path, dtype="float32", device=device)
     dispatcher = bench.engine.model_runner.decoder.dispatcher
     transport = dispatcher._transport = Damaging(dispatcher._transport)
     prompts = [range(5 + i, 45 + i) for i in range(3)]

@@ -54,8 +54,8 @@ def check(chunk, length, reference):
     "two-microbatches",
     "four-groups",
 )
-def test_scores_are_those_of_the_reference_however_the_work_is_cut(tiny, reference, config):
-    bench = Bench(tiny[0], **config)
+def test_scores_are_those_of_the_reference_however_the_work_is_cut(tiny, reference, config, device):
+    bench = Bench(tiny[0], device=device, **config)
     bench.run(make_request(prompt(90), max_tokens=1))  # the prefix cache has their beginning
     requests = {n: make_request(prompt(n), max_tokens=20, ignore_eos=True, prompt_logprobs=3) for n in LENGTHS}
     others = [make_request(prompt(60), max_tokens=20, ignore_eos=True) for _ in range(3)]

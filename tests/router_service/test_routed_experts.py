@@ -23,9 +23,9 @@ def routed(chunks, architecture):
 
 
 @cut_by("together", "chunked-prefill", "two-microbatches", "preempted", "three-at-a-time")
-def test_the_reference_chooses_the_same(tiny, config):
+def test_the_reference_chooses_the_same(tiny, config, device):
     directory, model = tiny
-    bench = Bench(directory, **{"prefix_caching": False, **config})
+    bench = Bench(directory, **{"prefix_caching": False, "device": device, **config})
     asking = [make_request(prompt(9 + i, seed=i), max_tokens=6, ignore_eos=True, routed_experts=True) for i in range(5)]
     others = [make_request(prompt(12, seed=90 + i), max_tokens=6, ignore_eos=True) for i in range(3)]
     bench.run(*asking[:2], *others, *asking[2:])

@@ -42,10 +42,10 @@ def draws(row, count=3000, **sampling):
         ({"temperature": 1.0, "top_k": 8, "top_p": 0.7}, [TopKLogitsWarper(8), TopPLogitsWarper(0.7)]),
     ],
 )
-def test_tokens_are_drawn_from_the_distribution_of_the_reference(sampling, warpers):
+def test_tokens_are_drawn_from_the_distribution_of_the_reference(sampling, warpers, device):
     row = logits()
     expected = LogitsProcessorList(warpers)(torch.tensor([[1, 2, 3]]), row.clone()).softmax(-1)[0]
-    drawn = draws(row, **sampling)
+    drawn = draws(row.to(device), **sampling)
     assert all(expected[token] > 0 for token in drawn), "a token that the reference filters out was drawn"
     for token in range(VOCABULARY):
         # Five standard deviations of a binomial, and a little for the rarest.
