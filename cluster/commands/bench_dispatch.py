@@ -1,13 +1,14 @@
 """`manta bench dispatch`: one layer's dispatch and combine over each transport, between real processes, without maths.
 
 Every row goes to one expert of every group, so the bytes of a measurement are rows × groups × row, there and back.
+`bare` is what those bytes take without Manta, Ray and torch: what is above it is ours.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.commands.bench_echo import echoes
 from cluster.commands.bench_machine import this_machine
 from cluster.commands.bench_output import Output
 from cluster.commands.bench_serve_plot import check_plotting
@@ -33,6 +35,7 @@ from router_service.dispatcher import Dispatcher
 
 NAMESPACE, FINGERPRINT = "manta-bench", "bench"
 TIMEOUT_S = 60.0
+BARE = "bare"
 WARM_UP = 50
 LONGEST_S = 10.0  # of one measurement; repeats beyond are left out
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -97,6 +100,11 @@ def run(
         ],
     )
     results: list[dict[str, Any]] = []
+
+    def add(transport: str, count: int, number: int, round_trip: Callable[[], object]) -> None:
+        p50, p99 = _measure(round_trip, repeats)
+        results.append({"transport": transport, "rows": count, "groups": number, "p50_us": p50, "p99_us": p99})
+
     with _shards(max(groups), hidden, dtype) as table:
         for number in groups:
             deployments = {group: Deployment("bench", f"expert-{group}") for group in range(number)}
@@ -105,14 +113,16 @@ def run(
                     [ExpertGroup(group, (group,)) for group in range(number)], _transport(name, deployments, table)
                 )
                 for count in rows:
-                    p50, p99 = _measure(dispatcher, count, number, hidden, getattr(torch, dtype), repeats)
-                    results.append({"transport": name, "rows": count, "groups": number, "p50_us": p50, "p99_us": p99})
+                    add(name, count, number, _round_trip(dispatcher, count, number, hidden, getattr(torch, dtype)))
                 dispatcher.close()
+            for count in rows:
+                with echoes(number, count * hidden * getattr(torch, dtype).itemsize) as round_trip:
+                    add(BARE, count, number, round_trip)
     cells = {(r["groups"], r["rows"], r["transport"]): f"{r['p50_us']:.0f} / {r['p99_us']:.0f}" for r in results}
     output.table(
         "dispatch + combine, p50 / p99 in µs",
-        ("groups × rows", *transports),
-        [(f"{g} × {r}", *(cells[g, r, name] for name in transports)) for g in groups for r in rows],
+        ("groups × rows", BARE, *transports),
+        [(f"{g} × {r}", *(cells[g, r, name] for name in (BARE, *transports))) for g in groups for r in rows],
     )
     if plot is not None:
         _draw(results, hidden, dtype, plot)
@@ -178,19 +188,24 @@ def _shards(number: int, hidden: int, dtype: str) -> Iterator[RoutingTable]:
         ray.shutdown()
 
 
-@torch.inference_mode()
-def _measure(
-    dispatcher: Dispatcher, num_rows: int, num_groups: int, hidden: int, dtype: torch.dtype, repeats: int
-) -> tuple[float, float]:
-    """Median and 99th percentile of a round trip, in µs."""
+def _round_trip(
+    dispatcher: Dispatcher, num_rows: int, num_groups: int, hidden: int, dtype: torch.dtype
+) -> Callable[[], object]:
+    """One dispatch and combine of random rows."""
     rows = torch.randn(num_rows, hidden).to(dtype)  # [T, D]
     experts = torch.arange(num_groups).repeat(num_rows, 1)  # [T, K], one expert of each group
     weights = torch.full((num_rows, num_groups), 1.0 / num_groups)  # [T, K], fp32 as the gate's
+    return lambda: dispatcher.combine(dispatcher.dispatch(0, rows, experts), weights)
+
+
+@torch.inference_mode()
+def _measure(round_trip: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Its median and 99th percentile, in µs."""
     deadline = time.perf_counter() + LONGEST_S
     seconds: list[float] = []
     for turn in range(WARM_UP + repeats):
         started = time.perf_counter()
-        dispatcher.combine(dispatcher.dispatch(0, rows, experts), weights)
+        round_trip()
         ended = time.perf_counter()
         if turn >= min(WARM_UP, repeats):
             seconds.append(ended - started)
