@@ -2,6 +2,10 @@
 
 Every row goes to one expert of every group, so the bytes of a measurement are rows × groups × row, there and back.
 `bare` is what those bytes take without Manta, Ray and torch: what is above it is ours.
+
+A process that sleeps for its answer finds cold caches: 11 µs of torch calls after each bare round trip made that 47 to
+74 µs longer. So the coordinator looks for answers that come soon instead of sleeping (`Link.wait`): 0.76 of the time
+for one group, 0.81 for two, 0.96 for eight (blocks of 300 in turn in one process, 15 of each, three times).
 """
 
 from __future__ import annotations
