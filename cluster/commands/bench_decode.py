@@ -8,7 +8,7 @@ Tried, bench model, 4 expert processes on 2 cores, and not kept:
 - One thread for all of the coordinator: 52.0 ms a step at batch 1 instead of 48.7. Kept: one for the attention of few
   rows (`router_service/step_threads.py`), all for the rest.
 - Huge pages for packed weights, asked for after packing (MADV_COLLAPSE): one matmul of four rows took 0.94 to 0.97 of
-  the time, alternating in one process; to move 1 GB took 9 s on a busy machine.
+  the time, a step of one sequence 0.92 or 1.04, whichever of two engines in one process had them; 2.6 s a GB to move.
 - A buffer for the answers of one row that is kept from layer to layer, and one sum in place of two additions: 0.99 of
   a step (12 runs in turn).
 - Experts of the coordinator's process one after the other on all threads, which spin for longer (20,000 and 100,000)
