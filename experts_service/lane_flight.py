@@ -65,7 +65,7 @@ class Asker(Protocol):
     table: RoutingTable
     timeout_s: float
     latency: Mapping[int, DispatchCounts]
-    answers_soon: bool  # whether the last flight's came sooner than a sleeper would have woken up
+    answers_soon: bool  # whether the last flight's were there within SOON_S
 
     def attempt(self, flight: LaneFlight, group: AskedGroup, remaining_s: float) -> None:
         """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""

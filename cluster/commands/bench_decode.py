@@ -4,11 +4,11 @@ for each batch:   count the expert reads (warms up, too) → calibrate transform
 for each prefill: the same, of one output token
 
 Tried, bench model, 4 expert processes on 2 cores, and not kept:
-- Huge pages for weights (GLIBC_TUNABLES=glibc.malloc.hugetlb=1): 51.6 and 54.2 ms a step with, 47.6 without, batch 1.
 - One thread for all of the coordinator: 52.0 ms a step at batch 1 instead of 48.7. Kept: one for the attention of few
   rows (`router_service/step_threads.py`), all for the rest.
 - Huge pages for packed weights, asked for after packing (MADV_COLLAPSE): one matmul of four rows took 0.94 to 0.97 of
-  the time, a step of one sequence 0.92 or 1.04, whichever of two engines in one process had them; 2.6 s a GB to move.
+  the time, a step of one sequence in one process 0.92 or 1.04, whichever of two engines there had them; 2.6 s a GB to
+  move. For all that malloc gives (GLIBC_TUNABLES=glibc.malloc.hugetlb=1): 51.6 and 54.2 ms with, 47.6 without.
 - A buffer for the answers of one row that is kept from layer to layer, and one sum in place of two additions: 0.99 of
   a step (12 runs in turn).
 - Experts of the coordinator's process one after the other on all threads, which spin for longer (20,000 and 100,000)

@@ -32,7 +32,7 @@ def echoes(number: int, num_bytes: int) -> Iterator[Callable[[], None]]:
             ours, theirs = socket.socketpair()
             with theirs:
                 command = [sys.executable, "-I", "-S", "-c", _ECHO, str(theirs.fileno()), str(num_bytes)]
-                process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)  # Ctrl-C is ours
             stack.callback(process.wait, END_S)
             channels.append(stack.enter_context(ours))  # closed first, which ends the process
         sent, received = bytes(num_bytes), memoryview(bytearray(num_bytes))
