@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,8 +126,9 @@ def _pods(directory: Path, specs: Sequence[Pod]) -> Iterator[Pods]:
             try:
                 process.wait(60)
             finally:
-                for one in (process, *(child for child in family if child.is_running())):
-                    one.kill()
+                for one in (process, *family):
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
 
 
 def _environment(directory: Path) -> dict[str, str]:

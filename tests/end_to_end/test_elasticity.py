@@ -42,7 +42,8 @@ def elastic(directory) -> Iterator[Server]:
         write_checkpoint(directory / name, vocab_size=2048, dense=dense)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (directory / name / file).write_bytes((DEMO / file).read_bytes())
-    config = f"""
+    config = directory / "manta.yaml"
+    config.write_text(f"""
 models:
   - name: wide
     path: {directory / "wide"}
@@ -53,8 +54,8 @@ models:
     path: {directory / "narrow"}
     engine: {{max_num_seqs: 4, max_waiting: 4, num_kv_blocks: 256, num_threads: 1}}
 gateway: {{scaling: {{target_requests: 6, {SCALING}}}}}
-"""
-    with running_server(config) as server:
+""")
+    with running_server(config.read_text()) as server:
         yield server
 
 
