@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import select
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,21 +68,27 @@ class Asker(Protocol):
     latency: Mapping[int, DispatchCounts]
     answers_soon: bool  # whether the last flight's were there within SOON_S
 
+    @abstractmethod
     def attempt(self, flight: LaneFlight, group: AskedGroup, remaining_s: float) -> None:
         """Ask a replica. Leaves the reason in `group.ask.failed` when that did not even start."""
 
+    @abstractmethod
     def hedge(self, flight: LaneFlight, group: AskedGroup, remaining_s: float, now: float) -> None:
         """Ask a second replica for the same rows, as soon as there is one."""
 
+    @abstractmethod
     def answered(self, group: AskedGroup, now: float) -> None:
         """Learn from an answer how fast the replicas of its group are; nobody waits for the other answer any more."""
 
+    @abstractmethod
     def others(self, group: AskedGroup) -> list[Replica]:
         """The trusted replicas besides the one that was asked, as far as they are connected."""
 
+    @abstractmethod
     def suspect(self, group: AskedGroup, reason: str) -> None:
         """Tell the routing table that the replica that was asked failed."""
 
+    @abstractmethod
     def give_up(self, group: AskedGroup, reason: str) -> None:
         """End the connection to a replica that does not answer; it is dialled again, and used when that succeeds."""
 
