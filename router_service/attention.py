@@ -22,7 +22,7 @@ class _Decodes:
     """The sequences with one new token, as one batch."""
 
     rows: torch.Tensor  # [B] their rows among the T tokens
-    slots: torch.Tensor  # [B, S] of their context, padded with slot 0
+    slots: torch.Tensor  # [B, S] of their context, padded with slot 0, which is in the null block
     mask: torch.Tensor | None  # [B, 1, 1, S] added to the scores; None when nothing is padded
 
 

@@ -7,6 +7,8 @@ their hash until they are handed out again, least recently freed first.
          ┌────────── allocate ──────────┐
     free (hashed or blank, oldest first)   held (reference count ≥ 1)
          └──────────── free ────────────┘
+
+Block 0 is the null block: nobody owns it and nobody writes it, so what attention pads with is zero.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ from collections.abc import Iterable
 
 from router_service.sequence import Sequence
 
+NULL_BLOCK = 0
+
 
 class BlockManager:
     """The free list, the reference counts and the prefix cache.
 
-    Invariant: every block is either in the free list or has a reference count ≥ 1, never both.
+    Invariant: every block but the null block is either in the free list or has a reference count ≥ 1, never both.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        """`num_blocks` to hand out, numbered from 1 on: the null block is not among them."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._references = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(NULL_BLOCK + 1, NULL_BLOCK + 1 + num_blocks))
+        self._references = [0] * (NULL_BLOCK + 1 + num_blocks)
+        self._doubted: set[int] = set()  # held blocks that are never published
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
 
@@ -78,6 +84,8 @@ class BlockManager:
             return
         num_full = sequence.num_computed_tokens // self.block_size
         for block, block_hash in zip(sequence.block_table, self._hashes(sequence, num_full), strict=False):
+            if block in self._doubted:
+                return  # nor what was computed from it
             if block not in self._hash_of_block and block_hash not in self._block_of_hash:
                 self._hash_of_block[block] = block_hash
                 self._block_of_hash[block_hash] = block
@@ -88,14 +96,14 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
+                self._doubted.discard(block)  # blank: it is written before it is read again
         sequence.block_table.clear()
 
-    def discard(self, blocks: Iterable[int]) -> list[int]:
-        """Have the prefix cache forget what these blocks hold. Returns those that nobody holds now."""
-        distinct = sorted(set(blocks))
-        for block in distinct:
+    def doubt(self, blocks: Iterable[int]) -> None:
+        """Have the prefix cache forget what these held blocks hold, and take it back from none of their holders."""
+        for block in blocks:
             self._forget(block)
-        return [block for block in distinct if block in self._free]
+            self._doubted.add(block)
 
     def _hold(self, block: int) -> None:
         self._references[block] += 1

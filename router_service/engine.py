@@ -232,9 +232,9 @@ class Engine:
 
     def _fail_not_finite(self, lost: list[Sequence]) -> None:
         """End sequences whose logits are not finite, and no others; nothing of their cache may reach anybody else."""
-        blocks = [block for sequence in lost for block in sequence.block_table]
+        for sequence in lost:
+            self.scheduler.block_manager.doubt(sequence.block_table)
         self._fail((sequence, Unavailable("the model's output is not finite")) for sequence in lost)
-        self.model_runner.kv_cache.erase(self.scheduler.block_manager.discard(blocks))
 
     def _emit(self, batch: Batch, sampled: list[Sequence], logprobs: list[TokenLogprobs | None]) -> None:
         events: list[Event] = []

@@ -1,6 +1,7 @@
 """The memory of keys and values, in blocks, one pair of tensors per layer. Knows slots; knows nothing of sequences.
 
-Slot s of a layer is row s of its two tensors; block b of size n is the slots b·n … b·n + n - 1.
+Slot s of a layer is row s of its two tensors; block b of size n is the slots b·n … b·n + n - 1. Block 0 is the null
+block: padding reads it, nobody writes it, and it stays zero.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from cluster.architecture import Architecture
 class KVCache:
     """Keys and values of every layer, each [S slots, G kv heads, H head_dim].
 
-    The memory is zeroed: padding reads slots that were never written, and 0 · NaN would not be 0.
+    The null block is zero because masked values are read as well, and 0 · NaN would not be 0. All other slots are
+    written before they are read.
     """
 
     def __init__(
@@ -28,9 +30,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
+        """Room for `num_blocks` and the null block."""
         self.block_size = block_size
-        shape = (architecture.num_layers, num_blocks * block_size, architecture.num_kv_heads, architecture.head_dim)
+        num_slots = (1 + num_blocks) * block_size
+        shape = (architecture.num_layers, num_slots, architecture.num_kv_heads, architecture.head_dim)
         self._keys = _zeros(shape, dtype, device)  # [L, S, G, H]
         self._values = _zeros(shape, dtype, device)  # [L, S, G, H]
 
@@ -46,13 +49,6 @@ class KVCache:
         keys = self._keys[layer].index_select(0, flat)
         values = self._values[layer].index_select(0, flat)
         return keys.view(shape), values.view(shape)
-
-    def erase(self, blocks: list[int]) -> None:
-        """Zero these blocks: what they hold is not finite, and padding may read them."""
-        for block in blocks:
-            slots = slice(block * self.block_size, (block + 1) * self.block_size)
-            self._keys[:, slots] = 0
-            self._values[:, slots] = 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_service.block_manager import BlockManager
+from router_service.block_manager import NULL_BLOCK, BlockManager
 from tests.router_service.requests import make_sequence
 
 BLOCK = 4
@@ -63,6 +63,34 @@ def test_too_few_blocks_changes_nothing():
     assert not manager.grow(sequence, 9)
     assert sequence.block_table == []
     assert manager.num_free_blocks == 2
+
+
+def test_nobody_gets_the_null_block():
+    manager = BlockManager(3, BLOCK)
+    sequence = make_sequence(range(12))
+    assert manager.grow(sequence, 12)
+    assert sorted(sequence.block_table) == [1, 2, 3]
+    assert NULL_BLOCK not in sequence.block_table
+
+
+def test_a_doubted_block_does_not_come_back_while_somebody_holds_it():
+    """Two held one block; one of them failed and its blocks were forgotten, and the other published them again."""
+    manager = BlockManager(8, BLOCK)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    first, second = computed(manager, prompt), computed(manager, prompt)
+    assert first.block_table[0] == second.block_table[0]
+    manager.doubt(first.block_table)
+    manager.free(first)
+    second.token_ids += [10, 11, 12]
+    assert manager.grow(second, 12)
+    second.num_computed_tokens = 12
+    manager.publish(second)
+    assert manager.take_prefix(make_sequence([*prompt, 10, 11, 12, 13])) == 0
+    manager.free(second)
+    again = make_sequence(prompt)
+    assert manager.take_prefix(again) == 0
+    computed(manager, prompt)
+    assert manager.take_prefix(again) == 8, "once nobody held them, the blocks were as good as any"
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14)), max_size=60))
