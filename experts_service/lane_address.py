@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PATH_LIMIT = 107
+_LONGEST_NAME = "/0123456789ab.sock"
 _BACKLOG = 128
 _SOCKET_BUFFER_BYTES = 4 * 2**20  # asked for; the kernel caps it
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15_000}  # s, s, tries, ms
@@ -90,11 +91,14 @@ def tuned(channel: socket.socket) -> socket.socket:
     return channel
 
 
-def private_directory() -> Path:
-    """A directory of mode 0700 that is ours, with a short path: `manta-<uid>` among the temporary files."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        directory = Path(parent) / f"manta-{os.geteuid()}"
-        if len(os.fsencode(directory)) + len("/0123456789ab.sock") > _PATH_LIMIT:
+def private_directory(socket: str = _LONGEST_NAME, parent: str | None = None) -> Path:
+    """A directory of mode 0700 that is ours, `manta-<uid>` in `parent` or among the temporary files.
+
+    Its path is so short that `socket`, the longest one to lie below, can be bound there.
+    """
+    for candidate in (*filter(None, [parent]), tempfile.gettempdir(), "/tmp"):
+        directory = Path(candidate) / f"manta-{os.geteuid()}"
+        if len(os.fsencode(directory)) + len(socket) > _PATH_LIMIT:
             continue
         with suppress(OSError):
             directory.mkdir(mode=0o700, exist_ok=True)

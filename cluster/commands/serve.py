@@ -26,6 +26,7 @@ from cluster.app import (
     run_targets,
 )
 from cluster.checkpoint import open_checkpoint
+from cluster.commands.local_ray import start_local_ray
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
 from cluster.hub import resolve_model
@@ -109,19 +110,14 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
     if address is None:
         for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
             _check_free(gateway.host, name, port)
-        options: dict[str, Any] = {
-            "address": "local",  # else Ray joins a cluster that somebody runs on this machine
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
         console.print("Starting Ray …")
+        start_local_ray(OBJECT_STORE_BYTES)
     else:
-        options = {"address": address}
         console.print(f"Joining Ray at {address} …")
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
-        raise SetupError(f"Ray did not start or cannot be joined: {error}") from error
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            raise SetupError(f"Ray cannot be joined: {error}") from error
     try:
         yield describe_cluster(ray.nodes())
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.ports import free_port
 from tests.waiting import wait_for
 
 CONFIG = """
+global
+    stats socket {directory}/cli mode 666 level admin expose-fd listeners
 defaults
     mode http
     timeout connect 1s
@@ -26,8 +29,12 @@ backend nobody
 """
 
 
-def test_without_a_replica_it_answers_as_all_errors_are_answered(tmp_path: Path) -> None:
-    """It was a 500 in plain text, which no client takes for something that another try may mend."""
+def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_its_users_only(tmp_path: Path) -> None:
+    """It was a 500 in plain text, which no client takes for something that another try may mend.
+
+    And anybody on the machine could tell HAProxy, by its admin socket, to send requests with their keys elsewhere.
+    """
+    tmp_path.chmod(0o755)
     port = free_port()
     config = tmp_path / "haproxy.cfg"
     config.write_text(CONFIG.format(directory=tmp_path, port=port, gone=free_port()))
@@ -45,6 +52,9 @@ def test_without_a_replica_it_answers_as_all_errors_are_answered(tmp_path: Path)
 
     try:
         wait_for(is_answered, 30, "HAProxy")
+        assert stat.S_ISSOCK((tmp_path / "cli").stat().st_mode)
+        assert stat.S_IMODE((tmp_path / "cli").stat().st_mode) == 0o600
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
     finally:
         process.terminate()
         process.wait(10)

@@ -1,4 +1,7 @@
-"""The server as Kubernetes runs it: no root, no capabilities, only /tmp and /dev/shm to write to; and who listens."""
+"""The server as Kubernetes runs it: no root, no capabilities, only /tmp and /dev/shm to write to; and who listens.
+
+What it writes there, another user of the machine can neither read nor connect to.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.root
 
 USER = 10001  # that of the image
+NOBODY = 65534
 REPOSITORY = Path(__file__).parents[2]
 OVERLAY = REPOSITORY / "k8s" / "overlays" / "cpu-demo" / "manta.yaml"
 START_TIMEOUT_S = 600
@@ -54,6 +58,40 @@ chown "$USER_ID" /tmp/home
 cd /tmp/home
 exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups --bounding-set -all --inh-caps -all --no-new-privs \
     env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" "$@"
+"""
+
+# What the user who runs it can do with the files below the arguments: kind and path of each that it could open.
+LOOK_AROUND = """
+import os, socket, stat, sys
+
+for root in sys.argv[1:]:
+    for directory, names, files in os.walk(root):
+        print("folder", directory)
+        for path in (os.path.join(directory, name) for name in files):
+            try:
+                if stat.S_ISSOCK(os.lstat(path).st_mode):
+                    kind = socket.SOCK_DGRAM if "/metrics" in path else socket.SOCK_STREAM
+                    with socket.socket(socket.AF_UNIX, kind) as channel:
+                        channel.connect(path)
+                    print("socket", path)
+                elif stat.S_ISREG(os.lstat(path).st_mode):
+                    open(path, "rb").close()
+                    print("file", path)
+            except OSError:
+                continue
+"""
+# Asks HAProxy's admin socket something, at each of the paths: what it answers, or why it does not.
+ASK_HAPROXY = """
+import socket, sys
+
+for path in sys.argv[1:]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        try:
+            channel.connect(path)
+            channel.sendall(b"show info\\n")
+            print(channel.recv(4096).decode().splitlines()[0])
+        except OSError as error:
+            print(error.strerror)
 """
 
 # The README's table: who listens on which ports, from the lowest to the highest, and whether on loopback only.
@@ -151,6 +189,60 @@ def test_it_serves_without_privileges_on_a_file_system_that_is_read_only(host: H
         assert {path for path in writable if not re.match(r"/(proc|sys|dev)", path)} == {"/tmp"}, writable
         looked_at += 1
     assert looked_at > 10, "the server, Ray's own processes and the replicas"
+
+
+def as_user(host: Host, user: int, program: str, *arguments: str) -> list[str]:
+    """The lines that this Python program writes as that user, who sees the files that the server sees."""
+    [within, *_] = [pid for pid in host.process_ids() if "raylet" in Path(f"/proc/{pid}/comm").read_text()]
+    identity = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
+    done = subprocess.run(
+        [
+            "nsenter", "--mount", "--target", str(within),
+            "setpriv", *identity, sys.executable, "-c", program, *arguments,
+        ],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_another_user_of_the_machine_can_open_nothing_that_it_wrote(host: Host, server: Any) -> None:
+    """Ray's session folder was open to all, and so was its token, with which they could run code as the server."""
+    url, places = "http://127.0.0.1:8000/v1/models", ("/tmp", "/dev/shm")
+    assert host.run(lambda: httpx.get(url, timeout=60)).status_code == 200
+    own = as_user(host, USER, LOOK_AROUND, *places)
+    for kind, path in (
+        ("file", "/tmp/home/.ray/auth_token"),
+        ("file", r".*/logs/gcs_server\.out"),
+        ("file", r".*/haproxy\.cfg"),
+        ("socket", r".*/sockets/raylet"),
+        ("socket", r".*/(cli|admin\.sock)"),
+        ("socket", r".*/metrics(\.sock)?"),
+        ("socket", r".*/[0-9a-f]{12}\.sock"),  # of a lane
+    ):
+        assert any(re.fullmatch(f"{kind} {path}", line) for line in own), f"{path} is not where we looked: {own}"
+    seen = as_user(host, NOBODY, LOOK_AROUND, *places)
+    assert seen == ["folder /tmp", "folder /tmp/home", "folder /dev/shm"], seen
+
+
+def test_another_user_cannot_tell_haproxy_to_send_requests_elsewhere(host: Host, server: Any) -> None:
+    """By the admin socket, which was everyone's, `nobody` had alice's request sent to its own port, with her key."""
+    listed = as_user(host, USER, LOOK_AROUND, "/tmp")
+    [path] = [line.split()[1] for line in listed if re.fullmatch(r"socket .*/(cli|admin\.sock)", line)]
+    assert as_user(host, USER, ASK_HAPROXY, path) == ["Name: HAProxy"]
+    assert as_user(host, NOBODY, ASK_HAPROXY, path) == ["Permission denied"]
+
+
+def test_what_everyone_can_see_of_its_processes_holds_no_secret(host: Host, server: Any) -> None:
+    """Command lines are everyone's to read, and sockets in the abstract name space everyone's to connect to."""
+    token = as_user(host, USER, "print(open('/tmp/home/.ray/auth_token').read())")[0]
+    secret = as_user(host, USER, "import pathlib; print(pathlib.Path('/tmp/home/.manta/lane_secret').read_text())")[0]
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in host.process_ids()]
+    assert len(commands) > 10
+    assert not [command for command in commands if token in command or secret in command]
+    sockets = host.run(lambda: Path("/proc/thread-self/net/unix").read_text())
+    assert "/sockets/raylet" in sockets, "those of this host"
+    assert "@" not in sockets, sockets
 
 
 def test_only_the_ports_of_the_readme_listen(host: Host, server: Any) -> None:

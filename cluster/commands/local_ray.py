@@ -1,0 +1,33 @@
+"""Starts a Ray of our own on this machine, whose files no other user may read. Knows nothing of Serve and of models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from cluster.commands.private_files import UMASK, ray_directory, secure_token
+from cluster.errors import SetupError
+
+
+def start_local_ray(object_store_bytes: int, **options: Any) -> None:
+    """It ends with us, or with `ray.shutdown`. `options` are those of `ray.init`. Raises SetupError."""
+    import ray
+
+    warning = secure_token()
+    if warning is not None:
+        print(f"Warning: {warning}.", file=sys.stderr)
+    os.umask(UMASK)  # of all processes from now on: Ray's, Serve's, HAProxy, and ours
+    try:
+        ray.init(
+            address="local",  # else Ray joins a cluster that somebody runs on this machine
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(ray_directory()),
+            **options,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise SetupError(f"Ray did not start: {error}") from error
