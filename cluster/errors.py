@@ -29,6 +29,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_MESSAGE_CHARS = 2000
+MAX_PARAM_CHARS = 200
+
 
 class MantaError(Exception):
     """Root of the tree. `message` is a full sentence for a person; extra keyword attributes are kept."""
@@ -43,6 +46,10 @@ class MantaError(Exception):
         return (_rebuild, (type(self), self.message, {k: v for k, v in self.__dict__.items() if k != "message"}))
 
 
+def _clipped(text: str, num_chars: int) -> str:
+    return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
+
+
 def _rebuild(cls: type[MantaError], message: str, attributes: dict[str, Any]) -> MantaError:
     error = cls(message)
     error.__dict__.update(attributes)
@@ -50,7 +57,13 @@ def _rebuild(cls: type[MantaError], message: str, attributes: dict[str, Any]) ->
 
 
 class RequestError(MantaError):
-    """The client can mend the request, or send it again later."""
+    """The client can mend the request, or send it again later.
+
+    What it sent is not said back at length: a name or a value in the message may be as long as its body.
+    """
+
+    def __init__(self, message: str = "", **attributes: Any) -> None:
+        super().__init__(_clipped(message, MAX_MESSAGE_CHARS), **attributes)
 
 
 class InvalidRequest(RequestError):
@@ -58,7 +71,7 @@ class InvalidRequest(RequestError):
 
     def __init__(self, message: str = "", param: str | None = None, **attributes: Any) -> None:
         super().__init__(message, **attributes)
-        self.param = param
+        self.param = None if param is None else _clipped(param, MAX_PARAM_CHARS)
 
 
 class ContextTooLong(InvalidRequest):

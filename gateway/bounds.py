@@ -10,10 +10,7 @@ from cluster.messages import ModelCard
 from gateway.protocol import SamplingFields
 
 MAX_TOP_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIAS = 1024
 
 
 def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) -> dict[str, Any]:
@@ -31,7 +28,6 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
         if seed is not None:
             between(name, seed, -(2**63), 2**63 - 1)
     stop_token_ids = body.stop_token_ids or []
-    _at_most("stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
     for i, token_id in enumerate(stop_token_ids):
         check_token_id(token_id, card, f"stop_token_ids[{i}]")
     _check_stop(body.stop or [])
@@ -65,7 +61,6 @@ def between(path: str, value: Any, low: float, high: float) -> Any:
 
 
 def _logit_bias(logit_bias: dict[str, float], card: ModelCard) -> tuple[tuple[int, float], ...]:
-    _at_most("logit_bias", len(logit_bias), MAX_LOGIT_BIAS)
     pairs = {}
     for key, bias in logit_bias.items():
         path = f"logit_bias.{key}"
@@ -77,7 +72,6 @@ def _logit_bias(logit_bias: dict[str, float], card: ModelCard) -> tuple[tuple[in
 
 
 def _check_stop(stop: Sequence[str]) -> None:
-    _at_most("stop", len(stop), MAX_STOP_STRINGS)
     for i, text in enumerate(stop):
         path = f"stop[{i}]"
         if not text:
@@ -88,8 +82,3 @@ def _check_stop(stop: Sequence[str]) -> None:
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _at_most(path: str, count: int, bound: int) -> None:
-    if count > bound:
-        raise InvalidRequest(f"{path}: at most {bound} entries, got {count}", param=path)

@@ -20,6 +20,7 @@ from cluster.fairness import is_refused
 from cluster.messages import Kind, ModelCard, TokenChunk
 from cluster.traces import Span, Traces
 from gateway import resumption
+from gateway.body_worker import BodyWorker
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
@@ -72,6 +73,7 @@ class Frontend:
         self.config = config
         self.health = health
         self.guard = Guard(config)
+        self.worker = BodyWorker()
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
@@ -125,24 +127,17 @@ class Frontend:
     async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
-        if _num_chars(body.tools) + sum(_num_chars(message.content) for message in body.messages) < INLINE_CHARS:
-            return _charged(model.validator.chat(body, timeout_s))
-        return _charged(await asyncio.to_thread(model.validator.chat, body, timeout_s))
+        return _charged(await self.worker.run(body.num_bytes, model.validator.chat, body, timeout_s))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
-        if isinstance(body.prompt, str) and len(body.prompt) < INLINE_CHARS:
-            return _charged(model.validator.completion(body, timeout_s))
-        return _charged(await asyncio.to_thread(model.validator.completion, body, timeout_s))
+        return _charged(await self.worker.run(body.num_bytes, model.validator.completion, body, timeout_s))
 
     async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "embedding")
-        if _num_chars(body.input) < INLINE_CHARS:
-            job = model.embedding_validator.job(body, timeout_s)
-        else:
-            job = await asyncio.to_thread(model.embedding_validator.job, body, timeout_s)
+        job = await self.worker.run(body.num_bytes, model.embedding_validator.job, body, timeout_s)
         current_caller().take_prompt(job.num_prompt_tokens)
         return job
 
@@ -308,8 +303,3 @@ async def _merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[D
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _num_chars(content: object) -> int:
-    """Roughly, whatever the client sent."""
-    return len(content) if isinstance(content, str) else len(str(content))

@@ -88,25 +88,16 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         )
 
     async def _chat(self, request: chat_pb2.ChatRequest, timeout_s: float | None) -> Generation:
-        document = sampling_fields(request.sampling)
-        top = document.pop("logprobs", None)
-        if top is not None:
-            document |= {"logprobs": True, "top_logprobs": top}
-        document |= {"model": request.model, **chat_fields(request)}
-        body = parse_body(ChatCompletionRequest, document)
+        body = await self.frontend.worker.run(request.ByteSize(), _chat_body, request)
         return await self.frontend.chat(body, timeout_s)
 
     async def _generate(self, request: chat_pb2.GenerateRequest, timeout_s: float | None) -> Generation:
-        prompt: Any = None
-        if request.WhichOneof("prompt") == "text":
-            prompt = request.text
-        elif request.WhichOneof("prompt") == "token_ids":
-            prompt = list(request.token_ids.ids)
-        document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
-        return await self.frontend.completion(parse_body(CompletionRequest, document), timeout_s)
+        body = await self.frontend.worker.run(request.ByteSize(), _completion_body, request)
+        return await self.frontend.completion(body, timeout_s)
 
     async def _embedding(self, request: chat_pb2.EmbedRequest, timeout_s: float | None) -> EmbeddingJob:
-        return await self.frontend.embedding(parse_body(EmbeddingRequest, embedding_fields(request)), timeout_s)
+        body = await self.frontend.worker.run(request.ByteSize(), _embedding_body, request)
+        return await self.frontend.embedding(body, timeout_s)
 
     async def _unary(
         self,
@@ -163,3 +154,26 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                         choice=choice(delta.index, delta),
                         usage=None if running else usage_message(usage),
                     )
+
+
+def _chat_body(request: chat_pb2.ChatRequest) -> ChatCompletionRequest:
+    document = sampling_fields(request.sampling)
+    top = document.pop("logprobs", None)
+    if top is not None:
+        document |= {"logprobs": True, "top_logprobs": top}
+    document |= {"model": request.model, **chat_fields(request)}
+    return parse_body(ChatCompletionRequest, document, request.ByteSize())
+
+
+def _completion_body(request: chat_pb2.GenerateRequest) -> CompletionRequest:
+    prompt: Any = None
+    if request.WhichOneof("prompt") == "text":
+        prompt = request.text
+    elif request.WhichOneof("prompt") == "token_ids":
+        prompt = list(request.token_ids.ids)
+    document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
+    return parse_body(CompletionRequest, document, request.ByteSize())
+
+
+def _embedding_body(request: chat_pb2.EmbedRequest) -> EmbeddingRequest:
+    return parse_body(EmbeddingRequest, embedding_fields(request), request.ByteSize())

@@ -39,13 +39,14 @@ class TokenizationRpcs:
             document["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
         if request.HasField("add_special_tokens"):
             document["add_special_tokens"] = request.add_special_tokens
-        model, token_ids = await tokenize(self.frontend, parse_body(TokenizeRequest, document))
+        model, token_ids = await tokenize(self.frontend, parse_body(TokenizeRequest, document, request.ByteSize()))
         return chat_pb2.TokenizeResponse(
             model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
         )
 
     async def _detokenize(self, request: chat_pb2.DetokenizeRequest) -> chat_pb2.DetokenizeResponse:
-        body = parse_body(DetokenizeRequest, {"model": request.model, "tokens": list(request.token_ids)})
+        document = {"model": request.model, "tokens": list(request.token_ids)}
+        body = parse_body(DetokenizeRequest, document, request.ByteSize())
         text = await detokenize(self.frontend, body)
         return chat_pb2.DetokenizeResponse(model=self.frontend.route(request.model).card.name, text=text)
 

@@ -18,7 +18,7 @@ from gateway.choice import Usage
 from gateway.completion_shape import CompletionShape
 from gateway.embeddings import embeddings_body
 from gateway.frontend import Frontend
-from gateway.http_body import read_object
+from gateway.http_body import parse_object, read_body
 from gateway.http_errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
 from gateway.http_guard import HttpGuard
 from gateway.http_log import HttpLog
@@ -168,7 +168,8 @@ class HttpDoor:
         return json_response({"version": version("manta-serve")})
 
     async def _read(self, request: HttpRequest, body_type: type[_BodyT]) -> _BodyT:
-        return parse_body(body_type, await read_object(request, self._frontend.config.max_body_bytes))
+        data = await read_body(request, self._frontend.config.max_body_bytes)
+        return await self._frontend.worker.run(len(data), _parsed, body_type, data)
 
     async def _answer(
         self, request: HttpRequest, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
@@ -208,6 +209,10 @@ class HttpDoor:
         if wants_usage:
             yield event(shape.usage_chunk(usage))
         yield DONE
+
+
+def _parsed(body_type: type[_BodyT], data: bytes) -> _BodyT:
+    return parse_body(body_type, parse_object(data), len(data))
 
 
 def _ids(parsed: SamplingFields) -> bool:

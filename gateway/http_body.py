@@ -12,27 +12,24 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
-from gateway.json_depth import is_deeper
-
-MAX_DEPTH = 64  # nesting of objects and lists
+from gateway.json_bounds import check_bounds
 
 
-async def read_object(request: HttpRequest, max_bytes: int) -> dict[str, Any]:
-    """The body as an object. Raises InvalidRequest, PayloadTooLarge, or RequestCancelled when the client left."""
+async def read_body(request: HttpRequest, max_bytes: int) -> bytes:
+    """The body, said to be JSON. Raises InvalidRequest, PayloadTooLarge, or RequestCancelled when the client left."""
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise InvalidRequest(f"Content-Type: expected application/json, got {media_type!r}", param="Content-Type")
-    return parse_object(await _read(request, max_bytes))
+    return await _read(request, max_bytes)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Strict JSON in UTF-8: no NaN, no lone surrogates, not nested deeper than MAX_DEPTH."""
+    """Strict JSON in UTF-8: no NaN, no lone surrogates, within `gateway.json_bounds`. Raises InvalidRequest."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is invalid") from None
-    if is_deeper(data, MAX_DEPTH):
-        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
+    check_bounds(data)
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:

@@ -1,16 +1,19 @@
-"""The bodies of OpenAI's chat and completion requests, as clients send them. Knows types; bounds are the validator's.
+"""The bodies of OpenAI's chat and completion requests, as clients send them. Knows types, and how long lists may be;
+other bounds are the validator's.
 
 Fields of other features are in `gateway.foreign_fields`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from cluster.errors import InvalidRequest
 from gateway.foreign_fields import refuse_foreign
+
+MAX_MESSAGES = 16_384  # the context's length may allow less
 
 
 def _one_or_many(value: Any) -> Any:
@@ -20,7 +23,14 @@ def _one_or_many(value: Any) -> Any:
 
 _STRINGS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 _TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
-Strings = Annotated[list[str], BeforeValidator(_one_or_many), WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]})]
+_FIRST_ERROR = Field(fail_fast=True)  # for every list: nobody is told of a million wrong entries
+Strings = Annotated[
+    list[str],
+    _FIRST_ERROR,
+    BeforeValidator(_one_or_many),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]}),
+]
+Integers = Annotated[list[int], _FIRST_ERROR]
 Prompt = Annotated[  # checked by the validator
     Any,
     WithJsonSchema(
@@ -32,7 +42,16 @@ Prompt = Annotated[  # checked by the validator
 class Body(BaseModel):
     """Any JSON body: strict types, unknown fields ignored."""
 
+    MAX_LENGTHS: ClassVar[dict[str, int]] = {}  # of lists and objects, looked at before their contents
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    _num_bytes: int = PrivateAttr(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """As it was sent: what grows with it is not done on the event loop."""
+        return self._num_bytes
 
 
 class StreamOptions(Body):
@@ -43,6 +62,8 @@ class StreamOptions(Body):
 
 class SamplingFields(Body):
     """What chat and completions share; None is: not given."""
+
+    MAX_LENGTHS: ClassVar = {"stop": 16, "stop_token_ids": 64, "logit_bias": 1024}
 
     model: str
     max_tokens: int | None = None
@@ -59,7 +80,7 @@ class SamplingFields(Body):
     random_seed: int | None = None  # Mistral's name
     n: int | None = None
     stop: Strings | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Integers | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -84,10 +105,15 @@ class Message(Body):
     name: str | None = None
 
 
+Messages = Annotated[list[Message], _FIRST_ERROR]
+
+
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message]
+    MAX_LENGTHS: ClassVar = SamplingFields.MAX_LENGTHS | {"messages": MAX_MESSAGES}
+
+    messages: Messages
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -120,16 +146,26 @@ class EmbeddingRequest(Body):
 _BodyT = TypeVar("_BodyT", bound=Body)
 
 
-def parse_body(cls: type[_BodyT], document: dict[str, Any]) -> _BodyT:
-    """A typed body. Raises InvalidRequest, which names the first field that is wrong by its path."""
+def parse_body(cls: type[_BodyT], document: dict[str, Any], num_bytes: int) -> _BodyT:
+    """A typed body, sent as so many bytes. Raises InvalidRequest, which names the first wrong field by its path."""
     refuse_foreign(document, cls.model_fields)
+    for name, bound in cls.MAX_LENGTHS.items():
+        check_length(name, document.get(name), bound)
     try:
-        return cls.model_validate(document)
+        body = cls.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = field_path(first["loc"])
         message = "field required" if first["type"] == "missing" else _plain(str(first["msg"]))
         raise InvalidRequest(f"{path}: {message}", param=path) from None
+    body._num_bytes = num_bytes
+    return body
+
+
+def check_length(path: str, value: Any, bound: int) -> None:
+    """Raises InvalidRequest for a list or an object of more entries."""
+    if isinstance(value, list | dict) and len(value) > bound:
+        raise InvalidRequest(f"{path}: at most {bound} entries, got {len(value)}", param=path)
 
 
 def text_of(message: Message, path: str) -> str:
@@ -163,7 +199,7 @@ def field_path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part != "function-before[_one_or_many(), list[str]]":
+        elif not part.startswith("function-before"):
             path += f".{part}" if path else part
     return path
 

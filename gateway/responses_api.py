@@ -5,11 +5,12 @@ Knows fields; the answer's shape is `responses_shape`'s.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.errors import InvalidRequest
-from gateway.protocol import Body, ChatCompletionRequest, parse_body
+from gateway.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, parse_body
 from gateway.responses_tools import add_item, chat_tool_choice, chat_tools, flat_path
+from gateway.tools import MAX_TOOLS
 
 Json = dict[str, Any]
 TEXT_TYPES = ("input_text", "output_text", "text")
@@ -41,6 +42,8 @@ class TextOptions(Body):
 class ResponsesRequest(Body):
     """Body of POST /v1/responses."""
 
+    MAX_LENGTHS: ClassVar = {"input": MAX_MESSAGES, "tools": MAX_TOOLS, "metadata": 16}
+
     model: str
     input: Any = None  # a string, or a list of messages; checked by `chat_of`
     instructions: str | None = None
@@ -55,13 +58,13 @@ class ResponsesRequest(Body):
     metadata: dict[str, str] | None = None
 
 
-def parse_responses_body(document: Json) -> tuple[ResponsesRequest, ChatCompletionRequest]:
+def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     """The typed body, and the chat that it asks for. Raises InvalidRequest; `renamed` gives it the client's field."""
     for name, harmless in _REFUSED.items():
         value = document.get(name)
         if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
             raise InvalidRequest(f"{name}: not supported by this server", param=name)
-    body = parse_body(ResponsesRequest, {k: v for k, v in document.items() if k not in _REFUSED})
+    body = parse_body(ResponsesRequest, {k: v for k, v in document.items() if k not in _REFUSED}, num_bytes)
     chat = {
         "model": body.model,
         "messages": _messages(body),
@@ -73,7 +76,7 @@ def parse_responses_body(document: Json) -> tuple[ResponsesRequest, ChatCompleti
         "tool_choice": chat_tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
     }
-    return body, parse_body(ChatCompletionRequest, chat)
+    return body, parse_body(ChatCompletionRequest, chat, num_bytes)
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:

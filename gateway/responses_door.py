@@ -12,9 +12,10 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest
 from gateway.choice import Usage
 from gateway.frontend import Frontend
-from gateway.http_body import read_object
+from gateway.http_body import parse_object, read_body
 from gateway.http_errors import REQUEST_ID_HEADER, error_body, json_response
-from gateway.responses_api import Json, parse_responses_body, renamed
+from gateway.protocol import ChatCompletionRequest
+from gateway.responses_api import Json, ResponsesRequest, parse_responses_body, renamed
 from gateway.responses_shape import ResponsesShape
 from gateway.sse import EventStream, event, first_then_rest, unless_disconnected
 from gateway.validator import Generation
@@ -34,7 +35,8 @@ class ResponsesDoor:
             raise renamed(error) from None
 
     async def _create(self, request: HttpRequest) -> Response:
-        body, chat = parse_responses_body(await read_object(request, self._frontend.config.max_body_bytes))
+        data = await read_body(request, self._frontend.config.max_body_bytes)
+        body, chat = await self._frontend.worker.run(len(data), _parsed, data)
         generation = await self._frontend.chat(chat)
         request.state.request_id = generation.id
         shape = ResponsesShape(generation, body)
@@ -73,6 +75,10 @@ class ResponsesDoor:
             yield _joined(shape.error(error_body(error, generation.id)))
             return
         yield _joined(*shape.end(finish_reason, usage))
+
+
+def _parsed(data: bytes) -> tuple[ResponsesRequest, ChatCompletionRequest]:
+    return parse_responses_body(parse_object(data), len(data))
 
 
 def _joined(*documents: Json) -> bytes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.errors import InvalidRequest
 from gateway.bounds import check_token_id
 from gateway.frontend import INLINE_CHARS, Frontend, ServedModel
 from gateway.prompts import PromptReader, TokenIds
-from gateway.protocol import Body, Message
+from gateway.protocol import MAX_MESSAGES, Body, Integers, Messages
 from gateway.tools import read_tools
 
 INLINE_TOKENS = INLINE_CHARS // 4
@@ -18,9 +18,11 @@ INLINE_TOKENS = INLINE_CHARS // 4
 class TokenizeRequest(Body):
     """Body of POST /tokenize: either a prompt or messages; without a model the first one."""
 
+    MAX_LENGTHS: ClassVar = {"messages": MAX_MESSAGES}
+
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     tools: Any = None  # with messages; checked by `gateway.tools`
     add_special_tokens: bool | None = None  # of a prompt, true unless said; a chat template has its own
     return_token_strs: bool | None = None
@@ -30,7 +32,7 @@ class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Integers
 
 
 async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedModel, TokenIds]:

@@ -158,12 +158,14 @@ def test_a_long_prompt_names_both_numbers(url: str) -> None:
 def test_a_hopeless_prompt_is_refused_before_it_is_tokenized(tokenizer: HuggingFaceTokenizer) -> None:
     validator = Validator(model_card(Path()), tokenizer, GatewayConfig())
     text = "x" * 8_000_000
-    chat = parse_body(ChatCompletionRequest, {"model": "tiny", "messages": [{"role": "user", "content": text}]})
+    chat = parse_body(
+        ChatCompletionRequest, {"model": "tiny", "messages": [{"role": "user", "content": text}]}, len(text)
+    )
     with pytest.raises(ContextTooLong, match="at least") as refused:
         validator.chat(chat)
     assert refused.value.param == "messages"
     with pytest.raises(ContextTooLong, match="at least") as refused:
-        validator.completion(parse_body(CompletionRequest, {"model": "tiny", "prompt": ["x", text]}))
+        validator.completion(parse_body(CompletionRequest, {"model": "tiny", "prompt": ["x", text]}, len(text)))
     assert refused.value.param == "prompt[1]"
 
 
@@ -236,9 +238,9 @@ def test_any_json_is_a_generation_or_a_4xx(tokenizer: HuggingFaceTokenizer, chan
     try:
         document = parse_object(json.dumps(good | change).encode())
         if chat:
-            validator.chat(parse_body(ChatCompletionRequest, document))
+            validator.chat(parse_body(ChatCompletionRequest, document, 0))
         else:
-            validator.completion(parse_body(CompletionRequest, document))
+            validator.completion(parse_body(CompletionRequest, document, 0))
     except MantaError as error:
         status = status_of(error)[0]
     else:

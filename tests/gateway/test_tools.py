@@ -75,7 +75,7 @@ def validator(long_card: ModelCard, tokenizer: HuggingFaceTokenizer) -> Validato
 
 def validated(validator: Validator, **fields: Any) -> Any:
     body = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], **fields}
-    return validator.chat(parse_body(ChatCompletionRequest, body)).requests[0]
+    return validator.chat(parse_body(ChatCompletionRequest, body, 0)).requests[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])

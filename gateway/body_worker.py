@@ -1,0 +1,47 @@
+"""Where work is done that grows with a body: small ones at once, larger ones in threads beside the event loop.
+
+Knows callers and sizes; knows not what the work is. A caller has one thread at a time, so nobody's large bodies keep
+others' waiting, and few threads compete with the event loop for the interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import ParamSpec, TypeVar
+
+from gateway.caller import current_caller
+
+INLINE_BYTES = 8192
+NUM_THREADS = 4
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class BodyWorker:
+    """One per gateway replica."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "body")
+        self._turns: dict[str, asyncio.Lock] = {}  # by the caller's id
+
+    async def run(self, num_bytes: int, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `work` returns or raises; `num_bytes` is the size of what it works on."""
+        if num_bytes <= INLINE_BYTES:
+            return work(*args, **kwargs)
+        loop = asyncio.get_running_loop()
+        turn = self._turns.setdefault(current_caller().id, asyncio.Lock())
+        await turn.acquire()
+
+        def release(_future: Future[_T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(turn.release)
+
+        context = copy_context()
+        working = self._threads.submit(lambda: context.run(work, *args, **kwargs))
+        working.add_done_callback(release)  # and not before, whatever becomes of who waits
+        return await asyncio.wrap_future(working)
