@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.deadline import NEVER, Deadline
+
 FinishReason = Literal["stop", "length"]
 Kind = Literal["chat", "embedding"]
 Pooling = Literal["mean", "last"]
@@ -87,7 +89,7 @@ class Request:
     seed: int  # always set: the gateway draws one when the client gives none
     output_token_ids: tuple[int, ...] = ()  # already sent to the client, when resumed
     choice_index: int = 0
-    deadline: float = float("inf")  # Unix time in seconds
+    deadline: Deadline = NEVER
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated

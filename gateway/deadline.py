@@ -1,32 +1,32 @@
-"""A deadline over the many waits of one request, with one timer for all. Knows tasks and streams; knows no request."""
+"""Ends the waits of one request at its deadline, with one timer for all. Knows tasks and streams; knows no request."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
+from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded
 
 PASSED = "the request's deadline passed before it was complete"
 _T = TypeVar("_T")
 
 
-class Deadline:
+class DeadlineTimer:
     """A context manager. Its waits come one after the other, each in whichever task reads the stream then.
 
     `asyncio.timeout` is of one task and sets a timer for each wait, which costs more than a token's own work.
     """
 
-    def __init__(self, unix_time: float) -> None:
-        self._unix_time = unix_time
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
         self._passed = False
         self._waiting: asyncio.Task[Any] | None = None
 
-    def __enter__(self) -> Deadline:
+    def __enter__(self) -> DeadlineTimer:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, self._unix_time - time.time()), self._end)
+        self._timer = loop.call_later(max(0.0, self._deadline.remaining_s), self._end)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.config import GatewayConfig
+from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Embedding, ModelCard, Request, SamplingParams
 from gateway.bounds import between
@@ -37,7 +38,7 @@ class EmbeddingJob:
     requests: tuple[Request, ...]  # one per input, in order
     num_prompt_tokens: int  # summed over inputs
     dimensions: int
-    deadline: float  # Unix time in seconds
+    deadline: Deadline
 
 
 class EmbeddingValidator:
@@ -64,7 +65,7 @@ class EmbeddingValidator:
                     f"{path}: {len(prompt)} tokens exceed the model's context of {self._card.max_model_len}", param=path
                 )
         longest = self._config.request_timeout_s
-        deadline = time.time() + (longest if timeout_s is None else min(timeout_s, longest))
+        deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
         job_id = f"embd-{uuid.uuid4().hex}"
         return EmbeddingJob(
             id=job_id,

@@ -8,7 +8,6 @@ Leaving the iteration early, for whatever reason, closes every stream of the req
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -24,7 +23,7 @@ from gateway.body_worker import BodyWorker
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
-from gateway.deadline import PASSED, Deadline
+from gateway.deadline import PASSED, DeadlineTimer
 from gateway.embeddings import EmbeddingJob, EmbeddingValidator, Vector, vectors
 from gateway.guard import Guard
 from gateway.health import Health
@@ -148,7 +147,7 @@ class Frontend:
         with self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer:
             coordinator = self.served(job.card).coordinator
             try:
-                async with asyncio.timeout(job.deadline - time.time()):
+                async with asyncio.timeout(job.deadline.remaining_s):
                     embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
             except TimeoutError:
                 raise DeadlineExceeded(PASSED) from None
@@ -179,7 +178,7 @@ class Frontend:
                 for choice in choices
             ]
             merged = streams[0] if len(streams) == 1 else _merge(streams)
-            with Deadline(generation.deadline) as deadline:
+            with DeadlineTimer(generation.deadline) as deadline:
                 async with aclosing(merged):
                     while True:
                         try:

@@ -88,7 +88,7 @@ class _Attempts:
         """Return when the next is due. Raises `lost` when the time is over; it starts again where tokens came."""
         now = time.monotonic()
         if went_on or self.number == 0:
-            self._give_up_at = now + min(self._timeout_s, self._request.deadline - time.time())
+            self._give_up_at = now + min(self._timeout_s, self._request.deadline.remaining_s)
             self._pause_s = 0.0
         if now + self._pause_s >= self._give_up_at:
             raise lost

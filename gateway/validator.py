@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import GatewayConfig
+from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Grammar, ModelCard, Request, SamplingParams
 from gateway.bounds import MAX_TOP_LOGPROBS, between, sampling_options
@@ -35,7 +36,7 @@ class Generation:
     stop: tuple[str, ...]
     min_tokens: int
     continues_prompt: bool  # the text goes on from a raw prompt, so its first space counts
-    deadline: float  # Unix time in seconds
+    deadline: Deadline
     echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
     is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
 
@@ -112,7 +113,7 @@ class Validator:
         if seed is None:
             seed = secrets.randbits(63)
         longest = self._config.request_timeout_s
-        deadline = time.time() + (longest if timeout_s is None else min(timeout_s, longest))
+        deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
         requests = []
         for i, prompt in enumerate(asked.prompts):
             max_tokens = self._max_tokens(len(prompt), asked)

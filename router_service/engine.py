@@ -218,8 +218,8 @@ class Engine:
             self.scheduler.remove(sequence)
 
     def _expire(self) -> None:
-        now = time.time()
-        late = [sequence for sequence in self._sequences.values() if sequence.request.deadline < now]
+        now = time.monotonic()
+        late = [sequence for sequence in self._sequences.values() if sequence.request.deadline.at < now]
         if late:
             self._fail((sequence, DeadlineExceeded("the request's deadline passed")) for sequence in late)
 

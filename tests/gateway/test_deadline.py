@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 
 import pytest
 
+from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded
-from gateway.deadline import Deadline
+from gateway.deadline import DeadlineTimer
 
 
 async def numbers(pauses_s: list[float], left: list[int]) -> AsyncGenerator[int, None]:
@@ -26,7 +26,7 @@ def test_it_ends_a_wait_that_takes_too_long_and_no_other() -> None:
         left: list[int] = []
         stream = numbers([0, 0, 30], left)
         got = []
-        with Deadline(time.time() + 0.2) as deadline:
+        with DeadlineTimer(Deadline.after(0.2)) as deadline:
             got.append(await deadline.next(stream))
             got.append(await asyncio.ensure_future(deadline.next(stream)))  # another task
             with pytest.raises(DeadlineExceeded):
@@ -44,7 +44,7 @@ def test_it_ends_a_wait_that_takes_too_long_and_no_other() -> None:
 
 def test_a_stream_that_ends_in_time_ends_as_it_does() -> None:
     async def run() -> None:
-        with Deadline(time.time() + 60) as deadline:
+        with DeadlineTimer(Deadline.after(60)) as deadline:
             stream = numbers([0], [])
             assert await deadline.next(stream) == 0
             with pytest.raises(StopAsyncIteration):
@@ -55,7 +55,7 @@ def test_a_stream_that_ends_in_time_ends_as_it_does() -> None:
 
 def test_who_cancels_the_reader_is_obeyed() -> None:
     async def run() -> None:
-        with Deadline(time.time() + 60) as deadline:
+        with DeadlineTimer(Deadline.after(60)) as deadline:
             reading = asyncio.ensure_future(deadline.next(numbers([30], [])))
             await asyncio.sleep(0)
             reading.cancel()
@@ -67,7 +67,7 @@ def test_who_cancels_the_reader_is_obeyed() -> None:
 
 def test_one_that_is_over_before_it_begins() -> None:
     async def run() -> None:
-        with Deadline(time.time() - 1) as deadline, pytest.raises(DeadlineExceeded):
+        with DeadlineTimer(Deadline.after(-1)) as deadline, pytest.raises(DeadlineExceeded):
             await deadline.next(numbers([30], []))
 
     asyncio.run(run())

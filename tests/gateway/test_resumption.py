@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from dataclasses import dataclass
 
 import pytest
 
+from cluster.deadline import Deadline
 from cluster.errors import CoordinatorLost, EngineDead, InvalidRequest, Overloaded, Unavailable
 from cluster.messages import Request, SamplingParams, TokenChunk
 from gateway.resumption import embed, generate
@@ -96,9 +98,27 @@ def test_it_gives_up_in_time_when_no_coordinator_comes_back(timeout_s, deadline_
     coordinator = Mortal(*[Death(4)] * 1000)
     started = time.monotonic()
     with pytest.raises(CoordinatorLost):
-        read(coordinator, request(deadline=time.time() + deadline_s), timeout_s)
+        read(coordinator, request(deadline=Deadline.after(deadline_s)), timeout_s)
     assert time.monotonic() - started < 3.0
     assert len(coordinator.requests) > 2
+
+
+def test_a_coordinator_that_goes_on_is_given_what_is_left_of_the_time():
+    """By then the gateway's clock may have been set, and the next coordinator's is another one's anyway."""
+    left = []
+
+    class Slow(Mortal):
+        async def generate(self, request):
+            left.append(pickle.loads(pickle.dumps(request)).deadline.remaining_s)  # as it arrives there
+            await asyncio.sleep(0.2)
+            async for chunk in super().generate(request):
+                yield chunk
+
+    read(Slow(Death(3), Death(9)), request(deadline=Deadline.after(60)))
+    first, second, third = left
+    assert third > 55
+    assert second <= first - 0.2
+    assert third <= second - 0.2
 
 
 def test_embeddings_are_asked_of_another_coordinator_under_another_id():

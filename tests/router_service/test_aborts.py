@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded
 from router_service.sequence import Sequence
 from tests.checkpoints import write_checkpoint
@@ -55,7 +56,7 @@ def test_nothing_is_computed_for_those_that_left_or_whose_time_is_over(directory
     """Both are looked for before every step, so a queue full of them costs its successors nothing."""
     bench = Bench(directory, max_num_seqs=1)
     running, last = make_request(range(10), max_tokens=3, ignore_eos=True), make_request(range(20, 27), max_tokens=1)
-    late = [make_request(range(30), deadline=time.time() + 0.2) for _ in range(20)]
+    late = [make_request(range(30), deadline=Deadline.after(0.2)) for _ in range(20)]
     gone = [make_request(range(40)) for _ in range(20)]
     bench.add(running, *late, *gone, last)
     bench.engine.step()

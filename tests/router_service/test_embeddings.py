@@ -1,12 +1,12 @@
 """Embeddings of the engine against transformers' hidden states pooled by hand, however the work is cut or shared."""
 
 import random
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded, EngineDead
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench, cut_by
@@ -67,7 +67,7 @@ def test_nothing_is_sampled_for_them(tiny):
 
 def test_a_late_one_fails_and_an_aborted_one_leaves_nothing(tiny):
     bench = Bench(tiny[0], max_num_batched_tokens=16)
-    late = make_request(prompt(40), pooling="mean", deadline=time.time() - 1)
+    late = make_request(prompt(40), pooling="mean", deadline=Deadline.after(-1))
     bench.run(late)
     assert isinstance(bench.errors[late.key], DeadlineExceeded)
     aborted = make_request(prompt(40), pooling="mean")

@@ -1,5 +1,6 @@
 """The engine against transformers' MixtralForCausalLM and MistralForCausalLM on the same weights, and itself."""
 
+import pickle
 import random
 import time
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded, EngineDead, Overloaded
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import CUTS, Bench, cut_by
@@ -190,10 +192,25 @@ def test_logprobs_are_those_of_the_reference(tiny):
 
 def test_a_late_request_fails_and_leaves_nothing(tiny):
     bench = Bench(tiny[0])
-    late = make_request(prompt(5), deadline=time.time() - 1)
+    late = make_request(prompt(5), deadline=Deadline.after(-1))
     bench.run(late, make_request(prompt(5)))
     assert isinstance(bench.errors[late.key], DeadlineExceeded)
     assert bench.engine.stats().num_kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600])
+def test_how_long_a_request_may_take_is_not_read_from_the_clock(tiny, monkeypatch, ahead_s):
+    """A gateway's clock said until when: a coordinator an hour ahead failed every request, one behind let it run on."""
+    bench, now = Bench(tiny[0]), time.time
+    sent = [pickle.dumps(make_request(prompt(5), deadline=Deadline.after(seconds))) for seconds in (60, 0.01)]
+    time.sleep(0.02)
+    monkeypatch.setattr(time, "time", lambda: now() + ahead_s)
+    in_time, late = map(pickle.loads, sent)
+    time.sleep(0.02)
+    bench.run(in_time, late)
+    assert bench.token_ids(in_time)
+    assert in_time.key not in bench.errors
+    assert isinstance(bench.errors[late.key], DeadlineExceeded)
 
 
 def test_abort_frees_the_blocks_of_running_and_waiting(tiny):

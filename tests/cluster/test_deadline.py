@@ -1,0 +1,60 @@
+"""A deadline in another process: what is left of it, whatever the clocks of the two say."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from cluster.deadline import NEVER, Deadline
+
+# A host whose clocks are others: an hour ahead, and up for a hundred days longer.
+ELSEWHERE = """
+    import sys, time
+
+    now, since_boot = time.time, time.monotonic
+    time.time = lambda: now() + 3600
+    time.monotonic = lambda: since_boot() + 8_640_000
+
+    import pickle
+
+    deadline = pickle.load(sys.stdin.buffer)
+    print(deadline.remaining_s, deadline.at - time.monotonic())
+"""
+
+
+def left_elsewhere(deadline: Deadline) -> list[float]:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ELSEWHERE)],
+        input=pickle.dumps(deadline),
+        capture_output=True,
+        check=True,
+    )
+    return [float(number) for number in done.stdout.split()]
+
+
+def test_a_host_whose_clocks_are_others_gives_it_as_long() -> None:
+    """What travelled was a moment of the gateway's clock: a host an hour ahead refused every request at once."""
+    assert left_elsewhere(Deadline.after(60)) == pytest.approx([60, 60], abs=5)
+    assert left_elsewhere(Deadline.after(-60)) == pytest.approx([-60, -60], abs=5)
+    assert left_elsewhere(NEVER) == [float("inf")] * 2
+
+
+def test_what_is_left_when_it_is_sent_again_is_less() -> None:
+    deadline = Deadline.after(0.2)
+    first = pickle.loads(pickle.dumps(deadline))
+    time.sleep(0.1)
+    again = pickle.loads(pickle.dumps(deadline))
+    assert again.remaining_s <= 0.1
+    assert again.at == pytest.approx(first.at, abs=0.05)
+
+
+def test_a_clock_that_is_set_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    deadline = Deadline.after(60)
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    assert deadline.remaining_s == pytest.approx(60, abs=5)
