@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cluster.errors import InvalidRequest
+from cluster.json_schema.subschemas import LISTS, NAMED, children, target
 from cluster.messages import JsonSchema
 
 MAX_BYTES = 65_536
@@ -61,7 +62,7 @@ def checked_schema(schema: Any, param: str) -> JsonSchema:
     size = len(text.encode())
     if size > MAX_BYTES:
         raise InvalidRequest(f"{param}: at most {MAX_BYTES} bytes, got {size}", param=param)
-    _Check(param).schema(schema, "", 1)
+    _Check(param).document(schema)
     return JsonSchema(text, param)
 
 
@@ -72,6 +73,22 @@ class _Check:
         self._param = param
         self._num_schemas = 0
         self._num_enum_values = 0
+        self._checked: set[int] = (
+            set()
+        )  # ids of schemas: a reference to anything else would be to what nobody looked at
+        self._references: list[tuple[str, Any]] = []  # with their paths
+
+    def document(self, schema: Any) -> None:
+        self.schema(schema, "", 1)
+        for path, reference in self._references:
+            if not isinstance(reference, str):
+                self._refuse(path, "expected a string")
+            try:
+                found = target(schema, reference)
+            except ValueError as error:
+                self._refuse(path, str(error))
+            if not isinstance(found, bool) and id(found) not in self._checked:
+                self._refuse(path, "it refers to what is no schema")
 
     def schema(self, schema: Any, path: str, depth: int) -> None:
         self._num_schemas += 1
@@ -83,13 +100,15 @@ class _Check:
             return
         if not isinstance(schema, dict):
             self._refuse(path, "expected an object or a boolean")
+        self._checked.add(id(schema))
         for word in sorted(_REFUSED & schema.keys()):
             self._refuse(f"{path}/{word}", "not supported")
         self._whole(schema, path)
         self._values(schema, path)
         self._words(schema, path)
-        for name, child in self._children(schema, path):
-            self.schema(child, f"{path}/{name}", depth + 1)
+        self._shapes(schema, path)
+        for name, child in children(schema):
+            self.schema(child, path + name, depth + 1)
 
     def _whole(self, schema: dict[str, Any], path: str) -> None:
         """`$ref`, `anyOf` and the like stand alone, but for `type` beside values."""
@@ -101,9 +120,8 @@ class _Check:
             others.add("type")
         if others:
             self._refuse(path, f"{whole[0]!r} and {min(others)!r} in one schema are not supported")
-        reference = schema.get("$ref", "#")
-        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            self._refuse(f"{path}/$ref", "only references within the schema are supported, '#/$defs/…'")
+        if "$ref" in schema:
+            self._references.append((f"{path}/$ref", schema["$ref"]))
         if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
             self._refuse(f"{path}/allOf", "more than one entry is not supported")
 
@@ -151,22 +169,14 @@ class _Check:
         if _ESCAPED.search(pattern):
             self._refuse(path, "quotes, backslashes and control characters are not supported")
 
-    def _children(self, schema: dict[str, Any], path: str) -> list[tuple[str, Any]]:
-        children: list[tuple[str, Any]] = []
-        for word in ("items", "additionalProperties", "propertyNames"):
-            if word in schema:
-                children.append((word, schema[word]))
-        for word in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            if word in schema:
-                if not isinstance(schema[word], list) or not schema[word]:
-                    self._refuse(f"{path}/{word}", "expected a list of schemas")
-                children += [(f"{word}/{i}", child) for i, child in enumerate(schema[word])]
-        for word in ("properties", "patternProperties", "$defs", "definitions"):
-            if word in schema:
-                if not isinstance(schema[word], dict):
-                    self._refuse(f"{path}/{word}", "expected an object")
-                children += [(f"{word}/{name}", child) for name, child in schema[word].items()]
-        return children
+    def _shapes(self, schema: dict[str, Any], path: str) -> None:
+        """What holds schemas does."""
+        for word in LISTS:
+            if word in schema and not (isinstance(schema[word], list) and schema[word]):
+                self._refuse(f"{path}/{word}", "expected a list of schemas")
+        for word in NAMED:
+            if not isinstance(schema.get(word, {}), dict):
+                self._refuse(f"{path}/{word}", "expected an object")
 
     def _refuse(self, path: str, message: str) -> NoReturn:
         where = f" at #{path[:200]}" if path else ""

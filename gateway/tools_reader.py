@@ -54,8 +54,7 @@ class ToolCallReader:
     def push(self, token_id: int, text: str) -> str:
         """The part of `text` that is the answer's own."""
         if self._in_calls:
-            self._read(text)
-            return ""
+            return self._read(text)
         if self._marker_token_id is not None:
             self._in_calls = token_id == self._marker_token_id
             return text
@@ -65,8 +64,7 @@ class ToolCallReader:
         begin = self._held.lstrip(" \n")
         if begin.startswith(self._marker):
             self._in_calls, self._held = True, ""
-            self._read(begin.removeprefix(self._marker))
-            return ""
+            return self._read(begin.removeprefix(self._marker))
         if self._marker.startswith(begin):
             return ""
         self._is_text = True
@@ -82,8 +80,9 @@ class ToolCallReader:
         calls, self._calls = tuple(self._calls), []
         return calls
 
-    def _read(self, text: str) -> None:
-        """Depth 1 is the list of calls, depth 2 a call."""
+    def _read(self, text: str) -> str:
+        """Depth 1 is the list of calls, depth 2 a call. What stands where a call should and is none is returned."""
+        own = ""
         for char in text:
             if self._depth >= 2 or char == "{":
                 self._held += char
@@ -97,13 +96,17 @@ class ToolCallReader:
             elif char in "]}":
                 self._depth -= 1
                 if self._depth == 1:
-                    self._complete()
+                    own += self._complete()
+        return own
 
-    def _complete(self) -> None:
-        call, self._held = self._held, ""
-        name, end = json.JSONDecoder().raw_decode(call, len(_NAME))
-        self._calls.append(ToolCall(self.num_calls, new_call_id(), name, call[end + len(_ARGUMENTS) : -1]))
+    def _complete(self) -> str:
+        text, self._held = self._held, ""
+        call = _call(text)
+        if call is None:
+            return text
+        self._calls.append(ToolCall(self.num_calls, new_call_id(), *call))
         self.num_calls += 1
+        return ""
 
 
 class SpelledCallReader:
@@ -156,6 +159,20 @@ class SpelledCallReader:
 def tool_call_reader(grammar: ToolCallGrammar) -> ToolCallReader | SpelledCallReader:
     """The one for that spelling."""
     return ToolCallReader(grammar) if grammar.tokens.args is None else SpelledCallReader(grammar)
+
+
+def _call(text: str) -> tuple[str, str] | None:
+    """Name and arguments; None if it is no call, whatever else the model wrote."""
+    if not text.startswith(_NAME):
+        return None
+    try:
+        name, end = json.JSONDecoder().raw_decode(text, len(_NAME))
+    except (ValueError, RecursionError):
+        return None
+    arguments = text[end + len(_ARGUMENTS) : -1]
+    if not isinstance(name, str) or not text.startswith(_ARGUMENTS, end) or not _is_json(arguments):
+        return None
+    return name, arguments
 
 
 def _is_json(text: str) -> bool:

@@ -6,6 +6,8 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
+from cluster.json_schema.subschemas import subschemas
+
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
@@ -22,20 +24,18 @@ _MAX_TOKEN_S = 0.25  # CPU time
 
 def is_plain(schemas: list[Any]) -> bool:
     """Whether schemas have no word whose cost grows out of proportion, and few words in all."""
-    return _num_entries(schemas) <= _MAX_PLAIN_ENTRIES
+    return _num_entries(schemas) <= _MAX_PLAIN_ENTRIES and not any(
+        _is_costly(one) for schema in schemas for one in subschemas(schema)
+    )
 
 
 def patterns(schema: Any) -> list[str]:
     """Every regular expression in a schema."""
     found: list[str] = []
-    if isinstance(schema, dict):
-        if isinstance(schema.get("pattern"), str):
-            found.append(schema["pattern"])
-        if isinstance(schema.get("patternProperties"), dict):
-            found += schema["patternProperties"]
-    if isinstance(schema, dict | list):
-        for value in schema.values() if isinstance(schema, dict) else schema:
-            found += patterns(value)
+    for one in subschemas(schema):
+        if isinstance(one, dict):
+            found += [one["pattern"]] if isinstance(one.get("pattern"), str) else []
+            found += one["patternProperties"] if isinstance(one.get("patternProperties"), dict) else []
     return found
 
 
@@ -72,17 +72,22 @@ def begins(compiled: CompiledGrammar, vocab_size: int) -> bool:
     return bool(bitmask.any())
 
 
-def _num_entries(value: Any) -> float:
-    """Entries of all lists and objects in a JSON value; infinite with a costly word."""
+def _is_costly(schema: Any) -> bool:
+    return isinstance(schema, dict) and (
+        not _COSTLY.isdisjoint(schema)
+        or any(
+            isinstance(schema.get(word), int) and schema[word] > _MAX_PLAIN_ITEMS for word in ("minItems", "maxItems")
+        )
+    )
+
+
+def _num_entries(value: Any) -> int:
+    """Entries of all lists and objects in a JSON value."""
     if isinstance(value, list):
         return len(value) + sum(map(_num_entries, value))
-    if not isinstance(value, dict):
-        return 0
-    if not _COSTLY.isdisjoint(value) or any(
-        isinstance(value.get(word), int) and value[word] > _MAX_PLAIN_ITEMS for word in ("minItems", "maxItems")
-    ):
-        return float("inf")
-    return len(value) + sum(map(_num_entries, value.values()))
+    if isinstance(value, dict):
+        return len(value) + sum(map(_num_entries, value.values()))
+    return 0
 
 
 def _set_bits(words: list[int], count: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cluster.json_schema.subschemas import LISTS, NAMED, ONE
 from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
 
 Format = dict[str, Any]
@@ -153,14 +154,18 @@ def _spelled_out(schema: Any) -> Any:
     It overlooks a required property that `properties` does not declare, lets raw control characters into strings that
     have a length, overlooks words without a type, and knows some formats no better than a guess.
     """
-    if isinstance(schema, list):
-        return [_spelled_out(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {
-        key: value if key in ("enum", "const", "default", "examples") else _spelled_out(value)
-        for key, value in schema.items()
-    }
+    result = dict(schema)
+    for word in ONE:
+        if word in result:
+            result[word] = _spelled_out(result[word])
+    for word in LISTS:
+        if isinstance(result.get(word), list):
+            result[word] = [_spelled_out(entry) for entry in result[word]]
+    for word in NAMED:
+        if isinstance(result.get(word), dict):
+            result[word] = {name: _spelled_out(entry) for name, entry in result[word].items()}
     if result.get("format") not in _FORMATS:
         result.pop("format", None)
     low, high = result.pop("minLength", 0), result.pop("maxLength", None)

@@ -13,7 +13,15 @@ from pydantic import BaseModel, Field
 
 from cluster.errors import InvalidRequest
 from gateway.structured_output import answer_schema
-from gateway.structured_schema import MAX_DEPTH, MAX_ENUM_VALUES, MAX_SCHEMAS, checked_schema
+from gateway.structured_schema import (
+    _OF_A_TYPE,
+    _REFUSED,
+    _WHOLE,
+    MAX_DEPTH,
+    MAX_ENUM_VALUES,
+    MAX_SCHEMAS,
+    checked_schema,
+)
 
 PARAM = "response_format.json_schema.schema"
 
@@ -51,6 +59,7 @@ def nested(depth: int) -> dict[str, Any]:
         {"properties": {"not": {"type": "string"}, "if": {}}},
         {"oneOf": [{"type": "string"}, {"type": "null"}], "discriminator": {"propertyName": "x"}},
         {"$ref": "#/$defs/a", "description": "a", "$defs": {"a": {"type": "string"}}},
+        {"$ref": "#/$defs/a~1b%25~0", "$defs": {"a/b%~": {"type": "string"}}},
         Person.model_json_schema(),
         nested(MAX_DEPTH - 1),
     ],
@@ -69,7 +78,9 @@ def test_what_is_taken_is_sent_as_it_came(schema: dict[str, Any]) -> None:
         ({"properties": {"a": {"if": {}}}}, "#/properties/a/if: not supported"),
         ({"$ref": "https://example.com/schema"}, "only references within the schema"),
         ({"$ref": "other.json#/a"}, "only references within the schema"),
-        ({"$ref": 3}, "only references within the schema"),
+        ({"$ref": 3}, "#/$ref: expected a string"),
+        ({"$ref": "#/$defs/a"}, "#/$ref: it refers to nothing"),
+        ({"$ref": "#/default", "default": {"pattern": "a"}}, "#/$ref: it refers to what is no schema"),
         ({"allOf": [{"type": "string"}, {"maxLength": 3}]}, "more than one entry"),
         ({"anyOf": [{"required": ["a"]}], "properties": {"a": {}}}, "'anyOf' and 'properties' in one schema"),
         ({"anyOf": []}, "#/anyOf: expected a list of schemas"),
@@ -99,6 +110,18 @@ def test_what_could_not_be_enforced_is_refused(schema: Any, message: str) -> Non
         checked_schema(schema, PARAM)
     assert raised.value.param == PARAM
     assert message in raised.value.message
+
+
+WORDS = sorted(
+    {*_OF_A_TYPE, *_REFUSED, *_WHOLE, "type", "format", "default", "examples", "title", "$defs", "uniqueItems"}
+)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_property_may_be_called_like_a_word_of_schemas(word: str) -> None:
+    """The classic weather tool has a parameter `format`, and its requests were answered with 500."""
+    schema = {"type": "object", "properties": {word: {"enum": [{word: [word]}]}}, "required": [word]}
+    assert json.loads(checked_schema(schema, PARAM).text) == schema
 
 
 JSON = st.recursive(

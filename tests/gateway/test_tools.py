@@ -12,6 +12,8 @@ import httpx
 import mistral_common
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from mistralai.client import Mistral
 
@@ -44,6 +46,7 @@ TWO_CALLS = (
     '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "P\\"a}r]is é"}}, {"name": "time", "arguments": {}}]'
 )
 ID = re.compile(r"[a-zA-Z0-9]{9}")
+SPELLED = ToolCallGrammar((), required=False, tokens=ToolTokens(calls=7, args=8, call_id=9))
 
 
 @pytest.fixture
@@ -160,7 +163,32 @@ def test_calls_after_a_special_token(tokenizer: HuggingFaceTokenizer) -> None:
     assert reader.num_calls == 1
 
 
-SPELLED = ToolCallGrammar((), required=False, tokens=ToolTokens(calls=7, args=8, call_id=9))
+@pytest.mark.parametrize(
+    "written",
+    [
+        *('{"name": }', '{"name": 3, "arguments": {}}', '{"name": "f"}', '{"name": "f", "arguments": {"a": "\n"}}'),
+        *('{"name": "f", "arguments": }', '{"arguments": {}, "name": "f"}', "{}", '{"name": "f", "parameters": {}}'),
+        '{"name": "f", "arguments": ' + '{"a":' * 5000 + "1" + "}" * 5001,
+    ],
+)
+def test_what_is_no_call_is_content(written: str) -> None:
+    """A raw line break in a long string ended the request with 500: the reader took every object for a call."""
+    reader = ToolCallReader(ToolCallGrammar((), required=False))
+    own = reader.push(50, f'[TOOL_CALLS] [{written}, {{"name": "g", "arguments": {{}}}}]')
+    assert own + reader.flush() == written
+    assert [call.name for call in reader.take()] == ["g"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*'[]{}":,\\1 \n', '{"name": ', '"f"', ', "arguments": ', "é", "null"]), max_size=30))
+@pytest.mark.parametrize("grammar", [ToolCallGrammar((), required=True), SPELLED], ids=["listed", "spelled"])
+def test_a_reader_never_raises(grammar: ToolCallGrammar, pieces: list[str]) -> None:
+    reader = tool_call_reader(grammar)
+    for token_id, text in ((7, "[TOOL_CALLS]"), *((50, piece) for piece in pieces), (8, ""), (50, "{}")):
+        reader.push(token_id, text)
+    reader.flush(has_ended=True)
+    for call in reader.take():
+        json.loads(call.arguments)
 
 
 def test_calls_spelled_in_special_tokens() -> None:

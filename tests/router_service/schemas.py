@@ -28,8 +28,15 @@ TREE: dict[str, Any] = {
     "minItems": 1,
     "maxItems": 2,
 }
+LIKE_WORDS = ("format", "items", "required", "$ref")  # properties and values that are called like words of schemas
 BOUNDED: dict[str, dict[str, Any]] = {
     "weather": WEATHER,
+    "like-words": {
+        "type": "object",
+        "properties": {name: {"enum": [1, {name: [name]}]} for name in LIKE_WORDS},
+        "required": list(LIKE_WORDS),
+        "additionalProperties": False,
+    },
     "tree": TREE,
     "text": {"type": "string", "minLength": 2, "maxLength": 5},
     "plate": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}-[A-Z]{2}$"},

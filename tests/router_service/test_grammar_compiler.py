@@ -11,10 +11,11 @@ import pytest
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.messages import ToolCallGrammar
 from router_service.grammar_compiler import GrammarCompiler
+from router_service.grammar_cost import is_plain
 from router_service.grammar_vocabulary import GrammarVocabulary
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
-from tests.router_service.schemas import WEATHER, as_schema
+from tests.router_service.schemas import LIKE_WORDS, WEATHER, as_schema
 
 TIMEOUT_S = 3.0
 LONG_S = 120.0  # a test of ours waits no longer; the machine may be busy
@@ -71,6 +72,14 @@ def test_a_hostile_schema_is_refused_in_bounded_time_and_others_go_on(compiler, 
         assert raised.value.message.startswith("response_format.json_schema.schema: ")
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", [*LIKE_WORDS, "pattern", "minLength", "anyOf", "properties", "propertyNames"])
+def test_a_property_called_like_a_word_of_schemas_compiles(compiler, name):
+    schema = {"type": "object", "properties": {name: {"type": "string", "default": {name: 1}}}, "required": [name]}
+    assert is_plain([schema])
+    asyncio.run(state(compiler, as_schema(schema)))
+    asyncio.run(state(compiler, ToolCallGrammar(tools=(("f", as_schema(schema)),), required=False)))
 
 
 def test_a_refusal_is_kept_so_that_the_same_schema_costs_nothing_again(compiler):
