@@ -5,7 +5,11 @@ Named once, for `manta serve` on one machine and for the pods on Kubernetes alik
 
 from __future__ import annotations
 
-GRPC_MESSAGE_BYTES = 64 * 2**20  # gRPC holds a whole message before our doors see it; Ray's own choice is 2 GiB
+from cluster.config import GatewayConfig
+
+# What Serve's proxies, which are given no configuration of ours, need of the gateway's: JSON.
+DOORS = "MANTA_GATEWAY"
+_OF_PROXIES = {"host", "api_keys_file", "max_body_bytes", "max_bytes_received", "body_timeout_s"}
 
 # Token authentication, no usage reports, and our guard before Serve's own code.
 BASE = {
@@ -21,6 +25,11 @@ PORTS = {
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
 }
+
+
+def doors(gateway: GatewayConfig) -> dict[str, str]:
+    """What bounds the gRPC servers of Serve's proxies, and where they listen."""
+    return {DOORS: gateway.model_dump_json(include=_OF_PROXIES, exclude_defaults=True)}
 
 
 def haproxy(launcher: str) -> dict[str, str]:

@@ -54,7 +54,10 @@ class ClientHeaders:
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve; the first is the outermost."""
+    """For Serve; the first is the outermost. It asks before it makes its gRPC server, which becomes ours here, too."""
+    from gateway.grpc_server.server import install_in_proxy
+
+    install_in_proxy()
     return [Middleware(ClientHeaders), Middleware(ServeAnswers)]
 
 

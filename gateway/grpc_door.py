@@ -23,8 +23,9 @@ from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
-from gateway.responses import ChoiceText, num_bytes
+from gateway.responses import ChoiceText
 from gateway.validator import Generation
+from gateway.watches import Watches
 
 _MessageT = TypeVar("_MessageT")
 _JobT = TypeVar("_JobT", bound=Generation | EmbeddingJob)
@@ -35,6 +36,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
+        self.watches = Watches()
 
     async def Chat(self, request: chat_pb2.ChatRequest, grpc_context: Any) -> chat_pb2.ChatResponse:
         return await self._unary(chat_pb2.ChatResponse, request, grpc_context, self._chat, self._whole)
@@ -121,27 +123,19 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         async with aclosing(self.frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 choices[delta.index].add(delta)
-
-        def response() -> _MessageT:
-            return response_type(
-                **head(generation),
-                choices=[choice(i, whole) for i, whole in enumerate(choices)],
-                usage=usage_message(usage),
-            )
-
-        return await self.frontend.worker.run(sum(map(num_bytes, choices)), response)
+        return response_type(
+            **head(generation),
+            choices=[choice(i, whole) for i, whole in enumerate(choices)],
+            usage=usage_message(usage),
+        )
 
     async def _embed(self, response_type: Callable[..., _MessageT], job: EmbeddingJob) -> _MessageT:
         answer = await self.frontend.embed(job)
-
-        def response() -> _MessageT:
-            return response_type(
-                **head(job),
-                embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
-                usage=usage_message(Usage(job.num_prompt_tokens)),
-            )
-
-        return await self.frontend.worker.run(4 * job.dimensions * len(answer), response)
+        return response_type(
+            **head(job),
+            embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
+            usage=usage_message(Usage(job.num_prompt_tokens)),
+        )
 
     async def _stream(
         self,

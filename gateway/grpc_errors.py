@@ -18,6 +18,7 @@ from cluster.errors import (
     Unauthorized,
     Unavailable,
 )
+from gateway.grpc_server.trailers import fitting_details
 from gateway.http_errors import INTERNAL_MESSAGE, retry_after_seconds
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ CODE: dict[type[MantaError], Any] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-MAX_DETAILS_CHARS = 2000  # details travel in HTTP/2 trailers, which are small
 
 
 class RpcFailed(Exception):
@@ -45,7 +45,7 @@ def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:
     if code is grpc.StatusCode.INTERNAL:
         logger.error("request %s failed", request_id, exc_info=error)
         return code, INTERNAL_MESSAGE
-    return code, str(error)[:MAX_DETAILS_CHARS]
+    return code, str(error)
 
 
 def retry_after(error: BaseException) -> list[tuple[str, str]]:
@@ -56,6 +56,7 @@ def retry_after(error: BaseException) -> list[tuple[str, str]]:
 
 async def fail(context: Any, code: Any, details: str) -> None:
     """Sets the status. A plain grpc.aio context ends the RPC here; Serve's only carries it, and the caller ends."""
+    details = fitting_details(details)
     if hasattr(context, "abort"):
         await context.abort(code, details, context.trailing_metadata())
     context.set_code(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import unquote
 
+from gateway.api_keys import ApiKey
 from gateway.caller import Caller, set_caller
 from gateway.guard import Guard
 from gateway.limits import Limiter
@@ -15,10 +16,15 @@ def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
 
     RPCs that count as requests of a key `enter` and `leave` the caller.
     """
-    authorization = [str(value) for name, value in context.invocation_metadata() if name == "authorization"]
-    caller = Caller(guard.identify(authorization, peer_address(context.peer())), limiter)
+    caller = Caller(identify(guard, context), limiter)
     set_caller(caller)
     return caller
+
+
+def identify(guard: Guard, context: Any) -> ApiKey | None:
+    """Whose RPC it is, by its metadata. Raises Unauthorized."""
+    authorization = [str(value) for name, value in context.invocation_metadata() if name == "authorization"]
+    return guard.identify(authorization, peer_address(context.peer()))
 
 
 def traceparent(context: Any) -> str:

@@ -5,54 +5,77 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
 
+from cluster.errors import Overloaded, Unauthorized
 from gateway.frontend import Frontend
-from gateway.grpc_errors import fail
+from gateway.grpc_errors import fail, status_of
+from gateway.grpc_guard import peer_address
+from gateway.watches import Watches
 
 SERVICE = "manta.v1.Manta"
 WATCH_INTERVAL_S = 0.5
 
 
 class HealthRpcs:
-    """Check, Watch and List."""
+    """Check, Watch and List: for everyone, or this machine, as HTTP's /health."""
 
     frontend: Frontend
+    watches: Watches
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1: SERVING when every model can answer."""
+        if not await self._is_admitted(grpc_context):
+            return health_pb2.HealthCheckResponse()
         status = await self._serving(request.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             await fail(grpc_context, grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(
-        self,
-        request: health_pb2.HealthCheckRequest,
-        grpc_context: Any,  # noqa: ARG002
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Any
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """grpc.health.v1: the status now and whenever it changes, until the client or the door's timeout ends it."""
-        last = None
-        while True:
-            status = await self._serving(request.service)
-            if status != last:
-                last = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            await asyncio.sleep(WATCH_INTERVAL_S)
+        if not await self._is_admitted(grpc_context):
+            return
+        try:
+            with self.watches.place(grpc_context.peer()) as over:
+                last = None
+                while not over.is_set():
+                    status = await self._serving(request.service)
+                    if status != last:
+                        last = status
+                        yield health_pb2.HealthCheckResponse(status=status)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(over.wait(), WATCH_INTERVAL_S)
+            raise Overloaded("another watch took the place of this one; watch again")
+        except Overloaded as error:
+            await fail(grpc_context, *status_of(error, ""))
 
     async def List(
         self,
         request: health_pb2.HealthListRequest,  # noqa: ARG002
-        grpc_context: Any,  # noqa: ARG002
+        grpc_context: Any,
     ) -> health_pb2.HealthListResponse:
         """grpc.health.v1: every service's status."""
         response = health_pb2.HealthListResponse()
-        for service in ("", SERVICE):
-            response.statuses[service].status = await self._serving(service)
+        if await self._is_admitted(grpc_context):
+            for service in ("", SERVICE):
+                response.statuses[service].status = await self._serving(service)
         return response
+
+    async def _is_admitted(self, context: Any) -> bool:
+        """Whether it goes on. Else the RPC's status is set."""
+        try:
+            self.frontend.guard.require_local(peer_address(context.peer()))
+        except Unauthorized as error:
+            await fail(context, *status_of(error, ""))
+            return False
+        return True
 
     async def _serving(self, service: str) -> int:
         if service not in ("", SERVICE):

@@ -21,6 +21,7 @@ from cluster.traces import Traces
 from gateway.coordinator_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
+from gateway.grpc_server.server import install
 from gateway.health import Health, probe_serve
 from gateway.http import build_app
 from gateway.logs import configure_logs
@@ -46,7 +47,6 @@ class GatewayReplica(GrpcDoor):
         self._replica = serve.get_replica_context().replica_id.unique_id
         configure_logs(config.log_format)
         metrics = GatewayMetrics()
-        metrics.loop.start()  # Serve calls this on the loop that requests are answered on
         coordinators = {card.application: ServeCoordinatorClient(card) for card in cards}
 
         async def missing_experts(card: ModelCard) -> tuple[str, ...]:
@@ -62,6 +62,7 @@ class GatewayReplica(GrpcDoor):
             traces=Traces("manta-gateway", config.otlp_endpoint),
             metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),
         )
+        install(config, frontend.guard)
         super().__init__(frontend)
 
     async def metrics(self) -> ProcessFigures:

@@ -24,7 +24,6 @@ from cluster.errors import (
 )
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
-from router_service.adjustments import Adjustments
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.pooling import embedding
@@ -100,14 +99,12 @@ class Engine:
             if is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting):
                 raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
 
-    def submit(
-        self, request: Request, grammar: GrammarState | None = None, adjustments: Adjustments | None = None
-    ) -> None:
-        """Queue a request with what was made for it. Raises Overloaded, EngineDead, or InvalidRequest."""
+    def submit(self, request: Request, grammar: GrammarState | None = None) -> None:
+        """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
         with self._inbox_lock:
             self.check_admission(request)
             self._arriving[request.cache_salt] += 1
-            self._inbox.put(lambda: self._arrive(Sequence(request, grammar, adjustments)))
+            self._inbox.put(lambda: self._arrive(Sequence(request, grammar)))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""

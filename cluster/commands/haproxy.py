@@ -8,6 +8,9 @@ Where HAProxy reaches no replica it answers with Serve's page for errors, a 500 
 
 Serve gives the admin socket to everyone on the machine. Who may write to it can have requests sent elsewhere, keys and
 all, so it is this user's only, and so is the folder that it lies in with the configuration and the servers' state.
+
+All clients' RPCs shared a few connections to a replica. Where one of those ends, for whatever a client did, all streams
+on it end. So each connection of a client has one of its own behind it.
 """
 
 import contextlib
@@ -19,6 +22,8 @@ import sys
 from pathlib import Path
 
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
+_BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
+_REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
 ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
 _BODY = json.dumps(
     {
@@ -45,6 +50,7 @@ def main() -> None:
     for flag, value in itertools.pairwise(sys.argv):
         if flag == "-f":
             _close_to_others(Path(value))
+            part_clients(Path(value))
             _replace_error_page(Path(value))
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])
@@ -55,6 +61,18 @@ def _close_to_others(config: Path) -> None:
     config.parent.chmod(0o700)
     text = config.read_text()
     config.write_text(_STATS_SOCKET.sub(r"\1 mode 600 ", text))
+
+
+def part_clients(config: Path) -> None:
+    """No connection to a gRPC server, which HAProxy knows by its protocol, serves two clients."""
+
+    def parted(backend: re.Match[str]) -> str:
+        if " proto h2" not in backend[0]:
+            return backend[0]
+        head, rest = backend[0].split("\n", 1)
+        return f"{head}\n    http-reuse never\n{_REUSE.sub('', rest)}"
+
+    config.write_text(_BACKEND.sub(parted, config.read_text()))
 
 
 def _replace_error_page(config: Path) -> None:

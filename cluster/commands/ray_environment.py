@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from cluster.commands.private_files import haproxy_directory, haproxy_files
-from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, PORTS, haproxy
+from cluster.ray_variables import BASE, PORTS, haproxy
 from experts_service.lane_address import private_directory
 
 # Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at
@@ -37,7 +37,6 @@ def prepare_server() -> None:
     """For a Ray that we start ourselves: HAProxy and direct replicas, each unless the user says otherwise."""
     prepare()
     launcher = _haproxy_launcher()
-    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(GRPC_MESSAGE_BYTES))
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", _CONTROL_LOOP_INTERVAL_S)
     if launcher is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from cluster.commands.local_ray import start_local_ray
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
 from cluster.hub import resolve_model
+from cluster.ray_variables import doors
 from gateway.guard import Guard, is_loopback
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
@@ -110,6 +112,7 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
     if address is None:
         for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
             _check_free(gateway.host, name, port)
+        os.environ.update(doors(gateway))
         console.print("Starting Ray …")
         start_local_ray(OBJECT_STORE_BYTES)
     else:

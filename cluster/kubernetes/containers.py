@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.config import GatewayConfig
 from cluster.kubernetes import names
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.sizes import PodSize
-from cluster.ray_variables import BASE, GRPC_MESSAGE_BYTES, haproxy
+from cluster.ray_variables import BASE, doors, haproxy
 
 Document = dict[str, Any]
 
@@ -38,9 +39,17 @@ SECURITY: Document = {
 
 
 def ray_container(
-    role: Role, size: PodSize, *, image: str, stream_s: int, load_s: int, gpu_resource: str, has_models: bool
+    role: Role,
+    size: PodSize,
+    gateway: GatewayConfig,
+    *,
+    image: str,
+    stream_s: int,
+    load_s: int,
+    gpu_resource: str,
+    has_models: bool,
 ) -> Document:
-    """`stream_s`: what the longest stream may take. `load_s`: what a model may take until it answers."""
+    """`gateway` as it is in pods; `stream_s`: what the longest stream may take; `load_s`: a model until it answers."""
     limits = {"cpu": str(size.cpus), "memory": f"{size.memory_mib}Mi", "ephemeral-storage": "10Gi"}
     if size.gpus:
         limits[gpu_resource] = str(size.gpus)
@@ -49,7 +58,7 @@ def ray_container(
         "image": image,
         "imagePullPolicy": "IfNotPresent",
         "securityContext": SECURITY,
-        "env": environment(stream_s, has_models=has_models),
+        "env": environment(gateway, stream_s, has_models=has_models),
         "ports": _ports(role),
         "resources": {"requests": dict(limits), "limits": dict(limits)},  # equal: the pod's quality is Guaranteed
         "volumeMounts": mounts(has_models=has_models),
@@ -62,12 +71,11 @@ def ray_container(
     return container
 
 
-def environment(stream_s: int, *, has_models: bool) -> list[Document]:
+def environment(gateway: GatewayConfig, stream_s: int, *, has_models: bool) -> list[Document]:
     """Variables that every process of the cluster needs; KubeRay adds those of Ray's token."""
     variables = {name: value for name, value in BASE.items() if name != "RAY_AUTH_MODE"}
-    variables |= haproxy(LAUNCHER)
+    variables |= haproxy(LAUNCHER) | doors(gateway)
     variables |= {
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
         # HAProxy reloads whenever a gateway comes or goes; the old one ends the streams that it has.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(stream_s),
         "HOME": names.CONTAINER_USER_HOME,

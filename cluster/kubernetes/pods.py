@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.config import KubernetesConfig
+from cluster.config import KubernetesConfig, MantaConfig
 from cluster.kubernetes import names
 from cluster.kubernetes.containers import POD_SECURITY, SECURITY, ray_container, volumes
 from cluster.kubernetes.names import Role
+from cluster.kubernetes.pod_config import in_pods
 from cluster.kubernetes.sizes import PodSize
 
 Document = dict[str, Any]
@@ -16,13 +17,15 @@ API_ACCESS = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def pod_template(
-    role: Role, size: PodSize, settings: KubernetesConfig, *, stream_s: int, load_s: int, models: tuple[str, ...]
+    role: Role, size: PodSize, config: MantaConfig, *, stream_s: int, load_s: int, models: tuple[str, ...]
 ) -> Document:
     """Of one role. `models` are those on the volume. Streams get `stream_s` to end, the pod some seconds more."""
     has_models = bool(models)
+    settings = config.kubernetes
     container = ray_container(
         role,
         size,
+        in_pods(config).gateway,
         image=settings.image,
         stream_s=stream_s,
         load_s=load_s,

@@ -95,7 +95,7 @@ def _template(role: Role, size: PodSize, config: MantaConfig) -> Document:
     return pod_template(
         role,
         size,
-        config.kubernetes,
+        config,
         stream_s=stream_s(config),
         load_s=load_s,
         models=models_to_fetch(config),

@@ -9,9 +9,27 @@ from pathlib import Path
 
 import httpx
 
+from cluster.commands.haproxy import part_clients
 from tests.ports import free_port
 from tests.waiting import wait_for
 
+GRPC = """
+backend http-gateway
+    log global
+    # Enable HTTP connection reuse for better performance
+    http-reuse always
+
+    server one 127.0.0.1:30000 check
+frontend grpc_frontend
+    bind 127.0.0.1:9000 proto h2
+backend grpc_fallback_backend
+    server other 127.0.0.1:9500 proto h2 check
+backend grpc-gateway
+    mode http
+    http-reuse always
+    server one 127.0.0.1:40000 proto h2 check
+listen stats
+"""
 CONFIG = """
 global
     stats socket {directory}/cli mode 666 level admin expose-fd listeners
@@ -27,6 +45,23 @@ frontend front
 backend nobody
     server gone 127.0.0.1:{gone}
 """
+
+
+def test_no_connection_to_a_grpc_server_is_for_two_clients(tmp_path: Path) -> None:
+    """One that ended, for whatever one client did, took the streams of all who shared it."""
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(GRPC)
+    part_clients(config)
+    part_clients(config)
+    before = "backend grpc_fallback_backend\n", "backend grpc-gateway\n    mode http\n    http-reuse always\n"
+    after = (
+        "backend grpc_fallback_backend\n    http-reuse never\n",
+        "backend grpc-gateway\n    http-reuse never\n    mode http\n",
+    )
+    expected = GRPC
+    for old, new in zip(before, after, strict=True):
+        expected = expected.replace(old, new)
+    assert config.read_text() == expected
 
 
 def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_its_users_only(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ for path in sys.argv[1:]:
 # The README's table: who listens on which ports, from the lowest to the highest, and whether on loopback only.
 NAMED = {
     "haproxy": ((8000, 8000, True), (9000, 9000, True), (8404, 8404, False), (9101, 9101, False)),
-    "ray::ServeReplica:gateway:gateway": ((30000, 30100, True), (40000, 40100, False)),
-    "ray::ProxyActor": ((8500, 8500, True), (9500, 9500, False)),
+    "ray::ServeReplica:gateway:gateway": ((30000, 30100, True), (40000, 40100, True)),
+    "ray::ProxyActor": ((8500, 8500, True), (9500, 9500, True)),
     "ray::DashboardAgent": ((52365, 52365, False),),
     "autoscaler/_private/monitor": ((44217, 44217, False),),
     "dashboard/dashboard": ((44227, 44227, False),),

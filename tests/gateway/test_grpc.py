@@ -25,6 +25,8 @@ from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway import chat_pb2, chat_pb2_grpc
 from gateway.frontend import Frontend
 from gateway.grpc_door import GrpcDoor
+from gateway.grpc_server.gate import Gate
+from gateway.grpc_server.options import server_options
 from gateway.health import ModelHealth
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, tokens_script
@@ -40,7 +42,8 @@ def grpc_server(frontend: Frontend) -> Iterator[grpc.Channel]:
     thread.start()
 
     async def start() -> tuple[Any, int]:
-        server = grpc.aio.server()
+        gate = Gate(frontend.config, frontend.guard)
+        server = grpc.aio.server(interceptors=(gate,), options=server_options(frontend.config))
         door = GrpcDoor(frontend)
         chat_pb2_grpc.add_MantaServicer_to_server(door, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(door, server)

@@ -1,0 +1,71 @@
+"""Bounds how many messages are being read at a time. Knows tenants and time; not what is read.
+
+gRPC does not say how large a message is before all of it is there, so each that is being read counts as the largest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from itertools import islice
+from weakref import WeakValueDictionary
+
+from cluster.errors import BodyTimeout
+
+GRACE_S = 0.25  # for a message to arrive while others wait to be read
+
+
+class ReadSlots:
+    """`bound` messages at a time, a quarter of them of one tenant.
+
+    While others wait, as many messages as wait have GRACE_S in all to be complete, from the oldest on: those who are
+    slow hold up nobody.
+    """
+
+    def __init__(self, bound: int, timeout_s: float) -> None:
+        self._bound = bound
+        self._timeout_s = timeout_s
+        self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._reading: dict[asyncio.Timeout, float] = {}  # and since when, the oldest first
+        self._num_waiting = 0
+        self._freed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self, tenant: str) -> AsyncGenerator[None, None]:
+        """Around the reading of one message. Raises BodyTimeout in it where that takes too long."""
+        own = self._tenants.get(tenant)
+        if own is None:
+            own = self._tenants[tenant] = asyncio.Semaphore(max(1, self._bound // 4))
+        async with own:
+            await self._wait_for_room()
+            try:
+                async with asyncio.timeout(self._timeout_s) as reading:
+                    self._reading[reading] = asyncio.get_running_loop().time()
+                    self._hurry()
+                    try:
+                        yield
+                    finally:
+                        del self._reading[reading]
+            except TimeoutError:
+                raise BodyTimeout("the message was not complete in time") from None
+            finally:
+                async with self._freed:
+                    self._freed.notify()
+
+    async def _wait_for_room(self) -> None:
+        if len(self._reading) < self._bound:
+            return
+        async with self._freed:
+            self._num_waiting += 1
+            try:
+                self._hurry()
+                await self._freed.wait_for(lambda: len(self._reading) < self._bound)
+            finally:
+                self._num_waiting -= 1
+
+    def _hurry(self) -> None:
+        for reading, since in islice(self._reading.items(), self._num_waiting):
+            when = reading.when()
+            if when is not None and when > since + GRACE_S:
+                reading.reschedule(since + GRACE_S)
