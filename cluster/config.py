@@ -15,10 +15,10 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import ConfigError
+from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]  # other processes read it
@@ -238,11 +238,10 @@ class MantaConfig(_Frozen):
 def load_config(path: Path) -> MantaConfig:
     """Read a YAML file. Raises ConfigError, which names the key and what was expected."""
     try:
-        document = yaml.safe_load(path.read_text())
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    document = parse_yaml(content, str(path)).value
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(MantaConfig.model_fields)}")
     return parse_config(document, source=str(path))

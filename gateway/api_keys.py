@@ -12,22 +12,25 @@ import hashlib
 import hmac
 import logging
 import secrets
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cluster.errors import ConfigError
+from cluster.guarded_file import read_guarded
+from cluster.yaml_document import YamlDocument, parse_yaml
 
 PREFIX = "manta-"  # so that a scanner for leaked secrets can find our keys
 RANDOM_BYTES = 32
+MOST = 10**12  # of a limit
 MAX_AGE_S = 1.0  # how long a change of the file may go unnoticed
 
 logger = logging.getLogger(__name__)
 
-_Stamp = tuple[int, int, int]  # changes whenever the file does
+_Stamp = tuple[int, int, int, int]  # changes whenever the file does
 
 
 class ApiKey(BaseModel):
@@ -37,12 +40,9 @@ class ApiKey(BaseModel):
 
     id: Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9._-]{1,64}\z")]  # what logs and metrics show
     sha256: Annotated[str, StringConstraints(pattern=r"\A[0-9a-fA-F]{64}\z", to_lower=True)]
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)  # prompt and generated ones
-    max_concurrency: int | None = Field(None, ge=1)  # requests at once
-
-
-_Entries = TypeAdapter(tuple[ApiKey, ...])
+    requests_per_minute: int | None = Field(None, ge=1, le=MOST)
+    tokens_per_minute: int | None = Field(None, ge=1, le=MOST)  # prompt and generated ones
+    max_concurrency: int | None = Field(None, ge=1, le=MOST)  # requests at once
 
 
 def new_key() -> str:
@@ -56,33 +56,36 @@ def digest(key: str) -> str:
 
 
 def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Every entry. Raises ConfigError, which names file and entry and never shows what stands there."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f", see line {mark.line + 1}"
-        raise ConfigError(f"{path} is neither YAML nor JSON{where}") from None
-    if not isinstance(document, list):
+    """Every entry. Raises ConfigError, which names file, line and field and never shows what stands there."""
+    document = parse_yaml(read_guarded(path), str(path), secret=True)
+    if not isinstance(document.value, list):
         raise ConfigError(f"{path}: expected a list of entries with id and sha256")
-    try:
-        keys = _Entries.validate_python(tuple(document))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: entry {where}: {first['msg']}") from None
+    keys = tuple(_entry(path, document, i) for i in range(len(document.value)))
     for name in ("id", "sha256"):
-        values = [getattr(key, name) for key in keys]
-        for i, value in enumerate(values):
-            if value in values[:i]:
-                raise ConfigError(f"{path}: entry {i}.{name}: the same as that of entry {values.index(value)}")
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            other = first.setdefault(getattr(key, name), i)
+            if other != i:
+                raise ConfigError(
+                    f"{path}, line {document.line(i, name)}: {name}: the same as in line {document.line(other, name)}"
+                )
     return keys
 
 
+def _entry(path: Path, document: YamlDocument, index: int) -> ApiKey:
+    try:
+        return ApiKey.model_validate(document.value[index])
+    except ValidationError as error:
+        [first, *_] = error.errors(include_url=False, include_input=False, include_context=False)
+        where = f"{path}, line {document.line(index, *first['loc'])}"
+        [field] = first["loc"] or ("entry",)
+        if first["type"] == "extra_forbidden":  # its name may be a key that somebody put there
+            raise ConfigError(f"{where}: an unknown field; known are {', '.join(ApiKey.model_fields)}") from None
+        raise ConfigError(f"{where}: {field}: {first['msg']}") from None
+
+
 class ApiKeyFile:
-    """The keys of one file, as of at most MAX_AGE_S ago. A file that became wrong changes nothing until mended."""
+    """The keys of one file, looked at every MAX_AGE_S. One that became wrong changes nothing until it is mended."""
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError."""
@@ -90,6 +93,7 @@ class ApiKeyFile:
         self._stamp = self._look()
         self._keys = read_api_keys(path)
         self._looked_at = time.monotonic()
+        self._reader: threading.Thread | None = None  # a long file would keep the event loop
 
     def find(self, key: str) -> ApiKey | None:
         """The entry of a key. Takes the same time whichever entry it is, or none."""
@@ -107,19 +111,25 @@ class ApiKeyFile:
             return
         self._looked_at = now
         stamp = self._look()
-        if stamp == self._stamp:
+        if stamp == self._stamp or (self._reader is not None and self._reader.is_alive()):
             return
         self._stamp = stamp
+        self._reader = threading.Thread(target=self._read, name="api-keys", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
         try:
             self._keys = read_api_keys(self._path)
         except ConfigError as error:
             logger.error("the API keys stay as they were: %s", error)
-            return
-        logger.info("read %d API keys from %s", len(self._keys), self._path)
+        except Exception as error:  # a fault of ours; its text may show what is in the file
+            logger.error("the API keys stay as they were: %s at %s", type(error).__name__, self._path)
+        else:
+            logger.info("read %d API keys from %s", len(self._keys), self._path)
 
     def _look(self) -> _Stamp | None:
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        return (stat.st_mtime_ns, stat.st_ino, stat.st_size, stat.st_mode)

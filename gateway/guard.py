@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError, Unauthorized
+from cluster.guarded_file import read_guarded
 from gateway.api_keys import ApiKey, ApiKeyFile
 
 NO_KEY = "no API key was sent; expected 'Authorization: Bearer KEY'"
@@ -87,10 +88,7 @@ def is_loopback(host: str) -> bool:
 
 def read_token(path: Path) -> bytes:
     """The first line of a file. Raises ConfigError when there is none."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    lines = read_guarded(path).splitlines()
     token = lines[0].strip() if lines else b""
     if not token:
         raise ConfigError(f"{path}: expected a token in the first line")

@@ -37,14 +37,24 @@ from cluster.errors import ConfigError
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", "line 1: not YAML"),
+        ("models: [{name: a, path: b}]\ngateway: {}\ngateway: {}", "line 3: a key for the second time"),
+        ("models:\n- {name: a, path: !!int b}", "line 2: a value that is not what its tag says"),
+        ("models: " + "[" * 5000, "line 1: nested more than"),
+        ("models: [{name: \xff, path: b}]".encode("latin-1"), "line 1: not UTF-8"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, words):
     file = tmp_path / "manta.yaml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+def test_aliases_are_yamls_and_taken(tmp_path):
+    file = tmp_path / "manta.yaml"
+    file.write_text("models:\n- {name: a, path: b, engine: &e {max_num_seqs: 3}}\n- {name: c, path: d, engine: *e}")
+    assert [model.engine.max_num_seqs for model in load_config(file).models] == [3, 3]
 
 
 def test_a_missing_file_is_named(tmp_path):

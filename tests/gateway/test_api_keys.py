@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ import pytest
 from cluster.errors import ConfigError
 from gateway import api_keys
 from gateway.api_keys import ApiKeyFile, digest, new_key, read_api_keys
+from tests.waiting import wait_for
+
+ZEROS = "0" * 64
+BROKEN = (
+    b"- {id: alice, # mistake",
+    b'- {id: alice, sha256: !!int "mistake"}',
+    b"- {id: alice, sha256: 2026-99-99} # mistake",
+    b"[" * 5000,
+    b"- {id: alice, sha256: '" + b"1" * 64 + b"', tokens_per_minute: 1" + b"0" * 400 + b"}",
+    b"- {id: \xff\xfe, mistake: 1}",
+)
 
 
 @pytest.fixture
@@ -60,17 +72,33 @@ def test_each_key_is_found_and_no_other(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "line"),
+        ("{", "line 2: neither YAML nor JSON"),
         ("", "a list"),
         ("keys: []", "a list"),
-        ("- a", "entry 0"),
-        ("- {id: a}", "0.sha256"),
-        ("- {id: a, sha256: short}", "0.sha256"),
-        ("- {id: 'a b', sha256: " + "0" * 64 + "}", "0.id"),
-        ("- {id: a, sha256: '" + "0" * 64 + "', requests_per_minute: 0}", "0.requests_per_minute"),
-        ("- {id: a, sha256: '" + "0" * 64 + "', rate: 1}", "0.rate"),
-        ("- {id: a, sha256: '" + "0" * 64 + "'}\n- {id: a, sha256: '" + "1" * 64 + "'}", "entry 1.id"),
-        ("- {id: a, sha256: '" + "0" * 64 + "'}\n- {id: b, sha256: '" + "0" * 64 + "'}", "entry 1.sha256"),
+        ("- a", "line 1: entry: "),
+        ("\n- {id: a}", "line 2: sha256: Field required"),
+        ("- id: a\n  sha256: short", "line 2: sha256: "),
+        ("- {id: 'a b', sha256: " + ZEROS + "}", "line 1: id: "),
+        ("- {id: a, sha256: '" + ZEROS + "', requests_per_minute: 0}", "line 1: requests_per_minute: "),
+        ("- {id: a, sha256: '" + ZEROS + "', tokens_per_minute: 1" + "0" * 400 + "}", "line 1: tokens_per_minute: "),
+        ("- {id: a, sha256: '" + ZEROS + "', max_concurrency: 1" + "0" * 5000 + "}", "line 1: a value that is not"),
+        ("- {id: a, sha256: '" + ZEROS + "', mistake: 1}", "line 1: an unknown field; known are id, sha256"),
+        ("- {id: a, sha256: '" + ZEROS + "'}\n- {id: a, sha256: '" + "1" * 64 + "'}", "line 2: id: .* line 1"),
+        ("- {id: a, sha256: '" + ZEROS + "'}\n- {id: b, sha256: '" + ZEROS + "'}", "line 2: sha256: .* line 1"),
+        ("- id: a\n  sha256: '" + ZEROS + "'\n  sha256: '" + ZEROS + "'", "line 3: a key for the second time"),
+        ("- {id: a, sha256: !!int 'mistake'}", "line 1: a value that is not what its tag says"),
+        ("- {id: a, sha256: !!bool 'mistake'}", "line 1: a value that is not what its tag says"),
+        ("- {id: a, sha256: !!timestamp 'mistake'}", "line 1: a value that is not what its tag says"),
+        ("- {id: a, sha256: !!float 'mistake'}", "line 1: a value that is not what its tag says"),
+        ("- {id: a, sha256: !mistake 1}", "line 1: neither YAML nor JSON"),
+        ("- id: a\n  sha256: 2026-13-45", "line 2: a value that is not what its tag says"),
+        ("[" * 100_000, "line 1: nested more than"),
+        ("- " * 3_000 + "x", "line 1: nested more than"),
+        ("{a: " * 3_000, "line 1: nested more than"),
+        ("- &mistake {id: a}\n- *mistake", "line 2: an alias"),
+        ("- *mistake", "line 1: an alias"),
+        ("- id: \x07mistake", "line 1: a character that YAML does not allow"),
+        ("- {id: a}\n" * 110_000, "is longer than"),
     ],
 )
 def test_a_wrong_file_is_refused_and_what_stands_there_is_not_shown(file: Path, text: str, words: str) -> None:
@@ -91,20 +119,23 @@ def test_changes_are_followed_and_broken_ones_are_not(file: Path, caplog: pytest
     write(file, entry("old"))
     known = ApiKeyFile(file)
     write(file, entry("new"))
-    assert known.find("old") is None
+    wait_for(lambda: known.find("old") is None, 10, "the change")
     assert known.find("new") is not None
-    file.write_text("- {id: alice")
-    assert known.find("new") is not None
-    assert known.find("new") is not None
+    for broken in BROKEN:
+        caplog.clear()
+        file.write_bytes(broken)
+        wait_for(lambda: known.find("new") is not None and caplog.records, 10, "the error in the log")
+        [said] = [record.getMessage() for record in caplog.records]
+        assert said.startswith(f"the API keys stay as they were: {file}, line "), said
+        assert "mistake" not in said
+        assert caplog.records[0].exc_info is None
+    caplog.clear()
     os.remove(file)
-    assert known.find("new") is not None
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "the API keys stay as they were"
-    ] * 2
+    wait_for(lambda: known.find("new") is not None and caplog.records, 10, "the error in the log")
     write(file)
-    assert known.find("new") is None, "an empty list withdraws every key"
+    wait_for(lambda: known.find("new") is None, 10, "an empty list, which withdraws every key")
     write(file, entry("newest"))
-    assert known.find("newest") is not None
+    wait_for(lambda: known.find("newest") is not None, 10, "the newest key")
 
 
 def test_a_change_is_seen_after_the_interval_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +145,62 @@ def test_a_change_is_seen_after_the_interval_only(file: Path, monkeypatch: pytes
     monkeypatch.setattr(api_keys, "MAX_AGE_S", 1000.0)
     assert known.find("old") is not None
     monkeypatch.setattr(api_keys, "MAX_AGE_S", 0.0)
-    assert known.find("old") is None
+    wait_for(lambda: known.find("old") is None, 10, "the change")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_long_file_does_not_keep_who_asks(file: Path) -> None:
+    """The first request after the change read it, on the event loop: seconds for some thousand keys."""
+    write(file, entry("old"))
+    known = ApiKeyFile(file)
+    write(file, entry("new"), *({"id": f"key-{i}", "sha256": digest(str(i))} for i in range(4000)))
+    started = time.monotonic()
+    assert known.find("old") is not None, "it is being read"
+    took_s = time.monotonic() - started
+    wait_for(lambda: known.find("new") is not None, 60, "the change")
+    assert took_s < (time.monotonic() - started) / 5
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
+def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
+    """Who may write it may give themselves a key. It passed without a word."""
+    write(file, entry("one"))
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"may be written by others \(mode {mode:04o}\): chmod go-w"):
+        ApiKeyFile(file)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_one_that_others_may_write_from_now_on_is_not_read_again(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(file, entry("old"))
+    known = ApiKeyFile(file)
+    caplog.clear()
+    file.chmod(0o666)
+    file.write_text(json.dumps([entry("new")]))
+    wait_for(lambda: known.find("old") is not None and caplog.records, 10, "the error in the log")
+    assert "may be written by others" in caplog.records[0].getMessage()
+    assert known.find("new") is None
+    file.chmod(0o600)
+    wait_for(lambda: known.find("new") is not None, 10, "the file that is closed again")
+
+
+def test_one_that_all_may_read_is_warned_of_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Kubernetes mounts a Secret that names no mode. One that a group may read is how ours are mounted."""
+    write(file, entry("one"))
+    file.chmod(0o640)
+    ApiKeyFile(file)
+    assert not caplog.records
+    file.chmod(0o644)
+    ApiKeyFile(file)
+    ApiKeyFile(file)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said == f"{file} may be read by every user of this machine (mode 0644): chmod o-r {file}"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(file: Path) -> None:
+    os.mkfifo(file, 0o600)
+    with pytest.raises(ConfigError, match="is not a file"):
+        ApiKeyFile(file)
 
 
 def test_new_keys_differ() -> None:

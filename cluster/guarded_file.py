@@ -1,0 +1,37 @@
+"""Reads a small file that says who may do what. Nobody but its owner may write it; knows nothing of what it holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from cluster.errors import ConfigError
+
+MAX_BYTES = 2**20
+
+logger = logging.getLogger(__name__)
+_told: set[Path] = set()  # which are open to all, once for each
+
+
+def read_guarded(path: Path) -> bytes:
+    """Raises ConfigError. One that all may read is warned of only: Kubernetes mounts a Secret so by itself."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would keep us waiting
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path} is not a file")
+            mode = stat.S_IMODE(status.st_mode)
+            if mode & 0o022:
+                raise ConfigError(f"{path} may be written by others (mode {mode:04o}): chmod go-w {path}")
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} is longer than {MAX_BYTES} bytes")
+    if mode & 0o004 and path not in _told:
+        _told.add(path)
+        logger.warning("%s may be read by every user of this machine (mode %04o): chmod o-r %s", path, mode, path)
+    return content

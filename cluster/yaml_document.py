@@ -1,0 +1,112 @@
+"""Reads YAML by which something is decided: a repeated key, or a value that is not what its tag says, is an error.
+
+PyYAML alone takes the last of two equal keys, leaves `!!int "abc"` to a ValueError that shows the text, and recurses as
+deep as the text is nested. Knows no key by name; every error names the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from cluster.errors import ConfigError
+
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class YamlDocument:
+    """What a text says, and in which lines."""
+
+    value: Any
+    root: yaml.Node | None  # None: nothing
+
+    def line(self, *path: object) -> int:
+        """Of the entry at a path of keys and indices; where there is none, of what is around it."""
+        node, line = self.root, 1
+        if node is not None:
+            line = node.start_mark.line + 1
+        for part in path:
+            entries: dict[object, tuple[yaml.Node, yaml.Node]] = {}  # where an entry begins, and what it holds
+            if isinstance(node, yaml.SequenceNode):
+                entries = {index: (one, one) for index, one in enumerate(node.value)}
+            elif isinstance(node, yaml.MappingNode):
+                entries = {key.value: (key, one) for key, one in node.value if isinstance(key.value, str)}
+            if part not in entries:
+                break
+            start, node = entries[part]
+            line = start.start_mark.line + 1
+        return line
+
+
+def parse_yaml(text: bytes | str, source: str, *, secret: bool = False) -> YamlDocument:
+    """Raises ConfigError. Of a secret text no error shows anything, and aliases, by which it can grow, are refused."""
+    loader: _Loader | None = None
+    try:
+        loader = (_SecretLoader if secret else _Loader)(text if isinstance(text, str) else text.decode())
+        root = loader.get_single_node()
+        return YamlDocument(None if root is None else loader.construct_document(root), root)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{source}, line {line}: not UTF-8") from None
+    except yaml.reader.ReaderError as error:
+        line = str(text).count("\n", 0, error.position) + 1
+        raise ConfigError(f"{source}, line {line}: a character that YAML does not allow") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = 1 if mark is None else mark.line + 1
+        if isinstance(error, _Refused):
+            raise ConfigError(f"{source}, line {line}: {error.problem}") from None
+        problem = "neither YAML nor JSON" if secret else f"not YAML: {error.problem}"
+        raise ConfigError(f"{source}, line {line}: {problem}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML, but not for us. The message shows nothing of the text."""
+
+    def __init__(self, problem: str, node: yaml.Node | yaml.Event) -> None:
+        super().__init__(problem=problem, problem_mark=node.start_mark)  # type: ignore[arg-type]  # of either parser
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _Refused(f"nested more than {MAX_DEPTH} deep", self.peek_event())  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise _Refused("a key for the second time", key)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception:  # whatever int, datetime and the rest say of a text that is none
+            raise _Refused("a value that is not what its tag says", node) from None
+
+
+class _SecretLoader(_Loader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _Refused("an alias, which is not taken here", self.peek_event())  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
