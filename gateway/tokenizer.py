@@ -1,6 +1,7 @@
 """Text to token ids and back, for one model. Knows the two checkpoint layouts; knows nothing of requests or streams.
 
-The chat template comes from the checkpoint, never from a client, and is rendered in transformers' sandbox.
+The chat template comes from the checkpoint, never from a client, and is rendered in transformers' sandbox. What callers
+say never becomes a control token in a chat; in a raw prompt it does.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2.exceptions import TemplateError
-
 from cluster.errors import CheckpointError, InvalidRequest
 from cluster.messages import ModelCard, ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
+from gateway.chat_template import REFUSALS, ChatTemplate
+from gateway.control_tokens import ControlTokens
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+_USER, _ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}
+_SAMPLES: list[list[ChatMessage]] = [
+    [_USER],
+    [_USER, _ASSISTANT, _USER],
+    [{"role": "system", "content": "Be brief."}, _USER, _ASSISTANT, _USER],
+]
 
 
 class Tokenizer(Protocol):
@@ -35,7 +44,10 @@ class Tokenizer(Protocol):
         """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest."""
+        """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest.
+
+        Control tokens are those that the chat format puts there: no text of a message or tool becomes one.
+        """
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of these ids alone; bytes that are no character become U+FFFD."""
@@ -78,6 +90,9 @@ class HuggingFaceTokenizer:
             call_id=special.get(CALL_ID) if CALL_ID in template else None,
         )
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
+        self._control_tokens = ControlTokens(self._rust)
+        self._template = ChatTemplate(self._hf, self._control_tokens.texts)
+        self._can_trace = all(map(self._traces, _SAMPLES)) if self._hf.chat_template else False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -85,13 +100,25 @@ class HuggingFaceTokenizer:
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         if not self._hf.chat_template:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        chat, definitions = _with_objects(messages), list(tools) or None
         try:
-            text = self._hf.apply_chat_template(
-                _with_objects(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            text, own = self._template.render(chat, definitions)
+        except REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        if self._can_trace and own is not None:
+            return tuple(self._control_tokens.encode(text, own))
+        self._control_tokens.refuse([{**message, "role": ""} for message in chat], "messages")
+        self._control_tokens.refuse(definitions, "tools")
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def _traces(self, chat: Sequence[ChatMessage]) -> bool:
+        """Whether the template's own control tokens are found in a harmless chat."""
+        try:
+            text, own = self._template.render(chat, None)
+        except REFUSALS:
+            return True  # such chats are refused
+        expected = self._rust.encode(text, add_special_tokens=False).ids
+        return own is not None and self._control_tokens.encode(text, own) == expected
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(token_ids), skip_special_tokens=False))

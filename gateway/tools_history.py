@@ -6,6 +6,8 @@ The plain rendering spells in text what later Mistral templates spell in special
   to call them;
 - an assistant's calls are `[TOOL_CALLS] [{"name": …, "arguments": {…}, "id": …}]`, after its text if it has any;
 - a tool's answer is a user message `[TOOL_RESULTS] {"content": …, "call_id": …}[/TOOL_RESULTS]`; neighbours are joined.
+
+Such a marker in what a caller says gets a backslash before it, and within JSON `\\u005b` for its bracket.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from gateway.tokenizer import ChatMessage
 from gateway.tools import Tool
 
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
+_MARKER = re.compile(r"\[(?=(?:/?AVAILABLE_TOOLS|/?TOOL_RESULTS|TOOL_CALLS)\])")
 _HOW_TO_CALL = 'To call tools, answer with [TOOL_CALLS] [{"name": "…", "arguments": {…}}] and nothing else.'
 
 
@@ -53,10 +56,11 @@ def speaks_of_tools(chat: Sequence[ChatMessage]) -> bool:
 def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
     """The same conversation in messages of role and content alone."""
     plain: list[ChatMessage] = []
+    follows_results = False  # the last plain message is one of results, and what the user said after them
     for message in chat:
-        role, content = message["role"], message["content"]
+        role, content = message["role"], _MARKER.sub(r"\\[", message["content"])
         if role == "tool":
-            result = {"content": content, "call_id": message["tool_call_id"]}
+            result = {"content": message["content"], "call_id": message["tool_call_id"]}
             role, content = "user", f"[TOOL_RESULTS] {_dumps(result)}[/TOOL_RESULTS]"
         elif "tool_calls" in message:
             calls = [
@@ -68,10 +72,11 @@ def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[
                 for call in message["tool_calls"]
             ]
             content = f"{content}\n[TOOL_CALLS] {_dumps(calls)}".lstrip()
-        if plain and plain[-1]["role"] == role == "user" and "[TOOL_RESULTS] " in plain[-1]["content"]:
+        if follows_results and role == "user":
             plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{content}"}
         else:
             plain.append({"role": role, "content": content})
+            follows_results = message["role"] == "tool"
     if tools:
         _announce(plain, tools)
     return plain
@@ -119,7 +124,7 @@ def _calls(calls: Any, path: str) -> list[_Call]:
             raise InvalidRequest(f"{here}.function: expected an object with name and arguments", f"{here}.function")
         arguments = function.get("arguments", "{}")
         if isinstance(arguments, dict):  # as Mistral's clients may send them
-            arguments = _dumps(arguments)
+            arguments = json.dumps(arguments, ensure_ascii=False)
         if not isinstance(arguments, str):
             where = f"{here}.function.arguments"
             raise InvalidRequest(f"{where}: expected a string of JSON or an object", param=where)
@@ -144,4 +149,5 @@ def _object(arguments: str) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """JSON without markers: only its strings can hold one, and they may spell the bracket otherwise."""
+    return _MARKER.sub(r"\\u005b", json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,177 @@
+"""Renders a chat template: as transformers does, and once more with the template's own words told from the callers'.
+
+Knows Jinja and the spelling of control tokens; encodes nothing.
+
+    text     <s>[INST] hi [/INST] Sure.</s> [/INST]
+    traced   ~~~~~~~~~ hi [/INST] Sure.</s> ~~~~~~~     ~ is a twin: it stands for a character that the template wrote
+
+A twin is a lone surrogate, which no caller's text can hold. What a template writes has twins; what it compares with or
+splits at has none, so that a template that looks into a text (`'</think>' in content`) finds there what it looks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import TemplateError
+from jinja2.visitor import NodeTransformer
+
+Conversation = Sequence[Mapping[str, Any]]
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)  # what a template may raise about a conversation
+
+_FIRST_TWIN, _NUM_TWINS = 0xD800, 0x800
+_TWINS = re.compile("[\\ud800-\\udfff]+")
+_ROLES = ("system", "user", "assistant", "tool")
+_WRITTEN = {
+    "join": 0,
+    "default": 0,
+    "d": 0,
+    "format": 0,
+    "replace": 1,
+}  # by filter or method: its first written argument
+
+
+class ChatTemplate:
+    """The templates of one checkpoint; which of them is used depends on whether there are tools."""
+
+    def __init__(self, hf: Any, control_tokens: Collection[str]) -> None:
+        """`hf`: the checkpoint's tokenizer, as transformers has it."""
+        self._hf = hf
+        self._twins = Twins(control_tokens)
+        self._compiled = lru_cache(self._compile)
+
+    def render(self, chat: Conversation, tools: Sequence[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text, and where in it the control tokens stand that the template wrote: None if that cannot be told.
+
+        Raises one of REFUSALS.
+        """
+        text = str(self._hf.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True))
+        try:
+            traced = self._compiled(self._hf.get_chat_template(None, tools)).render(
+                messages=[{key: value for key, value in message.items() if value is not None} for message in chat],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                **self._hf.special_tokens_map,
+            )
+        except REFUSALS:
+            return text, None
+        return text, self._twins.tokens(traced) if self._twins.unmark(traced) == text else None
+
+    def _compile(self, source: str) -> Template:
+        from transformers.utils.chat_template_utils import _compile_jinja_template  # has what templates may call
+
+        environment = _compile_jinja_template(source).environment
+        tree = environment.parse(source)
+        assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+        variables = {name: str(text) for name, text in self._hf.special_tokens_map.items() if name not in assigned}
+        template: Template = environment.from_string(_OwnWords(self._twins, variables).visit(tree))
+        return template
+
+
+class Twins:
+    """The characters of control tokens, each with its twin. Spaces have none, for templates trim them."""
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = sorted(control_tokens, key=len, reverse=True)
+        alphabet = sorted({char for token in tokens for char in token if not char.isspace()})[:_NUM_TWINS]
+        self._twin_of = {ord(char): chr(_FIRST_TWIN + i) for i, char in enumerate(alphabet)}
+        self._char_of = {ord(twin): chr(char) for char, twin in self._twin_of.items()}
+        tokens = [token for token in tokens if set(token) <= {*alphabet, *filter(str.isspace, token)}]
+        self._longest = len(tokens[0]) if tokens else 0
+        self._whole = _any_of(map(re.escape, tokens))
+        self._own = _any_of(spelling for token in tokens for spelling in self._spellings(token))
+        self._heads = {token[:end] for token in tokens for end in range(1, len(token))}
+        self._tails = {token[start:] for token in tokens for start in range(1, len(token))}
+
+    def mark(self, literal: str) -> str:
+        """Its control tokens in twins, and what it has of one at an end, for a text might stand beside it."""
+        marked = list(literal)
+        spans = [match.span() for match in self._whole.finditer(literal)]
+        lengths = range(1, min(self._longest, len(literal)) + 1)
+        spans += [(0, n) for n in lengths if literal[:n] in self._tails]
+        spans += [(len(literal) - n, len(literal)) for n in lengths if literal[-n:] in self._heads]
+        for start, end in spans:
+            marked[start:end] = literal[start:end].translate(self._twin_of)
+        return "".join(marked)
+
+    def unmark(self, traced: str) -> str:
+        """Without twins."""
+        return _TWINS.sub(lambda match: match[0].translate(self._char_of), traced)
+
+    def tokens(self, traced: str) -> list[tuple[int, int]]:
+        """Where control tokens stand in twins."""
+        return [match.span() for match in self._own.finditer(traced)]
+
+    def _spellings(self, token: str) -> Iterable[str]:
+        """In twins, or in twins around a role: `'<|' + message['role'] + '|>'`."""
+        yield self._in_twins(token)
+        for role in _ROLES:
+            head, _, tail = token.partition(role)
+            if head and tail:
+                yield self._in_twins(head) + role + self._in_twins(tail)
+
+    def _in_twins(self, token: str) -> str:
+        return re.escape(token.translate(self._twin_of))
+
+
+class _OwnWords(NodeTransformer):
+    """Puts twins into what a template writes: its text, the literals of its expressions and its special tokens."""
+
+    def __init__(self, twins: Twins, variables: Mapping[str, str]) -> None:
+        self._twins = twins
+        self._variables = variables  # `bos_token` and the like, unless the template assigns them itself
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
+        node.data = self._twins.mark(node.data)
+        return node
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802
+        if isinstance(node.value, str):
+            node.value = self._twins.mark(node.value)
+        return node
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:  # noqa: N802
+        if node.ctx == "load" and node.name in self._variables:
+            return nodes.Const(self._twins.mark(self._variables[node.name]), lineno=node.lineno)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:  # noqa: N802
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        node.node = self.visit(node.node)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
+        node.value = self.visit(node.value)
+        return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:  # noqa: N802
+        if node.node is not None:
+            node.node = self.visit(node.node)
+        node.args = self._visit_written(node.name, node.args)
+        return node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
+        if isinstance(node.node, nodes.Getattr):  # a method
+            node.node.node = self.visit(node.node.node)
+            node.args = self._visit_written(node.node.attr, node.args)
+            return node
+        return self.generic_visit(node)
+
+    def _visit_written(self, name: str, args: list[nodes.Expr]) -> list[nodes.Expr]:
+        first = _WRITTEN.get(name, len(args))
+        return args[:first] + [self.visit(arg) for arg in args[first:]]
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    """The first of them that matches; none ever does if there are none."""
+    return re.compile("|".join(patterns) or "(?!)")
