@@ -17,6 +17,7 @@
     │   ├── ExpertUnavailable       no replica of an expert group answered in time
     │   ├── CoordinatorLost         the coordinator went away while it answered; another one can go on
     │   └── EngineDead              the coordinator's engine stopped; Serve replaces it
+    ├── StepFailed                  a step of the engine failed by a fault of ours; resumed twice at most
     └── SetupError                  nothing was started
         ├── ConfigError             a key or value of the configuration is wrong
         ├── CheckpointError         a model directory cannot be served; names file and tensor
@@ -140,6 +141,17 @@ class CoordinatorLost(Unavailable):
 
 class EngineDead(Unavailable):
     """The engine thread of a coordinator stopped; the replica fails its health check and Serve replaces it."""
+
+
+class StepFailed(MantaError):
+    """A step of the engine failed with the request in it, and nobody designed how; the coordinator's log says more.
+
+    `coordinator` is whose engine it was. Another one can go on, but what a request breaks once it may break again.
+    """
+
+    def __init__(self, message: str = "", coordinator: str = "", **attributes: Any) -> None:
+        super().__init__(message, **attributes)
+        self.coordinator = coordinator
 
 
 class SetupError(MantaError):

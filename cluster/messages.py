@@ -94,6 +94,7 @@ class Request:
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
     traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced
+    failed_on: tuple[str, ...] = ()  # coordinators, a step of which failed with it; others are asked first
 
     @property
     def key(self) -> Key:
@@ -171,6 +172,7 @@ class EngineStats:
     steps_total: int
     rows_per_expert: tuple[int, ...]  # rows sent to each expert, summed over layers
     prefix_cache_query_tokens_total: int = 0  # looked up in the prefix cache
+    failed_steps_total: int = 0  # steps that ended a sequence with an error
     missing_experts: tuple[str, ...] = ()  # deployments of groups no replica of which is believed to answer
 
 

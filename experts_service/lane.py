@@ -76,15 +76,19 @@ class LaneTransport(Asker):
             parts = [piece for part in parts for piece in split(part, len(self._routes[part.group]))]
         if self._cores is not None and all(part.group in self._threads for part in parts):
             self._cores.spread([(self._threads[part.group], cost(part.counts)) for part in parts])
-        for part in parts:
-            count = len(part.row_indices)
-            data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
-            self._next_id += 1
-            start = part.start * row_bytes
-            ask = Ask(self._next_id, memory[start : start + count * row_bytes])
-            group = AskedGroup(part, data.data.cast("B"), ask, now)
-            flight.groups.append(group)
-            self.attempt(flight, group, self.timeout_s)
+        try:
+            for part in parts:
+                count = len(part.row_indices)
+                data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
+                self._next_id += 1
+                start = part.start * row_bytes
+                ask = Ask(self._next_id, memory[start : start + count * row_bytes])
+                group = AskedGroup(part, data.data.cast("B"), ask, now)
+                flight.groups.append(group)
+                self.attempt(flight, group, self.timeout_s)
+        except BaseException:
+            flight.close()
+            raise
         return flight
 
     def attempt(self, flight: LaneFlight, group: AskedGroup, remaining_s: float) -> None:

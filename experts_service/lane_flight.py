@@ -157,7 +157,8 @@ class LaneFlight:
                 doubtful = True
         return doubtful
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """The links skip the answers that have not come."""
         for group in self.groups:
             for ask in (group.ask, group.hedge):
                 if ask is not None and not ask.done and ask.link is not None:

@@ -16,6 +16,9 @@ class _Landed:
     def wait(self) -> None:
         """Nothing to wait for: the answers were written by `send`."""
 
+    def close(self) -> None:
+        """Nothing is under way."""
+
 
 class LocalTransport:
     """Runs the experts where it is called; in bf16 side by side.

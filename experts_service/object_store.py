@@ -128,6 +128,9 @@ class _ObjectStoreFlight:
         for call in self._calls:
             self._wait_for(call)
 
+    def close(self) -> None:
+        self._calls.clear()  # Ray lets go of answers without a reference
+
     def _wait_for(self, call: _Call) -> None:
         """One answer, with as many attempts as the deadline allows."""
         deployment = self._transport.deployments[call.part.group]

@@ -3,6 +3,7 @@
     flight = transport.send(layer, rows, parts)     # to every group, before any answer is read
     ...                                             # the coordinator works on another microbatch
     flight.wait()                                   # every part.answer is written, or ExpertUnavailable
+    flight.close()                                  # in any case
 
 Implementations: `local` (in this process), `object_store` (direct actor calls), `lane` (a connection per shard), and
 `auto`, which takes lanes where there are any.
@@ -39,12 +40,18 @@ class Flight(Protocol):
     def wait(self) -> None:
         """Return once every part's `answer` is written. Raises ExpertUnavailable at the latest at the deadline."""
 
+    def close(self) -> None:
+        """Nobody waits for answers that have not come: they are written nowhere. On the sender's thread. Idempotent."""
+
 
 class Transport(Protocol):
     """How rows reach the groups. Used by one thread, the engine's."""
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
-        """Send the batch `rows` [T, D] to the groups of `parts`; returns without waiting for any of them."""
+        """Send the batch `rows` [T, D] to the groups of `parts`; returns without waiting for any of them.
+
+        Where this raises, what was sent already is closed.
+        """
 
     def close(self) -> None:
         """Let go of connections and threads. Idempotent."""

@@ -3,8 +3,8 @@
 A coordinator's prefix cache is its own, so requests that begin alike have a favourite: the coordinator that wins a
 rendezvous hash over their first tokens. Every gateway finds it by itself, and few change when coordinators come
 or go. While the favourite is much busier than another, that one is taken. Requests without a favourite go to the less
-busy of two, streams of tokens where they belong, and nothing to a coordinator that is silent, unless all are. Serve
-builds the router in every process that holds a handle.
+busy of two, streams of tokens where they belong, and nothing to a coordinator that is silent, unless all are, nor to
+one a step of which failed with the request. Serve builds the router in every process that holds a handle.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ class _Coordinator(RunningReplica):  # type: ignore[misc]
     """Tells the table which requests it is sent."""
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Any:
-        asked = _first_argument(pr)
-        first = asked[0] if isinstance(asked, tuple) else asked  # embeddings are asked for together
-        if isinstance(first, Request):
-            coordinator_table.TABLE.sent(first.key, self.replica_id.unique_id)
+        request = _first_request(pr)
+        if request is not None:
+            coordinator_table.TABLE.sent(request.key, self.replica_id.unique_id)
         return super().try_send_request(pr, with_rejection)
 
 
@@ -86,6 +85,10 @@ class CoordinatorRouter(RequestRouter):  # type: ignore[misc]
         silent = coordinator_table.TABLE.silent
         speaking = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in silent]
         candidate_replicas = speaking or candidate_replicas
+        request = None if pending_request is None else _first_request(pending_request)
+        if request is not None and request.failed_on:
+            others = [each for each in candidate_replicas if each.replica_id.unique_id not in request.failed_on]
+            candidate_replicas = others or candidate_replicas
         two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         prefix = None if pending_request is None else prefix_of(pending_request)
         if prefix is None or len(candidate_replicas) < 2:
@@ -103,6 +106,13 @@ def prefix_of(pending_request: PendingRequest) -> bytes | None:
     if not isinstance(request, Request) or len(request.prompt_token_ids) < PREFIX_TOKENS:
         return None
     return request.cache_salt.encode() + array("i", request.prompt_token_ids[:PREFIX_TOKENS]).tobytes()
+
+
+def _first_request(pending_request: PendingRequest) -> Request | None:
+    """What a coordinator is asked; embeddings are asked for together."""
+    argument = _first_argument(pending_request)
+    first = argument[0] if isinstance(argument, tuple) and argument else argument
+    return first if isinstance(first, Request) else None
 
 
 def _first_argument(pending_request: PendingRequest) -> Any:

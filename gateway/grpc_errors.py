@@ -44,7 +44,7 @@ def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:
     code = next((CODE[cls] for cls in type(error).__mro__ if cls in CODE), grpc.StatusCode.INTERNAL)
     if code is grpc.StatusCode.INTERNAL:
         logger.error("request %s failed", request_id, exc_info=error)
-        return code, INTERNAL_MESSAGE
+        return code, INTERNAL_MESSAGE.format(request_id=request_id)
     return code, str(error)
 
 

@@ -51,7 +51,7 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
 UNREAD = frozenset({401, 408, 413})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
-INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
+INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id, {request_id}"
 
 
 def status_of(error: BaseException) -> tuple[int, str, str | None]:
@@ -64,7 +64,7 @@ def error_body(error: BaseException, request_id: str) -> dict[str, object]:
     status, kind, code = status_of(error)
     if status == 500:
         logger.error("request %s failed", request_id, exc_info=error)
-        return body(INTERNAL_MESSAGE, kind, None, code)
+        return body(INTERNAL_MESSAGE.format(request_id=request_id), kind, None, code)
     param = "model" if isinstance(error, ModelNotFound) else getattr(error, "param", None)
     return body(str(error), kind, param, code)
 

@@ -4,6 +4,7 @@
     coordinator b                 prompt + 0 1 2 3 ──▶ 4 5 6 … (the same tokens, sampled ones included)
 
 What the client has is what arrived here, so nothing is lost or doubled: `Request.output_token_ids` says where to go on.
+A request that steps have failed with goes on elsewhere MAX_FAILED_STEPS times, and no more: the fault may be in it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from cluster.errors import CoordinatorLost, EngineDead, Overloaded, Unavailable
+from cluster.errors import CoordinatorLost, EngineDead, MantaError, Overloaded, StepFailed
 from cluster.messages import Embedding, Request, TokenChunk
 from gateway.coordinator_client import CoordinatorClient
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 2  # of one request, whichever coordinator's; the next is an error
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0  # between attempts; the first comes at once
 
 
@@ -30,7 +32,8 @@ async def generate(
 ) -> AsyncGenerator[TokenChunk, None]:
     """Chunks of one choice to its end, from as many coordinators as it takes. Raises MantaError.
 
-    A lost coordinator is an error only when none has gone on within `resume_timeout_s`, or the request's deadline.
+    A lost coordinator is an error only when none has gone on within `resume_timeout_s`, or the request's deadline; a
+    failed step when it is one too many.
     """
     output = request.output_token_ids
     begun = False  # whether the first chunk has arrived, from whichever coordinator
@@ -46,17 +49,15 @@ async def generate(
                     begun = True
                     if chunk.finish_reason is not None:
                         return
-            lost: Unavailable | Overloaded = CoordinatorLost(
-                "the coordinator's stream ended before the answer was complete"
-            )
-        except (CoordinatorLost, EngineDead) as error:
+            lost: MantaError = CoordinatorLost("the coordinator's stream ended before the answer was complete")
+        except (CoordinatorLost, EngineDead, StepFailed) as error:
             lost = error
         except Overloaded as error:
             if attempts.number == 0:
                 raise
             lost = error
         await attempts.another(lost, went_on=len(output) > length)
-        asked = replace(request, request_id=attempts.request_id(request), output_token_ids=output)
+        asked = replace(attempts.of(request), output_token_ids=output)
 
 
 async def embed(
@@ -68,10 +69,10 @@ async def embed(
     while True:
         try:
             return await coordinator.embed(asked)
-        except (CoordinatorLost, EngineDead) as error:
+        except (CoordinatorLost, EngineDead, StepFailed) as error:
             lost = error
         await attempts.another(lost)
-        asked = tuple(replace(request, request_id=attempts.request_id(request)) for request in requests)
+        asked = tuple(attempts.of(request) for request in requests)
 
 
 class _Attempts:
@@ -81,11 +82,19 @@ class _Attempts:
         self.number = 0
         self._request = request
         self._timeout_s = timeout_s
+        self._failed_on: tuple[str, ...] = ()
         self._give_up_at = 0.0
         self._pause_s = 0.0
 
-    async def another(self, lost: Unavailable | Overloaded, *, went_on: bool = False) -> None:
-        """Return when the next is due. Raises `lost` when the time is over; it starts again where tokens came."""
+    async def another(self, lost: MantaError, *, went_on: bool = False) -> None:
+        """Return when the next is due. Raises `lost` when there is to be none.
+
+        The time starts again where tokens came; the count of failed steps does not.
+        """
+        if isinstance(lost, StepFailed):
+            self._failed_on += (lost.coordinator,)
+            if len(self._failed_on) > MAX_FAILED_STEPS:
+                raise lost
         now = time.monotonic()
         if went_on or self.number == 0:
             self._give_up_at = now + min(self._timeout_s, self._request.deadline.remaining_s)
@@ -97,9 +106,9 @@ class _Attempts:
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
 
-    def request_id(self, request: Request) -> str:
-        """Another one for each attempt: should the lost coordinator live on, its sequence is not this one."""
-        return f"{request.request_id}~{self.number}"
+    def of(self, request: Request) -> Request:
+        """As it is asked in this attempt. The id is another one: should the lost coordinator live on with its own."""
+        return replace(request, request_id=f"{request.request_id}~{self.number}", failed_on=self._failed_on)
 
 
 def _resumed(chunk: TokenChunk) -> TokenChunk:

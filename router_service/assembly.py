@@ -35,6 +35,7 @@ def build_engine(
     *,
     on_bytes: Callable[[int], None] | None = None,
     observe_step: Callable[[float, Batch], object] | None = None,
+    on_death: Callable[[], object] | None = None,
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
     architecture = checkpoint.architecture
@@ -64,6 +65,7 @@ def build_engine(
         deliver,
         max_waiting=config.max_waiting,
         observe_step=observe_step,
+        on_death=on_death,
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from router_service.sequence import Sequence
@@ -102,8 +102,20 @@ class BlockManager:
     def doubt(self, blocks: Iterable[int]) -> None:
         """Have the prefix cache forget what these held blocks hold, and take it back from none of their holders."""
         for block in blocks:
-            self._forget(block)
-            self._doubted.add(block)
+            if block != NULL_BLOCK:
+                self._forget(block)
+                self._doubted.add(block)
+
+    def check(self, holders: Iterable[Sequence]) -> None:
+        """Raises AssertionError unless every block is free or with `holders`, as often as it is counted."""
+        held = Counter(block for sequence in holders for block in sequence.block_table if block != NULL_BLOCK)
+        counted = {block: count for block, count in enumerate(self._references) if count}
+        assert held == counted, "a block is held by nobody, or counted wrong"
+        assert len(held) + len(self._free) == self.num_blocks, "a block is lost"
+        assert not held.keys() & self._free.keys(), "a block is free and held"
+        published = {block: block_hash for block_hash, block in self._block_of_hash.items()}
+        assert published == self._hash_of_block, "the prefix cache disagrees with itself"
+        assert not published.keys() & self._doubted, "a doubted block is in the prefix cache"
 
     def _hold(self, block: int) -> None:
         self._references[block] += 1

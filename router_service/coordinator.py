@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,7 +19,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
-from cluster.errors import CheckpointError, CoordinatorLost
+from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
 from cluster.metrics import ProcessFigures
 from cluster.placement import ExpertGroup
@@ -37,9 +39,13 @@ from router_service.grammar_compiler import GrammarCompiler
 from router_service.grammar_vocabulary import GrammarVocabulary
 from router_service.pending_embedding import PendingEmbedding
 from router_service.scheduler import Batch
+from router_service.step_failures import told
 from router_service.token_outbox import OutgoingTokens, TokenOutboxes
 
+logger = logging.getLogger(__name__)
+
 DEPLOYMENT = "coordinator"
+LAST_WORDS_S = 0.5  # of a process whose engine has died: its requests are told that they may go on elsewhere
 EMBEDDINGS_AT_ONCE = 32  # of one call are queued, so that others get their turn
 OTLP_ENDPOINT = "MANTA_OTLP_ENDPOINT"  # the environment's variable with the collector's URL
 CPUS = 0.01  # its threads are set by config; Ray is not to count them against the experts'
@@ -112,6 +118,7 @@ class Coordinator:
             self._deliver,
             on_bytes=progress,
             observe_step=self._observe_step,
+            on_death=self._end_process,
         )
         self._metrics.watch(self._engine.stats)
         architecture = checkpoint.architecture
@@ -127,6 +134,7 @@ class Coordinator:
 
         Cancelling aborts the sequence.
         """
+        self._check_unique(request)
         span, failure = self._traces.begin(request), None
         with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
             self._waiting[request.key] = outgoing
@@ -137,6 +145,8 @@ class Coordinator:
                 await outgoing.sent()
             except Exception as error:
                 failure = error
+                if isinstance(error, StepFailed):
+                    error.coordinator = self._replica
                 raise
             finally:
                 del self._waiting[request.key]
@@ -158,12 +168,18 @@ class Coordinator:
         """The embedding of each prompt, in order. Cancelling aborts all. Raises MantaError for the first that fails."""
         embeddings: list[Embedding] = []
         for start in range(0, len(requests), EMBEDDINGS_AT_ONCE):
-            part = {request.key: PendingEmbedding() for request in requests[start : start + EMBEDDINGS_AT_ONCE]}
+            asked = requests[start : start + EMBEDDINGS_AT_ONCE]
+            for request in asked:
+                self._check_unique(request)
+            part = {request.key: PendingEmbedding() for request in asked}
             self._waiting |= part
             try:
-                for request in requests[start : start + EMBEDDINGS_AT_ONCE]:
+                for request in asked:
                     self._engine.submit(request)
                 embeddings += await asyncio.gather(*(pending.get() for pending in part.values()))
+            except StepFailed as error:
+                error.coordinator = self._replica
+                raise
             finally:
                 for key in part:
                     del self._waiting[key]
@@ -197,6 +213,16 @@ class Coordinator:
             self._pool.close()
             self._traces.close()
 
+    def _check_unique(self, request: Request) -> None:
+        """Serve may send a call twice. Raises CoordinatorLost: the gateway asks again, under another id."""
+        if request.key in self._waiting:
+            raise CoordinatorLost(f"{request.request_id} is being answered already")
+
+    def _end_process(self) -> None:
+        """On the engine's thread: only a new process can help, and Serve starts one as soon as this one is gone."""
+        logger.critical("the engine has died; the process ends, so that Serve replaces it")
+        threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+
     def _observe_step(self, seconds: float, batch: Batch) -> None:
         """On the engine's thread."""
         self._metrics.observe_step(seconds, sum(scheduled.num_tokens for scheduled in batch))
@@ -209,8 +235,13 @@ class Coordinator:
     def _hand_out(self, events: list[Event]) -> None:
         for key, item in events:
             waiting = self._waiting.get(key)
-            if waiting is not None:  # else who waited has just left
+            if waiting is None:  # who waited has just left
+                continue
+            try:
                 waiting.put(item)  # type: ignore[arg-type]  # chunks are for requests only, embeddings for the others
+            except Exception as error:  # the others' items are still to be handed out
+                logger.exception("%s could not be given what a step made", key)
+                waiting.put(item if isinstance(item, MantaError) else told(error))
 
 
 def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:

@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -71,10 +72,13 @@ class Decoder:
         positions: torch.Tensor,  # [T]
         attention: AttentionPlan,
         kv_cache: KVCache,
-        wanted_rows: torch.Tensor,  # [R] rows whose last hidden states are wanted
         routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
     ) -> Generator[None, None, torch.Tensor]:
-        """Run all layers; yields once a layer after its rows were sent to experts. Returns hidden states [R, D]."""
+        """Run all layers; yields once a layer after its rows were sent to experts. Returns what they add up to [T, D].
+
+        A row of it is finite only if all that was computed for it is, in every layer, what the cache holds of it and
+        what it saw of earlier tokens included: it is a sum, each token sees itself, and NaN stays NaN.
+        """
         work = len(token_ids) * self._multiplications
         rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
@@ -89,13 +93,17 @@ class Decoder:
                 continue
             if routed is not None:
                 routed.append(experts)
-            dispatch = self.dispatcher.dispatch(index, rows, experts)
-            yield
-            x = x + self.dispatcher.combine(dispatch, weights)
-        return self._rms_norm(x[wanted_rows], self.norm)
+            with closing(self.dispatcher.dispatch(index, rows, experts)) as dispatch:
+                yield
+                x = x + self.dispatcher.combine(dispatch, weights)
+        return x
+
+    def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""
+        return self._rms_norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] in fp32 of what `forward` returned [R, D]."""
+        """Logits [R, V] in fp32 of hidden states [R, D]."""
         return self.head(hidden).float()
 
     def _attend(

@@ -38,6 +38,10 @@ class Dispatch:
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
 
+    def close(self) -> None:
+        """Nobody waits for what has not come. On the thread that sent it, before it is dropped."""
+        self.flight.close()
+
 
 class Dispatcher:
     """The coordinator's way to its experts. One thread uses it, the engine's, in inference mode.
@@ -88,12 +92,17 @@ class Dispatcher:
                 for expert, count in zip(group.experts, of_group, strict=True):
                     self._rows_per_expert[expert] += count
             start = end
-        flight = self._transport.send(layer, rows, parts)
-        # The rest is worked out while the experts compute.
-        place = np.empty_like(order)
-        place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
-        pairs = chosen.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
-        return Dispatch(layer, num_rows, torch.from_numpy(place[pairs]), torch.from_numpy(pairs), answers, flight)
+        dispatch = Dispatch(layer, num_rows, None, None, answers, self._transport.send(layer, rows, parts))
+        try:
+            # The rest is worked out while the experts compute.
+            place = np.empty_like(order)
+            place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
+            pairs = chosen.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
+            dispatch.take, dispatch.pairs = torch.from_numpy(place[pairs]), torch.from_numpy(pairs)
+        except BaseException:
+            dispatch.close()
+            raise
+        return dispatch
 
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
@@ -137,12 +146,12 @@ class Dispatcher:
                 end += 1
             parts.append(GroupRows(group.index, self._first_row[: end - start], tuple(counts), answers, start))
             start = end
-        flight = self._transport.send(layer, row, parts)
-        for expert in experts:
-            self._rows_per_expert[expert] += 1
         ascending = sorted(experts)
         take = self._permutation([ranked.index(self._ranks[expert]) for expert in ascending])
         pairs = self._permutation([experts.index(expert) for expert in ascending])
+        flight = self._transport.send(layer, row, parts)
+        for expert in experts:
+            self._rows_per_expert[expert] += 1
         return Dispatch(layer, 1, take, pairs, answers, flight)
 
     def _permutation(self, indices: list[int]) -> Tensor | None:

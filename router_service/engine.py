@@ -2,6 +2,10 @@
 
 Knows no event loop, no Serve and no door: requests and aborts come in through a thread-safe inbox, and the results of
 each step leave through one call of `deliver`.
+
+What is raised in a step ends the sequence whose fault it is, where that can be told, else those of the step, and the
+engine goes on. It stops only when its own state is in doubt: the device is gone, memory stays exhausted, or blocks and
+queues do not add up.
 """
 
 from __future__ import annotations
@@ -10,17 +14,20 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from typing import cast
+
+import torch
 
 from cluster.errors import (
     DeadlineExceeded,
     EngineDead,
-    ExpertUnavailable,
     InvalidRequest,
     MantaError,
     Overloaded,
-    Unavailable,
 )
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
@@ -30,11 +37,13 @@ from router_service.pooling import embedding
 from router_service.sampler import NOT_FINITE, Sampler
 from router_service.scheduler import Batch, Scheduler
 from router_service.sequence import Sequence
+from router_service.step_failures import check_device, is_out_of_memory, not_finite, told
 
 logger = logging.getLogger(__name__)
 
 Event = tuple[Key, TokenChunk | Embedding | MantaError]  # an error is the last event of its key
 _Command = Callable[[], None]
+_Sampled = tuple[int, TokenLogprobs | None]
 
 
 class Engine:
@@ -49,10 +58,12 @@ class Engine:
         *,
         max_waiting: int,
         observe_step: Callable[[float, Batch], object] | None = None,
+        on_death: Callable[[], object] | None = None,
     ) -> None:
         """`deliver` is called on the engine's thread, once a step, with what every sequence got.
 
-        `observe_step` is told the seconds and the batch of each.
+        `observe_step` is told the seconds and the batch of each. `on_death` is called last on the engine's thread,
+        when it has stopped by itself: only a new process can help.
         """
         self.scheduler = scheduler
         self.model_runner = model_runner
@@ -60,6 +71,7 @@ class Engine:
         self.max_waiting = max_waiting
         self._deliver = deliver
         self._observe_step = observe_step
+        self._on_death = on_death
         self._sequences: dict[Key, Sequence] = {}
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,6 +83,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
+        self._num_failed_steps = 0
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -103,8 +116,10 @@ class Engine:
         """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
         with self._inbox_lock:
             self.check_admission(request)
+            _check_token_ids(request, self.model_runner.decoder.architecture.vocab_size)
+            sequence = Sequence(request, grammar)
             self._arriving[request.cache_salt] += 1
-            self._inbox.put(lambda: self._arrive(Sequence(request, grammar)))
+            self._inbox.put(lambda: self._arrive(sequence))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""
@@ -133,34 +148,112 @@ class Engine:
             steps_total=self._num_steps,
             rows_per_expert=self.model_runner.decoder.dispatcher.rows_per_expert,
             prefix_cache_query_tokens_total=scheduler.num_prefix_cache_query_tokens,
+            failed_steps_total=self._num_failed_steps,
         )
 
     def step(self) -> None:
-        """Schedule → forward → sample → update → deliver."""
+        """Schedule → forward → sample → update → deliver. Raises what leaves the engine's state in doubt."""
         self._expire()
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         if not batch:
             return
         started = time.perf_counter()
-        sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
+        self._run_batch(batch)
+        self._observe(time.perf_counter() - started, batch)
+
+    def _schedule(self) -> Batch:
         try:
-            logits = self.model_runner.forward(batch)
-        except ExpertUnavailable as error:
-            self._fail((scheduled.sequence, error) for scheduled in batch)
+            return self.scheduler.schedule()
+        except Exception as error:
+            culprit, self.scheduler.looking_at = self.scheduler.looking_at, None
+            if culprit is None:
+                raise  # it would do so again
+            self._fail_step({culprit: error})
+            return []
+
+    def _run_batch(self, batch: Batch) -> None:
+        try:
+            output = self.model_runner.forward(batch)
+        except Exception as error:
+            self._fail_forward([scheduled.sequence for scheduled in batch], error)
             return
-        token_ids, logprobs = self.sampler(logits, sampled)
-        if NOT_FINITE in token_ids:
-            lost = [sequence for sequence, token_id in zip(sampled, token_ids, strict=True) if token_id == NOT_FINITE]
-            self._fail_not_finite(lost)
-            batch = [scheduled for scheduled in batch if scheduled.sequence not in lost]
-            kept = [place for place, sequence in enumerate(sampled) if sequence not in lost]
-            sampled = [sampled[place] for place in kept]
-            token_ids = [token_ids[place] for place in kept]
-            logprobs = [logprobs[place] for place in kept]
-        self.scheduler.update(batch, token_ids)
-        self._emit(batch, sampled, logprobs)
-        if self._observe_step is not None:
-            self._observe_step(time.perf_counter() - started, batch)
+        sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
+        results = self._sample(output.logits, sampled)
+        failures = self._failures(output.not_finite, zip(sampled, results, strict=True))
+        if failures:
+            batch = [scheduled for scheduled in batch if scheduled.sequence not in failures]
+            results = [result for sequence, result in zip(sampled, results, strict=True) if sequence not in failures]
+            sampled = [sequence for sequence in sampled if sequence not in failures]
+        tokens = cast("list[_Sampled]", results)  # what was raised is among the failures
+        failures |= self.scheduler.update(batch, [token_id for token_id, _ in tokens])
+        self._emit(batch, sampled, [logprobs for _, logprobs in tokens], failures)
+        if failures:
+            self._fail_step(failures)
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[_Sampled | Exception]:
+        """What each sequence gets, or what was raised for it. Where all together raise, each is tried by itself."""
+        try:
+            return list(zip(*self.sampler(logits, sequences), strict=True))
+        except Exception as error:
+            logger.warning("sampling %d rows failed (%r); now one by one", len(sequences), error)
+        return [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+
+    def _sample_alone(self, logits: torch.Tensor, sequence: Sequence) -> _Sampled | Exception:
+        try:
+            [token_id], [logprobs] = self.sampler(logits, [sequence])
+        except Exception as error:
+            return error
+        return token_id, logprobs
+
+    def _failures(
+        self, lost: list[Sequence], results: Iterable[tuple[Sequence, _Sampled | Exception]]
+    ) -> dict[Sequence, Exception]:
+        """Why sequences have no token. Of those that are not finite nothing in the cache may reach anybody else."""
+        failures: dict[Sequence, Exception] = {}
+        for sequence, result in results:
+            if isinstance(result, Exception):
+                failures[sequence] = result
+            elif result[0] == NOT_FINITE:
+                lost.append(sequence)
+        for sequence in lost:
+            self.scheduler.block_manager.doubt(sequence.block_table)
+            failures[sequence] = not_finite()
+        return failures
+
+    def _fail_forward(self, sequences: list[Sequence], error: Exception) -> None:
+        """End all sequences of a step; where memory was short the newest, and the others run again without it.
+
+        What the step has written to the cache does not matter: the same slots are written again before they are read.
+        """
+        if not is_out_of_memory(error):
+            self._fail_step(dict.fromkeys(sequences, error))
+            return
+        newest = next(sequence for sequence in reversed(self._sequences.values()) if sequence in sequences)
+        self._fail_step({newest: error}, exhausted=len(sequences) == 1)
+
+    def _fail_step(self, failures: Mapping[Sequence, Exception], *, exhausted: bool = False) -> None:
+        """End these sequences, and no others. Raises where the engine cannot go on.
+
+        `exhausted`: memory was short, and no other sequence could be given up for it.
+        """
+        self._num_failed_steps += 1
+        for error in set(failures.values()):
+            keys = [sequence.request.key for sequence, its_error in failures.items() if its_error is error]
+            expected = isinstance(error, MantaError)
+            logger.error("a step failed for %s: %r", keys, error, exc_info=None if expected else error)
+            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        self._fail((sequence, told(error)) for sequence, error in failures.items())
+        self.scheduler.check(self._sequences.values())
+        check_device(self.model_runner.decoder.device, memory=exhausted)
+
+    def _observe(self, seconds: float, batch: Batch) -> None:
+        """Nobody's fault: a step that could not be observed has been taken all the same."""
+        if self._observe_step is None:
+            return
+        try:
+            self._observe_step(seconds, batch)
+        except Exception:
+            logger.exception("a step could not be observed")
 
     def _run(self) -> None:
         try:
@@ -171,15 +264,25 @@ class Engine:
             logger.exception("the engine died")
             self._death = error
         finally:
-            with self._inbox_lock:
-                self._inbox_closed = True
+            self._end()
+
+    def _end(self) -> None:
+        """Nobody may wait for an engine that has stopped, whatever state it is in."""
+        with self._inbox_lock:
+            self._inbox_closed = True
+        try:
             self._take_pending_commands()
-            self._fail((sequence, EngineDead("the engine stopped")) for sequence in list(self._sequences.values()))
+            self._deliver([(key, EngineDead("the engine stopped")) for key in self._sequences])
+        except Exception:
+            logger.exception("not everybody could be told that the engine stopped")
+        self._sequences.clear()
+        if self._death is not None and self._on_death is not None:
+            self._on_death()
 
     def _take_commands(self) -> None:
         """Run what came in since the last step; sleep only when there is nothing else to do."""
         if not self._sequences:
-            self._inbox.get()()
+            self._do(self._inbox.get())
         self._take_pending_commands()
 
     def _take_pending_commands(self) -> None:
@@ -188,29 +291,44 @@ class Engine:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 return
+            self._do(command)
+
+    def _do(self, command: _Command) -> None:
+        """Raises where the engine cannot go on."""
+        try:
             command()
+        except Exception:
+            logger.exception("a command failed")
+            self.scheduler.check(self._sequences.values())
 
     def _stop(self) -> None:
         self._stopping = True
 
     def _arrive(self, sequence: Sequence) -> None:
-        self._add(sequence)
-        with self._inbox_lock:
-            self._arriving[sequence.request.cache_salt] -= 1
+        try:
+            self._add(sequence)
+        finally:
+            with self._inbox_lock:
+                self._arriving[sequence.request.cache_salt] -= 1
 
     def _add(self, sequence: Sequence) -> None:
         key = sequence.request.key
         if key in self._sequences:
-            raise AssertionError(f"request ids are unique, {key} came twice")
-        if sequence.grammar is not None and sequence.grammar.error is not None:
-            self._deliver([(key, sequence.grammar.error)])
+            logger.error("request ids are unique, %s came twice; the first goes on", key)
             return
-        sequence.check_finished(self.scheduler.eos_token_ids, self.scheduler.max_model_len)
-        if sequence.finish_reason is not None:
-            self._deliver([(key, _chunk(sequence, (), None))])
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            self._tell([(key, sequence.grammar.error)])
             return
         self._sequences[key] = sequence
-        self.scheduler.add(sequence)
+        try:
+            sequence.check_finished(self.scheduler.eos_token_ids, self.scheduler.max_model_len)
+            if sequence.finish_reason is not None:
+                self._tell([(key, _chunk(sequence, (), None))])
+                del self._sequences[key]
+            else:
+                self.scheduler.add(sequence)
+        except Exception as error:
+            self._fail_step({sequence: error})
 
     def _abort(self, key: Key) -> None:
         sequence = self._sequences.pop(key, None)
@@ -228,36 +346,74 @@ class Engine:
         for sequence, error in failures:
             self._abort(sequence.request.key)
             events.append((sequence.request.key, error))
-        self._deliver(events)
+        self._tell(events)
 
-    def _fail_not_finite(self, lost: list[Sequence]) -> None:
-        """End sequences whose logits are not finite, and no others; nothing of their cache may reach anybody else."""
-        for sequence in lost:
-            self.scheduler.block_manager.doubt(sequence.block_table)
-        self._fail((sequence, Unavailable("the model's output is not finite")) for sequence in lost)
-
-    def _emit(self, batch: Batch, sampled: list[Sequence], logprobs: list[TokenLogprobs | None]) -> None:
+    def _emit(
+        self,
+        batch: Batch,
+        sampled: list[Sequence],
+        logprobs: list[TokenLogprobs | None],
+        failures: dict[Sequence, Exception],
+    ) -> None:
+        """Tell every sequence of the step but the failed ones what it got; adds to `failures` for whom that raises."""
         events: list[Event] = []
-        for sequence, logprob in zip(sampled, logprobs, strict=True):
-            if sequence.grammar is not None and sequence.grammar.error is not None:
-                self._abort(sequence.request.key)
-                events.append((sequence.request.key, sequence.grammar.error))
+        embedded = [scheduled.sequence for scheduled in batch if scheduled.embeds]
+        for sequence, logprob in [*zip(sampled, logprobs, strict=True), *((sequence, None) for sequence in embedded)]:
+            if sequence in failures:
                 continue
-            events.append((sequence.request.key, _chunk(sequence, (sequence.token_ids[-1],), logprob)))
-            if sequence.finish_reason is not None:
-                del self._sequences[sequence.request.key]
-        for scheduled in batch:
-            if scheduled.embeds:
-                events.append((scheduled.sequence.request.key, embedding(scheduled.sequence)))
-                del self._sequences[scheduled.sequence.request.key]
+            key = sequence.request.key
+            if sequence.grammar is not None and sequence.grammar.error is not None:
+                self._abort(key)
+                events.append((key, sequence.grammar.error))
+                continue
+            try:
+                events.append((key, self._result(sequence, logprob)))
+            except Exception as error:
+                failures[sequence] = error
+                continue
+            if sequence.finish_reason is not None or sequence.request.pooling is not None:
+                del self._sequences[key]
         self._num_steps += 1
         self._num_generated_tokens += len(sampled)
         self._num_prompt_tokens += sum(
             min(s.start + s.num_tokens, s.sequence.num_prompt_tokens) - min(s.start, s.sequence.num_prompt_tokens)
             for s in batch
         )
-        if events:
+        self._tell(events)
+
+    def _result(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenChunk | Embedding:
+        if sequence.request.pooling is not None:
+            return embedding(sequence)
+        return _chunk(sequence, (sequence.token_ids[-1],), logprobs)
+
+    def _tell(self, events: list[Event]) -> None:
+        """Deliver. Where that raises, whoever has missed something is ended; raises where not even that can be told."""
+        if not events:
+            return
+        try:
             self._deliver(events)
+        except Exception as error:
+            logger.exception("what a step made could not be delivered")
+            for key, _ in events:
+                self._abort(key)
+            self._deliver([(key, item if isinstance(item, MantaError) else told(error)) for key, item in events])
+
+
+def _check_token_ids(request: Request, vocab_size: int) -> None:
+    """An id beyond the vocabulary would fail a step, and take the device with it if that is a GPU.
+
+    Raises InvalidRequest.
+    """
+    sampling = request.sampling
+    fields: tuple[tuple[str | None, Seq[int]], ...] = (
+        (None, request.prompt_token_ids),
+        (None, request.output_token_ids),
+        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+        ("stop_token_ids", sampling.stop_token_ids),
+    )
+    for param, token_ids in fields:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise InvalidRequest(f"{param or 'prompt'}: a token id is not in the vocabulary of {vocab_size}", param)
 
 
 def _chunk(sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> TokenChunk:

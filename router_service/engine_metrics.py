@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Histogram, Metric, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -23,12 +23,17 @@ class StepHistograms:
     """How long steps take, and how many tokens they compute; the engine calls it once a step."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._longest_s = 0.0
+        self._longest = Gauge("manta_longest_step_seconds", "Longest step since the start.", registry=registry)
         self._seconds = Histogram("manta_step_seconds", "Time of one step.", buckets=STEP_BUCKETS_S, registry=registry)
         self._tokens = Histogram(
             "vllm:iteration_tokens_total", "Tokens of one step.", buckets=STEP_TOKEN_BUCKETS, registry=registry
         )
 
     def __call__(self, seconds: float, num_tokens: int) -> None:
+        if seconds > self._longest_s:
+            self._longest_s = seconds
+            self._longest.set(seconds)
         self._seconds.observe(seconds)
         self._tokens.observe(num_tokens)
 
@@ -74,6 +79,7 @@ def engine_families(stats: EngineStats) -> Iterable[Metric]:
     yield _gauge("vllm:kv_cache_usage_perc", "Part of the KV cache that running requests hold; 1 is all.", used)
     yield _counter("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total)
     yield _counter("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total)
+    yield _counter("manta_failed_steps", "Steps that ended a request with an error.", stats.failed_steps_total)
     yield _counter("vllm:num_preemptions", "Requests that gave their blocks back.", stats.preemptions_total)
     yield _counter(
         "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_query_tokens_total

@@ -8,6 +8,7 @@ Shapes: P rows to score, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
@@ -42,9 +43,10 @@ def score_prompts(
     hidden: torch.Tensor,  # [P, D]
     rows: Iterable[tuple[Sequence, int]],  # whose row it is, and its position
     to_logits: Callable[[torch.Tensor], torch.Tensor],  # [P, D] → [P, V]
-) -> None:
-    """Append to each sequence's `prompt_logprobs`, a slice of rows at a time."""
+) -> list[Sequence]:
+    """Append to each sequence's `prompt_logprobs`, a slice of rows at a time. Returns those with one not finite."""
     all_rows = list(rows)
+    not_finite: dict[Sequence, None] = {}
     for at in range(0, len(all_rows), ROWS_AT_ONCE):
         part = all_rows[at : at + ROWS_AT_ONCE]
         scores = token_logprobs(
@@ -56,3 +58,6 @@ def score_prompts(
             assert sequence.prompt_logprobs is not None, "only rows that were asked for are scored"
             assert len(sequence.prompt_logprobs) == position + 1, "scores come in order"
             sequence.prompt_logprobs.append(score)
+            if not math.isfinite(score.token_logprob):
+                not_finite[sequence] = None
+    return list(not_finite)

@@ -9,7 +9,10 @@ Shapes: T tokens of a microbatch, B sequences that get a new token, V vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +26,13 @@ from router_service.scheduler import Batch
 from router_service.sequence import Sequence
 
 
+class StepOutput(NamedTuple):
+    """What the model makes of a batch."""
+
+    logits: torch.Tensor  # [B, V] in fp32, one row per scheduled sequence with `samples`, in order
+    not_finite: list[Sequence]  # whose values are NaN or infinite: nothing that was computed for them can be used
+
+
 class ModelRunner:
     """One decoder and its KV cache."""
 
@@ -32,30 +42,35 @@ class ModelRunner:
         self.num_microbatches = num_microbatches
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, V] in fp32, one row per scheduled sequence with `samples`, in order.
+    def forward(self, batch: Batch) -> StepOutput:
+        """Compute the scheduled tokens. Prompts that ask for it are scored or pooled.
 
-        Prompts that ask for it are scored or pooled.
-
-        Raises ExpertUnavailable when the experts cannot be reached in time; the cache may then hold half a step, which
-        does not matter: the same slots are written again.
+        Raises ExpertUnavailable when the experts cannot be reached in time. The same batch, or a part of it, may be
+        computed again whatever was raised.
         """
         microbatches = split(batch, self.num_microbatches)
-        logits: list[torch.Tensor | None] = [None] * len(microbatches)
+        outputs: list[StepOutput | None] = [None] * len(microbatches)
         passes = list(enumerate(map(self._forward, microbatches)))
-        while passes:
-            unfinished = []
-            for index, forward in passes:
-                try:
-                    next(forward)
-                    unfinished.append((index, forward))
-                except StopIteration as finished:
-                    logits[index] = finished.value
-            passes = unfinished
-        return torch.cat([one for one in logits if one is not None])
+        with ExitStack() as stack:
+            for _, forward in passes:
+                stack.callback(forward.close)  # one that failed leaves the others where they wait for experts
+            while passes:
+                unfinished = []
+                for index, forward in passes:
+                    try:
+                        next(forward)
+                        unfinished.append((index, forward))
+                    except StopIteration as finished:
+                        outputs[index] = finished.value
+                passes = unfinished
+        done = [output for output in outputs if output is not None]
+        return StepOutput(
+            torch.cat([output.logits for output in done]),
+            [sequence for output in done for sequence in output.not_finite],
+        )
 
-    def _forward(self, batch: Batch) -> Generator[None, None, torch.Tensor]:
-        """The forward pass of one microbatch; its logits."""
+    def _forward(self, batch: Batch) -> Generator[None, None, StepOutput]:
+        """The forward pass of one microbatch."""
         device = self.decoder.device
         token_ids: list[int] = []
         positions: list[int] = []
@@ -86,26 +101,41 @@ class ModelRunner:
             device=device,
         )
         routed = RoutedExperts(batch)
-        hidden = yield from self.decoder.forward(
+        x = yield from self.decoder.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
             plan,
             self.kv_cache,
-            torch.tensor(sampled_rows + scored_rows + pooled_rows, dtype=torch.int64, device=device),
             routed.layers if routed else None,
         )
         if routed:
             routed.tell()
+        wanted_rows = torch.tensor(sampled_rows + scored_rows + pooled_rows, dtype=torch.int64, device=device)
+        hidden = self.decoder.hidden_states(x[wanted_rows])
         of_sampled, of_scored, of_pooled = hidden.split([len(sampled_rows), len(scored_rows), len(pooled_rows)])
-        score_prompts(of_scored, scored, self.decoder.logits)
+        not_finite = score_prompts(of_scored, scored, self.decoder.logits)
         pool_prompts(of_pooled, pooled)
-        return self.decoder.logits(of_sampled)
+        return StepOutput(self.decoder.logits(of_sampled), [*not_finite, *_not_finite(x, batch)])
 
     def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
         """Cache slots [num_tokens] of a sequence's first tokens."""
         block_size = self.kv_cache.block_size
         blocks = torch.tensor(block_table[: -(-num_tokens // block_size)])[:, None]
         return (blocks * block_size + torch.arange(block_size)).view(-1)[:num_tokens]
+
+
+def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:
+    """The sequences one of whose rows of `x` [T, D] is not finite."""
+    if math.isfinite(x.sum()):
+        return []
+    finite: list[bool] = x.sum(dim=-1).isfinite().tolist()
+    lost = []
+    first = 0
+    for scheduled in batch:
+        if not all(finite[first : first + scheduled.num_tokens]):
+            lost.append(scheduled.sequence)
+        first += scheduled.num_tokens
+    return lost
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:

@@ -7,13 +7,23 @@ Shapes: P rows to pool, D hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from cluster.messages import Embedding
 from router_service.sequence import Sequence
+from router_service.step_failures import not_finite
+
+
+class Pooled(NamedTuple):
+    """The rows of a prompt that are pooled so far."""
+
+    end: int  # the position after the last
+    total: torch.Tensor  # [D] their sum
 
 
 def rows_to_pool(sequence: Sequence, start: int, end: int) -> range:
@@ -27,16 +37,24 @@ def pool_prompts(
     hidden: torch.Tensor,  # [P, D]
     parts: Iterable[tuple[Sequence, range]],  # whose rows they are, and at which positions
 ) -> None:
-    """Add to each sequence's `pooled`; a prompt that is computed again, from position 0 on, starts anew."""
+    """Add to each sequence's `pooled`; a prompt that is computed again starts anew, and no row counts twice."""
     first = 0
     for sequence, positions in parts:
         rows = hidden[first : first + len(positions)].float()
         first += len(positions)
         total = rows.sum(dim=0)  # [D]
-        sequence.pooled = total if sequence.pooled is None or positions.start == 0 else sequence.pooled + total
+        if sequence.pooled is None or positions.start == 0:
+            sequence.pooled = Pooled(positions.stop, total)
+        elif sequence.pooled.end == positions.start:  # else the step in which this chunk was pooled failed later on
+            sequence.pooled = Pooled(positions.stop, sequence.pooled.total + total)
 
 
 def embedding(sequence: Sequence) -> Embedding:
-    """The vector of a prompt whose last chunk is pooled. The scale of a sum is lost with its length."""
-    vector: torch.Tensor = F.normalize(sequence.pooled, dim=0)
+    """The vector of a prompt whose last chunk is pooled. The scale of a sum is lost with its length.
+
+    Raises Unavailable when it is not finite.
+    """
+    vector: torch.Tensor = F.normalize(sequence.pooled.total, dim=0)
+    if not math.isfinite(vector.sum()):
+        raise not_finite()
     return Embedding(sequence.request.request_id, sequence.request.choice_index, vector.cpu().numpy().tobytes())

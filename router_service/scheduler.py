@@ -7,6 +7,7 @@ came last gives all of its blocks back and is computed again later (preemption b
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from router_service.block_manager import BlockManager
@@ -61,6 +62,7 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of arrival
+        self.looking_at: Sequence | None = None  # by `schedule`: whose fault it is if that raises
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         self.num_prefix_cache_query_tokens = 0
@@ -85,7 +87,7 @@ class Scheduler:
 
         index = 0
         while index < len(self.running) and budget > 0:
-            sequence = self.running[index]
+            sequence = self.looking_at = self.running[index]
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             while not self.block_manager.grow(sequence, sequence.num_computed_tokens + num_tokens):
                 preempted = True
@@ -97,7 +99,7 @@ class Scheduler:
                 index += 1
 
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
-            sequence = self.waiting.peek()
+            sequence = self.looking_at = self.waiting.peek()
             num_cached = self.block_manager.take_prefix(sequence)
             num_tokens = min(len(sequence) - num_cached, budget)
             if not self.block_manager.grow(sequence, num_cached + num_tokens):
@@ -107,21 +109,38 @@ class Scheduler:
             batch.append(ScheduledSequence(sequence, num_cached, num_tokens))
             budget -= num_tokens
 
+        self.looking_at = None
         return batch
 
-    def update(self, batch: Batch, token_ids: list[int]) -> None:
-        """Take a step's results: `token_ids` are those sampled, one per scheduled sequence with `samples`, in order."""
+    def update(self, batch: Batch, token_ids: list[int]) -> dict[Sequence, Exception]:
+        """Take a step's results: `token_ids` are those sampled, one per scheduled sequence with `samples`, in order.
+
+        Returns the sequences whose result could not be taken, with what was raised; they are still to be removed.
+        """
         sampled = iter(token_ids)
+        failures: dict[Sequence, Exception] = {}
         for scheduled in batch:
-            sequence = scheduled.sequence
-            sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
-            self.block_manager.publish(sequence)
-            if scheduled.embeds:
-                self.remove(sequence)
-            elif scheduled.samples:
-                sequence.append(next(sampled), self.eos_token_ids, self.max_model_len)
-                if sequence.finish_reason is not None:
-                    self.remove(sequence)
+            token_id = next(sampled) if scheduled.samples else None
+            try:
+                self._take(scheduled, token_id)
+            except Exception as error:
+                failures[scheduled.sequence] = error
+        return failures
+
+    def check(self, sequences: Collection[Sequence]) -> None:
+        """Raises AssertionError unless these sequences run or wait, no others do, and they hold what is held."""
+        assert len(self.running) + len(self.waiting) == len(sequences), "a sequence is lost, or here twice"
+        assert all(s in self.running or s in self.waiting for s in sequences), "a sequence is lost"
+        self.block_manager.check(sequences)
+
+    def _take(self, scheduled: ScheduledSequence, token_id: int | None) -> None:
+        sequence = scheduled.sequence
+        sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
+        self.block_manager.publish(sequence)
+        if token_id is not None:
+            sequence.append(token_id, self.eos_token_ids, self.max_model_len)
+        if scheduled.embeds or sequence.finish_reason is not None:
+            self.remove(sequence)
 
     def _admit(self, sequence: Sequence, num_cached: int) -> None:
         self.waiting.pop()

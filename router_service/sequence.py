@@ -46,7 +46,7 @@ class Sequence:
         asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
         self.routed_experts: bytes | None = None  # uint8 [layers, top_k] of the latest token, when asked for
-        self.pooled: Any = None  # of an embedding request: what the pooler has so far
+        self.pooled: Any = None  # of an embedding request: pooling.Pooled, what the pooler has so far
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
 

@@ -79,7 +79,7 @@ class _LocalIdentity:
         """Nothing to wait for."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Nothing to close, neither as a flight nor as a transport."""
 
 
 def run(

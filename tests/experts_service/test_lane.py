@@ -212,14 +212,15 @@ def test_no_work_is_done_for_rows_whose_deadline_has_passed() -> None:
         ask(patient, *batch(9), layer=0)
         assert [layer for layer, _ in gate.calls] == [0, 1, 0]
         assert server.stats().late == 1
-        del flights
+        for flight in flights:
+            flight.close()
 
 
 def test_a_dropped_dispatch_leaves_the_connection_in_step() -> None:
     with shards() as running:
         remote = both(running)
         for num_rows in (1, 40, 3000):
-            remote.dispatch(1, *batch(num_rows, seed=7))  # the step failed elsewhere: nobody waits for it
+            remote.dispatch(1, *batch(num_rows, seed=7)).close()  # the step failed elsewhere: nobody waits for it
             rows, experts = batch(num_rows + 1)
             assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
 
@@ -313,7 +314,8 @@ def test_a_peer_that_leaves_takes_its_frames_with_it() -> None:
         server = running.start("0a", 0, gate)
         running.start("1a", 1)
         leaver = Dispatcher(GROUPS, running.transport())
-        flights = [leaver.dispatch(layer, *batch(9)) for layer in (0, 1, 2)]
+        for layer in (0, 1, 2):
+            leaver.dispatch(layer, *batch(9))
         assert gate.entered.wait(5)
         leaver.close()
         gate.open.set()
@@ -321,7 +323,6 @@ def test_a_peer_that_leaves_takes_its_frames_with_it() -> None:
         rows, experts = batch(9)
         assert torch.equal(ask(stayer, rows, experts), expected(rows, experts))
         assert server.stats().connections == 1
-        del flights
 
 
 def test_the_server_waits_without_burning_a_core() -> None:

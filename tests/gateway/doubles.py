@@ -135,10 +135,10 @@ def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | Non
 
 
 def failing_script(tokens: Sequence[int], error: BaseException) -> Callable[[Request], AsyncIterator[TokenChunk]]:
-    """These tokens, then this error."""
+    """These tokens, as far as the client has not got them, then this error."""
 
     async def script(request: Request) -> AsyncIterator[TokenChunk]:
-        for at, token_id in enumerate(tokens):
+        for at, token_id in list(enumerate(tokens))[len(request.output_token_ids) :]:
             yield TokenChunk(request.request_id, request.choice_index, at, (token_id,))
         raise error
 

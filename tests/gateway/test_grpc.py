@@ -20,7 +20,7 @@ from grpc_tools import protoc
 
 import gateway
 from cluster.config import GatewayConfig
-from cluster.errors import EngineDead, Overloaded
+from cluster.errors import EngineDead, Overloaded, StepFailed
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway import chat_pb2, chat_pb2_grpc
 from gateway.frontend import Frontend
@@ -148,6 +148,7 @@ def test_errors_of_the_engine_have_their_codes(card: ModelCard, tokenizer: Huggi
             (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
             (EngineDead("dead"), grpc.StatusCode.UNAVAILABLE),
             (KeyError("secret"), grpc.StatusCode.INTERNAL),
+            (StepFailed("secret"), grpc.StatusCode.INTERNAL),
         ):
             coordinator = ScriptedCoordinator(failing_script(tokens, error))
             frontend = build_frontend(card, coordinator, GatewayConfig(resume_timeout_s=0.1))
@@ -157,7 +158,10 @@ def test_errors_of_the_engine_have_their_codes(card: ModelCard, tokenizer: Huggi
                 with pytest.raises(grpc.RpcError) as failed:
                     list(stub.ChatStream(request))
                 assert failed.value.code() == code  # type: ignore[attr-defined]
-                assert "secret" not in failed.value.details()  # type: ignore[attr-defined]
+                details = failed.value.details()  # type: ignore[attr-defined]
+                assert "secret" not in details
+                [request_id] = (v for k, v in failed.value.trailing_metadata() if k == "x-request-id")  # type: ignore[attr-defined]
+                assert request_id in details or code is not grpc.StatusCode.INTERNAL
 
 
 def test_cancellation_and_deadline_abort(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from cluster.config import GatewayConfig
-from cluster.errors import Overloaded, Unavailable
+from cluster.errors import Overloaded, StepFailed, Unavailable
 from cluster.messages import ModelCard, Request, TokenChunk
 from gateway.health import ModelHealth
 from gateway.tokenizer import HuggingFaceTokenizer
@@ -167,6 +167,25 @@ def test_errors_before_the_first_token_are_plain_answers(card: ModelCard) -> Non
             assert response.headers.get("retry-after", "") == retry_after
             assert response.headers["x-manta-request-id"].startswith("chatcmpl-")
             assert "Traceback" not in response.text
+
+
+@pytest.mark.parametrize("tokens", [[], [72]], ids=["before the first token", "after it"])
+def test_a_request_that_every_coordinator_fails_with_is_500_and_named(card: ModelCard, tokens: list[int]) -> None:
+    """It is tried three times in all; the client gets an id, and nothing of what was raised."""
+    for stream in (False, True):
+        coordinator = ScriptedCoordinator(failing_script(tokens, StepFailed("failed (KeyError)", "replica")))
+        with http_server(build_frontend(card, coordinator)) as url:
+            response = httpx.post(
+                url + "/v1/chat/completions", json={"model": "tiny", "messages": USER, "stream": stream}
+            )
+        request_id = response.headers["x-manta-request-id"]
+        error = sse(response.text, done=False)[-1]["error"] if stream and tokens else response.json()["error"]
+        assert response.status_code == (200 if stream and tokens else 500)
+        assert error["type"] == "internal_error"
+        assert request_id in error["message"]
+        assert "KeyError" not in response.text
+        assert "Traceback" not in response.text
+        assert len(coordinator.requests) == 3
 
 
 def test_an_error_mid_stream_is_an_event_and_the_end(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

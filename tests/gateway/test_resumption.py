@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.deadline import Deadline
-from cluster.errors import CoordinatorLost, EngineDead, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import CoordinatorLost, EngineDead, InvalidRequest, Overloaded, StepFailed, Unavailable
 from cluster.messages import Request, SamplingParams, TokenChunk
 from gateway.resumption import embed, generate
 
@@ -119,6 +119,34 @@ def test_a_coordinator_that_goes_on_is_given_what_is_left_of_the_time():
     assert third > 55
     assert second <= first - 0.2
     assert third <= second - 0.2
+
+
+def test_a_request_that_steps_failed_with_goes_on_elsewhere_twice():
+    """Whatever a request broke, it broke at every coordinator in turn, for five minutes."""
+    deaths = [Death(3, StepFailed("a bug", "a")), Death(9), Death(9, StepFailed("a bug", "b"))]
+    coordinator = Mortal(*deaths)
+    assert [token for chunk in read(coordinator, request()) for token in chunk.token_ids] == list(ANSWER)
+    assert [asked.failed_on for asked in coordinator.requests] == [(), ("a",), ("a",), ("a", "b")]
+    assert len({asked.request_id for asked in coordinator.requests}) == 4
+    once_too_often = Mortal(*deaths, Death(15, StepFailed("a bug", "c")), Death(15))
+    with pytest.raises(StepFailed) as raised:
+        read(once_too_often, request())
+    assert len(once_too_often.requests) == 4
+    assert pickle.loads(pickle.dumps(raised.value)).coordinator == "c"
+
+
+def test_so_do_embeddings():
+    asked = []
+
+    class Coordinators:
+        async def embed(self, requests):
+            asked.append([(one.request_id, one.failed_on) for one in requests])
+            raise StepFailed("a bug", f"coordinator-{len(asked)}")
+
+    with pytest.raises(StepFailed):
+        asyncio.run(embed(Coordinators(), (request(),), 5.0))
+    tried = ("coordinator-1", "coordinator-2")
+    assert asked == [[("r", ())], [("r~1", tried[:1])], [("r~2", tried)]]
 
 
 def test_embeddings_are_asked_of_another_coordinator_under_another_id():

@@ -31,7 +31,8 @@ class Bench:
 
     def __init__(self, directory: Path, *, num_groups: int = 1, device: str = "cpu", **config: Any) -> None:
         checkpoint = open_checkpoint(directory)
-        settings = EngineConfig(**{"num_kv_blocks": 64, "max_model_len": 512, "device": device, **config})
+        tiny = {"num_kv_blocks": 64, "max_model_len": 512, "num_threads": 1}
+        settings = EngineConfig(**{**tiny, "device": device, **config})
         dispatcher = local_dispatcher(directory, num_groups, device)
         self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture

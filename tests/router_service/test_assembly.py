@@ -16,7 +16,7 @@ import torch
 
 from tests.router_service.engines import Bench
 
-Bench(Path(sys.argv[1]))
+Bench(Path(sys.argv[1]), num_threads=None)
 print(torch.get_num_threads())
 """
 

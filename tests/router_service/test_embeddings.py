@@ -84,10 +84,10 @@ def test_a_late_one_fails_and_an_aborted_one_leaves_nothing(tiny):
 def test_an_engine_that_dies_fails_them(tiny):
     bench = Bench(tiny[0])
 
-    def explode(batch):
+    def explode():
         raise RuntimeError("a bug")
 
-    bench.engine.model_runner.forward = explode
+    bench.engine.scheduler.schedule = explode
     bench.engine.start()
     request = make_request(prompt(5), pooling="last")
     bench.engine.submit(request)
