@@ -27,6 +27,10 @@ class Bucket:
     def take(self, amount: float) -> None:
         self._level = self.level - amount
 
+    def give_back(self, amount: float) -> None:
+        """What was taken for nothing."""
+        self._level = min(self.per_minute, self.level + amount)
+
     def wait_s(self, amount: float) -> float:
         """Until so much is in it. More than it can hold is given once it is full, and leaves a debt."""
         return max(0.0, (min(amount, self.per_minute) - self.level) * 60 / self.per_minute)

@@ -21,6 +21,7 @@ class Caller:
         self._limiter = limiter
         self._limits: KeyLimits | None = None if key is None or limiter is None else limiter.of(key)
         self._inside = False
+        self._held = 0  # prompt tokens that were taken and not worked on so far
 
     def enter(self) -> None:
         """Count a request. Raises RateLimited. Every `enter` needs a `leave`, which is harmless without."""
@@ -35,12 +36,13 @@ class Caller:
         self._limiter.requests.labels(self.id).inc()
 
     def leave(self) -> None:
+        self.give_back()
         if self._inside and self._limits is not None:
             self._limits.num_running -= 1
         self._inside = False
 
     def take_prompt(self, num_tokens: int) -> None:
-        """Before any of it is computed. Raises RateLimited."""
+        """Before any of it is computed; what is not `prompt_done` at the end is given back. Raises RateLimited."""
         if self._limiter is None or self._limits is None:
             return
         try:
@@ -48,7 +50,19 @@ class Caller:
         except RateLimited as error:
             self._refused(error)
             raise
-        self._limiter.tokens.labels(self.id, "prompt").inc(num_tokens)
+        self._held += num_tokens
+
+    def prompt_done(self, num_tokens: int) -> None:
+        """So many of the tokens taken were computed, or may have been."""
+        if self._limiter is not None and self._limits is not None and num_tokens:
+            self._held -= num_tokens
+            self._limiter.tokens.labels(self.id, "prompt").inc(num_tokens)
+
+    def give_back(self) -> None:
+        """The request was refused, or has failed: what of its prompt was not worked on costs nothing."""
+        if self._limits is not None and self._held:
+            self._limits.give_back(self._held)
+        self._held = 0
 
     def take_output(self, num_tokens: int) -> None:
         """As tokens are generated; never refused."""

@@ -31,6 +31,7 @@ from gateway.limits import Limiter
 from gateway.logs import RequestRecord, current_record
 from gateway.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.metrics_page import MetricsPage
+from gateway.prompt_bill import PromptBill
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from gateway.recent_refusals import RecentRefusals
 from gateway.tokenizer import Tokenizer
@@ -144,13 +145,17 @@ class Frontend:
         """The vector of each input, in order. Cancelling aborts them. Raises MantaError."""
         self._refuse_when_full()
         record = current_record() or RequestRecord("http", "")
-        with self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer:
+        with (
+            self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer,
+            PromptBill(current_caller(), {job.id: job.num_prompt_tokens}) as bill,
+        ):
             coordinator = self.served(job.card).coordinator
             try:
                 async with asyncio.timeout(job.deadline.remaining_s):
                     embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
             except TimeoutError:
                 raise DeadlineExceeded(PASSED) from None
+            bill.answered(job.id)
             for choice in range(len(embeddings)):
                 timer.tokens(choice, 0, "stop")
         return vectors(job, embeddings)
@@ -166,6 +171,7 @@ class Frontend:
         with (
             self._traced(record, generation) as span,
             self._counted(generation.card.name, len(generation.requests), usage, record) as timer,
+            PromptBill(caller, {r.request_id: len(r.prompt_token_ids) for r in generation.requests}) as bill,
         ):
             record.finish_reasons = timer.finish_reasons
             model = self.served(generation.card)
@@ -185,6 +191,7 @@ class Frontend:
                             delta = await deadline.next(merged)
                         except StopAsyncIteration:
                             return
+                        bill.answered(requests[delta.index].request_id)
                         caller.take_output(len(delta.token_ids))
                         timer.tokens(delta.index, len(delta.token_ids), delta.finish_reason)
                         record.time_to_first_token_s = timer.time_to_first_token_s

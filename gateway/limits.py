@@ -60,6 +60,11 @@ class KeyLimits:
         if self._tokens is not None:
             self._tokens.take(num_tokens)
 
+    def give_back(self, num_tokens: int) -> None:
+        """Tokens that were taken, and then not worked on."""
+        if self._tokens is not None:
+            self._tokens.give_back(num_tokens)
+
     def headers(self) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*`."""
         found = {}
