@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import InvalidRequest
+from gateway.unlocked_tokenizer import UnlockedTokenizer
 
 Span = tuple[int, int]
 
@@ -36,7 +37,7 @@ class ControlTokens:
         document = json.loads(rust.to_str())
         model = document["model"]
         self._unk_id: int | None = model.get("unk_id", rust.token_to_id(model.get("unk_token") or ""))
-        self._fenced: Any = _fenced(document, self._text_of)
+        self._fenced = _fenced(document, self._text_of)
 
     @property
     def texts(self) -> frozenset[str]:
@@ -104,7 +105,7 @@ def _fence(token_id: int) -> str:
     return _FENCE[16] + "".join(_FENCE[int(digit, 16)] for digit in f"{token_id:08x}")
 
 
-def _fenced(document: dict[str, Any], text_of: dict[int, str]) -> Any:
+def _fenced(document: dict[str, Any], text_of: dict[int, str]) -> UnlockedTokenizer:
     """The same tokenizer with its control tokens spelled in noncharacters: nothing else stands for them."""
     from tokenizers import Tokenizer
 
@@ -123,4 +124,4 @@ def _fenced(document: dict[str, Any], text_of: dict[int, str]) -> Any:
         model["unk_token"] = fence_of.get(model["unk_token"], model["unk_token"])
     fenced = Tokenizer.from_str(json.dumps(document))
     assert all(fenced.token_to_id(fence_of[text]) == i for i, text in text_of.items())
-    return fenced
+    return UnlockedTokenizer(fenced)

@@ -23,7 +23,7 @@ from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
-from gateway.responses import ChoiceText
+from gateway.responses import ChoiceText, num_bytes
 from gateway.validator import Generation
 from gateway.watches import Watches
 
@@ -123,19 +123,27 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         async with aclosing(self.frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 choices[delta.index].add(delta)
-        return response_type(
-            **head(generation),
-            choices=[choice(i, whole) for i, whole in enumerate(choices)],
-            usage=usage_message(usage),
-        )
+
+        def response() -> _MessageT:
+            return response_type(
+                **head(generation),
+                choices=[choice(i, whole) for i, whole in enumerate(choices)],
+                usage=usage_message(usage),
+            )
+
+        return await self.frontend.worker.run(sum(map(num_bytes, choices)), response)
 
     async def _embed(self, response_type: Callable[..., _MessageT], job: EmbeddingJob) -> _MessageT:
         answer = await self.frontend.embed(job)
-        return response_type(
-            **head(job),
-            embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
-            usage=usage_message(Usage(job.num_prompt_tokens)),
-        )
+
+        def response() -> _MessageT:
+            return response_type(
+                **head(job),
+                embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
+                usage=usage_message(Usage(job.num_prompt_tokens)),
+            )
+
+        return await self.frontend.worker.run(4 * job.dimensions * len(answer), response)
 
     async def _stream(
         self,

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gateway.body_bounds import BodyBounds
-from gateway.choice import Usage
+from gateway.choice import Delta, Usage
 from gateway.completion_shape import CompletionShape
 from gateway.embeddings import embeddings_body
 from gateway.frontend import Frontend
@@ -32,13 +32,14 @@ from gateway.protocol import (
     SamplingFields,
     parse_body,
 )
-from gateway.responses import ChatShape, ChoiceText, model_body
+from gateway.responses import ChatShape, ChoiceText, model_body, num_bytes
 from gateway.responses_api import ResponsesRequest
 from gateway.responses_door import ResponsesDoor
 from gateway.sse import DONE, EventStream, event, first_then_rest, unless_disconnected
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 from gateway.validator import Generation
 
+NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -117,7 +118,13 @@ class HttpDoor:
         job = await self._frontend.embedding(parsed)
         request.state.request_id = job.id
         answer = await unless_disconnected(request, self._frontend.embed(job))
-        return json_response(embeddings_body(job, answer, parsed.encoding_format), headers={REQUEST_ID_HEADER: job.id})
+        size = NUMBER_BYTES * job.dimensions * len(answer)
+
+        def response() -> Response:
+            document = embeddings_body(job, answer, parsed.encoding_format)
+            return json_response(document, headers={REQUEST_ID_HEADER: job.id}, num_bytes=size)
+
+        return await self._frontend.worker.run(size, response)
 
     async def models(self) -> Response:
         cards = self._frontend.cards
@@ -154,7 +161,13 @@ class HttpDoor:
     async def tokenize(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, TokenizeRequest)
         model, token_ids = await tokenize(self._frontend, parsed)
-        return json_response(tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs)))
+        size = TOKEN_BYTES * len(token_ids)
+
+        def response() -> Response:
+            document = tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs))
+            return json_response(document, num_bytes=size)
+
+        return await self._frontend.worker.run(size, response)
 
     async def detokenize(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, DetokenizeRequest)
@@ -176,43 +189,58 @@ class HttpDoor:
     ) -> Response:
         request.state.request_id = generation.id
         if not parsed.stream:
-            return await unless_disconnected(request, self._whole(generation, shape))
-        events = self._events(generation, shape, parsed.wants_usage or self._frontend.config.force_usage)
+            return await unless_disconnected(request, self._whole(parsed, generation, shape))
+        events = self._events(parsed, generation, shape)
         return EventStream(await first_then_rest(request, events), {REQUEST_ID_HEADER: generation.id})
 
-    async def _whole(self, generation: Generation, shape: ChatShape | CompletionShape) -> Response:
+    async def _whole(
+        self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
+    ) -> Response:
         usage = Usage(generation.num_prompt_tokens)
         choices = [ChoiceText() for _ in generation.requests]
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 choices[delta.index].add(delta)
-        return json_response(shape.whole(choices, usage), headers={REQUEST_ID_HEADER: generation.id})
+        size = parsed.num_bytes + sum(map(num_bytes, choices))
+
+        def response() -> Response:
+            return json_response(
+                shape.whole(choices, usage), headers={REQUEST_ID_HEADER: generation.id}, num_bytes=size
+            )
+
+        return await self._frontend.worker.run(size, response)
 
     async def _events(
-        self, generation: Generation, shape: ChatShape | CompletionShape, wants_usage: bool
+        self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
     ) -> AsyncGenerator[bytes, None]:
         """One event a delta that says something; after the first, an error is an event too and ends the stream."""
         usage = Usage(generation.num_prompt_tokens)
         says_ids = shape.return_token_ids
-        begun = False
+        begun: set[int] = set()  # choices
         try:
             async with aclosing(self._frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
                     if delta.says_something or says_ids:
-                        yield event(shape.chunk(delta))
-                        begun = True
+                        # The first of a choice may have all of its prompt: ids, text, log-probabilities.
+                        size = num_bytes(delta) + (0 if delta.index in begun else parsed.num_bytes)
+                        yield await self._frontend.worker.run(size, _event, shape, delta, size)
+                        begun.add(delta.index)
         except Exception as error:
             if not begun:
                 raise
             yield event(error_body(error, generation.id))
             return
-        if wants_usage:
+        if parsed.wants_usage or self._frontend.config.force_usage:
             yield event(shape.usage_chunk(usage))
         yield DONE
 
 
 def _parsed(body_type: type[_BodyT], data: bytes) -> _BodyT:
     return parse_body(body_type, parse_object(data), len(data))
+
+
+def _event(shape: ChatShape | CompletionShape, delta: Delta, size: int) -> bytes:
+    return event(shape.chunk(delta), size)
 
 
 def _ids(parsed: SamplingFields) -> bool:

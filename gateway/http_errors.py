@@ -94,9 +94,12 @@ def error_response(error: BaseException, request_id: str) -> Response:
     return json_response(error_body(error, request_id), status, headers)
 
 
-def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in UTF-8."""
-    return Response(json_bytes(document), status_code=status, headers=headers, media_type="application/json")
+def json_response(
+    document: object, status: int = 200, headers: dict[str, str] | None = None, num_bytes: int = 0
+) -> Response:
+    """JSON in UTF-8, of about so many bytes if it may be large."""
+    content = json_bytes(document, num_bytes)
+    return Response(content, status_code=status, headers=headers, media_type="application/json")
 
 
 class ErrorAnswers(HttpMiddleware):

@@ -10,6 +10,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from cluster.errors import MantaError
+from cluster.loop_watch import LoopWatch
 from cluster.metrics import ProcessFigures
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 60.0)
@@ -23,6 +24,7 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=registry)
+        self.loop = LoopWatch(registry)
 
         def histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, documentation, ["model"], buckets=buckets, registry=registry)

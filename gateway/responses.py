@@ -31,12 +31,26 @@ class ChoiceText:
         self.token_ids += delta.token_ids
         self.tool_calls += delta.tool_calls
         if delta.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.logprobs
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.routed_experts is not None:
-            self.routed_experts = [*(self.routed_experts or ()), *delta.routed_experts]
+            self.routed_experts = self.routed_experts or []
+            self.routed_experts += delta.routed_experts
         self.finish_reason = delta.finish_reason
+
+
+def num_bytes(piece: ChoiceText | Delta) -> int:
+    """About how long the JSON of one choice gets, whole or a piece of it; not on the event loop if it is much."""
+    size = len(piece.text) + 8 * len(piece.token_ids)
+    for logprobs in (piece.logprobs, piece.prompt_logprobs):
+        if logprobs:
+            last = logprobs[-1]
+            size += 100 * len(logprobs) * (1 + (len(last.top) if last else 0))
+    if piece.routed_experts:
+        size += 6 * len(piece.routed_experts) * sum(map(len, piece.routed_experts[0]))
+    return size
 
 
 class ChatShape:

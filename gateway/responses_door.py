@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from starlette.requests import Request as HttpRequest
@@ -41,21 +41,28 @@ class ResponsesDoor:
         request.state.request_id = generation.id
         shape = ResponsesShape(generation, body)
         if not body.stream:
-            return await unless_disconnected(request, self._whole(generation, shape))
-        events = await first_then_rest(request, self._events(generation, shape))
+            return await unless_disconnected(request, self._whole(body, generation, shape))
+        events = await first_then_rest(request, self._events(body, generation, shape))
         return EventStream(events, {REQUEST_ID_HEADER: generation.id})
 
-    async def _whole(self, generation: Generation, shape: ResponsesShape) -> Response:
+    async def _whole(self, body: ResponsesRequest, generation: Generation, shape: ResponsesShape) -> Response:
         usage = Usage(generation.num_prompt_tokens)
         finish_reason = None
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 deque(shape.push(delta), maxlen=0)
                 finish_reason = delta.finish_reason
-        *_, last = shape.end(finish_reason, usage)
-        return json_response(last["response"], headers={REQUEST_ID_HEADER: generation.id})
+        size = _num_bytes(body, usage)
 
-    async def _events(self, generation: Generation, shape: ResponsesShape) -> AsyncGenerator[bytes, None]:
+        def response() -> Response:
+            *_, last = shape.end(finish_reason, usage)
+            return json_response(last["response"], headers={REQUEST_ID_HEADER: generation.id}, num_bytes=size)
+
+        return await self._frontend.worker.run(size, response)
+
+    async def _events(
+        self, body: ResponsesRequest, generation: Generation, shape: ResponsesShape
+    ) -> AsyncGenerator[bytes, None]:
         """Nothing before the first token: until then an error is a plain HTTP answer."""
         usage = Usage(generation.num_prompt_tokens)
         begun = False
@@ -65,7 +72,7 @@ class ResponsesDoor:
                 async for delta in deltas:
                     if not begun:
                         begun = True
-                        yield _joined(*shape.begin())
+                        yield await self._said(_num_bytes(body, usage), shape.begin())
                     if said := _joined(*shape.push(delta)):
                         yield said
                     finish_reason = delta.finish_reason
@@ -74,13 +81,22 @@ class ResponsesDoor:
                 raise
             yield _joined(shape.error(error_body(error, generation.id)))
             return
-        yield _joined(*shape.end(finish_reason, usage))
+        yield await self._said(_num_bytes(body, usage), shape.end(finish_reason, usage))
+
+    async def _said(self, size: int, documents: Iterable[Json]) -> bytes:
+        """Events that have the whole of the request or of its answer."""
+        return await self._frontend.worker.run(size, lambda: _joined(*documents, size=size))
 
 
 def _parsed(data: bytes) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     return parse_responses_body(parse_object(data), len(data))
 
 
-def _joined(*documents: Json) -> bytes:
+def _num_bytes(body: ResponsesRequest, usage: Usage) -> int:
+    """About how long the answer's JSON gets: it has what was asked, and the text."""
+    return body.num_bytes + 4 * usage.completion_tokens
+
+
+def _joined(*documents: Json, size: int = 0) -> bytes:
     """Events with their names, as this API has them."""
-    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document) for document in documents)
+    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document, size) for document in documents)

@@ -47,6 +47,7 @@ class GatewayReplica(GrpcDoor):
         self._replica = serve.get_replica_context().replica_id.unique_id
         configure_logs(config.log_format)
         metrics = GatewayMetrics()
+        metrics.loop.start()  # Serve calls this on the loop that requests are answered on
         coordinators = {card.application: ServeCoordinatorClient(card) for card in cards}
 
         async def missing_experts(card: ModelCard) -> tuple[str, ...]:

@@ -16,20 +16,22 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import RequestCancelled
+from gateway.body_worker import INLINE_BYTES
 
 DONE = b"data: [DONE]\n\n"
 _T = TypeVar("_T")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every event
 
 
-def json_bytes(document: object) -> bytes:
-    """Compact UTF-8 JSON."""
-    return _ENCODER.encode(document).encode("utf-8", "replace")
+def json_bytes(document: object, num_bytes: int = 0) -> bytes:
+    """Compact UTF-8 JSON. What gets about so many bytes, if many, is made in short steps, so that other threads run."""
+    text = _ENCODER.encode(document) if num_bytes <= INLINE_BYTES else "".join(_ENCODER.iterencode(document))
+    return text.encode("utf-8", "replace")
 
 
-def event(document: object) -> bytes:
+def event(document: object, num_bytes: int = 0) -> bytes:
     """One event."""
-    return b"data: " + json_bytes(document) + b"\n\n"
+    return b"data: " + json_bytes(document, num_bytes) + b"\n\n"
 
 
 async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:

@@ -17,6 +17,7 @@ from cluster.messages import ModelCard, ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 from gateway.chat_template import REFUSALS, ChatTemplate
 from gateway.control_tokens import ControlTokens
+from gateway.unlocked_tokenizer import UnlockedTokenizer
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -73,7 +74,7 @@ class HuggingFaceTokenizer:
         if not (directory / "tokenizer.json").is_file():
             raise CheckpointError(f"{directory} has no tokenizer.json")
         self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
-        self._rust: Any = self._hf.backend_tokenizer
+        self._rust: Any = UnlockedTokenizer(self._hf.backend_tokenizer)
         self._rust.no_padding()
         self._rust.no_truncation()
         vocabulary = self._rust.get_vocab(with_added_tokens=True)

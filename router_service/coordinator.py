@@ -75,6 +75,7 @@ class Coordinator:
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
+        self._metrics.loop.start()
         await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups)
 
     def _load(

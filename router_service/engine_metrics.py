@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, Proce
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from cluster.loop_watch import LoopWatch
 from cluster.messages import EngineStats
 from cluster.metrics import DispatchCounts, ProcessFigures
 from cluster.placement import ExpertGroup
@@ -55,6 +56,7 @@ class EngineMetrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+        self.loop = LoopWatch(self._registry)
         self.observe_step = StepHistograms(self._registry)
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
