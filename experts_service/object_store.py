@@ -2,11 +2,13 @@
 
 Works wherever Ray works, across nodes, with nothing else open. A shard that fails is suspected, and its rows go to
 another replica, or to the same one once it is back, until the deadline of the dispatch. Maths without state makes that
-safe; an answer belongs to its own call, so a late one is never read.
+safe; an answer belongs to its own call, so a late one is never read. Where finite rows get an answer that is not,
+another replica is asked.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from experts_service.routing_table import Deployment, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
 INLINE_BYTES = 100 * 1024  # Ray's own bound for an argument that travels inside the call
+MAX_NOT_FINITE = 2  # answers of a group that are not taken, in one dispatch; then the model itself is not finite there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between attempts, when there is no other replica to ask
 
 Array = np.ndarray[Any, Any]
@@ -78,7 +81,7 @@ class ObjectStoreTransport:
                 call = _Call(part, "run", (self._fingerprint, layer, part.counts, shared, part.row_indices))
             self.attempt(call)
             calls.append(call)
-        return _ObjectStoreFlight(self, layer, calls, now)
+        return _ObjectStoreFlight(self, layer, rows, calls, now)
 
     def attempt(self, call: _Call) -> None:
         """Send to a replica, the best one known now. Leaves `call.reference` None when there is none."""
@@ -106,14 +109,38 @@ class ObjectStoreTransport:
 
 
 class _ObjectStoreFlight:
-    def __init__(self, transport: ObjectStoreTransport, layer: int, calls: list[_Call], sent_at: float) -> None:
+    def __init__(
+        self, transport: ObjectStoreTransport, layer: int, rows: Tensor, calls: list[_Call], sent_at: float
+    ) -> None:
         self._transport = transport
         self._layer = layer
+        self._rows = rows  # [T, D]
         self._calls = calls
         self._sent_at = sent_at
         self._deadline = sent_at + transport.timeout_s
 
     def wait(self) -> None:
+        self._wait_for_all()
+        for _ in range(MAX_NOT_FINITE):
+            doubted = self._doubted()
+            for call in doubted:
+                self._transport.suspect(call, ValueError("its answer is not finite"))
+                self._transport.attempt(call)
+            for call in doubted:
+                self._wait_for(call)
+
+    def _doubted(self) -> list[_Call]:
+        """Those that got an answer that is not finite for rows that are."""
+        if not self._calls or math.isfinite(self._calls[0].part.answers.sum()):
+            return []
+        return [
+            call
+            for call in self._calls
+            if not math.isfinite(call.part.answer.sum())
+            and math.isfinite(self._rows[torch.from_numpy(call.part.row_indices).to(self._rows.device)].sum())
+        ]
+
+    def _wait_for_all(self) -> None:
         references = [call.reference for call in self._calls]
         if all(reference is not None for reference in references):
             try:

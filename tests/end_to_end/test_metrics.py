@@ -37,6 +37,8 @@ def test_every_process_is_in_the_page(server, engine_stats):
     assert value(text, "vllm:generation_tokens_total", model=MODEL) == stats.generation_tokens_total
     assert value(text, "manta_expert_rows_total", model=MODEL) == sum(stats.rows_per_expert)
     assert value(text, "manta_step_seconds_count", model=MODEL) > 0
+    assert 0 < value(text, "manta_longest_step_seconds", model=MODEL) < 60
+    assert value(text, "manta_failed_steps_total", model=MODEL) == 0
     assert value(text, "manta_dispatch_seconds_count", model=MODEL, group="0") > 0
     assert value(text, "manta_dispatch_hedges_total", model=MODEL, group="0") == 0, "there is one replica"
     assert value(text, "vllm:request_success_total", model=MODEL) > 0

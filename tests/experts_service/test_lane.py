@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
-from experts_service.frame import ANSWER, HEAD_BYTES, RowsFormat, answer_head, refusal_head
+from experts_service.frame import ANSWER, HEAD_BYTES, FrameError, RowsFormat, answer_head, refusal_head
 from experts_service.lane_address import LaneAddress, connect
 from experts_service.lane_batch import run_as_one
 from experts_service.lane_link import WAIT_S, Ask, Link, LinkLost
@@ -223,6 +223,32 @@ def test_a_dropped_dispatch_leaves_the_connection_in_step() -> None:
             remote.dispatch(1, *batch(num_rows, seed=7)).close()  # the step failed elsewhere: nobody waits for it
             rows, experts = batch(num_rows + 1)
             assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 3000])
+def test_a_frame_that_cannot_be_packed_leaves_what_was_sent_before_in_step(num_rows, monkeypatch) -> None:
+    """The first group had its rows when the second one's frame failed: its answer is nobody's."""
+    with shards() as running:
+        remote = both(running)
+        rows, experts = batch(num_rows)
+        experts[:] = torch.tensor([0, 1])  # one of each group
+        ask(remote, rows, experts)  # connected
+        pack = RowsFormat.pack
+        calls = []
+
+        def failing(form: RowsFormat, *arguments: object) -> bytes:
+            calls.append(form)
+            if len(calls) == 2:
+                raise FrameError("too many bytes")
+            return pack(form, *arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(RowsFormat, "pack", failing)
+        with pytest.raises(FrameError):
+            remote.dispatch(1, rows, experts)
+        for layer in (0, 1, 2):
+            assert torch.equal(ask(remote, rows, experts, layer), expected(rows, experts, layer))
+        transport = running.transports[0]
+        assert [transport._owed(name) for name in ("0a", "1a")] == [0, 0]
 
 
 def test_an_error_of_the_maths_is_told_and_the_connection_lives() -> None:

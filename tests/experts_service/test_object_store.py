@@ -42,21 +42,25 @@ def shards(checkpoint: Checkpoint) -> Iterator[dict[int, Any]]:
     """One actor per group, with the default two threads' share of a small machine: one thread each."""
     started = {}
     for group in GROUPS:
-        spec = ShardSpec(
-            application="model",
-            directory=str(checkpoint.directory),
-            fingerprint=checkpoint.fingerprint,
-            group=group.index,
-            experts=group.experts,
-            num_groups=len(GROUPS),
-            dtype="bfloat16",
-            num_threads=1,
-        )
+        spec = shard_spec(checkpoint, group)
         started[group.index] = start_shard(spec, f"shard-{group.index}", namespace=NAMESPACE)
     ray.get([shard.stats.remote() for shard in started.values()], timeout=60)
     yield started
     for shard in started.values():
         ray.kill(shard)
+
+
+def shard_spec(checkpoint: Checkpoint, group: ExpertGroup) -> ShardSpec:
+    return ShardSpec(
+        application="model",
+        directory=str(checkpoint.directory),
+        fingerprint=checkpoint.fingerprint,
+        group=group.index,
+        experts=group.experts,
+        num_groups=len(GROUPS),
+        dtype="bfloat16",
+        num_threads=1,
+    )
 
 
 @pytest.fixture
@@ -145,6 +149,58 @@ def test_rows_go_to_another_replica_when_the_chosen_one_has_no_actor(
     for _ in range(3):
         there.combine(there.dispatch(0, rows, experts), weights)
     assert [(r.actor, r.suspected) for r in table.replicas(DEPLOYMENTS[1])] == [("shard-1", False), ("nobody", True)]
+
+
+@pytest.mark.usefixtures("shards")
+def test_rows_that_cannot_be_put_into_the_store_are_nobodys(
+    checkpoint: Checkpoint, table: RoutingTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full store fails that dispatch, and the next one is as any other."""
+    rows, experts, weights = random_batch(checkpoint, 4000)
+    there = remote(table, checkpoint.fingerprint)
+    before = there.combine(there.dispatch(0, rows, experts), weights)
+
+    def full(value: object) -> Any:
+        raise ray.exceptions.ObjectStoreFullError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "put", full)
+        with pytest.raises(ray.exceptions.ObjectStoreFullError):
+            there.dispatch(0, rows, experts)
+    there.dispatch(0, rows, experts).close()  # the step failed elsewhere: nobody waits for it
+    assert torch.equal(there.combine(there.dispatch(0, rows, experts), weights), before)
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize("num_rows", [2, 4000])
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "always"])
+def test_an_answer_that_is_not_finite_is_asked_of_another_replica(
+    checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any], num_rows: int, times: int
+) -> None:
+    """NaN of a damaged replica went into the sum, as lanes had never let it."""
+    name = f"damaged-{num_rows}-{times}"
+    damaged = start_shard(shard_spec(checkpoint, GROUPS[1]), name, namespace=NAMESPACE)
+
+    def damage(shard: Any, times: int = times) -> None:
+        compute = shard._compute
+
+        def compute_damaged(*arguments: Any) -> Any:
+            nonlocal times
+            times -= 1
+            return compute(*arguments) * (float("nan") if times >= 0 else 1.0)
+
+        shard._compute = compute_damaged
+
+    ray.get(damaged.__ray_call__.remote(damage), timeout=60)
+    table.publish(DEPLOYMENTS[1], [replica(1, actor, checkpoint.fingerprint) for actor in (name, "shard-1")])
+    rows, experts, weights = random_batch(checkpoint, num_rows)
+    here, there = local(checkpoint), remote(table, checkpoint.fingerprint)
+    expected = here.combine(here.dispatch(0, rows, experts), weights)
+    try:
+        for _ in range(4):
+            assert torch.equal(there.combine(there.dispatch(0, rows, experts), weights), expected)
+    finally:
+        ray.kill(damaged)
 
 
 def test_a_killed_shard_restarts_loaded_and_the_step_completes(

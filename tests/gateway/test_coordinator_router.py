@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,19 @@ def test_a_silent_coordinator_is_asked_only_where_there_is_no_other(
         names = answers(asked_card, *(request(100, end) for end in range(5)))
         assert len(set(names)) == 1
         assert (names[0] == favourite) == (silent == everybody)
+
+
+def test_a_coordinator_whose_step_failed_with_a_request_is_asked_only_where_there_is_no_other(
+    asked_card: ModelCard,
+) -> None:
+    """The favourite of its beginning was also where it went again."""
+    [favourite] = answers(asked_card, request(100, 0))
+    everybody = tuple(TABLE.coordinators(APPLICATION))
+    others = tuple(name for name in everybody if name != favourite)
+    asked = [replace(request(100, end), failed_on=(favourite,)) for end in range(5)]
+    assert favourite not in answers(asked_card, *asked)
+    assert answers(asked_card, replace(request(100, 0), failed_on=others)) == [favourite]
+    assert answers(asked_card, replace(request(100, 0), failed_on=everybody)) == [favourite]
 
 
 def test_embeddings_of_a_lost_coordinator_are_not_waited_for(asked_card: ModelCard) -> None:

@@ -7,6 +7,7 @@ that nobody had foreseen killed the engine, and with it every sequence, also tho
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import BOUNDED, as_schema
+from tests.waiting import wait_for
 
 VOCABULARY = 336
 RUNNING = ("greedy", "shaped", "grammar", "newcomer")  # all in the step that fails; the last one came last
@@ -262,6 +264,52 @@ def test_experts_that_do_not_answer_are_told_as_what_they_are(directory, monkeyp
         assert error is not raised
         assert error.__traceback__ is None
     assert scene.engine.stats().failed_steps_total == 1
+
+
+class Recorded:
+    """A transport that remembers its flights, and on which threads they were closed before they were dropped."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.flights = []
+
+    def send(self, layer, rows, parts):
+        flight = self.inner.send(layer, rows, parts)
+        closed = []
+        self.flights.append(closed)
+        real = flight.close
+
+        def close():
+            closed.append(threading.current_thread().name)
+            real()
+
+        flight.close = close
+        return flight
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("call", ["write", "combine", "logits"])
+def test_what_is_under_way_when_a_step_fails_is_closed_by_the_thread_that_sent_it(directory, monkeypatch, call, at):
+    """Else a link is told on the event loop, where the last reference is dropped, while the engine reads from it."""
+    scene = Scene(directory, microbatches=3)
+    owner, name = in_forward(scene)[call]
+    dispatcher = scene.engine.model_runner.decoder.dispatcher
+    transport = dispatcher._transport = Recorded(dispatcher._transport)
+    real, calls = getattr(owner, name), []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("injected")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+    scene.engine.start()
+    wait_for(lambda: not scene.engine._sequences, 20, "the others to end")
+    scene.engine.stop()
+    assert {scene.names[key] for key in scene.bench.errors} == set(RUNNING)
+    assert transport.flights
+    assert {tuple(closed) for closed in transport.flights} == {("engine",)}
 
 
 OUT_OF_MEMORY = [

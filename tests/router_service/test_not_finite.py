@@ -77,3 +77,90 @@ def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_pat
     assert list(bench.errors) == [damaged.key]
     assert [bench.token_ids(other) for other in asked] == expected
     assert null_block_is_zero(bench)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_chunk_that_nobody_samples_from_is_checked_before_others_can_share_it(tmp_path, layer, device):
+    """The first half of a prompt was never looked at, but published: whoever began alike failed as well."""
+    write_checkpoint(tmp_path)
+    prompt = [token % 90 for token in range(5, 65)]
+    [expected] = Bench(tmp_path, dtype="float32", device=device).run(make_request(prompt))
+    bench = Bench(tmp_path, dtype="float32", device=device, max_num_batched_tokens=32)
+    transport = Damaging(bench, layer)
+    bench.add(damaged := make_request(prompt))
+    transport.armed = True
+    bench.engine.step()
+    transport.armed = False
+    assert list(bench.errors) == [damaged.key], "it fails in the step in which it is damaged"
+    assert not bench.chunks[damaged.key]
+    innocent = make_request(prompt)
+    assert bench.run(innocent) == [expected]
+    assert bench.chunks[innocent.key][0].num_cached_tokens == 0
+
+
+def test_shared_blocks_of_a_failed_sequence_are_not_shared_again(tmp_path, device):
+    """The cache forgot them, but another sequence that held them published them once more."""
+    write_checkpoint(tmp_path)
+    prompt = [token % 90 for token in range(5, 38)]  # two blocks, and one token
+    bench = Bench(tmp_path, dtype="float32", device=device)
+    transport = Damaging(bench, layer=1)
+    bench.run(make_request(prompt, max_tokens=1))
+    failing, sharing = make_request(prompt, ignore_eos=True), make_request(prompt, ignore_eos=True)
+    bench.add(failing, sharing)
+    bench.engine.step()
+    assert [bench.chunks[request.key][0].num_cached_tokens for request in (failing, sharing)] == [32, 32]
+    transport.armed = True
+    bench.engine.step()
+    transport.armed = False
+    bench.engine.step()
+    assert list(bench.errors) == [failing.key]
+    later = make_request(prompt)
+    bench.run(later)
+    assert bench.chunks[later.key][0].num_cached_tokens == 0
+    assert bench.token_ids(later) == bench.token_ids(sharing)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_an_embedding_that_is_not_finite_is_an_error(tmp_path, pooling, chunk, device):
+    """It was returned as a success. Also where only its first chunk was damaged, which `last` does not even pool."""
+    write_checkpoint(tmp_path)
+    bench = Bench(tmp_path, dtype="float32", device=device, max_num_batched_tokens=chunk)
+    transport = Damaging(bench, layer=0)
+    bench.add(damaged := make_request(range(5, 45), pooling=pooling))
+    transport.armed = True
+    bench.engine.step()
+    transport.armed = False
+    bench.run(whole := make_request(range(5, 45), pooling=pooling))
+    assert isinstance(bench.errors[damaged.key], Unavailable)
+    assert list(bench.embeddings) == [whole.key]
+    assert torch.isfinite(bench.embeddings[whole.key]).all()
+
+
+def test_neither_is_one_whose_last_norm_is_damaged(tmp_path, monkeypatch, device):
+    write_checkpoint(tmp_path)
+    bench = Bench(tmp_path, dtype="float32", device=device)
+    bench.engine.model_runner.decoder.norm[3] = float("inf")
+    bench.run(damaged := make_request(range(5, 45), pooling="mean"))
+    assert isinstance(bench.errors[damaged.key], Unavailable)
+    assert not bench.embeddings
+
+
+def test_scores_of_a_prompt_that_are_not_finite_end_its_request_alone(tmp_path, monkeypatch, device):
+    write_checkpoint(tmp_path)
+    bench = Bench(tmp_path, dtype="float32", device=device)
+    decoder = bench.engine.model_runner.decoder
+    real = decoder.logits
+    scored, other = make_request(range(5, 45), prompt_logprobs=1), make_request(range(5, 45))
+
+    def logits(hidden):
+        result = real(hidden)
+        if len(hidden) > 2:  # those of the prompt
+            result[7] = float("nan")
+        return result
+
+    monkeypatch.setattr(decoder, "logits", logits)
+    bench.run(scored, other)
+    assert list(bench.errors) == [scored.key]
+    assert isinstance(bench.errors[scored.key], Unavailable)
+    assert not bench.chunks[scored.key]
