@@ -30,6 +30,7 @@ from experts_service.client import ExpertPool
 from experts_service.experts import Experts
 from experts_service.local import LocalTransport
 from experts_service.transport import Transport
+from router_service.adjustments import Adjustments, has_adjustments
 from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event
@@ -123,6 +124,7 @@ class Coordinator:
         )
         self._metrics.watch(self._engine.stats)
         architecture = checkpoint.architecture
+        self._vocab_size = architecture.vocab_size
         self._grammars = GrammarCompiler(
             GrammarVocabulary(directory, checkpoint.layout, architecture.vocab_size, architecture.eos_token_ids),
             timeout_s=engine.grammar_timeout_s,
@@ -140,9 +142,9 @@ class Coordinator:
         with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
             self._waiting[request.key] = outgoing
             try:
-                if request.grammar is not None:
-                    self._engine.check_admission(request)  # it is compiled only for who will be served
-                self._engine.submit(request, await self._grammars.state(request))
+                if request.grammar is not None or has_adjustments(request.sampling):
+                    self._engine.check_admission(request)  # work is done only for who will be served
+                self._engine.submit(request, await self._grammars.state(request), await self._adjustments(request))
                 await outgoing.sent()
             except Exception as error:
                 failure = error
@@ -153,6 +155,12 @@ class Coordinator:
                 del self._waiting[request.key]
                 self._engine.abort(request.key)
                 self._traces.end(request, span, outgoing.num_tokens, failure)
+
+    async def _adjustments(self, request: Request) -> Adjustments | None:
+        """Made off the event loop and off the engine's thread: their cost grows with the prompt."""
+        if not has_adjustments(request.sampling):
+            return None
+        return await asyncio.to_thread(Adjustments, request, self._vocab_size)
 
     async def token_stream(self, stream: TokenStream) -> AsyncIterator[tuple[TokenChunk, ...]]:
         """The tokens of all requests that a gateway has here, step by step, until it closes the stream.

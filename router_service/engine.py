@@ -31,6 +31,7 @@ from cluster.errors import (
 )
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
+from router_service.adjustments import Adjustments
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.pooling import embedding
@@ -112,12 +113,14 @@ class Engine:
             if is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting):
                 raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
 
-    def submit(self, request: Request, grammar: GrammarState | None = None) -> None:
-        """Queue a request with its grammar. Raises Overloaded, EngineDead, or InvalidRequest if it can never run."""
+    def submit(
+        self, request: Request, grammar: GrammarState | None = None, adjustments: Adjustments | None = None
+    ) -> None:
+        """Queue a request with what was made for it. Raises Overloaded, EngineDead, or InvalidRequest."""
         with self._inbox_lock:
             self.check_admission(request)
             _check_token_ids(request, self.model_runner.decoder.architecture.vocab_size)
-            sequence = Sequence(request, grammar)
+            sequence = Sequence(request, grammar, adjustments)
             self._arriving[request.cache_salt] += 1
             self._inbox.put(lambda: self._arrive(sequence))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.messages import FinishReason, Request, TokenLogprobs
 
 if TYPE_CHECKING:
+    from router_service.adjustments import Adjustments
     from router_service.grammar import GrammarState
 
 
@@ -17,6 +18,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adjustments",
         "block_hashes",
         "block_table",
         "finish_reason",
@@ -32,10 +34,13 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, grammar: GrammarState | None = None) -> None:
-        """`grammar` has accepted the request's output tokens already."""
+    def __init__(
+        self, request: Request, grammar: GrammarState | None = None, adjustments: Adjustments | None = None
+    ) -> None:
+        """`grammar` has accepted the request's output tokens already. The sampler makes `adjustments` if need be."""
         self.request = request
         self.grammar = grammar
+        self.adjustments = adjustments
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
