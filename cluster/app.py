@@ -177,6 +177,7 @@ def model_card(plan: ModelPlan) -> ModelCard:
         max_model_len=config.engine.max_model_len,
         vocab_size=checkpoint.architecture.vocab_size,
         eos_token_ids=checkpoint.architecture.eos_token_ids,
+        revision=checkpoint.revision,
         created=int(time.time()),
         default_temperature=checkpoint.default_temperature,
         default_top_p=checkpoint.default_top_p,

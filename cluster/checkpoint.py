@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["Checkpoint", "TensorRef", "open_checkpoint"]
 
 SAMPLE_BYTES = 4096  # of each end of each tensor, for the fingerprint
 
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})$")
 _DTYPES: Mapping[str, StoredDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -38,6 +40,12 @@ class Checkpoint:
     fingerprint: str  # hex; the same weights at another path have the same
     default_temperature: float
     default_top_p: float
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit, where the directory is one of the hub's cache."""
+        snapshot = _SNAPSHOT.search(self.directory.as_posix())
+        return None if snapshot is None else snapshot[1]
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:

@@ -64,6 +64,9 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="A checkpoint directory or a hub id; without it the embedded demo model.")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub id: a commit, a branch or a tag. [default: main]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
     host: Annotated[str | None, typer.Option(help="Where HTTP listens. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: 8000]")] = None,
@@ -94,19 +97,24 @@ def serve(
         "api_keys_file": None if api_keys_file is None else api_keys_file.absolute(),
         "accept_any_model": accept_any_model or None,
     }
-    run(model, config, address, {key: value for key, value in gateway.items() if value is not None})
+    run(model, revision, config, address, {key: value for key, value in gateway.items() if value is not None})
 
 
 @app.command()
 def fetch(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Hub ids, or checkpoint directories.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL[@REVISION]…", help="Hub ids, or checkpoint directories.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Of those that name none: a commit, a branch or a tag. [default: main]")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Fetch nothing; return when somebody else has.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 86400.0,
 ) -> None:
     """Bring models into the hub's local cache and verify every byte of their weights."""
     from cluster.commands.fetch import run
 
-    run(models, wait=wait, timeout_s=timeout)
+    run(models, revision, wait=wait, timeout_s=timeout)
 
 
 @app.command()

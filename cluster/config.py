@@ -116,6 +116,8 @@ class ModelConfig(_Frozen):
 
     name: str = Field(min_length=1, max_length=128)
     path: str  # a directory, a hub id, or one of the embedded models: demo, demo-dense
+    # Of a hub id: a commit, a branch or a tag. None: main, as the local cache knows it, else as the hub does.
+    revision: str | None = Field(None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}$")
     # Names the Serve application, <name>-<version>. None: the first 8 digits of the checkpoint's fingerprint.
     version: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]{0,62}$")
     aliases: tuple[str, ...] = ()

@@ -174,6 +174,7 @@ class EngineStats:
     prefix_cache_query_tokens_total: int = 0  # looked up in the prefix cache
     failed_steps_total: int = 0  # steps that ended a sequence with an error
     missing_experts: tuple[str, ...] = ()  # deployments of groups no replica of which is believed to answer
+    revision: str | None = None  # of the model, as in its ModelCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,7 @@ class ModelCard:
     top_k: int = 0  # experts per token
     kind: Kind = "chat"
     pooling: Pooling = "mean"  # of kind embedding
+    revision: str | None = None  # the hub's commit; None: a directory of the user's
     hidden_size: int = 0  # numbers in an embedding
 
     @property

@@ -84,6 +84,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                     created=card.created,
                     ready=health[card.name].phase == "ready",
                     kind=card.kind,
+                    revision=card.revision or "",
                 )
                 for card in self.frontend.cards
             ]

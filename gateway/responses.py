@@ -145,6 +145,7 @@ def model_body(card: ModelCard, name: str) -> Json:
         "root": card.name,
         "max_model_len": card.max_model_len,
         "fingerprint": card.fingerprint,
+        "revision": card.revision,  # ours: the hub's commit, where it comes from the hub
         "permission": [],
         "type": "base",  # Mistral's fields
         "capabilities": {

@@ -90,6 +90,7 @@ class Coordinator:
         checkpoint = open_checkpoint(directory)
         if checkpoint.fingerprint != fingerprint:
             raise CheckpointError(f"{directory} changed since the server started; restart it to serve the new one")
+        self._revision = checkpoint.revision
         local = experts.transport == "local"
         progress = LoadingProgress(
             serve.get_replica_context().app_name, DEPLOYMENT, _total_bytes(checkpoint, groups if local else ())
@@ -197,7 +198,7 @@ class Coordinator:
 
     async def stats(self) -> EngineStats:
         """A snapshot of the engine, and whom it misses."""
-        return replace(self._engine.stats(), missing_experts=tuple(self._pool.missing()))
+        return replace(self._engine.stats(), missing_experts=tuple(self._pool.missing()), revision=self._revision)
 
     async def metrics(self) -> ProcessFigures:
         """What this process counted, for the gateway's /metrics."""

@@ -53,6 +53,11 @@ class ApplicationStatus:
         return (match[1], match[2]) if match and has_coordinator else None
 
     @property
+    def revision(self) -> str | None:
+        """The hub's commit of the model, as its coordinators say."""
+        return next((stats.revision for stats in self.coordinators if stats.revision), None)
+
+    @property
     def groups(self) -> tuple[DeploymentStatus, ...]:
         """The expert groups in the order of their indices."""
         groups = [(d.group, d) for d in self.deployments if d.group is not None]
@@ -88,6 +93,7 @@ class ClusterSnapshot:
         document = dataclasses.asdict(self)
         for application, fields in zip(self.applications, document["applications"], strict=True):
             fields["model"], fields["fingerprint"] = application.model or (None, None)
+            fields["revision"] = application.revision
             fields["rows_per_expert"] = list(application.rows_per_expert)
             for deployment, entry in zip(application.deployments, fields["deployments"], strict=True):
                 entry["group"] = deployment.group

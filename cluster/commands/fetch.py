@@ -26,27 +26,32 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 console = Console(soft_wrap=True, highlight=False)
 
 
-def run(models: list[str], *, wait: bool, timeout_s: float) -> None:
-    """Raises ConfigError, CheckpointError, or SetupError when it waited for too long."""
+def run(models: list[str], revision: str | None, *, wait: bool, timeout_s: float) -> None:
+    """Raises ConfigError, CheckpointError, or SetupError when it waited for too long.
+
+    A model that says `org/name@revision` itself is not asked of `revision`.
+    """
     deadline = time.monotonic() + timeout_s
-    for model in models:
+    for name in models:
+        model, own = (name, None) if Path(name).is_dir() else _split(name)
         if not wait:
-            _fetch(model)
+            _fetch(model, own or revision)
         elif Path(model).is_dir():
             open_checkpoint(model)
         else:
-            console.print(f"Waiting for {model} …")
-            while not note_of(model).is_file():
+            console.print(f"Waiting for {name} …")
+            while not note_of(model, own or revision).is_file():
                 if time.monotonic() > deadline:
-                    raise SetupError(f"{model} was not fetched within {timeout_s:g} s")
+                    raise SetupError(f"{name} was not fetched within {timeout_s:g} s")
                 time.sleep(WAIT_INTERVAL_S)
 
 
-def note_of(model: str) -> Path:
-    """Where it is written that a model was found whole."""
+def note_of(model: str, revision: str | None) -> Path:
+    """Where it is written that this version of a model was found whole."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HUB_CACHE) / ".manta" / f"{model.replace('/', '--')}.json"
+    name = model if revision is None else f"{model}@{revision}"
+    return Path(HF_HUB_CACHE) / ".manta" / f"{name.replace('/', '--')}.json"
 
 
 def verify(directory: Path) -> int:
@@ -61,12 +66,17 @@ def verify(directory: Path) -> int:
     return total
 
 
-def _fetch(model: str) -> None:
+def _split(name: str) -> tuple[str, str | None]:
+    model, _, revision = name.partition("@")
+    return model, revision or None
+
+
+def _fetch(model: str, revision: str | None) -> None:
     started = time.monotonic()
-    directory = resolve_model(model)
+    directory = resolve_model(model, revision)
     checkpoint = open_checkpoint(directory)
     note = {"directory": str(directory), "fingerprint": checkpoint.fingerprint}
-    file = note_of(model)
+    file = note_of(model, revision)
     if file.is_file() and json.loads(file.read_text()) == note:
         console.print(f"{model} was fetched and verified before: {directory}")
         return

@@ -40,13 +40,19 @@ INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ct
 console = Console()
 
 
-def run(model: str | None, config_file: Path | None, address: str | None, gateway: Mapping[str, Any]) -> None:
+def run(
+    model: str | None,
+    revision: str | None,
+    config_file: Path | None,
+    address: str | None,
+    gateway: Mapping[str, Any],
+) -> None:
     """Serve until SIGINT or SIGTERM; `gateway` goes before the file's. Raises MantaError for what a user can mend."""
-    config = _read_config(model, config_file)
+    config = _read_config(model, revision, config_file)
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
     check_doors(config.gateway)
     Guard(config.gateway)  # which reads the key files
-    checkpoints = [open_checkpoint(resolve_model(one.path)) for one in config.models]
+    checkpoints = [open_checkpoint(resolve_model(one.path, one.revision)) for one in config.models]
     stop = _Stop()
     with _ray(config.gateway, address) as cluster:
         import ray
@@ -82,14 +88,16 @@ class _Stop:
         self.requested.set()
 
 
-def _read_config(model: str | None, config_file: Path | None) -> MantaConfig:
+def _read_config(model: str | None, revision: str | None, config_file: Path | None) -> MantaConfig:
+    if revision is not None and model is None:
+        raise ConfigError("--revision is of a MODEL; in a configuration say models[].revision")
     if config_file is not None:
         if model is not None:
             raise ConfigError("give either MODEL or --config, not both")
         return load_config(config_file)
     if model is None:
         return demo_config()
-    return directory_config(model, resolve_model(model))
+    return directory_config(model, resolve_model(model, revision))
 
 
 def _check_serves_host(gateway: GatewayConfig) -> None:

@@ -48,6 +48,8 @@ def _draw_application(application: ApplicationStatus, console: Console) -> None:
     else:
         title.append(f"application {application.name}", style="bold").append(" · ")
     console.print(title.append(_state(application.status)))
+    if application.revision:
+        console.print(Text(f"revision {application.revision} of the hub"))
     if application.message:
         console.print(Text(application.message, style="red" if "FAILED" in application.status else "yellow"))
     console.print(_deployments(application))

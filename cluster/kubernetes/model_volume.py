@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config import MantaConfig
 from cluster.kubernetes import names
 from cluster.kubernetes.containers import POD_SECURITY, SECURITY
-from cluster.kubernetes.ray_service import is_fetched, models_to_fetch
+from cluster.kubernetes.ray_service import fetched_name, is_fetched, models_to_fetch
 from cluster.kubernetes.sizes import model_size
 
 Document = dict[str, Any]
@@ -27,7 +27,7 @@ def model_volume(config: MantaConfig) -> list[Document]:
     models = models_to_fetch(config)
     if not models:
         return []
-    sizes = {model.path: model_size(model).weight_bytes for model in config.models if is_fetched(model.path)}
+    sizes = {fetched_name(model): model_size(model).weight_bytes for model in config.models if is_fetched(model.path)}
     gib = math.ceil(ROOM * sum(sizes.values()) / 2**30)
     claim: Document = {
         "apiVersion": "v1",

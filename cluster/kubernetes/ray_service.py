@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from ray import __version__ as ray_version
 
-from cluster.config import MantaConfig
+from cluster.config import MantaConfig, ModelConfig
 from cluster.kubernetes import names
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.pod_config import in_pods
@@ -54,8 +54,13 @@ def stream_s(config: MantaConfig) -> int:
 
 
 def models_to_fetch(config: MantaConfig) -> tuple[str, ...]:
-    """Hub ids, each once: what is not in the image."""
-    return tuple(dict.fromkeys(model.path for model in config.models if is_fetched(model.path)))
+    """What `manta fetch` brings, each once: what is not in the image."""
+    return tuple(dict.fromkeys(fetched_name(model) for model in config.models if is_fetched(model.path)))
+
+
+def fetched_name(model: ModelConfig) -> str:
+    """As `manta fetch` takes it."""
+    return model.path if model.revision is None else f"{model.path}@{model.revision}"
 
 
 def is_fetched(path: str) -> bool:

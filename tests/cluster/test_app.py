@@ -118,3 +118,12 @@ def test_the_config_wins_over_auto():
     assert laid_out.gpus_per_shard == 0
     assert laid_out.config.engine.dtype == "bfloat16"
     assert len(laid_out.groups) == 1
+
+
+def test_the_gateway_is_told_which_commit_of_the_hub_is_served(tmp_path):
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "5c79a376139be989ef1838f360bf4f1f256d7aec"
+    write_checkpoint(snapshot)
+    cluster = describe_cluster((machine(),))
+    for directory, revision in ((snapshot, snapshot.name), (DIRECTORY, None)):
+        config = ModelConfig(name="m", path=str(directory))
+        assert model_card(plan_model(config, open_checkpoint(directory), cluster)).revision == revision

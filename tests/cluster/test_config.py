@@ -34,6 +34,7 @@ from cluster.errors import ConfigError
             "models: [{name: a, path: b}]\ngateway: {scaling: {min_replicas: 2}}",
             r"gateway.scaling: .* max_replicas: must be at least min_replicas \(2\)",
         ),
+        ("models: [{name: a, path: b, revision: ''}]", "models.0.revision"),
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),

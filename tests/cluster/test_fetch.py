@@ -67,6 +67,19 @@ def test_who_waits_goes_on_when_a_model_was_verified(tmp_path: Path, snapshot: P
     assert (code, "was fetched and verified before" in output) == (0, True), output
 
 
+def test_who_waits_for_a_revision_is_not_told_of_another(tmp_path: Path, snapshot: Path) -> None:
+    """One that another pod had fetched from main would have been taken for the one that was asked for."""
+    assert _fetch(tmp_path, MODEL)[0] == 0
+    wanted = f"{MODEL}@{REVISION}"
+    code, output = _fetch(tmp_path, "--wait", "--timeout", "0.1", wanted)
+    assert (code, f"{wanted} was not fetched within 0.1 s" in output) == (2, True), output
+    code, output = _fetch(tmp_path, "--revision", REVISION, MODEL)
+    assert (code, str(snapshot) in output) == (0, True), output
+    assert _fetch(tmp_path, "--wait", "--timeout", "0.1", wanted)[0] == 0
+    code, output = _fetch(tmp_path, f"{MODEL}@v9")
+    assert (code, "cannot be fetched from the hub" in output) == (2, True), output
+
+
 def test_one_wrong_byte_is_found(tmp_path: Path, snapshot: Path) -> None:
     blob = (snapshot / "model.safetensors").resolve()
     content = bytearray(blob.read_bytes())

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -19,6 +19,7 @@ from cluster.hub import resolve_model
 from tests.checkpoints import write_checkpoint
 
 SHA = "5c79a376139be989ef1838f360bf4f1f256d7aec"
+OLDER = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
 NOWHERE = "http://127.0.0.1:1"
 
 PROGRAM = """
@@ -26,20 +27,28 @@ import json, sys
 from cluster.errors import MantaError
 from cluster.hub import resolve_model
 try:
-    print(json.dumps(["path", str(resolve_model(sys.argv[1]))]))
+    print(json.dumps(["path", str(resolve_model(*sys.argv[1:]))]))
 except MantaError as error:
     print(json.dumps([type(error).__name__, error.message]))
 """
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folders `<root>/<organization>/<model>`; remembers which files were fetched."""
+    """Serves the folders `<root>/<organization>/<model>`; remembers which files were fetched.
+
+    `refs` says which commit a branch or a tag is. Commits other than SHA have folders of their own.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubRequest)
         self.root = root
         self.fetched: list[str] = []
         self.gated = False
+        self.refs = {"main": SHA}
+
+    def folder(self, model: str, commit: str) -> Path:
+        """The model's files at a commit."""
+        return self.root / model if commit == SHA else self.root / commit / model
 
     @property
     def url(self) -> str:
@@ -52,22 +61,25 @@ class HubRequest(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path).path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) > 4:
-            self.describe("/".join(parts[2:4]), parts[4])
-        elif len(parts) > 4 and parts[2:4] == ["resolve", SHA]:
-            self.give(self.server.root.joinpath(*parts[:2], *parts[4:]))
+            self.describe("/".join(parts[2:4]), parts[4], unquote(parts[5]))
+        elif len(parts) > 4 and parts[2] == "resolve":
+            self.give(self.server.folder("/".join(parts[:2]), parts[3]).joinpath(*parts[4:]), parts[3])
         else:
             self.answer(404)
 
     do_HEAD = do_GET  # noqa: N815
 
-    def describe(self, model: str, route: str) -> None:
-        folder = self.server.root / model
+    def describe(self, model: str, route: str, revision: str) -> None:
+        commit = self.server.refs.get(revision, revision)
+        folder = self.server.folder(model, commit)
         if self.server.gated:
             self.answer(403, **{"X-Error-Code": "GatedRepo"})
-        elif not folder.is_dir():
+        elif not (self.server.root / model).is_dir():
             self.answer(404, **{"X-Error-Code": "RepoNotFound"})
+        elif not folder.is_dir():
+            self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
         elif route == "revision":
-            self.answer(200, json.dumps({"id": model, "sha": SHA, "siblings": []}).encode())
+            self.answer(200, json.dumps({"id": model, "sha": commit, "siblings": []}).encode())
         else:
             files = [file for file in folder.rglob("*") if file.is_file()]
             entries = [
@@ -81,14 +93,14 @@ class HubRequest(BaseHTTPRequestHandler):
             ]
             self.answer(200, json.dumps(entries).encode())
 
-    def give(self, file: Path) -> None:
+    def give(self, file: Path, commit: str) -> None:
         if not file.is_file():
             self.answer(404, **{"X-Error-Code": "EntryNotFound"})
             return
         if self.command == "GET":
             self.server.fetched.append(file.name)
         content = file.read_bytes()
-        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **{"X-Repo-Commit": SHA})
+        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **{"X-Repo-Commit": commit})
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -116,10 +128,12 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def resolve(tmp_path: Path):
     """resolve_model in a process of its own, since the client reads its settings at import: (kind, message or path)."""
 
-    def resolved(model: str, endpoint: str = NOWHERE, **environment: str) -> tuple[str, str]:
+    def resolved(
+        model: str, endpoint: str = NOWHERE, revision: str | None = None, **environment: str
+    ) -> tuple[str, str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, model],
+            [sys.executable, "-c", PROGRAM, model, *([] if revision is None else [revision])],
             env={**clean, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint, **environment},
             capture_output=True,
             text=True,
@@ -255,3 +269,38 @@ def test_another_architecture_is_refused_before_its_weights_are_downloaded(hub: 
     kind, message = resolve("org/model", hub.url)
     assert (kind, "model_type is 'llama'" in message) == ("CheckpointError", True)
     assert "model.safetensors" not in hub.fetched
+
+
+@pytest.fixture
+def two_commits(hub: Hub) -> tuple[Path, Path]:
+    """What the hub has of org/model on main, and at the tag v1: other weights."""
+    newest, tagged = hub.root / "org" / "model", hub.root / OLDER / "org" / "model"
+    write_checkpoint(newest)
+    write_checkpoint(tagged, shards=2, seed=1)
+    hub.refs |= {"v1": OLDER, "refs/pr/7": OLDER}
+    return newest, tagged
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/7", OLDER])
+def test_a_revision_is_what_is_served_and_is_known_by_its_commit(hub: Hub, resolve, two_commits, revision: str):
+    """Whatever somebody put on main since the server was last started was served, and nothing told."""
+    _, main = resolve("org/model", hub.url)
+    kind, path = resolve("org/model", hub.url, revision)
+    assert kind == "path", path
+    checkpoints = [open_checkpoint(one) for one in (main, path)]
+    assert [one.fingerprint for one in checkpoints] == [open_checkpoint(one).fingerprint for one in two_commits]
+    assert [one.revision for one in checkpoints] == [SHA, OLDER]
+    assert resolve("org/model", NOWHERE, revision) == ("path", path), "from then on without the hub"
+    assert resolve("org/model") == ("path", main)
+
+
+def test_an_unknown_revision_is_named(hub: Hub, resolve, two_commits):
+    assert resolve("org/model", hub.url, "v9") == ("ConfigError", "revision: the hub's org/model has no 'v9'.")
+
+
+def test_a_directory_has_no_revision(tmp_path: Path):
+    for model in (str(tmp_path), "demo"):
+        with pytest.raises(ConfigError, match="only a model of the hub has revisions"):
+            resolve_model(model, "v1")
+    write_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path).revision is None

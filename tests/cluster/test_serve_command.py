@@ -48,6 +48,17 @@ def test_model_and_config_together():
     assert serve("somewhere", "--config", "manta.yaml")[0] == 2
 
 
+def test_a_revision_of_a_directory_or_of_nothing(checkpoint, tmp_path):
+    code, message = serve(checkpoint, "--revision", "v1")
+    assert (code, "only a model of the hub has revisions" in message) == (2, True), message
+    code, message = serve("--revision", "v1")
+    assert (code, "--revision is of a MODEL" in message) == (2, True), message
+    config = tmp_path / "manta.yaml"
+    config.write_text(f"models: [{{name: a, path: {checkpoint}, revision: v1}}]")
+    code, message = serve("--config", config)
+    assert (code, "only a model of the hub has revisions" in message) == (2, True), message
+
+
 def test_a_wrong_configuration_names_the_key(tmp_path):
     config = tmp_path / "manta.yaml"
     config.write_text("models: [{name: a, path: b, experts: {group: auto}}]")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -114,6 +115,15 @@ def test_json_is_one_document_with_names_spelled_out() -> None:
     assert (model["model"], model["fingerprint"], model["rows_per_expert"]) == ("mixtral-8x7b", "0123abcd", [20, 0, 40])
     assert [entry["group"] for entry in model["deployments"]] == [10, 2, None]
     assert model["coordinators"][0]["num_kv_blocks_used"] == 25
+
+
+def test_the_hubs_commit_is_told() -> None:
+    commit = "5c79a376139be989ef1838f360bf4f1f256d7aec"
+    coordinators = tuple(replace(one, revision=commit) for one in MODEL.coordinators)
+    snapshot = replace(SNAPSHOT, applications=(GATEWAY, replace(MODEL, coordinators=coordinators)))
+    assert f"revision {commit} of the hub" in drawn(snapshot)
+    told = [application["revision"] for application in json.loads(snapshot.to_json())["applications"]]
+    assert told == [None, commit]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

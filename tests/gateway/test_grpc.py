@@ -102,6 +102,15 @@ def test_generate_takes_text_or_ids(
     assert {request.prompt_token_ids for request in coordinator.requests} == {ids}
 
 
+@pytest.mark.parametrize("revision", [None, "5c79a376139be989ef1838f360bf4f1f256d7aec"])
+def test_models_are_listed_with_the_hubs_commit(
+    card: ModelCard, coordinator: ScriptedCoordinator, revision: str | None
+) -> None:
+    with grpc_server(build_frontend(replace(card, revision=revision), coordinator)) as channel:
+        [model] = chat_pb2_grpc.MantaStub(channel).ListModels(chat_pb2.ListModelsRequest()).models
+    assert (model.name, model.revision) == ("tiny", revision or "")
+
+
 def test_zero_and_unset_differ(channel: grpc.Channel, coordinator: ScriptedCoordinator) -> None:
     stub = chat_pb2_grpc.MantaStub(channel)
     stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -211,6 +212,14 @@ def test_a_stream_that_ends_early_never_looks_complete(card: ModelCard, tokenize
         assert httpx.post(url + "/v1/chat/completions", json=body).status_code == 503
         text = httpx.post(url + "/v1/chat/completions", json=body | {"stream": True}).text
         assert "error" in sse(text, done=False)[-1]
+
+
+@pytest.mark.parametrize("revision", [None, "5c79a376139be989ef1838f360bf4f1f256d7aec"])
+def test_models_are_listed_with_the_hubs_commit(card: ModelCard, revision: str | None) -> None:
+    coordinator = ScriptedCoordinator(tokens_script([]))
+    with http_server(build_frontend(replace(card, revision=revision), coordinator)) as url:
+        assert [model["revision"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == [revision] * 2
+        assert httpx.get(f"{url}/v1/models/tiny").json()["revision"] == revision
 
 
 def test_a_loading_model_is_503_with_its_phase(card: ModelCard) -> None:

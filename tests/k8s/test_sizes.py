@@ -46,6 +46,20 @@ def test_the_volume_holds_the_weights() -> None:
     assert gib * 2**30 > 1.2 * model_size(config.models[0]).weight_bytes
 
 
+def test_a_revision_is_what_the_job_fetches_the_pods_wait_for_and_the_cluster_opens() -> None:
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/mixtral-8x7b-8gpu/manta.yaml").read_text())
+    document["models"][0]["revision"] = "v0.1"
+    made = manifests(parse_config(document))
+    wanted = f"{document['models'][0]['path']}@v0.1"
+    [job] = [one for one in made if one["kind"] == "Job"]
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"] == ["manta", "fetch", wanted]
+    [service] = [one for one in made if one["kind"] == "RayService"]
+    text = yaml.safe_dump(service)
+    assert f"- {wanted}\n" in text
+    served = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert [one["args"]["model"]["revision"] for one in served[1:]] == ["v0.1"]
+
+
 def test_a_gpu_that_is_too_small_is_refused() -> None:
     document = yaml.safe_load((REPOSITORY / "k8s/overlays/mixtral-8x7b-4x40gb/manta.yaml").read_text())
     document["kubernetes"]["gpu_type"] = "A10G"
