@@ -85,4 +85,4 @@ def test_a_host_that_others_reach_needs_keys(tmp_path):
     keys.write_text("- {id: alice}")
     code, message = serve("--host", "0.0.0.0", "--api-keys-file", keys)
     assert code == 2
-    assert "0.sha256" in message
+    assert "line 1: sha256: Field required" in message
