@@ -35,7 +35,7 @@ from gateway.protocol import (
 from gateway.responses import ChatShape, ChoiceText, model_body, num_bytes
 from gateway.responses_api import ResponsesRequest
 from gateway.responses_door import ResponsesDoor
-from gateway.sse import DONE, EventStream, event, first_then_rest, unless_disconnected
+from gateway.sse import DONE, EventStream, begun, event, unless_disconnected
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 from gateway.validator import Generation
 
@@ -190,8 +190,12 @@ class HttpDoor:
         request.state.request_id = generation.id
         if not parsed.stream:
             return await unless_disconnected(request, self._whole(parsed, generation, shape))
-        events = self._events(parsed, generation, shape)
-        return EventStream(await first_then_rest(request, events), {REQUEST_ID_HEADER: generation.id})
+        events = await begun(
+            request,
+            self._events(parsed, generation, shape),
+            lambda error: event(error_body(error, generation.id)),
+        )
+        return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
 
     async def _whole(
         self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
@@ -213,23 +217,17 @@ class HttpDoor:
     async def _events(
         self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
     ) -> AsyncGenerator[bytes, None]:
-        """One event a delta that says something; after the first, an error is an event too and ends the stream."""
+        """One event a delta that says something."""
         usage = Usage(generation.num_prompt_tokens)
         says_ids = shape.return_token_ids
-        begun: set[int] = set()  # choices
-        try:
-            async with aclosing(self._frontend.generate(generation, usage)) as deltas:
-                async for delta in deltas:
-                    if delta.says_something or says_ids:
-                        # The first of a choice may have all of its prompt: ids, text, log-probabilities.
-                        size = num_bytes(delta) + (0 if delta.index in begun else parsed.num_bytes)
-                        yield await self._frontend.worker.run(size, _event, shape, delta, size)
-                        begun.add(delta.index)
-        except Exception as error:
-            if not begun:
-                raise
-            yield event(error_body(error, generation.id))
-            return
+        choices: set[int] = set()  # that have had an event
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                if delta.says_something or says_ids:
+                    # The first of a choice may have all of its prompt: ids, text, log-probabilities.
+                    size = num_bytes(delta) + (0 if delta.index in choices else parsed.num_bytes)
+                    yield await self._frontend.worker.run(size, _event, shape, delta, size)
+                    choices.add(delta.index)
         if parsed.wants_usage or self._frontend.config.force_usage:
             yield event(shape.usage_chunk(usage))
         yield DONE

@@ -17,7 +17,7 @@ from gateway.http_errors import REQUEST_ID_HEADER, error_body, json_response
 from gateway.protocol import ChatCompletionRequest
 from gateway.responses_api import Json, ResponsesRequest, parse_responses_body, renamed
 from gateway.responses_shape import ResponsesShape
-from gateway.sse import EventStream, event, first_then_rest, unless_disconnected
+from gateway.sse import EventStream, begun, event, unless_disconnected
 from gateway.validator import Generation
 
 
@@ -42,8 +42,12 @@ class ResponsesDoor:
         shape = ResponsesShape(generation, body)
         if not body.stream:
             return await unless_disconnected(request, self._whole(body, generation, shape))
-        events = await first_then_rest(request, self._events(body, generation, shape))
-        return EventStream(events, {REQUEST_ID_HEADER: generation.id})
+        events = await begun(
+            request,
+            self._events(body, generation, shape),
+            lambda error: _joined(shape.error(error_body(error, generation.id))),
+        )
+        return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
 
     async def _whole(self, body: ResponsesRequest, generation: Generation, shape: ResponsesShape) -> Response:
         usage = Usage(generation.num_prompt_tokens)
@@ -63,24 +67,18 @@ class ResponsesDoor:
     async def _events(
         self, body: ResponsesRequest, generation: Generation, shape: ResponsesShape
     ) -> AsyncGenerator[bytes, None]:
-        """Nothing before the first token: until then an error is a plain HTTP answer."""
+        """Nothing before the first token: an error may still be a plain HTTP answer."""
         usage = Usage(generation.num_prompt_tokens)
-        begun = False
+        has_begun = False
         finish_reason = None
-        try:
-            async with aclosing(self._frontend.generate(generation, usage)) as deltas:
-                async for delta in deltas:
-                    if not begun:
-                        begun = True
-                        yield await self._said(_num_bytes(body, usage), shape.begin())
-                    if said := _joined(*shape.push(delta)):
-                        yield said
-                    finish_reason = delta.finish_reason
-        except Exception as error:
-            if not begun:
-                raise
-            yield _joined(shape.error(error_body(error, generation.id)))
-            return
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                if not has_begun:
+                    has_begun = True
+                    yield await self._said(_num_bytes(body, usage), shape.begin())
+                if said := _joined(*shape.push(delta)):
+                    yield said
+                finish_reason = delta.finish_reason
         yield await self._said(_num_bytes(body, usage), shape.end(finish_reason, usage))
 
     async def _said(self, size: int, documents: Iterable[Json]) -> bytes:

@@ -1,5 +1,8 @@
 """Server-sent events over ASGI, and the watch for a client that has gone. Knows bytes; knows nothing of models.
 
+An error within FIRST_EVENT_S is a plain answer, with a status of its own. If no event has come by then, headers go,
+a comment follows in every pause that gets too long for what is between us and the client, and an error is an event.
+
 Serve lets a client switch its own watch off by a header, so we keep our own: it is the same for every request.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -19,6 +22,8 @@ from cluster.errors import RequestCancelled
 from gateway.body_worker import INLINE_BYTES
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": still at work\n\n"  # as the standard has it; clients overlook it
+FIRST_EVENT_S = 1.0
 _T = TypeVar("_T")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every event
 
@@ -51,25 +56,33 @@ async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T
         watching.cancel()
 
 
-async def first_then_rest(request: HttpRequest, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The same events, once there is a first: what is raised before it can still be a plain answer."""
+async def begun(
+    request: HttpRequest, events: AsyncGenerator[bytes, None], error_event: Callable[[Exception], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """The same events, once there is a first or FIRST_EVENT_S are over; from then on an error is the last event."""
+    first = asyncio.ensure_future(_next(events))
     try:
-        first = await unless_disconnected(request, anext(events))
+        await unless_disconnected(request, asyncio.wait((first,), timeout=FIRST_EVENT_S))
+        if first.done():
+            first.result()
     except BaseException:
+        await _end(first)
         await events.aclose()
         raise
-    return _chain(first, events)
+    return _chain(first, events, error_event)
 
 
 class EventStream(Response):
-    """Sends events as they come; when the client goes, the generator is closed at once."""
+    """Sends events as they come, and comments between them; when the client goes, the generator is closed at once."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], keepalive_s: float) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._events = events
+        self._keepalive_s = keepalive_s
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         sending = asyncio.ensure_future(self._send(send))
@@ -85,17 +98,45 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for data in events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+        loop = asyncio.get_running_loop()
+        self._sent_at = loop.time()
+        commenting = asyncio.ensure_future(self._comment(send))
+        try:
+            async with aclosing(self._events) as events:
+                async for data in events:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._sent_at = loop.time()
+        finally:
+            await _end(commenting)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _comment(self, send: Send) -> None:
+        """One in every pause of `keepalive_s`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            pause_s = loop.time() - self._sent_at
+            if pause_s >= self._keepalive_s:
+                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+                self._sent_at, pause_s = loop.time(), 0.0
+            await asyncio.sleep(self._keepalive_s - pause_s)
 
-async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _chain(
+    first: asyncio.Future[bytes], rest: AsyncGenerator[bytes, None], error_event: Callable[[Exception], bytes]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        yield await first
         async for data in rest:
             yield data
+    except Exception as error:
+        yield error_event(error)
+    finally:
+        await _end(first)
+        await rest.aclose()
 
 
 async def _disconnected(receive: Receive) -> None:
