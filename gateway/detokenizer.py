@@ -65,5 +65,4 @@ class Detokenizer:
 
 def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The text of a whole output, without special tokens."""
-    detokenizer = Detokenizer(tokenizer)
-    return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+    return tokenizer.decode([i for i in token_ids if i < tokenizer.vocab_size and i not in tokenizer.special_ids])

@@ -37,7 +37,6 @@ from gateway.recent_refusals import RecentRefusals
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
 
-INLINE_CHARS = 20_000  # a longer prompt is tokenized in a thread, so that other streams go on
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
 
 

@@ -20,7 +20,7 @@ from gateway.grpc_call import rpc_call
 from gateway.grpc_chat import chat_fields
 from gateway.grpc_errors import RpcFailed
 from gateway.grpc_health import HealthRpcs
-from gateway.grpc_messages import choice, embedding_fields, head, sampling_fields, usage_message
+from gateway.grpc_messages import choice, embedding_fields, head, numbers, sampling_fields, usage_message
 from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
 from gateway.responses import ChoiceText, num_bytes
@@ -181,7 +181,7 @@ def _completion_body(request: chat_pb2.GenerateRequest) -> CompletionRequest:
     if request.WhichOneof("prompt") == "text":
         prompt = request.text
     elif request.WhichOneof("prompt") == "token_ids":
-        prompt = list(request.token_ids.ids)
+        prompt = numbers(request.token_ids.ids, "prompt")
     document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
     return parse_body(CompletionRequest, document, request.ByteSize())
 

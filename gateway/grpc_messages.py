@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from cluster.errors import InvalidRequest
 from gateway import chat_pb2
 from gateway.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob
 from gateway.grpc_chat import call_messages
+from gateway.json_bounds import MAX_VALUES
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
 
@@ -25,16 +28,28 @@ def sampling_fields(sampling: chat_pb2.Sampling) -> dict[str, Any]:
     for field, value in sampling.ListFields():
         if field.name == "logit_bias":
             document["logit_bias"] = {str(token_id): bias for token_id, bias in value.items()}
-        elif field.name in ("stop", "stop_token_ids"):
-            document[field.name] = list(value)
+        elif field.name == "stop":
+            document["stop"] = list(value)
+        elif field.name == "stop_token_ids":
+            document["stop_token_ids"] = numbers(value, "stop_token_ids")
         else:
             document[field.name] = value
     return document
 
 
+def numbers(values: Collection[int], path: str) -> list[int]:
+    """A list of them, which lets no other thread run. Raises InvalidRequest for more than a JSON body may hold."""
+    if len(values) > MAX_VALUES:
+        raise InvalidRequest(f"{path}: at most {MAX_VALUES} numbers, got {len(values)}", param=path)
+    return list(values)
+
+
 def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
     """The body of the same request over HTTP; texts and token ids may not be mixed there."""
-    inputs = [item.text if item.WhichOneof("input") == "text" else list(item.token_ids.ids) for item in request.inputs]
+    inputs = [
+        item.text if item.WhichOneof("input") == "text" else numbers(item.token_ids.ids, f"input[{i}]")
+        for i, item in enumerate(request.inputs)
+    ]
     dimensions = request.dimensions if request.HasField("dimensions") else None
     return {"model": request.model, "input": inputs, "dimensions": dimensions}
 

@@ -13,8 +13,11 @@ from gateway.deadline import PASSED
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
 from gateway.grpc_errors import RpcFailed
+from gateway.prompts import check_count
 from gateway.protocol import parse_body
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+
+TOKEN_BYTES = 4  # about, of an id
 
 _MessageT = TypeVar("_MessageT")
 
@@ -40,15 +43,19 @@ class TokenizationRpcs:
         if request.HasField("add_special_tokens"):
             document["add_special_tokens"] = request.add_special_tokens
         model, token_ids = await tokenize(self.frontend, parse_body(TokenizeRequest, document, request.ByteSize()))
-        return chat_pb2.TokenizeResponse(
-            model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
-        )
+
+        def response() -> chat_pb2.TokenizeResponse:
+            return chat_pb2.TokenizeResponse(
+                model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
+            )
+
+        return await self.frontend.worker.run(TOKEN_BYTES * len(token_ids), response)
 
     async def _detokenize(self, request: chat_pb2.DetokenizeRequest) -> chat_pb2.DetokenizeResponse:
-        document = {"model": request.model, "tokens": list(request.token_ids)}
-        body = parse_body(DetokenizeRequest, document, request.ByteSize())
-        text = await detokenize(self.frontend, body)
-        return chat_pb2.DetokenizeResponse(model=self.frontend.route(request.model).card.name, text=text)
+        card = self.frontend.route(request.model).card
+        check_count(len(request.token_ids), card, "tokens", "tokens")  # before they become a list
+        body = await self.frontend.worker.run(request.ByteSize(), _detokenize_body, request)
+        return chat_pb2.DetokenizeResponse(model=card.name, text=await detokenize(self.frontend, body))
 
     async def _answer(
         self,
@@ -66,3 +73,8 @@ class TokenizationRpcs:
                     raise DeadlineExceeded(PASSED) from None
         except RpcFailed:
             return response_type()  # never sent: the status is not OK
+
+
+def _detokenize_body(request: chat_pb2.DetokenizeRequest) -> DetokenizeRequest:
+    document = {"model": request.model, "tokens": list(request.token_ids)}
+    return parse_body(DetokenizeRequest, document, request.ByteSize())

@@ -171,7 +171,9 @@ class HttpDoor:
 
     async def detokenize(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, DetokenizeRequest)
-        return json_response({"prompt": await detokenize(self._frontend, parsed)})
+        text = await detokenize(self._frontend, parsed)
+        size = len(text)
+        return await self._frontend.worker.run(size, lambda: json_response({"prompt": text}, num_bytes=size))
 
     async def load(self) -> Response:
         """Requests that this gateway replica is answering."""

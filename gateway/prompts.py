@@ -32,7 +32,7 @@ class PromptReader:
         """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`."""
         if not messages:
             raise InvalidRequest("messages: must not be empty", param="messages")
-        self._check_count(len(messages), "messages", "messages")
+        check_count(len(messages), self._card, "messages", "messages")
         chat = read_messages(messages)
         if safe_prompt:
             chat = _guarded(chat)
@@ -55,7 +55,7 @@ class PromptReader:
             raise InvalidRequest(expected, param=field)
         if not prompt:
             raise InvalidRequest(f"{field}: must not be empty", param=field)
-        if all(type(item) is int for item in prompt):
+        if set(map(type, prompt)) == {int}:
             return [self._token_ids(prompt, field)]
         if len(prompt) > max_prompts:
             raise InvalidRequest(f"{field}: at most {max_prompts} in this request, got {len(prompt)}", field)
@@ -81,6 +81,17 @@ class PromptReader:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
         return token_ids
 
+    def token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
+        """The same, if there are no more of them than the context has room for, and all are in the vocabulary."""
+        check_count(len(token_ids), self._card, path, "tokens")
+        if token_ids and set(map(type, token_ids)) != {int}:
+            i = next(i for i, token_id in enumerate(token_ids) if type(token_id) is not int)
+            raise InvalidRequest(f"{path}[{i}]: expected a token id", param=f"{path}[{i}]")
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._card.vocab_size:
+            for i, token_id in enumerate(token_ids):
+                check_token_id(token_id, self._card, f"{path}[{i}]")
+        return tuple(token_ids)
+
     def _check_length(self, num_chars: int, path: str) -> None:
         """Refuses a text that is too long whatever its tokens are, before it is tokenized."""
         least = num_chars // self._tokenizer.max_token_chars
@@ -91,23 +102,18 @@ class PromptReader:
                 param=path,
             )
 
-    def _check_count(self, count: int, path: str, things: str) -> None:
-        """Each is at least one token."""
-        if count > self._card.max_model_len:
-            raise ContextTooLong(
-                f"{path}: {count} {things} are over the model's context of {self._card.max_model_len} tokens",
-                param=path,
-            )
-
     def _token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
-        self._check_count(len(token_ids), path, "tokens")
-        for i, token_id in enumerate(token_ids):
-            if type(token_id) is not int:
-                raise InvalidRequest(f"{path}[{i}]: expected a token id", param=f"{path}[{i}]")
-            check_token_id(token_id, self._card, f"{path}[{i}]")
-        return tuple(token_ids)
+        return self.token_ids(token_ids, path)
+
+
+def check_count(count: int, card: ModelCard, path: str, things: str) -> None:
+    """Refuses more things than fit the context, each being a token at least. Raises ContextTooLong."""
+    if count > card.max_model_len:
+        raise ContextTooLong(
+            f"{path}: {count} {things} are over the model's context of {card.max_model_len} tokens", param=path
+        )
 
 
 def _guarded(chat: list[ChatMessage]) -> list[ChatMessage]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, ClassVar
 
 from cluster.errors import InvalidRequest
-from gateway.bounds import check_token_id
-from gateway.frontend import INLINE_CHARS, Frontend, ServedModel
+from gateway.frontend import Frontend, ServedModel
 from gateway.prompts import PromptReader, TokenIds
 from gateway.protocol import MAX_MESSAGES, Body, Integers, Messages
 from gateway.tools import read_tools
-
-INLINE_TOKENS = INLINE_CHARS // 4
 
 
 class TokenizeRequest(Body):
@@ -42,20 +38,13 @@ async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedMod
         raise InvalidRequest("prompt: expected a prompt or messages, and not both", param="prompt")
     if body.messages is not None and body.add_special_tokens is not None:
         raise InvalidRequest("add_special_tokens: the chat template adds them", param="add_special_tokens")
-    size = len(body.prompt) if body.prompt is not None else len(str(body.messages)) + len(str(body.tools))
-    if size < INLINE_CHARS:
-        return model, _tokenize(model, body)
-    return model, await asyncio.to_thread(_tokenize, model, body)
+    return model, await frontend.worker.run(body.num_bytes, _tokenize, model, body)
 
 
 async def detokenize(frontend: Frontend, body: DetokenizeRequest) -> str:
     """The text of the ids, special tokens included. Raises InvalidRequest or ModelNotFound."""
     model = frontend.route(body.model)
-    for i, token_id in enumerate(body.tokens):
-        check_token_id(token_id, model.card, f"tokens[{i}]")
-    if len(body.tokens) < INLINE_TOKENS:
-        return model.tokenizer.decode(body.tokens)
-    return await asyncio.to_thread(model.tokenizer.decode, body.tokens)
+    return await frontend.worker.run(body.num_bytes, _detokenize, model, body)
 
 
 def tokenize_body(model: ServedModel, token_ids: TokenIds, *, with_strings: bool) -> dict[str, Any]:
@@ -74,3 +63,7 @@ def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
     if body.messages is not None:
         return reader.chat(body.messages, tools=read_tools(body.tools))
     return reader.text(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens is not False)
+
+
+def _detokenize(model: ServedModel, body: DetokenizeRequest) -> str:
+    return model.tokenizer.decode(PromptReader(model.card, model.tokenizer).token_ids(body.tokens, "tokens"))

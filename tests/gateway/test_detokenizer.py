@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CheckpointError, InvalidRequest
-from gateway.detokenizer import Detokenizer
+from gateway.detokenizer import Detokenizer, detokenize
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
 from tests.gateway.doubles import model_card, write_tokenizer
@@ -70,6 +70,7 @@ def test_any_ids_at_all(tokenizer: HuggingFaceTokenizer, ids: list[int]) -> None
     shown = [i for i in ids if i not in tokenizer.special_ids and i < tokenizer.vocab_size]
     whole = tokenizer.decode(shown)
     streamed = "".join(pieces(tokenizer, ids))
+    assert detokenize(tokenizer, ids) == whole
     assert streamed.replace("\ufffd", "") == whole.replace("\ufffd", "")
     if len(shown) < 32:
         assert streamed == whole

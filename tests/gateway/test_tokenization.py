@@ -62,11 +62,20 @@ def test_messages_to_the_tokens_that_a_chat_would_have(url: str, coordinator: Sc
         ("/detokenize", {"tokens": [5, 320]}, 400, "tokens[1]"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
         ("/detokenize", {"tokens": [True]}, 400, "tokens[0]"),
+        ("/detokenize", {"tokens": [5] * 257}, 400, "tokens"),
     ],
 )
 def test_what_is_wrong_is_named(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
     answer = httpx.post(url + path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_no_more_ids_than_the_context_has_become_text(url: str) -> None:
+    """Two million were taken, and looked at one by one on the event loop."""
+    assert httpx.post(url + "/detokenize", json={"tokens": [40] * 256}).status_code == 200
+    error = httpx.post(url + "/detokenize", json={"tokens": [40] * 100_000}).json()["error"]
+    assert error["message"] == "tokens: 100000 tokens are over the model's context of 256 tokens"
+    assert httpx.post(url + "/detokenize", json={"tokens": []}).json() == {"prompt": ""}
 
 
 def test_load_counts_what_is_being_answered(url: str) -> None:
