@@ -42,6 +42,7 @@ class EngineConfig(_Frozen):
     max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429 to those who hold most
     prefix_caching: bool = True
     grammar_timeout_s: float = Field(10.0, gt=0)  # to compile a schema that may be costly; past it 400
+    grammar_token_timeout_s: float = Field(1.0, gt=0)  # CPU time to find which tokens may come next; past it 400
     grammar_cache_mib: int = Field(256, ge=1)  # compiled grammars kept, the least recently used leave first
     # Parts of a step that take turns computing and waiting. auto: 2 where every process has a GPU of its own, else 1.
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=3)] = "auto"

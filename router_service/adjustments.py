@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.errors import InvalidRequest
 from cluster.messages import Request, SamplingParams
 
 _IDS_AT_ONCE = 2048  # are counted before other threads get their turn
@@ -36,11 +37,11 @@ class Adjustments:
     __slots__ = ("_num_counted", "_output_counts", "_sampling", "bias", "bias_ids", "divisors", "penalties", "stop_ids")
 
     def __init__(self, request: Request, vocab_size: int) -> None:
-        """Counts the request's tokens, 32,000 in about a millisecond. Raises IndexError for ids past the vocabulary."""
+        """Counts the request's tokens, 32,000 in about a millisecond. Raises InvalidRequest for ids past them all."""
         self._sampling = sampling = request.sampling
-        self.bias_ids = _ids([token_id for token_id, _ in sampling.logit_bias], vocab_size)
+        self.bias_ids = _ids("logit_bias", [token_id for token_id, _ in sampling.logit_bias], vocab_size)
         self.bias = np.array([bias for _, bias in sampling.logit_bias], np.float32)
-        self.stop_ids = _ids(sampling.stop_token_ids, vocab_size)
+        self.stop_ids = _ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
         # float32 [V], 1 for tokens that have not been seen; None: no repetition penalty.
         self.divisors = None if sampling.repetition_penalty == 1.0 else np.ones(vocab_size, np.float32)
         # float32 [V], what is taken off; None: no such penalties.
@@ -73,9 +74,9 @@ class Adjustments:
             self.penalties[used] = presence + frequency * counts
 
 
-def _ids(token_ids: Seq[int], vocab_size: int) -> NDArray[np.int64]:
+def _ids(param: str, token_ids: Seq[int], vocab_size: int) -> NDArray[np.int64]:
     """Checked: rows of a batch are changed as one, and an id past its own row would reach the next."""
     ids = np.array(token_ids, np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise IndexError(f"token ids must be below {vocab_size}, got {ids.min()} to {ids.max()}")
+        raise InvalidRequest(f"{param}: a token id is not in the vocabulary of {vocab_size}", param)
     return ids

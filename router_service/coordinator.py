@@ -129,6 +129,7 @@ class Coordinator:
         self._grammars = GrammarCompiler(
             GrammarVocabulary(directory, checkpoint.layout, architecture.vocab_size, architecture.eos_token_ids),
             timeout_s=engine.grammar_timeout_s,
+            token_timeout_s=engine.grammar_token_timeout_s,
             cache_bytes=engine.grammar_cache_mib * 2**20,
         )
         self._engine.start()

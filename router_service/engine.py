@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from itertools import compress
 from typing import cast
 
 import torch
@@ -35,7 +36,7 @@ from router_service.adjustments import Adjustments
 from router_service.grammar import GrammarState
 from router_service.model_runner import ModelRunner
 from router_service.pooling import embedding
-from router_service.sampler import NOT_FINITE, Sampler
+from router_service.sampler import NOT_FINITE, NOT_READY, Sampler
 from router_service.scheduler import Batch, Scheduler
 from router_service.sequence import Sequence
 from router_service.step_failures import check_device, is_out_of_memory, not_finite, told
@@ -157,6 +158,7 @@ class Engine:
     def step(self) -> None:
         """Schedule → forward → sample → update → deliver. Raises what leaves the engine's state in doubt."""
         self._expire()
+        self._fail_beyond_grammar()
         batch = self._schedule()
         if not batch:
             return
@@ -183,10 +185,15 @@ class Engine:
         sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
         results = self._sample(output.logits, sampled)
         failures = self._failures(output.not_finite, zip(sampled, results, strict=True))
-        if failures:
-            batch = [scheduled for scheduled in batch if scheduled.sequence not in failures]
-            results = [result for sequence, result in zip(sampled, results, strict=True) if sequence not in failures]
-            sampled = [sequence for sequence in sampled if sequence not in failures]
+        late = {sequence for sequence, result in zip(sampled, results, strict=True) if _is_late(result)}
+        if failures or late:
+            batch = [
+                scheduled.without_last() if scheduled.sequence in late else scheduled
+                for scheduled in batch
+                if scheduled.sequence not in failures
+            ]
+            kept = [sequence not in failures and sequence not in late for sequence in sampled]
+            results, sampled = list(compress(results, kept)), list(compress(sampled, kept))
         tokens = cast("list[_Sampled]", results)  # what was raised is among the failures
         failures |= self.scheduler.update(batch, [token_id for token_id, _ in tokens])
         self._emit(batch, sampled, [logprobs for _, logprobs in tokens], failures)
@@ -337,6 +344,8 @@ class Engine:
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
+            if sequence.grammar is not None:
+                sequence.grammar.cancel()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -350,6 +359,16 @@ class Engine:
             self._abort(sequence.request.key)
             events.append((sequence.request.key, error))
         self._tell(events)
+
+    def _fail_beyond_grammar(self) -> None:
+        """End sequences that cannot go on within their grammars."""
+        stuck = [
+            (sequence, sequence.grammar.error)
+            for sequence in self._sequences.values()
+            if sequence.grammar is not None and sequence.grammar.error is not None
+        ]
+        if stuck:
+            self._fail(stuck)
 
     def _emit(
         self,
@@ -365,10 +384,6 @@ class Engine:
             if sequence in failures:
                 continue
             key = sequence.request.key
-            if sequence.grammar is not None and sequence.grammar.error is not None:
-                self._abort(key)
-                events.append((key, sequence.grammar.error))
-                continue
             try:
                 events.append((key, self._result(sequence, logprob)))
             except Exception as error:
@@ -400,6 +415,10 @@ class Engine:
             for key, _ in events:
                 self._abort(key)
             self._deliver([(key, item if isinstance(item, MantaError) else told(error)) for key, item in events])
+
+
+def _is_late(result: _Sampled | Exception) -> bool:
+    return not isinstance(result, Exception) and result[0] == NOT_READY
 
 
 def _check_token_ids(request: Request, vocab_size: int) -> None:

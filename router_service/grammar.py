@@ -1,83 +1,135 @@
 """Where a sequence is in its grammar, and which tokens may come next. Knows xgrammar's matcher; compiles nothing.
 
-Shapes: B rows of logits, V vocabulary.
+    step t samples a token ──▶ worker: accept it, find the tokens that may follow ──▶ step t + 1 samples among them
+
+What may follow depends on the tokens only, so a worker finds it out while the model computes. A sequence whose worker
+is late gets no token in a step; the others do.
+
+Shapes: V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, MantaError
 from cluster.messages import Grammar, JsonSchema, Request
+from router_service.grammar_workers import GrammarWorkers
+from router_service.step_failures import told
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
-_MAX_STALL_S = 1.0  # CPU time of one token in one grammar: all other sequences wait for it
+logger = logging.getLogger(__name__)
+
+# What is added to the logits of eight tokens, by the byte of their bits in xgrammar's mask: 0 for those that may come.
+_ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(
+    np.float32
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What comes next: `mask` float32 [V] is added to the logits, None where every token may come."""
+
+    mask: NDArray[np.float32] | None = None
+    error: MantaError | None = None  # the sequence cannot go on
 
 
 class GrammarState:
-    """The grammar of one sequence. `error` is set once the sequence cannot go on."""
+    """The grammar of one sequence. Its methods are called on one thread, once it is made."""
 
-    __slots__ = ("_matcher", "_param", "error")
+    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_vocab_size", "_work", "_workers")
 
-    def __init__(self, compiled: CompiledGrammar, request: Request) -> None:
-        """Takes up after `request.output_token_ids`."""
-        from xgrammar import GrammarMatcher  # slow to import
+    def __init__(self, compiled: CompiledGrammar, request: Request, workers: GrammarWorkers) -> None:
+        """Takes up after `request.output_token_ids`; this may take long, so it is made in a thread."""
+        from xgrammar import GrammarMatcher, allocate_token_bitmask  # slow to import
 
         assert request.grammar is not None
+        self._compiled = compiled
         self._matcher = GrammarMatcher(compiled)
+        self._vocab_size = compiled.tokenizer_info.vocab_size
+        self._bitmask = allocate_token_bitmask(1, self._vocab_size)  # on the CPU
         self._param = param(request.grammar)
-        self.error: InvalidRequest | None = None
-        for token_id in request.output_token_ids:
-            self.accept(token_id)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the end of sequence has been accepted."""
-        return bool(self._matcher.is_terminated())
+        self._workers = workers
+        self._work: Future[_Outlook] | None = None
+        self._outlook = self._follow(request.output_token_ids)
 
     def accept(self, token_id: int) -> None:
-        """Go on by one token. One that the grammar does not allow is an error."""
-        if self.error is not None:
-            return
-        started = time.thread_time()
-        if not self._matcher.accept_token(token_id):
-            self.error = InvalidRequest(f"{self._param}: the output cannot go on within the grammar", self._param)
-        self._check_cost(started)
+        """Go on by one token, in a worker. `is_ready` says when that is done."""
+        self._settle(timeout_s=None)
+        self._work = self._workers.submit(self._compiled, lambda: self._follow([token_id]))
 
-    def fill(self, bitmask: torch.Tensor, row: int) -> None:
-        """Set `bitmask[row]` to the tokens that may come next; with none, that is an error and all are."""
-        if self.error is not None:
-            return
-        started = time.thread_time()
-        self._matcher.fill_next_token_bitmask(bitmask, row)
-        if not bitmask[row].any():
-            bitmask[row] = -1
-            self.error = InvalidRequest(f"{self._param}: nothing can satisfy the schema from here on", self._param)
-        self._check_cost(started)
+    def cancel(self) -> None:
+        """Nobody waits for what comes next."""
+        if self._work is not None:
+            self._work.cancel()
 
-    def _check_cost(self, started: float) -> None:
-        if time.thread_time() - started > _MAX_STALL_S:
-            self.error = InvalidRequest(f"{self._param}: the schema takes too long to follow", self._param)
+    def is_ready(self, timeout_s: float = 0.0) -> bool:
+        """Whether the next token can be sampled, waiting for at most so long."""
+        return self._settle(timeout_s) and self._outlook.error is None
+
+    @property
+    def mask(self) -> NDArray[np.float32] | None:
+        """float32 [V] to add to the logits of the next token, -inf where it may not be; None: any may be."""
+        assert self._work is None, "it is ready"
+        return self._outlook.mask
+
+    @property
+    def error(self) -> MantaError | None:
+        """Why the sequence cannot go on, as far as it is known."""
+        self._settle(0.0)
+        return self._outlook.error
+
+    def _settle(self, timeout_s: float | None) -> bool:
+        """Take over what the worker has found. Whether nothing is outstanding."""
+        if self._work is not None:
+            try:
+                self._outlook = self._work.result(timeout_s)
+            except TimeoutError:
+                return False
+            self._work = None
+        return True
+
+    def _follow(self, token_ids: Seq[int]) -> _Outlook:
+        """In a worker: accept tokens, and look what may follow."""
+        try:
+            return self._look(token_ids)
+        except Exception as error:
+            if not isinstance(error, MantaError):
+                logger.exception("%s could not be followed", self._param)
+            return _Outlook(error=told(error))
+
+    def _look(self, token_ids: Seq[int]) -> _Outlook:
+        """Raises InvalidRequest."""
+        started = time.thread_time()
+        for token_id in token_ids:
+            if not self._matcher.accept_token(token_id):
+                raise self._wrong("the output cannot go on within the grammar")
+        if self._matcher.is_terminated():
+            return _Outlook()
+        is_bound = self._matcher.fill_next_token_bitmask(self._bitmask)
+        seconds = (time.thread_time() - started) / max(1, len(token_ids))
+        self._workers.note_cost(self._compiled, seconds)
+        if seconds > self._workers.token_timeout_s:
+            raise self._wrong("the schema takes too long to follow")
+        bits = self._bitmask.numpy().view(np.uint8)[0]  # [V / 8]
+        if not bits.any():
+            raise self._wrong("nothing can satisfy the schema from here on")
+        return _Outlook(_ADDED[bits].reshape(-1)[: self._vocab_size] if is_bound else None)
+
+    def _wrong(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"{self._param}: {what}", self._param)
 
 
 def param(grammar: Grammar) -> str:
     """The field of the client's request that the grammar comes from."""
     return grammar.param if isinstance(grammar, JsonSchema) else "tools"
-
-
-def mask(logits: torch.Tensor, rows: Seq[int], states: Seq[GrammarState]) -> None:
-    """Change `logits` [B, V] in place: -inf for every token that the grammar of its row does not allow."""
-    from xgrammar import allocate_token_bitmask, apply_token_bitmask_inplace
-
-    bitmask = allocate_token_bitmask(len(rows), logits.shape[1])  # [rows, V / 32] on the CPU, all allowed
-    for index, state in enumerate(states):
-        state.fill(bitmask, index)
-    masked = logits[list(rows)]
-    apply_token_bitmask_inplace(masked, bitmask.to(logits.device))
-    logits[list(rows)] = masked

@@ -8,9 +8,7 @@ The two kinds have a thread each, so a hostile schema delays only other costly o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from router_service.grammar_cost import begins, is_plain
 from router_service.grammar_format import schema_tags, schemas, structural_tag
 from router_service.grammar_trial import TrialProcess
 from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
+from router_service.grammar_workers import GrammarWorkers, yield_to_others
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
@@ -35,7 +34,10 @@ _START_S = 60.0  # and this long besides: xgrammar is imported when it is first 
 class GrammarCompiler:
     """Owns the cache. Its methods are called on one event loop; `close` from any thread."""
 
-    def __init__(self, vocabulary: GrammarVocabulary, *, timeout_s: float, cache_bytes: int) -> None:
+    def __init__(
+        self, vocabulary: GrammarVocabulary, *, timeout_s: float, token_timeout_s: float, cache_bytes: int
+    ) -> None:
+        """`timeout_s` is for compiling, `token_timeout_s` of CPU time for following by one token."""
         self._vocabulary = vocabulary
         self._timeout_s = timeout_s
         self._cache_bytes = cache_bytes
@@ -43,8 +45,9 @@ class GrammarCompiler:
         self._cache: OrderedDict[Grammar, tuple[int, CompiledGrammar | MantaError]] = OrderedDict()
         self._pending: dict[Grammar, asyncio.Task[CompiledGrammar | MantaError]] = {}
         self._trial = TrialProcess(vocabulary, timeout_s)
-        self._plain = ThreadPoolExecutor(1, "grammar", initializer=_yield_to_others)
-        self._costly = ThreadPoolExecutor(1, "grammar-trial", initializer=_yield_to_others)
+        self._plain = ThreadPoolExecutor(1, "grammar", initializer=yield_to_others)
+        self._workers = GrammarWorkers(token_timeout_s)
+        self._costly = ThreadPoolExecutor(1, "grammar-trial", initializer=yield_to_others)
         self._info: TokenizerInfo | None = None
         self._info_lock = threading.Lock()
 
@@ -60,12 +63,13 @@ class GrammarCompiler:
             raise InvalidRequest(compiled.message, compiled.param)
         if isinstance(compiled, MantaError):
             raise compiled
-        return await asyncio.to_thread(GrammarState, compiled, request)
+        return await asyncio.to_thread(GrammarState, compiled, request, self._workers)
 
     def close(self) -> None:
         """End threads and child."""
         for pool in (self._plain, self._costly):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
         self._trial.close()
 
     async def _compiled(self, grammar: Grammar) -> CompiledGrammar | MantaError:
@@ -130,9 +134,3 @@ class GrammarCompiler:
             if self._info is None:
                 self._info = self._vocabulary.tokenizer_info()
             return self._info
-
-
-def _yield_to_others() -> None:
-    """This thread runs when engine and experts leave it time."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

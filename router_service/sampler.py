@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 from cluster.messages import TokenLogprobs
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.draw import draw, uniform
-from router_service.grammar import mask
 from router_service.logprobs import token_logprobs
 from router_service.sequence import Sequence
 
 NOT_FINITE = -1
+NOT_READY = -2
+_GRACE_S = 0.001  # all grammars of a step together are waited for
 _ROWS_AT_ONCE = 4  # are drawn on a CPU: what they need stays in its cache, and memory is not asked for anew each time
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
 
@@ -38,11 +40,13 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
         """A token id and, where asked for, its log-probabilities for each row of `logits` [B, V] (fp32).
 
-        The id is NOT_FINITE for a row that holds NaN or infinity: no token can be told from it. A row's result does
-        not depend on the others, so any part of a batch may be sampled again by itself.
+        The id is NOT_FINITE for a row that holds NaN or infinity: no token can be told from it. It is NOT_READY where a
+        grammar does not say in time which tokens may come: sample the row in a later step. A row's result does not
+        depend on the others, so any part of a batch may be sampled again by itself.
         """
+        late = _late(sequences)
         raw = logits
-        logits = self._adjust(logits, sequences)
+        logits = self._adjust(logits, sequences, late)
         drawn = [
             row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature >= _GREEDY_BELOW
         ]
@@ -53,18 +57,24 @@ class Sampler:
             if drawn:
                 chosen[drawn] = _draw(logits[drawn], [sequences[row] for row in drawn])
         logprobs = _logprobs(raw, chosen, sequences)
+        if late:
+            chosen[late] = NOT_READY
         token_ids: list[int] = chosen.where(raw.sum(dim=-1).isfinite(), NOT_FINITE).tolist()
         return token_ids, logprobs
 
-    def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence], late: list[int]) -> torch.Tensor:
         """`logits` with penalties, biases, grammars and the masks of `min_tokens`, in this order."""
         adjusted = {
             row: _adjustments(sequence, logits.shape[1])
             for row, sequence in enumerate(sequences)
             if has_adjustments(sequence.request.sampling)
         }
-        states = {row: state for row, sequence in enumerate(sequences) if (state := sequence.grammar) is not None}
-        if not adjusted and not states:
+        masks = {
+            row: mask
+            for row, sequence in enumerate(sequences)
+            if sequence.grammar is not None and row not in late and (mask := sequence.grammar.mask) is not None
+        }
+        if not adjusted and not masks:
             return logits
         logits = logits.clone(memory_format=torch.contiguous_format)
         _penalise(logits, adjusted)
@@ -72,8 +82,9 @@ class Sampler:
         biases = [one.bias for one in adjusted.values()]
         if any(len(bias) for bias in biases):
             logits.view(-1).index_add_(0, _joined(ids, logits), _joined(biases, logits))
-        if states:
-            mask(logits, list(states), list(states.values()))
+        if masks:
+            rows = list(masks)
+            logits[rows] = logits[rows].add_(_stacked(list(masks.values()), logits))
         self._hold_open(logits, sequences, adjusted)
         return logits
 
@@ -102,6 +113,16 @@ class Sampler:
             is_over = logits[constrained].amax(dim=-1) == float("-inf")
             for place in is_over.nonzero()[:, 0].tolist():
                 logits[constrained[place]] = before[place]
+
+
+def _late(sequences: Seq[Sequence]) -> list[int]:
+    """Rows whose grammar does not say yet which tokens may come."""
+    deadline = time.monotonic() + _GRACE_S
+    return [
+        row
+        for row, sequence in enumerate(sequences)
+        if sequence.grammar is not None and not sequence.grammar.is_ready(max(0.0, deadline - time.monotonic()))
+    ]
 
 
 def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:

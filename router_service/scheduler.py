@@ -8,7 +8,7 @@ came last gives all of its blocks back and is computed again later (preemption b
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router_service.block_manager import BlockManager
 from router_service.sequence import Sequence
@@ -27,6 +27,10 @@ class ScheduledSequence:
     def samples(self) -> bool:
         """Whether the step reaches the last known token, so that a new one can be sampled."""
         return self.is_complete and self.sequence.request.pooling is None
+
+    def without_last(self) -> ScheduledSequence:
+        """The same but for the last token, which is then computed again: no token was sampled from it."""
+        return replace(self, num_tokens=self.num_tokens - 1)
 
     @property
     def embeds(self) -> bool:

@@ -81,9 +81,9 @@ class Sequence:
     def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Add a sampled token and decide whether the sequence ends with it."""
         self.token_ids.append(token_id)
-        if self.grammar is not None:
-            self.grammar.accept(token_id)
         self.check_finished(eos_token_ids, max_model_len)
+        if self.grammar is not None and self.finish_reason is None:
+            self.grammar.accept(token_id)
 
     def check_finished(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Set `finish_reason` when the last output token ends the sequence. A resumed one may have ended already."""
@@ -91,7 +91,8 @@ class Sequence:
             return
         token_id = self.token_ids[-1]
         sampling = self.request.sampling
-        closed = self.grammar is not None and self.grammar.is_complete  # whatever min_tokens and ignore_eos say
+        # A grammar lets an end come only where it is complete, whatever min_tokens and ignore_eos say.
+        closed = self.grammar is not None and token_id in eos_token_ids
         if closed or (
             self.num_output_tokens >= sampling.min_tokens
             and (token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos))

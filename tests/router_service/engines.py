@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,18 @@ from router_service.engine import Engine, Event
 from router_service.grammar import GrammarState
 from router_service.grammar_format import structural_tag
 from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
+from router_service.grammar_workers import GrammarWorkers
 from router_service.sequence import Sequence
+
+WORKERS = GrammarWorkers(token_timeout_s=1.0)
+
+
+def follow(state: GrammarState, token_ids: Iterable[int]) -> None:
+    """Go on by these tokens, as far as the grammar goes."""
+    for token_id in token_ids:
+        state.accept(token_id)
+        if not state.is_ready(timeout_s=60.0):
+            break
 
 
 class Bench:
@@ -65,7 +77,7 @@ class Bench:
         if request.grammar not in self.grammars:
             compiler = new_compiler(self.vocabulary.tokenizer_info())
             self.grammars[request.grammar] = compile_tag(compiler, structural_tag(request.grammar))
-        return GrammarState(self.grammars[request.grammar], request)
+        return GrammarState(self.grammars[request.grammar], request, WORKERS)
 
     def run(self, *requests: Request) -> list[list[int]]:
         """Add the requests and step until the engine is idle. Returns the output token ids of each."""

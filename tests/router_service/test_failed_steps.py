@@ -202,7 +202,7 @@ def test_log_probabilities_end_whoever_asks_for_them(directory, alone, monkeypat
     scene.fails({"shaped"}, alone)
 
 
-@pytest.mark.parametrize("call", ["accept", "fill"])
+@pytest.mark.parametrize("call", ["accept", "is_ready", "_look"])
 def test_a_grammar_ends_the_sequence_that_follows_it(directory, alone, monkeypatch, call):
     scene = Scene(directory)
     Fault(monkeypatch, GrammarState, call, always=True)

@@ -18,7 +18,7 @@ from gateway.tokenizer import HuggingFaceTokenizer
 from gateway.tools_reader import SpelledCallReader
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
-from tests.router_service.engines import Bench, cut_by
+from tests.router_service.engines import Bench, cut_by, follow
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import BOUNDED, WEATHER, as_schema
 
@@ -103,11 +103,9 @@ def test_a_model_with_a_token_for_calls_may_speak_before_them(bench, tokenizer):
     marker = 0  # any special token
     grammar = tools(required=False, parallel=False, tokens=ToolTokens(calls=marker))
     state = bench.grammar_state(make_request(prompt(), grammar=grammar))
-    for token_id in [*tokenizer.encode("Hello", add_special_tokens=False), marker]:
-        state.accept(token_id)
+    follow(state, [*tokenizer.encode("Hello", add_special_tokens=False), marker])
     assert state.error is None
-    for token_id in tokenizer.encode(" Hello", add_special_tokens=False):
-        state.accept(token_id)
+    follow(state, tokenizer.encode(" Hello", add_special_tokens=False))
     assert state.error is not None
 
 
@@ -154,8 +152,7 @@ def test_text_before_spelled_calls_is_free_and_one_call_is_all_without_parallel_
     call = '[TOOL_CALLS]weather[ARGS]{"ville": "Paris", "days": 3}'
     for text, fits in ((f"Well. {call}", True), ("Well.", True), (call + call, False), ("[TOOL_CALLS]x[ARGS]", False)):
         state = bench.grammar_state(make_request(prompt(), grammar=grammar))
-        for token_id in [*tokenizer.encode(text, add_special_tokens=False), EOS]:
-            state.accept(token_id)
+        follow(state, [*tokenizer.encode(text, add_special_tokens=False), EOS])
         assert (state.error is None) == fits, text
 
 
@@ -163,10 +160,9 @@ def test_text_before_spelled_calls_is_free_and_one_call_is_all_without_parallel_
 def test_text_is_free_when_calls_are_not_required(bench, tokenizer, text):
     request = make_request(prompt(), grammar=tools(required=False))
     state = bench.grammar_state(request)
-    for token_id in [*tokenizer.encode(text, add_special_tokens=False), EOS]:
-        state.accept(token_id)
+    follow(state, [*tokenizer.encode(text, add_special_tokens=False), EOS])
     assert state.error is None
-    assert state.is_complete
+    assert state.mask is None, "it has ended"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +182,7 @@ def test_text_is_free_when_calls_are_not_required(bench, tokenizer, text):
 )
 def test_what_a_schema_allows(bench, tokenizer, schema, text, fits):
     state = bench.grammar_state(make_request(prompt(), grammar=as_schema(schema)))
-    for token_id in [*tokenizer.encode(text, add_special_tokens=False), EOS]:
-        state.accept(token_id)
+    follow(state, [*tokenizer.encode(text, add_special_tokens=False), EOS])
     assert (state.error is None) == fits
 
 
@@ -196,8 +191,7 @@ def test_what_a_schema_allows(bench, tokenizer, schema, text, fits):
 def test_text_that_begins_as_a_call_must_be_one(bench, tokenizer, text, may_call):
     grammar = tools(required=False) if may_call else tools(required=False, tools=())
     state = bench.grammar_state(make_request(prompt(), grammar=grammar))
-    for token_id in [*tokenizer.encode(text, add_special_tokens=False), EOS]:
-        state.accept(token_id)
+    follow(state, [*tokenizer.encode(text, add_special_tokens=False), EOS])
     assert isinstance(state.error, InvalidRequest)
 
 

@@ -29,7 +29,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiler(vocabulary):
-    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, cache_bytes=2**24)
+    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=2**24)
     yield compiler
     compiler.close()
 
@@ -149,7 +149,7 @@ def test_a_killed_trial_process_is_started_again(compiler):
 
 
 def test_the_cache_is_bounded_by_bytes(vocabulary):
-    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, cache_bytes=200_000)
+    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=200_000)
 
     async def scenario():
         for i in range(30):
@@ -163,7 +163,7 @@ def test_the_cache_is_bounded_by_bytes(vocabulary):
 
 
 def test_past_the_bound_of_pending_grammars_more_are_refused(vocabulary):
-    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, cache_bytes=2**20)
+    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=2**20)
 
     async def scenario():
         results = await asyncio.gather(
@@ -176,7 +176,7 @@ def test_past_the_bound_of_pending_grammars_more_are_refused(vocabulary):
 
 
 def test_closing_leaves_no_process(vocabulary):
-    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, cache_bytes=2**20)
+    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=2**20)
     asyncio.run(state(compiler, as_schema({"type": "string", "pattern": "^a{3}$"})))
     child = psutil.Process(compiler._trial._process.pid)
     compiler.close()

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from cluster.errors import InvalidRequest
 from router_service.draw import uniform
 from router_service.logprobs import top
 from router_service.sampler import NOT_FINITE, Sampler
@@ -163,7 +164,7 @@ def test_an_id_past_the_vocabulary_fails_its_own_row_only():
     rows, sampler = torch.zeros(2, 4), Sampler(frozenset())
     wrong, fine = make_sequence([1], logit_bias=((5, 9.0),)), make_sequence([1])
     for batch in ([wrong, fine], [wrong]):
-        with pytest.raises(IndexError, match="below 4"):
+        with pytest.raises(InvalidRequest, match="vocabulary of 4"):
             sampler(rows[: len(batch)], batch)
     assert sampler(rows[1:], [fine])[0] == [0]
 
