@@ -87,7 +87,7 @@ class LaneServer:
         self._fingerprint = fingerprint
         self._pool = BufferPool(shape.dtype, shape.hidden, pinned=pinned)
         self._queue: deque[RowsFrame] = deque()
-        self._guests: dict[int, _Guest] = {}
+        self._guests: dict[int, _Guest] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
         self._interest: dict[int, int] = {}
         self._draining = self._stopping = self._running = False
@@ -263,11 +263,13 @@ class LaneServer:
                 self._epoll.modify(descriptor, 0)
             self._accept_again_at = time.monotonic() + 1.0
             return
-        if len(self._guests) >= MAX_GUESTS or len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= MAX_CONNECTIONS:
             self._refused += 1
             self._warn("too many peers at once; refused one")
             channel.close()
             return
+        if len(self._guests) >= MAX_GUESTS:  # a coordinator needs a moment; who says nothing would keep others out
+            self._refuse(next(iter(self._guests)), "too many peers at once; refused the one that has waited longest")
         channel.setblocking(False)
         self._guests[channel.fileno()] = _Guest(tuned(channel), Welcome(self._secret, self._fingerprint))
         self._epoll.register(channel.fileno(), _READ)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from experts_service.frame import ANSWER, HEAD_BYTES, FrameError, RowsFormat, answer_head, refusal_head
+from experts_service.handshake import TIMEOUT_S
 from experts_service.lane_address import LaneAddress, connect
 from experts_service.lane_batch import run_as_one
 from experts_service.lane_link import WAIT_S, Ask, Link, LinkLost
-from experts_service.lane_server import LaneServer
+from experts_service.lane_server import MAX_GUESTS, LaneServer
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import (
     ELSEWHERE,
@@ -332,6 +334,29 @@ def test_slow_and_stalled_peers_delay_nobody() -> None:
         for peer in (stalled, deaf, guest):
             peer.close()
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+
+
+@pytest.mark.parametrize("node", [HERE, ELSEWHERE])
+def test_peers_that_say_nothing_keep_no_coordinator_out(node: str) -> None:
+    """While 64 connections were open that nobody used, a shard refused every new coordinator, for five seconds each."""
+    rows, experts = batch(5)
+    with shards(node) as running:
+        servers = [running.start("0a", 0), running.start("1a", 1)]
+        first = Dispatcher(GROUPS, running.transport())
+        assert torch.equal(ask(first, rows, experts), expected(rows, experts))
+        addresses = [LaneAddress(str(server.path), "127.0.0.1", server.port, node, "") for server in servers]
+        with ExitStack() as silent:
+            guests = [silent.enter_context(connect(addresses[i % 2], HERE, 1.0)) for i in range(2 * 2 * MAX_GUESTS)]
+            started = time.monotonic()
+            second = Dispatcher(GROUPS, running.transport())
+            assert torch.equal(ask(second, rows, experts), expected(rows, experts))
+            assert time.monotonic() - started < TIMEOUT_S / 2, "no silent peer was waited for"
+            assert torch.equal(ask(first, rows, experts), expected(rows, experts)), "it has proved itself"
+            assert guests[0].recv(1) == b"", "the oldest had to go"
+            guests[-1].setblocking(False)
+            with pytest.raises(BlockingIOError):
+                guests[-1].recv(1)
+        assert all(server.stats().refused >= MAX_GUESTS for server in servers)
 
 
 def test_a_peer_that_leaves_takes_its_frames_with_it() -> None:
