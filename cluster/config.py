@@ -167,7 +167,7 @@ class GatewayConfig(_Frozen):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of all bodies that wait for an answer; past it 429
     body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
-    # A stream without a token for so long gets a comment, so that no proxy takes it for dead.
+    # A stream without a token for so long gets a comment, so that no proxy takes it for dead. Over gRPC: HTTP/2 pings.
     keepalive_s: float = Field(15.0, gt=0)
     max_choices: int = Field(16, ge=1)  # n × prompts of one request
     max_embedding_inputs: int = Field(256, ge=1)  # of one request

@@ -9,7 +9,7 @@ from cluster.config import GatewayConfig
 
 # What Serve's proxies, which are given no configuration of ours, need of the gateway's: JSON.
 DOORS = "MANTA_GATEWAY"
-_OF_PROXIES = {"host", "api_keys_file", "max_body_bytes", "max_bytes_received", "body_timeout_s"}
+_OF_PROXIES = {"host", "api_keys_file", "max_body_bytes", "max_bytes_received", "body_timeout_s", "keepalive_s"}
 
 # Token authentication, no usage reports, and our guard before Serve's own code.
 BASE = {

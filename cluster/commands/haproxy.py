@@ -11,6 +11,9 @@ all, so it is this user's only, and so is the folder that it lies in with the co
 
 All clients' RPCs shared a few connections to a replica. Where one of those ends, for whatever a client did, all streams
 on it end. So each connection of a client has one of its own behind it.
+
+A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
+its own, so it has TCP look after the clients: what only passes packets on sees some.
 """
 
 import contextlib
@@ -51,6 +54,7 @@ def main() -> None:
         if flag == "-f":
             _close_to_others(Path(value))
             part_clients(Path(value))
+            _keep_alive(Path(value))
             _replace_error_page(Path(value))
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])
@@ -73,6 +77,12 @@ def part_clients(config: Path) -> None:
         return f"{head}\n    http-reuse never\n{_REUSE.sub('', rest)}"
 
     config.write_text(_BACKEND.sub(parted, config.read_text()))
+
+
+def _keep_alive(config: Path) -> None:
+    """The clients' connections of every door."""
+    options = "".join(f"    {option}\n" for option in ("option clitcpka", "clitcpka-idle 15s", "clitcpka-intvl 15s"))
+    config.write_text(config.read_text().replace("\ndefaults\n", f"\ndefaults\n{options}"))
 
 
 def _replace_error_page(config: Path) -> None:

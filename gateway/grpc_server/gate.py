@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -19,23 +20,33 @@ from google.protobuf.message import DecodeError
 
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge, RequestCancelled
+from cluster.fairness import is_refused
 from gateway import chat_pb2
 from gateway.grpc_errors import retry_after, status_of
-from gateway.grpc_guard import identify, traceparent
+from gateway.grpc_guard import identify
 from gateway.grpc_server.slots import ReadSlots
-from gateway.grpc_server.trailers import FittingContext
+from gateway.grpc_server.trailers import FittingContext, fitting_details
 from gateway.grpc_server.wire_bounds import check_parts, parts_of
 from gateway.guard import Guard
-from gateway.logs import RequestRecord, open_record
+from gateway.logs import RequestRecord
 from gateway.metrics import error_name
 
-PUBLIC_READS = 4  # messages at a time of those whose sender nobody knows
-PUBLIC_READ_S = 5.0
+GRACE_S = 2.0  # for a message to arrive while others wait to be read
+PUBLIC_READS = 8  # messages at a time of those whose sender nobody knows
+PUBLIC_READ_S, PUBLIC_GRACE_S = 5.0, 0.1
 PUBLIC_MESSAGE_BYTES = 4096  # a service's name
 INLINE_BYTES = 64 * 1024  # a larger message is taken apart in a thread, so that other streams go on
 
 _SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
 GUARDED = {f"/{_SERVICE.full_name}/{rpc.name}": parts_of(rpc.input_type) for rpc in _SERVICE.methods}
+# Their messages say nothing and are not read: HAProxy takes a replica that is slow to answer out of service.
+EMPTY = frozenset(
+    {
+        "/ray.serve.RayServeAPIService/Healthz",
+        "/ray.serve.RayServeAPIService/ListApplications",
+        "/grpc.health.v1.Health/List",
+    }
+)
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -45,10 +56,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._guard = guard
         self._max_bytes = config.max_body_bytes
         self._max_bytes_of_all = config.max_bytes_received
-        self._num_bytes = 0  # of messages that no answer has been begun for
+        self._held: Counter[str] = Counter()  # bytes by tenant, of messages that no answer has been begun for
         # What is being read is held twice for a moment, by gRPC and as Python's bytes.
-        self._reads = ReadSlots(max(1, config.max_bytes_received // config.max_body_bytes // 2), config.body_timeout_s)
-        self._public_reads = ReadSlots(PUBLIC_READS, PUBLIC_READ_S)
+        num_reads = max(1, config.max_bytes_received // config.max_body_bytes // 2)
+        self._reads = ReadSlots(num_reads, config.body_timeout_s, GRACE_S)
+        self._public_reads = ReadSlots(PUBLIC_READS, PUBLIC_READ_S, PUBLIC_GRACE_S)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -66,62 +78,81 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
         async def answer(_messages: Any, context: Any) -> Any:
-            held = 0
             try:
-                message, held = await self._message(method, handler.request_deserializer, context)
-                return await handler.unary_unary(message, FittingContext(context))
-            finally:
-                self._num_bytes -= held
+                async with self._message(method, handler.request_deserializer, context) as (message, _):
+                    return await handler.unary_unary(message, FittingContext(context))
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(method, context, error)
 
         return answer
 
     def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncGenerator[Any, None]]:
         async def answer(_messages: Any, context: Any) -> AsyncGenerator[Any, None]:
-            held = 0
             try:
-                message, held = await self._message(method, handler.request_deserializer, context)
-                await context.send_initial_metadata(())  # no proxy between waits for the first token in vain
-                async with aclosing(handler.unary_stream(message, FittingContext(context))) as answers:
-                    async for one in answers:
-                        self._num_bytes -= held
-                        held = 0
-                        yield one
-            finally:
-                self._num_bytes -= held
+                async with self._message(method, handler.request_deserializer, context) as (message, release):
+                    await context.send_initial_metadata(())  # no proxy between waits for the first token in vain
+                    async with aclosing(handler.unary_stream(message, FittingContext(context))) as answers:
+                        async for one in answers:
+                            release()
+                            yield one
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(method, context, error)
 
         return answer
 
-    async def _message(self, method: str, deserialize: Callable[[bytes], Any], context: Any) -> tuple[Any, int]:
-        """The RPC's message, and how many bytes of it count as held. Ends the RPC where there is something wrong."""
-        record = open_record(RequestRecord("grpc", method.rpartition("/")[2], traceparent=traceparent(context)))
-        try:
-            if method in GUARDED:
-                return await self._guarded_message(method, deserialize, context)
-            async with self._public_reads.slot(context.peer()):
-                data = await _read(context, PUBLIC_MESSAGE_BYTES)
-            return _parsed(deserialize, data), 0
-        except Exception as error:
-            request_id = f"req-{uuid.uuid4().hex}"
-            status = status_of(error, request_id)
-            record.request_id, record.status, record.error = request_id, status[0].name, error_name(error)
-            record.write()
-            await context.abort(*status, (("x-request-id", request_id), *retry_after(error)))
-            raise AssertionError("an abort ends the RPC") from None
-
-    async def _guarded_message(self, method: str, deserialize: Callable[[bytes], Any], context: Any) -> tuple[Any, int]:
+    @asynccontextmanager
+    async def _message(
+        self, method: str, deserialize: Callable[[bytes], Any], context: Any
+    ) -> AsyncGenerator[tuple[Any, Callable[[], None]], None]:
+        """The RPC's message, and what says that an answer has begun. Raises MantaError."""
+        if method not in GUARDED:
+            yield await self._public_message(method, deserialize, context), lambda: None
+            return
         key = None if self._guard is None else identify(self._guard, context)
-        async with self._reads.slot(context.peer() if key is None else key.id):
+        tenant = context.peer() if key is None else key.id
+        async with self._reads.slot(tenant):
             data = await _read(context, self._max_bytes)
-        if self._num_bytes + len(data) > self._max_bytes_of_all:
+        if is_refused(self._held, tenant, self._max_bytes_of_all - len(data)):
             raise Overloaded("too many large requests are being received; try again later")
-        self._num_bytes += len(data)
+        size = len(data)
+        self._held[tenant] += size
+
+        def release() -> None:
+            nonlocal size
+            self._held[tenant] -= size
+            size = 0
+            if not self._held[tenant]:
+                del self._held[tenant]
+
         try:
-            if len(data) <= INLINE_BYTES:
-                return _checked(method, deserialize, data), len(data)
-            return await asyncio.to_thread(_checked, method, deserialize, data), len(data)
-        except BaseException:
-            self._num_bytes -= len(data)
-            raise
+            if size <= INLINE_BYTES:
+                message = _checked(method, deserialize, data)
+            else:
+                message = await asyncio.to_thread(_checked, method, deserialize, data)
+            del data
+            yield message, release
+        finally:
+            release()
+
+    async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: Any) -> Any:
+        if method in EMPTY:
+            return deserialize(b"")
+        async with self._public_reads.slot(context.peer()):
+            data = await _read(context, PUBLIC_MESSAGE_BYTES)
+        return _parsed(deserialize, data)
+
+
+async def _end(method: str, context: Any, error: Exception) -> None:
+    """With the error's status, a request id and a line in the log. Raises AbortError."""
+    request_id = f"req-{uuid.uuid4().hex}"
+    code, details = status_of(error, request_id)
+    record = RequestRecord("grpc", method.rpartition("/")[2], request_id, code.name, error=error_name(error))
+    record.write()
+    await context.abort(code, fitting_details(details), (("x-request-id", request_id), *retry_after(error)))
 
 
 async def _read(context: Any, max_bytes: int) -> bytes:

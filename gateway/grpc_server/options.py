@@ -6,9 +6,9 @@ from cluster.config import GatewayConfig
 
 MESSAGE_MARGIN_BYTES = 64 * 1024  # so that what is a little too large is answered by us, with a request id
 MAX_STREAMS = 100  # of one connection, as HAProxy allows its clients
-MAX_CONNECTIONS = 4096  # as many as HAProxy has clients, each of which has one of its own
+# Each client of HAProxy, which has 4,096, has one of its own here; while HAProxy starts anew there are two of it.
+MAX_CONNECTIONS = 8192
 MAX_METADATA_BYTES = 16 * 1024  # of a request; HAProxy passes on no more
-KEEPALIVE_S = 15  # a proxy between closes what is silent for a minute or so
 KEEPALIVE_TIMEOUT_S = 20
 
 
@@ -23,10 +23,10 @@ def server_options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         # Else gRPC grows the window of a stream to megabytes, also of a message that nobody reads yet.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+        ("grpc.keepalive_time_ms", int(config.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Clients may do the same.
-        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(config.keepalive_s * 500)),
     ]

@@ -13,19 +13,18 @@ from weakref import WeakValueDictionary
 
 from cluster.errors import BodyTimeout
 
-GRACE_S = 0.25  # for a message to arrive while others wait to be read
-
 
 class ReadSlots:
     """`bound` messages at a time, a quarter of them of one tenant.
 
-    While others wait, as many messages as wait have GRACE_S in all to be complete, from the oldest on: those who are
+    While others wait, as many messages as wait have `grace_s` in all to be complete, from the oldest on: those who are
     slow hold up nobody.
     """
 
-    def __init__(self, bound: int, timeout_s: float) -> None:
+    def __init__(self, bound: int, timeout_s: float, grace_s: float) -> None:
         self._bound = bound
         self._timeout_s = timeout_s
+        self._grace_s = grace_s
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._reading: dict[asyncio.Timeout, float] = {}  # and since when, the oldest first
         self._num_waiting = 0
@@ -67,5 +66,5 @@ class ReadSlots:
     def _hurry(self) -> None:
         for reading, since in islice(self._reading.items(), self._num_waiting):
             when = reading.when()
-            if when is not None and when > since + GRACE_S:
-                reading.reschedule(since + GRACE_S)
+            if when is not None and when > since + self._grace_s:
+                reading.reschedule(since + self._grace_s)

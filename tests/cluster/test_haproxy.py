@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -64,6 +66,18 @@ def test_no_connection_to_a_grpc_server_is_for_two_clients(tmp_path: Path) -> No
     assert config.read_text() == expected
 
 
+@contextmanager
+def running(config: Path) -> Iterator[None]:
+    """`manta-haproxy`, as Serve starts it."""
+    command = [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
 def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_its_users_only(tmp_path: Path) -> None:
     """It was a 500 in plain text, which no client takes for something that another try may mend.
 
@@ -74,8 +88,6 @@ def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_
     config = tmp_path / "haproxy.cfg"
     config.write_text(CONFIG.format(directory=tmp_path, port=port, gone=free_port()))
     (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
-    command = [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     answers: list[httpx.Response] = []
 
     def is_answered() -> bool:
@@ -85,14 +97,11 @@ def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_
             return False
         return True
 
-    try:
+    with running(config):
         wait_for(is_answered, 30, "HAProxy")
         assert stat.S_ISSOCK((tmp_path / "cli").stat().st_mode)
         assert stat.S_IMODE((tmp_path / "cli").stat().st_mode) == 0o600
         assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
-    finally:
-        process.terminate()
-        process.wait(10)
     assert answers[0].status_code == 503
     assert answers[0].headers["retry-after"] == "1"
     assert answers[0].json()["error"]["code"] == "unavailable"

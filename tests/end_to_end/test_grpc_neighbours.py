@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
@@ -11,6 +14,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import chat_pb2, chat_pb2_grpc
+from gateway.watches import MAX_OF_ALL
+from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
 NUM_STREAMS = 12
@@ -99,15 +104,40 @@ def test_no_answer_to_one_client_ends_the_streams_of_others(
     them, and what was repeated in an error's details took up to twelve bytes a character: 8 to 24 calls of anyone,
     without a key, ended 12 of 12 streams."""
     with streams(server.grpc_address) as running:
-        for _ in range(REPEATS):
-            with grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
-                with pytest.raises(grpc.RpcError) as refused:
-                    ask(channel)
-                assert refused.value.code() == code, refused.value.details()
+        codes = Counter(refusal(server.grpc_address, ask) for _ in range(REPEATS))
         before = [stream.num_chunks for stream in running]
         wait_for(
-            lambda: all(stream.num_chunks > count for stream, count in zip(running, before, strict=True)),
+            lambda: all(stream.end or stream.num_chunks > count for stream, count in zip(running, before, strict=True)),
             60,
             "more tokens of every stream",
         )
         assert [stream.end for stream in running] == [None] * NUM_STREAMS
+    assert codes == {code: REPEATS}
+
+
+def refusal(address: str, ask: Callable[[grpc.Channel], None]) -> grpc.StatusCode:
+    with grpc.insecure_channel(address, OWN_CONNECTION) as channel, pytest.raises(grpc.RpcError) as refused:
+        ask(channel)
+    return refused.value.code()
+
+
+def test_watches_of_one_client_take_no_place_of_requests(server) -> None:
+    """Each lasts ten minutes, and to Serve it is a request: with 44 connections of 100 a gateway answered nobody."""
+    senders = [Sender() for _ in range(50)]
+
+    async def watch() -> None:
+        path, nothing = "/grpc.health.v1.Health/Watch", b""
+        await asyncio.gather(*(sender.send(server.grpc_address, path, 100, nothing, stay_s=4) for sender in senders))
+
+    with ThreadPoolExecutor(1) as beside, grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
+        watching = beside.submit(asyncio.run, watch())
+        stub, health = chat_pb2_grpc.MantaStub(channel), health_pb2_grpc.HealthStub(channel)
+        request = chat_pb2.GenerateRequest(
+            model="mistral-tiny", text="Once upon a time", sampling=chat_pb2.Sampling(max_tokens=2)
+        )
+        while not watching.done():
+            assert stub.Generate(request, timeout=30).usage.completion_tokens
+            assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=30)).status
+        watching.result()
+    assert sum(sender.num_bytes for sender in senders) == 50 * 100 * 5
+    assert sum(sender.num_open for sender in senders) <= MAX_OF_ALL

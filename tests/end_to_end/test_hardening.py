@@ -126,7 +126,7 @@ class Listener:
 
     @property
     def on_loopback(self) -> bool:
-        return self.address in ("127.0.0.1", "[::1]", "::1")
+        return self.address in ("127.0.0.1", "[::ffff:127.0.0.1]", "[::1]", "::1")
 
 
 @pytest.fixture(scope="module")

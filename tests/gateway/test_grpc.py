@@ -37,6 +37,13 @@ USER = [chat_pb2.Message(role="user", content="Hello")]
 
 @contextlib.contextmanager
 def grpc_server(frontend: Frontend) -> Iterator[grpc.Channel]:
+    with grpc_address(frontend) as address, grpc.insecure_channel(address) as channel:
+        yield channel
+
+
+@contextlib.contextmanager
+def grpc_address(frontend: Frontend) -> Iterator[str]:
+    """The gRPC door on a real socket, behind the gate as behind Serve."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -53,8 +60,7 @@ def grpc_server(frontend: Frontend) -> Iterator[grpc.Channel]:
 
     server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
     try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
+        yield f"127.0.0.1:{port}"
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(0), loop).result()
         loop.call_soon_threadsafe(loop.stop)

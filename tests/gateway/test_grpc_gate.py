@@ -20,15 +20,16 @@ from cluster.errors import BodyTimeout, InvalidRequest, Overloaded
 from cluster.messages import ModelCard
 from gateway import chat_pb2, chat_pb2_grpc
 from gateway.api_keys import digest, new_key
-from gateway.grpc_server import slots, trailers, wire_bounds
-from gateway.grpc_server.gate import GUARDED
+from gateway.grpc_server import trailers, wire_bounds
+from gateway.grpc_server.gate import GUARDED, Gate
 from gateway.grpc_server.slots import ReadSlots
 from gateway.grpc_server.trailers import FittingContext, fitting_details, fitting_metadata
 from gateway.grpc_server.wire_bounds import check_parts, parts_of
 from gateway.tokenizer import HuggingFaceTokenizer
 from gateway.watches import MAX_OF_ALL, MAX_OF_CALLER, Watches
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
-from tests.gateway.test_grpc import grpc_server
+from tests.gateway.test_grpc import grpc_address, grpc_server
+from tests.raw_http2 import Sender
 
 SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
 NEVER = threading.Event()
@@ -146,7 +147,7 @@ def test_as_many_parts_as_allowed_are_taken_and_the_rest_is_the_parsers() -> Non
     data = request.SerializeToString()
     known = parts_of(chat_pb2.ChatRequest.DESCRIPTOR)
     check_parts(data, known)
-    for cut in range(0, len(data), 997):
+    for cut in range(0, 997, 10):
         check_parts(data[:cut], known)
     with pytest.raises(InvalidRequest, match="messages"):
         check_parts(data + b"\x12\x00", known)
@@ -199,26 +200,38 @@ def test_serve_sees_no_command_of_a_client_and_sends_nothing_that_is_too_long() 
 
 
 def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    """And who fills the room keeps nobody else out of it."""
     coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:], pause_s=0.2))
     config = GatewayConfig(max_body_bytes=2**20, max_bytes_received=2**20)
-    unknown_field = inside(b"\xa2\x06", b"x" * 600_000)
-    with grpc_server(build_frontend(card, coordinator, config)) as channel:
-        chat = channel.unary_unary("/manta.v1.Manta/Chat")
-        small = REQUEST.SerializeToString()
-        first = chat.future(small + unknown_field, timeout=30)
+    small = REQUEST.SerializeToString()
+    large = small + inside(b"\xa2\x06", b"x" * 600_000)  # a field that nobody knows
+    with grpc_address(build_frontend(card, coordinator, config)) as address, ExitStack() as stack:
+        eve, alice = (
+            stack.enter_context(grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])).unary_unary(
+                "/manta.v1.Manta/Chat"
+            )
+            for _ in range(2)
+        )
+        first = eve.future(large, timeout=30)
         _wait_for(lambda: coordinator.running == 1)
         with pytest.raises(grpc.RpcError) as refused:
-            chat(small + unknown_field, timeout=30)
+            eve(large, timeout=30)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "retry-after" in dict(refused.value.trailing_metadata())
-        assert chat(small, timeout=30)
+        assert alice(large, timeout=30)
         assert first.result()
-        assert chat(small + unknown_field, timeout=30), "what was held is given back"
+        assert eve(large, timeout=30), "what was held is given back"
 
 
-def test_slow_senders_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_says_nothing_is_answered_unread(card: ModelCard, coordinator: ScriptedCoordinator) -> None:
+    """HAProxy takes a replica that is slow to say that it lives out of service, and anyone may ask."""
+    with grpc_server(build_frontend(card, coordinator)) as channel:
+        data = channel.stream_unary("/grpc.health.v1.Health/List")(no_message(), timeout=3)
+        assert health_pb2.HealthListResponse.FromString(data).statuses[""].status == 1
+
+
+def test_slow_senders_hold_up_nobody() -> None:
     """Each message that is being read counts as the largest, so those who are slow would fill all room for ever."""
-    monkeypatch.setattr(slots, "GRACE_S", 0.02)
 
     async def read(reads: ReadSlots, tenant: str, seconds: float) -> str:
         try:
@@ -229,7 +242,7 @@ def test_slow_senders_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         return "read"
 
     async def run() -> None:
-        reads = ReadSlots(4, timeout_s=60)
+        reads = ReadSlots(4, timeout_s=60, grace_s=0.02)
         assert await asyncio.gather(*(read(reads, "alice", 0) for _ in range(100))) == ["read"] * 100
         slow = [asyncio.create_task(read(reads, f"eve-{i}", 60)) for i in range(40)]
         await asyncio.sleep(0)
@@ -243,7 +256,7 @@ def test_slow_senders_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0)
         assert await read(reads, "alice", 0) == "read"
         assert await asyncio.gather(*patient) == ["read"] * 2, "nobody waits for these"
-        assert await read(ReadSlots(4, timeout_s=0.02), "eve", 60) == "ended"
+        assert await read(ReadSlots(4, timeout_s=0.02, grace_s=0.02), "eve", 60) == "ended"
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -258,6 +271,46 @@ def test_a_stream_has_its_headers_before_its_first_token(card: ModelCard, tokeni
         assert time.monotonic() - started < 10
         assert stream.is_active()
         stream.cancel()
+
+
+def test_a_silent_connection_is_pinged(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    """A proxy between closes what says nothing for a while, and a long prompt's answer says nothing."""
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:], pause_s=60))
+    sender = Sender()
+    with grpc_address(build_frontend(card, coordinator, GatewayConfig(keepalive_s=0.3))) as address:
+        asyncio.run(sender.send(address, "/manta.v1.Manta/ChatStream", 1, REQUEST.SerializeToString(), stay_s=1))
+    assert sender.num_ended == 0
+    assert sender.num_pings >= 2
+
+
+def test_an_error_that_nobody_foresaw_is_internal_and_says_no_more() -> None:
+    """grpc.aio answers with the class and the text of what was raised, however long."""
+
+    async def run() -> None:
+        class Health(health_pb2_grpc.HealthServicer):
+            async def Check(self, request: Any, context: Any) -> None:  # noqa: N802
+                raise RuntimeError("secret" * 10_000)
+
+            async def Watch(self, request: Any, context: Any) -> Any:  # noqa: N802
+                raise RuntimeError("secret" * 10_000)
+                yield
+
+        server = grpc.aio.server(interceptors=(Gate(GatewayConfig(), None),))
+        health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as unary:
+                await stub.Check(health_pb2.HealthCheckRequest())
+            with pytest.raises(grpc.aio.AioRpcError) as stream:
+                await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))
+        await server.stop(0)
+        for failed in (unary.value, stream.value):
+            assert failed.code() == grpc.StatusCode.INTERNAL
+            assert "secret" not in (failed.details() or "")
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_watches_are_bounded_for_each_caller_and_in_all() -> None:
