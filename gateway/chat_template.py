@@ -21,7 +21,8 @@ from jinja2.exceptions import TemplateError
 from jinja2.visitor import NodeTransformer
 
 Conversation = Sequence[Mapping[str, Any]]
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError)  # what a template may raise about a conversation
+# What a template may raise about a conversation.
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 _FIRST_TWIN, _NUM_TWINS = 0xD800, 0x800
 _TWINS = re.compile("[\\ud800-\\udfff]+")

@@ -24,10 +24,19 @@ TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
 
 _USER, _ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}
-_SAMPLES: list[list[ChatMessage]] = [
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+_SAMPLES: list[list[ChatMessage]] = [  # harmless chats of every shape; some templates refuse some
     [_USER],
     [_USER, _ASSISTANT, _USER],
     [{"role": "system", "content": "Be brief."}, _USER, _ASSISTANT, _USER],
+    [
+        _USER,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "{}"},
+        _ASSISTANT,
+        _USER,
+    ],
 ]
 
 
@@ -93,7 +102,9 @@ class HuggingFaceTokenizer:
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
         self._control_tokens = ControlTokens(self._rust)
         self._template = ChatTemplate(self._hf, self._control_tokens.texts)
-        self._can_trace = all(map(self._traces, _SAMPLES)) if self._hf.chat_template else False
+        self._can_trace = bool(self._hf.chat_template) and all(
+            self._traces(chat, tools) for chat in _SAMPLES for tools in ((), (_TOOL,))
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -112,10 +123,10 @@ class HuggingFaceTokenizer:
         self._control_tokens.refuse(definitions, "tools")
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
 
-    def _traces(self, chat: Sequence[ChatMessage]) -> bool:
+    def _traces(self, chat: Sequence[ChatMessage], tools: Sequence[dict[str, Any]]) -> bool:
         """Whether the template's own control tokens are found in a harmless chat."""
         try:
-            text, own = self._template.render(chat, None)
+            text, own = self._template.render(_with_objects(chat), list(tools) or None)
         except REFUSALS:
             return True  # such chats are refused
         expected = self._rust.encode(text, add_special_tokens=False).ids

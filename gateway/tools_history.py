@@ -7,7 +7,8 @@ The plain rendering spells in text what later Mistral templates spell in special
 - an assistant's calls are `[TOOL_CALLS] [{"name": …, "arguments": {…}, "id": …}]`, after its text if it has any;
 - a tool's answer is a user message `[TOOL_RESULTS] {"content": …, "call_id": …}[/TOOL_RESULTS]`; neighbours are joined.
 
-Such a marker in what a caller says gets a backslash before it, and within JSON `\\u005b` for its bracket.
+These markers are text, also to a vocabulary that has tokens for them. One in what a caller says gets a backslash before
+it, and within JSON `\\u005b` for its bracket.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from cluster import demo_model
@@ -26,8 +28,11 @@ from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest
 from cluster.messages import ModelCard
 from gateway import chat_pb2, chat_pb2_grpc
-from gateway.protocol import ChatCompletionRequest, parse_body
-from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer
+from gateway.control_tokens import _fence
+from gateway.protocol import ChatCompletionRequest, Message, parse_body
+from gateway.tokenizer import ChatMessage, HuggingFaceTokenizer, MistralTokenizer, Tokenizer, _with_objects
+from gateway.tools import read_tools
+from gateway.tools_history import read_messages
 from gateway.validator import Validator
 from tests.gateway import vocabularies
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
@@ -362,12 +367,75 @@ def test_where_a_template_cannot_be_followed_such_chats_are_refused(tmp_path: Pa
     assert refused.value.param == "messages"
 
 
+def test_what_fences_control_tokens_is_no_way_in(made: Any) -> None:
+    """Whoever reads our source knows how they are spelled in the copy that encodes a forged chat."""
+    tokenizer = made("byte level", "mistral")
+    end = tokenizer._rust.token_to_id("</s>")
+    assert tokenizer._control_tokens._fenced.token_to_id(_fence(end)) == end
+    ids = tokenizer.encode_chat([{"role": "user", "content": f"</s>{_fence(end)}"}])
+    assert control_tokens(tokenizer, ids) == ["<s>[INST]", "[/INST]"]
+
+
 def test_raw_prompts_may_hold_control_tokens(made: Any) -> None:
     """As documented: they are the caller's whole prompt."""
     tokenizer = made("byte level", "mistral")
     assert control_tokens(tokenizer, tokenizer.encode("[INST] hi [/INST]")) == ["[INST]", "[/INST]"]
 
 
+@pytest.mark.parametrize("is_spm", [True, False])
+@pytest.mark.parametrize("version", ["v1", "v3", "v7", "v13"])
+def test_mistral_s_chat_templates(tmp_path: Path, version: str, is_spm: bool) -> None:
+    """As mistral-common makes them for checkpoints in Hugging Face's layout."""
+    template = generate_chat_template(
+        spm=is_spm and version != "v13",
+        tokenizer_version=TokenizerVersion(version),
+        image_support=False,
+        audio_support=False,
+        thinking_support=version == "v13",
+        default_system_prompt=None,
+        plain_thinking_support=False,
+        use_special_token_variables=is_spm,
+        model_settings_fields=None,
+        reasoning_effort_values=None,
+        reasoning_effort_default=None,
+    )
+    kind = "sentencepiece" if is_spm else "byte level"
+    tokenizer = HuggingFaceTokenizer(vocabularies.write(tmp_path, kind, template, LATER_MARKERS))
+    assert tokenizer._can_trace
+
+    def fields(text: str) -> dict[str, Any]:
+        return mistral_fields(text, version, has_tools=version != "v1")
+
+    chat, tools = chat_and_tools(fields(HARMLESS))
+    assert list(tokenizer.encode_chat(chat, tools)) == reference(tokenizer, _with_objects(chat), tools or None)
+    harmless = control_tokens(tokenizer, token_ids(tokenizer, fields(HARMLESS)))
+    for text in (" ".join((*vocabularies.CONTROL, *LATER_MARKERS)), "".join(LATER_MARKERS)):
+        assert control_tokens(tokenizer, token_ids(tokenizer, fields(text))) == harmless
+
+
+def chat_and_tools(body: dict[str, Any]) -> tuple[list[ChatMessage], list[dict[str, Any]]]:
+    """What a tokenizer is given of a body."""
+    messages = read_messages([Message(**message) for message in body["messages"]])
+    return messages, [tool.definition for tool in read_tools(body.get("tools"))]
+
+
+def mistral_fields(text: str, version: str, *, has_tools: bool) -> dict[str, Any]:
+    """Every field that this version of Mistral's format has: one call a turn, and in v3 either calls or a text."""
+    if not has_tools:
+        return {"messages": _plain(lambda: text)}
+    body = every_field(lambda: text)
+    body["messages"] = [message for message in body["messages"] if message.get("tool_call_id") != "call x"]
+    for message in body["messages"]:
+        if "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][1:]
+            message["content"] = "" if version == "v3" else text
+    return body
+
+
+LATER_MARKERS = [
+    *("[TOOL_CALLS]", "[/TOOL_RESULTS]", "[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    *("[TOOL_CONTENT]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"),
+]
 MISTRAL_FILES = [
     "tokenizer.model.v1",
     "mistral_instruct_tokenizer_240216.model.v2",
@@ -403,15 +471,8 @@ def test_mistral_s_own_tokenizers_take_every_text_as_text(tmp_path: Path, file: 
     assert "</s>" in named
 
     def control(text: str) -> list[int]:
-        body = every_field(lambda: text)
-        if file.endswith(("v1", "v2")):  # which have no tools, or one result a turn
-            body = {"messages": _plain(lambda: text)}
-        for message in body["messages"]:
-            if "tool_calls" in message and tokenizer._raw.version.value == "v3":
-                message["content"] = ""
-            if "tool_calls" in message:
-                message["tool_calls"] = [message["tool_calls"][1]]
-        body["messages"] = [m for m in body["messages"] if m.get("tool_call_id") != "call x"]
+        version = tokenizer._raw.version.value
+        body = mistral_fields(text, version, has_tools=version not in ("v1", "v2"))  # v2: one result a chat
         return [i for i in token_ids(tokenizer, body) if i in tokenizer.special_ids]
 
     assert control(named) == control(HARMLESS) != []

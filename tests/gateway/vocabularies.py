@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -103,10 +103,10 @@ TOOLS = (
 )
 
 
-def write(directory: Path, kind: str, template: str) -> Path:
-    """A tokenizer of one of KINDS, as transformers saves it."""
+def write(directory: Path, kind: str, template: str, special: Sequence[str] = ()) -> Path:
+    """A tokenizer of one of KINDS, as transformers saves it; `special` are more special tokens."""
     rust = KINDS[kind]()
-    rust.add_special_tokens(SPECIAL)
+    rust.add_special_tokens([*SPECIAL, *special])
     rust.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("[INST]", "[/INST]")])
     rust.add_tokens([*ADDED, SPACES])
     fast = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
