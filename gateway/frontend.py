@@ -19,7 +19,6 @@ from cluster.fairness import is_refused
 from cluster.messages import Kind, ModelCard, TokenChunk
 from cluster.traces import Span, Traces
 from gateway import resumption
-from gateway.body_worker import BodyWorker
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
@@ -36,6 +35,7 @@ from gateway.protocol import ChatCompletionRequest, CompletionRequest, Embedding
 from gateway.recent_refusals import RecentRefusals
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
+from gateway.worker import Worker
 
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
 
@@ -72,7 +72,8 @@ class Frontend:
         self.config = config
         self.health = health
         self.guard = Guard(config)
-        self.worker = BodyWorker()
+        self.worker = Worker("body")
+        self.answer_worker = Worker("answer")  # no first token waits for its caller's next prompt to be read
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)

@@ -132,7 +132,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                 usage=usage_message(usage),
             )
 
-        return await self.frontend.worker.run(sum(map(num_bytes, choices)), response)
+        return await self.frontend.answer_worker.run(sum(map(num_bytes, choices)), response)
 
     async def _embed(self, response_type: Callable[..., _MessageT], job: EmbeddingJob) -> _MessageT:
         answer = await self.frontend.embed(job)
@@ -144,7 +144,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                 usage=usage_message(Usage(job.num_prompt_tokens)),
             )
 
-        return await self.frontend.worker.run(4 * job.dimensions * len(answer), response)
+        return await self.frontend.answer_worker.run(4 * job.dimensions * len(answer), response)
 
     async def _stream(
         self,

@@ -49,7 +49,7 @@ class TokenizationRpcs:
                 model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
             )
 
-        return await self.frontend.worker.run(TOKEN_BYTES * len(token_ids), response)
+        return await self.frontend.answer_worker.run(TOKEN_BYTES * len(token_ids), response)
 
     async def _detokenize(self, request: chat_pb2.DetokenizeRequest) -> chat_pb2.DetokenizeResponse:
         card = self.frontend.route(request.model).card

@@ -124,7 +124,7 @@ class HttpDoor:
             document = embeddings_body(job, answer, parsed.encoding_format)
             return json_response(document, headers={REQUEST_ID_HEADER: job.id}, num_bytes=size)
 
-        return await self._frontend.worker.run(size, response)
+        return await self._frontend.answer_worker.run(size, response)
 
     async def models(self) -> Response:
         cards = self._frontend.cards
@@ -167,13 +167,13 @@ class HttpDoor:
             document = tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs))
             return json_response(document, num_bytes=size)
 
-        return await self._frontend.worker.run(size, response)
+        return await self._frontend.answer_worker.run(size, response)
 
     async def detokenize(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, DetokenizeRequest)
         text = await detokenize(self._frontend, parsed)
         size = len(text)
-        return await self._frontend.worker.run(size, lambda: json_response({"prompt": text}, num_bytes=size))
+        return await self._frontend.answer_worker.run(size, lambda: json_response({"prompt": text}, num_bytes=size))
 
     async def load(self) -> Response:
         """Requests that this gateway replica is answering."""
@@ -214,7 +214,7 @@ class HttpDoor:
                 shape.whole(choices, usage), headers={REQUEST_ID_HEADER: generation.id}, num_bytes=size
             )
 
-        return await self._frontend.worker.run(size, response)
+        return await self._frontend.answer_worker.run(size, response)
 
     async def _events(
         self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
@@ -226,9 +226,9 @@ class HttpDoor:
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 if delta.says_something or says_ids:
-                    # The first of a choice may have all of its prompt: ids, text, log-probabilities.
-                    size = num_bytes(delta) + (0 if delta.index in choices else parsed.num_bytes)
-                    yield await self._frontend.worker.run(size, _event, shape, delta, size)
+                    has_prompt = delta.index not in choices and (says_ids or generation.echo)
+                    size = num_bytes(delta) + (parsed.num_bytes if has_prompt else 0)
+                    yield await self._frontend.answer_worker.run(size, _event, shape, delta, size)
                     choices.add(delta.index)
         if parsed.wants_usage or self._frontend.config.force_usage:
             yield event(shape.usage_chunk(usage))

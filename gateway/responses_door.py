@@ -62,7 +62,7 @@ class ResponsesDoor:
             *_, last = shape.end(finish_reason, usage)
             return json_response(last["response"], headers={REQUEST_ID_HEADER: generation.id}, num_bytes=size)
 
-        return await self._frontend.worker.run(size, response)
+        return await self._frontend.answer_worker.run(size, response)
 
     async def _events(
         self, body: ResponsesRequest, generation: Generation, shape: ResponsesShape
@@ -83,7 +83,7 @@ class ResponsesDoor:
 
     async def _said(self, size: int, documents: Iterable[Json]) -> bytes:
         """Events that have the whole of the request or of its answer."""
-        return await self._frontend.worker.run(size, lambda: _joined(*documents, size=size))
+        return await self._frontend.answer_worker.run(size, lambda: _joined(*documents, size=size))
 
 
 def _parsed(data: bytes) -> tuple[ResponsesRequest, ChatCompletionRequest]:

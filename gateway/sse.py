@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import RequestCancelled
-from gateway.body_worker import INLINE_BYTES
+from gateway.worker import INLINE_BYTES
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still at work\n\n"  # as the standard has it; clients overlook it

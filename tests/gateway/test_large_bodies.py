@@ -16,10 +16,10 @@ import pytest
 
 from cluster.errors import InvalidRequest, ModelNotFound
 from gateway.api_keys import ApiKey
-from gateway.body_worker import INLINE_BYTES, BodyWorker
 from gateway.caller import Caller, current_caller, set_caller
 from gateway.http import BODIES
 from gateway.protocol import ChatCompletionRequest, parse_body
+from gateway.worker import INLINE_BYTES, Worker
 
 
 def schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,7 +73,7 @@ def test_an_error_does_not_say_back_what_was_sent() -> None:
 
 def test_a_small_body_is_worked_on_at_once_and_a_large_one_beside_the_loop() -> None:
     async def both() -> list[str]:
-        worker = BodyWorker()
+        worker = Worker("body")
         sizes = (INLINE_BYTES, INLINE_BYTES + 1)
         return [await worker.run(size, lambda: threading.current_thread().name) for size in sizes]
 
@@ -91,12 +91,12 @@ def test_nobody_waits_for_anothers_large_bodies() -> None:
         time.sleep(0.05)
         running.remove(current_caller().id)
 
-    async def send(worker: BodyWorker, who: str) -> None:
+    async def send(worker: Worker, who: str) -> None:
         set_caller(Caller(ApiKey(id=who, sha256="0" * 64)))
         await worker.run(INLINE_BYTES + 1, work)
 
     async def wait_of_bob() -> float:
-        worker = BodyWorker()
+        worker = Worker("body")
         alices = [asyncio.create_task(send(worker, "alice")) for _ in range(20)]
         await asyncio.sleep(0.01)
         for task in alices[::3]:

@@ -1,4 +1,4 @@
-"""Where work is done that grows with a body: small ones at once, larger ones in threads beside the event loop.
+"""Where work is done that grows with a body or an answer: small ones at once, larger ones beside the event loop.
 
 Knows callers and sizes; knows not what the work is. A caller has one thread at a time, so nobody's large bodies keep
 others' waiting, and few threads compete with the event loop for the interpreter.
@@ -22,11 +22,11 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class BodyWorker:
-    """One per gateway replica."""
+class Worker:
+    """A few threads. A gateway replica has one of these for bodies and one for answers."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "body")
+    def __init__(self, name: str) -> None:
+        self._threads = ThreadPoolExecutor(NUM_THREADS, name)
         self._turns: dict[str, asyncio.Lock] = {}  # by the caller's id
 
     async def run(self, num_bytes: int, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
