@@ -25,7 +25,7 @@ from gateway import chat_pb2
 from gateway.grpc_errors import retry_after, status_of
 from gateway.grpc_guard import identify
 from gateway.grpc_server.slots import ReadSlots
-from gateway.grpc_server.trailers import FittingContext, fitting_details
+from gateway.grpc_server.trailers import FittingContext
 from gateway.grpc_server.wire_bounds import check_parts, parts_of
 from gateway.guard import Guard
 from gateway.logs import RequestRecord
@@ -78,9 +78,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
         async def answer(_messages: Any, context: Any) -> Any:
+            context = FittingContext(context)
             try:
                 async with self._message(method, handler.request_deserializer, context) as (message, _):
-                    return await handler.unary_unary(message, FittingContext(context))
+                    return await handler.unary_unary(message, context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -90,10 +91,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncGenerator[Any, None]]:
         async def answer(_messages: Any, context: Any) -> AsyncGenerator[Any, None]:
+            context = FittingContext(context)
             try:
                 async with self._message(method, handler.request_deserializer, context) as (message, release):
                     await context.send_initial_metadata(())  # no proxy between waits for the first token in vain
-                    async with aclosing(handler.unary_stream(message, FittingContext(context))) as answers:
+                    async with aclosing(handler.unary_stream(message, context)) as answers:
                         async for one in answers:
                             release()
                             yield one
@@ -106,7 +108,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     @asynccontextmanager
     async def _message(
-        self, method: str, deserialize: Callable[[bytes], Any], context: Any
+        self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext
     ) -> AsyncGenerator[tuple[Any, Callable[[], None]], None]:
         """The RPC's message, and what says that an answer has begun. Raises MantaError."""
         if method not in GUARDED:
@@ -138,7 +140,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         finally:
             release()
 
-    async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: Any) -> Any:
+    async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext) -> Any:
         if method in EMPTY:
             return deserialize(b"")
         async with self._public_reads.slot(context.peer()):
@@ -146,16 +148,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return _parsed(deserialize, data)
 
 
-async def _end(method: str, context: Any, error: Exception) -> None:
+async def _end(method: str, context: FittingContext, error: Exception) -> None:
     """With the error's status, a request id and a line in the log. Raises AbortError."""
     request_id = f"req-{uuid.uuid4().hex}"
     code, details = status_of(error, request_id)
     record = RequestRecord("grpc", method.rpartition("/")[2], request_id, code.name, error=error_name(error))
     record.write()
-    await context.abort(code, fitting_details(details), (("x-request-id", request_id), *retry_after(error)))
+    await context.abort(code, details, (("x-request-id", request_id), *retry_after(error)))
 
 
-async def _read(context: Any, max_bytes: int) -> bytes:
+async def _read(context: FittingContext, max_bytes: int) -> bytes:
     data = await context.read()
     if data is grpc.aio.EOF:
         raise RequestCancelled("no message was sent")

@@ -53,14 +53,22 @@ def passed_metadata(metadata: Metadata) -> tuple[tuple[str, Any], ...]:
 
 
 class FittingContext:
-    """A servicer's context for Serve: its client's metadata is `passed_metadata`, and what it sends back fits."""
+    """A servicer's context for Serve: its client's metadata is `passed_metadata`, and what it sends back fits.
+
+    To be made before an RPC waits for anything.
+    """
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        self._peer: str = context.peer()
         self._metadata = passed_metadata(context.invocation_metadata() or ())
 
     def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
         return self._metadata
+
+    def peer(self) -> str:
+        """As it was: grpc.aio (1.85) dies where it is asked after the client has gone, and Serve's proxy asks then."""
+        return self._peer
 
     def set_details(self, details: str) -> None:
         self._context.set_details(fitting_details(details))
