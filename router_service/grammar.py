@@ -30,24 +30,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is added to the logits of eight tokens, by the byte of their bits in xgrammar's mask: 0 for those that may come.
-_ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(
-    np.float32
-)
-
 
 @dataclass(frozen=True, slots=True)
 class _Outlook:
-    """What comes next: `mask` float32 [V] is added to the logits, None where every token may come."""
+    """What comes next."""
 
-    mask: NDArray[np.float32] | None = None
+    mask: NDArray[np.uint8] | None = None
     error: MantaError | None = None  # the sequence cannot go on
 
 
 class GrammarState:
     """The grammar of one sequence. Its methods are called on one thread, once it is made."""
 
-    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_vocab_size", "_work", "_workers")
+    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_work", "_workers")
 
     def __init__(self, compiled: CompiledGrammar, request: Request, workers: GrammarWorkers) -> None:
         """Takes up after `request.output_token_ids`; this may take long, so it is made in a thread."""
@@ -56,8 +51,7 @@ class GrammarState:
         assert request.grammar is not None
         self._compiled = compiled
         self._matcher = GrammarMatcher(compiled)
-        self._vocab_size = compiled.tokenizer_info.vocab_size
-        self._bitmask = allocate_token_bitmask(1, self._vocab_size)  # on the CPU
+        self._bitmask = allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)  # on the CPU
         self._param = param(request.grammar)
         self._workers = workers
         self._work: Future[_Outlook] | None = None
@@ -78,8 +72,8 @@ class GrammarState:
         return self._settle(timeout_s) and self._outlook.error is None
 
     @property
-    def mask(self) -> NDArray[np.float32] | None:
-        """float32 [V] to add to the logits of the next token, -inf where it may not be; None: any may be."""
+    def mask(self) -> NDArray[np.uint8] | None:
+        """[V / 8, rounded up]: a bit for every token that may come next, from the lowest up; None: any may."""
         assert self._work is None, "it is ready"
         return self._outlook.mask
 
@@ -121,10 +115,10 @@ class GrammarState:
         self._workers.note_cost(self._compiled, seconds)
         if seconds > self._workers.token_timeout_s:
             raise self._wrong("the schema takes too long to follow")
-        bits = self._bitmask.numpy().view(np.uint8)[0]  # [V / 8]
-        if not bits.any():
+        mask = self._bitmask.numpy().view(np.uint8)[0]
+        if not mask.any():
             raise self._wrong("nothing can satisfy the schema from here on")
-        return _Outlook(_ADDED[bits].reshape(-1)[: self._vocab_size] if is_bound else None)
+        return _Outlook(mask if is_bound else None)
 
     def _wrong(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self._param}: {what}", self._param)
