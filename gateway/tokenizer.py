@@ -173,6 +173,9 @@ class MistralTokenizer:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
+        for message in messages:  # some versions parse results
+            if message["role"] == "tool" and is_json_of_no_text(message["content"]):
+                raise InvalidRequest("messages: a tool's content is JSON with a lone surrogate", param="messages")
         try:
             request = ChatCompletionRequest.from_openai(
                 [dict(message) for message in messages], tools=list(tools) or None
@@ -198,7 +201,7 @@ def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
         {
             **message,
             "tool_calls": [
-                {**call, "function": {**call["function"], "arguments": _parsed(call["function"]["arguments"])}}
+                {**call, "function": {**call["function"], "arguments": parsed_json(call["function"]["arguments"])}}
                 for call in message["tool_calls"]
             ],
         }
@@ -208,9 +211,20 @@ def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
     ]
 
 
-def _parsed(arguments: str) -> Any:
-    """The arguments as JSON, or as the string that they are."""
+def parsed_json(text: str) -> Any:
+    """The JSON, or the string that it is."""
     try:
-        return json.loads(arguments)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return arguments
+        return text
+
+
+def is_json_of_no_text(text: str) -> bool:
+    """Whether JSON spells a lone surrogate, which no tokenizer takes."""
+    if "\\ud" not in text.lower():
+        return False
+    try:
+        json.dumps(parsed_json(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -22,8 +22,9 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from gateway.foreign_fields import refuse_in_message
+from gateway.json_bounds import check_bounds
 from gateway.protocol import Message, text_of
-from gateway.tokenizer import ChatMessage
+from gateway.tokenizer import ChatMessage, is_json_of_no_text, parsed_json
 from gateway.tools import Tool
 
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
@@ -67,7 +68,7 @@ def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[
             calls = [
                 {
                     "name": call["function"]["name"],
-                    "arguments": _object(call["function"]["arguments"]),
+                    "arguments": parsed_json(call["function"]["arguments"]),
                     "id": call["id"],
                 }
                 for call in message["tool_calls"]
@@ -129,9 +130,20 @@ def _calls(calls: Any, path: str) -> list[_Call]:
         if not isinstance(arguments, str):
             where = f"{here}.function.arguments"
             raise InvalidRequest(f"{where}: expected a string of JSON or an object", param=where)
+        _check_json(arguments, f"{here}.function.arguments")
         call_id = call.get("id")
         read.append(_Call(_short_id(call_id if isinstance(call_id, str) else str(i)), function["name"], arguments))
     return read
+
+
+def _check_json(text: str, path: str) -> None:
+    """JSON within a string was neither bounded nor looked at with the body that it came in. Raises InvalidRequest."""
+    try:
+        check_bounds(text.encode())
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{path}: {error.message}", param=path) from None
+    if is_json_of_no_text(text):
+        raise InvalidRequest(f"{path}: a lone surrogate is not text", param=path)
 
 
 def _short_id(call_id: str) -> str:
@@ -139,14 +151,6 @@ def _short_id(call_id: str) -> str:
     if _ID.fullmatch(call_id):
         return call_id
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
-
-
-def _object(arguments: str) -> Any:
-    """The arguments as JSON, or as the string that they are."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
 
 
 def _dumps(value: Any) -> str:

@@ -18,6 +18,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from mistralai.client import Mistral
 
 from cluster.config import GatewayConfig
+from cluster.errors import InvalidRequest
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar, ToolTokens
 from gateway.protocol import ChatCompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer
@@ -380,6 +381,33 @@ def test_a_user_who_writes_a_marker_has_a_turn_of_their_own(
     assert text.count("[INST]") == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ('{"city": "\\ud83d"}', "a lone surrogate is not text"),  # made a 500: no tokenizer takes it
+        ('{"\\uDE00": 1}', "a lone surrogate is not text"),
+        ("[" * 65, "nested deeper"),
+        ('{"a": [' + "[]," * 70_000 + "1]}", "more than 65536"),  # was parsed in one go
+    ],
+)
+def test_json_within_a_string_is_checked_as_well(validator: Validator, arguments: str, words: str) -> None:
+    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    path = "messages[1].tool_calls[0].function.arguments"
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(path)}: .*{words}") as refused:
+        validated(validator, messages=messages)
+    assert refused.value.param == path
+
+
+def test_a_pair_of_surrogates_is_a_character(validator: Validator, tokenizer: HuggingFaceTokenizer) -> None:
+    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": '{"a": "\\ud83d\\ude00"}'}}
+    result = {"role": "tool", "tool_call_id": "abcdefghi", "content": '{"cut": "\\ud83d"}'}
+    request = validated(validator, messages=[USER, {"role": "assistant", "tool_calls": [call]}, result], tools=None)
+    text = tokenizer.decode(request.prompt_token_ids)
+    assert '{"a": "😀"}' in text
+    assert '{\\"cut\\": \\"\\\\ud83d\\"}' in text  # a result is a text, whatever it spells
+
+
 TEMPLATE_WITH_TOOLS = (
     "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
     "{% for m in messages %}{% if m['tool_calls'] %}"
@@ -433,4 +461,6 @@ def test_mistral_s_own_tokenizers_render_tools(tmp_path: Any, file: str, expecte
     assert text.endswith(f"{expected}[/TOOL_RESULTS]")
     marker = request.grammar.tokens.calls
     assert tokenizer._raw.id_to_piece(marker) == "[TOOL_CALLS]"
+    with pytest.raises(InvalidRequest, match="lone surrogate"):  # mistral-common parses results
+        tokenizer.encode_chat([messages[0], {"role": "tool", "tool_call_id": "abcdefghi", "content": '["\\ud83d"]'}])
     assert marker in request.prompt_token_ids
