@@ -19,7 +19,16 @@ from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConf
 from cluster.errors import ConfigError
 from cluster.gpus import gpu_memory_bytes
 from cluster.messages import ModelCard
-from cluster.placement import ExpertGroup, Node, Room, check_fit, plan_groups
+from cluster.placement import (
+    DeviceShare,
+    ExpertGroup,
+    Node,
+    Room,
+    check_fit,
+    device_shares,
+    expert_bytes,
+    plan_groups,
+)
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -163,6 +172,19 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
 
 
+def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
+    """Who may be on a coordinator's device."""
+    engine, architecture = plan.config.engine, plan.checkpoint.architecture
+    assert engine.dtype != "auto", "a plan has no open settings"
+    largest = max((len(group.experts) for group in plan.groups), default=0)
+    return device_shares(
+        expert_bytes(architecture, engine.dtype, largest) if largest else 0,
+        gpus_per_shard=0.0 if plan.config.experts.transport == "local" else plan.gpus_per_shard,
+        gpus_per_coordinator=plan.gpus_per_coordinator,
+        max_coordinators=plan.config.coordinators.max_replicas,
+    )
+
+
 def model_card(plan: ModelPlan) -> ModelCard:
     """What the gateway is told of a model."""
     checkpoint, config = plan.checkpoint, plan.config
@@ -204,6 +226,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         engine,
         experts,
         plan.groups,
+        _device_shares(plan),
         *expert_applications(plan, experts, gateway).values(),
         scaling=config.coordinators,
         max_surge_percent=config.max_surge_percent,

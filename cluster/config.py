@@ -36,7 +36,8 @@ class EngineConfig(_Frozen):
     max_model_len: int | None = Field(None, ge=1)  # tokens; None: the checkpoint's context
     block_size: int = Field(16, ge=1, le=256)  # tokens per KV block
     num_kv_blocks: int | None = Field(None, ge=2)  # None: from kv_cache_gib
-    kv_cache_gib: float | None = Field(None, gt=0)  # None: a fraction of the memory that is free at start
+    # None: what steps and neighbours leave of nine tenths of the GPU, or of a fifth of the memory that is free at start
+    kv_cache_gib: float | None = Field(None, gt=0)
     max_num_seqs: int = Field(64, ge=1)  # sequences in one step
     max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
     max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429 to those who hold most

@@ -35,6 +35,14 @@ class Node:
     gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """Who may be on the device of a coordinator."""
+
+    coordinators: int = 1  # as many like it, itself included
+    neighbour_bytes: int = 0  # weights of shards
+
+
 class Room:
     """What the nodes have left while processes find their places, those of one model after those of another."""
 
@@ -163,6 +171,26 @@ def check_fit(
                 f"{needs} in all, and the cluster has {gib(memory)} free{beside}"
             )
     room.num_models += 1
+
+
+def device_shares(
+    largest_group_bytes: int, *, gpus_per_shard: float, gpus_per_coordinator: float, max_coordinators: int
+) -> tuple[DeviceShare, ...]:
+    """Who may be beside a coordinator on its device, in every way that Ray may place them.
+
+    Without GPUs all coordinators may be on one machine; shards take what they take of its memory.
+    """
+    if gpus_per_coordinator == 0:
+        return (DeviceShare(max_coordinators),)
+    free = max(0.0, 1.0 - gpus_per_coordinator) + 1e-9
+    most_shards = int(free / gpus_per_shard) if gpus_per_shard else 0
+    return tuple(
+        DeviceShare(
+            min(max_coordinators, 1 + int((free - shards * gpus_per_shard) / gpus_per_coordinator)),
+            shards * largest_group_bytes,
+        )
+        for shards in range(most_shards + 1)
+    )
 
 
 def gib(size: float) -> str:

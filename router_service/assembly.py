@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import psutil
 import torch
 
 from cluster.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig
-from cluster.errors import DoesNotFit
-from cluster.placement import kv_bytes_per_token
+from cluster.placement import DeviceShare
+from cluster.step_memory import max_gathered_tokens
 from experts_service.weights import read_tensors
 from router_service.block_manager import BlockManager
+from router_service.cache_size import cache_size
 from router_service.decoder import Decoder
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
@@ -23,8 +24,7 @@ from router_service.model_runner import ModelRunner
 from router_service.sampler import Sampler
 from router_service.scheduler import Batch, Scheduler
 
-_CPU_CACHE_FRACTION = 0.2  # of the memory that is free at start: experts and other processes share the rest
-_GPU_CACHE_FRACTION = 0.9  # of what the weights leave free; the rest is for activations
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -36,8 +36,13 @@ def build_engine(
     on_bytes: Callable[[int], None] | None = None,
     observe_step: Callable[[float, Batch], object] | None = None,
     on_death: Callable[[], object] | None = None,
+    shares: Sequence[DeviceShare] = (DeviceShare(),),
+    local_experts: bool = False,
 ) -> Engine:
-    """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence."""
+    """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence.
+
+    `shares` says who may be on the same device, `local_experts` that they are in this process, loaded already.
+    """
     architecture = checkpoint.architecture
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
     dtype: torch.dtype = getattr(torch, dtype_name)
@@ -48,19 +53,27 @@ def build_engine(
     )
     decoder = Decoder(architecture, weights, dispatcher)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
-    num_blocks = _num_blocks(config, kv_bytes_per_token(architecture, dtype_name), device, max_model_len)
+    cache = cache_size(
+        architecture, config, dtype_name, device, shares, max_model_len=max_model_len, local_experts=local_experts
+    )
+    logger.info("%s", cache)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
-        BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        BlockManager(cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids,
     )
-    kv_cache = KVCache(architecture, num_blocks, config.block_size, dtype=dtype, device=device)
+    kv_cache = KVCache(architecture, cache.num_blocks, config.block_size, dtype=dtype, device=device)
     return Engine(
         scheduler,
-        ModelRunner(decoder, kv_cache, 1 if config.microbatches == "auto" else config.microbatches),
+        ModelRunner(
+            decoder,
+            kv_cache,
+            max_gathered_tokens=max_gathered_tokens(architecture, dtype_name),
+            num_microbatches=1 if config.microbatches == "auto" else config.microbatches,
+        ),
         Sampler(eos_token_ids),
         deliver,
         max_waiting=config.max_waiting,
@@ -74,26 +87,3 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-def _num_blocks(config: EngineConfig, token_bytes: int, device: torch.device, max_model_len: int) -> int:
-    """As many blocks as the config says, or as the free memory holds, and never more than can be used at once."""
-    block_bytes = config.block_size * token_bytes
-    blocks_of_one = -(-max_model_len // config.block_size)
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-    else:
-        if config.kv_cache_gib is not None:
-            budget = int(config.kv_cache_gib * 2**30)
-        elif device.type == "cuda":
-            budget = int(_GPU_CACHE_FRACTION * torch.cuda.mem_get_info(device)[0])
-        else:
-            budget = int(_CPU_CACHE_FRACTION * psutil.virtual_memory().available)
-        num_blocks = min(budget // block_bytes, config.max_num_seqs * blocks_of_one)
-    if num_blocks < blocks_of_one:
-        raise DoesNotFit(
-            f"the KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of max_model_len "
-            f"{max_model_len} needs {blocks_of_one} ({blocks_of_one * block_bytes / 2**30:.2f} GiB); "
-            "raise engine.kv_cache_gib or engine.num_kv_blocks, or lower engine.max_model_len"
-        )
-    return num_blocks

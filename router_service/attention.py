@@ -1,7 +1,8 @@
 """Causal attention over the paged KV cache. Knows where each sequence's tokens lie; knows nothing of weights or layers.
 
 A step mixes two kinds of sequences: those that decode (one new token each), which are padded to the longest and run as
-one batch, and chunks of prompts, which run one by one. The plan of a step is made once and used by every layer.
+one batch, or as several where that would take too much memory, and chunks of prompts, which run one by one. The plan of
+a step is made once and used by every layer.
 
 Shapes: T tokens of the step, N query heads, G key-value heads, H head_dim, B decoding sequences, S longest context.
 """
@@ -19,7 +20,7 @@ from router_service.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """The sequences with one new token, as one batch."""
+    """Sequences with one new token, as one batch."""
 
     rows: torch.Tensor  # [B] their rows among the T tokens
     slots: torch.Tensor  # [B, S] of their context, padded with slot 0, which is in the null block
@@ -49,8 +50,15 @@ class AttentionPlan:
     """How the tokens of one step attend; made once a step, used by every layer."""
 
     def __init__(
-        self, spans: Seq[Span], *, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        spans: Seq[Span],
+        *,
+        sliding_window: int | None,
+        max_gathered_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """`max_gathered_tokens`: of the contexts of decoding sequences, padding included, that are read at once."""
         self.write_slots = torch.cat([span.slots[span.start :] for span in spans]).to(device)  # [T]
         self._prefills: list[_Prefill] = []
         decode_rows: list[int] = []
@@ -63,12 +71,15 @@ class AttentionPlan:
             else:
                 self._prefills.append(_plan_prefill(span, row, sliding_window, device))
             row += span.length
-        self._decodes = _plan_decodes(decode_rows, decode_slots, dtype, device) if decode_rows else None
+        self._decodes = [
+            _plan_decodes(decode_rows[run], decode_slots[run], dtype, device)
+            for run in _runs([len(slots) for slots in decode_slots], max_gathered_tokens)
+        ]
 
     def attend(self, layer: int, queries: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
-        if self._decodes is not None and not self._prefills:
-            return _attend_decodes(self._decodes, layer, queries, kv_cache)
+        if len(self._decodes) == 1 and not self._prefills:
+            return _attend_decodes(self._decodes[0], layer, queries, kv_cache)
         output = torch.empty_like(queries)
         for prefill in self._prefills:
             rows = slice(prefill.first, prefill.first + prefill.length)
@@ -82,9 +93,8 @@ class AttentionPlan:
                 enable_gqa=True,
             )
             output[rows] = attended[0].transpose(0, 1)
-        if self._decodes is not None:
-            of_decodes = self._decodes.rows
-            output[of_decodes] = _attend_decodes(self._decodes, layer, queries[of_decodes], kv_cache)
+        for decodes in self._decodes:
+            output[decodes.rows] = _attend_decodes(decodes, layer, queries[decodes.rows], kv_cache)
         return output
 
 
@@ -98,6 +108,18 @@ def _attend_decodes(decodes: _Decodes, layer: int, queries: torch.Tensor, kv_cac
         grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decodes.mask
     )
     return attended.reshape(batch, -1, head_dim)
+
+
+def _runs(lengths: Seq[int], max_padded: int) -> list[slice]:
+    """Consecutive sequences that are padded to the longest of them, of at most `max_padded` tokens or one sequence."""
+    runs: list[slice] = []
+    first = longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if index > first and longest * (index + 1 - first) > max_padded:
+            runs.append(slice(first, index))
+            first, longest = index, length
+    return [*runs, slice(first, len(lengths))] if lengths else []
 
 
 def _plan_decodes(rows: list[int], slots: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> _Decodes:

@@ -22,7 +22,7 @@ from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
 from cluster.metrics import ProcessFigures
-from cluster.placement import ExpertGroup
+from cluster.placement import DeviceShare, ExpertGroup
 from cluster.progress import LoadingProgress
 from cluster.scaling_policy import LOAD, WAITING, replica_options
 from cluster.traces import Traces
@@ -62,12 +62,13 @@ class Coordinator:
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
+        shares: tuple[DeviceShare, ...],
         *handles: Any,
     ) -> None:
         """Returns once it can serve; Serve calls the replica ready then. Raises SetupError or ExpertUnavailable.
 
         `handles` are those of the groups' deployments, in order; none with the transport `local`. `engine.dtype` is
-        resolved: the shards were told the same.
+        resolved: the shards were told the same. `shares` says who may be on the same device.
         """
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Key, OutgoingTokens | PendingEmbedding] = {}
@@ -77,7 +78,8 @@ class Coordinator:
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         self._metrics.loop.start()
-        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups)
+        _log_where_serve_does()
+        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, shares)
 
     def _load(
         self,
@@ -86,6 +88,7 @@ class Coordinator:
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
+        shares: tuple[DeviceShare, ...],
     ) -> None:
         checkpoint = open_checkpoint(directory)
         if checkpoint.fingerprint != fingerprint:
@@ -122,6 +125,8 @@ class Coordinator:
             on_bytes=progress,
             observe_step=self._observe_step,
             on_death=self._end_process,
+            shares=shares,
+            local_experts=local,
         )
         self._metrics.watch(self._engine.stats)
         architecture = checkpoint.architecture
@@ -253,6 +258,14 @@ class Coordinator:
             except Exception as error:  # the others' items are still to be handed out
                 logger.exception("%s could not be given what a step made", key)
                 waiting.put(item if isinstance(item, MantaError) else told(error))
+
+
+def _log_where_serve_does() -> None:
+    """In the replica's own file, with its name and id; by itself Serve writes there what its own logger is told."""
+    ours = logging.getLogger("router_service")
+    ours.setLevel(logging.INFO)
+    ours.handlers = logging.getLogger("ray.serve").handlers
+    ours.propagate = False
 
 
 def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:

@@ -15,9 +15,8 @@ from collections.abc import Sequence as Seq
 import torch
 
 from cluster.messages import TokenLogprobs
+from cluster.step_memory import SCORED_ROWS
 from router_service.sequence import Sequence
-
-ROWS_AT_ONCE = 256  # of logits in memory while prompts are scored: 33 MB with a vocabulary of 32,000
 
 _BLOCK = 64  # columns that `top` looks at as one
 
@@ -67,10 +66,10 @@ def score_prompts(
     """Append to each sequence's `prompt_logprobs`, a slice of rows at a time. Returns those with one not finite."""
     all_rows = list(rows)
     not_finite: dict[Sequence, None] = {}
-    for at in range(0, len(all_rows), ROWS_AT_ONCE):
-        part = all_rows[at : at + ROWS_AT_ONCE]
+    for at in range(0, len(all_rows), SCORED_ROWS):
+        part = all_rows[at : at + SCORED_ROWS]
         scores = token_logprobs(
-            to_logits(hidden[at : at + ROWS_AT_ONCE]),
+            to_logits(hidden[at : at + SCORED_ROWS]),
             [sequence.token_ids[position + 1] for sequence, position in part],
             [sequence.request.sampling.prompt_logprobs or 0 for sequence, _ in part],
         )

@@ -36,9 +36,12 @@ class StepOutput(NamedTuple):
 class ModelRunner:
     """One decoder and its KV cache."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache, num_microbatches: int = 1) -> None:
+    def __init__(
+        self, decoder: Decoder, kv_cache: KVCache, *, max_gathered_tokens: int, num_microbatches: int = 1
+    ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self.max_gathered_tokens = max_gathered_tokens
         self.num_microbatches = num_microbatches
 
     @torch.inference_mode()
@@ -97,6 +100,7 @@ class ModelRunner:
         plan = AttentionPlan(
             spans,
             sliding_window=self.decoder.architecture.sliding_window,
+            max_gathered_tokens=self.max_gathered_tokens,
             dtype=self.decoder.dtype,
             device=device,
         )

@@ -19,6 +19,7 @@ from cluster.placement import (
     Room,
     check_fit,
     coordinator_bytes,
+    device_shares,
     expert_bytes,
     kv_bytes_per_token,
     plan_groups,
@@ -150,3 +151,18 @@ def test_more_memory_never_makes_a_model_that_fits_not_fit(
         return True
 
     assert fits(memory + extra) >= fits(memory)
+
+
+@pytest.mark.parametrize(
+    ("shard", "coordinator", "most", "expected"),
+    [
+        (1.0, 1.0, 4, [(1, 0)]),  # a GPU each
+        (0.9, 0.1, 4, [(4, 0), (1, 7)]),  # alone with its like, or beside a shard
+        (0.25, 0.5, 4, [(2, 0), (1, 7), (1, 14)]),
+        (0.0, 1.0, 1, [(1, 0)]),  # dense, or experts in the coordinator
+        (0.0, 0.0, 3, [(3, 0)]),  # no GPUs: all may be on one machine
+    ],
+)
+def test_who_may_be_on_a_coordinators_device(shard, coordinator, most, expected):
+    shares = device_shares(7, gpus_per_shard=shard, gpus_per_coordinator=coordinator, max_coordinators=most)
+    assert [(share.coordinators, share.neighbour_bytes) for share in shares] == expected

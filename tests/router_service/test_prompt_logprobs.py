@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from router_service.logprobs import ROWS_AT_ONCE
+from cluster.step_memory import SCORED_ROWS
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
 
-LENGTHS = (1, 2, 17, 40, 90, ROWS_AT_ONCE + 70)
+LENGTHS = (1, 2, 17, 40, 90, SCORED_ROWS + 70)
 
 
 @pytest.fixture(scope="module")
