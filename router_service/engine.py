@@ -363,9 +363,9 @@ class Engine:
     def _fail_beyond_grammar(self) -> None:
         """End sequences that cannot go on within their grammars."""
         stuck = [
-            (sequence, sequence.grammar.error)
+            (sequence, told(error))
             for sequence in self._sequences.values()
-            if sequence.grammar is not None and sequence.grammar.error is not None
+            if sequence.grammar is not None and (error := _error_of(sequence.grammar)) is not None
         ]
         if stuck:
             self._fail(stuck)
@@ -415,6 +415,14 @@ class Engine:
             for key, _ in events:
                 self._abort(key)
             self._deliver([(key, item if isinstance(item, MantaError) else told(error)) for key, item in events])
+
+
+def _error_of(grammar: GrammarState) -> Exception | None:
+    """Why its sequence cannot go on, if so."""
+    try:
+        return grammar.error
+    except Exception as error:
+        return error
 
 
 def _is_late(result: _Sampled | Exception) -> bool:

@@ -209,6 +209,12 @@ def test_a_grammar_ends_the_sequence_that_follows_it(directory, alone, monkeypat
     scene.fails({"grammar"}, alone)
 
 
+def test_so_does_a_grammar_that_cannot_even_be_asked(directory, alone, monkeypatch):
+    scene = Scene(directory)
+    monkeypatch.setattr(GrammarState, "error", property(lambda state: 1 / 0))
+    scene.fails({"grammar"}, alone)
+
+
 @pytest.mark.parametrize("victim", RUNNING)
 def test_a_result_that_cannot_be_told_ends_its_sequence(directory, alone, monkeypatch, victim):
     scene = Scene(directory)
@@ -312,19 +318,20 @@ def test_what_is_under_way_when_a_step_fails_is_closed_by_the_thread_that_sent_i
     assert {tuple(closed) for closed in transport.flights} == {("engine",)}
 
 
-OUT_OF_MEMORY = [
-    MemoryError(),
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to …"),
-]
+CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to …"
+OUT_OF_MEMORY = {
+    "python": MemoryError,
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    "cpu": lambda: RuntimeError(CPU_ALLOCATOR),
+}  # made anew each time: an exception keeps the frames that it went through
 
 
 @pytest.mark.parametrize("call", ["forward", "read", "combine", "logits"])
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_memory_that_is_short_ends_the_newest_of_the_step(directory, alone, monkeypatch, call, error, microbatches):
     scene = Scene(directory, microbatches=microbatches)
-    Fault(monkeypatch, *in_forward(scene)[call], error=error)
+    Fault(monkeypatch, *in_forward(scene)[call], error=OUT_OF_MEMORY[error]())
     scene.fails({"newcomer"}, alone)
 
 
