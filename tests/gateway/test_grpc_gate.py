@@ -125,9 +125,12 @@ def inside(tag: bytes, parts: bytes) -> bytes:
         ("Generate", b"\x1a\x00" * MANY, "token_ids"),
         ("Tokenize", inside(b"\x1a", b"\x0a\x00" * MANY), "messages"),
         ("Detokenize", b"\x10\x01" * (3 * 2**20), "fields"),
+        ("Detokenize", inside(b"\x12", b"\x01" * (wire_bounds.MAX_NUMBERS + 1)), "token_ids: more than 524288 numbers"),
+        ("Generate", inside(b"\x1a", inside(b"\x0a", b"\xff\x01" * (wire_bounds.MAX_NUMBERS + 1))), "ids: more than"),
+        ("Embed", inside(b"\x12", inside(b"\x12", inside(b"\x0a", b"\x01" * 9000))) * 60, "ids: more than"),
         ("Chat", b"\xa0\x06\x01" * (2 * 2**20), "fields"),  # of a number that nobody knows
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_a_message_of_too_many_parts_is_refused_before_it_is_built(
     card: ModelCard, coordinator: ScriptedCoordinator, rpc: str, data: bytes, named: str
@@ -152,6 +155,9 @@ def test_as_many_parts_as_allowed_are_taken_and_the_rest_is_the_parsers() -> Non
     with pytest.raises(InvalidRequest, match="messages"):
         check_parts(data + b"\x12\x00", known)
     check_parts(b"\x80" * 1000, known)
+    numbers = chat_pb2.TokenIds(ids=[2**31] * wire_bounds.MAX_NUMBERS)
+    request = chat_pb2.GenerateRequest(model="m", token_ids=numbers)
+    check_parts(request.SerializeToString(), parts_of(chat_pb2.GenerateRequest.DESCRIPTOR))
 
 
 def test_details_and_metadata_fit_as_they_are_encoded() -> None:

@@ -62,7 +62,7 @@ def test_a_conversation_to_the_tokens_that_a_chat_would_have(stub: Any, coordina
         ("Tokenize", {"text": "x" * 9 * 2**20}, grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
         ("Detokenize", {"token_ids": [5, 320]}, grpc.StatusCode.INVALID_ARGUMENT, "tokens[1]"),
         ("Detokenize", {"token_ids": [5] * 257}, grpc.StatusCode.INVALID_ARGUMENT, "context of 256"),
-        ("Detokenize", {"token_ids": [5] * 2_000_000}, grpc.StatusCode.INVALID_ARGUMENT, "context of 256"),
+        ("Detokenize", {"token_ids": [5] * 2_000_000}, grpc.StatusCode.INVALID_ARGUMENT, "524288 numbers"),
         ("Detokenize", {"token_ids": [5], "model": "absent"}, grpc.StatusCode.NOT_FOUND, "absent"),
     ],
 )
