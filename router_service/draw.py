@@ -123,7 +123,7 @@ class _Ranking:
         return float(mass[np.count_nonzero(self._probabilities[token_ids] >= floor)])
 
     def _mass_of_first(self, top_k: int) -> float:
-        place = int(np.searchsorted(self._counts, top_k))
+        place = int(self._counts.searchsorted(top_k))
         before = int(self._counts[place - 1]) if place else 0
         return float(self._bucket(place)[1][top_k - before])
 
@@ -139,20 +139,20 @@ class _Ranking:
 
     def _look(self, mass: float) -> tuple[int, float, float] | None:
         """The token where the running sum passes `mass`, and the sums before and after it."""
-        place = int(np.searchsorted(self._mass, mass, side="right"))
+        place = int(self._mass.searchsorted(mass, side="right"))
         if place == _NUM_BUCKETS:
             return None
         token_ids, running = self._bucket(place)
-        index = int(np.searchsorted(running, mass, side="right")) - 1
+        index = int(running.searchsorted(mass, side="right")) - 1
         if not 0 <= index < len(token_ids):  # between two sums of the same in different order
             return None
         return int(token_ids[index]), float(running[index]), float(running[index + 1])
 
     def _bucket(self, place: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The ids in a bucket in order, and the running sum before the first and after each."""
-        token_ids = np.flatnonzero(self._buckets == _NUM_BUCKETS - 1 - place)
+        (token_ids,) = (self._buckets == _NUM_BUCKETS - 1 - place).nonzero()
         probabilities = self._probabilities[token_ids]
-        order = np.argsort(-probabilities, kind="stable")
+        order = (-probabilities).argsort(kind="stable")
         running = np.empty(len(order) + 1)
         running[0] = self._mass[place - 1] if place else 0.0
         running[1:] = probabilities[order]

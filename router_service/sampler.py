@@ -97,7 +97,6 @@ class Sampler:
         allows only an end, the grammar wins.
         """
         ends: list[NDArray[np.int64]] = []
-        constrained: list[int] = []
         for row, sequence in enumerate(sequences):
             sampling = sequence.request.sampling
             is_short = sequence.num_output_tokens < sampling.min_tokens
@@ -105,16 +104,14 @@ class Sampler:
                 ends.append(_flat(logits, row, self._eos_token_ids))
                 if is_short:
                     ends.append(_flat(logits, row, adjusted[row].stop_ids))
-                if sequence.grammar is not None:
-                    constrained.append(row)
         if not ends:
             return
-        before = logits[constrained]
-        logits.view(-1).index_fill_(0, _joined(ends, logits), float("-inf"))
-        if constrained:
-            is_over = logits[constrained].amax(dim=-1) == float("-inf")
-            for place in is_over.nonzero()[:, 0].tolist():
-                logits[constrained[place]] = before[place]
+        places = _joined(ends, logits)
+        before = logits.view(-1)[places]
+        logits.view(-1).index_fill_(0, places, float("-inf"))
+        constrained = torch.tensor([sequence.grammar is not None for sequence in sequences], device=logits.device)
+        is_over = (constrained & (logits.amax(dim=-1) == float("-inf")))[places // logits.shape[1]]
+        logits.view(-1)[places[is_over]] = before[is_over]
 
 
 def _late(sequences: Seq[Sequence]) -> list[int]:
@@ -149,7 +146,7 @@ def _penalise(logits: torch.Tensor, adjustments: Adjustments) -> None:
 def _constrain(logits: torch.Tensor, masks: dict[int, NDArray[np.uint8]]) -> None:
     """Change `logits` [B, V] in place: -inf for every token whose bit is not in the mask of its row."""
     bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-    added = _ADDED.to(logits.device)[bits.int()].flatten(1)
+    added = _ADDED.to(logits.device).index_select(0, bits.view(-1).int()).view(len(masks), -1)
     for place, row in enumerate(masks):
         logits[row].add_(added[place, : logits.shape[1]])
 
