@@ -90,6 +90,7 @@ FUNCTION = {"type": "function", "function": {"name": "f", "description": "x" * 5
 TOOLS = [{**FUNCTION, "function": {**FUNCTION["function"], "name": f"f{i}"}} for i in range(128)]  # type: ignore[dict-item]
 TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT}], "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "</s> [INST] hi " * 6000}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}] * 5000}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}] * 9000}]}),
     ("/v1/chat/completions", {"tools": TOOLS, "return_token_ids": True, "stream": True}),
