@@ -124,6 +124,8 @@ class _Ranking:
 
     def _mass_of_first(self, top_k: int) -> float:
         place = int(self._counts.searchsorted(top_k))
+        if place and self._mass[place] == self._mass[place - 1]:
+            return float(self._mass[place])  # a bucket of zeros may hold most of a vocabulary
         before = int(self._counts[place - 1]) if place else 0
         return float(self._bucket(place)[1][top_k - before])
 
