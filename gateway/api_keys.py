@@ -42,7 +42,7 @@ class ApiKey(BaseModel):
     sha256: Annotated[str, StringConstraints(pattern=r"\A[0-9a-fA-F]{64}\z", to_lower=True)]
     requests_per_minute: int | None = Field(None, ge=1, le=MOST)
     tokens_per_minute: int | None = Field(None, ge=1, le=MOST)  # prompt and generated ones
-    max_concurrency: int | None = Field(None, ge=1, le=MOST)  # requests at once
+    max_concurrency: int | None = Field(None, ge=1, le=MOST)  # choices at once: a request of n = 4 is four
 
 
 def new_key() -> str:

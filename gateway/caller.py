@@ -20,7 +20,7 @@ class Caller:
         self.id = "" if key is None else key.id  # for logs, metrics and the prefix cache
         self._limiter = limiter
         self._limits: KeyLimits | None = None if key is None or limiter is None else limiter.of(key)
-        self._inside = False
+        self._num_choices = 0  # that count as running; 0 outside
         self._held = 0  # prompt tokens that were taken and not worked on so far
 
     def enter(self) -> None:
@@ -32,14 +32,25 @@ class Caller:
         except RateLimited as error:
             self._refused(error)
             raise
-        self._inside = True
+        self._num_choices = 1
         self._limiter.requests.labels(self.id).inc()
 
     def leave(self) -> None:
         self.give_back()
-        if self._inside and self._limits is not None:
-            self._limits.num_running -= 1
-        self._inside = False
+        if self._limits is not None:
+            self._limits.num_running -= self._num_choices
+        self._num_choices = 0
+
+    def take_choices(self, number: int) -> None:
+        """Once it is known how many a request asks for. Raises RateLimited, or InvalidRequest for more than can be."""
+        if self._limits is None or not self._num_choices:
+            return
+        try:
+            self._limits.take_choices(number)
+        except RateLimited as error:
+            self._refused(error)
+            raise
+        self._num_choices = number
 
     def take_prompt(self, num_tokens: int) -> None:
         """Before any of it is computed; what is not `prompt_done` at the end is given back. Raises RateLimited."""

@@ -270,7 +270,8 @@ def _end_span(span: Span, record: RequestRecord) -> None:
 
 
 def _charged(generation: Generation) -> Generation:
-    """The same, its prompt counted against the caller's key. Raises RateLimited."""
+    """The same, its choices and its prompt counted against the caller's key. Raises RateLimited."""
+    current_caller().take_choices(len(generation.requests))
     current_caller().take_prompt(generation.num_prompt_tokens)
     return generation
 

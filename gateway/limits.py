@@ -1,4 +1,4 @@
-"""What a key may ask for: requests and tokens a minute, and requests at once. Knows keys' entries; knows no door.
+"""What a key may ask for: requests and tokens a minute, and choices at once. Knows keys' entries; knows no door.
 
 Each gateway replica counts for itself: with R replicas a key may get up to R times its limits.
 """
@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter
 
-from cluster.errors import RateLimited
+from cluster.errors import InvalidRequest, RateLimited
 from gateway.api_keys import ApiKey
 from gateway.bucket import Bucket
 
+AT_ONCE = "choices at once"
 CONCURRENCY_RETRY_S = 1.0  # a guess: who knows when a request of theirs ends
 
 
@@ -23,7 +24,7 @@ class KeyLimits:
 
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
         self.key = key
-        self.num_running = 0
+        self.num_running = 0  # choices; a request without any, and one whose choices are not known yet, is one
         self._clock = clock
         self._requests = _bucket(key.requests_per_minute, clock)
         self._tokens = _bucket(key.tokens_per_minute, clock)
@@ -45,10 +46,21 @@ class KeyLimits:
                 raise self._refusal("requests per minute", self._requests.per_minute, wait_s)
         bound = self.key.max_concurrency
         if bound is not None and self.num_running >= bound:
-            raise self._refusal("requests at once", bound, CONCURRENCY_RETRY_S)
+            raise self._refusal(AT_ONCE, bound, CONCURRENCY_RETRY_S)
         if self._requests is not None:
             self._requests.take(1)
         self.num_running += 1
+
+    def take_choices(self, number: int) -> None:
+        """Of a request that was taken, which is one of them. Raises RateLimited or InvalidRequest."""
+        bound = self.key.max_concurrency
+        if bound is not None and number > bound:
+            raise InvalidRequest(
+                f"n: {number} choices are more than the {bound} at once of the API key {self.key.id!r}", param="n"
+            )
+        if bound is not None and self.num_running - 1 + number > bound:
+            raise self._refusal(AT_ONCE, bound, CONCURRENCY_RETRY_S)
+        self.num_running += number - 1
 
     def take_prompt(self, num_tokens: int) -> None:
         """Raises RateLimited, and takes nothing then."""

@@ -23,6 +23,7 @@ from router_service.kv_cache import KVCache
 from router_service.model_runner import ModelRunner
 from router_service.sampler import Sampler
 from router_service.scheduler import Batch, Scheduler
+from router_service.step_cost import StepCost
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def build_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids,
+        cost=StepCost.of(architecture),
+        sliding_window=architecture.sliding_window,
     )
     kv_cache = KVCache(architecture, cache.num_blocks, config.block_size, dtype=dtype, device=device)
     return Engine(

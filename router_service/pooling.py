@@ -42,11 +42,12 @@ def pool_prompts(
     for sequence, positions in parts:
         rows = hidden[first : first + len(positions)].float()
         first += len(positions)
-        total = rows.sum(dim=0)  # [D]
         if sequence.pooled is None or positions.start == 0:
-            sequence.pooled = Pooled(positions.stop, total)
-        elif sequence.pooled.end == positions.start:  # else the step in which this chunk was pooled failed later on
-            sequence.pooled = Pooled(positions.stop, sequence.pooled.total + total)
+            sequence.pooled = Pooled(positions.stop, rows.sum(dim=0))
+        else:  # a step that failed later on has pooled some of these rows, in whatever chunk
+            end, total = sequence.pooled
+            new = rows[max(0, end - positions.start) :]
+            sequence.pooled = Pooled(max(end, positions.stop), total + new.sum(dim=0))
 
 
 def embedding(sequence: Sequence) -> Embedding:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Sequence:
     """Tokens of one choice, how many of them are in the KV cache, and in which blocks.
 
-    Invariant: 0 ≤ num_computed_tokens ≤ len(token_ids) ≤ len(block_table) · block_size while it runs.
+    Invariant: 0 ≤ num_computed_tokens ≤ len(token_ids) ≤ len(block_table) · block_size + 1 while it runs.
     """
 
     __slots__ = (
@@ -23,15 +23,20 @@ class Sequence:
         "block_table",
         "finish_reason",
         "grammar",
+        "last_step",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_published_blocks",
+        "num_released_blocks",
         "pooled",
         "prompt_logprobs",
+        "refused",
         "request",
         "routed_experts",
         "stop_token_id",
         "token_ids",
+        "was_admitted",
     )
 
     def __init__(
@@ -47,6 +52,11 @@ class Sequence:
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared, when first scheduled
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks, a chain from the first token on
+        self.num_published_blocks = 0  # of its table, from the first on; whatever the prefix cache made of them
+        self.num_released_blocks = 0  # of its table, from the first on: behind the sliding window, null now
+        self.was_admitted = False  # preempted ones stay so
+        self.last_step = 0  # in which it got a token
+        self.refused: tuple[int, int] | None = None  # the step in which blocks were missing, and how many were free
         # Of the prompt tokens scored so far, the first is None; all None when they are not asked for, or sent already.
         asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
@@ -57,6 +67,11 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is: those who share the prefix cache, an API key."""
+        return self.request.cache_salt
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,71 +1,71 @@
-"""The sequences that wait for a place in the running batch. Knows who came when, and whose they are; no tokens.
+"""The sequences that wait for a place in the running batch. Knows who came when, whose they are, and which are long.
 
-Tenants, the requests of one API key each (one salt of the prefix cache), take turns; within one, the first to come is
-the first to go. A sequence that was preempted goes before all of them: it has begun.
+Every tenant, the requests of one API key (one salt of the prefix cache), has two lines: short prompts do not stand
+behind its long ones. In a line the first to come is the first to go; one that was preempted goes before those that
+have not begun. Whose turn it is, the Scheduler says.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import chain
 
 from router_service.sequence import Sequence
 
+Line = tuple[str, bool]  # (tenant, whether it is the line of its long prompts)
+
 
 class WaitingQueue:
-    """Round robin over tenants, first in first out within each."""
+    """First in, first out, in each line."""
 
-    def __init__(self) -> None:
-        self._preempted: deque[Sequence] = deque()
-        self._tenants: dict[str, deque[Sequence]] = {}  # whose turn is next comes first; none is empty
+    def __init__(self, longest_short: int) -> None:
+        """A sequence of more than `longest_short` tokens is long."""
+        self.longest_short = longest_short
+        self._lines: dict[Line, deque[Sequence]] = {}  # none is empty
 
     def __len__(self) -> int:
         return sum(self.counts().values())
 
     def counts(self) -> Counter[str]:
         """How many wait, by tenant. May be called from any thread."""
-        counts = Counter({tenant: len(queue) for tenant, queue in list(self._tenants.items())})
-        counts.update(_tenant(sequence) for sequence in list(self._preempted))
+        counts: Counter[str] = Counter()
+        for (tenant, _), line in list(self._lines.items()):
+            counts[tenant] += len(line)
         return counts
 
+    def tenants(self) -> list[str]:
+        """Those of whom at least one waits, each once."""
+        return list(dict.fromkeys(tenant for tenant, _ in self._lines))
+
+    def line_of(self, sequence: Sequence) -> Line:
+        """Where a sequence waits, or has waited until all its tokens are computed."""
+        return (sequence.tenant, len(sequence) > self.longest_short)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain.from_iterable(self._lines.values())
+
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._preempted or sequence in self._tenants.get(_tenant(sequence), ())
+        return sequence in self._lines.get(self.line_of(sequence), ())
 
     def push(self, sequence: Sequence) -> None:
-        """Behind those of its tenant."""
-        self._tenants.setdefault(_tenant(sequence), deque()).append(sequence)
+        """Behind those of its line."""
+        self._lines.setdefault(self.line_of(sequence), deque()).append(sequence)
 
     def push_preempted(self, sequence: Sequence) -> None:
-        """Before all others."""
-        self._preempted.appendleft(sequence)
+        """Before those of its line."""
+        self._lines.setdefault(self.line_of(sequence), deque()).appendleft(sequence)
 
-    def peek(self) -> Sequence:
-        """The next. The queue must not be empty."""
-        return self._preempted[0] if self._preempted else next(iter(self._tenants.values()))[0]
-
-    def pop(self) -> Sequence:
-        """Take the next, which passes the turn to another tenant."""
-        if self._preempted:
-            return self._preempted.popleft()
-        tenant = next(iter(self._tenants))
-        queue = self._tenants.pop(tenant)
-        sequence = queue.popleft()
-        if queue:
-            self._tenants[tenant] = queue  # behind the others
-        return sequence
+    def head(self, line: Line) -> Sequence | None:
+        """The next of a line, if any."""
+        return self._lines[line][0] if line in self._lines else None
 
     def remove(self, sequence: Sequence) -> None:
         """Wherever it is in the queue. Raises ValueError when it is not."""
-        if sequence in self._preempted:
-            self._preempted.remove(sequence)
-            return
-        tenant = _tenant(sequence)
-        queue = self._tenants.get(tenant)
-        if queue is None:
+        name = self.line_of(sequence)
+        line = self._lines.get(name)
+        if line is None:
             raise ValueError(f"{sequence.request.key} does not wait")
-        queue.remove(sequence)
-        if not queue:
-            del self._tenants[tenant]
-
-
-def _tenant(sequence: Sequence) -> str:
-    return sequence.request.cache_salt
+        line.remove(sequence)
+        if not line:
+            del self._lines[name]

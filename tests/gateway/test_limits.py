@@ -24,6 +24,7 @@ from gateway.bucket import Bucket
 from gateway.limits import KeyLimits, Limiter
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, tokens_script
 from tests.gateway.test_grpc import grpc_server
+from tests.waiting import wait_for
 
 BODY = {"model": "tiny", "prompt": [40, 41, 42]}
 
@@ -127,6 +128,7 @@ def frontend(card: ModelCard, coordinator: ScriptedCoordinator, clock: Clock, tm
         {"id": "bob", "sha256": digest("b"), "tokens_per_minute": 60},
         {"id": "carol", "sha256": digest("c"), "max_concurrency": 1},
         {"id": "dave", "sha256": digest("d")},
+        {"id": "erin", "sha256": digest("e"), "max_concurrency": 3},
     ]
     (tmp_path / "keys.json").write_text(json.dumps(entries))
     config = GatewayConfig(api_keys_file=tmp_path / "keys.json")
@@ -196,6 +198,28 @@ def test_requests_at_once(card: ModelCard, frontend: Any, coordinator: ScriptedC
                 break
             time.sleep(0.01)
         assert post(url, "c", max_tokens=2).status_code == 200, "the place is free when the client has left"
+
+
+def test_choices_count_one_by_one(card: ModelCard, frontend: Any, coordinator: ScriptedCoordinator) -> None:
+    """A request of n = 16 counted as one: a key of `max_concurrency: 4` had 64 sequences running."""
+    coordinator._script = tokens_script([40] * 200, pause_s=0.05)
+    with http_server(frontend) as url:
+        refused = post(url, "e", n=4)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "n"
+        headers = {"authorization": "Bearer e"}
+        with httpx.stream(
+            "POST", url + "/v1/completions", json=BODY | {"stream": True, "n": 2}, headers=headers
+        ) as one:
+            chunks = one.iter_bytes()
+            next(chunks)
+            refused = post(url, "e", n=2, max_tokens=2)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["message"].startswith("the API key 'erin' is at its limit of 3 choices")
+            assert post(url, "e", max_tokens=2).status_code == 200
+        limits = frontend.limiter.of(frontend.guard.identify(["Bearer e"], None))
+        wait_for(lambda: limits.num_running == 0, 10, "the client's leaving to be noticed")
+        assert post(url, "e", n=3, max_tokens=2).status_code == 200
 
 
 def test_the_same_limits_over_grpc(frontend: Any) -> None:

@@ -39,7 +39,7 @@ def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config, device
     directory, model = tiny
     bench = Bench(directory, device=device, **config)
     bench.run(make_request(prompt(300), max_tokens=1))  # the prefix cache has their beginning
-    generated = [make_request(prompt(90 + i)[i:], max_tokens=60, ignore_eos=True) for i in range(6)]
+    generated = [make_request(prompt(90 + i)[i:], max_tokens=100, ignore_eos=True) for i in range(6)]
     requests = {length: make_request(prompt(length), pooling=pooling) for length in LENGTHS}
     outputs = bench.run(*generated[:3], *requests.values(), *generated[3:])
     for length, request in requests.items():
@@ -47,7 +47,7 @@ def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config, device
         torch.testing.assert_close(embedding, by_hand(model, pooling, length), atol=1e-4, rtol=0)
         assert embedding.norm().item() == pytest.approx(1.0, abs=1e-5)
         assert not bench.chunks[request.key], "nothing is generated"
-    alone = [make_request(prompt(90 + i)[i:], max_tokens=60, ignore_eos=True) for i in range(6)]
+    alone = [make_request(prompt(90 + i)[i:], max_tokens=100, ignore_eos=True) for i in range(6)]
     assert [*outputs[:3], *outputs[-3:]] == Bench(directory, device=device).one_by_one(*alone), (
         "others get their own tokens"
     )

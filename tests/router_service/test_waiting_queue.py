@@ -1,4 +1,4 @@
-"""Tenants take turns, and none of a sequence is lost."""
+"""Lines of the queue, and who is refused at a bound."""
 
 from collections import Counter
 
@@ -10,77 +10,46 @@ from cluster.fairness import is_refused
 from router_service.waiting_queue import WaitingQueue
 from tests.router_service.requests import make_sequence
 
+LONG = 8
 
-def queue_of(*tenants):
-    queue = WaitingQueue()
-    sequences = [make_sequence([1], cache_salt=tenant) for tenant in tenants]
+
+def test_each_line_is_served_in_order_of_arrival_whatever_stands_in_the_others():
+    queue = WaitingQueue(longest_short=LONG)
+    sequences = [
+        make_sequence(range(length), cache_salt=tenant) for length in (1, LONG, LONG + 1, 99) for tenant in ("a", "b")
+    ]
     for sequence in sequences:
         queue.push(sequence)
-    return queue, sequences
+    assert queue.tenants() == ["a", "b"]
+    assert queue.counts() == {"a": 4, "b": 4}
+    for tenant in ("a", "b"):
+        for is_long in (False, True):
+            for length in (LONG + 1, 99) if is_long else (1, LONG):
+                head = queue.head((tenant, is_long))
+                assert (head.tenant, len(head)) == (tenant, length)
+                queue.remove(head)
+            assert queue.head((tenant, is_long)) is None
+    assert not queue
 
 
-def drain(queue):
-    return [queue.pop() for _ in range(len(queue))]
-
-
-def test_one_tenant_is_served_in_order_of_arrival():
-    queue, sequences = queue_of("", "", "")
-    assert drain(queue) == sequences
-
-
-def test_a_flood_of_one_does_not_hold_up_another():
-    queue, sequences = queue_of(*["flood"] * 100, "late")
-    late = sequences[-1]
-    order = drain(queue)
-    assert order.index(late) == 1
-    assert [sequence for sequence in order if sequence is not late] == sequences[:-1]
-
-
-def test_a_preempted_one_goes_before_all():
-    queue, _ = queue_of("a", "b")
-    preempted = make_sequence([1], cache_salt="b")
+def test_a_preempted_one_goes_before_those_of_its_line():
+    queue = WaitingQueue(longest_short=LONG)
+    queue.push(make_sequence([1], cache_salt="a"))
+    preempted = make_sequence([1, 2], cache_salt="a")
     queue.push_preempted(preempted)
-    assert queue.peek() is preempted
-    assert queue.counts() == {"a": 1, "b": 2}
-    assert queue.pop() is preempted
+    assert queue.head(("a", False)) is preempted
+    assert queue.head(("b", False)) is None
 
 
 def test_one_that_does_not_wait_cannot_be_removed():
-    queue, _ = queue_of("a")
+    queue = WaitingQueue(longest_short=LONG)
+    queue.push(make_sequence([1], cache_salt="a"))
     for tenant in ("a", "b"):
         stranger = make_sequence([1], cache_salt=tenant)
         assert stranger not in queue
         with pytest.raises(ValueError):
             queue.remove(stranger)
     assert len(queue) == 1
-
-
-@given(st.lists(st.tuples(st.sampled_from(["push", "pop", "remove", "preempt"]), st.integers(0, 3)), max_size=80))
-def test_nothing_is_lost_and_nobody_waits_longer_than_one_turn_of_each(actions):
-    queue, waiting = WaitingQueue(), []
-    skipped = Counter()  # how often others were served while a tenant waited, since it was last served
-    for action, number in actions:
-        tenant = f"tenant-{number}"
-        if action in ("push", "preempt"):
-            sequence = make_sequence([1], cache_salt=tenant)
-            (queue.push if action == "push" else queue.push_preempted)(sequence)
-            waiting.append((sequence, action))
-        elif waiting and action == "remove":
-            sequence, _ = waiting.pop(number % len(waiting))
-            queue.remove(sequence)
-        elif waiting:
-            sequence = queue.pop()
-            [entry] = [entry for entry in waiting if entry[0] is sequence]
-            waiting.remove(entry)
-            tenants = {one.request.cache_salt for one, kind in waiting if kind == "push"}
-            if entry[1] == "push":
-                for other in tenants - {sequence.request.cache_salt}:
-                    skipped[other] += 1
-                skipped[sequence.request.cache_salt] = 0
-            skipped = Counter({name: count for name, count in skipped.items() if name in tenants})
-            assert max(skipped.values(), default=0) <= 3
-        assert len(queue) == len(waiting)
-        assert all(sequence in queue for sequence, _ in waiting)
 
 
 def test_a_bound_refuses_those_who_hold_most():
