@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -31,8 +32,10 @@ class Sender:
         """Streams that the server has not ended."""
         return len(self._left)
 
-    async def send(self, address: str, path: str, num_streams: int, message: bytes | int, stay_s: float = 0) -> None:
-        """Until the server has ended every stream, or has taken every message, and then `stay_s` more.
+    async def send(
+        self, address: str, path: str, num_streams: int, message: bytes | int, until: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Until the server has ended every stream, or has taken every message, and then until something is so.
 
         A number is that of a message's bytes, all of them 0.
         """
@@ -55,7 +58,8 @@ class Sender:
                     )
                 with suppress(ConnectionError):
                     await writer.drain()
-            await asyncio.wait((reading,), timeout=stay_s)
+            while not until():
+                await asyncio.sleep(0.05)
         finally:
             reading.cancel()
             writer.close()

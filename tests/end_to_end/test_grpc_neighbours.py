@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import chat_pb2, chat_pb2_grpc
-from gateway.watches import MAX_OF_ALL
+from gateway.watches import MAX_OF_ALL, MAX_OF_CALLER
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
@@ -121,23 +121,32 @@ def refusal(address: str, ask: Callable[[grpc.Channel], None]) -> grpc.StatusCod
     return refused.value.code()
 
 
-def test_watches_of_one_client_take_no_place_of_requests(server) -> None:
+@pytest.mark.parametrize("num_connections", [5, pytest.param(50, marks=pytest.mark.long)])
+def test_watches_take_no_place_of_requests(server, num_connections) -> None:
     """Each lasts ten minutes, and to Serve it is a request: with 44 connections of 100 a gateway answered nobody."""
-    senders = [Sender() for _ in range(50)]
+    senders = [Sender() for _ in range(num_connections)]
+    seen = threading.Event()
 
     async def watch() -> None:
-        path, nothing = "/grpc.health.v1.Health/Watch", b""
-        await asyncio.gather(*(sender.send(server.grpc_address, path, 100, nothing, stay_s=4) for sender in senders))
-
-    with ThreadPoolExecutor(1) as beside, grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
-        watching = beside.submit(asyncio.run, watch())
-        stub, health = chat_pb2_grpc.MantaStub(channel), health_pb2_grpc.HealthStub(channel)
-        request = chat_pb2.GenerateRequest(
-            model="mistral-tiny", text="Once upon a time", sampling=chat_pb2.Sampling(max_tokens=2)
+        path = "/grpc.health.v1.Health/Watch"
+        await asyncio.gather(
+            *(sender.send(server.grpc_address, path, 100, b"", until=seen.is_set) for sender in senders)
         )
-        while not watching.done():
-            assert stub.Generate(request, timeout=30).usage.completion_tokens
-            assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=30)).status
+
+    def is_settled() -> bool:
+        assert stub.Generate(request, timeout=30).usage.completion_tokens
+        assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=30)).status
+        is_sent = sum(sender.num_bytes for sender in senders) == num_connections * 100 * 5
+        return is_sent and sum(sender.num_open for sender in senders) <= MAX_OF_ALL
+
+    sampling = chat_pb2.Sampling(max_tokens=2)
+    request = chat_pb2.GenerateRequest(model="mistral-tiny", text="Once upon a time", sampling=sampling)
+    with ThreadPoolExecutor(1) as beside, grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
+        stub, health = chat_pb2_grpc.MantaStub(channel), health_pb2_grpc.HealthStub(channel)
+        watching = beside.submit(asyncio.run, watch())
+        try:
+            wait_for(is_settled, 60, "the watches that are too many to end")
+            assert all(sender.num_open <= MAX_OF_CALLER for sender in senders)
+        finally:
+            seen.set()
         watching.result()
-    assert sum(sender.num_bytes for sender in senders) == 50 * 100 * 5
-    assert sum(sender.num_open for sender in senders) <= MAX_OF_ALL
