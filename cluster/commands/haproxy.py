@@ -10,7 +10,8 @@ Serve gives the admin socket to everyone on the machine. Who may write to it can
 all, so it is this user's only, and so is the folder that it lies in with the configuration and the servers' state.
 
 All clients' RPCs shared a few connections to a replica. Where one of those ends, for whatever a client did, all streams
-on it end. So each connection of a client has one of its own behind it.
+on it end. So each connection of a client has its own behind it: one, or several where streams begin at the same time,
+of which it keeps one once they are idle.
 
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
@@ -27,6 +28,7 @@ from pathlib import Path
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
+_GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
 ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
 _BODY = json.dumps(
     {
@@ -76,7 +78,8 @@ def part_clients(config: Path) -> None:
         head, rest = backend[0].split("\n", 1)
         return f"{head}\n    http-reuse never\n{_REUSE.sub('', rest)}"
 
-    config.write_text(_BACKEND.sub(parted, config.read_text()))
+    text = _BACKEND.sub(parted, config.read_text())
+    config.write_text(text.replace(_GRPC_FRONTEND, f"{_GRPC_FRONTEND}    max-session-srv-conns 1\n"))
 
 
 def _keep_alive(config: Path) -> None:

@@ -32,6 +32,7 @@ from gateway.logs import RequestRecord
 from gateway.metrics import error_name
 
 GRACE_S = 2.0  # for a message to arrive while others wait to be read
+MAX_WAITING, MAX_PUBLIC_WAITING = 1024, 256  # to be read
 PUBLIC_READS = 8  # messages at a time of those whose sender nobody knows
 PUBLIC_READ_S, PUBLIC_GRACE_S = 5.0, 0.1
 PUBLIC_MESSAGE_BYTES = 4096  # a service's name
@@ -59,8 +60,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._held: Counter[str] = Counter()  # bytes by tenant, of messages that no answer has been begun for
         # What is being read is held twice for a moment, by gRPC and as Python's bytes.
         num_reads = max(1, config.max_bytes_received // config.max_body_bytes // 2)
-        self._reads = ReadSlots(num_reads, config.body_timeout_s, GRACE_S)
-        self._public_reads = ReadSlots(PUBLIC_READS, PUBLIC_READ_S, PUBLIC_GRACE_S)
+        self._reads = ReadSlots(num_reads, MAX_WAITING, config.body_timeout_s, GRACE_S)
+        self._public_reads = ReadSlots(PUBLIC_READS, MAX_PUBLIC_WAITING, PUBLIC_READ_S, PUBLIC_GRACE_S)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails

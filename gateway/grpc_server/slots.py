@@ -6,51 +6,72 @@ gRPC does not say how large a message is before all of it is there, so each that
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from itertools import islice
 from weakref import WeakValueDictionary
 
-from cluster.errors import BodyTimeout
+from cluster.errors import BodyTimeout, Overloaded
+from cluster.fairness import is_refused
 
 
 class ReadSlots:
     """`bound` messages at a time, a quarter of them of one tenant.
 
-    While others wait, as many messages as wait have `grace_s` in all to be complete, from the oldest on: those who are
-    slow hold up nobody.
+    `max_waiting` wait for their turn; those of who has most waiting are refused first. While some wait for others, as
+    many messages as wait have `grace_s` in all to be complete, from the oldest on: those who are slow hold up nobody.
     """
 
-    def __init__(self, bound: int, timeout_s: float, grace_s: float) -> None:
+    def __init__(self, bound: int, max_waiting: int, timeout_s: float, grace_s: float) -> None:
         self._bound = bound
+        self._max_waiting = max_waiting
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._reading: dict[asyncio.Timeout, float] = {}  # and since when, the oldest first
-        self._num_waiting = 0
+        self._waiting: Counter[str] = Counter()  # by tenant, for their own turn or for any
+        self._num_waiting = 0  # for any
         self._freed = asyncio.Condition()
 
     @asynccontextmanager
     async def slot(self, tenant: str) -> AsyncGenerator[None, None]:
-        """Around the reading of one message. Raises BodyTimeout in it where that takes too long."""
+        """Around the reading of one message. Raises Overloaded, and BodyTimeout in it where that takes too long."""
         own = self._tenants.get(tenant)
         if own is None:
             own = self._tenants[tenant] = asyncio.Semaphore(max(1, self._bound // 4))
-        async with own:
-            await self._wait_for_room()
+        await self._wait(tenant, own)
+        try:
+            async with asyncio.timeout(self._timeout_s) as reading:
+                self._reading[reading] = asyncio.get_running_loop().time()
+                self._hurry()
+                try:
+                    yield
+                finally:
+                    del self._reading[reading]
+        except TimeoutError:
+            raise BodyTimeout("the message was not complete in time") from None
+        finally:
+            own.release()
+            async with self._freed:
+                self._freed.notify()
+
+    async def _wait(self, tenant: str, own: asyncio.Semaphore) -> None:
+        """Until it is the tenant's turn, who has taken a place of its `own` then."""
+        if is_refused(self._waiting, tenant, self._max_waiting):
+            raise Overloaded("too many messages wait to be read; try again later")
+        self._waiting[tenant] += 1
+        try:
+            await own.acquire()
             try:
-                async with asyncio.timeout(self._timeout_s) as reading:
-                    self._reading[reading] = asyncio.get_running_loop().time()
-                    self._hurry()
-                    try:
-                        yield
-                    finally:
-                        del self._reading[reading]
-            except TimeoutError:
-                raise BodyTimeout("the message was not complete in time") from None
-            finally:
-                async with self._freed:
-                    self._freed.notify()
+                await self._wait_for_room()
+            except BaseException:
+                own.release()
+                raise
+        finally:
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
 
     async def _wait_for_room(self) -> None:
         if len(self._reading) < self._bound:

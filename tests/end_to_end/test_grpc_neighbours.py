@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import chat_pb2, chat_pb2_grpc
-from gateway.watches import MAX_OF_ALL, MAX_OF_CALLER
+from gateway.watches import MAX_OF_ALL
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
@@ -146,7 +146,6 @@ def test_watches_take_no_place_of_requests(server, num_connections) -> None:
         watching = beside.submit(asyncio.run, watch())
         try:
             wait_for(is_settled, 60, "the watches that are too many to end")
-            assert all(sender.num_open <= MAX_OF_CALLER for sender in senders)
         finally:
             seen.set()
         watching.result()

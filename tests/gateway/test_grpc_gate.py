@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_slow_senders_hold_up_nobody() -> None:
         return "read"
 
     async def run() -> None:
-        reads = ReadSlots(4, timeout_s=60, grace_s=0.02)
+        reads = ReadSlots(4, max_waiting=99, timeout_s=60, grace_s=0.02)
         assert await asyncio.gather(*(read(reads, "alice", 0) for _ in range(100))) == ["read"] * 100
         slow = [asyncio.create_task(read(reads, f"eve-{i}", 60)) for i in range(40)]
         await asyncio.sleep(0)
@@ -265,7 +266,32 @@ def test_slow_senders_hold_up_nobody() -> None:
         await asyncio.sleep(0)
         assert await read(reads, "alice", 0) == "read"
         assert await asyncio.gather(*patient) == ["read"] * 2, "nobody waits for these"
-        assert await read(ReadSlots(4, timeout_s=0.02, grace_s=0.02), "eve", 60) == "ended"
+        assert await read(ReadSlots(4, max_waiting=99, timeout_s=0.02, grace_s=0.02), "eve", 60) == "ended"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_who_has_most_messages_waiting_is_refused() -> None:
+    """Each waits on a connection of HAProxy's, of which a replica has so many."""
+
+    async def read(reads: ReadSlots, tenant: str, may_end: asyncio.Event) -> str:
+        try:
+            async with reads.slot(tenant):
+                await may_end.wait()
+        except Overloaded:
+            return "refused"
+        return "read"
+
+    async def run() -> None:
+        reads, may_end = ReadSlots(4, max_waiting=10, timeout_s=60, grace_s=60), asyncio.Event()
+        eve = [asyncio.create_task(read(reads, "eve", may_end)) for _ in range(30)]
+        await asyncio.sleep(0)
+        alice = [asyncio.create_task(read(reads, "alice", may_end)) for _ in range(3)]
+        await asyncio.sleep(0)
+        may_end.set()
+        assert await asyncio.gather(*alice) == ["read"] * 3
+        assert Counter(await asyncio.gather(*eve)) == {"read": 11, "refused": 19}
+        assert await read(reads, "eve", may_end) == "read"
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
