@@ -70,7 +70,10 @@ def call_item(item_id: str, call: ToolCall, *, status: str = "completed") -> Jso
 def _chat_tool(tool: Any, path: str) -> Json:
     if not isinstance(tool, dict) or tool.get("type") != "function":
         raise InvalidRequest(f"{path}.type: only 'function' is supported", param=f"{path}.type")
-    return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
+    return {
+        "type": "function",
+        "function": {name: tool.get(name) for name in ("name", "description", "parameters", "strict")},
+    }
 
 
 def _string(item: Json, field: str, path: str) -> str:

@@ -21,7 +21,9 @@ def answer_schema(response_format: Any) -> JsonSchema | None:
         case "text":
             return None
         case "json_object":
-            return _ANY_OBJECT
+            if response_format.get("schema") is None:
+                return _ANY_OBJECT
+            return checked_schema(response_format["schema"], "response_format.schema")
         case "json_schema":
             path = "response_format.json_schema"
             definition = response_format.get("json_schema")

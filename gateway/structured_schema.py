@@ -1,17 +1,20 @@
 """Which JSON Schemas are taken: their size, and the words that can be enforced. Compiles nothing.
 
 A word that would be overlooked is refused, so that an answer always validates. Two are taken more loosely: `oneOf` is
-`anyOf`, and `format` is a hint. Patterns match the whole string.
+`anyOf`, and `format` is a hint, for strings without a pattern or a length. Patterns match the whole string, and beside
+`patternProperties` no other names are written.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from cluster.errors import InvalidRequest
+from cluster.json_schema.numbers import NUMBER_WORDS, number_ranges
+from cluster.json_schema.patterns import literal_prefix, of_length, parse_pattern
 from cluster.json_schema.subschemas import LISTS, NAMED, children, target
 from cluster.messages import JsonSchema
 
@@ -35,7 +38,8 @@ _OF_A_TYPE = {
     *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
     *("minProperties", "maxProperties", "items", "prefixItems", "minItems", "maxItems"),
     *("minLength", "maxLength", "pattern"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    *("unevaluatedProperties", "unevaluatedItems"),
+    *NUMBER_WORDS,
 }
 _REFUSED = {
     *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"),
@@ -43,12 +47,14 @@ _REFUSED = {
     *("$dynamicRef", "$recursiveRef", "$anchor", "$dynamicAnchor", "$recursiveAnchor"),
 }
 _COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
-# What JSON writes escaped: quotes, backslashes and control characters, plain or by an escape of the pattern's own.
-_ESCAPED = re.compile(r'["\x00-\x1f]|\\\\|\\[nrtfv0c]|\\x(?:[01][0-9a-f]|22|5c)|\\u00(?:[01][0-9a-f]|22|5c)', re.I)
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
+
+
+class NotEnforceable(InvalidRequest):
+    """A schema that asks for more than can be enforced; nothing is wrong with it otherwise."""
 
 
 def checked_schema(schema: Any, param: str) -> JsonSchema:
@@ -59,7 +65,10 @@ def checked_schema(schema: Any, param: str) -> JsonSchema:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise InvalidRequest(f"{param}: its numbers must be finite", param=param) from None
-    size = len(text.encode())
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{param}: it has half of a surrogate pair", param=param) from None
     if size > MAX_BYTES:
         raise InvalidRequest(f"{param}: at most {MAX_BYTES} bytes, got {size}", param=param)
     _Check(param).document(schema)
@@ -102,11 +111,16 @@ class _Check:
             self._refuse(path, "expected an object or a boolean")
         self._checked.add(id(schema))
         for word in sorted(_REFUSED & schema.keys()):
-            self._refuse(f"{path}/{word}", "not supported")
+            self._cannot(f"{path}/{word}", "not supported")
+        if path and "$id" in schema:
+            self._cannot(f"{path}/$id", "not supported within a schema")
+        self._shapes(schema, path)
         self._whole(schema, path)
         self._values(schema, path)
-        self._words(schema, path)
-        self._shapes(schema, path)
+        self._counts(schema, path)
+        self._numbers(schema, path)
+        self._strings(schema, path)
+        self._objects(schema, path)
         for name, child in children(schema):
             self.schema(child, path + name, depth + 1)
 
@@ -119,15 +133,17 @@ class _Check:
         if "type" in schema and whole[0] not in ("enum", "const"):
             others.add("type")
         if others:
-            self._refuse(path, f"{whole[0]!r} and {min(others)!r} in one schema are not supported")
+            self._cannot(path, f"{whole[0]!r} and {min(others)!r} in one schema are not supported")
         if "$ref" in schema:
             self._references.append((f"{path}/$ref", schema["$ref"]))
         if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
-            self._refuse(f"{path}/allOf", "more than one entry is not supported")
+            self._cannot(f"{path}/allOf", "more than one entry is not supported")
 
     def _values(self, schema: dict[str, Any], path: str) -> None:
         types = schema.get("type", list(_TYPES))
         types = types if isinstance(types, list) else [types]
+        if not types:
+            self._refuse(f"{path}/type", "expected one type at least")
         for name in types:
             if not isinstance(name, str) or name not in _TYPES:
                 self._refuse(f"{path}/type", f"expected one of {', '.join(_TYPES)}")
@@ -141,33 +157,74 @@ class _Check:
             if not any(_TYPES[name](value) for name in types):
                 self._refuse(path, "'enum' or 'const' has a value that is not of its 'type'")
 
-    def _words(self, schema: dict[str, Any], path: str) -> None:
+    def _counts(self, schema: dict[str, Any], path: str) -> None:
         for word in _COUNTS:
             if word in schema and not (type(schema[word]) is int and 0 <= schema[word] < 2**31):
                 self._refuse(f"{path}/{word}", "expected a number of at least 0")
+        for least, most in zip(_COUNTS[::2], _COUNTS[1::2], strict=True):
+            if schema.get(least, 0) > schema.get(most, 2**31):
+                self._refuse(f"{path}/{least}", f"more than {most!r}")
         if schema.get("uniqueItems"):
-            self._refuse(f"{path}/uniqueItems", "not supported")
+            self._cannot(f"{path}/uniqueItems", "not supported")
         for word in ("unevaluatedProperties", "unevaluatedItems"):
             if not isinstance(schema.get(word, False), bool):
-                self._refuse(f"{path}/{word}", "not supported")
-        required = schema.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            self._refuse(f"{path}/required", "expected a list of names")
-        if "minProperties" in schema and (schema.get("additionalProperties") or "patternProperties" in schema):
-            self._refuse(f"{path}/minProperties", "not supported where properties have no fixed names")
-        if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
-            self._refuse(f"{path}/pattern", "'pattern' and a length in one schema are not supported")
-        patterns = schema.get("patternProperties", {})
-        for pattern in [*([schema["pattern"]] if "pattern" in schema else []), *patterns]:
-            self._pattern(pattern, f"{path}/pattern")
+                self._cannot(f"{path}/{word}", "not supported")
+
+    def _numbers(self, schema: dict[str, Any], path: str) -> None:
+        words = NUMBER_WORDS & schema.keys()
+        for word in sorted(words):
+            if isinstance(schema[word], bool) or not isinstance(schema[word], int | float):
+                self._refuse(f"{path}/{word}", "expected a number")
+            if word == "multipleOf" and schema[word] <= 0:
+                self._refuse(f"{path}/{word}", "expected a number over 0")
+        types = schema.get("type", "number")
+        for name in {"integer", "number"} & {*(types if isinstance(types, list) else [types])} if words else ():
+            try:
+                number_ranges(schema, integer=name == "integer")
+            except ValueError as error:
+                self._cannot(path, str(error))
+
+    def _strings(self, schema: dict[str, Any], path: str) -> None:
+        if "pattern" in schema:
+            self._pattern(schema["pattern"], f"{path}/pattern")
+            try:
+                of_length(parse_pattern(schema["pattern"]), schema.get("minLength", 0), schema.get("maxLength"))
+            except ValueError as error:
+                self._cannot(f"{path}/pattern", str(error))
 
     def _pattern(self, pattern: Any, path: str) -> None:
         if not isinstance(pattern, str):
             self._refuse(path, "expected a string")
         if len(pattern) > MAX_PATTERN_CHARS:
             self._refuse(path, f"at most {MAX_PATTERN_CHARS} characters")
-        if _ESCAPED.search(pattern):
-            self._refuse(path, "quotes, backslashes and control characters are not supported")
+        try:
+            parse_pattern(pattern)
+        except ValueError as error:
+            self._cannot(path, str(error))
+
+    def _objects(self, schema: dict[str, Any], path: str) -> None:
+        required, declared = schema.get("required", []), schema.get("properties", {})
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            self._refuse(f"{path}/required", "expected a list of names")
+        names = {*declared, *required}
+        patterns = schema.get("patternProperties", {})
+        for pattern in patterns:
+            self._pattern(pattern, f"{path}/patternProperties")
+        if patterns and not names <= declared.keys():
+            self._cannot(f"{path}/required", "every name must be in 'properties' beside 'patternProperties'")
+        if patterns and len(patterns) + len(names) > 1:
+            begins = sorted((*names, *map(literal_prefix, patterns)))
+            if "" in begins or any(after.startswith(before) for before, after in pairwise(begins)):
+                self._cannot(
+                    f"{path}/patternProperties", "more than one of its patterns or 'properties' may match a name"
+                )
+        if "propertyNames" in schema and (names or patterns):
+            self._cannot(f"{path}/propertyNames", "not supported where properties have names or patterns")
+        is_closed = schema.get("additionalProperties", schema.get("unevaluatedProperties")) is False and not patterns
+        if is_closed and not names <= declared.keys():
+            self._refuse(f"{path}/required", "a name is not in 'properties', and there may be no others")
+        if schema.get("minProperties", 0) > len(names) + (not is_closed):
+            self._cannot(f"{path}/minProperties", "more than one property without a fixed name cannot be counted")
 
     def _shapes(self, schema: dict[str, Any], path: str) -> None:
         """What holds schemas does."""
@@ -178,6 +235,12 @@ class _Check:
             if not isinstance(schema.get(word, {}), dict):
                 self._refuse(f"{path}/{word}", "expected an object")
 
+    def _cannot(self, path: str, message: str) -> NoReturn:
+        raise NotEnforceable(*self._error(path, message))
+
     def _refuse(self, path: str, message: str) -> NoReturn:
+        raise InvalidRequest(*self._error(path, message))
+
+    def _error(self, path: str, message: str) -> tuple[str, str]:
         where = f" at #{path[:200]}" if path else ""
-        raise InvalidRequest(f"{self._param}{where}: {message}", param=self._param)
+        return f"{self._param}{where}: {message}", self._param

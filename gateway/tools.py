@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.messages import Grammar, JsonSchema, ToolCallGrammar, ToolTokens
-from gateway.structured_schema import checked_schema
+from gateway.structured_schema import NotEnforceable, checked_schema
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 262_144  # over all tools
@@ -23,7 +23,8 @@ class Tool:
     name: str
     description: str
     parameters: dict[str, Any]  # a JSON Schema
-    schema: JsonSchema
+    schema: JsonSchema  # that its arguments are held to: any object, where `refusal` says why not to `parameters`
+    refusal: NotEnforceable | None
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -58,7 +59,10 @@ def answer_grammar(
     answer: JsonSchema | None,
     tokens: ToolTokens,
 ) -> Grammar | None:
-    """What may be answered: calls, text, or within the schema `answer`. Raises InvalidRequest for a wrong choice."""
+    """What may be answered: calls, text, or within the schema `answer`. Raises InvalidRequest for a wrong choice.
+
+    Tools that may be called and need not be are known by any JSON object where their schema cannot be enforced.
+    """
     named = _named(tool_choice)
     if named is not None and named not in [tool.name for tool in tools]:
         raise InvalidRequest(f"tool_choice: there is no tool {named!r} in tools", param="tool_choice")
@@ -67,9 +71,13 @@ def answer_grammar(
     if not tools or (tool_choice == "none" and answer is not None):
         return answer
     callable_ = [tool for tool in tools if tool_choice != "none" and named in (None, tool.name)]
+    required = tool_choice in ("any", "required") or named is not None
+    refusal = next((tool.refusal for tool in callable_ if tool.refusal is not None), None)
+    if required and refusal is not None:
+        raise refusal
     return ToolCallGrammar(
         tools=tuple((tool.name, tool.schema) for tool in callable_),
-        required=tool_choice in ("any", "required") or named is not None,
+        required=required,
         parallel=parallel is not False and named is None,
         answer=answer,
         tokens=tokens,
@@ -89,7 +97,14 @@ def _tool(tool: Any, path: str) -> Tool:
     if not isinstance(description, str):
         raise InvalidRequest(f"{path}.description: expected a string", param=f"{path}.description")
     parameters = function.get("parameters") or _NO_ARGUMENTS
-    return Tool(name, description, parameters, checked_schema(parameters, f"{path}.parameters"))
+    schema, refusal = JsonSchema('{"type": "object"}', f"{path}.parameters"), None
+    try:
+        schema = checked_schema(parameters, f"{path}.parameters")
+    except NotEnforceable as error:
+        if function.get("strict"):
+            raise
+        refusal = error
+    return Tool(name, description, parameters, schema, refusal)
 
 
 def _named(tool_choice: Any) -> str | None:

@@ -18,7 +18,7 @@ from cluster.errors import InvalidRequest, MantaError, Overloaded
 from cluster.messages import Grammar, Request, ToolCallGrammar
 from router_service.grammar import GrammarState, param
 from router_service.grammar_cost import begins, is_plain
-from router_service.grammar_format import schema_tags, schemas, structural_tag
+from router_service.grammar_format import schema_tag, schemas, structural_tag
 from router_service.grammar_trial import TrialProcess
 from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from router_service.grammar_workers import GrammarWorkers, yield_to_others
@@ -107,9 +107,10 @@ class GrammarCompiler:
             if not plain:
                 self._trial.run(grammar)
             elif isinstance(grammar, ToolCallGrammar):
-                for schema, tag in zip(schemas(grammar), schema_tags(grammar), strict=True):
+                for schema in schemas(grammar):
                     field = schema.param
-                    self._compile_tag(tag)
+                    self._compile_tag(schema_tag(schema))
+                field = param(grammar)
             return self._compile_tag(structural_tag(grammar))
         except MantaError as error:
             return error

@@ -29,16 +29,6 @@ def is_plain(schemas: list[Any]) -> bool:
     )
 
 
-def patterns(schema: Any) -> list[str]:
-    """Every regular expression in a schema."""
-    found: list[str] = []
-    for one in subschemas(schema):
-        if isinstance(one, dict):
-            found += [one["pattern"]] if isinstance(one.get("pattern"), str) else []
-            found += one["patternProperties"] if isinstance(one.get("patternProperties"), dict) else []
-    return found
-
-
 def walk(compiled: CompiledGrammar, vocab_size: int) -> None:
     """Follow a grammar along random tokens. Raises ValueError when that is impossible, or costs too much."""
     from xgrammar import GrammarMatcher, allocate_token_bitmask

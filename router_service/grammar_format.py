@@ -1,43 +1,22 @@
-"""What xgrammar is told: a Grammar as one of its structural tags. Knows JSON Schema's words; compiles nothing.
-
-JSON is written on one line or close to it: between two elements comes at most one whitespace character, so a model
-cannot spend its tokens on blanks.
-"""
+"""What xgrammar is told: a Grammar as one of its structural tags. Knows how calls are spelled; compiles nothing."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from cluster.json_schema.subschemas import LISTS, NAMED, ONE
+from cluster.json_schema.subschemas import subschemas
 from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
+from router_service.grammar_schema import schema_grammar
 
 Format = dict[str, Any]
 
-_MAX_BLANKS = 1
 _BLANK: Format = {"type": "regex", "pattern": " ?"}  # after a special token; Tekken's models write none
-_WORDS = {  # of one type only; a schema that has them is read as of that type
-    "object": {
-        "properties",
-        "required",
-        "additionalProperties",
-        "patternProperties",
-        "propertyNames",
-        "minProperties",
-        "maxProperties",
-    },
-    "array": {"items", "prefixItems", "minItems", "maxItems"},
-    "string": {"pattern"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-}
-_FORMATS = {
-    *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uri-reference", "uuid")
-}
 
 
 def structural_tag(grammar: Grammar) -> str:
-    """The structural tag of a grammar, as JSON text."""
-    return _tag(_json(json.loads(grammar.text)) if isinstance(grammar, JsonSchema) else _answer(grammar))
+    """The structural tag of a grammar, as JSON text. Raises ValueError for a schema that has no grammar."""
+    return _tag(_json(grammar) if isinstance(grammar, JsonSchema) else _answer(grammar))
 
 
 def schemas(grammar: Grammar) -> tuple[JsonSchema, ...]:
@@ -47,9 +26,20 @@ def schemas(grammar: Grammar) -> tuple[JsonSchema, ...]:
     return (*(schema for _, schema in grammar.tools), *([grammar.answer] if grammar.answer else []))
 
 
-def schema_tags(grammar: Grammar) -> list[str]:
-    """A structural tag for each of `schemas` alone."""
-    return [_tag(_json(json.loads(schema.text))) for schema in schemas(grammar)]
+def schema_tag(schema: JsonSchema) -> str:
+    """A structural tag for one of `schemas` alone. Raises ValueError."""
+    return _tag(_json(schema))
+
+
+def pattern_tags(schema: JsonSchema) -> list[str]:
+    """One for every pattern and length in a schema, also where a short walk would not come by. Raises ValueError."""
+    found: list[Any] = []
+    for one in filter(lambda one: isinstance(one, dict), subschemas(json.loads(schema.text))):
+        limits = {word: one[word] for word in ("pattern", "minLength", "maxLength") if word in one}
+        found += [{"type": "string", **limits}] if limits else []
+        found += [{"type": "string", "pattern": name} for name in one.get("patternProperties", ())]
+    grammars = dict.fromkeys(map(schema_grammar, found))
+    return [_tag({"type": "grammar", "grammar": grammar}) for grammar in grammars]
 
 
 def _tag(content: Format) -> str:
@@ -62,7 +52,7 @@ def _answer(grammar: ToolCallGrammar) -> Format:
     if grammar.tools:
         options.append(_marked_calls(grammar))
     if not grammar.required:
-        options.append(_json(json.loads(grammar.answer.text)) if grammar.answer else _text(grammar))
+        options.append(_json(grammar.answer) if grammar.answer else _text(grammar))
     return options[0] if len(options) == 1 else {"type": "or", "elements": options}
 
 
@@ -85,7 +75,7 @@ def _list_of_calls(grammar: ToolCallGrammar) -> Format:
         {
             "type": "tag",
             "begin": f'{{"name": {json.dumps(name)}, "arguments": ',
-            "content": _json(json.loads(schema.text)),
+            "content": _json(schema),
             "end": "}",
         }
         for name, schema in grammar.tools
@@ -107,7 +97,7 @@ def _spelled_calls(grammar: ToolCallGrammar, calls: int, args: int) -> Format:
     options = [
         _sequence(
             *(_token(calls), _BLANK, _const(name), *identified),
-            *(_token(args), _BLANK, _json(json.loads(schema.text))),
+            *(_token(args), _BLANK, _json(schema)),
         )
         for name, schema in grammar.tools
     ]
@@ -144,39 +134,5 @@ def _in_class(char: str) -> str:
     return f"\\{char}" if char in "[]^-\\" else char
 
 
-def _json(schema: Any) -> Format:
-    return {"type": "json_schema", "json_schema": _spelled_out(schema), "max_whitespace_cnt": _MAX_BLANKS}
-
-
-def _spelled_out(schema: Any) -> Any:
-    """The same schema, for what xgrammar gets wrong.
-
-    It overlooks a required property that `properties` does not declare, lets raw control characters into strings that
-    have a length, overlooks words without a type, and knows some formats no better than a guess.
-    """
-    if not isinstance(schema, dict):
-        return schema
-    result = dict(schema)
-    for word in ONE:
-        if word in result:
-            result[word] = _spelled_out(result[word])
-    for word in LISTS:
-        if isinstance(result.get(word), list):
-            result[word] = [_spelled_out(entry) for entry in result[word]]
-    for word in NAMED:
-        if isinstance(result.get(word), dict):
-            result[word] = {name: _spelled_out(entry) for name, entry in result[word].items()}
-    if result.get("format") not in _FORMATS:
-        result.pop("format", None)
-    low, high = result.pop("minLength", 0), result.pop("maxLength", None)
-    if low or high is not None:
-        result["pattern"] = f"^.{{{low},{'' if high is None else high}}}$"
-    if not result.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
-        result |= next(({"type": name} for name, words in _WORDS.items() if words & result.keys()), {})
-    required, declared = schema.get("required"), schema.get("properties", {})
-    if isinstance(required, list) and isinstance(declared, dict):
-        additional = result.get("additionalProperties", True)
-        missing = {name: additional for name in required if isinstance(name, str) and name not in declared}
-        if missing:
-            result["properties"] = {**result.get("properties", {}), **missing}
-    return result
+def _json(schema: JsonSchema) -> Format:
+    return {"type": "grammar", "grammar": schema_grammar(json.loads(schema.text))}

@@ -26,9 +26,9 @@ import psutil
 from cluster.errors import InvalidRequest, Unavailable
 from cluster.messages import Grammar
 from router_service.grammar import param
-from router_service.grammar_cost import patterns, walk
-from router_service.grammar_format import schema_tags, schemas, structural_tag
-from router_service.grammar_vocabulary import GrammarVocabulary, compile_pattern, compile_tag, new_compiler
+from router_service.grammar_cost import walk
+from router_service.grammar_format import pattern_tags, schema_tag, schemas, structural_tag
+from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
 
 if TYPE_CHECKING:
     from xgrammar import TokenizerInfo
@@ -48,15 +48,13 @@ class TrialProcess:
 
     def run(self, grammar: Grammar) -> None:
         """Raises InvalidRequest, which names the schema, or Unavailable when no trial can be held."""
-        documents = [json.loads(schema.text) for schema in schemas(grammar)]
-        order = {
-            "schemas": [
-                {"tag": tag, "patterns": patterns(document)}
-                for tag, document in zip(schema_tags(grammar), documents, strict=True)
-            ],
-            "whole": structural_tag(grammar),
-            "timeout_s": self._timeout_s,
-        }
+        tried = []
+        for schema in schemas(grammar):
+            try:
+                tried.append({"tag": schema_tag(schema), "patterns": pattern_tags(schema)})
+            except ValueError as error:
+                raise InvalidRequest(f"{schema.param}: {error}", param=schema.param) from None
+        order = {"schemas": tried, "whole": structural_tag(grammar), "timeout_s": self._timeout_s}
         verdict = self._ask(order)
         if verdict["error"] is not None:
             at = verdict["at"]
@@ -173,9 +171,8 @@ def _hold(info: TokenizerInfo, order: dict[str, Any], writer: int) -> None:
         for index, schema in enumerate(order["schemas"]):
             at = index
             say()
-            for pattern in schema["patterns"]:
-                walk(compile_pattern(compiler, pattern), info.vocab_size)
-            walk(compile_tag(compiler, schema["tag"]), info.vocab_size)
+            for tag in (*schema["patterns"], schema["tag"]):
+                walk(compile_tag(compiler, tag), info.vocab_size)
         at = None
         say()
         walk(compile_tag(compiler, order["whole"]), info.vocab_size)

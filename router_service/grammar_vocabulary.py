@@ -49,14 +49,6 @@ def compile_tag(compiler: GrammarCompiler, tag: str) -> CompiledGrammar:
         raise ValueError(_reason(str(error))) from None
 
 
-def compile_pattern(compiler: GrammarCompiler, pattern: str) -> CompiledGrammar:
-    """Compile a regular expression. Raises ValueError."""
-    try:
-        return compiler.compile_regex(pattern)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(_reason(str(error))) from None
-
-
 def _reason(message: str) -> str:
     """xgrammar's own message without its time stamp and source line."""
     text = message.strip().splitlines()[0] if message.strip() else "unknown reason"

@@ -26,6 +26,7 @@ class Cheese(BaseModel):
     name: Literal["Comté", "Roquefort", "Camembert"]
     months: int = Field(ge=0, le=48)
     wine: Literal["red", "white"] | None
+    format: Literal["whole", "sliced"]  # called like a word of schemas
     holes: list[Literal["small", "large"]] = Field(max_length=2)
 
 
@@ -33,6 +34,7 @@ def tool(name, parameters):
     return {"type": "function", "function": {"name": name, "description": "A tool", "parameters": parameters}}
 
 
+LONG = {"type": "object", "properties": {"note": BOUNDED["long"]}, "required": ["note"], "additionalProperties": False}
 TOOLS = [tool("weather", WEATHER), tool("ripen", Cheese.model_json_schema())]
 
 
@@ -116,6 +118,16 @@ def test_openai_forces_a_tool(client, name, temperature):
     check_calls(calls, [name])
     assert calls[0].function.arguments == choice.message.tool_calls[0].function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_forced_call_with_a_long_string_is_read(client):
+    """Its raw line breaks made the reader of calls raise, and the answer was a 500."""
+    forced = {"type": "function", "function": {"name": "note"}}
+    [choice] = client.chat.completions.create(
+        model=MODEL, messages=[ASK], tools=[tool("note", LONG)], tool_choice=forced, temperature=1, max_tokens=400
+    ).choices
+    assert choice.finish_reason == "tool_calls"
+    jsonschema.validate(json.loads(choice.message.tool_calls[0].function.arguments), LONG)
 
 
 def test_mistral_is_answered_with_calls_and_sends_the_results(mistral):

@@ -123,7 +123,10 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, door: tuple[s
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": {}}, "tools"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "tools[0].parameters"),
+        (
+            {"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {"not": {}}}]},
+            "tools[0].parameters",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),

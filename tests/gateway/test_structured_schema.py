@@ -62,6 +62,12 @@ def nested(depth: int) -> dict[str, Any]:
         {"$ref": "#/$defs/a~1b%25~0", "$defs": {"a/b%~": {"type": "string"}}},
         Person.model_json_schema(),
         nested(MAX_DEPTH - 1),
+        {"type": "string", "pattern": r'^[^"\\\n]+$', "maxLength": 200},
+        {"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083},
+        {"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308},
+        {"type": "number", "multipleOf": 0.01, "minimum": 0},
+        {"enum": [2**70, -(2**64)]},
+        {"patternProperties": {"^x-": {}}, "properties": {"ab": {}}, "required": ["ab"]},
     ],
 )
 def test_what_is_taken_is_sent_as_it_came(schema: dict[str, Any]) -> None:
@@ -93,10 +99,35 @@ def test_what_is_taken_is_sent_as_it_came(schema: dict[str, Any]) -> None:
         ({"type": "string", "minLength": -1}, "#/minLength: expected a number"),
         ({"type": "string", "minLength": 2**40}, "#/minLength: expected a number"),
         ({"type": "string", "pattern": "a" * 513}, "at most 512 characters"),
-        ({"type": "string", "pattern": '^"$'}, "quotes, backslashes and control characters"),
-        ({"type": "string", "pattern": r"^\\$"}, "quotes, backslashes and control characters"),
-        ({"type": "string", "pattern": r"^\n$"}, "quotes, backslashes and control characters"),
-        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "'pattern' and a length"),
+        ({"type": "string", "pattern": "^(a|bc)+$", "maxLength": 3}, "#/pattern: a length and a 'pattern'"),
+        ({"type": "string", "pattern": "^a{5}$", "maxLength": 3}, "#/pattern: no text of these lengths"),
+        ({"type": "string", "pattern": "a^b"}, "#/pattern: '^' is supported at the ends"),
+        ({"type": "string", "pattern": "(a$|b)"}, "#/pattern: '$' is supported at the ends"),
+        ({"type": "string", "pattern": "^(?=a)b"}, "#/pattern: only plain groups"),
+        ({"type": "string", "pattern": r"a\b"}, r"'\b' is not supported"),
+        ({"type": "string", "pattern": r"(a)\1"}, r"'\1' is not supported"),
+        ({"type": "string", "pattern": "(" * 200 + ")" * 200}, "groups deeper than"),
+        ({"type": "string", "pattern": "["}, "it ends too early"),
+        ({"type": "string", "pattern": "a{1,9999999}"}, "at most 100000 repetitions"),
+        ({"type": "string", "minLength": 4, "maxLength": 3}, "#/minLength: more than 'maxLength'"),
+        ({"items": {"minimum": "3"}}, "#/items/minimum: expected a number"),
+        ({"exclusiveMinimum": True}, "#/exclusiveMinimum: expected a number"),
+        ({"multipleOf": 0}, "#/multipleOf: expected a number over 0"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no number satisfies it"),
+        ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "no number satisfies it"),
+        ({"type": "integer", "multipleOf": 7, "minimum": 8, "maximum": 13}, "no number satisfies it"),
+        ({"type": "number", "multipleOf": 1000003}, "'multipleOf' is too large"),
+        ({"properties": {"a": {"minimum": 10**60}}}, "#/properties/a: a bound has too many digits"),
+        ({"propertyNames": {"maxLength": 2}, "properties": {"abc": {}}}, "#/propertyNames: not supported where"),
+        ({"patternProperties": {"^a": {}, "^ab": {}}}, "#/patternProperties: more than one"),
+        ({"patternProperties": {"^a": {}}, "properties": {"ab": {}}}, "#/patternProperties: more than one"),
+        ({"patternProperties": {"^a": {}}, "required": ["ab"]}, "#/required: every name must be in 'properties'"),
+        ({"minProperties": 2}, "#/minProperties: more than one property without"),
+        ({"required": ["a"], "additionalProperties": False}, "#/required: a name is not in 'properties'"),
+        ({"type": []}, "#/type: expected one type at least"),
+        ({"items": {"$id": "https://example.com/a"}}, "#/items/$id: not supported"),
+        ({"anyOf": [{}], "unevaluatedProperties": False}, "'anyOf' and 'unevaluatedProperties' in one schema"),
+        ({"const": "\ud800"}, "half of a surrogate pair"),
         ({"properties": []}, "#/properties: expected an object"),
         ({"required": "a"}, "#/required: expected a list of names"),
         ({"minimum": float("inf")}, "its numbers must be finite"),
@@ -110,6 +141,16 @@ def test_what_could_not_be_enforced_is_refused(schema: Any, message: str) -> Non
         checked_schema(schema, PARAM)
     assert raised.value.param == PARAM
     assert message in raised.value.message
+
+
+def test_json_object_with_a_schema_is_held_to_it() -> None:
+    """As llama.cpp's clients send it; the schema was overlooked."""
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}}
+    found = answer_schema({"type": "json_object", "schema": schema})
+    assert found is not None
+    assert (json.loads(found.text), found.param) == (schema, "response_format.schema")
+    with pytest.raises(InvalidRequest, match=r"response_format\.schema at #/not: not supported"):
+        answer_schema({"type": "json_object", "schema": {"not": {}}})
 
 
 WORDS = sorted(

@@ -302,6 +302,38 @@ def test_the_choice_of_tools(
         assert grammar.tools[0][1] == SCHEMA
 
 
+UNENFORCEABLE = {"type": "object", "properties": {"days": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", None])
+def test_a_tool_whose_schema_cannot_be_enforced_is_taken_loosely_where_no_call_is_required(
+    validator: Validator, choice: str | None
+) -> None:
+    """Agents list tools of MCP servers by the dozen; one `uniqueItems` among them refused every request."""
+    tool = {"type": "function", "function": {"name": "plan", "parameters": UNENFORCEABLE}}
+    request = validated(validator, tools=[WEATHER, tool], tool_choice=choice)
+    assert isinstance(request.grammar, ToolCallGrammar)
+    expected = [] if choice == "none" else [SCHEMA.text, '{"type": "object"}']
+    assert [schema.text for _, schema in request.grammar.tools] == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "strict"),
+    [("required", False), ("auto", True), ({"type": "function", "function": {"name": "plan"}}, False)],
+)
+def test_it_is_refused_where_it_is_to_be_enforced(validator: Validator, choice: Any, strict: bool) -> None:
+    function = {"name": "plan", "parameters": UNENFORCEABLE, "strict": strict}
+    with pytest.raises(InvalidRequest, match="#/properties/days/uniqueItems: not supported") as raised:
+        validated(validator, tools=[WEATHER, {"type": "function", "function": function}], tool_choice=choice)
+    assert raised.value.param == "tools[1].function.parameters"
+
+
+def test_what_is_no_schema_or_too_large_is_refused_in_any_case(validator: Validator) -> None:
+    for parameters in ({"type": "banana"}, {"description": "x" * 70_000}, {"anyOf": [{}] * 2001}):
+        with pytest.raises(InvalidRequest):
+            validated(validator, tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+
 def test_tools_and_a_format_of_the_answer_go_together(validator: Validator) -> None:
     json_object = {"response_format": {"type": "json_object"}}
     assert validated(validator, **json_object).grammar.answer.text == '{"type": "object"}'

@@ -42,7 +42,12 @@ BOUNDED: dict[str, dict[str, Any]] = {
     "plate": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}-[A-Z]{2}$"},
     "number": {"type": "number", "minimum": -1.5, "maximum": 3.25},
     "tuple": {"type": "array", "prefixItems": [{"const": "x"}, {"type": "boolean"}], "items": False, "minItems": 2},
-    "optional": {"type": "object", "properties": {name: {"type": "null"} for name in "abc"}},
+    "optional": {
+        "type": "object",
+        "properties": {name: {"type": "null"} for name in "abc"},
+        "additionalProperties": False,
+    },
+    "long": {"type": "string", "pattern": '^[a-z"\n]{129,130}$'},  # xgrammar loses JSON's escapes past 128
     "union": {"anyOf": [{"type": "null"}, WEATHER, {"type": "array", "items": {"enum": [1, 2.5]}, "maxItems": 2}]},
 }
 
