@@ -7,8 +7,10 @@ from urllib.parse import unquote
 
 from gateway.api_keys import ApiKey
 from gateway.caller import Caller, set_caller
-from gateway.guard import Guard
+from gateway.guard import Guard, is_loopback
 from gateway.limits import Limiter
+
+CLIENT = "x-manta-client"  # set by HAProxy, whatever the client says
 
 
 def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
@@ -25,6 +27,18 @@ def identify(guard: Guard, context: Any) -> ApiKey | None:
     """Whose RPC it is, by its metadata. Raises Unauthorized."""
     authorization = [str(value) for name, value in context.invocation_metadata() if name == "authorization"]
     return guard.identify(authorization, peer_address(context.peer()))
+
+
+def connection(context: Any) -> str:
+    """The client's, for what is bounded by client: who may pass is another question.
+
+    Behind HAProxy a client may have several, so HAProxy says whose each is. Others on this machine may say so as well,
+    and gain what as many connections would give them.
+    """
+    peer = str(context.peer())
+    if is_loopback(peer_address(peer) or ""):
+        return next((str(value) for name, value in context.invocation_metadata() if name == CLIENT), peer)
+    return peer
 
 
 def traceparent(context: Any) -> str:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import Overloaded, Unauthorized
 from gateway.frontend import Frontend
 from gateway.grpc_errors import fail, status_of
-from gateway.grpc_guard import peer_address
+from gateway.grpc_guard import connection, peer_address
 from gateway.watches import Watches
 
 SERVICE = "manta.v1.Manta"
@@ -43,7 +43,7 @@ class HealthRpcs:
         if not await self._is_admitted(grpc_context):
             return
         try:
-            with self.watches.place(grpc_context.peer()) as over:
+            with self.watches.place(connection(grpc_context)) as over:
                 last = None
                 while not over.is_set():
                     status = await self._serving(request.service)

@@ -11,7 +11,7 @@ all, so it is this user's only, and so is the folder that it lies in with the co
 
 All clients' RPCs shared a few connections to a replica. Where one of those ends, for whatever a client did, all streams
 on it end. So each connection of a client has its own behind it: one, or several where streams begin at the same time,
-of which it keeps one once they are idle.
+of which it keeps one once they are idle. HAProxy tells the replica whose each is (`gateway.grpc_guard.connection`).
 
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
@@ -29,6 +29,7 @@ _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
 _GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
+_OF_CLIENTS = "    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n"
 ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
 _BODY = json.dumps(
     {
@@ -79,7 +80,7 @@ def part_clients(config: Path) -> None:
         return f"{head}\n    http-reuse never\n{_REUSE.sub('', rest)}"
 
     text = _BACKEND.sub(parted, config.read_text())
-    config.write_text(text.replace(_GRPC_FRONTEND, f"{_GRPC_FRONTEND}    max-session-srv-conns 1\n"))
+    config.write_text(text.replace(_GRPC_FRONTEND, _GRPC_FRONTEND + _OF_CLIENTS))
 
 
 def _keep_alive(config: Path) -> None:

@@ -23,7 +23,7 @@ from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge, RequestC
 from cluster.fairness import is_refused
 from gateway import chat_pb2
 from gateway.grpc_errors import retry_after, status_of
-from gateway.grpc_guard import identify
+from gateway.grpc_guard import connection, identify
 from gateway.grpc_server.slots import ReadSlots
 from gateway.grpc_server.trailers import FittingContext
 from gateway.grpc_server.wire_bounds import check_parts, parts_of
@@ -116,7 +116,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             yield await self._public_message(method, deserialize, context), lambda: None
             return
         key = None if self._guard is None else identify(self._guard, context)
-        tenant = context.peer() if key is None else key.id
+        tenant = connection(context) if key is None else key.id
         async with self._reads.slot(tenant):
             data = await _read(context, self._max_bytes)
         if is_refused(self._held, tenant, self._max_bytes_of_all - len(data)):
@@ -144,7 +144,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext) -> Any:
         if method in EMPTY:
             return deserialize(b"")
-        async with self._public_reads.slot(context.peer()):
+        async with self._public_reads.slot(connection(context)):
             data = await _read(context, PUBLIC_MESSAGE_BYTES)
         return _parsed(deserialize, data)
 

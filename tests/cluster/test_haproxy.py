@@ -59,7 +59,10 @@ def test_no_connection_to_a_grpc_server_is_for_two_clients(tmp_path: Path) -> No
         "backend grpc_fallback_backend\n    http-reuse never\n",
         "backend grpc-gateway\n    http-reuse never\n    mode http\n",
     )
-    expected = GRPC.replace("grpc_frontend\n", "grpc_frontend\n    max-session-srv-conns 1\n")
+    expected = GRPC.replace(
+        "grpc_frontend\n",
+        "grpc_frontend\n    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n",
+    )
     for old, new in zip(before, after, strict=True):
         expected = expected.replace(old, new)
     assert config.read_text() == expected

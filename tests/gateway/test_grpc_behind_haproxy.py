@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import grpc
 from cluster.messages import ModelCard
 from gateway import chat_pb2, chat_pb2_grpc
 from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.watches import MAX_OF_CALLER
 from tests.cluster.test_haproxy import running
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 from tests.gateway.test_grpc import grpc_address
 from tests.ports import free_port
+from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
 CONFIG = """
@@ -47,6 +50,30 @@ def test_a_silent_stream_is_not_cut_and_its_connection_is_kept_alive(
             stream = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=30, wait_for_ready=True)
             wait_for(lambda: "keepalive" in sockets_at(port), 10, "a connection that is kept alive")
             assert len(list(stream)) == 1
+
+
+def test_a_client_is_one_caller_however_many_connections_haproxy_has_for_it(
+    tmp_path: Path, card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Streams that begin at the same time get a connection each there, and each would have watches of its own."""
+    port = free_port()
+    senders = [Sender(), Sender()]
+
+    async def watch(frontend_port: int) -> None:
+        def is_settled() -> bool:
+            return all(sender.num_open <= MAX_OF_CALLER for sender in senders)
+
+        address, path = f"127.0.0.1:{frontend_port}", "/grpc.health.v1.Health/Watch"
+        watching = (sender.send(address, path, 20, b"", until=is_settled) for sender in senders)
+        await asyncio.wait_for(asyncio.gather(*watching), 20)
+
+    with grpc_address(build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("Hi"))))) as address:
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(CONFIG.format(directory=tmp_path, port=port, address=address).replace("400ms", "20s"))
+        with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=20)
+            asyncio.run(watch(port))
+    assert [sender.num_open for sender in senders] == [MAX_OF_CALLER] * 2
 
 
 def sockets_at(port: int) -> str:
