@@ -398,7 +398,7 @@ def run_thread(scene):
     "break_it",
     [
         lambda scene: scene.engine.scheduler.block_manager._free.popitem(),
-        lambda scene: scene.engine.scheduler.waiting.pop(),
+        lambda scene: scene.engine.scheduler.waiting.remove(next(iter(scene.engine.scheduler.waiting))),
         lambda scene: scene.engine.scheduler.block_manager._references.__setitem__(-1, 7),
     ],
     ids=["a block is lost", "a sequence is lost", "a count is wrong"],
