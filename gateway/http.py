@@ -207,7 +207,8 @@ class HttpDoor:
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
                 choices[delta.index].add(delta)
-        size = parsed.num_bytes + sum(map(num_bytes, choices))
+        has_prompt = shape.return_token_ids or generation.echo
+        size = (parsed.num_bytes if has_prompt else 0) + sum(map(num_bytes, choices))
 
         def response() -> Response:
             return json_response(
