@@ -246,7 +246,7 @@ def test_the_deadline_ends_a_request(card: ModelCard, tokenizer: HuggingFaceToke
         started = time.monotonic()
         response = httpx.post(url + "/v1/chat/completions", json={"model": "tiny", "messages": USER})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 3, "ten times the limit"
         assert coordinator.running == 0
 
 
