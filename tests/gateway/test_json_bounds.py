@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
@@ -49,6 +49,7 @@ def refusal(data: bytes, slice_bytes: int, **bounds: int) -> str:
     return ""
 
 
+@settings(deadline=None)
 @given(JSON, st.integers(1, 50), st.integers(0, 6))
 def test_each_bound_is_that_of_the_parsed_value(value: Any, slice_bytes: int, bound: int) -> None:
     """Wherever the text is cut into slices: inside of strings, escapes and numbers too."""
@@ -61,6 +62,7 @@ def test_each_bound_is_that_of_the_parsed_value(value: Any, slice_bytes: int, bo
         assert bool(refusal(data, slice_bytes, **tight | {"MAX_PARTS": bound})) == (parts(value) > bound)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 50), st.integers(1, 30))
 def test_the_longest_number_counts(lengths: list[int], slice_bytes: int, bound: int) -> None:
     data = json.dumps([int("7" * length) for length in lengths] + ["7" * 40]).encode()
