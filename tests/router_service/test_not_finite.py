@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cluster.errors import Unavailable
+from router_service.attention import AttentionPlan, Span
+from router_service.block_manager import NULL_BLOCK
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -57,7 +59,10 @@ def test_only_the_requests_that_it_reached_fail(tmp_path, temperature, device):
 
 
 def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_path, device):
-    """Decodes are padded to the longest, and read the first slot of the cache for it: a block of the failing prompt."""
+    """Decodes are padded to the longest. What padding read was the first slot of a block that somebody had.
+
+    Here whatever is in no block of a sequence that runs, and is not the null block, is NaN from the start.
+    """
     write_checkpoint(tmp_path)
     prompts = [range(5, 8), range(6, 40), range(7, 107)]  # 1, 3 and 7 blocks
 
@@ -65,11 +70,14 @@ def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_pat
         return [make_request([token % 90 for token in prompt], max_tokens=8, ignore_eos=True) for prompt in prompts]
 
     expected = Bench(tmp_path, dtype="float32", device=device).run(*others())
-    bench = Bench(tmp_path, dtype="float32", device=device, num_kv_blocks=12, max_model_len=128)
-    transport = Damaging(bench, layer=0, row=3)
-    bench.add(make_request([5, 6], max_tokens=1), *(asked := others()))  # the first block, and all others
+    bench = Bench(tmp_path, dtype="float32", device=device)
+    cache = bench.engine.model_runner.kv_cache
+    for memory in (cache._keys, cache._values):
+        memory[:, cache.block_size :] = float("nan")
+    bench.add(*(asked := others()))
     bench.engine.step()
-    bench.add(damaged := make_request(range(10, 20)))  # it has the first block now
+    bench.add(damaged := make_request(range(10, 20)))
+    transport = Damaging(bench, layer=0, row=len(asked))  # the first after those that decode
     transport.armed = True
     bench.engine.step()
     transport.armed = False
@@ -77,6 +85,17 @@ def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_pat
     assert list(bench.errors) == [damaged.key]
     assert [bench.token_ids(other) for other in asked] == expected
     assert null_block_is_zero(bench)
+
+
+def test_what_pads_decodes_is_in_the_null_block():
+    spans = [Span(length - 1, 1, torch.arange(length) + 16 * (i + 1)) for i, length in enumerate((3, 9, 1))]
+    plan = AttentionPlan(
+        spans, sliding_window=None, max_gathered_tokens=1000, dtype=torch.float32, device=torch.device("cpu")
+    )
+    [decodes] = plan._decodes
+    padding = decodes.slots[decodes.mask[:, 0, 0] < 0]
+    assert len(padding) == 6 + 8
+    assert set((padding // 16).tolist()) == {NULL_BLOCK}
 
 
 @pytest.mark.parametrize("layer", [0, 1])
