@@ -162,12 +162,13 @@ def test_of_a_prompt_that_is_computed_in_chunks_nothing_is_computed_twice():
     assert computed == 200 + 2 * 4 + 3  # the others begin with the last block, and each decodes once
 
 
-def test_a_short_prompt_does_not_stand_behind_a_long_one():
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_short_prompt_does_not_stand_behind_a_long_one(steps):
     """A prompt of 16,000 words had the whole budget of every step; chats of two tokens took 14 s beside it."""
     scheduler = make_scheduler(num_blocks=16384, budget=2048)
     long = make_sequence(range(32768), max_tokens=1)
     scheduler.add(long)
-    run(scheduler, steps=2)
+    run(scheduler, steps=steps)
     chat = make_sequence(range(30), max_tokens=2)
     scheduler.add(chat)
     assert (chat, 0, 30) in run(scheduler)
@@ -175,6 +176,17 @@ def test_a_short_prompt_does_not_stand_behind_a_long_one():
     assert step == [(chat, 30, 1), (long, step[1][1], 512)], "beside a decoding sequence a quarter of the budget"
     assert chat.finish_reason == "length"
     assert run(scheduler)[0][2] == 2048
+
+
+def test_short_and_long_prompts_share_every_step():
+    scheduler = make_scheduler(num_blocks=16384, budget=2048)
+    long = make_sequence(range(32768), max_tokens=1)
+    scheduler.add(long)
+    for number in range(6):
+        short = make_sequence([number] * 300, max_tokens=1)
+        scheduler.add(short)
+        given = {sequence: num_tokens for sequence, _, num_tokens in run(scheduler)}
+        assert given == {short: 300, long: 1748}
 
 
 def test_chunks_become_shorter_as_their_context_grows():
