@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _MAX_PLAIN_ENTRIES = 512  # of lists and objects, over a whole schema
 _MAX_PLAIN_ITEMS = 100
+_MAX_PLAIN_OPEN_NAMES = 50  # of properties in objects that may have others
 _COSTLY = {
     *("pattern", "patternProperties", "propertyNames", "minLength", "maxLength"),
     *("minProperties", "maxProperties", "multipleOf"),
@@ -24,8 +25,12 @@ _MAX_TOKEN_S = 0.25  # CPU time
 
 def is_plain(schemas: list[Any]) -> bool:
     """Whether schemas have no word whose cost grows out of proportion, and few words in all."""
-    return _num_entries(schemas) <= _MAX_PLAIN_ENTRIES and not any(
-        _is_costly(one) for schema in schemas for one in subschemas(schema)
+    found = [one for schema in schemas for one in subschemas(schema) if isinstance(one, dict)]
+    names = sum(len(one.get("properties", ())) for one in found if one.get("additionalProperties") is not False)
+    return (
+        _num_entries(schemas) <= _MAX_PLAIN_ENTRIES
+        and names <= _MAX_PLAIN_OPEN_NAMES
+        and not any(map(_is_costly, found))
     )
 
 
@@ -62,12 +67,9 @@ def begins(compiled: CompiledGrammar, vocab_size: int) -> bool:
     return bool(bitmask.any())
 
 
-def _is_costly(schema: Any) -> bool:
-    return isinstance(schema, dict) and (
-        not _COSTLY.isdisjoint(schema)
-        or any(
-            isinstance(schema.get(word), int) and schema[word] > _MAX_PLAIN_ITEMS for word in ("minItems", "maxItems")
-        )
+def _is_costly(schema: dict[str, Any]) -> bool:
+    return not _COSTLY.isdisjoint(schema) or any(
+        isinstance(schema.get(word), int) and schema[word] > _MAX_PLAIN_ITEMS for word in ("minItems", "maxItems")
     )
 
 

@@ -26,6 +26,7 @@ _ESCAPE_IN_REGEX = (
     f'(["\\\\/bfnrt]|u([0-9abcefABCEF]{_HEX}{{3}}|[dD][0-7]{_HEX}{{2}}'
     f"|[dD][89abAB]{_HEX}{{2}}\\\\u[dD][cdefCDEF]{_HEX}{{2}}))"
 )
+_MAX_TOLD_APART = 3  # characters of a name
 _MAX_STATES = 32  # of one expression's characters, by number
 _AFTER_A_STRING = "[ \\n\\r\\t]? [,}\\]:]"  # lets xgrammar judge tokens that go past the end of one
 
@@ -88,20 +89,24 @@ def string_of_format(rules: Rules, name: Any) -> str | None:
 
 
 def key_but(rules: Rules, names: Iterable[str]) -> str:
-    """Any string but these, without escapes: one could spell such a name in another way."""
+    """Any string but these, without escapes: one could spell such a name in another way.
+
+    Nor one that begins like a long name of these: to compile, every character that is told apart costs milliseconds.
+    """
+    names = set(names)
+    taken = {name[:_MAX_TOLD_APART] for name in names if len(name) > _MAX_TOLD_APART}
     branches: dict[str, set[str]] = {"": set()}  # what may follow a beginning of a name
-    ends = set(names)
-    for name in ends:
-        for i, char in enumerate(name):
+    for name in names:
+        for i, char in enumerate(name[:_MAX_TOLD_APART]):
             branches.setdefault(name[:i], set()).add(char)
     rest = rules.add(f'{_PLAIN}* "\\""')
     spelled: dict[str, str] = {}
     for begin in sorted(branches, key=len, reverse=True):
-        others = without(((0, 0x10FFFF),), (*_ESCAPED, (0xD800, 0xDFFF), *((ord(c), ord(c)) for c in branches[begin])))
-        options = [f"{char_class(others)} {rest}"] + ([] if begin in ends else ['"\\""'])
+        chars = tuple((ord(char), ord(char)) for char in branches[begin])
+        options = [f"{char_class(without(_PLAIN_RANGES, chars))} {rest}"] + ([] if begin in names else ['"\\""'])
         for char in sorted(branches[begin]):
-            if not without(((ord(char), ord(char)),), _ESCAPED):
-                continue  # never written without an escape
+            if begin + char in taken or not without(((ord(char), ord(char)),), _ESCAPED):
+                continue  # an escaped one is never written here
             whole = f"{_PLAIN} {rest}"  # after a name that no other begins with, one character more at least
             options.append(f"{literal(char)} {spelled.get(begin + char) or rules.add(whole)}")
         spelled[begin] = rules.add(choice(options))

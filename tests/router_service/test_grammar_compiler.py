@@ -12,6 +12,7 @@ from cluster.errors import InvalidRequest, Overloaded
 from cluster.messages import ToolCallGrammar
 from router_service.grammar_compiler import GrammarCompiler
 from router_service.grammar_cost import is_plain
+from router_service.grammar_schema import schema_grammar
 from router_service.grammar_vocabulary import GrammarVocabulary
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
@@ -80,6 +81,19 @@ def test_a_property_called_like_a_word_of_schemas_compiles(compiler, name):
     assert is_plain([schema])
     asyncio.run(state(compiler, as_schema(schema)))
     asyncio.run(state(compiler, ToolCallGrammar(tools=(("f", as_schema(schema)),), required=False)))
+
+
+def test_objects_that_may_have_other_properties_than_many_are_compiled_on_trial_first():
+    """Other names have to be told from each of these, which costs; only a trial can be stopped."""
+    properties = {f"{i}" * 8: {} for i in range(60)}
+    assert is_plain([{"properties": properties, "additionalProperties": False}])
+    assert not is_plain([{"properties": properties}])
+
+
+def test_a_long_name_costs_a_grammar_no_more_than_a_short_one():
+    """Each beginning of it was spelled by itself: 60,000 characters took gigabytes."""
+    one = schema_grammar({"properties": {"a" * 60_000: {"const": 1}}})
+    assert len(one) < 2 * 60_000 + 5_000
 
 
 def test_a_refusal_is_kept_so_that_the_same_schema_costs_nothing_again(compiler):
