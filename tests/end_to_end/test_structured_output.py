@@ -12,7 +12,7 @@ import jsonschema
 import openai
 import pytest
 from mistralai.client import Mistral
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.router_service.schemas import BOUNDED, WEATHER
 
@@ -23,6 +23,8 @@ LONG_S = 240.0
 
 
 class Cheese(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # a model that knows no JSON would add properties for ever
+
     name: Literal["Comté", "Roquefort", "Camembert"]
     months: int = Field(ge=0, le=48)
     wine: Literal["red", "white"] | None
