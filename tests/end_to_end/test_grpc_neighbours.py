@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway import chat_pb2, chat_pb2_grpc
-from gateway.watches import MAX_OF_ALL
+from gateway.watches import MAX_OF_ALL, MAX_OF_CALLER
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
@@ -137,7 +137,8 @@ def test_watches_take_no_place_of_requests(server, num_connections) -> None:
         assert stub.Generate(request, timeout=30).usage.completion_tokens
         assert next(health.Watch(health_pb2.HealthCheckRequest(), timeout=30)).status
         is_sent = sum(sender.num_bytes for sender in senders) == num_connections * 100 * 5
-        return is_sent and sum(sender.num_open for sender in senders) <= MAX_OF_ALL
+        num_open = [sender.num_open for sender in senders]
+        return is_sent and max(num_open) <= MAX_OF_CALLER and sum(num_open) <= MAX_OF_ALL
 
     sampling = chat_pb2.Sampling(max_tokens=2)
     request = chat_pb2.GenerateRequest(model="mistral-tiny", text="Once upon a time", sampling=sampling)
