@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,9 @@ NAMED = {
     "autoscaler/_private/monitor": ((44217, 44217, False),),
     "dashboard/dashboard": ((44227, 44227, False),),
 }
-# Ray's own processes and its driver; what starts with `ray::` is one too. Theirs are random, and guarded by its token.
+# Ray's own processes and its driver; what starts with `ray::` is one too. Theirs are random, and guarded by its token,
 RANDOM = {"gcs_server", "raylet", "manta", "workers/setup_worker"}
+OPEN = ["ray::DashboardAgent"]  # but for that of one: Ray's metrics export
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,15 @@ class Listener:
             return command.split()[0].split(".")[0]
         script = re.search(r"ray/(?:_private/)?(\S+)\.py|bin/(manta) serve", command)
         return script[1] or script[2] if script else Path(command.split()[0]).name
+
+    def tells_anybody(self) -> bool:
+        """Whether it answers a GET that brings no token, over HTTP."""
+        host = "127.0.0.1" if self.address in ("*", "0.0.0.0", "[::]") else self.address
+        answers = []
+        for path in ("/", "/metrics"):
+            with suppress(httpx.HTTPError):
+                answers.append(httpx.get(f"http://{host}:{self.port}{path}", timeout=3).status_code)
+        return 200 in answers
 
     @property
     def on_loopback(self) -> bool:
@@ -262,7 +273,14 @@ def test_only_the_ports_of_the_readme_listen(host: Host, server: Any) -> None:
             assert found, f"{program} does not listen on {lowest}"
             assert not loopback or all(one.on_loopback for one in found), found
     single = {lowest for ports in NAMED.values() for lowest, highest, _ in ports if lowest == highest}
+    random = []
     for one in listeners:
         if not any(lowest <= one.port <= highest for lowest, highest, _ in NAMED.get(one.program, ())):
             assert one.port not in single, f"{one.program} listens on {one.port}"
             assert one.program in RANDOM or one.program.startswith("ray::"), f"{one.program} listens on {one.port}"
+            random.append(one)
+    # That they are guarded was taken for granted, so one that is not was missing from the table.
+    assert host.run(lambda: [one.program for one in random if one.tells_anybody()]) == OPEN
+    table = (REPOSITORY / "README.md").read_text().partition("## Ports")[2].partition("\n## ")[0]
+    assert [line for line in table.splitlines() if line.startswith("| random | Ray's metrics export")]
+    assert all(re.search(rf"\b{port}\b", table) for port in single)
