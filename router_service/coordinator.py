@@ -128,6 +128,8 @@ class Coordinator:
             shares=shares,
             local_experts=local,
         )
+        for handler in logging.getLogger("router_service").handlers:
+            handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start
         self._metrics.watch(self._engine.stats)
         architecture = checkpoint.architecture
         self._vocab_size = architecture.vocab_size
