@@ -167,7 +167,7 @@ def test_whatever_comes(**sizes):
 
 
 @pytest.mark.long
-@settings(unshrunk, max_examples=200)
+@settings(unshrunk, max_examples=60)
 @given(**SIZES)
 def test_whatever_comes_for_longer(**sizes):
     whatever_comes(steps=300, **sizes)
