@@ -36,12 +36,20 @@ class Seen:
     num_wrong: int = 0
     longest_gap_s: float = 0.0  # between two tokens of a stream, or before its first
 
+    def take_longest_gap(self) -> float:
+        """That since the last call."""
+        longest, self.longest_gap_s = self.longest_gap_s, 0.0
+        return longest
+
 
 class SteadyStreams:
     """As many clients as prompts, each with one of them again and again; greedy."""
 
-    def __init__(self, url: str, model: str, prompts: list[str], num_tokens: int) -> None:
+    def __init__(
+        self, url: str, model: str, prompts: list[str], num_tokens: int, headers: dict[str, str] | None = None
+    ) -> None:
         self._url = url
+        self._headers = headers
         self._bodies = [
             {
                 "model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
@@ -101,7 +109,7 @@ class SteadyStreams:
         return seen
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=120)
+        return httpx.AsyncClient(base_url=self._url, headers=self._headers, timeout=120)
 
     async def _stream(self, client: httpx.AsyncClient, body: dict[str, object], seen: Seen) -> list[int]:
         token_ids: list[int] = []
