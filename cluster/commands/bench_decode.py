@@ -199,7 +199,7 @@ def _config(
     context = checkpoint.architecture.max_position_embeddings
     if longest > context:
         raise ConfigError(f"prompt and output are {longest} tokens, and the model's context is {context}")
-    blocks = max(w.num_sequences * -(-(w.prompt_tokens + w.output_tokens) // BLOCK_SIZE) for w in workloads)
+    blocks = max(w.num_sequences * _blocks_of(w) for w in workloads)
     most = max(w.num_sequences for w in workloads)
     try:
         engine = EngineConfig.model_validate(
@@ -220,3 +220,9 @@ def _config(
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return ModelConfig(name="bench", path=str(checkpoint.directory), engine=engine, experts=experts)
+
+
+def _blocks_of(workload: Workload) -> int:
+    """KV blocks for each sequence: its tokens, and what has to be free for it to grow so that all begin in one step."""
+    tokens = -(-(workload.prompt_tokens + workload.output_tokens) // BLOCK_SIZE)
+    return tokens + max(1, workload.prompt_tokens // (8 * BLOCK_SIZE))
