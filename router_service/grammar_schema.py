@@ -2,7 +2,8 @@
 
 JSON is written on one line or close to it: between two elements comes at most one whitespace character, so a model
 cannot spend its tokens on blanks. Properties come in the order in which they are declared, each once. Where the grammar
-allows less than the schema, an answer still validates: other properties have names without escapes, and beside
+allows less than the schema, an answer still validates: beside declared properties there are others only where the
+schema speaks of them, else a small model would add some for ever; their names have no escapes, and beside
 `patternProperties` there are none.
 """
 
@@ -35,6 +36,7 @@ _WORDS = {  # of one type only; a schema that has them and no `type` is read as 
     "string": {"pattern", "minLength", "maxLength"},
     "number": NUMBER_WORDS,
 }
+_OTHERS = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"}
 _ANYTHING = {"type": list(_TYPES)}
 _MAX_COUNTED = 10_000  # properties, times how many of them are counted
 
@@ -172,6 +174,8 @@ class _Document:
     def _other_property(self, schema: dict[str, Any], declared: dict[str, Any]) -> str | None:
         """Name and value of one that is not declared."""
         by_pattern = schema.get("patternProperties", {})
+        if declared and not _OTHERS & schema.keys() and schema.get("minProperties", 0) <= len(declared):
+            return None
         if by_pattern:
             pairs = [(string_of_pattern(self.rules, parse_pattern(name)), one) for name, one in by_pattern.items()]
         else:

@@ -187,6 +187,16 @@ def test_a_walk_that_ends_validates(schema: Any, seed: int) -> None:
     check(schema, seed)
 
 
+@pytest.mark.parametrize(("word", "others"), [({}, False), ({"additionalProperties": {"type": "null"}}, True)])
+def test_beside_declared_properties_others_come_only_where_the_schema_speaks_of_them(word: Any, others: bool) -> None:
+    """A small model wrote one property after the other, until it was cut."""
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, **word}
+    tag = structural_tag(checked_schema(schema, "response_format"))
+    matcher = GrammarMatcher(compile_tag(new_compiler(INFO), tag))
+    assert matcher.accept_string('{"a": null')
+    assert matcher.accept_string(', "b": null}') == others
+
+
 @pytest.mark.long
 @settings(quietly, max_examples=10_000)
 @given(SCHEMAS, st.integers(0, 2**32))
