@@ -44,7 +44,11 @@ def parts_of(descriptor: Any, name: str = "") -> Parts:
 
 
 def check_parts(data: bytes, top: Parts) -> None:
-    """Raises InvalidRequest, which names the field. What is cut short or no protobuf is left to the parser."""
+    """Raises InvalidRequest, which names the field.
+
+    Also for what is cut short: a parser finds that out once it has built all that comes before. Other faults are left
+    to it, and what comes before those is counted.
+    """
     num_fields = num_submessages = num_numbers = 0
     waiting = [(0, len(data), top)]
     try:
@@ -76,7 +80,7 @@ def check_parts(data: bytes, top: Parts) -> None:
                 elif kind == FIXED32:
                     at += 4
     except IndexError:
-        return
+        raise InvalidRequest("the message cannot be decoded: it is cut short") from None
 
 
 def _num_varints(data: bytes, at: int, length: int) -> int:

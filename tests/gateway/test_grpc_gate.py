@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import GatewayConfig
@@ -130,8 +131,11 @@ def inside(tag: bytes, parts: bytes) -> bytes:
         ("Generate", inside(b"\x1a", inside(b"\x0a", b"\xff\x01" * (wire_bounds.MAX_NUMBERS + 1))), "ids: more than"),
         ("Embed", inside(b"\x12", inside(b"\x12", inside(b"\x0a", b"\x01" * 9000))) * 60, "ids: more than"),
         ("Chat", b"\xa0\x06\x01" * (2 * 2**20), "fields"),  # of a number that nobody knows
+        # A parser builds the calls before it comes to what is wrong: 8 MiB of them took 300 MB and the interpreter.
+        ("Chat", inside(b"\x12", b"\x1a\x00" * 2**20) + b"\x80", "cut short"),
+        ("Chat", inside(b"\x12", b"\x1a\x00" * MANY) + b"\x80" * 5 + b"\x7f\x00", "tool_calls"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_a_message_of_too_many_parts_is_refused_before_it_is_built(
     card: ModelCard, coordinator: ScriptedCoordinator, rpc: str, data: bytes, named: str
@@ -145,17 +149,22 @@ def test_a_message_of_too_many_parts_is_refused_before_it_is_built(
         assert named in refused.value.details()
 
 
-def test_as_many_parts_as_allowed_are_taken_and_the_rest_is_the_parsers() -> None:
+def test_as_many_parts_as_allowed_are_taken_and_a_part_of_a_message_is_refused() -> None:
     message = chat_pb2.Message(role="user", content="x", tool_calls=[chat_pb2.ToolCall(id="1")])
     request = chat_pb2.ChatRequest(model="m" * 300, messages=[message] * (wire_bounds.MAX_SUBMESSAGES // 2))
     data = request.SerializeToString()
     known = parts_of(chat_pb2.ChatRequest.DESCRIPTOR)
     check_parts(data, known)
     for cut in range(0, 997, 10):
-        check_parts(data[:cut], known)
+        try:
+            check_parts(data[:cut], known)
+        except InvalidRequest:
+            with pytest.raises(DecodeError):
+                chat_pb2.ChatRequest.FromString(data[:cut])
     with pytest.raises(InvalidRequest, match="messages"):
         check_parts(data + b"\x12\x00", known)
-    check_parts(b"\x80" * 1000, known)
+    with pytest.raises(InvalidRequest, match="cut short"):
+        check_parts(b"\x80" * 1000, known)
     numbers = chat_pb2.TokenIds(ids=[2**31] * wire_bounds.MAX_NUMBERS)
     request = chat_pb2.GenerateRequest(model="m", token_ids=numbers)
     check_parts(request.SerializeToString(), parts_of(chat_pb2.GenerateRequest.DESCRIPTOR))
