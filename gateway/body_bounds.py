@@ -9,8 +9,10 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BodyTimeout, Overloaded
+from cluster.errors import BodyTimeout
 from gateway.asgi import HttpMiddleware
+from gateway.caller import current_caller
+from gateway.held_bytes import Held, HeldBytes
 
 
 class BodyBounds(HttpMiddleware):
@@ -19,21 +21,18 @@ class BodyBounds(HttpMiddleware):
     def __init__(self, app: ASGIApp, timeout_s: float, max_bytes_of_all: int) -> None:
         super().__init__(app)
         self._timeout_s = timeout_s
-        self._max_bytes = max_bytes_of_all
-        self._num_bytes = 0  # of bodies that no answer has been begun for
+        self._bytes = HeldBytes(max_bytes_of_all)
 
     async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._bytes.of(current_caller().id) as held:
+            await self.app(scope, self._bounded(receive, held), _released(send, held))
+
+    def _bounded(self, receive: Receive, held: Held) -> Receive:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         is_complete = False
-        held = 0
-
-        def release() -> None:
-            nonlocal held
-            self._num_bytes -= held
-            held = 0
 
         async def bounded_receive() -> Message:
-            nonlocal is_complete, held
+            nonlocal is_complete
             if is_complete:
                 return await receive()
             try:
@@ -42,19 +41,16 @@ class BodyBounds(HttpMiddleware):
             except TimeoutError:
                 raise BodyTimeout(f"the body was not complete within {self._timeout_s:g} s") from None
             is_complete = message["type"] != "http.request" or not message.get("more_body", False)
-            size = len(message.get("body", b""))
-            if self._num_bytes + size > self._max_bytes:
-                raise Overloaded("too many large requests are being received; try again later")
-            self._num_bytes += size
-            held += size
+            held.add(len(message.get("body", b"")))
             return message
 
-        async def released_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                release()
-            await send(message)
+        return bounded_receive
 
-        try:
-            await self.app(scope, bounded_receive, released_send)
-        finally:
-            release()
+
+def _released(send: Send, held: Held) -> Send:
+    async def released_send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            held.release()
+        await send(message)
+
+    return released_send

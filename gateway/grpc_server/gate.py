@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -19,8 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.config import GatewayConfig
-from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge, RequestCancelled
-from cluster.fairness import is_refused
+from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
 from gateway import chat_pb2
 from gateway.grpc_errors import retry_after, status_of
 from gateway.grpc_guard import connection, identify
@@ -28,6 +26,7 @@ from gateway.grpc_server.slots import ReadSlots
 from gateway.grpc_server.trailers import FittingContext
 from gateway.grpc_server.wire_bounds import check_parts, parts_of
 from gateway.guard import Guard
+from gateway.held_bytes import HeldBytes
 from gateway.logs import RequestRecord
 from gateway.metrics import error_name
 
@@ -56,8 +55,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, config: GatewayConfig, guard: Guard | None) -> None:
         self._guard = guard
         self._max_bytes = config.max_body_bytes
-        self._max_bytes_of_all = config.max_bytes_received
-        self._held: Counter[str] = Counter()  # bytes by tenant, of messages that no answer has been begun for
+        self._bytes = HeldBytes(config.max_bytes_received)
         # What is being read is held twice for a moment, by gRPC and as Python's bytes.
         num_reads = max(1, config.max_bytes_received // config.max_body_bytes // 2)
         self._reads = ReadSlots(num_reads, MAX_WAITING, config.body_timeout_s, GRACE_S)
@@ -119,27 +117,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         tenant = connection(context) if key is None else key.id
         async with self._reads.slot(tenant):
             data = await _read(context, self._max_bytes)
-        if is_refused(self._held, tenant, self._max_bytes_of_all - len(data)):
-            raise Overloaded("too many large requests are being received; try again later")
-        size = len(data)
-        self._held[tenant] += size
-
-        def release() -> None:
-            nonlocal size
-            self._held[tenant] -= size
-            size = 0
-            if not self._held[tenant]:
-                del self._held[tenant]
-
-        try:
-            if size <= INLINE_BYTES:
+        with self._bytes.of(tenant) as held:
+            held.add(len(data))
+            if len(data) <= INLINE_BYTES:
                 message = _checked(method, deserialize, data)
             else:
                 message = await asyncio.to_thread(_checked, method, deserialize, data)
             del data
-            yield message, release
-        finally:
-            release()
+            yield message, held.release
 
     async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext) -> Any:
         if method in EMPTY:

@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
+from gateway.api_keys import digest, new_key
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, tokens_script
 from tests.waiting import wait_for
 
@@ -34,11 +36,12 @@ def url(card: ModelCard, timeout_s: float) -> Iterator[str]:
         yield url
 
 
-def begin(url: str, body: bytes, declared: int | None = None) -> http.client.HTTPConnection:
+def begin(url: str, body: bytes, declared: int | None = None, **headers: str) -> http.client.HTTPConnection:
     """A request whose body is not complete: `declared` bytes, or chunks without an end."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", PATH)
-    connection.putheader("Content-Type", "application/json")
+    for name, value in {"content-type": "application/json", **headers}.items():
+        connection.putheader(name, value)
     if declared is None:
         connection.putheader("Transfer-Encoding", "chunked")
         connection.endheaders()
@@ -99,6 +102,25 @@ def test_all_bodies_together_are_bounded_and_clients_that_leave_give_theirs_back
     for connection in slow:
         connection.close()
     wait_for(lambda: big().status_code == 200, 30, "room")
+
+
+def test_one_keys_bodies_keep_no_others_out(card: ModelCard, tmp_path: Path) -> None:
+    """They filled the memory of all for as long as a body may take, and again; others' smallest bodies were refused."""
+    secrets = {"eve": new_key(), "alice": new_key()}
+    keys_file = tmp_path / "keys.json"
+    keys_file.write_text(json.dumps([{"id": name, "sha256": digest(secret)} for name, secret in secrets.items()]))
+    config = GatewayConfig(max_body_bytes=20_000, max_bytes_received=50_000, api_keys_file=keys_file)
+
+    def post(url: str, name: str, size: int) -> int:
+        headers = {"authorization": f"Bearer {secrets[name]}"}
+        return httpx.post(url + PATH, content=b" " * size + BODY, headers=headers, timeout=30).status_code
+
+    with http_server(build_frontend(card, ScriptedCoordinator(tokens_script([40])), config)) as url:
+        slow = [begin(url, b" " * 15_000, 19_000, authorization=f"Bearer {secrets['eve']}") for _ in range(3)]
+        wait_for(lambda: post(url, "eve", 10_000) == 429, 30, "the refusal")
+        assert post(url, "alice", 19_000) == 200
+        for connection in slow:
+            connection.close()
 
 
 def test_half_a_head_holds_up_nobody(url: str) -> None:
