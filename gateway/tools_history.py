@@ -28,7 +28,7 @@ from gateway.tokenizer import ChatMessage, is_json_of_no_text, parsed_json
 from gateway.tools import Tool
 
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
-_MARKER = re.compile(r"\[(?=(?:/?AVAILABLE_TOOLS|/?TOOL_RESULTS|TOOL_CALLS)\])")
+_MARKERS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]")
 _HOW_TO_CALL = 'To call tools, answer with [TOOL_CALLS] [{"name": "…", "arguments": {…}}] and nothing else.'
 
 
@@ -57,10 +57,10 @@ def speaks_of_tools(chat: Sequence[ChatMessage]) -> bool:
 
 def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
     """The same conversation in messages of role and content alone."""
-    plain: list[ChatMessage] = []
-    follows_results = False  # the last plain message is one of results, and what the user said after them
+    turns: list[tuple[str, list[str]]] = []  # roles, and texts that are joined
+    follows_results = False  # the last turn is one of results, and what the user said after them
     for message in chat:
-        role, content = message["role"], _MARKER.sub(r"\\[", message["content"])
+        role, content = message["role"], _escaped(message["content"], "\\[")
         if role == "tool":
             result = {"content": message["content"], "call_id": message["tool_call_id"]}
             role, content = "user", f"[TOOL_RESULTS] {_dumps(result)}[/TOOL_RESULTS]"
@@ -75,10 +75,11 @@ def plain_rendering(chat: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[
             ]
             content = f"{content}\n[TOOL_CALLS] {_dumps(calls)}".lstrip()
         if follows_results and role == "user":
-            plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{content}"}
+            turns[-1][1].append(content)
         else:
-            plain.append({"role": role, "content": content})
+            turns.append((role, [content]))
             follows_results = message["role"] == "tool"
+    plain: list[ChatMessage] = [{"role": role, "content": "\n".join(texts)} for role, texts in turns]
     if tools:
         _announce(plain, tools)
     return plain
@@ -155,4 +156,11 @@ def _short_id(call_id: str) -> str:
 
 def _dumps(value: Any) -> str:
     """JSON without markers: only its strings can hold one, and they may spell the bracket otherwise."""
-    return _MARKER.sub(r"\\u005b", json.dumps(value, ensure_ascii=False))
+    return _escaped(json.dumps(value, ensure_ascii=False), r"\u005b")
+
+
+def _escaped(text: str, bracket: str) -> str:
+    """Not by an expression: that holds the interpreter for seconds where a text is all brackets."""
+    for marker in _MARKERS:
+        text = text.replace(marker, bracket + marker[1:])
+    return text
