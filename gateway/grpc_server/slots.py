@@ -25,6 +25,7 @@ class ReadSlots:
 
     def __init__(self, bound: int, max_waiting: int, timeout_s: float, grace_s: float) -> None:
         self._bound = bound
+        self._room = asyncio.Semaphore(bound)
         self._max_waiting = max_waiting
         self._timeout_s = timeout_s
         self._grace_s = grace_s
@@ -32,7 +33,6 @@ class ReadSlots:
         self._reading: dict[asyncio.Timeout, float] = {}  # and since when, the oldest first
         self._waiting: Counter[str] = Counter()  # by tenant, for their own turn or for any
         self._num_waiting = 0  # for any
-        self._freed = asyncio.Condition()
 
     @asynccontextmanager
     async def slot(self, tenant: str) -> AsyncGenerator[None, None]:
@@ -52,12 +52,11 @@ class ReadSlots:
         except TimeoutError:
             raise BodyTimeout("the message was not complete in time") from None
         finally:
+            self._room.release()
             own.release()
-            async with self._freed:
-                self._freed.notify()
 
     async def _wait(self, tenant: str, own: asyncio.Semaphore) -> None:
-        """Until it is the tenant's turn, who has taken a place of its `own` then."""
+        """Until it is the tenant's turn, who has taken a place of its `own` and one of all then."""
         if is_refused(self._waiting, tenant, self._max_waiting):
             raise Overloaded("too many messages wait to be read; try again later")
         self._waiting[tenant] += 1
@@ -74,15 +73,13 @@ class ReadSlots:
                 del self._waiting[tenant]
 
     async def _wait_for_room(self) -> None:
-        if len(self._reading) < self._bound:
-            return
-        async with self._freed:
-            self._num_waiting += 1
-            try:
+        self._num_waiting += 1
+        try:
+            if self._room.locked():
                 self._hurry()
-                await self._freed.wait_for(lambda: len(self._reading) < self._bound)
-            finally:
-                self._num_waiting -= 1
+            await self._room.acquire()
+        finally:
+            self._num_waiting -= 1
 
     def _hurry(self) -> None:
         for reading, since in islice(self._reading.items(), self._num_waiting):

@@ -305,6 +305,29 @@ def test_who_has_most_messages_waiting_is_refused() -> None:
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_one_that_leaves_when_its_turn_has_come_passes_it_on() -> None:
+    """Its turn was lost then, and who came after it waited for a message of somebody else."""
+
+    async def read(reads: ReadSlots, tenant: str, may_end: asyncio.Event) -> str:
+        async with reads.slot(tenant):
+            await may_end.wait()
+        return tenant
+
+    async def run() -> None:
+        for num_ticks in range(8):
+            reads, may_end = ReadSlots(1, max_waiting=10, timeout_s=60, grace_s=60), asyncio.Event()
+            tasks = [asyncio.create_task(read(reads, tenant, may_end)) for tenant in ("alice", "bob", "carol")]
+            await asyncio.sleep(0.01)
+            may_end.set()
+            for _ in range(num_ticks):
+                await asyncio.sleep(0)
+            tasks[1].cancel()
+            assert await asyncio.wait_for(tasks[2], 5) == "carol", num_ticks
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_a_stream_has_its_headers_before_its_first_token(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
     """Nothing came before the first token, and a proxy that waits for an answer's head cut a long prefill."""
     coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:], pause_s=60))
