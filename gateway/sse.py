@@ -69,7 +69,9 @@ async def begun(
         await _end(first)
         await events.aclose()
         raise
-    return _chain(first, events, error_event)
+    chain = _chain(first, events, error_event)
+    await anext(chain)  # one that has not begun would not end `first` and `events` when it is closed
+    return chain
 
 
 class EventStream(Response):
@@ -129,6 +131,7 @@ async def _chain(
     first: asyncio.Future[bytes], rest: AsyncGenerator[bytes, None], error_event: Callable[[Exception], bytes]
 ) -> AsyncGenerator[bytes, None]:
     try:
+        yield b""  # to `begun`
         yield await first
         async for data in rest:
             yield data

@@ -7,18 +7,19 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import openai
 import pytest
 from mistralai.client import Mistral
+from starlette.requests import Request as HttpRequest
 
 from cluster.config import GatewayConfig
 from cluster.errors import MantaError, Overloaded, Unavailable
 from cluster.messages import ModelCard, Request, TokenChunk
 from gateway import sse
-from gateway.sse import COMMENT
+from gateway.sse import COMMENT, EventStream, begun
 from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server
 from tests.waiting import wait_for
@@ -153,3 +154,33 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_sequence(
             if has_headers:
                 assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
         wait_for(lambda: coordinator.running == 0, 10, "the end of the sequence")
+
+
+def test_a_client_that_leaves_before_the_headers_ends_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is closed before anybody has read of it left its sequence running until its first token."""
+    monkeypatch.setattr(sse, "FIRST_EVENT_S", 0.01)
+
+    async def run() -> None:
+        has_ended = asyncio.Event()
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                await asyncio.sleep(60)
+                yield b"data: x"
+            finally:
+                has_ended.set()
+
+        async def receive() -> dict[str, str]:
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            raise OSError("the client has gone")
+
+        scope = {"type": "http"}
+        answer = EventStream(await begun(HttpRequest(scope, receive), events(), lambda _: b""), {}, 15.0)
+        with pytest.raises(OSError, match="gone"):
+            await answer(scope, receive, send)
+        assert has_ended.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
