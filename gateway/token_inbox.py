@@ -3,8 +3,9 @@
     stream of coordinator a ──▶ deliver ──▶ Mail of request 1 ──▶ chunk, chunk, …
     stream of coordinator b ──▶ deliver ──▶ Mail of request 2 ──▶ chunk, CoordinatorLost
 
-Chunks that come while their reader is busy are joined. A request ends with its last chunk, with an error of its call,
-or with CoordinatorLost when its coordinator is. All of it runs on one event loop.
+Chunks that come while their reader is busy are joined, up to MAX_JOINED tokens: what a client did not read for minutes
+is not worked through in one go. A request ends with its last chunk, with an error of its call, or with CoordinatorLost
+when its coordinator is. All of it runs on one event loop.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from cluster.errors import CoordinatorLost
 from cluster.messages import Key, Request, TokenChunk
 from cluster.token_chunks import join
 from gateway.coordinator_table import CoordinatorTable
+
+MAX_JOINED = 64
 
 
 class Mail:
@@ -61,12 +64,23 @@ class Mail:
             await self._arrived.wait()
             self._arrived.clear()
             while self._chunks and (self._chunks[-1].token_ids or self.is_complete):
-                chunks, self._chunks = self._chunks, []
+                chunks = self._take()
                 yield join(chunks)
                 if chunks[-1].finish_reason is not None:
                     return
+                if self._chunks:
+                    await asyncio.sleep(0)  # others have their turn
             if self._error is not None:
                 raise self._error
+
+    def _take(self) -> list[TokenChunk]:
+        """The oldest chunks, and as many as have MAX_JOINED tokens; those without any belong to the next."""
+        num_tokens = end = 0
+        while end < len(self._chunks) and num_tokens < MAX_JOINED:
+            num_tokens += len(self._chunks[end].token_ids)
+            end += 1
+        taken, self._chunks = self._chunks[:end], self._chunks[end:]
+        return taken
 
 
 class TokenInbox:

@@ -11,7 +11,7 @@ from cluster.errors import CoordinatorLost, EngineDead, MantaError
 from cluster.messages import Request, SamplingParams, TokenChunk, TokenLogprobs
 from cluster.token_chunks import cut
 from gateway.coordinator_table import CoordinatorTable
-from gateway.token_inbox import Mail, TokenInbox
+from gateway.token_inbox import MAX_JOINED, Mail, TokenInbox
 
 
 def request(name: str, output: tuple[int, ...] = ()) -> Request:
@@ -60,6 +60,32 @@ def test_chunks_that_its_reader_has_not_taken_are_joined() -> None:
                 inbox.deliver((chunk("a", position, "length" if position == 9 else None),))
             [joined] = [one async for one in mail]
             assert joined.token_ids == tuple(range(100, 110))
+
+    asyncio.run(run())
+
+
+def test_what_a_client_left_unread_for_long_does_not_hold_up_others() -> None:
+    """All of it became one chunk, whose ten thousand tokens became text while every other stream stood still."""
+
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        turns = 0
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with inbox.expect(request("a")) as mail:
+            for position in range(10_000):
+                inbox.deliver((chunk("a", position, "length" if position == 9999 else None),))
+            other = asyncio.create_task(another())
+            chunks = [one async for one in mail]
+            other.cancel()
+        assert [token for one in chunks for token in one.token_ids] == [100 + position for position in range(10_000)]
+        assert max(len(one.token_ids) for one in chunks) == MAX_JOINED
+        assert turns > 100
 
     asyncio.run(run())
 
