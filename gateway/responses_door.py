@@ -32,7 +32,7 @@ class ResponsesDoor:
         try:
             return await self._create(request)
         except InvalidRequest as error:
-            raise renamed(error) from None
+            raise _named(error) from None
 
     async def _create(self, request: HttpRequest) -> Response:
         data = await read_body(request, self._frontend.config.max_body_bytes)
@@ -45,7 +45,7 @@ class ResponsesDoor:
         events = await begun(
             request,
             self._events(body, generation, shape),
-            lambda error: _joined(shape.error(error_body(error, generation.id))),
+            lambda error: _joined(shape.error(error_body(_named(error), generation.id))),
         )
         return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
 
@@ -88,6 +88,11 @@ class ResponsesDoor:
 
 def _parsed(data: bytes) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     return parse_responses_body(parse_object(data), len(data))
+
+
+def _named(error: Exception) -> Exception:
+    """The same, about the field as this API has it."""
+    return renamed(error) if isinstance(error, InvalidRequest) else error
 
 
 def _num_bytes(body: ResponsesRequest, usage: Usage) -> int:

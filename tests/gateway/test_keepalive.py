@@ -16,7 +16,7 @@ from mistralai.client import Mistral
 from starlette.requests import Request as HttpRequest
 
 from cluster.config import GatewayConfig
-from cluster.errors import MantaError, Overloaded, Unavailable
+from cluster.errors import InvalidRequest, MantaError, Overloaded, Unavailable
 from cluster.messages import ModelCard, Request, TokenChunk
 from gateway import sse
 from gateway.sse import COMMENT, EventStream, begun
@@ -118,6 +118,16 @@ def test_a_late_error_is_an_event(url: str, coordinator: SlowCoordinator, path: 
     [line] = [line for line in text.split("\n") if line.startswith("data:")]
     assert json.loads(line.removeprefix("data: "))["error"]["message"] == "an expert is gone"
     assert "[DONE]" not in text
+
+
+def test_a_late_error_names_the_field_as_the_route_has_it(url: str, coordinator: SlowCoordinator) -> None:
+    """A schema that takes long to be refused was called `response_format` by a route that has no such field."""
+    coordinator.error = InvalidRequest(
+        "response_format.json_schema.schema: too large", "response_format.json_schema.schema"
+    )
+    text = b"".join(data for _, data in received(url, "/v1/responses")).decode()
+    [line] = [line for line in text.split("\n") if line.startswith("data:")]
+    assert json.loads(line.removeprefix("data: "))["error"]["param"] == "text.format.schema"
 
 
 def test_clients_overlook_comments(url: str, coordinator: SlowCoordinator) -> None:
