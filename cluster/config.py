@@ -166,7 +166,7 @@ class GatewayConfig(_Frozen):
     # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
     resume_timeout_s: float = Field(300.0, gt=0)
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
-    max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of all bodies that wait for an answer; past it 429
+    max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of bodies without an answer; past it 429 to who has most
     body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
     # A stream without a token for so long gets a comment, so that no proxy takes it for dead. Over gRPC: HTTP/2 pings.
     keepalive_s: float = Field(15.0, gt=0)
