@@ -9,7 +9,8 @@ def is_refused(held: Mapping[str, int], tenant: str, bound: int) -> bool:
     """Whether one more is too many for `tenant`, where each tenant holds so many of what is bounded.
 
     One alone may hold all of it. When all is taken, a tenant still gets what would be its even share, so that nobody
-    is kept out by another's burst: with N tenants at most bound · (1 + 1/2 + … + 1/N) are held.
+    is kept out by another's burst: with N tenants at most bound · (1 + 1/2 + … + 1/N) are held, or one each if
+    N is larger than the bound.
     """
     if sum(held.values()) < bound:
         return False

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from cluster.errors import Overloaded
 from cluster.fairness import is_refused
 
+MOST_TIMES = 4  # `max_bytes` at the very most, however many tenants come for their share
+
 
 class HeldBytes:
-    """`max_bytes` of all. When they are taken, a tenant still gets its even share."""
+    """`max_bytes` of all. When they are taken, a tenant still gets its even share, while there is room at all."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -28,7 +30,8 @@ class HeldBytes:
 
     def add(self, tenant: str, size: int) -> None:
         """Raises Overloaded."""
-        if is_refused(self._held, tenant, self._max_bytes - size):
+        is_full = sum(self._held.values()) + size > MOST_TIMES * self._max_bytes
+        if is_full or is_refused(self._held, tenant, self._max_bytes - size):
             raise Overloaded("too many large requests are being received; try again later")
         self._held[tenant] += size
 
