@@ -135,7 +135,8 @@ class _Ranking:
         if at is None:
             return (top_p - _DOUBT) * total, total
         _, before, after = at
-        if before < (top_p - _DOUBT) * total and (top_p + _DOUBT) * total <= after:
+        is_kept = before == 0.0 or before < (top_p - _DOUBT) * total  # the most likely one always is
+        if is_kept and (top_p + _DOUBT) * total <= after:
             return after, after
         return (top_p - _DOUBT) * total, min((top_p + _DOUBT) * total + after - before, total)
 

@@ -104,7 +104,7 @@ def some_of(values):
 PARAMETERS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-        "top_p": st.sampled_from([1.0, 0.999999, 0.9, 0.5, 0.25, 1e-6]) | st.floats(1e-3, 1.0),
+        "top_p": st.sampled_from([1.0, 0.999999, 0.9, 0.5, 0.25, 1e-6, 1e-7]) | st.floats(1e-3, 1.0),
         "top_k": st.sampled_from([0, 1, 5, 25, VOCABULARY, 2**31 - 1]),
         "min_p": st.sampled_from([0.0, 1e-6, 0.1, 0.5, 1.0]),
         "repetition_penalty": st.sampled_from([1.0, 1.3, 0.5]),
@@ -153,6 +153,14 @@ def test_in_a_large_vocabulary_too(scale):
     sequences = [make_sequence([1], seed=i, temperature=2.0, **ways[i % 4]) for i in range(24)]
     token_ids, _ = Sampler(frozenset())(values, sequences)
     assert token_ids == [reference_token(*row, frozenset()) for row in zip(values, sequences, strict=True)]
+
+
+def test_the_least_top_p_sorts_no_row(monkeypatch):
+    """Some send a tiny one for greedy; it was too small to be told from 0, and every row was sorted at every step."""
+    monkeypatch.setattr("router_service.draw._draw_sorted", lambda *_: pytest.fail("a row was sorted"))
+    values = torch.randn(16, 20_001, generator=torch.Generator().manual_seed(5))
+    sequences = [make_sequence([1], seed=i, temperature=1.0, top_p=10.0 ** -(6 + i % 4)) for i in range(16)]
+    assert Sampler(frozenset())(values, sequences)[0] == values.argmax(dim=-1).tolist()
 
 
 def test_a_step_may_sample_nothing():
