@@ -18,7 +18,8 @@ of its token budget B. Its promises, R being the sequences that run and T the te
 - **Work is not thrown away.** A prompt is admitted when there are blocks for all of it, and for all who run to grow by
   an eighth of its length. One whose beginning is being computed by another waits, and takes it from the prefix cache.
 - **A prompt that does not fit holds up others only after `max_num_seqs` of them have passed it.** Then none of its own
-  tenant passes it any more, and none of another's where those hold what it needs.
+  tenant passes it any more, and none of another's where those hold what it needs. One that other tenants have kept
+  waiting so long then keeps its blocks until it has `KEPT_TOKENS` new tokens, however much it holds.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from router_service.waiting_queue import Line, WaitingQueue
 RECENT_STEPS = 256  # for so long a tenant that has nothing to do is expected back
 RETRY_STEPS = 16  # a sequence whose blocks were missing is looked at again after so many, or when more are free
 SPARE = 8  # one in so many of slots and blocks is kept for tenants who come next
+KEPT_TOKENS = 256  # the fewer, the more often a long prompt is computed again for them
 LEAST_PROMPT_TOKENS = 64  # beside decoding sequences, where a quarter of the budget is less
 
 
@@ -76,6 +78,7 @@ class _Tenant:
 
     last_present: int = 0  # the step in which something of theirs ran or waited
     last_turn: int = 0  # the step in which a prompt of theirs was last computed
+    num_admitted: int = 0
     long_first: bool = False  # whose turn it is, of the two lines
 
 
@@ -115,6 +118,7 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}  # present now or recently
         self._blocked: Sequence | None = None  # has waited for blocks longer than any other
         self._num_passed = 0  # sequences that were admitted meanwhile
+        self._num_admitted = 0
         # Of the step that is being made:
         self._batch: dict[Sequence, ScheduledSequence] = {}
         self._in_progress: dict[Line, Sequence] = {}  # whose prompts are computed in part
@@ -277,6 +281,8 @@ class Scheduler:
         leaving = self._make_room(sequence, self.block_manager.num_missing(sequence, prefix))
         if leaving is None:
             sequence.refused = (self._num_steps, self.block_manager.num_free_blocks)
+            if sequence.waits_since is None:
+                sequence.waits_since = self._num_admitted_beside(sequence.tenant)
             if self._blocked is None:
                 self._blocked, self._num_passed = sequence, 0
             return None
@@ -290,8 +296,12 @@ class Scheduler:
         self.running.append(sequence)
         self._num_running[sequence.tenant] += 1
         self._num_passed += 1
+        self._num_admitted += 1
+        self._tenants[sequence.tenant].num_admitted += 1
         if sequence is self._blocked:
             self._blocked = None
+        if self._is_overdue(sequence):
+            sequence.waits_since, sequence.keeps_until = None, len(sequence) + KEPT_TOKENS
         sequence.refused = None
         num_cached = sequence.num_computed_tokens = self.block_manager.take_prefix(sequence)
         has_blocks = self.block_manager.grow(sequence, len(sequence))
@@ -318,13 +328,24 @@ class Scheduler:
     def _may_pass(self, sequence: Sequence) -> bool:
         """Whether it may be admitted before the one that has waited longest for blocks."""
         blocked = self._blocked
-        if blocked is None or blocked is sequence or self._num_passed < self.max_num_seqs:
+        if blocked is None or blocked is sequence:
             return True
         if blocked.tenant == sequence.tenant:
             line = self.waiting.line_of(blocked)  # a preempted one may stand before it
-            return self.waiting.line_of(sequence) == line and self.waiting.head(line) is not blocked
-        needed = -(-len(blocked) // self.block_manager.block_size)
+            is_before = self.waiting.line_of(sequence) == line and self.waiting.head(line) is not blocked
+            return is_before or self._num_passed < self.max_num_seqs
+        if not self._is_overdue(blocked):
+            return True
+        needed = -(-len(blocked) // self.block_manager.block_size) + self._reserve(blocked)
         return self.block_manager.num_free_blocks + self.block_manager.held[blocked.tenant] >= needed
+
+    def _is_overdue(self, sequence: Sequence) -> bool:
+        """Whether too many of other tenants have been admitted since its blocks were missing for the first time."""
+        since = sequence.waits_since
+        return since is not None and self._num_admitted_beside(sequence.tenant) - since >= self.max_num_seqs
+
+    def _num_admitted_beside(self, tenant: str) -> int:
+        return self._num_admitted - self._tenants[tenant].num_admitted
 
     def _has_slot(self, tenant: str) -> bool:
         """Whether one is free for this tenant, or another has to give one away."""
@@ -349,8 +370,11 @@ class Scheduler:
         leaving: list[Sequence] = []
         lacking = num_missing + self._reserve(sequence) - blocks.num_free_blocks
         if len(self.running) >= self.max_num_seqs:
-            most = max(self._num_running, key=self._num_running.__getitem__)
-            leaving.append(self._newest(most))
+            few = self._num_running[sequence.tenant] + 1
+            holders = [one for one in self.running if self._num_running[one.tenant] > few and _gives_way(one)]
+            if not holders:
+                return None
+            leaving.append(_newest(holders, self._num_running))
             lacking -= blocks.num_private(leaving[0])
         if lacking <= 0:
             return leaving
@@ -358,7 +382,7 @@ class Scheduler:
         held = {tenant: number for tenant, number in blocks.held.items() if tenant != sequence.tenant}
         others: dict[str, list[Sequence]] = {tenant: [] for tenant in held}
         for one in self.running:
-            if one not in leaving and one.tenant in held:
+            if one not in leaving and one.tenant in held and _gives_way(one):
                 others[one.tenant].append(one)
         while lacking > 0:
             most = max(held, key=held.__getitem__, default="")
@@ -426,9 +450,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Give it the block for its last token, if need be another's. False when it gave its own back for others."""
         while not self.block_manager.grow(sequence, len(sequence)):
-            held = self.block_manager.held
-            most = max(held, key=held.__getitem__)
-            newest = self._newest(most)
+            holders = list(filter(_gives_way, self.running)) or self.running
+            newest = _newest(holders, self.block_manager.held)
             self._preempt(newest)
             if newest is sequence:
                 return False
@@ -451,5 +474,11 @@ class Scheduler:
         if self._in_progress.get(line) is sequence:
             del self._in_progress[line]
 
-    def _newest(self, tenant: str) -> Sequence:
-        return next(sequence for sequence in reversed(self.running) if sequence.tenant == tenant)
+
+def _gives_way(sequence: Sequence) -> bool:
+    return len(sequence) >= sequence.keeps_until
+
+
+def _newest(running: list[Sequence], held: Counter[str]) -> Sequence:
+    """Of the tenant that holds most."""
+    return max(reversed(running), key=lambda sequence: held[sequence.tenant])

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from router_service.block_manager import BlockManager
-from router_service.scheduler import Scheduler
+from router_service.scheduler import KEPT_TOKENS, Scheduler
 from router_service.step_cost import StepCost
 from tests.router_service.requests import make_sequence
 
@@ -322,6 +322,42 @@ def test_a_prompt_that_does_not_fit_is_not_passed_for_ever():
         scheduler.add(make_sequence([4, 5, number], max_tokens=10))
         run(scheduler)
     assert giant.finish_reason == "length"
+
+
+@pytest.mark.parametrize("length", [68, 80, 100, 128])
+@pytest.mark.parametrize("num_others", [1, 8])
+def test_a_prompt_of_more_than_half_of_the_cache_gets_on_beside_a_tenant_who_never_stops(length, num_others):
+    """Whoever holds most gave way each time before its first token, or was let in too late: it waited for ever."""
+    scheduler = make_scheduler(num_blocks=32, budget=64)
+    giant = make_sequence(range(length - 8), max_tokens=8, cache_salt="alice")
+    scheduler.add(giant)
+    others = []
+    for number in range(200):
+        while len(others) < num_others:
+            others.append(make_sequence([number] * 12, max_tokens=8, cache_salt="bob"))
+            scheduler.add(others[-1])
+        run(scheduler)
+        others = [one for one in others if one.finish_reason is None]
+    assert giant.finish_reason == "length"
+
+
+def test_a_prompt_that_has_waited_gives_way_again_in_the_end():
+    """A tenant's prompts that leave no room take turns with another's: of these few wait, and none until the end."""
+    scheduler = make_scheduler(num_blocks=256, budget=64, max_num_seqs=4)
+    giants = [make_sequence([number] * 700, max_tokens=320, cache_salt="alice") for number in range(2)]
+    for giant in giants:
+        scheduler.add(giant)
+    waits, chat, step, begun = [], None, 0, 0
+    while any(giant.finish_reason is None for giant in giants):
+        if chat is None or chat.finish_reason is not None:
+            chat, begun = make_sequence([step] * 300, max_tokens=5, cache_salt="bob"), step
+            scheduler.add(chat)
+        run(scheduler)
+        step += 1
+        if chat.num_output_tokens == 1:
+            waits.append(step - begun)
+    assert KEPT_TOKENS < max(waits) <= KEPT_TOKENS + 40, "and two prompts in turn"
+    assert sum(wait > 20 for wait in waits) <= len(waits) // scheduler.max_num_seqs
 
 
 def test_what_a_preempted_sequence_computed_itself_is_not_cached_for_it():

@@ -88,6 +88,9 @@ class Simulation:
         """Nobody waits for long where another holds more of slots and blocks than the waiting one would."""
         scheduler, blocks = self.scheduler, self.scheduler.block_manager
         slots = Counter(one.tenant for one in scheduler.running)
+        keeping = [one for one in scheduler.running if len(one) < one.keeps_until]
+        slots_given = slots.keys() - {one.tenant for one in keeping}  # for certain
+        kept = Counter(one.tenant for one in keeping for _ in one.block_table)
         reserve = blocks.num_blocks // SPARE + scheduler.max_num_seqs + 1
         for tenant in {*self.unfair, *scheduler.waiting.tenants()}:
             deprived = False
@@ -97,8 +100,13 @@ class Simulation:
                     continue
                 needs = -(-len(head) // blocks.block_size)
                 would_hold = blocks.held[tenant] + needs
-                given_way = sum(max(0, held - would_hold) for other, held in blocks.held.items() if other != tenant)
-                has_slot = len(scheduler.running) < scheduler.max_num_seqs or max(slots.values()) > slots[tenant] + 1
+                given_way = sum(
+                    max(0, held - max(would_hold, kept[other]))
+                    for other, held in blocks.held.items()
+                    if other != tenant
+                )
+                most_slots = max((slots[other] for other in slots_given), default=0)
+                has_slot = len(scheduler.running) < scheduler.max_num_seqs or most_slots > slots[tenant] + 1
                 has_blocks = blocks.num_free_blocks + given_way >= needs + reserve
                 is_bounded = would_hold > blocks.num_blocks - blocks.num_blocks // SPARE
                 is_bounded |= slots[tenant] >= scheduler.max_num_seqs - scheduler.max_num_seqs // SPARE
