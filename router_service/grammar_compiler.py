@@ -1,8 +1,9 @@
 """Compiles the grammars of one model off the engine's thread, and keeps them. Knows event loop, threads and the trial.
 
-A schema of few and plain words is compiled at once, in a thread of low priority. Any other is compiled on trial first,
-in a process that can be killed, and only if it passes in a thread here: the second time costs what the first did.
-The two kinds have a thread each, so a hostile schema delays only other costly ones, each by the time limit at most.
+A schema of few and plain words is compiled at once, in a thread of low priority. Any other is spelled and compiled on
+trial first, in a process that can be killed, and only if it passes compiled in a thread here: the second time costs
+what the first did. The two kinds have a thread each, so a hostile schema delays only other costly ones, each by the
+time limit at most.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class GrammarCompiler:
         field = param(grammar)
         try:
             if not plain:
-                self._trial.run(grammar)
-            elif isinstance(grammar, ToolCallGrammar):
+                return self._compile_tag(self._trial.run(grammar))
+            if isinstance(grammar, ToolCallGrammar):
                 for schema in schemas(grammar):
                     field = schema.param
                     self._compile_tag(schema_tag(schema))

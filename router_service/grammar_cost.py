@@ -6,6 +6,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
+from cluster.json_schema.numbers import NUMBER_WORDS
 from cluster.json_schema.subschemas import subschemas
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _MAX_PLAIN_ENTRIES = 512  # of lists and objects, over a whole schema
 _MAX_PLAIN_ITEMS = 100
 _MAX_PLAIN_OPEN_NAMES = 50  # of properties in objects that may have others
+_MAX_PLAIN_RANGES = 20  # of numbers; each takes milliseconds to spell
 _COSTLY = {
     *("pattern", "patternProperties", "propertyNames", "minLength", "maxLength"),
     *("minProperties", "maxProperties", "multipleOf"),
@@ -29,6 +31,7 @@ def is_plain(schemas: list[Any]) -> bool:
     names = sum(len(one.get("properties", ())) for one in found if one.get("additionalProperties") is not False)
     return (
         _num_entries(schemas) <= _MAX_PLAIN_ENTRIES
+        and sum(not NUMBER_WORDS.isdisjoint(one) for one in found) <= _MAX_PLAIN_RANGES
         and names <= _MAX_PLAIN_OPEN_NAMES
         and not any(map(_is_costly, found))
     )

@@ -1,10 +1,11 @@
-"""A child process that compiles grammars on trial, so that a hostile one can be killed. Knows no engine, no event loop.
+"""A child process that spells and compiles grammars on trial, so that a hostile one can be killed. Knows no engine.
 
-    coordinator ── orders, one JSON line each ──▶ this process ── fork ──▶ one process per trial
-                ◀── verdicts, one JSON line each ──            ◀── pipe ──
+    coordinator ── grammars, pickled ──────▶ this process ── fork ──▶ one process per trial
+                ◀── verdicts, JSON lines ──               ◀── pipe ──
 
 The child has read the vocabulary already when it forks, so a trial costs milliseconds besides its own work, and what it
-allocates goes with it. A trial that runs past its time or memory is killed, and nothing else is.
+allocates goes with it. A trial that runs past its time or memory is killed, and nothing else is. Spelling is Python,
+which would keep the coordinator's other threads from theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import resource
 import select
 import signal
@@ -46,20 +48,15 @@ class TrialProcess:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, grammar: Grammar) -> None:
-        """Raises InvalidRequest, which names the schema, or Unavailable when no trial can be held."""
-        tried = []
-        for schema in schemas(grammar):
-            try:
-                tried.append({"tag": schema_tag(schema), "patterns": pattern_tags(schema)})
-            except ValueError as error:
-                raise InvalidRequest(f"{schema.param}: {error}", param=schema.param) from None
-        order = {"schemas": tried, "whole": structural_tag(grammar), "timeout_s": self._timeout_s}
-        verdict = self._ask(order)
+    def run(self, grammar: Grammar) -> str:
+        """The structural tag. Raises InvalidRequest, which names the schema, or Unavailable if no trial can be held."""
+        verdict = self._ask(grammar)
         if verdict["error"] is not None:
             at = verdict["at"]
             field = schemas(grammar)[at].param if at is not None else param(grammar)
             raise InvalidRequest(f"{field}: {verdict['error']}", param=field)
+        tag: str = verdict["tag"]
+        return tag
 
     def close(self) -> None:
         """Kill the child; it is started again when needed."""
@@ -72,11 +69,11 @@ class TrialProcess:
                     with contextlib.suppress(OSError):  # an order that was never read
                         pipe.close()
 
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, grammar: Grammar) -> dict[str, Any]:
         try:
             process = self._process or self._start()
             assert process.stdin is not None
-            process.stdin.write(json.dumps(order).encode() + b"\n")
+            pickle.dump((grammar, self._timeout_s), process.stdin)
             process.stdin.flush()
             verdict: dict[str, Any] = json.loads(_read_line(process, self._timeout_s + _GRACE_S))
         except (OSError, TimeoutError, EOFError) as error:
@@ -120,27 +117,28 @@ def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it closes the pipe
     info = vocabulary.tokenizer_info()
     print("ready", flush=True)
-    for line in sys.stdin.buffer:
-        print(json.dumps(_trial(info, json.loads(line))), flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            print(json.dumps(_trial(info, *pickle.load(sys.stdin.buffer))), flush=True)
 
 
-def _trial(info: TokenizerInfo, order: dict[str, Any]) -> dict[str, Any]:
-    """A verdict: `error`, or None; `at`: the index of the schema it concerns, or None for the whole."""
+def _trial(info: TokenizerInfo, grammar: Grammar, timeout_s: float) -> dict[str, Any]:
+    """A verdict: `error`, or None and the `tag`; `at`: the index of the schema it concerns, or None for the whole."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(reader)
-            _hold(info, order, writer)
+            _hold(info, grammar, timeout_s, writer)
         finally:
             os._exit(0)
     os.close(writer)
     report = b""
-    deadline = time.monotonic() + order["timeout_s"]
+    deadline = time.monotonic() + timeout_s
     error = "it needs too much memory to compile"  # unless the trial says how it ended
     while True:
         if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            error = f"it takes longer than {order['timeout_s']:g} s to compile"
+            error = f"it takes longer than {timeout_s:g} s to compile"
             break
         data = os.read(reader, 65536)
         if not data:
@@ -151,12 +149,12 @@ def _trial(info: TokenizerInfo, order: dict[str, Any]) -> dict[str, Any]:
     os.waitpid(pid, 0)
     said = [json.loads(line) for line in report.splitlines() if line.endswith(b"}")]
     last = said[-1] if said else {"at": None}
-    return {"at": last["at"], "error": last.get("verdict", error)}
+    return {"at": last["at"], "error": last.get("verdict", error), "tag": last.get("tag")}
 
 
-def _hold(info: TokenizerInfo, order: dict[str, Any], writer: int) -> None:
+def _hold(info: TokenizerInfo, grammar: Grammar, timeout_s: float, writer: int) -> None:
     """The trial itself, in a process of its own: says what it is at, and in the end its verdict."""
-    seconds = int(order["timeout_s"]) + 2  # of CPU, in case nobody is left to kill it
+    seconds = int(timeout_s) + 2  # of CPU, in case nobody is left to kill it
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(ValueError, OSError):  # not every system limits the address space
         used = psutil.Process().memory_info().vms
@@ -168,15 +166,16 @@ def _hold(info: TokenizerInfo, order: dict[str, Any], writer: int) -> None:
 
     try:
         compiler = new_compiler(info)
-        for index, schema in enumerate(order["schemas"]):
+        for index, schema in enumerate(schemas(grammar)):
             at = index
             say()
-            for tag in (*schema["patterns"], schema["tag"]):
+            for tag in (schema_tag(schema), *pattern_tags(schema)):
                 walk(compile_tag(compiler, tag), info.vocab_size)
         at = None
         say()
-        walk(compile_tag(compiler, order["whole"]), info.vocab_size)
-        say(verdict=None)
+        whole = structural_tag(grammar)
+        walk(compile_tag(compiler, whole), info.vocab_size)
+        say(verdict=None, tag=whole)
     except ValueError as error:
         say(verdict=str(error))
     except (MemoryError, RuntimeError):

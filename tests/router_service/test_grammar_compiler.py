@@ -90,6 +90,18 @@ def test_objects_that_may_have_other_properties_than_many_are_compiled_on_trial_
     assert not is_plain([{"properties": properties}])
 
 
+def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
+    """Only compiling was on trial. Spelling one schema took the coordinator's interpreter half a minute."""
+    monkeypatch.setattr(compiler._trial, "_timeout_s", 0.5)
+    multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 113}
+    started = time.process_time()
+    with pytest.raises(InvalidRequest, match="takes longer than"):
+        asyncio.run(state(compiler, as_schema({"prefixItems": [multiples] * 700})))
+    assert time.process_time() - started < 4
+    assert is_plain([{"prefixItems": [{"minimum": 1.5}] * 20}])
+    assert not is_plain([{"prefixItems": [{"minimum": 1.5}] * 21}])
+
+
 def test_a_long_name_costs_a_grammar_no_more_than_a_short_one():
     """Each beginning of it was spelled by itself: 60,000 characters took gigabytes."""
     one = schema_grammar({"properties": {"a" * 60_000: {"const": 1}}})
