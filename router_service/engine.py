@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from itertools import compress
 from typing import cast
 
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 Event = tuple[Key, TokenChunk | Embedding | MantaError]  # an error is the last event of its key
 _Command = Callable[[], None]
 _Sampled = tuple[int, TokenLogprobs | None]
+_IDLE_S = 0.001  # between two looks at sequences that are held up
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
         self._inbox_closed = False
         self._arriving: Counter[str] = Counter()  # requests in the inbox, by tenant
         self._stopping = False
+        self._is_idle = False  # the last step had nothing to do
         self._death: BaseException | None = None
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -160,6 +163,7 @@ class Engine:
         self._expire()
         self._fail_beyond_grammar()
         batch = self._schedule()
+        self._is_idle = not batch
         if not batch:
             return
         started = time.perf_counter()
@@ -293,6 +297,9 @@ class Engine:
         """Run what came in since the last step; sleep only when there is nothing else to do."""
         if not self._sequences:
             self._do(self._inbox.get())
+        elif self._is_idle:
+            with suppress(queue.Empty):
+                self._do(self._inbox.get(timeout=_IDLE_S))
         self._take_pending_commands()
 
     def _take_pending_commands(self) -> None:

@@ -3,7 +3,7 @@
     step t samples a token ──▶ worker: accept it, find the tokens that may follow ──▶ step t + 1 samples among them
 
 What may follow depends on the tokens only, so a worker finds it out while the model computes. A sequence whose worker
-is late gets no token in a step; the others do.
+is late gets no token in a step; the others do. It is in no step again before the worker is done.
 
 Shapes: V vocabulary.
 """
@@ -42,7 +42,7 @@ class _Outlook:
 class GrammarState:
     """The grammar of one sequence. Its methods are called on one thread, once it is made."""
 
-    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_work", "_workers")
+    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_was_late", "_work", "_workers")
 
     def __init__(self, compiled: CompiledGrammar, request: Request, workers: GrammarWorkers) -> None:
         """Takes up after `request.output_token_ids`; this may take long, so it is made in a thread."""
@@ -55,11 +55,13 @@ class GrammarState:
         self._param = param(request.grammar)
         self._workers = workers
         self._work: Future[_Outlook] | None = None
+        self._was_late = False
         self._outlook = self._follow(request.output_token_ids)
 
     def accept(self, token_id: int) -> None:
         """Go on by one token, in a worker. `is_ready` says when that is done."""
         self._settle(timeout_s=None)
+        self._was_late = False
         self._work = self._workers.submit(self._compiled, lambda: self._follow([token_id]))
 
     def cancel(self) -> None:
@@ -69,7 +71,15 @@ class GrammarState:
 
     def is_ready(self, timeout_s: float = 0.0) -> bool:
         """Whether the next token can be sampled, waiting for at most so long."""
-        return self._settle(timeout_s) and self._outlook.error is None
+        if self._settle(timeout_s):
+            return self._outlook.error is None
+        self._was_late = True
+        return False
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a step was in vain, as the next one would be now."""
+        return self._was_late and not self._settle(0.0)
 
     @property
     def mask(self) -> NDArray[np.uint8] | None:

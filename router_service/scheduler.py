@@ -139,7 +139,8 @@ class Scheduler:
         self.block_manager.free(sequence)
 
     def schedule(self) -> Batch:
-        """The next step; empty when nothing runs and nothing waits, or when the one it was for gave its blocks back."""
+        """The next step. Empty when nothing runs and nothing waits, when the one it was for gave its blocks back, or
+        when all are held up by their grammars."""
         self._num_steps += 1
         self._batch = {}
         is_shared = self._note_tenants()
@@ -411,7 +412,11 @@ class Scheduler:
 
     def _schedule_decodes(self, is_shared: bool) -> None:
         num_tokens = self.max_num_batched_tokens - sum(one.num_tokens for one in self._batch.values())
-        decoding = [one for one in self.running if one.num_uncomputed_tokens == 1 and one not in self._batch]
+        decoding = [
+            one
+            for one in self.running
+            if one.num_uncomputed_tokens == 1 and one not in self._batch and not one.is_held_up
+        ]
         if len(decoding) > num_tokens or is_shared:
             decoding = self._longest_unserved(decoding, num_tokens, self.shared_budget if is_shared else None)
         for sequence in decoding:

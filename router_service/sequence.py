@@ -88,6 +88,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_held_up(self) -> bool:
+        """Whether its grammar does not say yet which token may come, long after the last."""
+        return self.grammar is not None and self.grammar.is_late
+
+    @property
     def may_skip_prefix(self) -> bool:
         """Whether a cached beginning need not be computed: not while its scores or hidden states are wanted."""
         return self.is_prompt_scored and self.request.pooling is None

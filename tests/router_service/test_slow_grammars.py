@@ -85,6 +85,27 @@ def test_a_sequence_whose_grammar_is_late_gets_no_token_and_all_others_do(bench)
     assert [bench.token_ids(request) for request in plain] == expected_plain
 
 
+def test_a_late_grammar_costs_no_steps(bench):
+    """Until its worker was done the model computed the same token, as fast as it could, for nothing."""
+    [expected] = bench.run(constrained())
+    slow = constrained()
+    bench.add(slow)
+    state = bench.engine._sequences[slow.key].grammar
+    held = state._matcher = Held(state._matcher)
+    before = bench.engine.stats().steps_total
+    for _ in range(12):
+        bench.engine.step()
+    assert bench.engine.stats().steps_total == before + 2, "one with a token, one too early"
+    started, cpu = time.monotonic(), time.thread_time()
+    for _ in range(20):  # as its thread does
+        bench.engine._take_commands()
+        bench.engine.step()
+    assert time.thread_time() - cpu < 0.7 * (time.monotonic() - started), "it sleeps meanwhile"
+    held.go_on.set()
+    bench.run()
+    assert bench.token_ids(slow) == expected
+
+
 def test_work_for_a_sequence_that_has_left_is_not_begun(bench, workers):
     blocker = threading.Event()
     workers._quick.submit(blocker.wait, LONG_S)
