@@ -6,6 +6,7 @@ import pytest
 
 from cluster.config import GatewayConfig, GatewayScalingConfig, ModelConfig, load_config
 from cluster.errors import ConfigError
+from cluster.yaml_document import parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ from cluster.errors import ConfigError
         ("models:\n- {name: a, path: !!int b}", "line 2: a value that is not what its tag says"),
         ("models: " + "[" * 5000, "line 1: nested more than"),
         ("models: [{name: \xff, path: b}]".encode("latin-1"), "line 1: not UTF-8"),
+        ("models:\n- {name: a, path: b}\n- {name: \x01}", "line 3: a character that YAML does not allow"),
+        ("gateway: {}\nmodels: [{<<: {name: a}, path: b, path: c}]", "line 2: a key for the second time"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, words):
@@ -56,6 +59,21 @@ def test_aliases_are_yamls_and_taken(tmp_path):
     file = tmp_path / "manta.yaml"
     file.write_text("models:\n- {name: a, path: b, engine: &e {max_num_seqs: 3}}\n- {name: c, path: d, engine: *e}")
     assert [model.engine.max_num_seqs for model in load_config(file).models] == [3, 3]
+
+
+MERGED = """
+few: &few {max_num_seqs: 3, block_size: 8}
+models:
+- engine: &more {<<: *few, max_num_seqs: 5}
+again: {<<: *more, block_size: 16}
+"""
+
+
+def test_a_merged_key_gives_way_to_ones_own_and_is_merged_again():
+    """Who merged a mapping that merges itself was told of a key that stands there twice."""
+    document = parse_yaml(MERGED, "manta.yaml").value
+    assert document["models"] == [{"engine": {"max_num_seqs": 5, "block_size": 8}}]
+    assert document["again"] == {"max_num_seqs": 5, "block_size": 16}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -10,7 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.kubernetes.check.documents import Document
+from cluster.errors import ConfigError
+from cluster.kubernetes.check.documents import Document, read_documents
 from cluster.kubernetes.check.problems import problems
 from cluster.kubernetes.check.quantities import parse_quantity
 from tests.k8s.overlays import REPOSITORY, build, needs_kubectl, the
@@ -70,6 +71,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "upgrade": (
         lambda s: s["spec"].update(upgradeStrategy={"type": "Blue"}),
         "upgradeStrategy.type: 'Blue' is none of",
+    ),
+    "Serve configuration with a number that is none": (
+        lambda s: s["spec"].update(serveConfigV2='applications: []\nport: !!int "abc"'),
+        "spec.serveConfigV2: the text, line 2: a value that is not what its tag says",
     ),
     "same group": (
         lambda s: _workers(s, "expert").update(groupName="gateway"),
@@ -205,3 +210,19 @@ class TestCommand:
         result = CliRunner().invoke(app, ["k8s", "check", str(file)])
         assert result.exit_code == 1
         assert type(result.exception).__name__ == "ConfigError"
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (b'a: 1\n---\nb: !!int "abc"', "line 3: a value that is not what its tag says"),
+            (b"a: 1\nb: 2026-99-99", "line 2: a value that is not what its tag says"),
+            (b"a: 1\n---\nb: [", "line 3: not YAML"),
+            (b"a: \xff", "is not UTF-8"),
+        ],
+    )
+    def test_what_yaml_cannot_read_is_told_by_its_line(self, tmp_path: Path, text: bytes, words: str) -> None:
+        """A number that was none was a stack trace, for PyYAML leaves it to `int`."""
+        file = tmp_path / "broken.yaml"
+        file.write_bytes(text)
+        with pytest.raises(ConfigError, match=words):
+            read_documents([file])

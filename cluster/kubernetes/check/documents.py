@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.errors import ConfigError
+from cluster.yaml_document import parse_manifests
 
 KUSTOMIZE_TIMEOUT_S = 60
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast, where libyaml is there
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 
 
@@ -111,18 +109,16 @@ def _read(path: Path) -> Iterator[Document]:
             yield from _read(file)
         return
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8") from error
     yield from _parse(text, str(path))
 
 
 def _parse(text: str, source: str) -> Iterator[Document]:
-    try:
-        bodies = list(yaml.load_all(text, Loader=_LOADER))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}") from error
-    for number, body in enumerate(bodies, start=1):
+    for number, body in enumerate(parse_manifests(text, source), start=1):
         if body is None:
             continue
         if not isinstance(body, dict) or not body.get("kind") or not body.get("apiVersion"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
+from cluster.errors import ConfigError
 from cluster.kubernetes.check.documents import Document
+from cluster.yaml_document import parse_yaml
 
 FIELD = "spec.serveConfigV2"
 
@@ -41,9 +41,9 @@ def _parse(text: object) -> tuple[dict[str, Any] | None, str]:
     if not isinstance(text, str) or not text.strip():
         return None, "there is none; it is a YAML text"
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        return None, f"is not YAML: {error}"
+        config = parse_yaml(text, "the text").value
+    except ConfigError as error:
+        return None, error.message
     if not isinstance(config, dict):
         return None, "is no mapping"
     try:
