@@ -15,9 +15,12 @@ def start_local_ray(object_store_bytes: int, **options: Any) -> None:
     """It ends with us, or with `ray.shutdown`. `options` are those of `ray.init`. Raises SetupError."""
     import ray
 
+    directory, wanted = ray_directory(), os.environ.get("RAY_TMPDIR")
+    if wanted and not directory.is_relative_to(os.path.abspath(wanted)):
+        _warn(f"Ray's files go to {directory}: RAY_TMPDIR is too long for its sockets, or may not be written")
     warning = secure_token()
     if warning is not None:
-        print(f"Warning: {warning}.", file=sys.stderr)
+        _warn(warning)
     os.umask(UMASK)  # of all processes from now on: Ray's, Serve's, HAProxy, and ours
     try:
         ray.init(
@@ -26,8 +29,12 @@ def start_local_ray(object_store_bytes: int, **options: Any) -> None:
             object_store_memory=object_store_bytes,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(ray_directory()),
+            _temp_dir=str(directory),
             **options,
         )
     except (ConnectionError, RuntimeError) as error:
         raise SetupError(f"Ray did not start: {error}") from error
+
+
+def _warn(text: str) -> None:
+    print(f"Warning: {text}.", file=sys.stderr)

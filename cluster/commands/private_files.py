@@ -27,8 +27,16 @@ _HAPROXY_SOCKET = f"/{_HAPROXY}01234567/{'0' * 56}/cli.4194304.tmp"
 
 
 def ray_directory() -> Path:
-    """For `ray.init`, which opens it to all; the one that it lies in is closed. RAY_TMPDIR says on which disk."""
-    return private_directory(_RAY_SOCKET, os.environ.get("RAY_TMPDIR")) / "ray"
+    """For `ray.init`, which opens it to all; the one that it lies in is closed. RAY_TMPDIR says on which disk.
+
+    Unless that is too long for sockets, or may not be written.
+    """
+    wanted = os.environ.get("RAY_TMPDIR")
+    if wanted:
+        wanted = os.path.abspath(wanted)
+        with suppress(OSError):
+            os.makedirs(wanted, exist_ok=True)
+    return private_directory(_RAY_SOCKET, wanted) / "ray"
 
 
 def haproxy_directory() -> Path:
@@ -61,22 +69,30 @@ def secure_token() -> str | None:
     if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return None
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    except RuntimeError as error:
+        raise SetupError("this user has no home directory, where Ray's token would lie: set HOME") from error
     try:
         if not named:
             _make_token(path)
-        mode = path.stat().st_mode
-        if not stat.S_IMODE(mode) & 0o077:
+        if not _is_open(path):
             return None
-        if named:
+        if not named:
+            with suppress(OSError):  # another's, or of a file system that has no modes
+                path.chmod(0o600)
+        if _is_open(path):
             return f"{path} holds Ray's token and is open to other users: chmod 600 {path}"
-        path.chmod(0o600)
     except OSError as error:
         raise SetupError(f"{path}, the file of Ray's token: {error.strerror}") from error
     return (
         f"{path} was open to other users and is closed now. Who read it can run code as you: "
         "delete it, and start again, if others use this machine"
     )
+
+
+def _is_open(path: Path) -> bool:
+    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
 
 
 def _make_token(path: Path) -> None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from cluster.commands.local_ray import start_local_ray
 from cluster.commands.private_files import haproxy_directory, haproxy_files, ray_directory, secure_token
 from cluster.errors import SetupError
 
@@ -88,10 +89,28 @@ def test_a_long_directory_for_temporary_files_is_not_taken(temporary: Path, monk
 
 
 def test_ray_tmpdir_says_on_which_disk(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = temporary / "disk"
-    disk.mkdir()
+    disk = temporary / "disk"  # is made, as Ray itself does
     monkeypatch.setenv("RAY_TMPDIR", str(disk))
     assert ray_directory() == disk / f"manta-{os.geteuid()}" / "ray"
+
+
+def test_who_named_a_disk_is_told_that_it_is_not_taken(
+    home: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gigabytes went to /tmp without a word."""
+
+    def init(**options: object) -> None:
+        raise ConnectionError("it is enough")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_TMPDIR", str(temporary / ("d" * 60)))
+    before = os.umask(0o077)
+    try:
+        with pytest.raises(SetupError, match="it is enough"):
+            start_local_ray(1)
+    finally:
+        os.umask(before)
+    assert f"Ray's files go to {temporary}/manta-{os.geteuid()}/ray: RAY_TMPDIR" in capsys.readouterr().err
 
 
 def test_a_server_removes_its_folder_and_that_of_one_that_was_killed(temporary: Path) -> None:
@@ -148,6 +167,30 @@ def test_a_token_file_that_the_user_named_is_warned_of_only(home: Path, monkeypa
     assert f"chmod 600 {token}" in str(secure_token())
     assert mode(token) == 0o644
     assert not (home / ".ray").exists()
+
+
+def test_a_token_file_whose_mode_cannot_be_changed_is_warned_of_only(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another owner, or on a read-only disk: `manta serve` did not start."""
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret-secret")
+    token.chmod(0o644)
+
+    def chmod(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    assert f"chmod 600 {token}" in str(secure_token())
+
+
+def test_a_user_without_a_home_directory_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's user is who has no name: it was a stack trace."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(SetupError, match="set HOME"):
+        secure_token()
 
 
 @pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "given")])
