@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster.checkpoint import open_checkpoint
 from cluster.errors import CheckpointError, SetupError
-from cluster.hub import resolve_model
+from cluster.hub import EMBEDDED, resolve_model
 
 WAIT_INTERVAL_S = 5.0
 
@@ -33,11 +33,11 @@ def run(models: list[str], revision: str | None, *, wait: bool, timeout_s: float
     """
     deadline = time.monotonic() + timeout_s
     for name in models:
-        model, own = (name, None) if Path(name).is_dir() else _split(name)
+        model, own = (name, None) if _is_here(name) else _split(name)
         if not wait:
             _fetch(model, own or revision)
-        elif Path(model).is_dir():
-            open_checkpoint(model)
+        elif _is_here(model):
+            open_checkpoint(resolve_model(model, own or revision))
         else:
             console.print(f"Waiting for {name} …")
             while not note_of(model, own or revision).is_file():
@@ -71,6 +71,11 @@ def _split(name: str) -> tuple[str, str | None]:
     return model, revision or None
 
 
+def _is_here(model: str) -> bool:
+    """So that nobody fetches it, and nobody waits for who does."""
+    return model in EMBEDDED or Path(model).expanduser().is_dir()
+
+
 def _fetch(model: str, revision: str | None) -> None:
     started = time.monotonic()
     directory = resolve_model(model, revision)
@@ -85,7 +90,7 @@ def _fetch(model: str, revision: str | None) -> None:
     console.print(
         f"  fingerprint {checkpoint.fingerprint[:8]}, {total / 1e9:.2f} GB in {time.monotonic() - started:.0f} s"
     )
-    if not Path(model).is_dir():
+    if not _is_here(model):
         file.parent.mkdir(exist_ok=True)
         draft = file.with_suffix(".new")
         draft.write_text(json.dumps(note))

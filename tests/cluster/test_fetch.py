@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.fetch import verify
+from cluster.commands.fetch import run, verify
 from cluster.demo_model import DIRECTORY
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigError, SetupError
 from tests.waiting import wait_for
 
 MODEL, REVISION = "acme/demo", "5c79a376139be989ef1838f360bf4f1f256d7aec"
@@ -67,17 +67,37 @@ def test_who_waits_goes_on_when_a_model_was_verified(tmp_path: Path, snapshot: P
     assert (code, "was fetched and verified before" in output) == (0, True), output
 
 
-def test_who_waits_for_a_revision_is_not_told_of_another(tmp_path: Path, snapshot: Path) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache of this process, which has no hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_who_waits_for_a_revision_is_not_told_of_another(
+    cache: Path, snapshot: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One that another pod had fetched from main would have been taken for the one that was asked for."""
-    assert _fetch(tmp_path, MODEL)[0] == 0
+    run([MODEL], None, wait=False, timeout_s=0)
     wanted = f"{MODEL}@{REVISION}"
-    code, output = _fetch(tmp_path, "--wait", "--timeout", "0.1", wanted)
-    assert (code, f"{wanted} was not fetched within 0.1 s" in output) == (2, True), output
-    code, output = _fetch(tmp_path, "--revision", REVISION, MODEL)
-    assert (code, str(snapshot) in output) == (0, True), output
-    assert _fetch(tmp_path, "--wait", "--timeout", "0.1", wanted)[0] == 0
-    code, output = _fetch(tmp_path, f"{MODEL}@v9")
-    assert (code, "cannot be fetched from the hub" in output) == (2, True), output
+    with pytest.raises(SetupError, match=f"{wanted} was not fetched within 0 s"):
+        run([wanted], None, wait=True, timeout_s=0)
+    run([MODEL], REVISION, wait=False, timeout_s=0)
+    assert str(snapshot) in capsys.readouterr().out
+    run([wanted], None, wait=True, timeout_s=0)
+    with pytest.raises(ConfigError, match="cannot be fetched from the hub"):
+        run([f"{MODEL}@v9"], None, wait=False, timeout_s=0)
+
+
+def test_what_is_here_is_neither_fetched_nor_waited_for(cache: Path, tmp_path: Path) -> None:
+    """The embedded model was a stack trace where there was no cache yet, and who waited for it did so for ever."""
+    for model in ("demo", str(DIRECTORY)):
+        for wait in (False, True):
+            run([model], None, wait=wait, timeout_s=0)
+    assert not cache.exists()
+    with pytest.raises(ConfigError, match="only a model of the hub has revisions"):
+        run(["demo"], "v1", wait=True, timeout_s=0)
 
 
 def test_one_wrong_byte_is_found(tmp_path: Path, snapshot: Path) -> None:
