@@ -36,6 +36,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 # A shell has what it starts in the background ignore Ctrl-C, and what that starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.umask(0o022)  # where a group may write what a user does, the files of keys that tests write would be refused
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 

@@ -83,6 +83,7 @@ def test_a_small_body_is_worked_on_at_once_and_a_large_one_beside_the_loop() -> 
 def test_nobody_waits_for_anothers_large_bodies() -> None:
     """Twenty bodies of one caller are in work or wait, and some of their clients leave: another's is next."""
     running: list[str] = []
+    ended: list[str] = []
     most: list[int] = []
 
     def work() -> None:
@@ -90,22 +91,21 @@ def test_nobody_waits_for_anothers_large_bodies() -> None:
         most.append(running.count("alice"))
         time.sleep(0.05)
         running.remove(current_caller().id)
+        ended.append(current_caller().id)
 
     async def send(worker: Worker, who: str) -> None:
         set_caller(Caller(ApiKey(id=who, sha256="0" * 64)))
         await worker.run(INLINE_BYTES + 1, work)
 
-    async def wait_of_bob() -> float:
+    async def run() -> None:
         worker = Worker("body")
         alices = [asyncio.create_task(send(worker, "alice")) for _ in range(20)]
         await asyncio.sleep(0.01)
         for task in alices[::3]:
             task.cancel()  # the thread of one goes on
-        started = time.monotonic()
         await asyncio.create_task(send(worker, "bob"))
-        waited = time.monotonic() - started
         await asyncio.gather(*alices, return_exceptions=True)
-        return waited
 
-    assert asyncio.run(wait_of_bob()) < 0.4, "alice's take 0.7 s, one after another"
+    asyncio.run(run())
+    assert "bob" in ended[:7], "half of alice's would take 0.35 s, one after another"
     assert max(most) == 1
