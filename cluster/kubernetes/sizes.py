@@ -123,18 +123,18 @@ class ModelSize:
 
 def model_size(model: ModelConfig) -> ModelSize:
     """Raises ConfigError for a model whose sizes cannot be known here."""
-    architecture = known_architecture(model.path)
+    architecture = known_architecture(model.path, model.revision)
     local = architecture.is_dense or model.experts.transport == "local"
     groups = () if local else plan_groups(model.experts.groups, architecture.num_experts, 0, 1)
     return ModelSize(model, architecture, groups)
 
 
-def known_architecture(path: str) -> Architecture:
+def known_architecture(path: str, revision: str | None = None) -> Architecture:
     """Of a directory, an embedded model, or a hub id that is known. Raises ConfigError for others."""
     if path in KNOWN_MODELS:
         return KNOWN_MODELS[path]
     if path in EMBEDDED or Path(path).expanduser().is_dir():
-        return open_checkpoint(resolve_model(path)).architecture
+        return open_checkpoint(resolve_model(path, revision)).architecture
     known = ", ".join(KNOWN_MODELS)
     raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
 

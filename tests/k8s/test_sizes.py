@@ -60,6 +60,14 @@ def test_a_revision_is_what_the_job_fetches_the_pods_wait_for_and_the_cluster_op
     assert [one["args"]["model"]["revision"] for one in served[1:]] == ["v0.1"]
 
 
+def test_a_revision_of_what_is_in_the_image_is_refused() -> None:
+    """Manifests were made, and every replica failed by it."""
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/cpu-demo/manta.yaml").read_text())
+    document["models"][0]["revision"] = "v1"
+    with pytest.raises(ConfigError, match="only a model of the hub has revisions"):
+        manifests(parse_config(document))
+
+
 def test_a_gpu_that_is_too_small_is_refused() -> None:
     document = yaml.safe_load((REPOSITORY / "k8s/overlays/mixtral-8x7b-4x40gb/manta.yaml").read_text())
     document["kubernetes"]["gpu_type"] = "A10G"
