@@ -49,9 +49,9 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def start(temporary: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A server that has prepared its files, and their folder; it lives until its input ends."""
-    process = subprocess.Popen(
+def start(temporary: Path) -> subprocess.Popen[str]:
+    """A server that prepares its files; it lives until its input ends."""
+    return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(START)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -59,8 +59,12 @@ def start(temporary: Path) -> tuple[subprocess.Popen[str], Path]:
         env={name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")}
         | {"TMPDIR": str(temporary)},
     )
+
+
+def folder(process: subprocess.Popen[str]) -> Path:
+    """Its own, once it has prepared it."""
     assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+    return Path(process.stdout.readline().strip())
 
 
 def test_the_folders_of_ray_and_haproxy_are_closed_to_others(temporary: Path) -> None:
@@ -115,9 +119,8 @@ def test_who_named_a_disk_is_told_that_it_is_not_taken(
 
 def test_a_server_removes_its_folder_and_that_of_one_that_was_killed(temporary: Path) -> None:
     """Every server left its own in /tmp, with the sockets in it, for ever."""
-    ended, ended_in = start(temporary)
-    killed, killed_in = start(temporary)
-    living, living_in = start(temporary)
+    ended, killed, living = started = [start(temporary) for _ in range(3)]
+    ended_in, killed_in, living_in = map(folder, started)
     (killed_in / "node").mkdir()
     (killed_in / "node" / "cli").touch()
     ended.communicate(timeout=20)
@@ -125,7 +128,8 @@ def test_a_server_removes_its_folder_and_that_of_one_that_was_killed(temporary: 
     killed.kill()
     killed.communicate(timeout=20)
     assert killed_in.exists(), "nobody could"
-    last, last_in = start(temporary)
+    last = start(temporary)
+    last_in = folder(last)
     assert not killed_in.exists()
     assert living_in.exists(), "it lives"
     assert last_in.exists()
