@@ -6,6 +6,7 @@ binds the node's Ray address and nothing else.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import socket
@@ -105,7 +106,13 @@ def private_directory(socket: str = _LONGEST_NAME, parent: str | None = None) ->
             status = directory.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
                 return directory
-    return Path(tempfile.mkdtemp(prefix="manta-", dir="/tmp"))  # somebody else took our name
+    return _unnamed_directory()  # somebody else took our name
+
+
+@functools.cache
+def _unnamed_directory() -> Path:
+    """One for all that this process keeps."""
+    return Path(tempfile.mkdtemp(prefix="manta-", dir="/tmp"))
 
 
 def _clear(directory: Path) -> None:

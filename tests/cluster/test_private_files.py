@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from cluster.commands.local_ray import start_local_ray
 from cluster.commands.private_files import haproxy_directory, haproxy_files, ray_directory, secure_token
 from cluster.errors import SetupError
+from experts_service.lane_address import _unnamed_directory
 
 SOCKET_LIMIT = 107  # of a path that can be bound
 START = """
@@ -90,6 +92,22 @@ def test_a_long_directory_for_temporary_files_is_not_taken(temporary: Path, monk
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     assert ray_directory() == Path(f"/tmp/manta-{os.geteuid()}/ray")
+
+
+def test_a_name_that_another_user_took_costs_a_process_one_folder(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its ports and files had one of its own in /tmp, for ever."""
+    user = 2**31 + os.getpid()
+    monkeypatch.setattr("os.geteuid", lambda: user)  # whose folder is ours: another's
+    ours = ray_directory().parent
+    try:
+        assert ours.name != f"manta-{user}"
+        assert haproxy_directory().parent == ours
+    finally:
+        _unnamed_directory.cache_clear()
+        shutil.rmtree(ours)
+        shutil.rmtree(f"/tmp/manta-{user}")
 
 
 def test_ray_tmpdir_says_on_which_disk(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
