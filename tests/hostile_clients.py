@@ -3,7 +3,7 @@
     python -m tests.hostile_clients URL GRPC_ADDRESS SEED SECONDS KEY…
 
 Each thing is drawn with the seed and bounded in time; a line of JSON on standard output says what it was and how it was
-answered. The keys are those of hostile tenants. What is marked `keyless` comes from outside and has none.
+answered. The keys are those of hostile tenants; what is called `keyless` comes from outside and has none.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Hostile:
     drawn: random.Random
     answers: Counter[str]
 
-    async def post(self, path: str, body: Any, *, key: bool = True, **options: Any) -> None:
-        """Send one request and count how it was answered; a stream is read to its end, or until the time is over."""
+    async def post(self, path: str, body: Any) -> None:
+        """Send one request and count how it was answered."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if key else {})
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
         async with httpx.AsyncClient(base_url=self.url, timeout=ACT_S) as client:
             try:
-                answer = await client.post(path, content=content, headers=headers, **options)
+                answer = await client.post(path, content=content, headers=headers)
                 self.answers[str(answer.status_code)] += 1
             except httpx.HTTPError as error:
                 self.answers[type(error).__name__] += 1
@@ -57,7 +57,7 @@ class Hostile:
         message = {"role": "user", "content": "What is the best French cheese?"}
         await self.post("/v1/chat/completions", {"model": MODEL, "messages": [message], "max_tokens": 50, **fields})
 
-    async def call(self, rpc: Callable[[grpc.aio.Channel], Awaitable[Any]], *, own_channel: bool = True) -> None:
+    async def call(self, rpc: Callable[[grpc.aio.Channel], Awaitable[Any]]) -> None:
         """One RPC on a connection of its own."""
         async with grpc.aio.insecure_channel(self.grpc_address, options=LARGE) as channel:
             try:
@@ -170,6 +170,16 @@ async def deep(client: Hostile) -> None:
 @act("millions of token ids to detokenize")
 async def detokenize(client: Hostile) -> None:
     await client.post("/detokenize", b'{"model":"demo","tokens":[' + b"7," * (2 * MIB) + b"7]}")
+
+
+@act("millions of token ids over gRPC")
+async def token_ids(client: Hostile) -> None:
+    request = chat_pb2.DetokenizeRequest(model=MODEL, token_ids=[7] * (2 * MIB))
+
+    async def send(channel: grpc.aio.Channel) -> object:
+        return await chat_pb2_grpc.MantaStub(channel).Detokenize(request, timeout=ACT_S, metadata=client.metadata)
+
+    await client.call(send)
 
 
 @act("a body that does not end, keyless")
