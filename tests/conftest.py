@@ -29,7 +29,7 @@ STOP_TIMEOUT_S = 60
 # The same examples in every run; HYPOTHESIS_PROFILE=default draws new ones. How long it takes to draw them says
 # nothing here: before the first float Hypothesis reads all modules for constants, seconds on a busy machine.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

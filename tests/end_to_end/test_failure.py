@@ -159,15 +159,19 @@ def test_a_stopped_shard_delays_no_stream(replicated, undisturbed):
 
 def test_a_coordinator_that_falls_silent_costs_no_stream_a_token(replicated, undisturbed):
     """As one does that was cut off: its connections stay open, and Serve takes half a minute to replace it."""
-    wait_for(lambda: num_coordinators(replicated) == 2, RECOVERY_S, "two coordinators that serve")
-    stopped, _ = processes(replicated, ":coordinator")
-    try:
-        seen = asyncio.run(streams(replicated, stopped.suspend))
-    finally:
-        stopped.resume()
-    check_equal(seen, undisturbed)
-    gap_s = max(stream.longest_gap_s for stream in seen)
-    assert 2 < gap_s < 25, "promised within 8 s; half of the streams or so were there"
+    gap_s = 0.0
+    for number in range(2):  # all streams may have been with the other one
+        wait_for(lambda: num_coordinators(replicated) == 2, RECOVERY_S, "two coordinators that serve")
+        stopped = processes(replicated, ":coordinator")[number]
+        try:
+            seen = asyncio.run(streams(replicated, stopped.suspend))
+        finally:
+            stopped.resume()
+        check_equal(seen, undisturbed)
+        gap_s = max(stream.longest_gap_s for stream in seen)
+        if gap_s > 2:
+            break
+    assert 2 < gap_s < 25, "promised within 8 s"
     wait_for(lambda: num_running(replicated) == 0, RECOVERY_S, "the silent one to give up what was taken from it")
 
 
