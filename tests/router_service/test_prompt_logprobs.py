@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_reference_however_the_work_is_cut(tiny, referen
     bench = Bench(tiny[0], device=device, **config)
     bench.run(make_request(prompt(90), max_tokens=1))  # the prefix cache has their beginning
     requests = {n: make_request(prompt(n), max_tokens=20, ignore_eos=True, prompt_logprobs=3) for n in LENGTHS}
-    others = [make_request(prompt(60), max_tokens=20, ignore_eos=True) for _ in range(3)]
+    others = [make_request(prompt(60), max_tokens=100, ignore_eos=True) for _ in range(3)]
     outputs = bench.run(*requests.values(), *others)
     for length, request in requests.items():
         first, *rest = bench.chunks[request.key]
