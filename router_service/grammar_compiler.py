@@ -3,7 +3,7 @@
 A schema of few and plain words is compiled at once, in a thread of low priority. Any other is spelled and compiled on
 trial first, in a process that can be killed, and only if it passes compiled in a thread here: the second time costs
 what the first did. The two kinds have a thread each, so a hostile schema delays only other costly ones, each by the
-time limit at most.
+time limit at most; and tenants take turns in both.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from cluster.errors import InvalidRequest, MantaError, Overloaded
+from cluster.fairness import is_refused
 from cluster.messages import Grammar, Request, ToolCallGrammar
 from router_service.grammar import GrammarState, param
 from router_service.grammar_cost import begins, is_plain
@@ -27,7 +29,7 @@ from router_service.grammar_workers import GrammarWorkers, yield_to_others
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
 
-_MAX_PENDING = 64  # grammars that wait to be compiled
+_MAX_PENDING = 64  # grammars that wait to be compiled; past it those are refused who have most
 _MAX_WAIT_TIMES = 4  # a request waits for its grammar this many time limits, in a queue that is not empty,
 _START_S = 60.0  # and this long besides: xgrammar is imported when it is first needed, here and in the trial process
 
@@ -44,7 +46,8 @@ class GrammarCompiler:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._cache: OrderedDict[Grammar, tuple[int, CompiledGrammar | MantaError]] = OrderedDict()
-        self._pending: dict[Grammar, asyncio.Task[CompiledGrammar | MantaError]] = {}
+        self._pending: dict[Grammar, tuple[str, asyncio.Task[CompiledGrammar | MantaError]]] = {}  # and whose they are
+        self._turns: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = WeakValueDictionary()
         self._trial = TrialProcess(vocabulary, timeout_s)
         self._plain = ThreadPoolExecutor(1, "grammar", initializer=yield_to_others)
         self._workers = GrammarWorkers(token_timeout_s)
@@ -59,7 +62,7 @@ class GrammarCompiler:
         """
         if request.grammar is None:
             return None
-        compiled = await self._compiled(request.grammar)
+        compiled = await self._compiled(request.grammar, request.cache_salt)
         if isinstance(compiled, InvalidRequest):
             raise InvalidRequest(compiled.message, compiled.param)
         if isinstance(compiled, MantaError):
@@ -73,16 +76,17 @@ class GrammarCompiler:
         self._workers.close()
         self._trial.close()
 
-    async def _compiled(self, grammar: Grammar) -> CompiledGrammar | MantaError:
+    async def _compiled(self, grammar: Grammar, tenant: str) -> CompiledGrammar | MantaError:
         if grammar in self._cache:
             self._cache.move_to_end(grammar)
             return self._cache[grammar][1]
-        task = self._pending.get(grammar)
-        if task is None:
-            if len(self._pending) >= _MAX_PENDING:
+        if grammar in self._pending:
+            _, task = self._pending[grammar]
+        else:
+            if is_refused(Counter(owner for owner, _ in self._pending.values()), tenant, _MAX_PENDING):
                 raise Overloaded(f"{_MAX_PENDING} grammars wait to be compiled already; try again later")
-            task = asyncio.create_task(self._compile(grammar))
-            self._pending[grammar] = task
+            task = asyncio.create_task(self._compile(grammar, tenant))
+            self._pending[grammar] = tenant, task
             task.add_done_callback(lambda _: self._pending.pop(grammar))
         try:
             async with asyncio.timeout(_START_S + _MAX_WAIT_TIMES * self._timeout_s):
@@ -90,16 +94,24 @@ class GrammarCompiler:
         except TimeoutError:
             raise Overloaded("too many grammars wait to be compiled; try again later") from None
 
-    async def _compile(self, grammar: Grammar) -> CompiledGrammar | MantaError:
+    async def _compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar | MantaError:
         """The compiled grammar, or what is wrong with it; both are kept, an error of our own is not."""
         plain = is_plain([json.loads(schema.text) for schema in schemas(grammar)])
-        result = await asyncio.get_running_loop().run_in_executor(
-            self._plain if plain else self._costly, self._compile_here, grammar, plain
-        )
+        async with self._turn(tenant, plain):
+            result = await asyncio.get_running_loop().run_in_executor(
+                self._plain if plain else self._costly, self._compile_here, grammar, plain
+            )
         if not isinstance(result, MantaError) or isinstance(result, InvalidRequest):
             text_bytes = sum(len(schema.text) for schema in schemas(grammar))
             self._keep(grammar, result, text_bytes + getattr(result, "memory_size_bytes", 0))
         return result
+
+    def _turn(self, tenant: str, plain: bool) -> asyncio.Lock:
+        """Of a tenant's grammars one at a time is in a thread's queue."""
+        turn = self._turns.get((tenant, plain))
+        if turn is None:
+            turn = self._turns[tenant, plain] = asyncio.Lock()
+        return turn
 
     def _compile_here(self, grammar: Grammar, plain: bool) -> CompiledGrammar | MantaError:
         """In a thread. Each schema is looked at alone as well, so that an error can name it."""

@@ -201,6 +201,32 @@ def test_past_the_bound_of_pending_grammars_more_are_refused(vocabulary):
     compiler.close()
 
 
+def test_one_key_s_grammars_do_not_keep_another_s_waiting(vocabulary, monkeypatch):
+    """64 costly ones of one key, ten seconds each, and everybody else was refused or waited for all of them."""
+    compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=2**20)
+    order: list[str] = []
+    compile_here = compiler._compile_here
+    monkeypatch.setattr(
+        compiler, "_compile_here", lambda one, plain: order.append(one.text) or compile_here(one, plain)
+    )
+
+    async def scenario():
+        burst = [
+            asyncio.create_task(compiler.state(make_request([5], grammar=as_schema({"const": i}), cache_salt="alice")))
+            for i in range(100)
+        ]
+        await asyncio.sleep(0)
+        other = as_schema({"const": "bob's"})
+        await compiler.state(make_request([5], grammar=other, cache_salt="bob"))
+        assert order.index(other.text) <= 2, "after the one that was at work"
+        results = await asyncio.gather(*burst, return_exceptions=True)
+        assert sum(isinstance(result, Overloaded) for result in results) == 36
+        assert not compiler._pending
+
+    asyncio.run(scenario())
+    compiler.close()
+
+
 def test_closing_leaves_no_process(vocabulary):
     compiler = GrammarCompiler(vocabulary, timeout_s=TIMEOUT_S, token_timeout_s=1.0, cache_bytes=2**20)
     asyncio.run(state(compiler, as_schema({"type": "string", "pattern": "^a{3}$"})))
