@@ -17,6 +17,7 @@ from cluster.messages import ModelCard, ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 from gateway.chat_template import REFUSALS, ChatTemplate
 from gateway.control_tokens import ControlTokens
+from gateway.json_bounds import check_bounds
 from gateway.unlocked_tokenizer import UnlockedTokenizer
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
@@ -173,9 +174,9 @@ class MistralTokenizer:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-        for message in messages:  # some versions parse results
-            if message["role"] == "tool" and is_json_of_no_text(message["content"]):
-                raise InvalidRequest("messages: a tool's content is JSON with a lone surrogate", param="messages")
+        for message in messages:
+            if message["role"] == "tool":
+                _check_result(message["content"])
         try:
             request = ChatCompletionRequest.from_openai(
                 [dict(message) for message in messages], tools=list(tools) or None
@@ -209,6 +210,17 @@ def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
         else dict(message)
         for message in chat
     ]
+
+
+def _check_result(content: str) -> None:
+    """Mistral's tokenizers parse a tool's result that may be JSON, whatever it holds. Raises InvalidRequest."""
+    if content.lstrip()[:1] in ("[", "{"):
+        try:
+            check_bounds(content.encode())
+        except InvalidRequest as error:
+            raise InvalidRequest(f"messages: a tool's content: {error.message}", param="messages") from None
+    if is_json_of_no_text(content):
+        raise InvalidRequest("messages: a tool's content is JSON with a lone surrogate", param="messages")
 
 
 def parsed_json(text: str) -> Any:

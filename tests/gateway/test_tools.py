@@ -493,6 +493,11 @@ def test_mistral_s_own_tokenizers_render_tools(tmp_path: Any, file: str, expecte
     assert text.endswith(f"{expected}[/TOOL_RESULTS]")
     marker = request.grammar.tokens.calls
     assert tokenizer._raw.id_to_piece(marker) == "[TOOL_CALLS]"
-    with pytest.raises(InvalidRequest, match="lone surrogate"):  # mistral-common parses results
-        tokenizer.encode_chat([messages[0], {"role": "tool", "tool_call_id": "abcdefghi", "content": '["\\ud83d"]'}])
+    for content, words in [  # mistral-common parses results: the second was a 500
+        ('["\\ud83d"]', "lone surrogate"),
+        ("[" * 30_000, "nested deeper than 64 levels"),
+        ("[" + "{}," * 70_000, "objects, lists"),
+    ]:
+        with pytest.raises(InvalidRequest, match=f"^messages: a tool's content.*{words}"):
+            tokenizer.encode_chat([messages[0], {"role": "tool", "tool_call_id": "abcdefghi", "content": content}])
     assert marker in request.prompt_token_ids
