@@ -25,7 +25,8 @@ class RecentRefusals:
         """The model's coordinator has refused this caller."""
         now = self._clock()
         self._refused = {who: at for who, at in self._refused.items() if now - at[0] < HOLD_S}
-        self._refused[model, caller] = (now, error)
+        # Not the error itself: its traceback holds the refused request.
+        self._refused[model, caller] = (now, Overloaded(str(error), retry_after_s=error.retry_after_s))
 
     def check(self, model: str, caller: str) -> None:
         """Raises Overloaded, as the coordinator did."""

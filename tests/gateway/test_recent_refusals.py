@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import httpx
 import pytest
 
@@ -31,3 +34,26 @@ def test_a_burst_is_refused_without_a_call_for_each(card: ModelCard) -> None:
         answers = [client.post("/v1/completions", json=body) for _ in range(40)]
     assert {(answer.status_code, answer.headers["retry-after"]) for answer in answers} == {(429, "3")}
     assert 1 <= len(coordinator.requests) < 20
+
+
+def test_what_was_refused_is_let_go() -> None:
+    """Until somebody else was refused, the traceback of the last error held the request's prompt."""
+
+    class Prompt:
+        pass
+
+    def refused() -> tuple[Overloaded, weakref.ref[Prompt]]:
+        prompt = Prompt()
+        try:
+            raise Overloaded("full")
+        except Overloaded as error:
+            return error, weakref.ref(prompt)
+
+    refusals = RecentRefusals(lambda: 0.0)
+    error, prompt = refused()
+    refusals.note("m", "alice", error)
+    del error
+    gc.collect()
+    assert prompt() is None
+    with pytest.raises(Overloaded, match="full"):
+        refusals.check("m", "alice")
