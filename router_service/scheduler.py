@@ -18,8 +18,8 @@ of its token budget B. Its promises, R being the sequences that run and T the te
 - **Work is not thrown away.** A prompt is admitted when there are blocks for all of it, and for all who run to grow by
   an eighth of its length. One whose beginning is being computed by another waits, and takes it from the prefix cache.
 - **A prompt that does not fit holds up others only after `max_num_seqs` of them have passed it.** Then none of its own
-  tenant passes it any more, and none of another's where those hold what it needs. One that other tenants have kept
-  waiting so long then keeps its blocks until it has `KEPT_TOKENS` new tokens, however much it holds.
+  tenant passes it any more, and none of another's where those hold what it needs. Of those whom
+  other tenants have kept waiting so long one at a time keeps its blocks for `KEPT_TOKENS` tokens, whatever it holds.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ class Scheduler:
         self._blocked: Sequence | None = None  # has waited for blocks longer than any other
         self._num_passed = 0  # sequences that were admitted meanwhile
         self._num_admitted = 0
+        self._kept: Sequence | None = None  # gives way to nobody
+        self._kept_until = 0  # before it has so many tokens
         # Of the step that is being made:
         self._batch: dict[Sequence, ScheduledSequence] = {}
         self._in_progress: dict[Line, Sequence] = {}  # whose prompts are computed in part
@@ -130,12 +132,12 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free its blocks. Finished ones are removed by `update`."""
-        if sequence is self._blocked:
-            self._blocked = None
         if sequence in self.running:
             self._stop_running(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        if sequence is self._blocked:
+            self._blocked, self._num_passed = self._longest_waiting(), 0
         self.block_manager.free(sequence)
 
     def schedule(self) -> Batch:
@@ -282,8 +284,7 @@ class Scheduler:
         leaving = self._make_room(sequence, self.block_manager.num_missing(sequence, prefix))
         if leaving is None:
             sequence.refused = (self._num_steps, self.block_manager.num_free_blocks)
-            if sequence.waits_since is None:
-                sequence.waits_since = self._num_admitted_beside(sequence.tenant)
+            self._note_waiting(sequence)
             if self._blocked is None:
                 self._blocked, self._num_passed = sequence, 0
             return None
@@ -299,10 +300,11 @@ class Scheduler:
         self._num_passed += 1
         self._num_admitted += 1
         self._tenants[sequence.tenant].num_admitted += 1
+        if self._may_keep_its_blocks(sequence):
+            self._kept, self._kept_until = sequence, len(sequence) + KEPT_TOKENS
+            sequence.waits_since = None
         if sequence is self._blocked:
-            self._blocked = None
-        if self._is_overdue(sequence):
-            sequence.waits_since, sequence.keeps_until = None, len(sequence) + KEPT_TOKENS
+            self._blocked, self._num_passed = self._longest_waiting(), 0
         sequence.refused = None
         num_cached = sequence.num_computed_tokens = self.block_manager.take_prefix(sequence)
         has_blocks = self.block_manager.grow(sequence, len(sequence))
@@ -340,10 +342,31 @@ class Scheduler:
         needed = -(-len(blocked) // self.block_manager.block_size) + self._reserve(blocked)
         return self.block_manager.num_free_blocks + self.block_manager.held[blocked.tenant] >= needed
 
+    def _note_waiting(self, sequence: Sequence) -> None:
+        if sequence.waits_since is None:
+            sequence.waits_since = self._num_admitted_beside(sequence.tenant)
+
     def _is_overdue(self, sequence: Sequence) -> bool:
-        """Whether too many of other tenants have been admitted since its blocks were missing for the first time."""
+        return self._num_passed_by(sequence) >= self.max_num_seqs
+
+    def _num_passed_by(self, sequence: Sequence) -> int:
+        """How many of other tenants have been admitted since it first had to wait for blocks."""
         since = sequence.waits_since
-        return since is not None and self._num_admitted_beside(sequence.tenant) - since >= self.max_num_seqs
+        return 0 if since is None else self._num_admitted_beside(sequence.tenant) - since
+
+    def _may_keep_its_blocks(self, sequence: Sequence) -> bool:
+        """Whether it is its turn to: no other tenant's has waited longer, and no other keeps its own."""
+        if not self._is_overdue(sequence) or not (self._kept is None or self._gives_way(self._kept)):
+            return False
+        others = [one for one in self.waiting.heads() if one.tenant != sequence.tenant]
+        return all(self._num_passed_by(one) <= self._num_passed_by(sequence) for one in others)
+
+    def _longest_waiting(self) -> Sequence | None:
+        waiting = (sequence for sequence in self.waiting.heads() if sequence.waits_since is not None)
+        return max(waiting, key=self._num_passed_by, default=None)
+
+    def _gives_way(self, sequence: Sequence) -> bool:
+        return sequence is not self._kept or len(sequence) >= self._kept_until
 
     def _num_admitted_beside(self, tenant: str) -> int:
         return self._num_admitted - self._tenants[tenant].num_admitted
@@ -372,7 +395,7 @@ class Scheduler:
         lacking = num_missing + self._reserve(sequence) - blocks.num_free_blocks
         if len(self.running) >= self.max_num_seqs:
             few = self._num_running[sequence.tenant] + 1
-            holders = [one for one in self.running if self._num_running[one.tenant] > few and _gives_way(one)]
+            holders = [one for one in self.running if self._num_running[one.tenant] > few and self._gives_way(one)]
             if not holders:
                 return None
             leaving.append(_newest(holders, self._num_running))
@@ -383,7 +406,7 @@ class Scheduler:
         held = {tenant: number for tenant, number in blocks.held.items() if tenant != sequence.tenant}
         others: dict[str, list[Sequence]] = {tenant: [] for tenant in held}
         for one in self.running:
-            if one not in leaving and one.tenant in held and _gives_way(one):
+            if one not in leaving and one.tenant in held and self._gives_way(one):
                 others[one.tenant].append(one)
         while lacking > 0:
             most = max(held, key=held.__getitem__, default="")
@@ -455,7 +478,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Give it the block for its last token, if need be another's. False when it gave its own back for others."""
         while not self.block_manager.grow(sequence, len(sequence)):
-            holders = list(filter(_gives_way, self.running)) or self.running
+            holders = list(filter(self._gives_way, self.running)) or self.running
             newest = _newest(holders, self.block_manager.held)
             self._preempt(newest)
             if newest is sequence:
@@ -465,6 +488,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         sequence.num_computed_tokens = 0
+        self._note_waiting(sequence)
         self.waiting.push_preempted(sequence)
         self.num_preemptions += 1
 
@@ -474,14 +498,12 @@ class Scheduler:
         if not self._num_running[sequence.tenant]:
             del self._num_running[sequence.tenant]
         self.block_manager.free(sequence)
+        if sequence is self._kept:
+            self._kept = None
         self._batch.pop(sequence, None)
         line = self.waiting.line_of(sequence)
         if self._in_progress.get(line) is sequence:
             del self._in_progress[line]
-
-
-def _gives_way(sequence: Sequence) -> bool:
-    return len(sequence) >= sequence.keeps_until
 
 
 def _newest(running: list[Sequence], held: Counter[str]) -> Sequence:

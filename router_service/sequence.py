@@ -23,7 +23,6 @@ class Sequence:
         "block_table",
         "finish_reason",
         "grammar",
-        "keeps_until",
         "last_step",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -59,8 +58,7 @@ class Sequence:
         self.was_admitted = False  # preempted ones stay so
         self.last_step = 0  # in which it got a token
         self.refused: tuple[int, int] | None = None  # the step in which blocks were missing, and how many were free
-        self.waits_since: int | None = None  # how many of other tenants had been admitted when they were first missing
-        self.keeps_until = 0  # before it has so many tokens, it gives its blocks to nobody
+        self.waits_since: int | None = None  # how many of other tenants had been admitted when it first had to wait
         # Of the prompt tokens scored so far, the first is None; all None when they are not asked for, or sent already.
         asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None

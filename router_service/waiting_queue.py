@@ -60,6 +60,10 @@ class WaitingQueue:
         """The next of a line, if any."""
         return self._lines[line][0] if line in self._lines else None
 
+    def heads(self) -> list[Sequence]:
+        """The next of each line."""
+        return [line[0] for line in self._lines.values()]
+
     def remove(self, sequence: Sequence) -> None:
         """Wherever it is in the queue. Raises ValueError when it is not."""
         name = self.line_of(sequence)

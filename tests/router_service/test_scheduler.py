@@ -341,6 +341,31 @@ def test_a_prompt_of_more_than_half_of_the_cache_gets_on_beside_a_tenant_who_nev
     assert giant.finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "max_num_seqs", "tenants"),  # prompt and answer of each, and how many it always has under way
+    [
+        (32, 16, [(62, 8, 2), (1, 1, 8)]),
+        (64, 8, [(4, 1, 2), (100, 40, 1), (36, 40, 8)]),
+        (64, 4, [(255, 1, 20), (164, 40, 1), (4, 1, 2), (139, 1, 20)]),
+        (128, 4, [(113, 40, 1), (309, 100, 8)]),
+    ],
+)
+def test_of_tenants_who_never_stop_none_gets_nothing(num_blocks, max_num_seqs, tenants):
+    """One was preempted in the step that admitted it, again and again; or all had waited long, and kept all."""
+    scheduler = make_scheduler(num_blocks=num_blocks, budget=128, max_num_seqs=max_num_seqs)
+    under_way, num_finished = [[] for _ in tenants], [0] * len(tenants)
+    for _ in range(2500):
+        for tenant, (length, max_tokens, number) in enumerate(tenants):
+            finished = [one for one in under_way[tenant] if one.finish_reason is not None]
+            num_finished[tenant] += len(finished)
+            under_way[tenant] = [one for one in under_way[tenant] if one not in finished]
+            while len(under_way[tenant]) < number:
+                under_way[tenant].append(make_sequence([7] * length, max_tokens=max_tokens, cache_salt=f"{tenant}"))
+                scheduler.add(under_way[tenant][-1])
+        run(scheduler)
+    assert min(num_finished) >= 3, num_finished
+
+
 def test_a_prompt_that_has_waited_gives_way_again_in_the_end():
     """A tenant's prompts that leave no room take turns with another's: of these few wait, and none until the end."""
     scheduler = make_scheduler(num_blocks=256, budget=64, max_num_seqs=4)

@@ -88,7 +88,7 @@ class Simulation:
         """Nobody waits for long where another holds more of slots and blocks than the waiting one would."""
         scheduler, blocks = self.scheduler, self.scheduler.block_manager
         slots = Counter(one.tenant for one in scheduler.running)
-        keeping = [one for one in scheduler.running if len(one) < one.keeps_until]
+        keeping = [one for one in scheduler.running if not scheduler._gives_way(one)]
         slots_given = slots.keys() - {one.tenant for one in keeping}  # for certain
         kept = Counter(one.tenant for one in keeping for _ in one.block_table)
         reserve = blocks.num_blocks // SPARE + scheduler.max_num_seqs + 1
