@@ -1,7 +1,7 @@
 """Where work is done that grows with a body or an answer: small ones at once, larger ones beside the event loop.
 
-Knows callers and sizes; knows not what the work is. A caller has one thread at a time, so nobody's large bodies keep
-others' waiting, and few threads compete with the event loop for the interpreter.
+Knows callers and sizes; knows not what the work is. A caller has one thread at a time, so one caller's large bodies
+keep nobody else's waiting, and few threads compete with the event loop for the interpreter.
 """
 
 from __future__ import annotations
