@@ -1,4 +1,7 @@
-"""Tools, calls and formats of chat.proto under the HTTP bodies' names. Knows fields; bounds are the validator's."""
+"""Messages, tools and formats of chat.proto under the HTTP bodies' names. Knows fields; bounds are the validator's.
+
+A field that is empty or unset is one that a body does not have.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,26 @@ _CHOICES = ("none", "auto", "any", "required")
 
 
 def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
-    """Messages, tools and format; only what is set. Raises InvalidRequest for what is no JSON."""
-    fields: dict[str, Any] = {"messages": [_message(message) for message in request.messages]}
-    if request.tools:
-        fields["tools"] = [_tool(tool, f"tools[{i}].function.parameters") for i, tool in enumerate(request.tools)]
+    """All but the sampling; only what is set. Raises InvalidRequest for what is no JSON."""
+    fields = conversation_fields(request)
     if request.tool_choice in _CHOICES:
         fields["tool_choice"] = request.tool_choice
     elif request.tool_choice:
         fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
     if request.HasField("parallel_tool_calls"):
         fields["parallel_tool_calls"] = request.parallel_tool_calls
+    if request.HasField("safe_prompt"):
+        fields["safe_prompt"] = request.safe_prompt
     if request.HasField("response_format"):
         fields["response_format"] = _format(request.response_format)
+    return fields
+
+
+def conversation_fields(conversation: chat_pb2.ChatRequest | chat_pb2.Conversation) -> dict[str, Any]:
+    """Messages and tools. Raises InvalidRequest for what is no JSON."""
+    fields: dict[str, Any] = {"messages": [_message(message) for message in conversation.messages]}
+    if conversation.tools:
+        fields["tools"] = [_tool(tool, f"tools[{i}].function.parameters") for i, tool in enumerate(conversation.tools)]
     return fields
 
 
@@ -37,24 +48,33 @@ def call_messages(calls: Iterable[ToolCall]) -> list[chat_pb2.ToolCall]:
 def _message(message: chat_pb2.Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls
-        ]
+        fields["tool_calls"] = [_call(call) for call in message.tool_calls]
     if message.tool_call_id:
         fields["tool_call_id"] = message.tool_call_id
+    if message.name:
+        fields["name"] = message.name
     return fields
+
+
+def _call(call: chat_pb2.ToolCall) -> dict[str, Any]:
+    function = {name: value for name, value in (("name", call.name), ("arguments", call.arguments)) if value}
+    return {"function": function} | ({"id": call.id} if call.id else {})
 
 
 def _tool(tool: chat_pb2.Tool, path: str) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
     if tool.parameters:
         function["parameters"] = _schema(tool.parameters, path)
+    if tool.HasField("strict"):
+        function["strict"] = tool.strict
     return {"type": "function", "function": function}
 
 
 def _format(response_format: chat_pb2.ResponseFormat) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": response_format.type}
-    if response_format.json_schema:
+    if response_format.json_schema and response_format.type == "json_object":
+        fields["schema"] = _schema(response_format.json_schema, "response_format.schema")
+    elif response_format.json_schema:
         schema = _schema(response_format.json_schema, "response_format.json_schema.schema")
         fields["json_schema"] = {"schema": schema}
     return fields

@@ -20,7 +20,15 @@ from gateway.grpc_call import rpc_call
 from gateway.grpc_chat import chat_fields
 from gateway.grpc_errors import RpcFailed
 from gateway.grpc_health import HealthRpcs
-from gateway.grpc_messages import choice, embedding_fields, head, numbers, sampling_fields, usage_message
+from gateway.grpc_messages import (
+    choice,
+    completion_fields,
+    echoed,
+    embedding_fields,
+    head,
+    sampling_fields,
+    usage_message,
+)
 from gateway.grpc_tokenization import TokenizationRpcs
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
 from gateway.responses import ChoiceText, num_bytes
@@ -128,7 +136,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         def response() -> _MessageT:
             return response_type(
                 **head(generation),
-                choices=[choice(i, whole) for i, whole in enumerate(choices)],
+                choices=[choice(i, whole, echoed(generation, i)) for i, whole in enumerate(choices)],
                 usage=usage_message(usage),
             )
 
@@ -157,12 +165,15 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
             call.name(generation.id)
             usage = Usage(generation.num_prompt_tokens)
             running = len(generation.requests)
+            begun: set[int] = set()
             async with aclosing(self.frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
                     running -= delta.finish_reason is not None
+                    prompt = None if delta.index in begun else echoed(generation, delta.index)
+                    begun.add(delta.index)
                     yield chat_pb2.Chunk(
                         **head(generation),
-                        choice=choice(delta.index, delta),
+                        choice=choice(delta.index, delta, prompt),
                         usage=None if running else usage_message(usage),
                     )
 
@@ -177,13 +188,7 @@ def _chat_body(request: chat_pb2.ChatRequest) -> ChatCompletionRequest:
 
 
 def _completion_body(request: chat_pb2.GenerateRequest) -> CompletionRequest:
-    prompt: Any = None
-    if request.WhichOneof("prompt") == "text":
-        prompt = request.text
-    elif request.WhichOneof("prompt") == "token_ids":
-        prompt = numbers(request.token_ids.ids, "prompt")
-    document = {"model": request.model, "prompt": prompt, **sampling_fields(request.sampling)}
-    return parse_body(CompletionRequest, document, request.ByteSize())
+    return parse_body(CompletionRequest, completion_fields(request), request.ByteSize())
 
 
 def _embedding_body(request: chat_pb2.EmbedRequest) -> EmbeddingRequest:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from cluster.errors import InvalidRequest
+from cluster.messages import TokenLogprobs
 from gateway import chat_pb2
 from gateway.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob
@@ -13,6 +14,8 @@ from gateway.grpc_chat import call_messages
 from gateway.json_bounds import MAX_VALUES
 from gateway.responses import ChoiceText
 from gateway.validator import Generation
+
+Echoed = tuple[str, Sequence[int]]  # a prompt's text and ids
 
 FINISH = {
     None: chat_pb2.FINISH_REASON_UNSPECIFIED,
@@ -44,14 +47,34 @@ def numbers(values: Collection[int], path: str) -> list[int]:
     return list(values)
 
 
+def completion_fields(request: chat_pb2.GenerateRequest) -> dict[str, Any]:
+    """The body of the same request over HTTP."""
+    fields = {"model": request.model, **sampling_fields(request.sampling)}
+    match request.WhichOneof("prompt"):
+        case "text":
+            fields["prompt"] = request.text
+        case "token_ids":
+            fields["prompt"] = numbers(request.token_ids.ids, "prompt")
+        case "prompts":
+            fields["prompt"] = _prompts(request.prompts.prompts, "prompt")
+    if request.HasField("echo"):
+        fields["echo"] = request.echo
+    return fields
+
+
 def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
-    """The body of the same request over HTTP; texts and token ids may not be mixed there."""
-    inputs = [
-        item.text if item.WhichOneof("input") == "text" else numbers(item.token_ids.ids, f"input[{i}]")
-        for i, item in enumerate(request.inputs)
+    """The body of the same request over HTTP."""
+    fields: dict[str, Any] = {"model": request.model, "input": _prompts(request.inputs, "input")}
+    if request.HasField("dimensions"):
+        fields["dimensions"] = request.dimensions
+    return fields
+
+
+def _prompts(prompts: Iterable[chat_pb2.Prompt | chat_pb2.EmbedInput], path: str) -> list[str | list[int]]:
+    return [
+        item.text if item.WhichOneof("input") == "text" else numbers(item.token_ids.ids, f"{path}[{i}]")
+        for i, item in enumerate(prompts)
     ]
-    dimensions = request.dimensions if request.HasField("dimensions") else None
-    return {"model": request.model, "input": inputs, "dimensions": dimensions}
 
 
 def head(job: Generation | EmbeddingJob) -> dict[str, Any]:
@@ -59,20 +82,16 @@ def head(job: Generation | EmbeddingJob) -> dict[str, Any]:
     return {"id": job.id, "model": job.card.name, "created": job.created}
 
 
-def choice(index: int, piece: ChoiceText | Delta) -> chat_pb2.Choice:
-    """One choice, whole or a piece of it."""
+def choice(index: int, piece: ChoiceText | Delta, echoed: Echoed | None = None) -> chat_pb2.Choice:
+    """One choice, whole or a piece of it; the first piece has what is echoed of its prompt."""
+    text, prompt_token_ids = echoed or ("", ())
     return chat_pb2.Choice(
         index=index,
-        text=piece.text,
+        text=text + piece.text,
         token_ids=piece.token_ids,
-        logprobs=[
-            chat_pb2.TokenLogprob(
-                token_id=token_id,
-                logprob=at.token_logprob,
-                top=[chat_pb2.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in at.top],
-            )
-            for token_id, at in zip(piece.token_ids, piece.logprobs or (), strict=False)
-        ],
+        logprobs=_logprobs(piece.token_ids, piece.logprobs or ()),
+        prompt_token_ids=prompt_token_ids,
+        prompt_logprobs=_logprobs(prompt_token_ids, piece.prompt_logprobs or ()),
         finish_reason=FINISH[piece.finish_reason],
         tool_calls=call_messages(piece.tool_calls),
         routed_experts=[
@@ -80,6 +99,24 @@ def choice(index: int, piece: ChoiceText | Delta) -> chat_pb2.Choice:
             for layers in piece.routed_experts or ()
         ],
     )
+
+
+def echoed(generation: Generation, index: int) -> Echoed | None:
+    """What the answer of a choice begins with; None where nothing is to be echoed."""
+    return (generation.echo[index], generation.requests[index].prompt_token_ids) if generation.echo else None
+
+
+def _logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> list[chat_pb2.TokenLogprob]:
+    """One per token that has any: a prompt's first has none."""
+    return [
+        chat_pb2.TokenLogprob(
+            token_id=token_id,
+            logprob=at.token_logprob,
+            top=[chat_pb2.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in at.top],
+        )
+        for token_id, at in zip(token_ids, logprobs, strict=False)
+        if at is not None
+    ]
 
 
 def usage_message(usage: Usage) -> chat_pb2.Usage:

@@ -12,12 +12,13 @@ from gateway import chat_pb2
 from gateway.deadline import PASSED
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
+from gateway.grpc_chat import conversation_fields
 from gateway.grpc_errors import RpcFailed
 from gateway.prompts import check_count
 from gateway.protocol import parse_body
-from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, token_strings, tokenize
 
-TOKEN_BYTES = 4  # about, of an id
+TOKEN_BYTES = 4  # about, of an id; as text, a few more
 
 _MessageT = TypeVar("_MessageT")
 
@@ -34,25 +35,21 @@ class TokenizationRpcs:
         return await self._answer(chat_pb2.DetokenizeResponse, request, grpc_context, self._detokenize)
 
     async def _tokenize(self, request: chat_pb2.TokenizeRequest) -> chat_pb2.TokenizeResponse:
-        document: dict[str, Any] = {"model": request.model}
-        if request.WhichOneof("input") == "text":
-            document["prompt"] = request.text
-        elif request.WhichOneof("input") == "conversation":
-            turns = request.conversation.messages
-            document["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
-        if request.HasField("add_special_tokens"):
-            document["add_special_tokens"] = request.add_special_tokens
-        model, token_ids = await tokenize(self.frontend, parse_body(TokenizeRequest, document, request.ByteSize()))
+        body = await self.frontend.worker.run(request.ByteSize(), _tokenize_body, request)
+        model, token_ids = await tokenize(self.frontend, body)
 
         def response() -> chat_pb2.TokenizeResponse:
             return chat_pb2.TokenizeResponse(
-                model=model.card.name, token_ids=token_ids, max_model_len=model.card.max_model_len
+                model=model.card.name,
+                token_ids=token_ids,
+                max_model_len=model.card.max_model_len,
+                token_strs=token_strings(model, token_ids) if body.return_token_strs else (),
             )
 
         return await self.frontend.answer_worker.run(TOKEN_BYTES * len(token_ids), response)
 
     async def _detokenize(self, request: chat_pb2.DetokenizeRequest) -> chat_pb2.DetokenizeResponse:
-        card = self.frontend.route(request.model).card
+        card = self.frontend.route(request.model or None).card
         check_count(len(request.token_ids), card, "tokens", "tokens")  # before they become a list
         body = await self.frontend.worker.run(request.ByteSize(), _detokenize_body, request)
         return chat_pb2.DetokenizeResponse(model=card.name, text=await detokenize(self.frontend, body))
@@ -75,6 +72,18 @@ class TokenizationRpcs:
             return response_type()  # never sent: the status is not OK
 
 
+def _tokenize_body(request: chat_pb2.TokenizeRequest) -> TokenizeRequest:
+    document: dict[str, Any] = {"model": request.model or None}
+    if request.WhichOneof("input") == "text":
+        document["prompt"] = request.text
+    elif request.WhichOneof("input") == "conversation":
+        document |= conversation_fields(request.conversation)
+    for name in ("add_special_tokens", "return_token_strs"):
+        if request.HasField(name):
+            document[name] = getattr(request, name)
+    return parse_body(TokenizeRequest, document, request.ByteSize())
+
+
 def _detokenize_body(request: chat_pb2.DetokenizeRequest) -> DetokenizeRequest:
-    document = {"model": request.model, "tokens": list(request.token_ids)}
+    document = {"model": request.model or None, "tokens": list(request.token_ids)}
     return parse_body(DetokenizeRequest, document, request.ByteSize())

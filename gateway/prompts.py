@@ -45,12 +45,12 @@ class PromptReader:
         return token_ids
 
     def prompts(self, prompt: Any, max_prompts: int, field: str = "prompt") -> list[TokenIds]:
-        """A string, a list of strings, token ids, or a list of token-id lists; `field` is what the body calls it."""
+        """A string, token ids, or a list of strings and token-id lists; `field` is what the body calls it."""
         if prompt is None:
             raise InvalidRequest(f"{field}: field required", param=field)
         if isinstance(prompt, str):
             return [self.text(prompt, field)]
-        expected = f"{field}: expected a string, a list of strings, token ids, or a list of token-id lists"
+        expected = f"{field}: expected a string, token ids, or a list of strings and token-id lists"
         if not isinstance(prompt, list):
             raise InvalidRequest(expected, param=field)
         if not prompt:
@@ -59,19 +59,22 @@ class PromptReader:
             return [self._token_ids(prompt, field)]
         if len(prompt) > max_prompts:
             raise InvalidRequest(f"{field}: at most {max_prompts} in this request, got {len(prompt)}", field)
-        if all(isinstance(item, str) for item in prompt):
-            return [self.text(item, f"{field}[{i}]") for i, item in enumerate(prompt)]
-        if all(isinstance(item, list) for item in prompt):
-            return [self._token_ids(item, f"{field}[{i}]") for i, item in enumerate(prompt)]
-        raise InvalidRequest(expected, param=field)
+        if not all(isinstance(item, str | list) for item in prompt):
+            raise InvalidRequest(expected, param=field)
+        return [
+            self.text(item, f"{field}[{i}]") if isinstance(item, str) else self._token_ids(item, f"{field}[{i}]")
+            for i, item in enumerate(prompt)
+        ]
 
     def texts(self, prompt: Any, token_ids: Sequence[TokenIds]) -> tuple[str, ...]:
         """The text of each prompt: as it was sent, or that of its ids without special ones."""
         if isinstance(prompt, str):
             return (prompt,)
-        if isinstance(prompt[0], str):
-            return tuple(prompt)
-        return tuple(detokenize(self._tokenizer, ids) for ids in token_ids)
+        own = prompt if isinstance(prompt[0], str | list) else [prompt]
+        return tuple(
+            text if isinstance(text, str) else detokenize(self._tokenizer, ids)
+            for text, ids in zip(own, token_ids, strict=True)
+        )
 
     def text(self, text: str, path: str, *, add_special_tokens: bool = True) -> TokenIds:
         """A raw prompt, as it is; `path` is its field."""

@@ -34,7 +34,14 @@ Integers = Annotated[list[int], _FIRST_ERROR]
 Prompt = Annotated[  # checked by the validator
     Any,
     WithJsonSchema(
-        {"anyOf": [{"type": "string"}, _STRINGS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}], "minItems": 1}
+        {
+            "anyOf": [
+                {"type": "string"},
+                _TOKEN_IDS,
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}},
+            ],
+            "minItems": 1,
+        }
     ),
 ]
 
@@ -127,7 +134,7 @@ class ChatCompletionRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
-    prompt: Prompt = None  # string, list of strings, token ids, list of token ids
+    prompt: Prompt = None  # string, token ids, or a list of strings and lists of token ids
     logprobs: int | None = None
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
@@ -136,7 +143,7 @@ class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings, with Mistral's names where they differ."""
 
     model: str
-    input: Prompt = None  # string, list of strings, token ids, list of token ids
+    input: Prompt = None  # string, token ids, or a list of strings and lists of token ids
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     output_dimension: int | None = None  # Mistral's name

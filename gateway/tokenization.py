@@ -49,13 +49,17 @@ async def detokenize(frontend: Frontend, body: DetokenizeRequest) -> str:
 
 def tokenize_body(model: ServedModel, token_ids: TokenIds, *, with_strings: bool) -> dict[str, Any]:
     """vLLM's answer."""
-    spelled = [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in token_ids] if with_strings else None
     return {
         "count": len(token_ids),
         "max_model_len": model.card.max_model_len,
         "tokens": token_ids,
-        "token_strs": spelled,
+        "token_strs": token_strings(model, token_ids) if with_strings else None,
     }
+
+
+def token_strings(model: ServedModel, token_ids: TokenIds) -> list[str]:
+    """What each token stands for."""
+    return [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in token_ids]
 
 
 def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:

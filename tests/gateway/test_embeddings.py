@@ -94,8 +94,8 @@ def post(url: str, **body: Any) -> httpx.Response:
 
 @pytest.mark.parametrize(
     ("value", "count"),
-    [("Hello", 1), (TEXTS, 3), ([5, 6, 7], 1), ([[5, 6], [7]], 2)],
-    ids=["text", "texts", "ids", "lists-of-ids"],
+    [("Hello", 1), (TEXTS, 3), ([5, 6, 7], 1), ([[5, 6], [7]], 2), (["Hello", [5, 6]], 2)],
+    ids=["text", "texts", "ids", "lists-of-ids", "mixed"],
 )
 def test_inputs_of_every_shape(
     url: str, coordinator: EmbeddingCoordinator, tokenizer: HuggingFaceTokenizer, value: Any, count: int
@@ -106,7 +106,8 @@ def test_inputs_of_every_shape(
     assert [(item["object"], item["index"]) for item in answer["data"]] == [("embedding", i) for i in range(count)]
     prompts = [request.prompt_token_ids for request in coordinator.requests]
     if isinstance(value, str) or isinstance(value[0], str):
-        assert prompts == [tokenizer.encode(text) for text in ([value] if isinstance(value, str) else value)]
+        values = [value] if isinstance(value, str) else value
+        assert prompts == [tokenizer.encode(one) if isinstance(one, str) else tuple(one) for one in values]
     for item, prompt in zip(answer["data"], prompts, strict=True):
         np.testing.assert_allclose(item["embedding"], vector_of(prompt), atol=1e-6)
     tokens = sum(map(len, prompts))
@@ -248,10 +249,14 @@ def test_grpc(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, toke
         ids = [chat_pb2.EmbedInput(token_ids=chat_pb2.TokenIds(ids=[5, 6]))]
         short = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=ids, dimensions=2), timeout=30)
         assert len(short.embeddings[0].values) == 2
+        mixed = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=[*texts, *ids]), timeout=30)
+        np.testing.assert_allclose(
+            [item.values for item in mixed.embeddings], [vector_of(prompt) for prompt in (*prompts, (5, 6))], atol=1e-6
+        )
         for request in (
             chat_pb2.EmbedRequest(model="tiny", inputs=texts),
             chat_pb2.EmbedRequest(model="embed"),
-            chat_pb2.EmbedRequest(model="embed", inputs=[*texts, *ids]),
+            chat_pb2.EmbedRequest(model="embed", inputs=[*texts, {}]),
         ):
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Embed(request, timeout=30)

@@ -108,6 +108,31 @@ def test_generate_takes_text_or_ids(
     assert {request.prompt_token_ids for request in coordinator.requests} == {ids}
 
 
+def test_several_prompts_are_echoed_with_their_scores_as_over_http(
+    channel: grpc.Channel, tokenizer: HuggingFaceTokenizer
+) -> None:
+    stub = chat_pb2_grpc.MantaStub(channel)
+    ids = tokenizer.encode("Hello")
+    prompts = chat_pb2.Prompts(prompts=[{"text": "STOP"}, {"token_ids": {"ids": ids}}])
+    sampling = chat_pb2.Sampling(n=2, logprobs=1)
+    request = chat_pb2.GenerateRequest(model="tiny", prompts=prompts, sampling=sampling, echo=True)
+    choices = stub.Generate(request).choices
+    assert [choice.text for choice in choices] == ["STOP" + ANSWER] * 2 + ["Hello" + ANSWER] * 2
+    assert list(choices[2].prompt_token_ids) == list(ids)
+    scores = [(at.token_id, at.logprob, at.top[0].token_id) for at in choices[2].prompt_logprobs]
+    assert scores == [(token_id, -float(i), 5) for i, token_id in enumerate(ids) if i]
+    assert len(choices[2].logprobs) == len(choices[2].token_ids) == len(tokenizer.encode(ANSWER))
+    joined = [chat_pb2.Choice() for _ in choices]
+    for chunk in stub.GenerateStream(request):
+        joined[chunk.choice.index].text += chunk.choice.text
+        joined[chunk.choice.index].prompt_token_ids.extend(chunk.choice.prompt_token_ids)
+        joined[chunk.choice.index].prompt_logprobs.extend(chunk.choice.prompt_logprobs)
+    for one, other in zip(joined, choices, strict=True):
+        assert one.text == other.text
+        assert one.prompt_token_ids == other.prompt_token_ids
+        assert one.prompt_logprobs == other.prompt_logprobs
+
+
 @pytest.mark.parametrize("revision", [None, "5c79a376139be989ef1838f360bf4f1f256d7aec"])
 def test_models_are_listed_with_the_hubs_commit(
     card: ModelCard, coordinator: ScriptedCoordinator, revision: str | None

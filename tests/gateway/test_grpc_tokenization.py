@@ -41,6 +41,8 @@ def test_a_text_to_tokens_and_back(stub: Any, tokenizer: HuggingFaceTokenizer) -
     assert dict(call.trailing_metadata())["x-request-id"].startswith("req-")
     bare = stub.Tokenize(chat_pb2.TokenizeRequest(model="tiny", text=TEXT, add_special_tokens=False))
     assert tuple(bare.token_ids) == tokenizer.encode(TEXT)[1:]
+    named = stub.Tokenize(chat_pb2.TokenizeRequest(text="Hello", return_token_strs=True))
+    assert (named.model, "".join(named.token_strs)) == ("tiny", "<s>Hello")
     whole = stub.Detokenize(chat_pb2.DetokenizeRequest(model="tiny", token_ids=bare.token_ids))
     assert (whole.model, whole.text) == ("tiny", TEXT)
 
