@@ -132,6 +132,14 @@ def chat(
 
 
 @app.command()
+def config() -> None:
+    """Print every key of the configuration file, with value, default and meaning, as Markdown."""
+    from cluster.commands.config import reference
+
+    typer.echo(reference(), nl=False)
+
+
+@app.command()
 def plan(
     model: Annotated[
         str | None, typer.Argument(help="A checkpoint directory, demo, mixtral-8x7b, or a hub id that is known.")

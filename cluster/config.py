@@ -25,42 +25,64 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class EngineConfig(_Frozen):
     """The coordinator's engine: scheduler, KV cache, numerics."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own; float16 runs as bfloat16
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU that the process was given, if any
-    max_model_len: int | None = Field(None, ge=1)  # tokens; None: the checkpoint's context
-    block_size: int = Field(16, ge=1, le=256)  # tokens per KV block
-    num_kv_blocks: int | None = Field(None, ge=2)  # None: from kv_cache_gib
-    # None: what steps and neighbours leave of nine tenths of the GPU, or of a fifth of the memory that is free at start
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in. `auto`: the checkpoint's own, float16 as bfloat16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU that the process was given, if any."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Tokens of prompt and answer together. None: the checkpoint's context."""
+    block_size: int = Field(16, ge=1, le=256)
+    """Tokens in one block of the KV cache."""
+    num_kv_blocks: int | None = Field(None, ge=2)
+    """Blocks of the KV cache. None: as many as `kv_cache_gib` holds."""
     kv_cache_gib: float | None = Field(None, gt=0)
-    max_num_seqs: int = Field(64, ge=1)  # sequences in one step
-    max_num_batched_tokens: int = Field(2048, ge=1)  # tokens in one step; longer prompts are chunked
-    max_waiting: int = Field(256, ge=1)  # requests queued in one coordinator; past it 429 to those who hold most
+    """Size of the KV cache. None: what steps and neighbours leave of nine tenths of the GPU, or of a fifth of the
+    memory that is free at start.
+    """
+    max_num_seqs: int = Field(64, ge=1)
+    """Sequences in one step."""
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    """Tokens in one step. Longer prompts are cut into chunks."""
+    max_waiting: int = Field(256, ge=1)
+    """Requests that wait in one coordinator. Past it those who hold most get 429."""
     prefix_caching: bool = True
-    grammar_timeout_s: float = Field(10.0, gt=0)  # to compile a schema that may be costly; past it 400
-    grammar_token_timeout_s: float = Field(1.0, gt=0)  # CPU time to find which tokens may come next; past it 400
-    grammar_cache_mib: int = Field(256, ge=1)  # compiled grammars kept, the least recently used leave first
-    # Parts of a step that take turns computing and waiting. auto: 2 where every process has a GPU of its own, else 1.
+    """Prompts of one key that begin alike share the blocks of their beginning."""
+    grammar_timeout_s: float = Field(10.0, gt=0)
+    """Time to compile a schema that may be costly. Past it 400."""
+    grammar_token_timeout_s: float = Field(1.0, gt=0)
+    """CPU time to find which tokens may come next. Past it 400."""
+    grammar_cache_mib: int = Field(256, ge=1)
+    """Memory for compiled grammars. The least recently used leave first."""
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=3)] = "auto"
-    num_threads: int | None = Field(None, ge=1)  # intra-op threads of the coordinator; None: one per core
-    # How often a waiting OpenMP thread of the coordinator looks before it sleeps. OpenMP's own default, 300,000, keeps
-    # a core from the experts: with one other busy process on 2 cores, steps of the bench model took 39 ms with 200,
-    # 57 ms with 5,000 and 134 ms with 30,000.
+    """Parts of a step that take turns computing and waiting. `auto`: 2 where every process has a GPU of its own, else
+    1.
+    """
+    num_threads: int | None = Field(None, ge=1)
+    """Threads of one operation in the coordinator. None: one for each core."""
     openmp_spin_count: int = Field(200, ge=0)
+    """How often a waiting OpenMP thread of the coordinator looks before it sleeps. OpenMP's own default, 300,000, keeps
+    a core from the experts: with one other busy process on 2 cores, steps of the bench model took 39 ms with 200, 57
+    ms with 5,000 and 134 ms with 30,000.
+    """
 
 
 class ReplicaBounds(_Frozen):
     """How many replicas a deployment has, at least and at most, and how soon it follows its load."""
 
     min_replicas: int = Field(1, ge=1)
+    """At least so many."""
     max_replicas: int = Field(1, ge=1)
-    upscale_delay_s: float = Field(10.0, ge=0)  # for so long the load has to ask for more
+    """At most so many."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """The load has to ask for more replicas for so long."""
     downscale_delay_s: float = Field(120.0, ge=0)
+    """The load has to ask for fewer replicas for so long."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
@@ -75,64 +97,94 @@ class ScalingConfig(ReplicaBounds):
     A replica's load is the part of the time that it computes; rows that wait for their turn count as well.
     """
 
-    target_busy_fraction: float = Field(0.7, gt=0, le=1)  # of a replica; more replicas above, fewer well below
-    max_queue_s: float = Field(0.01, gt=0)  # mean wait of a dispatch for its turn; above, one replica more
+    target_busy_fraction: float = Field(0.7, gt=0, le=1)
+    """Part of the time that a replica computes. Above it more replicas, well below it fewer."""
+    max_queue_s: float = Field(0.01, gt=0)
+    """Mean time that a dispatch waits for its turn. Above it one replica more."""
 
 
 class CoordinatorScalingConfig(ReplicaBounds):
-    """The same for the coordinators of a model, whose load is what they have given away of their cache or batch."""
+    """How many coordinators a model has. Their load is what they have given away of their cache or batch."""
 
-    target_used_fraction: float = Field(0.8, gt=0, le=1)  # of the KV blocks, or of max_num_seqs if that is more
-    max_waiting: float = Field(1.0, ge=0)  # sequences that wait, per coordinator; above, one coordinator more
+    target_used_fraction: float = Field(0.8, gt=0, le=1)
+    """Of the KV blocks, or of `max_num_seqs` if that is more. Above it more coordinators."""
+    max_waiting: float = Field(1.0, ge=0)
+    """Sequences that wait in each coordinator. Above it one coordinator more."""
 
 
 class GatewayScalingConfig(ReplicaBounds):
-    """The same for gateways."""
+    """How many gateways there are, and what their load has to be for more or fewer."""
 
-    target_requests: float = Field(64.0, gt=0)  # that one of them is answering
+    target_requests: float = Field(64.0, gt=0)
+    """Requests that one gateway answers. Above it more gateways."""
 
 
 class ExpertsConfig(_Frozen):
     """The expert groups of one model and how rows reach them."""
 
-    groups: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"  # expert indices per group, the same in every layer
-    scaling: ScalingConfig = ScalingConfig()  # of every group
-    group_scaling: dict[int, ScalingConfig] = {}  # of single groups, by their position in `groups`
-    transport: Transport = "auto"  # auto: lanes, and the object store to shards that have none
-    lane_secret_file: str | None = (
-        None  # mode 0600, the same on every node; None: ~/.manta/lane_secret, made if missing
-    )
-    # None: 1 where the cluster has GPUs, else 0. What is given is reserved, also with `device: cpu`.
+    groups: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"
+    """The experts of each group, by index, the same in every layer. `auto`: one expert a group where there are GPUs for
+    it.
+    """
+    scaling: ScalingConfig = ScalingConfig()
+    """Replicas of every group."""
+    group_scaling: dict[int, ScalingConfig] = {}
+    """Replicas of single groups, by their position in `groups`."""
+    transport: Transport = "auto"
+    """How rows travel. `auto`: lanes, and the object store to shards that have none."""
+    lane_secret_file: str | None = None
+    """A file of mode 0600, the same on every node. None: `~/.manta/lane_secret`, made if it is missing."""
     gpus_per_shard: float | None = Field(None, ge=0)
-    num_threads: int | None = Field(None, ge=1)  # intra-op threads of a shard; None: measured default
-    # Where shards of one thread share a machine's few cores with their coordinator: it moves those that it asks at the
-    # same time to different ones.
+    """GPUs, or a fraction of one, for each shard. None: 1 where the cluster has GPUs, else 0. What is given is
+    reserved, also with `device: cpu`.
+    """
+    num_threads: int | None = Field(None, ge=1)
+    """Threads of one operation in a shard. None: what was measured to be best."""
     spread_over_cores: bool = True
-    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that shards may be on
-    expert_timeout_s: float = Field(30.0, gt=0)  # for one dispatch
-    load_timeout_s: float = Field(1800.0, gt=0)  # for a shard to read its weights
+    """Where shards of one thread share few cores with their coordinator, it moves those that it asks at the same time
+    to different cores.
+    """
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that shards may be on."""
+    expert_timeout_s: float = Field(30.0, gt=0)
+    """Time for one dispatch, with all its attempts. Past it the requests of that step fail."""
+    load_timeout_s: float = Field(1800.0, gt=0)
+    """Time for a shard to read its weights."""
 
 
 class ModelConfig(_Frozen):
     """One served model: a directory, and how it is laid out on the cluster."""
 
     name: str = Field(min_length=1, max_length=128)
-    path: str  # a directory, a hub id, or one of the embedded models: demo, demo-dense
-    # Of a hub id: a commit, a branch or a tag. None: main, as the local cache knows it, else as the hub does.
+    """What requests call it."""
+    path: str
+    """A directory, the id of a model on the hub, or an embedded model: `demo`, `demo-dense`."""
     revision: str | None = Field(None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}$")
-    # Names the Serve application, <name>-<version>. None: the first 8 digits of the checkpoint's fingerprint.
+    """Commit, branch or tag of a model on the hub. None: main, as the local cache knows it, else as the hub does."""
     version: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]{0,62}$")
+    """Part of the Serve application's name, `<name>-<version>`. None: the first 8 digits of the checkpoint's
+    fingerprint.
+    """
     aliases: tuple[str, ...] = ()
+    """Other names that requests may call it."""
     kind: Literal["chat", "embedding"] = "chat"
-    pooling: Literal["mean", "last"] | None = None  # of kind embedding: over all hidden states, or the last; None: mean
+    """Whether it answers chats and completions, or makes embeddings."""
+    pooling: Literal["mean", "last"] | None = None
+    """Of kind `embedding`: the mean of all hidden states, or the last one. None: mean."""
     num_coordinators: int = Field(1, ge=1)
-    coordinator_scaling: CoordinatorScalingConfig | None = None  # None: num_coordinators, whatever the load
-    # Replicas that a rolling update may add for a while, of coordinators and of each group. With 0, for clusters that
-    # have no GPU to spare, an old one stops before its successor starts; steps wait for it meanwhile.
+    """Coordinators, where `coordinator_scaling` does not say it."""
+    coordinator_scaling: CoordinatorScalingConfig | None = None
+    """Coordinators by load. None: `num_coordinators`, whatever the load."""
     max_surge_percent: int = Field(100, ge=0, le=100)
-    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that coordinators may be on
+    """Replicas that a rolling update may add for a while, of coordinators and of each group. With 0, for clusters that
+    have no GPU to spare, an old one stops before its successor starts; steps wait for it meanwhile.
+    """
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that coordinators may be on."""
     engine: EngineConfig = EngineConfig()
+    """Its coordinators' engine."""
     experts: ExpertsConfig = ExpertsConfig()
+    """Its expert groups."""
 
     @property
     def coordinators(self) -> CoordinatorScalingConfig:
@@ -157,30 +209,52 @@ class GatewayConfig(_Frozen):
     """The doors: where they listen and what they admit."""
 
     host: str = "127.0.0.1"
+    """The address that both doors listen on."""
     http_port: int = Field(8000, ge=1, le=65535)
+    """The port of HTTP."""
     grpc_port: int = Field(9000, ge=1, le=65535)
+    """The port of gRPC."""
     num_replicas: int = Field(1, ge=1)
-    scaling: GatewayScalingConfig | None = None  # None: num_replicas, whatever the load
-    label_selector: dict[str, str] = {}  # Ray's labels of the nodes that gateways may be on
-    request_timeout_s: float = Field(600.0, gt=0)  # deadline of a request that names none
-    # How long a request whose coordinator was lost waits for one that goes on with it; its deadline may come before.
+    """Gateways, where `scaling` does not say it."""
+    scaling: GatewayScalingConfig | None = None
+    """Gateways by load. None: `num_replicas`, whatever the load."""
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that gateways may be on."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Deadline of a request that names none."""
     resume_timeout_s: float = Field(300.0, gt=0)
+    """How long a request whose coordinator was lost waits for another one. Its deadline may come before."""
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
-    max_bytes_received: int = Field(256 * 2**20, ge=1024)  # of bodies without an answer; past it 429 to who has most
-    body_timeout_s: float = Field(30.0, gt=0)  # from the first byte of a request to the last of its body; then 408
-    # A stream without a token for so long gets a comment, so that no proxy takes it for dead. Over gRPC: HTTP/2 pings.
+    """Bytes of one request's body. Past it 413."""
+    max_bytes_received: int = Field(256 * 2**20, ge=1024)
+    """Bytes of bodies that wait for an answer, in each gateway. Past it those who hold most get 429."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """From the first byte of a request to the last of its body. Past it 408."""
     keepalive_s: float = Field(15.0, gt=0)
-    max_choices: int = Field(16, ge=1)  # n × prompts of one request
-    max_embedding_inputs: int = Field(256, ge=1)  # of one request
-    max_ongoing_requests: int = Field(256, ge=1)  # per gateway replica; past it 429 to those who hold most
-    otlp_endpoint: str | None = None  # a collector's base URL, http://collector:4318; None: no traces
-    log_format: Literal["text", "json"] = "text"  # one line per request, in the replica's standard output
-    accept_any_model: bool = False  # an unknown model name means the first model, instead of 404
-    cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser, https://app.example; "*": any
-    force_usage: bool = False  # every stream ends with the usage, asked for or not
-    api_keys_file: AbsolutePath | None = None  # hashes of keys; None: only clients on this machine are answered
-    metrics_token_file: AbsolutePath | None = None  # its first line opens /metrics
-    allowed_hosts: tuple[str, ...] = ()  # Host names besides localhost, `host` and IP addresses; "*": any
+    """A stream without a token for so long gets a comment, so that no proxy takes it for dead. Over gRPC: HTTP/2 pings.
+    """
+    max_choices: int = Field(16, ge=1)
+    """Choices of one request: `n` times its prompts."""
+    max_embedding_inputs: int = Field(256, ge=1)
+    """Inputs of one request for embeddings."""
+    max_ongoing_requests: int = Field(256, ge=1)
+    """Requests in one gateway. Past it those who hold most get 429."""
+    otlp_endpoint: str | None = None
+    """Base URL of an OpenTelemetry collector, `http://collector:4318`. None: no traces."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the one line that each request gets in the gateway's standard output."""
+    accept_any_model: bool = False
+    """An unknown model name means the first model, instead of 404."""
+    cors_origins: tuple[str, ...] = ()
+    """Whose web pages may call from a browser, `https://app.example`. `"*"`: any."""
+    force_usage: bool = False
+    """Every stream ends with the usage, whether or not it was asked for."""
+    api_keys_file: AbsolutePath | None = None
+    """Hashes of API keys. None: only clients on this machine are answered."""
+    metrics_token_file: AbsolutePath | None = None
+    """Its first line opens `/metrics`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names besides localhost, `host` and IP addresses. `"*"`: any."""
 
     @property
     def replicas(self) -> GatewayScalingConfig:
@@ -198,20 +272,30 @@ class GatewayConfig(_Frozen):
 class KubernetesConfig(_Frozen):
     """The pods: only `manta k8s render` reads it. Memory follows from the models."""
 
-    name: str = Field("manta", max_length=47, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")  # of the RayService
-    image: str = "manta"  # kustomize's `images` says where it is; or a full name with its digest
-    gpu_type: str | None = None  # Ray's name of the GPUs, A100-40G for one: each process has to fit one of them
-    gpu_resource: str = "nvidia.com/gpu"  # what a pod asks for
-    gpu_node_selector: dict[str, str] = {}  # Kubernetes' labels of the machines with those GPUs
+    name: str = Field("manta", max_length=47, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+    """Name of the RayService."""
+    image: str = "manta"
+    """Name of the image. kustomize's `images` says where it is; or a full name with its digest."""
+    gpu_type: str | None = None
+    """Ray's name of the GPUs, for example A100-40G. Each process has to fit one of them."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """What a pod asks for to get a GPU."""
+    gpu_node_selector: dict[str, str] = {}
+    """Kubernetes' labels of the machines with those GPUs."""
     head_cpus: int = Field(2, ge=1)
+    """CPUs of the head's pod."""
     gateway_cpus: int = Field(2, ge=1)
+    """CPUs of a gateway's pod."""
     coordinator_cpus: int = Field(4, ge=1)
+    """CPUs of a coordinator's pod."""
     expert_cpus: int = Field(2, ge=1)
-    cpu_expert_pods: int = Field(1, ge=1)  # without GPUs; each can hold all shards
-    storage_class: str | None = (
-        None  # of the models' volume: ReadWriteMany and ReadOnlyMany; None: the cluster's default
-    )
-    idle_timeout_s: int = Field(300, ge=1)  # then the autoscaler takes away a pod above the minimum
+    """CPUs of an expert's pod."""
+    cpu_expert_pods: int = Field(1, ge=1)
+    """Pods for experts, where there are no GPUs. Each can hold all shards."""
+    storage_class: str | None = None
+    """Of the models' volume; it has to offer ReadWriteMany and ReadOnlyMany. None: the cluster's default."""
+    idle_timeout_s: int = Field(300, ge=1)
+    """The autoscaler takes away a pod above the minimum once it was idle for so long."""
 
 
 class MantaConfig(_Frozen):
@@ -221,8 +305,11 @@ class MantaConfig(_Frozen):
     """
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
+    """Entries of one name are versions of one model: requests go to the first of them that is up."""
     gateway: GatewayConfig = GatewayConfig()
+    """The doors in front of all models."""
     kubernetes: KubernetesConfig = KubernetesConfig()
+    """The pods; only `manta k8s render` reads it."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

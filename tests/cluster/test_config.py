@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
+from cluster.commands.config import reference
 from cluster.config import GatewayConfig, GatewayScalingConfig, ModelConfig, load_config
 from cluster.errors import ConfigError
 from cluster.yaml_document import parse_yaml
@@ -79,6 +82,16 @@ def test_a_merged_key_gives_way_to_ones_own_and_is_merged_again():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"manta\.yaml"):
         load_config(tmp_path / "manta.yaml")
+
+
+def test_the_page_of_the_documentation_is_what_the_command_prints():
+    result = CliRunner().invoke(app, ["config"])
+    assert result.output == (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+
+
+def test_every_key_says_what_it_is():
+    silent = [line for line in reference().splitlines() if line.endswith("|  |")]
+    assert silent == []
 
 
 def test_the_example_of_the_readme_is_accepted(tmp_path):
