@@ -149,6 +149,13 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     )
 
 
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for one that no gateway could load, before anybody has loaded weights."""
+    from gateway.tokenizer_files import load_tokenizer
+
+    load_tokenizer(checkpoint.directory, checkpoint.layout, checkpoint.architecture.vocab_size)
+
+
 def scaling_of(experts: ExpertsConfig, group: ExpertGroup) -> ScalingConfig:
     """How one group is scaled."""
     return experts.group_scaling.get(group.index, experts.scaling)

@@ -25,6 +25,7 @@ from cluster.app import (
     application_name,
     check_doors,
     check_scaled_groups,
+    check_tokenizer,
     model_application,
     model_card,
     plan_model,
@@ -145,6 +146,7 @@ def _plan(arguments: ModelArguments) -> ModelPlan:
             f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint[:8]}…, and the Serve config was made "
             f"for {str(arguments.fingerprint)[:8]}…"
         )
+    check_tokenizer(checkpoint)
     reserves = model.engine.device == "cuda" or bool(model.experts.gpus_per_shard)
     gpus = (checkpoint.architecture.num_experts + 1) * ceil(model.experts.gpus_per_shard or 1) if reserves else 0
     return plan_model(model, checkpoint, Cluster(1, (Node("any", _PLENTY, (_PLENTY,) * gpus),)))

@@ -45,6 +45,14 @@ class ChatTemplate:
         self._twins = Twins(control_tokens)
         self._compiled = lru_cache(self._compile)
 
+    def check(self) -> None:
+        """Raises TemplateSyntaxError for the first that does not compile."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        templates = self._hf.chat_template
+        for source in templates.values() if isinstance(templates, dict) else [templates or ""]:
+            _compile_jinja_template(source)
+
     def render(self, chat: Conversation, tools: Sequence[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
         """The text, and where in it the control tokens stand that the template wrote: None if that cannot be told.
 

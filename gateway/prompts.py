@@ -42,6 +42,7 @@ class PromptReader:
         token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools])
         if not token_ids:
             raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
+        self._check_embedded(token_ids, "messages")
         return token_ids
 
     def prompts(self, prompt: Any, max_prompts: int, field: str = "prompt") -> list[TokenIds]:
@@ -82,6 +83,7 @@ class PromptReader:
         token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)
+        self._check_embedded(token_ids, path)
         return token_ids
 
     def token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
@@ -94,6 +96,17 @@ class PromptReader:
             for i, token_id in enumerate(token_ids):
                 check_token_id(token_id, self._card, f"{path}[{i}]")
         return tuple(token_ids)
+
+    def _check_embedded(self, token_ids: TokenIds, path: str) -> None:
+        """Refuses a token that the tokenizer has and the model has not, which would fail a step of the engine."""
+        rows = self._card.vocab_size
+        if self._tokenizer.vocab_size > rows and max(token_ids) >= rows:
+            token_id = next(token_id for token_id in token_ids if token_id >= rows)
+            raise InvalidRequest(
+                f"{path}: {self._tokenizer.decode([token_id])!r} is token {token_id} to the tokenizer, and the model "
+                f"has no embedding for it: its vocabulary is of {rows}",
+                param=path,
+            )
 
     def _check_length(self, num_chars: int, path: str) -> None:
         """Refuses a text that is too long whatever its tokens are, before it is tokenized."""

@@ -6,6 +6,7 @@ the configuration and the model cards. gRPC calls arrive as the methods of GrpcD
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -27,7 +28,7 @@ from gateway.http import build_app
 from gateway.logs import configure_logs
 from gateway.metrics import GatewayMetrics
 from gateway.metrics_page import MetricsPage, ServeProcesses
-from gateway.tokenizer import load_tokenizer
+from gateway.tokenizer_files import load_tokenizer
 
 DEPLOYMENT = "gateway"
 # As many as HAProxy has connections. It is we who refuse, by bounds of our own: to Serve a client that is slow with its
@@ -56,7 +57,9 @@ class GatewayReplica(GrpcDoor):
         frontend = Frontend(
             config,
             cards,
-            tokenizers={card.application: load_tokenizer(card) for card in cards},
+            tokenizers={
+                card.application: load_tokenizer(Path(card.directory), card.layout, card.vocab_size) for card in cards
+            },
             coordinators=coordinators,
             health=Health(cards, probe_serve, missing_experts),
             metrics=metrics,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.errors import CheckpointError, InvalidRequest
-from cluster.messages import ModelCard, ToolTokens
+from cluster.errors import InvalidRequest
+from cluster.messages import ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 from gateway.chat_template import REFUSALS, ChatTemplate
 from gateway.control_tokens import ControlTokens
@@ -67,22 +67,12 @@ class Tokenizer(Protocol):
         """The bytes that one token stands for."""
 
 
-def load_tokenizer(card: ModelCard) -> Tokenizer:
-    """The tokenizer of a checkpoint directory. Raises CheckpointError, which names what is missing."""
-    directory = Path(card.directory)
-    if card.layout == "mistral":
-        return MistralTokenizer(directory)
-    return HuggingFaceTokenizer(directory)
-
-
 class HuggingFaceTokenizer:
     """`tokenizer.json` and `tokenizer_config.json`, read by transformers without torch."""
 
     def __init__(self, directory: Path) -> None:
         from transformers import PreTrainedTokenizerFast  # slow to import
 
-        if not (directory / "tokenizer.json").is_file():
-            raise CheckpointError(f"{directory} has no tokenizer.json")
         self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
         self._rust: Any = UnlockedTokenizer(self._hf.backend_tokenizer)
         self._rust.no_padding()
@@ -91,6 +81,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.max_token_chars = max(map(len, vocabulary))
         added = self._hf.added_tokens_decoder
+        self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
         template = str(self._hf.chat_template)
         self.renders_tools = "tools" in template and "tool_calls" in template
@@ -123,6 +114,10 @@ class HuggingFaceTokenizer:
         self._control_tokens.refuse([{**message, "role": ""} for message in chat], "messages")
         self._control_tokens.refuse(definitions, "tools")
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def check_templates(self) -> None:
+        """Raises jinja2's TemplateSyntaxError where the checkpoint's own does not compile."""
+        self._template.check()
 
     def _traces(self, chat: Sequence[ChatMessage], tools: Sequence[dict[str, Any]]) -> bool:
         """Whether the template's own control tokens are found in a harmless chat."""

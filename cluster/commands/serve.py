@@ -20,6 +20,7 @@ from cluster.app import (
     Cluster,
     ModelPlan,
     check_doors,
+    check_tokenizer,
     demo_config,
     describe_cluster,
     directory_config,
@@ -53,6 +54,8 @@ def run(
     check_doors(config.gateway)
     Guard(config.gateway)  # which reads the key files
     checkpoints = [open_checkpoint(resolve_model(one.path, one.revision)) for one in config.models]
+    for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
+        check_tokenizer(checkpoint)
     stop = _Stop()
     with _ray(config.gateway, address) as cluster:
         import ray

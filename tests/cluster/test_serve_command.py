@@ -38,6 +38,13 @@ def test_a_directory_without_safetensors_is_refused_and_told_why(checkpoint):
     assert "safetensors" in message
 
 
+def test_a_missing_tokenizer_is_named_before_anything_is_started(checkpoint):
+    """It was told when all weights had been loaded, and without its name."""
+    code, message = serve(checkpoint)
+    assert code == 2
+    assert f"{checkpoint / 'tokenizer.json'} is missing" in message.replace("\n", "")
+
+
 def test_neither_directory_nor_hub_id():
     code, message = serve("/nowhere/at/all")
     assert code == 2

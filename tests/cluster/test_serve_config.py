@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from cluster.checkpoint import open_checkpoint
 from cluster.config import MantaConfig, parse_config
 from cluster.demo_model import DIRECTORY
 from cluster.errors import CheckpointError, ConfigError
-from cluster.serve_config import build_model, serve_config
+from cluster.serve_config import build_gateway, build_model, serve_config
 
 GROUPS = [[0, 1], [2, 3], [4, 5], [6, 7]]
 DEMO: dict[str, Any] = {"name": "demo", "path": "demo", "engine": {"device": "cpu"}, "experts": {"groups": GROUPS}}
@@ -105,6 +107,17 @@ def test_other_weights_than_those_of_the_document_are_refused() -> None:
         CheckpointError, match=r"has the fingerprint a96ccdcd…, and the Serve config was made for 0000…"
     ):
         build_model(arguments | {"fingerprint": "0000"})
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:
+    """In each application: the model's and the gateway's are built by themselves."""
+    copy = tmp_path / "demo"
+    shutil.copytree(DIRECTORY, copy, ignore=shutil.ignore_patterns("*.py", "questions", "dense"))
+    gateway, model = serve_config(config(DEMO | {"path": str(copy)}))["applications"]
+    (copy / "tokenizer.json").unlink()
+    for build, arguments in ((build_gateway, gateway["args"]), (build_model, model["args"])):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+            build(arguments)
 
 
 def test_two_versions_of_a_model_are_two_applications() -> None:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import CheckpointError, InvalidRequest
+from cluster.errors import InvalidRequest
 from gateway.detokenizer import Detokenizer, detokenize
 from gateway.stop_strings import StopStrings
-from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
-from tests.gateway.doubles import model_card, write_tokenizer
+from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer
+from tests.gateway.doubles import write_tokenizer
 
 TEXTS = st.text(
     st.one_of(
@@ -34,9 +34,7 @@ def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     directory = tmp_path_factory.mktemp("mistral")
     name = "tekken.json" if "tekken" in request.param else "tokenizer.model." + request.param.rpartition(".")[2]
     (directory / name).symlink_to(MISTRAL_DATA / request.param)
-    loaded = load_tokenizer(model_card(directory, layout="mistral"))
-    assert isinstance(loaded, MistralTokenizer)
-    return loaded
+    return MistralTokenizer(directory)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], context: tuple[int, ...] = ()) -> list[str]:
@@ -178,9 +176,3 @@ def test_templates_refuse_by_field(tokenizer: HuggingFaceTokenizer, mistral: Mis
     with pytest.raises(InvalidRequest, match="no chat template") as refused:
         bare.encode_chat([{"role": "user", "content": "Hi"}])
     assert refused.value.param == "messages"
-
-
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    for layout, name in (("huggingface", "tokenizer.json"), ("mistral", "tekken.json")):
-        with pytest.raises(CheckpointError, match=name):
-            load_tokenizer(model_card(tmp_path, layout=layout))
