@@ -11,69 +11,201 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 
-# Ignored, whatever their value: bookkeeping, billing, caching, hints to models of other kinds.
+# Ignored, whatever their value: bookkeeping, billing, caching, scheduling, hints to models of other kinds, and the
+# parameters of what is refused below where it is asked for.
 IGNORED = frozenset(
     {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "prompt_mode",
-        "reasoning_effort",
-        "verbosity",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "include_reasoning",
-        "spaces_between_special_tokens",
-        "priority",
-        "request_id",
+        *(
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "request_id",
+            "rid",
+            "session_id",
+            "priority",
+        ),
+        *(
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "cache_prompt",
+            "id_slot",
+            "extra_key",
+            "keep_alive",
+            "num_ctx",
+        ),
+        *("prompt_mode", "reasoning", "reasoning_effort", "reasoning_format", "verbosity", "include_reasoning"),
+        *("separate_reasoning", "stream_reasoning", "thinking_token_budget", "reasoning_budget_tokens"),
+        *("spaces_between_special_tokens", "stream_interval", "timings_per_token", "guided_decoding_backend"),
+        *("custom_labels", "routed_dp_rank", "data_parallel_rank", "backend_sampling", "speculative.n_max"),
+        *("speculative.n_min", "speculative.p_min"),
+        *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "adaptive_decay", "repeat_last_n"),
+        *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
     }
 )
 
+_NOTHING: tuple[Any, ...] = ({}, [], "", False)
+
 # Refused, but for the values that ask for nothing; null always asks for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
+    # What only other routes take, or ours of another name.
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "safe_prompt": (False,),
+    "echo": (False,),
+    "max_completion_tokens": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "n_predict": (-1,),
+    "num_predict": (-1,),
+    "min_new_tokens": (0,),
+    "n_cmpl": (1,),
+    "n_probs": (0,),
+    "top_n_tokens": (0,),
+    "stop_sequences": ([],),
+    "return_tokens": (False,),
+    "return_prompt_token_ids": (False,),
+    "options": _NOTHING,
+    "parameters": _NOTHING,
+    "sampling_params": _NOTHING,
+    "inputs": (),
+    # OpenAI's and Mistral's.
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
-    "chat_template": (),
+    "guardrails": ([],),
+    "suffix": ("",),
+    "best_of": (1,),
+    # How the prompt is made.
+    "chat_template": _NOTHING,
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
+    "add_special_tokens": (),
     "documents": ([],),
+    "template": _NOTHING,
+    "system": _NOTHING,
+    "system_prompt": _NOTHING,
+    "tool_prompt": _NOTHING,
+    "guideline": _NOTHING,
+    "raw": (False,),
+    "context": ([],),
+    "task": (),
+    "input_ids": (),
+    "input_prefix": ("",),
+    "input_suffix": ("",),
+    "input_extra": ([],),
     "prompt_embeds": (),
+    "images": ([],),
+    "image_data": ([],),
     "mm_processor_kwargs": ({},),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "cache_salt": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "prompt_logprobs": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
+    "media_io_kwargs": ({},),
+    "truncate": (False,),
     "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "n_keep": (0,),
+    "n_discard": (0,),
+    "cache_salt": (),
+    # How tokens are chosen.
+    "do_sample": (True,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "repeat_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "top_a": (0,),
+    "tfs_z": (1,),
+    "top_n_sigma": (-1, 0),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "xtc_probability": (0,),
+    "adaptive_target": (-1,),
+    "dry_multiplier": (0,),
+    "samplers": ([],),
+    "penalize_nl": (False,),
+    "guidance_scale": (1,),
+    "watermark": (False,),
+    "watermarking": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
     "logits_processors": ([],),
+    "custom_logit_processor": ("",),
+    "custom_params": ({},),
+    "vllm_xargs": ({},),
+    "repetition_detection": (),
+    "lora": ([],),
+    "lora_path": (),
+    "adapter_id": (),
+    # What an answer must look like.
+    "structured_outputs": ({},),
+    "grammar": ("",),
+    "grammar_lazy": (False,),
+    "grammar_triggers": ([],),
+    "preserved_tokens": ([],),
+    "json_schema": ("",),
+    "regex": ("",),
+    "ebnf": ("",),
+    "format": ("",),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
-    "kv_transfer_params": (),
+    "guided_whitespace_pattern": (),
+    "n_indent": (0,),
+    # Where it ends.
+    "stop_regex": ([], ""),
+    "t_max_predict_ms": (0, -1),
+    # How it is told.
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "return_full_text": (False,),
+    "response_fields": ([],),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "post_sampling_probs": (False,),
+    "details": (False,),
+    "decoder_input_details": (False,),
+    "return_prompt_text": (False,),
+    "return_progress": (False,),
+    "return_hidden_states": (False,),
+    "return_meta_info": (False,),
+    "return_cached_tokens_details": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "routed_experts_start_len": (0,),
+    "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},),
+    "session_params": ({},),
+}
+
+INSTEAD = {  # what does here what a refused field does elsewhere, or nearly
+    **dict.fromkeys(("max_new_tokens", "max_output_tokens", "max_completion_tokens", "n_predict"), "max_tokens"),
+    "num_predict": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "n_cmpl": "n",
+    "n_probs": "logprobs",
+    "top_n_tokens": "logprobs",
+    "stop_sequences": "stop",
+    "return_tokens": "return_token_ids",
+    "return_prompt_token_ids": "return_token_ids",
+    "repeat_penalty": "repetition_penalty",
+    "do_sample": "temperature",
 }
 
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "prefix": (False,),  # Mistral's: an answer's beginning, to be continued
     "audio": (),
     "function_call": (),
+    "images": ([],),  # Ollama's
+    "tools": ([],),  # a system message's, SGLang's
 }
 
 
@@ -92,6 +224,12 @@ def refuse_in_message(unknown: Mapping[str, Any], path: str) -> None:
 
 def _refuse(name: str, value: Any, refused: Mapping[str, tuple[Any, ...]], path: str) -> None:
     harmless = refused.get(name)
-    if harmless is None or value is None or any(value == one and type(value) is type(one) for one in harmless):
+    if harmless is None or value is None or any(_is(value, one) for one in harmless):
         return
-    raise InvalidRequest(f"{path}: not supported by this server", param=path)
+    hint = f"; {INSTEAD[name]} is" if name in INSTEAD else ""
+    raise InvalidRequest(f"{path}: not supported by this server{hint}", param=path)
+
+
+def _is(value: Any, one: Any) -> bool:
+    """1 and 1.0 are one value, 1 and true are not."""
+    return bool(value == one) and isinstance(value, bool) == isinstance(one, bool)

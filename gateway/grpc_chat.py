@@ -27,6 +27,8 @@ def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
         fields["parallel_tool_calls"] = request.parallel_tool_calls
     if request.HasField("safe_prompt"):
         fields["safe_prompt"] = request.safe_prompt
+    if request.HasField("add_special_tokens"):
+        fields["add_special_tokens"] = request.add_special_tokens
     if request.HasField("response_format"):
         fields["response_format"] = _format(request.response_format)
     return fields

@@ -59,6 +59,8 @@ def completion_fields(request: chat_pb2.GenerateRequest) -> dict[str, Any]:
             fields["prompt"] = _prompts(request.prompts.prompts, "prompt")
     if request.HasField("echo"):
         fields["echo"] = request.echo
+    if request.HasField("add_special_tokens"):
+        fields["add_special_tokens"] = request.add_special_tokens
     return fields
 
 

@@ -28,8 +28,18 @@ class PromptReader:
         self._card = card
         self._tokenizer = tokenizer
 
-    def chat(self, messages: Sequence[Message], *, safe_prompt: bool = False, tools: Sequence[Tool] = ()) -> TokenIds:
-        """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`."""
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        safe_prompt: bool = False,
+        tools: Sequence[Tool] = (),
+        add_special_tokens: bool = False,
+    ) -> TokenIds:
+        """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`.
+
+        `add_special_tokens` puts before it what raw prompts begin with, unless the template has.
+        """
         if not messages:
             raise InvalidRequest("messages: must not be empty", param="messages")
         check_count(len(messages), self._card, "messages", "messages")
@@ -42,15 +52,20 @@ class PromptReader:
         token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools])
         if not token_ids:
             raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
+        begin = self._tokenizer.begin_ids
+        if add_special_tokens and token_ids[: len(begin)] != begin:
+            token_ids = begin + token_ids
         self._check_embedded(token_ids, "messages")
         return token_ids
 
-    def prompts(self, prompt: Any, max_prompts: int, field: str = "prompt") -> list[TokenIds]:
+    def prompts(
+        self, prompt: Any, max_prompts: int, field: str = "prompt", *, add_special_tokens: bool = True
+    ) -> list[TokenIds]:
         """A string, token ids, or a list of strings and token-id lists; `field` is what the body calls it."""
         if prompt is None:
             raise InvalidRequest(f"{field}: field required", param=field)
         if isinstance(prompt, str):
-            return [self.text(prompt, field)]
+            return [self.text(prompt, field, add_special_tokens=add_special_tokens)]
         expected = f"{field}: expected a string, token ids, or a list of strings and token-id lists"
         if not isinstance(prompt, list):
             raise InvalidRequest(expected, param=field)
@@ -63,7 +78,9 @@ class PromptReader:
         if not all(isinstance(item, str | list) for item in prompt):
             raise InvalidRequest(expected, param=field)
         return [
-            self.text(item, f"{field}[{i}]") if isinstance(item, str) else self._token_ids(item, f"{field}[{i}]")
+            self.text(item, f"{field}[{i}]", add_special_tokens=add_special_tokens)
+            if isinstance(item, str)
+            else self._token_ids(item, f"{field}[{i}]")
             for i, item in enumerate(prompt)
         ]
 

@@ -122,6 +122,7 @@ class ChatCompletionRequest(SamplingFields):
 
     messages: Messages
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
+    add_special_tokens: bool | None = None  # a BOS, where the chat template makes none; false unless said
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -136,6 +137,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompt = None  # string, token ids, or a list of strings and lists of token ids
     logprobs: int | None = None
+    add_special_tokens: bool | None = None  # true unless said; a prompt that begins with a BOS gets no second one
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
 

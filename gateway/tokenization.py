@@ -20,7 +20,7 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Messages | None = None
     tools: Any = None  # with messages; checked by `gateway.tools`
-    add_special_tokens: bool | None = None  # of a prompt, true unless said; a chat template has its own
+    add_special_tokens: bool | None = None  # as in completions, or with messages as in chats
     return_token_strs: bool | None = None
 
 
@@ -36,8 +36,6 @@ async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedMod
     model = frontend.route(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: expected a prompt or messages, and not both", param="prompt")
-    if body.messages is not None and body.add_special_tokens is not None:
-        raise InvalidRequest("add_special_tokens: the chat template adds them", param="add_special_tokens")
     return model, await frontend.worker.run(body.num_bytes, _tokenize, model, body)
 
 
@@ -65,7 +63,9 @@ def token_strings(model: ServedModel, token_ids: TokenIds) -> list[str]:
 def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
     reader = PromptReader(model.card, model.tokenizer)
     if body.messages is not None:
-        return reader.chat(body.messages, tools=read_tools(body.tools))
+        return reader.chat(
+            body.messages, tools=read_tools(body.tools), add_special_tokens=bool(body.add_special_tokens)
+        )
     return reader.text(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens is not False)
 
 

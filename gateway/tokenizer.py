@@ -47,12 +47,13 @@ class Tokenizer(Protocol):
     vocab_size: int  # ids that have a text; the model's own vocabulary may be padded beyond it
     special_ids: frozenset[int]  # never shown as text
     max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
+    begin_ids: tuple[int, ...]  # what the checkpoint puts before a raw prompt: a BOS, for Mixtral
 
     renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
     tool_tokens: ToolTokens  # the special tokens that calls are spelled with
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a raw prompt, with what the checkpoint puts around one (a BOS, for Mixtral)."""
+        """Token ids of a raw prompt, with what the checkpoint puts around one, unless it begins with that itself."""
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest.
@@ -80,6 +81,8 @@ class HuggingFaceTokenizer:
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.max_token_chars = max(map(len, vocabulary))
+        around = self._rust.encode("a", add_special_tokens=True)
+        self.begin_ids = tuple(around.ids[: (*around.special_tokens_mask, 0).index(0)])
         added = self._hf.added_tokens_decoder
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
@@ -99,7 +102,10 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids = tuple(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        num_begin = len(self.begin_ids)
+        is_doubled = add_special_tokens and ids[num_begin : 2 * num_begin] == self.begin_ids
+        return ids[num_begin:] if is_doubled else ids
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         if not self._hf.chat_template:
@@ -152,6 +158,8 @@ class MistralTokenizer:
         self._ignore = SpecialTokenPolicy.IGNORE
         self.vocab_size: int = self._raw.n_words
         self.max_token_chars = max(map(len, self._raw.vocab()))
+        self.begin_ids: tuple[int, ...] = (int(self._raw.bos_id),)
+        self._bos = str(self._raw.id_to_piece(self._raw.bos_id))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
         version = int(re.match(r"v(\d+)", str(self._raw.version.value))[1])  # type: ignore[index]
         self.renders_tools = version > 1
@@ -163,7 +171,8 @@ class MistralTokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return tuple(self._raw.encode(text, bos=add_special_tokens, eos=False))
+        bos = add_special_tokens or text.startswith(self._bos)
+        return tuple(self._raw.encode(text.removeprefix(self._bos), bos=bos, eos=False))
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         from mistral_common.exceptions import MistralCommonException

@@ -80,7 +80,14 @@ class Validator:
         )
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompts=[self._reader.chat(body.messages, safe_prompt=bool(body.safe_prompt), tools=tools)],
+            prompts=[
+                self._reader.chat(
+                    body.messages,
+                    safe_prompt=bool(body.safe_prompt),
+                    tools=tools,
+                    add_special_tokens=bool(body.add_special_tokens),
+                )
+            ],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
@@ -94,7 +101,11 @@ class Validator:
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.logprobs is not None:
             between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
-        prompts = self._reader.prompts(body.prompt, max_prompts=self._config.max_choices // (body.n or 1))
+        prompts = self._reader.prompts(
+            body.prompt,
+            max_prompts=self._config.max_choices // (body.n or 1),
+            add_special_tokens=body.add_special_tokens is not False,
+        )
         asked = _Asked(
             id=f"cmpl-{uuid.uuid4().hex}",
             prompts=prompts,

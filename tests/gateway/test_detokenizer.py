@@ -94,7 +94,7 @@ class CountingTokenizer:
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
         self.vocab_size, self.special_ids = inner.vocab_size, inner.special_ids
-        self.max_token_chars = inner.max_token_chars
+        self.max_token_chars, self.begin_ids = inner.max_token_chars, inner.begin_ids
         self.encode, self.encode_chat, self.token_bytes = inner.encode, inner.encode_chat, inner.token_bytes
         self.decoded = 0
 

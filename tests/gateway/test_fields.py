@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.config import GatewayConfig
-from gateway.foreign_fields import IGNORED, REFUSED, REFUSED_IN_MESSAGE
+from cluster.errors import InvalidRequest
+from gateway.foreign_fields import IGNORED, INSTEAD, REFUSED, REFUSED_IN_MESSAGE
 from gateway.prompts import SAFE_PROMPT
+from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.validator import Validator
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 from tests.gateway.test_http import sse
 
@@ -32,14 +36,47 @@ def url(request: pytest.FixtureRequest, coordinator: ScriptedCoordinator) -> Ite
         yield url
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_refused_fields_are_named_and_what_asks_for_nothing_passes(url: str, path: str) -> None:
-    with httpx.Client(base_url=url) as http:
+def test_refused_fields_are_named_and_what_asks_for_nothing_passes(tokenizer: HuggingFaceTokenizer) -> None:
+    """`typical_p`, `grammar`, `max_new_tokens` and a hundred more of other servers were passed over."""
+    validator = Validator(model_card(Path()), tokenizer, GatewayConfig())
+
+    def ask_chat(name: str, value: object) -> None:
+        validator.chat(parse_body(ChatCompletionRequest, CHAT | {name: value}, 0))
+
+    def ask_completion(name: str, value: object) -> None:
+        validator.completion(parse_body(CompletionRequest, CHAT | {"prompt": "Hi", name: value}, 0))
+
+    for ask, known in ((ask_chat, ChatCompletionRequest), (ask_completion, CompletionRequest)):
         for name, harmless in REFUSED.items():
-            refused = http.post(path, json=CHAT | {"prompt": "Hi", name: "something else"})
-            assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+            with pytest.raises(InvalidRequest) as refused:
+                ask(name, "something else")
+            assert refused.value.param == name
+            assert name in known.model_fields or INSTEAD.get(name, "") in refused.value.message
             for value in (None, *harmless):
-                assert http.post(path, json=CHAT | {"prompt": "Hi", name: value}).status_code == 200
+                ask(name, value)
+    for name in ("mirostat", "typical_p", "repeat_penalty"):
+        [value] = REFUSED[name]
+        ask_chat(name, float(value))
+        with pytest.raises(InvalidRequest):
+            ask_chat(name, bool(value))
+    assert not IGNORED & REFUSED.keys()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("typical_p", 0.9),  # llama.cpp, TGI
+        ("dry_multiplier", 0.8),  # llama.cpp
+        ("stop_regex", "[0-9]"),  # SGLang
+        ("bad_words", ["x"]),  # vLLM
+        ("watermark", True),  # TGI
+        ("options", {"num_predict": 1}),  # Ollama
+    ],
+)
+def test_each_dialect_is_told_by_name(url: str, path: str, field: str, value: object) -> None:
+    error = httpx.post(url + path, json=CHAT | {"prompt": "Hi", field: value}).json()["error"]
+    assert (error["param"], error["type"]) == (field, "invalid_request_error")
 
 
 def test_fields_of_messages_are_refused_by_their_path(url: str) -> None:

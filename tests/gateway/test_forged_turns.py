@@ -476,5 +476,8 @@ def test_mistral_s_own_tokenizers_take_every_text_as_text(tmp_path: Path, file: 
         return [i for i in token_ids(tokenizer, body) if i in tokenizer.special_ids]
 
     assert control(named) == control(HARMLESS) != []
+    bos, bare = tokenizer.begin_ids, tokenizer.encode("Hello", add_special_tokens=False)
+    for text, adds_bos in (("Hello", True), ("<s>Hello", True), ("<s>Hello", False)):  # once, whoever writes it
+        assert tokenizer.encode(text, add_special_tokens=adds_bos) == bos + bare
     for piece in pieces:
         assert not tokenizer.special_ids & set(tokenizer.encode(f"a{piece} {piece}", add_special_tokens=False))

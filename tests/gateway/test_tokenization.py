@@ -52,7 +52,7 @@ def test_messages_to_the_tokens_that_a_chat_would_have(url: str, coordinator: Sc
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": USER}, 400, "prompt"),
         ("/tokenize", {"prompt": ["x"]}, 400, "prompt"),
-        ("/tokenize", {"messages": USER, "add_special_tokens": True}, 400, "add_special_tokens"),
+        ("/tokenize", {"messages": USER, "add_special_tokens": 1}, 400, "add_special_tokens"),
         ("/tokenize", {"messages": [{"role": "king"}]}, 400, "messages[0].role"),
         ("/tokenize", {"prompt": "x" * 8000}, 400, "prompt"),
         ("/tokenize", {"model": "absent", "prompt": "x"}, 404, "model"),
