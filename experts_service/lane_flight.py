@@ -121,12 +121,14 @@ class LaneFlight:
         transport, monotonic = self._transport, time.monotonic
         started = now = monotonic()
         sleep_at = started + SOON_S if transport.answers_soon else started
+        if any(group.ask.link is not None and group.ask.link.has_unsent for group in self.groups):
+            self._settle()  # who has not got all its rows yet shall not wait for another's answer
         for group in self.groups:
             ask = group.ask
             try:
                 while not ask.done:
                     link = ask.link
-                    if ask.failed or link is None or link.has_unsent or group.is_timed:
+                    if ask.failed or link is None or group.is_timed:
                         self._settle()
                         break
                     link.wait(ask, sleep_at)
@@ -185,6 +187,9 @@ class LaneFlight:
         transport, ask = self._transport, group.ask
         if not ask.failed:
             if group.hedge_at and now >= group.hedge_at:
+                self._read(group, ask)  # it may have come while this thread did something else
+                if ask.done or ask.failed:
+                    return
                 transport.hedge(self, group, self._deadline - now, now)
             silent = now - group.sent_at > transport.timeout_s / TRIES_PER_TIMEOUT
             if not (silent and transport.others(group)):

@@ -180,6 +180,29 @@ def test_a_silent_shard_is_left_for_another_and_its_late_answer_is_skipped() -> 
         assert torch.equal(ask(remote, other_rows, other_experts), expected(other_rows, other_experts))
 
 
+def test_a_group_gets_all_its_rows_while_another_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a socket had no room for waited until a group before had answered, or for a tenth of a second."""
+    monkeypatch.setattr("experts_service.lane_link.WAIT_S", 60.0)
+    begun = threading.Event()
+
+    def first(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        assert begun.wait(20), "the other group has not got its rows"
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    def second(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        begun.set()
+        return maths(GROUPS[1].experts)(layer, rows, counts)
+
+    with shards() as running:
+        running.start("0a", 0, first)
+        running.start("1a", 1, second)
+        rows, _ = batch(200_000)  # 6 MB, where a Unix socket holds 200 KB
+        experts = torch.tensor(GROUPS[1].experts).repeat(len(rows), 1)
+        experts[0] = torch.tensor(GROUPS[0].experts)
+        answers = ask(Dispatcher(GROUPS, running.transport(timeout_s=30.0)), rows, experts)
+    assert torch.equal(answers, expected(rows, experts))
+
+
 def test_the_deadline_of_a_dispatch_names_group_and_layer() -> None:
     gate = Gate(0)
     with shards() as running:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experts_service.lane import SPLIT_ROWS, split
 from experts_service.lane_batch import Maths
+from experts_service.replica_load import OVERDUE_S
 from experts_service.transport import GroupRows
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import GROUPS, LocalMaths, ask, batch, expected, maths, shards
@@ -68,6 +69,23 @@ def test_a_straggler_is_hedged_then_avoided_and_asked_again_once_it_has_recovere
             return straggler.stats().frames > before + 40
 
         wait_for(is_asked_again, 60, "an even share for the straggler")
+
+
+def test_an_answer_that_is_there_is_read_before_anybody_else_is_asked() -> None:
+    """A coordinator that came late to look for its answers took the shards for late, and asked others in vain."""
+    with shards() as running:
+        running.start("0a", 0)
+        running.start("0b", 0)
+        running.start("1a", 1)
+        transport = running.transport(timeout_s=30.0)
+        dispatcher = Dispatcher(GROUPS, transport)
+        rows, experts = batch(4)
+        weights = torch.full(experts.shape, 0.5)
+        for _ in range(3):
+            dispatch = dispatcher.dispatch(1, rows, experts)
+            time.sleep(2 * OVERDUE_S)
+            assert torch.equal(dispatcher.combine(dispatch, weights), expected(rows, experts))
+        assert transport.latency[0].hedges == 0
 
 
 def test_a_shard_that_was_stopped_owes_its_answers_and_is_left_alone_meanwhile() -> None:
