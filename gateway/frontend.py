@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
@@ -124,10 +125,13 @@ class Frontend:
             return next((card.name for card in self.cards if card.kind == kind), self.cards[0].name)
         return name
 
-    async def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
+    async def chat(
+        self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
+    ) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
-        return _charged(await self.worker.run(body.num_bytes, model.validator.chat, body, timeout_s))
+        work = partial(model.validator.chat, body, timeout_s, drops_oldest=drops_oldest)
+        return _charged(await self.worker.run(body.num_bytes, work))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
@@ -241,8 +245,12 @@ class Frontend:
         finally:
             _end_span(span, record)
 
-    async def _admit(self, name: str, kind: Kind) -> ServedModel:
-        model = self.route(name, kind)
+    async def _admit(self, name: str | None, kind: Kind) -> ServedModel:
+        if not name and not self.config.accept_any_model:
+            served = [card.name for card in self.cards if card.kind == kind]
+            if len(served) != 1:
+                raise InvalidRequest(f"model: field required; served are: {', '.join(served) or 'none'}", param="model")
+        model = self.route(name or None, kind)
         if model.card.kind != kind:
             others = ", ".join(card.name for card in self.cards if card.kind == kind) or "none"
             does, wanted = ("makes embeddings", "chat") if kind == "chat" else ("chats", "embeddings")

@@ -132,7 +132,7 @@ class HttpDoor:
         return json_response({"object": "list", "data": data})
 
     async def model(self, name: str) -> Response:
-        return json_response(model_body(self._frontend.model(name).card, name))
+        return json_response(model_body(self._frontend.route(name).card, name))
 
     async def health(self) -> Response:
         """200 when every model can answer, else 503 with how far each is."""

@@ -92,8 +92,7 @@ def _document(app: FastAPI, model_names: Sequence[str], bodies: Mapping[str, typ
     schemas = {**definitions["$defs"], "Error": ERROR, "ModelName": _model_name(model_names)}
     for body in set(bodies.values()):
         name = references[body, "validation"]["$ref"].removeprefix(REF)
-        if "model" in body.model_json_schema().get("required", ()):
-            schemas[name]["properties"]["model"] = {"$ref": f"{REF}ModelName"}
+        schemas[name]["properties"]["model"] = {"anyOf": [{"$ref": f"{REF}ModelName"}, {"type": "null"}]}
     document["components"] = {
         "schemas": schemas,
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

@@ -135,6 +135,13 @@ class PromptReader:
                 param=path,
             )
 
+    def count(self, message: Message) -> int:
+        """How many tokens a message's text is; not tokenized, and one too many, if it cannot fit the context."""
+        text = str(message.content)
+        if len(text) // self._tokenizer.max_token_chars > self._card.max_model_len:
+            return self._card.max_model_len + 1
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
     def _token_ids(self, token_ids: list[Any], path: str) -> TokenIds:
         if not token_ids:
             raise InvalidRequest(f"{path}: must not be empty", param=path)

@@ -72,7 +72,7 @@ class SamplingFields(Body):
 
     MAX_LENGTHS: ClassVar = {"stop": 16, "stop_token_ids": 64, "logit_bias": 1024}
 
-    model: str
+    model: str | None = None  # where one is served, or any name is taken
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -144,7 +144,7 @@ class CompletionRequest(SamplingFields):
 class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings, with Mistral's names where they differ."""
 
-    model: str
+    model: str | None = None
     input: Prompt = None  # string, token ids, or a list of strings and lists of token ids
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None

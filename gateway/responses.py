@@ -108,17 +108,23 @@ class ChatShape:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
 
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> Json | None:
-        if logprobs is None:
-            return None
-        content = []
-        for token_id, at in zip(token_ids, logprobs, strict=True):
-            top = [self._token(top_id, logprob) for top_id, logprob in at.top]
-            content.append({**self._token(token_id, at.token_logprob), "top_logprobs": top})
-        return {"content": content}
+        return None if logprobs is None else {"content": logprobs_body(self._tokenizer, token_ids, logprobs)}
 
-    def _token(self, token_id: int, logprob: float) -> Json:
-        data = self._tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+def logprobs_body(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
+    """One entry a token, with the most likely ones as far as they were asked for."""
+    return [
+        {
+            **_token(tokenizer, token_id, at.token_logprob),
+            "top_logprobs": [_token(tokenizer, top_id, logprob) for top_id, logprob in at.top],
+        }
+        for token_id, at in zip(token_ids, logprobs, strict=True)
+    ]
+
+
+def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> Json:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def _call(call: ToolCall) -> Json:

@@ -1,29 +1,43 @@
 """The body of OpenAI's Responses API, as the chat that it asks for. Text and functions; nothing is stored.
 
-Knows fields; the answer's shape is `responses_shape`'s.
+Knows fields; the conversation is `responses_input`'s, the answer's shape `responses_shape`'s. A field that is not named
+here is a hint (to caches, to billing, to models that reason) and changes nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from cluster.errors import InvalidRequest
+from gateway.bounds import MAX_TOP_LOGPROBS, between
 from gateway.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, parse_body
-from gateway.responses_tools import add_item, chat_tool_choice, chat_tools, flat_path
+from gateway.responses_input import chat_messages
+from gateway.responses_tools import chat_tool_choice, chat_tools, flat_path
 from gateway.tools import MAX_TOOLS
 
 Json = dict[str, Any]
-TEXT_TYPES = ("input_text", "output_text", "text")
+LOGPROBS = "message.output_text.logprobs"
+Includable = Literal[  # all but the first are parts of items that no answer has here
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 # Field → values that ask for nothing; as in `gateway.foreign_fields`, null always does.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (),
     "conversation": (),
     "background": (False,),
+    "background_options": ({},),
     "prompt": (),
-    "include": ([],),
-    "truncation": ("disabled",),
-    "top_logprobs": (0,),
+    "context_management": ([],),
+    "moderation": (),
 }
 _RENAMED = {
     "max_completion_tokens": "max_output_tokens",
@@ -37,15 +51,29 @@ class TextOptions(Body):
     """How the text is constrained: `{"type": "json_schema", "name": …, "schema": {…}}`, or type json_object or text."""
 
     format: dict[str, Any] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # a hint, as all of `reasoning` is
+
+
+class ReasoningOptions(Body):
+    """Said back as it was asked; the models that are served here do not reason apart."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class PromptCacheOptions(Body):
+    """All other options are hints."""
+
+    prewarm: Literal[False] | None = None  # an answer without any text
 
 
 class ResponsesRequest(Body):
     """Body of POST /v1/responses."""
 
-    MAX_LENGTHS: ClassVar = {"input": MAX_MESSAGES, "tools": MAX_TOOLS, "metadata": 16}
+    MAX_LENGTHS: ClassVar = {"input": MAX_MESSAGES, "tools": MAX_TOOLS, "metadata": 16, "include": 64}
 
-    model: str
-    input: Any = None  # a string, or a list of messages; checked by `chat_of`
+    model: str | None = None
+    input: Any = None  # a string, or a list of items; checked by `responses_input`
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -55,19 +83,28 @@ class ResponsesRequest(Body):
     tools: Any = None  # this and `tool_choice`: checked by `responses_tools` and the chat
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None  # of tools that OpenAI runs: none here
+    include: list[Includable] | None = None
+    top_logprobs: int | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: ReasoningOptions | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     metadata: dict[str, str] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Of the tokens of the answer's text."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
 
 def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     """The typed body, and the chat that it asks for. Raises InvalidRequest; `renamed` gives it the client's field."""
-    for name, harmless in _REFUSED.items():
-        value = document.get(name)
-        if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
-            raise InvalidRequest(f"{name}: not supported by this server", param=name)
-    body = parse_body(ResponsesRequest, {k: v for k, v in document.items() if k not in _REFUSED}, num_bytes)
+    _refuse(document)
+    body = parse_body(ResponsesRequest, {k: v for k, v in document.items() if k not in REFUSED}, num_bytes)
+    between("top_logprobs", body.top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
     chat = {
         "model": body.model,
-        "messages": _messages(body),
+        "messages": chat_messages(body.instructions, body.input),
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -75,6 +112,8 @@ def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesReque
         "tools": chat_tools(body.tools),
         "tool_choice": chat_tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
+        "logprobs": body.wants_logprobs,
+        "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
     }
     return body, parse_body(ChatCompletionRequest, chat, num_bytes)
 
@@ -99,41 +138,8 @@ def _response_format(body: ResponsesRequest) -> Json | None:
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
-def _messages(body: ResponsesRequest) -> list[Json]:
-    """The conversation. Raises InvalidRequest with the path of what is no message."""
-    messages: list[Json] = []
-    if body.instructions is not None:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    if not isinstance(body.input, list) or not body.input:
-        raise InvalidRequest("input: expected a string or a list of messages", param="input")
-    for i, item in enumerate(body.input):
-        path = f"input[{i}]"
-        if not isinstance(item, dict):
-            raise InvalidRequest(f"{path}: expected a message", param=path)
-        if not add_item(messages, item, path):
-            messages.append(_message(item, path))
-    return messages
-
-
-def _message(item: Json, path: str) -> Json:
-    if item.get("type", "message") != "message":
-        expected = "expected message, function_call or function_call_output"
-        raise InvalidRequest(f"{path}.type: {expected}", param=f"{path}.type")
-    role, content = item.get("role"), item.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise InvalidRequest(f"{path}.role: expected system, developer, user or assistant", param=f"{path}.role")
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{path}.content: expected a string or a list of parts", param=f"{path}.content")
-    texts = []
-    for i, part in enumerate(content):
-        here = f"{path}.content[{i}]"
-        if not isinstance(part, dict) or part.get("type") not in TEXT_TYPES:
-            raise InvalidRequest(f"{here}.type: expected one of {', '.join(TEXT_TYPES)}", param=f"{here}.type")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{here}.text: expected a string", param=f"{here}.text")
-        texts.append(part["text"])
-    return {"role": role, "content": "".join(texts)}
+def _refuse(document: Mapping[str, Any]) -> None:
+    for name, harmless in REFUSED.items():
+        value = document.get(name)
+        if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
+            raise InvalidRequest(f"{name}: not supported by this server", param=name)

@@ -15,6 +15,7 @@ from gateway.frontend import Frontend
 from gateway.http_body import parse_object, read_body
 from gateway.http_errors import REQUEST_ID_HEADER, error_body, json_response
 from gateway.protocol import ChatCompletionRequest
+from gateway.responses import num_bytes
 from gateway.responses_api import Json, ResponsesRequest, parse_responses_body, renamed
 from gateway.responses_shape import ResponsesShape
 from gateway.sse import EventStream, begun, event, unless_disconnected
@@ -37,9 +38,9 @@ class ResponsesDoor:
     async def _create(self, request: HttpRequest) -> Response:
         data = await read_body(request, self._frontend.config.max_body_bytes)
         body, chat = await self._frontend.worker.run(len(data), _parsed, data)
-        generation = await self._frontend.chat(chat)
+        generation = await self._frontend.chat(chat, drops_oldest=body.truncation == "auto")
         request.state.request_id = generation.id
-        shape = ResponsesShape(generation, body)
+        shape = ResponsesShape(generation, body, self._frontend.served(generation.card).tokenizer)
         if not body.stream:
             return await unless_disconnected(request, self._whole(body, generation, shape))
         events = await begun(
@@ -54,7 +55,7 @@ class ResponsesDoor:
         finish_reason = None
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
-                deque(shape.push(delta), maxlen=0)
+                await self._frontend.answer_worker.run(num_bytes(delta), deque, shape.push(delta), 0)
                 finish_reason = delta.finish_reason
         size = _num_bytes(body, usage)
 
@@ -76,7 +77,7 @@ class ResponsesDoor:
                 if not has_begun:
                     has_begun = True
                     yield await self._said(_num_bytes(body, usage), shape.begin())
-                if said := _joined(*shape.push(delta)):
+                if said := await self._said(num_bytes(delta), shape.push(delta)):
                     yield said
                 finish_reason = delta.finish_reason
         yield await self._said(_num_bytes(body, usage), shape.end(finish_reason, usage))
@@ -97,7 +98,8 @@ def _named(error: Exception) -> Exception:
 
 def _num_bytes(body: ResponsesRequest, usage: Usage) -> int:
     """About how long the answer's JSON gets: it has what was asked, and the text."""
-    return body.num_bytes + 4 * usage.completion_tokens
+    logprobs = 100 * (1 + (body.top_logprobs or 0)) if body.wants_logprobs else 0
+    return body.num_bytes + (4 + logprobs) * usage.completion_tokens
 
 
 def _joined(*documents: Json, size: int = 0) -> bytes:

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from gateway.choice import Delta, Usage
-from gateway.responses_api import ResponsesRequest
+from gateway.responses import logprobs_body
+from gateway.responses_api import ReasoningOptions, ResponsesRequest
 from gateway.responses_tools import call_item
+from gateway.tokenizer import Tokenizer
 from gateway.tools_reader import ToolCall
 from gateway.validator import Generation
 
@@ -28,11 +30,14 @@ Json = dict[str, Any]
 class ResponsesShape:
     """The answer to one request: `begin`, `push` each delta, `end`; the last event has the whole of it."""
 
-    def __init__(self, generation: Generation, body: ResponsesRequest) -> None:
+    def __init__(self, generation: Generation, body: ResponsesRequest, tokenizer: Tokenizer) -> None:
         random = generation.id.rpartition("-")[2]
         sampling = generation.requests[0].sampling
         self._random = random
+        self._tokenizer = tokenizer
         self._text: str | None = None  # of the message that is open
+        self._logprobs: list[Json] = []  # of its tokens
+        self._untold: list[Json] = []  # of tokens that no text has come of so far
         self._output: list[Json] = []  # complete items
         self._number = 0
         self._response: Json = {
@@ -45,19 +50,24 @@ class ResponsesShape:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "metadata": body.metadata or {},
             "model": generation.card.name,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": (body.reasoning or ReasoningOptions()).model_dump(),
             "store": False,
             "temperature": sampling.temperature,
-            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "text": {
+                "format": (body.text and body.text.format) or {"type": "text"},
+                **({"verbosity": body.text.verbosity} if body.text and body.text.verbosity else {}),
+            },
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
+            "top_logprobs": sampling.logprobs or 0,
             "top_p": sampling.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
             "usage": None,
         }
 
@@ -70,12 +80,17 @@ class ResponsesShape:
 
     def push(self, delta: Delta) -> Iterator[Json]:
         """The events of more text and of calls, each of which is whole."""
+        if delta.logprobs:
+            self._untold += logprobs_body(self._tokenizer, delta.token_ids, delta.logprobs)
         if delta.text:
             if self._text is None:
                 yield from self._open_message()
             self._text = (self._text or "") + delta.text
-            yield self._part_event("response.output_text.delta", delta=delta.text, logprobs=[])
+            told, self._untold = self._untold, []
+            self._logprobs += told
+            yield self._part_event("response.output_text.delta", delta=delta.text, logprobs=told)
         for call in delta.tool_calls:
+            self._untold = []  # they were of calls
             yield from self._close_message("completed")
             yield from self._call(call)
 
@@ -106,17 +121,19 @@ class ResponsesShape:
     def _open_message(self) -> Iterator[Json]:
         self._text = ""
         yield self._item_event("response.output_item.added", self._message("in_progress"))
-        yield self._part_event("response.content_part.added", part=_part(""))
+        yield self._part_event("response.content_part.added", part=_part("", []))
 
     def _close_message(self, status: str) -> Iterator[Json]:
         if self._text is None:
             return
-        yield self._part_event("response.output_text.done", text=self._text, logprobs=[])
-        yield self._part_event("response.content_part.done", part=_part(self._text))
-        item = self._message(status, self._text)
+        logprobs = self._logprobs + self._untold  # the last are of what ended the answer
+        yield self._part_event("response.output_text.done", text=self._text, logprobs=logprobs)
+        part = _part(self._text, logprobs)
+        yield self._part_event("response.content_part.done", part=part)
+        item = self._message(status, part)
         yield self._item_event("response.output_item.done", item)
         self._output.append(item)
-        self._text = None
+        self._text, self._logprobs, self._untold = None, [], []
 
     def _call(self, call: ToolCall) -> Iterator[Json]:
         item_id = f"fc_{self._random}{call.index}"
@@ -128,14 +145,13 @@ class ResponsesShape:
         yield self._item_event("response.output_item.done", item)
         self._output.append(item)
 
-    def _message(self, status: str, text: str | None = None) -> Json:
-        content = [] if text is None else [_part(text)]
+    def _message(self, status: str, part: Json | None = None) -> Json:
         return {
             "id": f"msg_{self._random}",
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": content,
+            "content": [] if part is None else [part],
         }
 
     def _item_event(self, kind: str, item: Json) -> Json:
@@ -151,5 +167,5 @@ class ResponsesShape:
         return {"type": kind, "sequence_number": self._number - 1, **fields}
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

@@ -1,8 +1,10 @@
-"""Functions in the Responses API: its tools, choice and items under the names that a chat has. Knows fields only.
+"""Functions in the Responses API: its tools and choice under the names that a chat has. Knows fields only.
 
 tools         {"type": "function", "name": …, "parameters": {…}}        one level flatter than a chat's
-tool_choice   none, auto, required, or {"type": "function", "name": …}
-input         {"type": "function_call", "call_id", "name", "arguments"} and {"type": "function_call_output", …}
+tool_choice   none, auto, required, {"type": "function", "name": …}, or
+              {"type": "allowed_tools", "mode": "auto" or "required", "tools": [{"type": "function", "name": …}]}
+
+A tool of another type, which OpenAI itself would run, is refused.
 """
 
 from __future__ import annotations
@@ -26,33 +28,26 @@ def chat_tools(tools: Any) -> Any:
 
 def chat_tool_choice(choice: Any) -> Any:
     """A chat's `tool_choice`. Raises InvalidRequest."""
-    if isinstance(choice, dict):
-        if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
-            expected = "none, auto, required, or {'type': 'function', 'name': …}"
-            raise InvalidRequest(f"tool_choice: expected {expected}", param="tool_choice")
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
+    if not isinstance(choice, dict):
+        return choice  # the chat says what is wrong
+    match choice:
+        case {"type": "function", "name": str()}:
+            return _chosen(choice)
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]} if tools and all(
+            isinstance(tool, dict) and tool.get("type") == "function" and isinstance(tool.get("name"), str)
+            for tool in tools
+        ):
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(_chosen, tools))}}
+    raise InvalidRequest(
+        "tool_choice: expected none, auto, required, {'type': 'function', 'name': …} or {'type': 'allowed_tools', "
+        "'mode': 'auto' or 'required', 'tools': [{'type': 'function', 'name': …}]}",
+        param="tool_choice",
+    )
 
 
 def flat_path(path: str) -> str:
     """`tools[0].function.name` of a chat is `tools[0].name` here."""
     return _FUNCTION.sub(r"\1", path)
-
-
-def add_item(messages: list[Json], item: Json, path: str) -> bool:
-    """Whether it is a call or a call's result, which `messages` then end in. Raises InvalidRequest."""
-    if item.get("type") == "function_call":
-        call_id, name, arguments = (_string(item, field, path) for field in ("call_id", "name", "arguments"))
-        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        if not (messages and messages[-1]["role"] == "assistant"):
-            messages.append({"role": "assistant", "content": ""})
-        messages[-1].setdefault("tool_calls", []).append(call)
-        return True
-    if item.get("type") == "function_call_output":
-        call_id, output = _string(item, "call_id", path), _string(item, "output", path)
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
-        return True
-    return False
 
 
 def call_item(item_id: str, call: ToolCall, *, status: str = "completed") -> Json:
@@ -67,17 +62,18 @@ def call_item(item_id: str, call: ToolCall, *, status: str = "completed") -> Jso
     }
 
 
+def _chosen(tool: Json) -> Json:
+    return {"type": "function", "function": {"name": tool["name"]}}
+
+
 def _chat_tool(tool: Any, path: str) -> Json:
     if not isinstance(tool, dict) or tool.get("type") != "function":
         raise InvalidRequest(f"{path}.type: only 'function' is supported", param=f"{path}.type")
+    callers = tool.get("allowed_callers")
+    if callers is not None and (not isinstance(callers, list) or "direct" not in callers):
+        where = f"{path}.allowed_callers"
+        raise InvalidRequest(f"{where}: functions are called by the model only; expected 'direct' in it", param=where)
     return {
         "type": "function",
         "function": {name: tool.get(name) for name in ("name", "description", "parameters", "strict")},
     }
-
-
-def _string(item: Json, field: str, path: str) -> str:
-    value = item.get(field)
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{path}.{field}: expected a string", param=f"{path}.{field}")
-    return value

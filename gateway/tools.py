@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import InvalidRequest
 from cluster.messages import Grammar, JsonSchema, ToolCallGrammar, ToolTokens
@@ -31,6 +31,15 @@ class Tool:
         """As templates expect it."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What `tool_choice` asks for."""
+
+    mode: Literal["none", "auto", "required"]
+    names: tuple[str, ...] | None = None  # of those that may be called; None: any
+    is_single: bool = False  # exactly one call
 
 
 def read_tools(tools: Any) -> tuple[Tool, ...]:
@@ -63,22 +72,26 @@ def answer_grammar(
 
     Tools that may be called and need not be are known by any JSON object where their schema cannot be enforced.
     """
-    named = _named(tool_choice)
-    if named is not None and named not in [tool.name for tool in tools]:
-        raise InvalidRequest(f"tool_choice: there is no tool {named!r} in tools", param="tool_choice")
-    if tool_choice in ("any", "required") and not tools:
+    choice = _read_choice(tool_choice)
+    known = {tool.name for tool in tools}
+    for name in choice.names or ():
+        if name not in known:
+            raise InvalidRequest(f"tool_choice: there is no tool {name!r} in tools", param="tool_choice")
+    is_required = choice.mode == "required"
+    if is_required and not tools:
         raise InvalidRequest(f"tool_choice: {tool_choice!r} needs tools", param="tool_choice")
-    if not tools or (tool_choice == "none" and answer is not None):
+    if not tools or (choice.mode == "none" and answer is not None):
         return answer
-    callable_ = [tool for tool in tools if tool_choice != "none" and named in (None, tool.name)]
-    required = tool_choice in ("any", "required") or named is not None
+    callable_ = [
+        tool for tool in tools if choice.mode != "none" and (choice.names is None or tool.name in choice.names)
+    ]
     refusal = next((tool.refusal for tool in callable_ if tool.refusal is not None), None)
-    if required and refusal is not None:
+    if is_required and refusal is not None:
         raise refusal
     return ToolCallGrammar(
         tools=tuple((tool.name, tool.schema) for tool in callable_),
-        required=required,
-        parallel=parallel is not False and named is None,
+        required=is_required,
+        parallel=parallel is not False and not choice.is_single,
         answer=answer,
         tokens=tokens,
     )
@@ -107,15 +120,32 @@ def _tool(tool: Any, path: str) -> Tool:
     return Tool(name, description, parameters, schema, refusal)
 
 
-def _named(tool_choice: Any) -> str | None:
-    """The function that is to be called; None for the other choices."""
-    if tool_choice is None or tool_choice in ("none", "auto", "any", "required"):
-        return None
-    if isinstance(tool_choice, dict) and tool_choice.get("type", "function") == "function":
-        function = tool_choice.get("function")
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            return str(function["name"])
+def _read_choice(tool_choice: Any) -> _Choice:
+    match tool_choice:
+        case None:
+            return _Choice("auto")
+        case "none" | "auto" | "required":
+            return _Choice(tool_choice)
+        case "any":
+            return _Choice("required")
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}} if (
+            0 < len(tools) <= MAX_TOOLS
+        ):
+            names = [_name_of(tool) for tool in tools]
+            if None not in names:
+                return _Choice(mode, tuple(map(str, names)))
+        case dict() if (name := _name_of(tool_choice)) is not None:
+            return _Choice("required", (name,), is_single=True)
     raise InvalidRequest(
-        "tool_choice: expected none, auto, any, required, or {'type': 'function', 'function': {'name': …}}",
+        "tool_choice: expected none, auto, any, required, {'type': 'function', 'function': {'name': …}} or {'type': "
+        "'allowed_tools', 'allowed_tools': {'mode': 'auto' or 'required', 'tools': […]}}",
         param="tool_choice",
     )
+
+
+def _name_of(tool: Any) -> str | None:
+    """Of `{"type": "function", "function": {"name": …}}`."""
+    match tool:
+        case {"function": {"name": str() as name}} if tool.get("type", "function") == "function":
+            return str(name)
+    return None

@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster.config import GatewayConfig
@@ -22,6 +23,7 @@ from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingF
 from gateway.structured_output import answer_schema
 from gateway.tokenizer import Tokenizer
 from gateway.tools import answer_grammar, read_tools
+from gateway.truncation import newest_turns
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Validator:
         self._reader = PromptReader(card, tokenizer)
         self._tool_tokens = tokenizer.tool_tokens
 
-    def chat(self, body: ChatCompletionRequest, timeout_s: float | None = None) -> Generation:
-        """Raises InvalidRequest."""
+    def chat(
+        self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
+    ) -> Generation:
+        """Raises InvalidRequest. With `drops_oldest` a conversation that is too long loses its oldest turns."""
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.top_logprobs is not None:
             if not body.logprobs:
@@ -78,16 +82,20 @@ class Validator:
         grammar = answer_grammar(
             tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._tool_tokens
         )
+        encode = partial(
+            self._reader.chat,
+            safe_prompt=bool(body.safe_prompt),
+            tools=tools,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+        if drops_oldest:
+            room = self._card.max_model_len - (max_tokens or 1)
+            prompt = newest_turns(body.messages, room, encode, self._reader.count)
+        else:
+            prompt = encode(body.messages)
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompts=[
-                self._reader.chat(
-                    body.messages,
-                    safe_prompt=bool(body.safe_prompt),
-                    tools=tools,
-                    add_special_tokens=bool(body.add_special_tokens),
-                )
-            ],
+            prompts=[prompt],
             prompt_field="messages",
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,

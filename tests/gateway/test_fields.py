@@ -6,17 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest
+from gateway import chat_pb2, chat_pb2_grpc
 from gateway.foreign_fields import IGNORED, INSTEAD, REFUSED, REFUSED_IN_MESSAGE
+from gateway.frontend import Frontend
+from gateway.health import Health
 from gateway.prompts import SAFE_PROMPT
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer
 from gateway.validator import Validator
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, ready, tokens_script
+from tests.gateway.test_grpc import USER, grpc_server
 from tests.gateway.test_http import sse
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -151,7 +156,43 @@ def test_the_prompts_ids_come_with_the_answers(url: str, coordinator: ScriptedCo
 def test_any_model_name_is_answered_by_the_first_model(url: str) -> None:
     answer = httpx.post(url + PATHS[0], json=CHAT | {"model": "gpt-4o"})
     assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
-    assert httpx.get(url + "/v1/models/gpt-4o").status_code == 404
+    model = httpx.get(url + "/v1/models/gpt-4o").json()
+    assert (model["id"], model["root"]) == ("gpt-4o", "tiny")
+    assert httpx.post(url + PATHS[0], json=_without_model(CHAT)).json()["model"] == "tiny"
+
+
+def _without_model(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name != "model"}
+
+
+def test_without_a_model_the_only_one_answers(tokenizer_directory: Path) -> None:
+    """At both doors. Of several, a request says which."""
+
+    def answers(*names: str) -> Iterator[str]:
+        cards = tuple(model_card(tokenizer_directory, name=name, aliases=(), application=name) for name in names)
+        tokenizer, coordinator = HuggingFaceTokenizer(tokenizer_directory), ScriptedCoordinator(tokens_script([40]))
+        frontend = Frontend(
+            GatewayConfig(),
+            cards,
+            dict.fromkeys(names, tokenizer),
+            dict.fromkeys(names, coordinator),
+            Health(cards, ready),
+        )
+        with http_server(frontend) as url:
+            bodies = dict.fromkeys(PATHS, _without_model(CHAT) | {"prompt": "Hi"}) | {"/v1/responses": {"input": "Hi"}}
+            for path, body in bodies.items():
+                document = httpx.post(url + path, json=body).json()
+                yield document.get("model") or "400 " + document["error"]["param"]
+        with grpc_server(frontend) as channel:
+            stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+            if len(names) == 1:
+                yield stub.Chat(chat_pb2.ChatRequest(messages=USER), timeout=30).model
+            else:
+                with pytest.raises(grpc.RpcError, match="model: field required; served are: one, two"):
+                    stub.Chat(chat_pb2.ChatRequest(messages=USER), timeout=30)
+
+    assert set(answers("one")) == {"one"}
+    assert set(answers("one", "two")) == {"400 model"}
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -59,6 +59,119 @@ def test_the_clients_own_accumulator_understands_the_stream(client: openai.OpenA
         assert stream.get_final_response().output_text == ANSWER
 
 
+def test_log_probabilities_are_those_of_the_texts_tokens(client: openai.OpenAI) -> None:
+    for asked in ({"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}):
+        num_top = asked.get("top_logprobs", 0)
+        request: Any = {"model": "tiny", "input": "Hello", **asked}
+        whole = client.responses.create(**request)
+        assert whole.usage is not None
+        [message] = whole.output
+        assert message.type == "message"
+        [part] = message.content
+        assert part.type == "output_text"
+        assert part.logprobs is not None
+        assert len(part.logprobs) == whole.usage.output_tokens, "one a token, with the one that ended the answer"
+        assert {len(at.top_logprobs) for at in part.logprobs} == {num_top}
+        spelled = b"".join(bytes(at.bytes) for at in part.logprobs[:-1])
+        assert spelled.decode() == ANSWER
+        events = list(client.responses.create(**request, stream=True))
+        told = [at for event in events if event.type == "response.output_text.delta" for at in event.logprobs]
+        assert [at.token for at in told] == [at.token for at in part.logprobs[:-1]]
+        [done] = [event for event in events if event.type == "response.output_text.done"]
+        assert len(done.logprobs) == len(part.logprobs)
+
+
+def test_what_is_only_said_back_is_said_back(client: openai.OpenAI) -> None:
+    """An effort was answered with null, whatever had been asked."""
+    answer = client.responses.create(
+        model="tiny",
+        input="Hello",
+        reasoning={"effort": "high", "summary": "auto"},
+        include=["reasoning.encrypted_content", "web_search_call.results"],
+        text={"verbosity": "low"},
+        truncation="auto",
+        max_tool_calls=3,
+    )
+    assert answer.reasoning is not None
+    assert (answer.reasoning.effort, answer.reasoning.summary) == ("high", "auto")
+    assert answer.text is not None
+    assert (answer.text.verbosity, answer.truncation, answer.max_tool_calls) == ("low", "auto", 3)
+    unasked = client.responses.create(model="tiny", input="Hello")
+    assert unasked.reasoning is not None
+    assert (unasked.reasoning.effort, unasked.truncation) == (None, "disabled")
+
+
+def test_instructions_beside_a_developers_message_are_one(
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Two messages of the system: the model's template refuses the second, as most do."""
+    turns: Any = [
+        {"role": "developer", "content": "Speak French."},
+        {"role": "system", "content": [{"type": "input_text", "text": "No lists."}]},
+        {"role": "user", "content": "Hello"},
+    ]
+    client.responses.create(model="tiny", input=turns, instructions="Be brief.", max_output_tokens=3)
+    prompt = tokenizer.decode(door[1].requests[-1].prompt_token_ids)
+    assert prompt == "<s>Be brief.\n\nSpeak French.\n\nNo lists.[INST] Hello [/INST]"
+
+
+def test_refusals_and_reasoning_in_the_history(
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    """A refusal is what the assistant said; what a model thought is read by no model here, and changes nothing."""
+    turns: Any = [
+        {"role": "user", "content": "Hello"},
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "refusal", "refusal": "I cannot."}],
+        },
+        {"role": "user", "content": "Why?"},
+    ]
+    client.responses.create(model="tiny", input=turns, max_output_tokens=3)
+    prompt = tokenizer.decode(door[1].requests[-1].prompt_token_ids)
+    assert prompt == "<s>[INST] Hello [/INST]I cannot.</s>[INST] Why? [/INST]"
+
+
+def test_truncation_drops_the_oldest_turns_and_no_others(
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    """The context has 256 tokens. `disabled` refuses what is longer; `auto` keeps the newest turns that fit."""
+
+    def turns(number: int) -> Any:
+        said = [
+            [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}] for i in range(number)
+        ]
+        return [item for pair in said for item in pair] + [{"role": "user", "content": "Last"}]
+
+    def prompt(**fields: Any) -> str:
+        client.responses.create(model="tiny", instructions="Be brief.", truncation="auto", **fields)
+        return tokenizer.decode(door[1].requests[-1].prompt_token_ids)
+
+    assert "Q0" in prompt(input=turns(3)), "what fits is whole"
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="tiny", input=turns(80), instructions="Be brief.")
+    for max_output_tokens in (None, 100):
+        kept = prompt(input=turns(80), max_output_tokens=max_output_tokens)
+        first = kept.index("[INST] Q")
+        assert kept[:first] == "<s>Be brief.", "what instructs the model stays"
+        number = int(kept[first + 8 :].split(" ")[0])
+        assert (
+            kept[first:] == "".join(f"[INST] Q{i} [/INST]A{i}</s>" for i in range(number, 80)) + "[INST] Last [/INST]"
+        )
+        longer = f"[INST] Q{number - 1} [/INST]A{number - 1}</s>"
+        size = len(tokenizer.encode(kept, add_special_tokens=False))
+        room = 256 - (max_output_tokens or 1)
+        assert size <= room < size + len(tokenizer.encode(longer, add_special_tokens=False)), (
+            "and no turn too many goes"
+        )
+    long_one = [{"role": "user", "content": "x " * 400}, {"role": "assistant", "content": "A"}, *turns(1)]
+    assert "x x" not in prompt(input=long_one)
+
+
 def test_every_shape_of_input_is_the_same_conversation(
     client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]
 ) -> None:
@@ -107,7 +220,14 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, door: tuple[s
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
         ({"input": ["x"]}, "input[0]"),
-        ({"input": [{"type": "reasoning"}]}, "input[0].type"),
+        ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input"),
+        ({"input": [{"id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": 3}]}, "input[0].output"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]},
+            "input[0].output[0].type",
+        ),
+        ({"input": [{"role": "user", "content": [{"type": "refusal", "text": "x"}]}]}, "input[0].content[0].refusal"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
@@ -129,11 +249,26 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, door: tuple[s
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}},
+            "tool_choice",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "allowed_callers": ["programmatic"]}]},
+            "tools[0].allowed_callers",
+        ),
+        ({"truncation": "oldest"}, "truncation"),
+        ({"truncation": "auto", "input": "x" * 9000}, "input"),
+        ({"truncation": "auto", "max_output_tokens": 999}, "max_output_tokens"),
+        ({"reasoning": {"effort": "a lot"}}, "reasoning.effort"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": "json"}, "text"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"include": ["reasoning.encrypted_content", "everything"]}, "include[1]"),
+        ({"include": "reasoning.encrypted_content"}, "include"),
     ],
 )
 def test_what_is_wrong_or_not_served_is_named(
@@ -219,6 +354,50 @@ def test_calls_and_their_results_are_the_next_turns_input(
     assert prompt.count('{"name": "weather", "arguments": {') == 2
     assert prompt.count('[TOOL_RESULTS] {"content": "rain"') == 2
     assert prompt.count("[TOOL_CALLS] [{") == 2, "in the turn before, and in the sentence that says how"
+
+
+def test_a_tools_output_may_be_a_list_of_parts(
+    calling: tuple[openai.OpenAI, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Agents whose tools are an MCP server's send it so: their second turn was a 400."""
+    client, coordinator = calling
+    turns: Any = [
+        {"role": "user", "content": "Hello"},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+        {
+            "type": "function_call_output",
+            "call_id": "c1",
+            "output": [{"type": "input_text", "text": "rain"}, {"type": "input_text", "text": "wind"}],
+        },
+    ]
+    client.responses.create(model="tiny", input=turns, tools=[WEATHER])
+    assert '{"content": "rain\\nwind"' in tokenizer.decode(coordinator.requests[-1].prompt_token_ids)
+
+
+def test_of_the_allowed_tools_only_may_be_called(
+    calling: tuple[openai.OpenAI, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer
+) -> None:
+    """The model is told of all tools, so that its prompt stays the same, and may call those."""
+    client, coordinator = calling
+    news: Any = WEATHER | {"name": "news"}
+    allowed = [{"type": "function", "name": "news"}]
+    for mode in ("auto", "required"):
+        choice: Any = {"type": "allowed_tools", "mode": mode, "tools": allowed}
+        answer = client.responses.create(model="tiny", input="Hello", tools=[WEATHER, news], tool_choice=choice)
+        assert answer.tool_choice.type == "allowed_tools"  # type: ignore[union-attr]
+        request = coordinator.requests[-1]
+        assert isinstance(request.grammar, ToolCallGrammar)
+        assert [name for name, _ in request.grammar.tools] == ["news"]
+        assert (request.grammar.required, request.grammar.parallel) == (mode == "required", True)
+        assert '"name": "weather"' in tokenizer.decode(request.prompt_token_ids)
+
+
+def test_log_probabilities_beside_calls_are_no_texts(
+    calling: tuple[openai.OpenAI, ScriptedCoordinator],
+) -> None:
+    client, _ = calling
+    answer = client.responses.create(model="tiny", input="Hello", tools=[WEATHER], top_logprobs=1)
+    assert [item.type for item in answer.output] == ["function_call", "function_call"]
 
 
 def test_text_beside_tools_is_a_message(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

@@ -1,0 +1,110 @@
+"""`instructions` and `input` of the Responses API as the messages of a chat. Knows items and parts; keeps nothing.
+
+message                 a turn; those of the system and of the developer that come first are one, as templates take one
+function_call           a call in the assistant's turn before it, or in one of its own
+function_call_output    a tool's turn: a string, or parts, which are its lines
+reasoning               passed over: no model that is served here reads what another one thought
+item_reference          refused: nothing is stored, so there is nothing that it could mean
+every other item        refused: they are calls and results of tools that OpenAI itself runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from cluster.errors import InvalidRequest
+
+Json = dict[str, Any]
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+PART_TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # by type: its field
+ROLES = ("system", "developer", "user", "assistant")
+_INSTRUCTING = ("system", "developer")
+
+
+def chat_messages(instructions: str | None, items: Any) -> list[Json]:
+    """The conversation. Raises InvalidRequest with the path of what is no message."""
+    messages: list[Json] = []
+    if instructions is not None:
+        messages.append({"role": "system", "content": instructions})
+    if isinstance(items, str):
+        return [*messages, {"role": "user", "content": items}]
+    if not isinstance(items, list) or not items:
+        raise InvalidRequest("input: expected a string or a list of messages", param="input")
+    for i, item in enumerate(items):
+        _add(messages, item, f"input[{i}]")
+    return _with_one_system(messages)
+
+
+def _add(messages: list[Json], item: Any, path: str) -> None:
+    if not isinstance(item, dict):
+        raise InvalidRequest(f"{path}: expected an object", param=path)
+    kind = item.get("type")
+    if kind is None:
+        kind = "item_reference" if "role" not in item and "id" in item else "message"
+    match kind:
+        case "message":
+            messages.append(_message(item, path))
+        case "function_call":
+            _add_call(messages, item, path)
+        case "function_call_output":
+            output = _text(item.get("output"), f"{path}.output", separator="\n")
+            messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", path), "content": output})
+        case "reasoning":
+            pass
+        case "item_reference":
+            raise InvalidRequest(
+                f"{path}.type: 'item_reference' means nothing here, where no item is stored; send the item itself",
+                param=f"{path}.type",
+            )
+        case _:
+            raise InvalidRequest(
+                f"{path}.type: expected {', '.join(ITEM_TYPES[:-1])} or {ITEM_TYPES[-1]}", param=f"{path}.type"
+            )
+
+
+def _message(item: Json, path: str) -> Json:
+    if item.get("role") not in ROLES:
+        raise InvalidRequest(f"{path}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}", param=f"{path}.role")
+    return {"role": item["role"], "content": _text(item.get("content"), f"{path}.content", separator="")}
+
+
+def _add_call(messages: list[Json], item: Json, path: str) -> None:
+    call_id, name, arguments = (_string(item, field, path) for field in ("call_id", "name", "arguments"))
+    if not (messages and messages[-1]["role"] == "assistant"):
+        messages.append({"role": "assistant", "content": ""})
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _text(content: Any, path: str, *, separator: str) -> str:
+    """A string, or the texts of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{path}: expected a string or a list of parts", param=path)
+    return separator.join(_part(part, f"{path}[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: Any, path: str) -> str:
+    field = PART_TEXTS.get(str(part.get("type"))) if isinstance(part, dict) else None
+    if field is None:
+        raise InvalidRequest(f"{path}.type: expected one of {', '.join(PART_TEXTS)}", param=f"{path}.type")
+    return _string(part, field, path)
+
+
+def _string(item: Json, field: str, path: str) -> str:
+    value = item.get(field)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{path}.{field}: expected a string", param=f"{path}.{field}")
+    return value
+
+
+def _with_one_system(messages: Sequence[Json]) -> list[Json]:
+    """The same with what instructs the model before anybody speaks in one message."""
+    first = list(takewhile(lambda message: message["role"] in _INSTRUCTING, messages))
+    if len(first) < 2:
+        return list(messages)
+    joined = "\n\n".join(message["content"] for message in first)
+    return [{"role": "system", "content": joined}, *messages[len(first) :]]
