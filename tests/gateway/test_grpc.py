@@ -152,7 +152,6 @@ def test_zero_and_unset_differ(channel: grpc.Channel, coordinator: ScriptedCoord
 
 BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"model": "absent"}, grpc.StatusCode.NOT_FOUND, "absent"),
-    ({"model": ""}, grpc.StatusCode.NOT_FOUND, "tiny"),
     ({"messages": []}, grpc.StatusCode.INVALID_ARGUMENT, "messages"),
     ({"messages": [chat_pb2.Message(role="king", content="x")]}, grpc.StatusCode.INVALID_ARGUMENT, "messages[0].role"),
     ({"sampling": chat_pb2.Sampling(temperature=-1)}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
