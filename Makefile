@@ -22,10 +22,10 @@ check: install
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest --durations=30 -m "not long"
 
 test-long: check
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=30
 
 # A fault every ten seconds under load; make soak SOAK_S=600 for ten minutes
 SOAK_S ?= 3600

@@ -25,6 +25,7 @@ from tests.waiting import wait_for
 
 START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
+LONG_TIMEOUT_S = 3 * 3600  # of a test marked long; the soak takes MANTA_SOAK_S of it
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default draws new ones. How long it takes to draw them says
 # nothing here: before the first float Hypothesis reads all modules for constants, seconds on a busy machine.
@@ -39,6 +40,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # where a group may write what a user does, the files of keys that tests write would be refused
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A soak may take hours; whatever else hangs is ended by pytest-timeout, with the stacks of all threads."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
 
 
 @dataclass(frozen=True)
