@@ -1,4 +1,7 @@
-"""One choice of an answer: its tokens become text, cut at stop strings, with their counts. Knows no streams."""
+"""One choice of an answer: its tokens become text, cut at stop strings, and calls of tools. Knows no streams.
+
+Stop strings are looked for in text only: a call ends where its arguments do.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Delta:
     finish_reason: FinishReason | Literal["tool_calls"] | None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, when asked for
     routed_experts: list[list[list[int]]] | None = None  # [token][layer][top_k] when asked for
-    tool_calls: tuple[ToolCall, ...] = ()  # each whole
+    tool_calls: tuple[ToolCall, ...] = ()  # at most one piece of each
 
     @property
     def says_something(self) -> bool:
@@ -88,21 +91,19 @@ class Choice:
             used += 1
             if used == len(chunk.token_ids) and chunk.stop_token_id is not None:
                 break  # the token that ended the sequence has no text
-            text += self._own(token_id, self._cut(self._detokenizer.push(token_id), used))
+            text += self._cut(self._own(token_id, self._detokenizer.push(token_id)), used)
             if self._stop_strings.is_stopped():
                 finish_reason = "stop"
                 break
         if finish_reason is not None and not self._stop_strings.is_stopped():
-            text += self._own(-1, self._cut(self._detokenizer.flush(), used) + self._stop_strings.flush())
+            text += self._cut(self._rest(finish_reason), used) + self._stop_strings.flush()
             if self._stop_strings.is_stopped():
                 finish_reason = "stop"
         calls: tuple[ToolCall, ...] = ()
         reason: FinishReason | Literal["tool_calls"] | None = finish_reason
         if self._tool_calls is not None:
-            if finish_reason is not None:
-                text += self._tool_calls.flush(has_ended=finish_reason == "stop")
-            calls = self._tool_calls.take()
-            if finish_reason == "stop" and self._tool_calls.num_calls:
+            calls = self._tool_calls.calls.take()
+            if finish_reason == "stop" and self._tool_calls.calls.num_calls and self._tool_calls.is_complete:
                 reason = "tool_calls"
         self._num_tokens += used
         self._usage.completion_tokens += used
@@ -122,6 +123,11 @@ class Choice:
     def _own(self, token_id: int, piece: str) -> str:
         """What of a piece is the answer's own text, and no call of a tool."""
         return piece if self._tool_calls is None else self._tool_calls.push(token_id, piece)
+
+    def _rest(self, finish_reason: FinishReason) -> str:
+        """What was held back, once nothing follows."""
+        rest = self._own(-1, self._detokenizer.flush())
+        return rest if self._tool_calls is None else rest + self._tool_calls.flush(has_ended=finish_reason == "stop")
 
     def _cut(self, piece: str, used: int) -> str:
         """Stop strings count only in text that comes after `min_tokens`."""

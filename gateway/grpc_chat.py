@@ -43,8 +43,8 @@ def conversation_fields(conversation: chat_pb2.ChatRequest | chat_pb2.Conversati
 
 
 def call_messages(calls: Iterable[ToolCall]) -> list[chat_pb2.ToolCall]:
-    """The calls of an answer."""
-    return [chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
+    """The calls of an answer, or pieces of them."""
+    return [chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments, index=call.index) for call in calls]
 
 
 def _message(message: chat_pb2.Message) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _message(message: chat_pb2.Message) -> dict[str, Any]:
 
 def _call(call: chat_pb2.ToolCall) -> dict[str, Any]:
     function = {name: value for name, value in (("name", call.name), ("arguments", call.arguments)) if value}
-    return {"function": function} | ({"id": call.id} if call.id else {})
+    return {"function": function, "index": call.index} | ({"id": call.id} if call.id else {})
 
 
 def _tool(tool: chat_pb2.Tool, path: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from gateway.responses_door import ResponsesDoor
 from gateway.sse import DONE, EventStream, begun, event, unless_disconnected
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 from gateway.validator import Generation
+from gateway.whole_calls import WholeCalls, wants_whole_calls
 
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
@@ -194,7 +195,7 @@ class HttpDoor:
             return await unless_disconnected(request, self._whole(parsed, generation, shape))
         events = await begun(
             request,
-            self._events(parsed, generation, shape),
+            self._events(parsed, generation, shape, wants_whole_calls(request.headers)),
             lambda error: event(error_body(error, generation.id)),
         )
         return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
@@ -218,14 +219,21 @@ class HttpDoor:
         return await self._frontend.answer_worker.run(size, response)
 
     async def _events(
-        self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
+        self,
+        parsed: SamplingFields,
+        generation: Generation,
+        shape: ChatShape | CompletionShape,
+        has_whole_calls: bool,
     ) -> AsyncGenerator[bytes, None]:
         """One event a delta that says something."""
         usage = Usage(generation.num_prompt_tokens)
         says_ids = shape.return_token_ids
         choices: set[int] = set()  # that have had an event
+        whole_calls = WholeCalls() if has_whole_calls else None
         async with aclosing(self._frontend.generate(generation, usage)) as deltas:
             async for delta in deltas:
+                if whole_calls is not None:
+                    delta = whole_calls.push(delta)
                 if delta.says_something or says_ids:
                     has_prompt = delta.index not in choices and (says_ids or generation.echo)
                     size = num_bytes(delta) + (parsed.num_bytes if has_prompt else 0)

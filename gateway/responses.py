@@ -8,7 +8,7 @@ from typing import Any
 from cluster.messages import ModelCard, TokenLogprobs
 from gateway.choice import Delta, Usage
 from gateway.tokenizer import Tokenizer
-from gateway.tools_reader import ToolCall
+from gateway.tools_reader import ToolCall, joined
 from gateway.validator import Generation
 
 Json = dict[str, Any]
@@ -23,13 +23,13 @@ class ChoiceText:
         self.logprobs: list[TokenLogprobs] | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.routed_experts: list[list[list[int]]] | None = None
-        self.tool_calls: list[ToolCall] = []
+        self._call_pieces: list[ToolCall] = []
         self.finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.tool_calls += delta.tool_calls
+        self._call_pieces += delta.tool_calls
         if delta.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += delta.logprobs
@@ -40,10 +40,15 @@ class ChoiceText:
             self.routed_experts += delta.routed_experts
         self.finish_reason = delta.finish_reason
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Each whole, or as far as it was written."""
+        return joined(self._call_pieces)
+
 
 def num_bytes(piece: ChoiceText | Delta) -> int:
     """About how long the JSON of one choice gets, whole or a piece of it; not on the event loop if it is much."""
-    size = len(piece.text) + 8 * len(piece.token_ids)
+    size = len(piece.text) + 8 * len(piece.token_ids) + sum(len(call.arguments) for call in piece.tool_calls)
     for logprobs in (piece.logprobs, piece.prompt_logprobs):
         if logprobs:
             last = logprobs[-1]
@@ -74,6 +79,7 @@ class ChatShape:
                     "message": {
                         "role": "assistant",
                         "content": choice.text,
+                        "refusal": None,
                         **({"tool_calls": [_call(call) for call in choice.tool_calls]} if choice.tool_calls else {}),
                     },
                     "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
@@ -89,10 +95,10 @@ class ChatShape:
     def chunk(self, delta: Delta) -> Json:
         """The role comes with the first chunk of each choice, the prompt's ids with the first of all."""
         prompt = {} if self._begun else self._prompt
-        message: Json = {"content": delta.text}
+        message: Json = {"content": delta.text} if delta.text or not delta.tool_calls else {}
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            message = {"role": "assistant", "content": delta.text}
+            message = {"role": "assistant", "content": delta.text, "refusal": None}
         if delta.tool_calls:
             message["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.tool_calls]
         choice: Json = {"index": delta.index, "delta": message}
@@ -108,7 +114,9 @@ class ChatShape:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
 
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> Json | None:
-        return None if logprobs is None else {"content": logprobs_body(self._tokenizer, token_ids, logprobs)}
+        if logprobs is None:
+            return None
+        return {"content": logprobs_body(self._tokenizer, token_ids, logprobs), "refusal": None}
 
 
 def logprobs_body(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
@@ -128,6 +136,9 @@ def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> Json:
 
 
 def _call(call: ToolCall) -> Json:
+    """A later piece of one has its arguments only."""
+    if not call.id:
+        return {"function": {"arguments": call.arguments}}
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 

@@ -1,11 +1,11 @@
 """The answer of OpenAI's Responses API, whole and as events. Knows shapes; knows nothing of HTTP.
 
-An answer's output is a message with one part, then the calls of functions, each an item:
+An answer's output is a message with one part, then the calls of functions, each an item, closed when the next begins:
 
     response.created, response.in_progress,
     response.output_item.added, response.content_part.added, response.output_text.delta …,
     response.output_text.done, response.content_part.done, response.output_item.done,
-    response.output_item.added, response.function_call_arguments.delta, …arguments.done, response.output_item.done,
+    response.output_item.added, response.function_call_arguments.delta …, …arguments.done, response.output_item.done,
     response.completed, or response.incomplete at max_output_tokens
 
 An answer of calls alone has no message; what had no tools always has one.
@@ -14,6 +14,7 @@ An answer of calls alone has no message; what had no tools always has one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from gateway.choice import Delta, Usage
@@ -21,7 +22,7 @@ from gateway.responses import logprobs_body
 from gateway.responses_api import ReasoningOptions, ResponsesRequest
 from gateway.responses_tools import call_item
 from gateway.tokenizer import Tokenizer
-from gateway.tools_reader import ToolCall
+from gateway.tools_reader import ToolCall, joined
 from gateway.validator import Generation
 
 Json = dict[str, Any]
@@ -38,6 +39,7 @@ class ResponsesShape:
         self._text: str | None = None  # of the message that is open
         self._logprobs: list[Json] = []  # of its tokens
         self._untold: list[Json] = []  # of tokens that no text has come of so far
+        self._call: list[ToolCall] = []  # pieces of the call that is open
         self._output: list[Json] = []  # complete items
         self._number = 0
         self._response: Json = {
@@ -79,27 +81,33 @@ class ResponsesShape:
             yield from self._open_message()
 
     def push(self, delta: Delta) -> Iterator[Json]:
-        """The events of more text and of calls, each of which is whole."""
+        """The events of more text and of more of the calls."""
         if delta.logprobs:
             self._untold += logprobs_body(self._tokenizer, delta.token_ids, delta.logprobs)
+        of_open = [piece for piece in delta.tool_calls if not piece.id]
+        for piece in of_open:
+            yield from self._more_arguments(piece)
         if delta.text:
             if self._text is None:
+                yield from self._close_item("completed")
                 yield from self._open_message()
             self._text = (self._text or "") + delta.text
             told, self._untold = self._untold, []
             self._logprobs += told
             yield self._part_event("response.output_text.delta", delta=delta.text, logprobs=told)
-        for call in delta.tool_calls:
+        for piece in delta.tool_calls[len(of_open) :]:
             self._untold = []  # they were of calls
-            yield from self._close_message("completed")
-            yield from self._call(call)
+            yield from self._close_item("completed")
+            self._call = [replace(piece, arguments="")]
+            yield self._item_event("response.output_item.added", self._call_item("in_progress"))
+            yield from self._more_arguments(piece)
 
     def end(self, finish_reason: str | None, usage: Usage) -> Iterator[Json]:
         """The events after the last token."""
         status = "incomplete" if finish_reason == "length" else "completed"
-        if not self._output and self._text is None:
+        if not self._output and self._text is None and not self._call:
             yield from self._open_message()
-        yield from self._close_message(status)
+        yield from self._close_item(status)
         whole = self._response | {
             "status": status,
             "incomplete_details": None if status == "completed" else {"reason": "max_output_tokens"},
@@ -123,44 +131,60 @@ class ResponsesShape:
         yield self._item_event("response.output_item.added", self._message("in_progress"))
         yield self._part_event("response.content_part.added", part=_part("", []))
 
-    def _close_message(self, status: str) -> Iterator[Json]:
-        if self._text is None:
-            return
-        logprobs = self._logprobs + self._untold  # the last are of what ended the answer
-        yield self._part_event("response.output_text.done", text=self._text, logprobs=logprobs)
-        part = _part(self._text, logprobs)
-        yield self._part_event("response.content_part.done", part=part)
-        item = self._message(status, part)
-        yield self._item_event("response.output_item.done", item)
-        self._output.append(item)
-        self._text, self._logprobs, self._untold = None, [], []
+    def _more_arguments(self, piece: ToolCall) -> Iterator[Json]:
+        self._untold = []
+        if piece.arguments:
+            self._call.append(piece)
+            yield self._call_event("response.function_call_arguments.delta", delta=piece.arguments)
 
-    def _call(self, call: ToolCall) -> Iterator[Json]:
-        item_id = f"fc_{self._random}{call.index}"
-        where = {"item_id": item_id, "output_index": len(self._output)}
-        yield self._item_event("response.output_item.added", call_item(item_id, call, status="in_progress"))
-        yield self._event("response.function_call_arguments.delta", **where, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **where, name=call.name, arguments=call.arguments)
-        item = call_item(item_id, call)
+    def _close_item(self, status: str) -> Iterator[Json]:
+        """The message or call that is open, if one is."""
+        if self._text is not None:
+            logprobs = self._logprobs + self._untold  # the last are of what ended the answer
+            yield self._part_event("response.output_text.done", text=self._text, logprobs=logprobs)
+            part = _part(self._text, logprobs)
+            yield self._part_event("response.content_part.done", part=part)
+            item = self._message(status, part)
+            self._untold = []
+        elif self._call:
+            item = self._call_item(status)
+            said = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._call_event("response.function_call_arguments.done", **said)
+        else:
+            return
         yield self._item_event("response.output_item.done", item)
         self._output.append(item)
+        self._text, self._call, self._logprobs = None, [], []
+
+    def _call_item(self, status: str) -> Json:
+        [call] = joined(self._call)
+        return call_item(self._call_item_id, call, status=status)
+
+    @property
+    def _call_item_id(self) -> str:
+        return f"fc_{self._random}{self._call[0].index}"
 
     def _message(self, status: str, part: Json | None = None) -> Json:
         return {
-            "id": f"msg_{self._random}",
+            "id": self._message_id,
             "type": "message",
             "role": "assistant",
             "status": status,
             "content": [] if part is None else [part],
         }
 
+    @property
+    def _message_id(self) -> str:
+        return f"msg_{self._random}{len(self._output)}"
+
     def _item_event(self, kind: str, item: Json) -> Json:
         return self._event(kind, output_index=len(self._output), item=item)
 
     def _part_event(self, kind: str, **fields: Any) -> Json:
-        return self._event(
-            kind, item_id=f"msg_{self._random}", output_index=len(self._output), content_index=0, **fields
-        )
+        return self._event(kind, item_id=self._message_id, output_index=len(self._output), content_index=0, **fields)
+
+    def _call_event(self, kind: str, **fields: Any) -> Json:
+        return self._event(kind, item_id=self._call_item_id, output_index=len(self._output), **fields)
 
     def _event(self, kind: str, **fields: Any) -> Json:
         self._number += 1

@@ -50,15 +50,15 @@ def flat_path(path: str) -> str:
     return _FUNCTION.sub(r"\1", path)
 
 
-def call_item(item_id: str, call: ToolCall, *, status: str = "completed") -> Json:
-    """One call as an item of the output; one in progress has no arguments yet."""
+def call_item(item_id: str, call: ToolCall, *, status: str) -> Json:
+    """One call as an item of the output."""
     return {
         "id": item_id,
         "type": "function_call",
         "status": status,
         "call_id": call.id,
         "name": call.name,
-        "arguments": call.arguments if status == "completed" else "",
+        "arguments": call.arguments,
     }
 
 

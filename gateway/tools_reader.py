@@ -4,7 +4,8 @@
     [TOOL_CALLS]f[ARGS]{…}[TOOL_CALLS]g[ARGS]{…}                                         SpelledCallReader
 
 The marker is a special token, or text where the vocabulary has none; what comes before the token, or is no marker, is
-the answer's own text. A call is handed on once it is complete; one that `max_tokens` cuts never is.
+the answer's own text. A call is handed on in pieces as it is written, once its name is whole: a name that `max_tokens`
+cuts is text. Nothing that a model wrote raises: arguments are handed on as they are, JSON or not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.messages import ToolCallGrammar
@@ -23,12 +25,12 @@ _NAME, _ARGUMENTS = '{"name": ', ', "arguments": '
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One complete call."""
+    """One call, or a piece of one: only the first piece has an id and a name."""
 
     index: int  # among the calls of its choice
     id: str  # 9 letters and digits, as Mistral's
     name: str
-    arguments: str  # JSON, as the model wrote it
+    arguments: str  # JSON, as the model wrote it; no JSON where `max_tokens` cut it
 
 
 def new_call_id() -> str:
@@ -36,20 +38,61 @@ def new_call_id() -> str:
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
 
 
+def joined(pieces: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """The pieces of each call as one."""
+    first: dict[int, ToolCall] = {}
+    arguments: dict[int, list[str]] = {}
+    for piece in pieces:
+        first.setdefault(piece.index, piece)
+        arguments.setdefault(piece.index, []).append(piece.arguments)
+    return tuple(replace(call, arguments="".join(arguments[i])) for i, call in first.items())
+
+
+class Calls:
+    """The calls of one answer, and the pieces of them that were not taken yet."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._pieces: list[ToolCall] = []
+        self._ids: set[str] = set()
+
+    def begin(self, name: str, call_id: str = "") -> None:
+        """A call whose id is that one, if it is one and no other's."""
+        is_id = len(call_id) == 9 and all(char in _ALPHABET for char in call_id) and call_id not in self._ids
+        self._ids.add(call_id if is_id else (call_id := new_call_id()))
+        self._pieces.append(ToolCall(self.num_calls, call_id, name, ""))
+        self.num_calls += 1
+
+    def add(self, arguments: str) -> None:
+        """More of the last one's arguments."""
+        self._pieces.append(ToolCall(self.num_calls - 1, "", "", arguments))
+
+    def take(self) -> tuple[ToolCall, ...]:
+        """What is new since the last time, a piece for each call."""
+        pieces, self._pieces = self._pieces, []
+        return joined(pieces)
+
+
 class ToolCallReader:
-    """`push` each token and its text, then `flush`; `take` gives the calls that became complete."""
+    """`push` each token and its text, then `flush`; `calls` has what was read."""
 
     def __init__(self, grammar: ToolCallGrammar) -> None:
+        self.calls = Calls()
         self._marker = grammar.marker
         self._marker_token_id = grammar.tokens.calls
+        self._is_required = grammar.required
         self._is_text = False  # decided: no marker can come any more
-        self._held = ""  # what may still be the marker; in the calls, what is read of the present one
+        self._held = ""  # what may still be the marker; in the calls, the present one's text before its arguments
         self._in_calls = False
+        self._in_arguments = False
         self._depth = 0
         self._in_string = False
         self._escaped = False
-        self._calls: list[ToolCall] = []
-        self.num_calls = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no call is open."""
+        return not self._in_arguments and not self._held
 
     def push(self, token_id: int, text: str) -> str:
         """The part of `text` that is the answer's own."""
@@ -68,24 +111,29 @@ class ToolCallReader:
         if self._marker.startswith(begin):
             return ""
         self._is_text = True
-        return self.flush()
-
-    def flush(self, *, has_ended: bool = False) -> str:  # noqa: ARG002
-        """What was held back, once nothing follows."""
         held, self._held = self._held, ""
-        return "" if self._in_calls else held
+        return held
 
-    def take(self) -> tuple[ToolCall, ...]:
-        """The calls that became complete since the last time."""
-        calls, self._calls = tuple(self._calls), []
-        return calls
+    def flush(self, *, has_ended: bool) -> str:
+        """What was held back and is the answer's own, once nothing follows; a call that is cut loses nothing."""
+        if not self._held or self._in_arguments:
+            return ""
+        if self._in_calls:
+            name = _whole_name(self._held)
+            if name is None:
+                return self._held
+            self.calls.begin(name)
+            return ""
+        # Two characters of the marker, cut, are the marker's; a text may begin with one of them.
+        least = 1 if self._is_required else 2
+        is_marker = not has_ended and len(self._held.lstrip(" \n")) >= least
+        return "" if is_marker else self._held
 
     def _read(self, text: str) -> str:
         """Depth 1 is the list of calls, depth 2 a call. What stands where a call should and is none is returned."""
         own = ""
+        arguments: list[str] = []
         for char in text:
-            if self._depth >= 2 or char == "{":
-                self._held += char
             if self._in_string:
                 self._in_string = self._escaped or char != '"'
                 self._escaped = char == "\\" and not self._escaped
@@ -95,65 +143,82 @@ class ToolCallReader:
                 self._depth += 1
             elif char in "]}":
                 self._depth -= 1
-                if self._depth == 1:
-                    own += self._complete()
+                if self._depth == 1 and self._in_arguments:
+                    self.calls.add("".join(arguments))
+                    arguments, self._in_arguments = [], False
+                    continue
+                if self._depth == 1 and self._held:
+                    own += self._held + char
+                    self._held = ""
+                    continue
+            if self._in_arguments:
+                arguments.append(char)
+            elif self._depth >= 2:
+                name = self._name_before_arguments()
+                if name is None:
+                    self._held += char
+                else:
+                    self.calls.begin(name)
+                    arguments, self._held, self._in_arguments = [char], "", True
+        if arguments:
+            self.calls.add("".join(arguments))
         return own
 
-    def _complete(self) -> str:
-        text, self._held = self._held, ""
-        call = _call(text)
-        if call is None:
-            return text
-        self._calls.append(ToolCall(self.num_calls, new_call_id(), *call))
-        self.num_calls += 1
-        return ""
+    def _name_before_arguments(self) -> str | None:
+        """The call's name, if arguments are what comes next."""
+        return _whole_name(self._held, _ARGUMENTS) if self._held.endswith(_ARGUMENTS) else None
 
 
 class SpelledCallReader:
     """The same for calls that are spelled with a special token before each part."""
 
     def __init__(self, grammar: ToolCallGrammar) -> None:
+        self.calls = Calls()
+        self.is_complete = True  # every call that is over
         self._tokens = grammar.tokens
         self._part: Literal["text", "name", "id", "arguments"] = "text"
-        self._parts: dict[str, str] = {}  # of the present call
-        self._calls: list[ToolCall] = []
-        self.num_calls = 0
+        self._parts: dict[str, str] = {}  # of the present call; its arguments are here once they have begun
+        self._arguments: list[str] = []
 
     def push(self, token_id: int, text: str) -> str:
         """The part of `text` that is the answer's own."""
         if token_id == self._tokens.calls:
-            self._complete(has_ended=True)
-            self._parts, self._part = dict.fromkeys(("name", "id", "arguments"), ""), "name"
-        elif self._part == "text":
+            own = self._end()
+            self._parts, self._part = {"name": "", "id": ""}, "name"
+            return own
+        if self._part == "text":
             return text
-        elif token_id == self._tokens.args:
+        if token_id == self._tokens.args:
             self._part = "arguments"
         elif token_id == self._tokens.call_id:
             self._part = "id"
-        else:
+        elif self._part != "arguments":
             self._parts[self._part] += text
+        elif self._arguments or (text := text.lstrip()):
+            self._begin()
+            self._arguments.append(text)
+            self.calls.add(text)
         return ""
 
-    def flush(self, *, has_ended: bool) -> str:
-        """Nothing was held back. The last call is complete if the output ended by itself, or it is an object."""
-        self._complete(has_ended=has_ended)
+    def flush(self, *, has_ended: bool) -> str:  # noqa: ARG002
+        """What was held back and is the answer's own, once nothing follows; a call that is cut loses nothing."""
+        return self._end()
+
+    def _begin(self) -> None:
+        if not self._arguments:
+            self.calls.begin(self._parts["name"].strip(), self._parts["id"].strip())
+
+    def _end(self) -> str:
+        """The present call, if there is one, has no more; a part of its name is the answer's own."""
+        part, self._part = self._part, "text"
+        if part == "text":
+            return ""
+        if part == "name":
+            return self._parts["name"]
+        self._begin()
+        self.is_complete = _is_json("".join(self._arguments))
+        self._arguments = []
         return ""
-
-    def take(self) -> tuple[ToolCall, ...]:
-        """The calls that became complete since the last time."""
-        calls, self._calls = tuple(self._calls), []
-        return calls
-
-    def _complete(self, *, has_ended: bool) -> None:
-        if self._part != "arguments":
-            return
-        name, call_id, arguments = (self._parts[part].strip() for part in ("name", "id", "arguments"))
-        self._part = "text"
-        if not _is_json(arguments) or not (has_ended or arguments[0] in "{["):
-            return
-        is_id = len(call_id) == 9 and all(char in _ALPHABET for char in call_id)
-        self._calls.append(ToolCall(self.num_calls, call_id if is_id else new_call_id(), name, arguments))
-        self.num_calls += 1
 
 
 def tool_call_reader(grammar: ToolCallGrammar) -> ToolCallReader | SpelledCallReader:
@@ -161,18 +226,15 @@ def tool_call_reader(grammar: ToolCallGrammar) -> ToolCallReader | SpelledCallRe
     return ToolCallReader(grammar) if grammar.tokens.args is None else SpelledCallReader(grammar)
 
 
-def _call(text: str) -> tuple[str, str] | None:
-    """Name and arguments; None if it is no call, whatever else the model wrote."""
+def _whole_name(text: str, rest: str | None = None) -> str | None:
+    """The name in the beginning of a call, if it is whole and, where it is given, `rest` is all that follows."""
     if not text.startswith(_NAME):
         return None
     try:
         name, end = json.JSONDecoder().raw_decode(text, len(_NAME))
     except (ValueError, RecursionError):
         return None
-    arguments = text[end + len(_ARGUMENTS) : -1]
-    if not isinstance(name, str) or not text.startswith(_ARGUMENTS, end) or not _is_json(arguments):
-        return None
-    return name, arguments
+    return name if isinstance(name, str) and rest in (None, text[end:]) else None
 
 
 def _is_json(text: str) -> bool:

@@ -47,7 +47,7 @@ class Stream:
 
     token_ids: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     logprobs: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    calls: list[dict[str, str]] = field(default_factory=list)  # names and arguments
+    calls: dict[int, tuple[str, str]] = field(default_factory=dict)  # names and arguments
     finish_reasons: dict[int, str] = field(default_factory=dict)
     is_broken: bool = False  # its connection ended early
     longest_gap_s: float = 0.0
@@ -62,7 +62,10 @@ class Stream:
         self.token_ids[index] += choice["token_ids"]
         if choice.get("logprobs"):
             self.logprobs[index] += choice["logprobs"]["token_logprobs"]
-        self.calls += [call["function"] for call in choice.get("delta", {}).get("tool_calls", ())]
+        for call in choice.get("delta", {}).get("tool_calls", ()):
+            name, arguments = self.calls.get(call["index"], ("", ""))
+            called = call["function"]
+            self.calls[call["index"]] = (name + called.get("name", ""), arguments + called["arguments"])
         if choice["finish_reason"] is not None:
             self.finish_reasons[index] = choice["finish_reason"]
 

@@ -115,11 +115,13 @@ def test_openai_forces_a_tool(client, name, temperature):
     [choice] = client.chat.completions.create(**asked).choices
     assert (choice.message.content, choice.finish_reason) == ("", "tool_calls")
     check_calls(choice.message.tool_calls, [name])
-    chunks = list(client.chat.completions.create(**asked, stream=True))
-    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
-    check_calls(calls, [name])
-    assert calls[0].function.arguments == choice.message.tool_calls[0].function.arguments
-    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    with client.chat.completions.stream(**asked) as stream:
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        [streamed] = stream.get_final_completion().choices
+    assert len(pieces) > 1, "as they are written"
+    check_calls(streamed.message.tool_calls, [name])
+    assert streamed.message.tool_calls[0].function.arguments == choice.message.tool_calls[0].function.arguments
+    assert streamed.finish_reason == "tool_calls"
 
 
 def test_a_forced_call_with_a_long_string_is_read(client):

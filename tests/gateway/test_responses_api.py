@@ -322,19 +322,46 @@ def test_calls_whole_and_streamed_are_equal(calling: tuple[openai.OpenAI, Script
     assert grammar.required
     assert (whole.status, whole.output_text, whole.tools[0].type) == ("completed", "", "function")
     with client.responses.stream(model="tiny", input="Hello", tools=[WEATHER]) as stream:
-        kinds = [event.type for event in stream]
+        events = list(stream)
         streamed = stream.get_final_response()
+    kinds = [event.type for event in events]
+    deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(event.delta for event in deltas) == '{"city": "Pâris"}{}'
+    assert len(deltas) > 6, "as they are written"
+    assert len({event.item_id for event in deltas}) == 2
     each = [
         "response.output_item.added",
         "response.function_call_arguments.delta",
         "response.function_call_arguments.done",
         "response.output_item.done",
     ]
-    assert kinds == ["response.created", "response.in_progress", *each, *each, "response.completed"]
+    once = [kind for kind, before in zip(kinds, ["", *kinds], strict=False) if kind != before]
+    assert once == ["response.created", "response.in_progress", *each, *each, "response.completed"]
     for answer in (whole, streamed):
         calls = [item for item in answer.output if item.type == "function_call"]
         assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city": "Pâris"}'), ("weather", "{}")]
         assert len({call.call_id for call in calls}) == len({call.id for call in calls}) == len(answer.output) == 2
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_call_that_is_cut_is_an_incomplete_item(
+    calling: tuple[openai.OpenAI, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer, cut: bool
+) -> None:
+    """It was lost; now it is an item, or a message where not even its name is whole."""
+    client, _ = calling
+    upto = CALLS.index("P" if cut else "eather")
+    max_tokens = len(tokenizer.encode(CALLS[:upto])) - 1
+    asked: Any = {"model": "tiny", "input": "Hello", "tools": [WEATHER], "max_output_tokens": max_tokens}
+    whole = client.responses.create(**asked)
+    *_, last = client.responses.create(**asked, stream=True)
+    assert (whole.status, last.type) == ("incomplete", "response.incomplete")
+    for answer in (whole, last.response):
+        [item] = answer.output
+        assert item.status == "incomplete"
+        if cut:
+            assert (item.type, item.name, item.arguments) == ("function_call", "weather", '{"city": "')
+        else:
+            assert answer.output_text == '{"name": "w'
 
 
 def test_calls_and_their_results_are_the_next_turns_input(

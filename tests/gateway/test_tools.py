@@ -22,7 +22,7 @@ from cluster.errors import InvalidRequest
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar, ToolTokens
 from gateway.protocol import ChatCompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer
-from gateway.tools_reader import ToolCallReader, tool_call_reader
+from gateway.tools_reader import ToolCall, ToolCallReader, joined, tool_call_reader
 from gateway.validator import Validator
 from tests.gateway.doubles import (
     ScriptedCoordinator,
@@ -97,29 +97,6 @@ def test_a_whole_answer_has_openai_s_shape(answering: Any, chunk: int) -> None:
     assert isinstance(coordinator.requests[0].grammar, ToolCallGrammar)
 
 
-@pytest.mark.parametrize("chunk", [1, 1000])
-def test_a_streamed_call_arrives_whole_in_one_delta(answering: Any, chunk: int) -> None:
-    url, _ = answering(TWO_CALLS, chunk=chunk)
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        chunks = list(
-            client.chat.completions.create(
-                model="tiny",
-                messages=[USER],
-                tools=[WEATHER, TIME],
-                stream=True,  # type: ignore[call-overload]
-            )
-        )
-    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
-    assert [(call.index, call.type, call.function.name) for call in calls] == [
-        (0, "function", "weather"),
-        (1, "function", "time"),
-    ]
-    assert all(ID.fullmatch(call.id) and json.loads(call.function.arguments) is not None for call in calls)
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
-    assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
-
-
 def test_mistral_s_client_reads_calls_plain_and_streamed(answering: Any) -> None:
     url, _ = answering(TWO_CALLS)
     with_parameters = {"type": "function", "function": {"name": "time", "parameters": {}}}
@@ -130,7 +107,11 @@ def test_mistral_s_client_reads_calls_plain_and_streamed(answering: Any) -> None
         assert whole.choices[0].finish_reason == "tool_calls"
         with client.chat.stream(**asked) as stream:
             deltas = [event.data.choices[0].delta for event in stream]
-        assert [call.function.name for delta in deltas for call in delta.tool_calls or ()] == ["weather", "time"]
+        calls = [call.function for delta in deltas for call in delta.tool_calls or ()]
+        assert [(call.name, json.loads(str(call.arguments))) for call in calls] == [
+            ("weather", {"city": 'P"a}r]is é'}),
+            ("time", {}),
+        ], "each is whole, as Mistral's API streams them"
 
 
 @pytest.mark.parametrize("text", ["It rains.", " [TOOL", "[TOOL_CALL] x", "so: [TOOL_CALLS] []"])
@@ -138,87 +119,115 @@ def test_an_answer_that_is_no_call_is_text(answering: Any, text: str) -> None:
     url, _ = answering(text)
     body = {"model": "tiny", "messages": [USER], "tools": [WEATHER]}
     [choice] = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
-    assert choice["message"] == {"role": "assistant", "content": text}
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
     assert choice["finish_reason"] == "stop"
-
-
-def test_a_call_that_max_tokens_cuts_is_never_shown(answering: Any, tokenizer: HuggingFaceTokenizer) -> None:
-    url, _ = answering(TWO_CALLS)
-    max_tokens = len(tokenizer.encode(TWO_CALLS)) - 3
-    body = {"model": "tiny", "messages": [USER], "tools": [WEATHER, TIME], "max_tokens": max_tokens}
-    [choice] = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"]
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
-    assert choice["finish_reason"] == "length"
 
 
 def test_calls_after_a_special_token(tokenizer: HuggingFaceTokenizer) -> None:
     reader = ToolCallReader(ToolCallGrammar((), required=False, tokens=ToolTokens(calls=7)))
     assert reader.push(50, "I look. [TOOL_CALLS] []") == "I look. [TOOL_CALLS] []"
     assert reader.push(7, "") == ""
-    assert reader.push(51, ' [{"name": "f", "arguments": {"a": [') == ""
-    assert reader.take() == ()
-    assert reader.push(52, '"}\\\\"]}}]') == ""
-    [call] = reader.take()
-    assert (call.name, call.arguments) == ("f", '{"a": ["}\\\\"]}')
-    assert reader.take() == ()
-    assert reader.num_calls == 1
+    assert reader.push(51, ' [{"name": "f", "argum') == ""
+    assert reader.calls.take() == ()
+    assert reader.push(52, 'ents": {"a": [') == ""
+    [first] = reader.calls.take()
+    assert (first.index, first.name, first.arguments) == (0, "f", '{"a": [')
+    assert ID.fullmatch(first.id)
+    assert not reader.is_complete
+    assert reader.push(53, '"}\\\\"]}}]') == ""
+    assert reader.calls.take() == (ToolCall(0, "", "", '"}\\\\"]}'),)
+    assert reader.calls.take() == ()
+    assert (reader.calls.num_calls, reader.is_complete) == (1, True)
 
 
 @pytest.mark.parametrize(
     "written",
     [
-        *('{"name": }', '{"name": 3, "arguments": {}}', '{"name": "f"}', '{"name": "f", "arguments": {"a": "\n"}}'),
+        *('{"name": }', '{"name": 3, "arguments": {}}', '{"name": "f"}', '{"name": "f", "argument": {"a": 1}}'),
         *('{"name": "f", "arguments": }', '{"arguments": {}, "name": "f"}', "{}", '{"name": "f", "parameters": {}}'),
-        '{"name": "f", "arguments": ' + '{"a":' * 5000 + "1" + "}" * 5001,
+        '{"name": ' + "[" * 5000 + "]" * 5000 + ', "arguments": {}}',
     ],
 )
 def test_what_is_no_call_is_content(written: str) -> None:
-    """A raw line break in a long string ended the request with 500: the reader took every object for a call."""
+    """The reader took every object for a call, and what was none ended the request with 500."""
     reader = ToolCallReader(ToolCallGrammar((), required=False))
     own = reader.push(50, f'[TOOL_CALLS] [{written}, {{"name": "g", "arguments": {{}}}}]')
-    assert own + reader.flush() == written
-    assert [call.name for call in reader.take()] == ["g"]
+    assert own + reader.flush(has_ended=True) == written
+    assert [(call.index, call.name, call.arguments) for call in reader.calls.take()] == [(0, "g", "{}")]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\n"}', '{"a":' * 5000 + "1" + "}" * 5000, "{'a': 1}", "nothing"])
+def test_arguments_are_handed_on_as_the_model_wrote_them(arguments: str) -> None:
+    """They are streamed before it can be known whether they are JSON."""
+    reader = ToolCallReader(ToolCallGrammar((), required=False))
+    assert reader.push(50, f'[TOOL_CALLS] [{{"name": "f", "arguments": {arguments}}}]') == ""
+    assert [(call.name, call.arguments) for call in reader.calls.take()] == [("f", arguments)]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*'[]{}":,\\1 \n', '{"name": ', '"f"', ', "arguments": ', "é", "null"]), max_size=30))
+@given(
+    st.lists(st.sampled_from([*'[]{}":,\\1 \n', '{"name": ', '"f"', ', "arguments": ', "é", "null"]), max_size=30),
+    st.booleans(),
+)
 @pytest.mark.parametrize("grammar", [ToolCallGrammar((), required=True), SPELLED], ids=["listed", "spelled"])
-def test_a_reader_never_raises(grammar: ToolCallGrammar, pieces: list[str]) -> None:
+def test_a_reader_never_raises(grammar: ToolCallGrammar, pieces: list[str], has_ended: bool) -> None:
     reader = tool_call_reader(grammar)
     for token_id, text in ((7, "[TOOL_CALLS]"), *((50, piece) for piece in pieces), (8, ""), (50, "{}")):
         reader.push(token_id, text)
-    reader.flush(has_ended=True)
-    for call in reader.take():
-        json.loads(call.arguments)
+    reader.flush(has_ended=has_ended)
+    calls = reader.calls.take()
+    assert [call.index for call in calls] == list(range(reader.calls.num_calls))
+    assert len({call.id for call in calls}) == len(calls)
 
 
 def test_calls_spelled_in_special_tokens() -> None:
     reader = tool_call_reader(SPELLED)
-    pushed = [(50, "I look."), (7, ""), (51, "wea"), (52, "ther"), (8, ""), (53, '{"city": '), (54, '"[ARGS] é"}')]
-    assert [reader.push(*each) for each in pushed] == ["I look.", *[""] * 6]
-    assert reader.take() == ()
-    assert reader.push(7, "") == ""
-    [call] = reader.take()
-    assert (call.index, call.name, call.arguments) == (0, "weather", '{"city": "[ARGS] é"}')
+    pushed = [(50, "I look."), (7, ""), (51, "wea"), (52, "ther"), (8, ""), (53, ' {"city": ')]
+    assert [reader.push(*each) for each in pushed] == ["I look.", *[""] * 5]
+    [call] = reader.calls.take()
+    assert (call.index, call.name, call.arguments) == (0, "weather", '{"city": ')
     assert ID.fullmatch(call.id)
+    assert reader.push(54, '"[ARGS] é"}') == reader.push(7, "") == ""
+    assert reader.calls.take() == (ToolCall(0, "", "", '"[ARGS] é"}'),)
     for each in ((55, " time"), (9, ""), (56, "Abc123xyz"), (8, ""), (57, "{}")):
         reader.push(*each)
     assert reader.flush(has_ended=True) == ""
-    [call] = reader.take()
+    [call] = reader.calls.take()
     assert (call.index, call.id, call.name, call.arguments) == (1, "Abc123xyz", "time", "{}")
-    assert reader.num_calls == 2
+    assert (reader.calls.num_calls, reader.is_complete) == (2, True)
+
+
+def test_calls_have_ids_of_their_own() -> None:
+    """A model may write one id twice, and mistral-common refuses a history with two calls of one id."""
+    reader = tool_call_reader(SPELLED)
+    for each in 2 * [(7, ""), (50, "f"), (9, ""), (51, "Abc123xyz"), (8, ""), (52, "{}")]:
+        reader.push(*each)
+    first, second = reader.calls.take()
+    assert (first.id, first.arguments, second.arguments) == ("Abc123xyz", "{}", "{}")
+    assert ID.fullmatch(second.id)
+    assert second.id != first.id
 
 
 @pytest.mark.parametrize(
-    ("arguments", "has_ended", "is_call"),
-    [("{}", False, True), ('{"a": 1', False, False), ("12", False, False), ("12", True, True), ("", True, False)],
+    ("tokens", "own", "name", "arguments", "is_complete"),
+    [
+        ([(50, "f")], "f", None, "", True),
+        ([(50, "f"), (9, "")], "", "f", "", False),
+        ([(50, "f"), (8, "")], "", "f", "", False),
+        ([(50, "f"), (8, ""), (51, '{"a": 1')], "", "f", '{"a": 1', False),
+        ([(50, "f"), (8, ""), (51, "{}")], "", "f", "{}", True),
+    ],
 )
-def test_a_spelled_call_that_is_cut_is_never_shown(arguments: str, has_ended: bool, is_call: bool) -> None:
+def test_a_spelled_call_that_is_cut_loses_nothing(
+    tokens: list[tuple[int, str]], own: str, name: str | None, arguments: str, is_complete: bool
+) -> None:
     reader = tool_call_reader(SPELLED)
-    for each in ((7, ""), (50, "f"), (8, ""), (51, arguments)):
+    for each in ((7, ""), *tokens):
         reader.push(*each)
-    reader.flush(has_ended=has_ended)
-    assert len(reader.take()) == reader.num_calls == is_call
+    assert reader.flush(has_ended=False) == own
+    calls = reader.calls.take()
+    assert [(call.name, call.arguments) for call in calls] == ([] if name is None else [(name, arguments)])
+    assert reader.is_complete == is_complete
 
 
 SPELLING_TEMPLATE = (
@@ -242,7 +251,11 @@ def test_spelled_calls_reach_openai_s_client(tmp_path: Path, stream: bool) -> No
         answered = client.chat.completions.create(**asked)
         parts = [chunk.choices[0].delta for chunk in answered] if stream else [answered.choices[0].message]
     assert "".join(part.content or "" for part in parts) == "So: "
-    calls = [call.function for part in parts for call in part.tool_calls or ()]
+    pieces = [call for part in parts for call in part.tool_calls or ()]
+    calls = joined(
+        ToolCall(getattr(call, "index", i), call.id or "", call.function.name or "", call.function.arguments)
+        for i, call in enumerate(pieces)
+    )
     assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city": "Pâris"}'), ("time", "{}")]
     grammar = coordinator.requests[0].grammar
     assert isinstance(grammar, ToolCallGrammar)

@@ -1,7 +1,9 @@
 """Run by the interpreter of an environment that has langchain-openai and langchain-mistralai."""
 
 import json
+import operator
 import sys
+from functools import reduce
 
 from langchain_mistralai import ChatMistralAI, MistralAIEmbeddings
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
@@ -22,7 +24,7 @@ for name, chat in chats.items():
     whole = chat.invoke(question)
     chunks = list(chat.stream(question))
     with_tool = chat.bind_tools([json.loads(tool)], tool_choice="any")
-    streamed_calls = [call for chunk in with_tool.stream(question) for call in chunk.tool_calls]
+    streamed_calls = reduce(operator.add, with_tool.stream(question)).tool_calls
     answers[name] = {
         "whole": whole.content,
         "streamed": "".join(chunk.content for chunk in chunks),

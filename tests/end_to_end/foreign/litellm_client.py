@@ -17,11 +17,8 @@ for provider in ("openai", "hosted_vllm"):
     chunks = litellm.completion(**call, stream=True)
     forced = {"tools": [json.loads(tool)], "tool_choice": "required"}
     calls = litellm.completion(**call, **forced).choices[0].message.tool_calls
-    streamed = [
-        one
-        for chunk in litellm.completion(**call, **forced, stream=True)
-        for one in chunk.choices[0].delta.tool_calls or ()
-    ]
+    built = litellm.stream_chunk_builder(list(litellm.completion(**call, **forced, stream=True)))
+    streamed = built.choices[0].message.tool_calls
     embedding = litellm.embedding(model=f"{provider}/{embedding_model}", input=[question], **server)
     answers[provider] = {
         "whole": whole.choices[0].message.content,
