@@ -110,6 +110,7 @@ class Message(Body):
     tool_calls: Any = None  # these three: checked by `gateway.tools_history`
     tool_call_id: Any = None
     name: str | None = None
+    refusal: str | None = None  # of an assistant, instead of content
 
 
 Messages = Annotated[list[Message], _FIRST_ERROR]
@@ -183,7 +184,7 @@ def text_of(message: Message, path: str) -> str:
         raise InvalidRequest(f"{path}.role: {message.role!r} messages are not supported", param=f"{path}.role")
     content = message.content
     if content is None and message.role == "assistant":
-        return ""
+        return message.refusal or ""
     if isinstance(content, str):
         return content
     where = f"{path}.content"
@@ -194,11 +195,12 @@ def text_of(message: Message, path: str) -> str:
         here = f"{where}[{i}]"
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise InvalidRequest(f"{here}: expected an object with a type", param=here)
-        if part["type"] != "text":
-            raise InvalidRequest(f"{here}.type: {part['type']!r} is not supported, only 'text'", param=f"{here}.type")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{here}.text: expected a string", param=f"{here}.text")
-        texts.append(part["text"])
+        kind = part["type"]
+        if kind != "text" and (kind, message.role) != ("refusal", "assistant"):
+            raise InvalidRequest(f"{here}.type: {kind!r} is not supported, only 'text'", param=f"{here}.type")
+        if not isinstance(part.get(kind), str):
+            raise InvalidRequest(f"{here}.{kind}: expected a string", param=f"{here}.{kind}")
+        texts.append(part[kind])
     return "".join(texts)
 
 

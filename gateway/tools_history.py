@@ -123,9 +123,9 @@ def _calls(calls: Any, path: str) -> list[_Call]:
     for i, call in enumerate(calls):
         here = f"{path}[{i}]"
         function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise InvalidRequest(f"{here}.function: expected an object with name and arguments", f"{here}.function")
-        arguments = function.get("arguments", "{}")
+        arguments = function.get("arguments") or "{}"  # some clients say "" or null for none
         if isinstance(arguments, dict):  # as Mistral's clients may send them
             arguments = json.dumps(arguments, ensure_ascii=False)
         if not isinstance(arguments, str):
