@@ -233,7 +233,7 @@ class GatewayConfig(_Frozen):
     keepalive_s: float = Field(15.0, gt=0)
     """A stream without a token for so long gets a comment, so that no proxy takes it for dead. Over gRPC: HTTP/2 pings.
     """
-    max_choices: int = Field(16, ge=1)
+    max_choices: int = Field(128, ge=1)
     """Choices of one request: `n` times its prompts."""
     max_embedding_inputs: int = Field(256, ge=1)
     """Inputs of one request for embeddings."""

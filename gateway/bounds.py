@@ -17,8 +17,8 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
     """SamplingParams' fields other than max_tokens and logprobs. Raises InvalidRequest for the first that is wrong."""
     temperature = between("temperature", _default(body.temperature, card.default_temperature), 0, 2)
     top_p = between("top_p", _default(body.top_p, card.default_top_p), 0, 1)
-    if top_p == 0:
-        raise InvalidRequest("top_p: must be over 0, got 0", param="top_p")
+    if top_p == 0:  # leaves the most likely token, as temperature 0 does
+        temperature, top_p = 0, 1
     repetition_penalty = between("repetition_penalty", _default(body.repetition_penalty, 1.0), 0, 10)
     if repetition_penalty == 0:
         raise InvalidRequest("repetition_penalty: must be over 0, got 0", param="repetition_penalty")
@@ -74,8 +74,6 @@ def _logit_bias(logit_bias: dict[str, float], card: ModelCard) -> tuple[tuple[in
 def _check_stop(stop: Sequence[str]) -> None:
     for i, text in enumerate(stop):
         path = f"stop[{i}]"
-        if not text:
-            raise InvalidRequest(f"{path}: must not be empty", param=path)
         if len(text) > MAX_STOP_STRING_CHARS:
             raise InvalidRequest(f"{path}: at most {MAX_STOP_STRING_CHARS} characters", param=path)
 

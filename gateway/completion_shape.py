@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from cluster.messages import TokenLogprobs
 from gateway.choice import Delta, Usage
 from gateway.detokenizer import Detokenizer
-from gateway.responses import ChoiceText, Json, finite, head, routed_body, usage_body
+from gateway.protocol import SamplingFields
+from gateway.responses import ChoiceText, Json, TokenNames, finite, head, routed_body, usage_body
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation
 
@@ -19,20 +20,22 @@ from gateway.validator import Generation
 class CompletionShape:
     """The bodies of one request's answer."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, asked: SamplingFields) -> None:
         self._head = {**head(generation), "object": "text_completion"}
         self._generation = generation
         self._tokenizer = tokenizer
-        self.return_token_ids = return_token_ids
+        self._names = TokenNames(tokenizer, by_id=bool(asked.return_tokens_as_token_ids))
+        self.return_token_ids = bool(asked.return_token_ids)
         self._begun: dict[int, _Offsets] = {}
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
         bodies = [self._choice(i, choice) for i, choice in enumerate(choices)]
         return {**self._head, "choices": bodies, "usage": usage_body(usage)}
 
-    def chunk(self, delta: Delta) -> Json:
+    def chunk(self, delta: Delta, usage: Json | None = None) -> Json:
         """The first chunk of a choice has what is echoed of its prompt."""
-        return {**self._head, "choices": [self._choice(delta.index, delta)]}
+        counts = {} if usage is None else {"usage": usage}
+        return {**self._head, "choices": [self._choice(delta.index, delta)], **counts}
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head, "choices": [], "usage": usage_body(usage)}
@@ -64,7 +67,7 @@ class CompletionShape:
 
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: _Offsets) -> Json:
         return {
-            "tokens": [self._text(i) for i in token_ids],
+            "tokens": list(map(self._names.of, token_ids)),
             "token_logprobs": [None if at is None else finite(at.token_logprob) for at in logprobs],
             "top_logprobs": [
                 None if at is None else self._top(token_id, at)
@@ -77,11 +80,8 @@ class CompletionShape:
         """The most likely tokens and the chosen one; of tokens with one spelling, the likeliest."""
         top: dict[str, float] = {}
         for other, logprob in (*at.top, (token_id, at.token_logprob)):
-            top.setdefault(self._text(other), finite(logprob))
+            top.setdefault(self._names.of(other), finite(logprob))
         return top
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
 class _Offsets:

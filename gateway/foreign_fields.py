@@ -178,7 +178,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "return_hidden_states": (False,),
     "return_meta_info": (False,),
     "return_cached_tokens_details": (False,),
-    "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "routed_experts_start_len": (0,),
     "kv_transfer_params": ({},),

@@ -32,7 +32,7 @@ from gateway.protocol import (
     SamplingFields,
     parse_body,
 )
-from gateway.responses import ChatShape, ChoiceText, model_body, num_bytes
+from gateway.responses import ChatShape, ChoiceText, Json, model_body, num_bytes, usage_body
 from gateway.responses_api import ResponsesRequest
 from gateway.responses_door import ResponsesDoor
 from gateway.sse import DONE, EventStream, begun, event, unless_disconnected
@@ -106,13 +106,13 @@ class HttpDoor:
         parsed = await self._read(request, ChatCompletionRequest)
         generation = await self._frontend.chat(parsed)
         tokenizer = self._frontend.served(generation.card).tokenizer
-        return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, _ids(parsed)))
+        return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, parsed))
 
     async def completions(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, CompletionRequest)
         generation = await self._frontend.completion(parsed)
         tokenizer = self._frontend.served(generation.card).tokenizer
-        return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, _ids(parsed)))
+        return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, parsed))
 
     async def embeddings(self, request: HttpRequest) -> Response:
         parsed = await self._read(request, EmbeddingRequest)
@@ -225,8 +225,15 @@ class HttpDoor:
         shape: ChatShape | CompletionShape,
         has_whole_calls: bool,
     ) -> AsyncGenerator[bytes, None]:
-        """One event a delta that says something."""
+        """One event a delta that says something.
+
+        The usage comes in an event of its own where that was asked for; else with the last choice's end, as Mistral's
+        clients expect, who can ask for nothing. Never in both: some clients add up what they find.
+        """
         usage = Usage(generation.num_prompt_tokens)
+        wants_event = parsed.wants_usage or self._frontend.config.force_usage
+        wants_none = parsed.stream_options is not None and parsed.stream_options.include_usage is False
+        running = len(generation.requests)
         says_ids = shape.return_token_ids
         choices: set[int] = set()  # that have had an event
         whole_calls = WholeCalls() if has_whole_calls else None
@@ -234,12 +241,15 @@ class HttpDoor:
             async for delta in deltas:
                 if whole_calls is not None:
                     delta = whole_calls.push(delta)
+                running -= delta.finish_reason is not None
+                has_usage = parsed.wants_each_usage or not (running or wants_event or wants_none)
                 if delta.says_something or says_ids:
                     has_prompt = delta.index not in choices and (says_ids or generation.echo)
                     size = num_bytes(delta) + (parsed.num_bytes if has_prompt else 0)
-                    yield await self._frontend.answer_worker.run(size, _event, shape, delta, size)
+                    counts = usage_body(usage) if has_usage else None
+                    yield await self._frontend.answer_worker.run(size, _event, shape, delta, counts, size)
                     choices.add(delta.index)
-        if parsed.wants_usage or self._frontend.config.force_usage:
+        if wants_event:
             yield event(shape.usage_chunk(usage))
         yield DONE
 
@@ -248,12 +258,8 @@ def _parsed(body_type: type[_BodyT], data: bytes) -> _BodyT:
     return parse_body(body_type, parse_object(data), len(data))
 
 
-def _event(shape: ChatShape | CompletionShape, delta: Delta, size: int) -> bytes:
-    return event(shape.chunk(delta), size)
-
-
-def _ids(parsed: SamplingFields) -> bool:
-    return bool(parsed.return_token_ids)
+def _event(shape: ChatShape | CompletionShape, delta: Delta, usage: Json | None, size: int) -> bytes:
+    return event(shape.chunk(delta, usage), size)
 
 
 async def _http_exception(_request: HttpRequest, error: Exception) -> Response:

@@ -21,6 +21,15 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _whole(value: Any) -> Any:
+    """16.0 is 16: some languages have no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_numbers(value: Any) -> Any:
+    return list(map(_whole, value)) if isinstance(value, list) and float in set(map(type, value)) else value
+
+
 _STRINGS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 _TOKEN_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _FIRST_ERROR = Field(fail_fast=True)  # for every list: nobody is told of a million wrong entries
@@ -30,7 +39,8 @@ Strings = Annotated[
     BeforeValidator(_one_or_many),
     WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]}),
 ]
-Integers = Annotated[list[int], _FIRST_ERROR]
+Integer = Annotated[int, BeforeValidator(_whole)]
+Integers = Annotated[list[int], _FIRST_ERROR, BeforeValidator(_whole_numbers)]
 Prompt = Annotated[  # checked by the validator
     Any,
     WithJsonSchema(
@@ -62,9 +72,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """Asks for a last chunk with the usage."""
+    """Asks for a last chunk with the usage, and for the usage so far in each chunk before it."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Body):
@@ -73,31 +84,37 @@ class SamplingFields(Body):
     MAX_LENGTHS: ClassVar = {"stop": 16, "stop_token_ids": 64, "logit_bias": 1024}
 
     model: str | None = None  # where one is served, or any name is taken
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    random_seed: int | None = None  # Mistral's name
-    n: int | None = None
+    seed: Integer | None = None
+    random_seed: Integer | None = None  # Mistral's name
+    n: Integer | None = None
     stop: Strings | None = None
     stop_token_ids: Integers | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # log-probabilities are of `token_id:5`, not of a token's text
     return_routed_experts: bool | None = None  # ours: `routed_experts` of each choice, [token][layer][top_k]
 
     @property
     def wants_usage(self) -> bool:
         """A last chunk with the usage, in a stream."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_each_usage(self) -> bool:
+        """The usage so far in each chunk before that one."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class Message(Body):
@@ -124,9 +141,9 @@ class ChatCompletionRequest(SamplingFields):
     messages: Messages
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
     add_special_tokens: bool | None = None  # a BOS, where the chat template makes none; false unless said
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     response_format: Any = None  # checked by `gateway.structured_output`
     tools: Any = None  # this and `tool_choice`: checked by `gateway.tools`
     tool_choice: Any = None
@@ -137,7 +154,7 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt = None  # string, token ids, or a list of strings and lists of token ids
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     add_special_tokens: bool | None = None  # true unless said; a prompt that begins with a BOS gets no second one
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
@@ -148,8 +165,8 @@ class EmbeddingRequest(Body):
     model: str | None = None
     input: Prompt = None  # string, token ids, or a list of strings and lists of token ids
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
-    output_dimension: int | None = None  # Mistral's name
+    dimensions: Integer | None = None
+    output_dimension: Integer | None = None  # Mistral's name
     output_dtype: str | None = None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.messages import ModelCard, TokenLogprobs
 from gateway.choice import Delta, Usage
+from gateway.protocol import SamplingFields
 from gateway.tokenizer import Tokenizer
 from gateway.tools_reader import ToolCall, joined
 from gateway.validator import Generation
@@ -58,14 +59,33 @@ def num_bytes(piece: ChoiceText | Delta) -> int:
     return size
 
 
+class TokenNames:
+    """What tokens are called in log-probabilities: by their text, or `token_id:5`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, by_id: bool = False, no_bytes: list[int] | None = None) -> None:
+        """`no_bytes`: those of a special token, of which the text has nothing."""
+        self._tokenizer = tokenizer
+        self._by_id = by_id
+        self._no_bytes = no_bytes
+
+    def of(self, token_id: int) -> str:
+        if self._by_id:
+            return f"token_id:{token_id}"
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    def bytes_of(self, token_id: int) -> list[int] | None:
+        has_text = token_id not in self._tokenizer.special_ids and token_id < self._tokenizer.vocab_size
+        return list(self._tokenizer.token_bytes(token_id)) if has_text else self._no_bytes
+
+
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, return_token_ids: bool) -> None:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, asked: SamplingFields) -> None:
         self._head = head(generation)
-        self._tokenizer = tokenizer
-        self.return_token_ids = return_token_ids
-        self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if return_token_ids else {}
+        self._names = TokenNames(tokenizer, by_id=bool(asked.return_tokens_as_token_ids))
+        self.return_token_ids = bool(asked.return_token_ids)
+        self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if self.return_token_ids else {}
         self._begun: set[int] = set()
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
@@ -92,7 +112,7 @@ class ChatShape:
             "usage": usage_body(usage),
         }
 
-    def chunk(self, delta: Delta) -> Json:
+    def chunk(self, delta: Delta, usage: Json | None = None) -> Json:
         """The role comes with the first chunk of each choice, the prompt's ids with the first of all."""
         prompt = {} if self._begun else self._prompt
         message: Json = {"content": delta.text} if delta.text or not delta.tool_calls else {}
@@ -108,7 +128,8 @@ class ChatShape:
             choice["token_ids"] = delta.token_ids
         choice |= routed_body(delta.routed_experts)
         choice["finish_reason"] = delta.finish_reason
-        return {**self._head, **prompt, "object": "chat.completion.chunk", "choices": [choice]}
+        counts = {} if usage is None else {"usage": usage}
+        return {**self._head, **prompt, "object": "chat.completion.chunk", "choices": [choice], **counts}
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
@@ -116,23 +137,22 @@ class ChatShape:
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> Json | None:
         if logprobs is None:
             return None
-        return {"content": logprobs_body(self._tokenizer, token_ids, logprobs), "refusal": None}
+        return {"content": logprobs_body(self._names, token_ids, logprobs), "refusal": None}
 
 
-def logprobs_body(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
+def logprobs_body(names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
     """One entry a token, with the most likely ones as far as they were asked for."""
     return [
         {
-            **_token(tokenizer, token_id, at.token_logprob),
-            "top_logprobs": [_token(tokenizer, top_id, logprob) for top_id, logprob in at.top],
+            **_token(names, token_id, at.token_logprob),
+            "top_logprobs": [_token(names, top_id, logprob) for top_id, logprob in at.top],
         }
         for token_id, at in zip(token_ids, logprobs, strict=True)
     ]
 
 
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> Json:
-    data = tokenizer.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+def _token(names: TokenNames, token_id: int, logprob: float) -> Json:
+    return {"token": names.of(token_id), "logprob": finite(logprob), "bytes": names.bytes_of(token_id)}
 
 
 def _call(call: ToolCall) -> Json:

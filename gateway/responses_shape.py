@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.choice import Delta, Usage
-from gateway.responses import logprobs_body
+from gateway.responses import TokenNames, logprobs_body
 from gateway.responses_api import ReasoningOptions, ResponsesRequest
 from gateway.responses_tools import call_item
 from gateway.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class ResponsesShape:
         random = generation.id.rpartition("-")[2]
         sampling = generation.requests[0].sampling
         self._random = random
-        self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer, no_bytes=[])  # null is no value of theirs here
         self._text: str | None = None  # of the message that is open
         self._logprobs: list[Json] = []  # of its tokens
         self._untold: list[Json] = []  # of tokens that no text has come of so far
@@ -83,7 +83,7 @@ class ResponsesShape:
     def push(self, delta: Delta) -> Iterator[Json]:
         """The events of more text and of more of the calls."""
         if delta.logprobs:
-            self._untold += logprobs_body(self._tokenizer, delta.token_ids, delta.logprobs)
+            self._untold += logprobs_body(self._names, delta.token_ids, delta.logprobs)
         of_open = [piece for piece in delta.tool_calls if not piece.id]
         for piece in of_open:
             yield from self._more_arguments(piece)

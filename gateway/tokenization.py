@@ -56,8 +56,8 @@ def tokenize_body(model: ServedModel, token_ids: TokenIds, *, with_strings: bool
 
 
 def token_strings(model: ServedModel, token_ids: TokenIds) -> list[str]:
-    """What each token stands for."""
-    return [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in token_ids]
+    """The vocabulary's entries."""
+    return list(map(model.tokenizer.piece, token_ids))
 
 
 def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:

@@ -67,6 +67,9 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for."""
 
+    def piece(self, token_id: int) -> str:
+        """The vocabulary's entry: `▁the`, `Ġthe`, `<0x0A>`. Empty for an id that has none."""
+
 
 class HuggingFaceTokenizer:
     """`tokenizer.json` and `tokenizer_config.json`, read by transformers without torch."""
@@ -145,6 +148,9 @@ class HuggingFaceTokenizer:
             return bytes(self._byte_of.get(char, 0x3F) for char in token)
         return piece_bytes(token)
 
+    def piece(self, token_id: int) -> str:
+        return self._rust.id_to_token(token_id) or ""
+
 
 class MistralTokenizer:
     """`tokenizer.model*` or `tekken.json`, read by mistral-common; its own code is the chat template."""
@@ -198,6 +204,9 @@ class MistralTokenizer:
         if hasattr(self._raw, "id_to_byte_piece") and token_id not in self.special_ids:
             return bytes(self._raw.id_to_byte_piece(token_id))
         return piece_bytes(self._raw.id_to_piece(token_id))
+
+    def piece(self, token_id: int) -> str:
+        return str(self._raw.id_to_piece(token_id)) if token_id < self.vocab_size else ""
 
 
 def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:

@@ -70,6 +70,7 @@ class Validator:
         self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
     ) -> Generation:
         """Raises InvalidRequest. With `drops_oldest` a conversation that is too long loses its oldest turns."""
+        _check_stream(body)
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.top_logprobs is not None:
             if not body.logprobs:
@@ -106,6 +107,7 @@ class Validator:
 
     def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Raises InvalidRequest."""
+        _check_stream(body)
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.logprobs is not None:
             between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
@@ -166,7 +168,7 @@ class Validator:
             card=self._card,
             requests=tuple(requests),
             num_prompt_tokens=sum(len(prompt) for prompt in asked.prompts),
-            stop=tuple(body.stop or ()),
+            stop=tuple(text for text in body.stop or () if text),  # an empty one asks for nothing
             min_tokens=options["min_tokens"],
             continues_prompt=asked.prompt_field == "prompt",
             deadline=deadline,
@@ -197,3 +199,9 @@ class Validator:
                 param=asked.max_tokens_field,
             )
         return max_tokens
+
+
+def _check_stream(body: SamplingFields) -> None:
+    """Raises InvalidRequest for what only a stream has."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: only with stream", param="stream_options")

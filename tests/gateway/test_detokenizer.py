@@ -96,6 +96,7 @@ class CountingTokenizer:
         self.vocab_size, self.special_ids = inner.vocab_size, inner.special_ids
         self.max_token_chars, self.begin_ids = inner.max_token_chars, inner.begin_ids
         self.encode, self.encode_chat, self.token_bytes = inner.encode, inner.encode_chat, inner.token_bytes
+        self.piece = inner.piece
         self.decoded = 0
 
     def decode(self, token_ids: Sequence[int]) -> str:

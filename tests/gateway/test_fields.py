@@ -118,6 +118,12 @@ def test_fields_that_change_nothing_are_ignored(url: str, path: str) -> None:
         ("stop", "x", ("max_tokens", 2)),
         ("stop", ["x", "y"], ("max_tokens", 2)),
         ("stop", [], ("max_tokens", 2)),
+        ("stop", "", ("max_tokens", 2)),
+        ("max_tokens", 1.0, ("max_tokens", 1)),  # some languages have no other numbers
+        ("top_k", 7.0, ("top_k", 7)),
+        ("stop_token_ids", [5.0, 6], ("stop_token_ids", (5, 6))),
+        ("top_p", 0, ("temperature", 0.0)),
+        ("top_p", 0.0, ("top_p", 1.0)),
     ],
 )
 def test_sampling_fields_reach_the_coordinator(
@@ -125,6 +131,21 @@ def test_sampling_fields_reach_the_coordinator(
 ) -> None:
     assert httpx.post(url + PATHS[0], json=CHAT | {field: value}).status_code == 200
     assert getattr(coordinator.requests[-1].sampling, expected[0]) == expected[1]
+
+
+def test_an_empty_stop_string_stops_nothing(url: str) -> None:
+    """Peers pass it over; it was an error."""
+    whole = httpx.post(url + PATHS[0], json=CHAT).json()["choices"][0]
+    for stop in ("", [""], ["", "absent"]):
+        assert httpx.post(url + PATHS[0], json=CHAT | {"stop": stop}).json()["choices"][0] == whole
+
+
+def test_as_many_choices_as_openai_gives(url: str, coordinator: ScriptedCoordinator) -> None:
+    answer = httpx.post(url + PATHS[0], json=CHAT | {"n": 128}, timeout=60)
+    assert len(answer.json()["choices"]) == 128
+    assert len({request.choice_index for request in coordinator.requests[-128:]}) == 128
+    error = httpx.post(url + PATHS[0], json=CHAT | {"n": 129}).json()["error"]
+    assert (error["param"], error["message"]) == ("n", "n: must be between 1 and 128, got 129")
 
 
 def test_both_names_of_the_seed(url: str, coordinator: ScriptedCoordinator) -> None:

@@ -30,6 +30,7 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
         "stream": "ChatStream and GenerateStream",
         "stream_options": "the last chunk of a stream always has the usage",
         "return_token_ids": "every answer has them; Tokenize has the prompt's",
+        "return_tokens_as_token_ids": "log-probabilities are of ids",
     },
     ChatCompletionRequest: {"max_completion_tokens": "OpenAI's newer name for `max_tokens`"},
     Message: {"refusal": "an assistant's content, whether it refused or not"},

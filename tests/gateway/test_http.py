@@ -78,14 +78,39 @@ def test_token_ids_and_logprobs_cover_every_token(
     whole = httpx.post(door[0] + "/v1/chat/completions", json=fields).json()["choices"][0]
     assert whole["token_ids"] == expected
     assert [len(entry["top_logprobs"]) for entry in whole["logprobs"]["content"]] == [2] * len(expected)
-    spelled = b"".join(bytes(entry["bytes"]) for entry in whole["logprobs"]["content"][:-1])
-    assert spelled.decode() == ANSWER
+    spelled = b"".join(bytes(entry["bytes"] or ()) for entry in whole["logprobs"]["content"])
+    assert spelled.decode() == ANSWER, "as much as the text has"
+    end = whole["logprobs"]["content"][-1]
+    assert (end["token"], end["bytes"]) == ("</s>", None), "a special token, which the text has nothing of"
     chunks = sse(httpx.post(door[0] + "/v1/chat/completions", json=fields | {"stream": True}).text)
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == expected
     assert all("finish_reason" in chunk["choices"][0] for chunk in chunks)
     legacy = client.completions.create(model="tiny", prompt="Hello", logprobs=1)
     assert legacy.choices[0].logprobs is not None
     assert legacy.choices[0].logprobs.token_logprobs == [-0.25] * len(expected)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_called_by_their_ids_where_that_is_asked_for(
+    door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer, stream: bool
+) -> None:
+    """Two tokens may have one text: half a character each is U+FFFD."""
+    expected = [f"token_id:{i}" for i in (*tokenizer.encode(ANSWER)[1:], 1)]
+    asked = {"model": "tiny", "stream": stream, "return_tokens_as_token_ids": True}
+
+    def choices(path: str, **fields: Any) -> list[Any]:
+        answer = httpx.post(door[0] + path, json=asked | fields)
+        bodies = sse(answer.text) if stream else [answer.json()]
+        return [body["choices"][0] for body in bodies]
+
+    chat = choices("/v1/chat/completions", messages=USER, logprobs=True, top_logprobs=1)
+    entries = [entry for choice in chat for entry in choice["logprobs"]["content"]]
+    assert [entry["token"] for entry in entries] == expected
+    assert {entry["top_logprobs"][0]["token"] for entry in entries} == {"token_id:0"}
+    legacy = choices("/v1/completions", prompt="Hello", logprobs=1)
+    assert [token for choice in legacy for token in choice["logprobs"]["tokens"]] == expected
+    tops = [top for choice in legacy for top in choice["logprobs"]["top_logprobs"]]
+    assert [set(top) for top in tops] == [{"token_id:0", token} for token in expected]
 
 
 def test_stop_string_cuts_and_aborts(client: openai.OpenAI, door: tuple[str, ScriptedCoordinator]) -> None:
