@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from cluster.errors import InvalidRequest
 from gateway.bounds import MAX_TOP_LOGPROBS, between
-from gateway.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, parse_body
+from gateway.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Integer, parse_body
 from gateway.responses_input import chat_messages
 from gateway.responses_tools import chat_tool_choice, chat_tools, flat_path
 from gateway.tools import MAX_TOOLS
@@ -75,7 +75,7 @@ class ResponsesRequest(Body):
     model: str | None = None
     input: Any = None  # a string, or a list of items; checked by `responses_input`
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
@@ -85,7 +85,7 @@ class ResponsesRequest(Body):
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None  # of tools that OpenAI runs: none here
     include: list[Includable] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: ReasoningOptions | None = None
     prompt_cache_options: PromptCacheOptions | None = None
