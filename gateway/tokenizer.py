@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         chat, definitions = _with_objects(messages), list(tools) or None
         try:
-            text, own = self._template.render(chat, definitions)
+            text, own = self._render(chat, definitions)
         except REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         if self._can_trace and own is not None:
@@ -123,6 +123,21 @@ class HuggingFaceTokenizer:
         self._control_tokens.refuse([{**message, "role": ""} for message in chat], "messages")
         self._control_tokens.refuse(definitions, "tools")
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def _render(self, chat: list[ChatMessage], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
+        """As the template does. Many write a system message into the first or the last user's, and lose it without one.
+
+        There an empty message of a user is put after it, as mistral-common does.
+        """
+        if _has_user(chat):
+            return self._template.render(chat, tools)
+        try:
+            text, own = self._template.render(chat, tools)
+        except REFUSALS:
+            return self._template.render(_with_user(chat), tools)
+        said = [message["content"].strip() for message in chat if message["role"] == "system"]
+        said += [tool["function"]["name"] for tool in tools or ()]
+        return (text, own) if all(one in text for one in said) else self._template.render(_with_user(chat), tools)
 
     def check_templates(self) -> None:
         """Raises jinja2's TemplateSyntaxError where the checkpoint's own does not compile."""
@@ -156,10 +171,11 @@ class MistralTokenizer:
     """`tokenizer.model*` or `tekken.json`, read by mistral-common; its own code is the chat template."""
 
     def __init__(self, directory: Path) -> None:
-        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Reader
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy  # slow to import
 
-        self._reader: Any = Reader.from_file(str(tokenizer_file(directory)))
+        from gateway.mistral_reader import mistral_reader
+
+        self._reader: Any = mistral_reader(tokenizer_file(directory))
         self._raw: Any = self._reader.instruct_tokenizer.tokenizer
         self._ignore = SpecialTokenPolicy.IGNORE
         self.vocab_size: int = self._raw.n_words
@@ -184,13 +200,11 @@ class MistralTokenizer:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-        for message in messages:
-            if message["role"] == "tool":
-                _check_result(message["content"])
+        chat = list(map(_for_mistral, messages))
+        if tools and not _has_user(chat):
+            chat = _with_user(chat)  # which the tools stand beside
         try:
-            request = ChatCompletionRequest.from_openai(
-                [dict(message) for message in messages], tools=list(tools) or None
-            )
+            request = ChatCompletionRequest.from_openai(chat, tools=list(tools) or None)
             return tuple(self._reader.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
             raise InvalidRequest(f"the model's chat format refuses these messages: {error}", "messages") from error
@@ -223,6 +237,35 @@ def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
         else dict(message)
         for message in chat
     ]
+
+
+def _has_user(chat: Sequence[ChatMessage]) -> bool:
+    return any(message["role"] == "user" for message in chat)
+
+
+def _with_user(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """An empty message of a user after what the system says."""
+    at = next((i for i, message in enumerate(chat) if message["role"] != "system"), len(chat))
+    return [*chat[:at], {"role": "user", "content": ""}, *chat[at:]]
+
+
+def _for_mistral(message: ChatMessage) -> ChatMessage:
+    """As mistral-common takes it. Raises InvalidRequest."""
+    if message["role"] == "tool":
+        _check_result(message["content"])
+    if "tool_calls" in message:
+        return {**message, "tool_calls": [_with_readable_arguments(call) for call in message["tool_calls"]]}
+    if message["role"] == "assistant" and not message["content"]:
+        return {**message, "content": " "}  # it refuses an empty answer, and strips this one but in version 1
+    return dict(message)
+
+
+def _with_readable_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """What is no JSON to Python, a number of thousands of digits for one, is a string."""
+    arguments = call["function"]["arguments"]
+    if parsed_json(arguments) is not arguments:
+        return call
+    return {**call, "function": {**call["function"], "arguments": json.dumps(arguments)}}
 
 
 def _check_result(content: str) -> None:
