@@ -11,19 +11,23 @@ splits at has none, so that a template that looks into a text (`'</think>' in co
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Environment, Template, nodes
 from jinja2.exceptions import TemplateError
+from jinja2.meta import find_undeclared_variables
 from jinja2.visitor import NodeTransformer
 
 Conversation = Sequence[Mapping[str, Any]]
 # What a template may raise about a conversation.
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _FIRST_TWIN, _NUM_TWINS = 0xD800, 0x800
 _TWINS = re.compile("[\\ud800-\\udfff][\\ud800-\\udfff]*")  # with `+` a search takes seven times as long
 _ROLES = ("system", "user", "assistant", "tool")
@@ -36,6 +40,18 @@ _WRITTEN = {
 }  # by filter or method: its first written argument
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a conversation becomes a prompt, besides its messages and tools."""
+
+    continues: bool = False  # the last message is open-ended: the model goes on with it
+    has_generation_prompt: bool = True  # what begins an assistant's turn comes last, if the template has such
+    variables: Mapping[str, Any] = field(default_factory=dict)  # the client's, for templates that read them
+
+
+ANSWER = Rendering()
+
+
 class ChatTemplate:
     """The templates of one checkpoint; which of them is used depends on whether there are tools."""
 
@@ -44,6 +60,9 @@ class ChatTemplate:
         self._hf = hf
         self._twins = Twins(control_tokens)
         self._compiled = lru_cache(self._compile)
+        self._read_by = lru_cache(self._variables)
+        parameters = inspect.signature(hf.apply_chat_template).parameters
+        self.reserved = frozenset({*parameters, *hf.special_tokens_map, "messages", "raise_exception", "strftime_now"})
 
     def check(self) -> None:
         """Raises TemplateSyntaxError for the first that does not compile."""
@@ -53,33 +72,66 @@ class ChatTemplate:
         for source in templates.values() if isinstance(templates, dict) else [templates or ""]:
             _compile_jinja_template(source)
 
-    def render(self, chat: Conversation, tools: Sequence[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
+    def render(
+        self, chat: Conversation, tools: Sequence[Any] | None, how: Rendering = ANSWER
+    ) -> tuple[str, list[tuple[int, int]] | None]:
         """The text, and where in it the control tokens stand that the template wrote: None if that cannot be told.
 
         Raises one of REFUSALS.
         """
-        text = str(self._hf.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True))
+        source = self._hf.get_chat_template(None, tools)
+        messages = _tagged(chat) if how.continues else chat
+        known = self._read_by(source)
+        variables = {name: value for name, value in how.variables.items() if name in known}
+        options = {"tools": tools, "add_generation_prompt": how.has_generation_prompt, **variables}
+        text = str(self._hf.apply_chat_template(messages, tokenize=False, **options))
+        if how.continues:
+            text = _cut(text, chat[-1]["content"])
         try:
-            traced = self._compiled(self._hf.get_chat_template(None, tools)).render(
-                messages=[{key: value for key, value in message.items() if value is not None} for message in chat],
-                tools=tools,
+            traced = self._compiled(source).render(
+                messages=[{key: value for key, value in message.items() if value is not None} for message in messages],
                 documents=None,
-                add_generation_prompt=True,
+                **options,
                 **self._hf.special_tokens_map,
             )
+            if how.continues:
+                traced = _cut(traced, "")
         except REFUSALS:
             return text, None
         return text, self._twins.tokens(traced) if self._twins.unmark(traced) == text else None
 
-    def _compile(self, source: str) -> Template:
-        from transformers.utils.chat_template_utils import _compile_jinja_template  # has what templates may call
+    def _variables(self, source: str) -> frozenset[str]:
+        """What a template reads of what it is given."""
+        return frozenset(find_undeclared_variables(self._environment(source).parse(source)))
 
-        environment = _compile_jinja_template(source).environment
+    def _compile(self, source: str) -> Template:
+        environment = self._environment(source)
         tree = environment.parse(source)
         assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
         variables = {name: str(text) for name, text in self._hf.special_tokens_map.items() if name not in assigned}
         template: Template = environment.from_string(_OwnWords(self._twins, variables).visit(tree))
         return template
+
+    @staticmethod
+    def _environment(source: str) -> Environment:
+        """transformers' own, which has what templates may call."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        environment: Environment = _compile_jinja_template(source).environment
+        return environment
+
+
+def _tagged(chat: Conversation) -> Conversation:
+    """The same with its last text marked at the end, as transformers marks one that is continued."""
+    return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _TAG}]
+
+
+def _cut(rendered: str, content: str) -> str:
+    """Up to the mark, without what a template that trimmed the text had taken away. Raises ValueError."""
+    at = rendered.rfind(_TAG.rstrip())
+    if at < 0 or content.strip() not in rendered:
+        raise ValueError("it changes the last message, which cannot be continued then")
+    return rendered[:at] if rendered.startswith(_TAG, at) else rendered[:at].rstrip()
 
 
 class Twins:

@@ -70,6 +70,7 @@ class Choice:
         self._stop_strings = StopStrings(generation.stop)
         grammar = request.grammar
         self._tool_calls = tool_call_reader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
+        self._begin = generation.begin  # until it is sent
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
         self._top_k = generation.card.top_k
@@ -80,10 +81,11 @@ class Choice:
             raise Unavailable(f"a token was lost or doubled at position {self._num_tokens}")
         if self._num_tokens == 0 and self.request.choice_index == 0:
             self._usage.cached_tokens += chunk.num_cached_tokens
+        begin, self._begin = self._begin, ""
         if self._is_prompt_only:
             self.finished = True
             no_logprobs = None if self.request.sampling.logprobs is None else ()
-            return Delta(self._index, "", (), no_logprobs, "length", chunk.prompt_logprobs)
+            return Delta(self._index, begin, (), no_logprobs, "length", chunk.prompt_logprobs)
         text = ""
         used = 0
         finish_reason = chunk.finish_reason
@@ -111,7 +113,7 @@ class Choice:
         logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
         routed = self._routed_experts(chunk, used)
         used_ids = chunk.token_ids[:used]
-        return Delta(self._index, text, used_ids, logprobs, reason, chunk.prompt_logprobs, routed, calls)
+        return Delta(self._index, begin + text, used_ids, logprobs, reason, chunk.prompt_logprobs, routed, calls)
 
     def _routed_experts(self, chunk: TokenChunk, used: int) -> list[list[list[int]]] | None:
         if chunk.routed_experts is None or not used:

@@ -83,9 +83,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     # How the prompt is made.
     "chat_template": _NOTHING,
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (),
     "documents": ([],),
     "template": _NOTHING,
@@ -200,7 +197,6 @@ INSTEAD = {  # what does here what a refused field does elsewhere, or nearly
 }
 
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "prefix": (False,),  # Mistral's: an answer's beginning, to be continued
     "audio": (),
     "function_call": (),
     "images": ([],),  # Ollama's

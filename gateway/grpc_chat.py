@@ -18,20 +18,28 @@ _CHOICES = ("none", "auto", "any", "required")
 
 def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
     """All but the sampling; only what is set. Raises InvalidRequest for what is no JSON."""
-    fields = conversation_fields(request)
+    fields = conversation_fields(request) | template_fields(request)
     if request.tool_choice in _CHOICES:
         fields["tool_choice"] = request.tool_choice
     elif request.tool_choice:
         fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
-    if request.HasField("parallel_tool_calls"):
-        fields["parallel_tool_calls"] = request.parallel_tool_calls
-    if request.HasField("safe_prompt"):
-        fields["safe_prompt"] = request.safe_prompt
-    if request.HasField("add_special_tokens"):
-        fields["add_special_tokens"] = request.add_special_tokens
+    fields |= set_fields(request, "parallel_tool_calls", "safe_prompt", "echo")
     if request.HasField("response_format"):
         fields["response_format"] = _format(request.response_format)
     return fields
+
+
+def template_fields(request: chat_pb2.ChatRequest | chat_pb2.TokenizeRequest) -> dict[str, Any]:
+    """How the conversation becomes a prompt. Raises InvalidRequest for what is no JSON."""
+    fields = set_fields(request, "add_special_tokens", "add_generation_prompt", "continue_final_message")
+    if request.chat_template_kwargs:
+        fields["chat_template_kwargs"] = _object(request.chat_template_kwargs, "chat_template_kwargs", "an object")
+    return fields
+
+
+def set_fields(message: Any, *names: str) -> dict[str, Any]:
+    """Those of the optional fields that are set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 def conversation_fields(conversation: chat_pb2.ChatRequest | chat_pb2.Conversation) -> dict[str, Any]:
@@ -55,7 +63,7 @@ def _message(message: chat_pb2.Message) -> dict[str, Any]:
         fields["tool_call_id"] = message.tool_call_id
     if message.name:
         fields["name"] = message.name
-    return fields
+    return fields | set_fields(message, "prefix")
 
 
 def _call(call: chat_pb2.ToolCall) -> dict[str, Any]:
@@ -83,7 +91,11 @@ def _format(response_format: chat_pb2.ResponseFormat) -> dict[str, Any]:
 
 
 def _schema(text: str, path: str) -> dict[str, Any]:
+    return _object(text, path, "a JSON Schema, an object")
+
+
+def _object(text: str, path: str, expected: str) -> dict[str, Any]:
     try:
         return parse_object(text.encode())
     except InvalidRequest as error:
-        raise InvalidRequest(f"{path}: expected a JSON Schema, an object: {error.message}", param=path) from None
+        raise InvalidRequest(f"{path}: expected {expected}: {error.message}", param=path) from None

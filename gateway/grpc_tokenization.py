@@ -12,7 +12,7 @@ from gateway import chat_pb2
 from gateway.deadline import PASSED
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
-from gateway.grpc_chat import conversation_fields
+from gateway.grpc_chat import conversation_fields, set_fields, template_fields
 from gateway.grpc_errors import RpcFailed
 from gateway.prompts import check_count
 from gateway.protocol import parse_body
@@ -78,9 +78,7 @@ def _tokenize_body(request: chat_pb2.TokenizeRequest) -> TokenizeRequest:
         document["prompt"] = request.text
     elif request.WhichOneof("input") == "conversation":
         document |= conversation_fields(request.conversation)
-    for name in ("add_special_tokens", "return_token_strs"):
-        if request.HasField(name):
-            document[name] = getattr(request, name)
+    document |= template_fields(request) | set_fields(request, "return_token_strs")
     return parse_body(TokenizeRequest, document, request.ByteSize())
 
 

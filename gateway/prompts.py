@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard
 from gateway.bounds import check_token_id
+from gateway.chat_template import ANSWER, Rendering
 from gateway.detokenizer import detokenize
 from gateway.protocol import Message
 from gateway.tokenizer import ChatMessage, Tokenizer
@@ -35,8 +37,9 @@ class PromptReader:
         safe_prompt: bool = False,
         tools: Sequence[Tool] = (),
         add_special_tokens: bool = False,
+        how: Rendering = ANSWER,
     ) -> TokenIds:
-        """A conversation, up to where the assistant answers; after Mistral's guardrails with `safe_prompt`.
+        """A conversation, up to where the assistant answers, or goes on; after Mistral's guardrails with `safe_prompt`.
 
         `add_special_tokens` puts before it what raw prompts begin with, unless the template has.
         """
@@ -49,7 +52,8 @@ class PromptReader:
         if not self._tokenizer.renders_tools and (tools or speaks_of_tools(chat)):
             chat, tools = plain_rendering(chat, tools), ()
         self._check_length(sum(len(message["content"]) for message in chat), "messages")
-        token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools])
+        self._check_length(len(json.dumps(how.variables)) if how.variables else 0, "chat_template_kwargs")
+        token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools], how)
         if not token_ids:
             raise InvalidRequest("messages: the chat template makes an empty prompt of them", param="messages")
         begin = self._tokenizer.begin_ids

@@ -128,19 +128,31 @@ class Message(Body):
     tool_call_id: Any = None
     name: str | None = None
     refusal: str | None = None  # of an assistant, instead of content
+    prefix: bool | None = None  # Mistral's: the answer goes on from this message, the last one
 
 
 Messages = Annotated[list[Message], _FIRST_ERROR]
 
 
-class ChatCompletionRequest(SamplingFields):
+class TemplateFields(Body):
+    """How a conversation becomes a prompt: what chats and /tokenize share."""
+
+    MAX_LENGTHS: ClassVar = {"messages": MAX_MESSAGES, "chat_template_kwargs": 64}
+
+    add_special_tokens: bool | None = None  # a BOS, where the chat template makes none; false unless said
+    add_generation_prompt: bool | None = None  # true unless said
+    continue_final_message: bool | None = None  # the last message, an assistant's, is open-ended
+    chat_template_kwargs: dict[str, Any] | None = None  # variables that the chat template reads
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
     """Body of POST /v1/chat/completions."""
 
-    MAX_LENGTHS: ClassVar = SamplingFields.MAX_LENGTHS | {"messages": MAX_MESSAGES}
+    MAX_LENGTHS: ClassVar = SamplingFields.MAX_LENGTHS | TemplateFields.MAX_LENGTHS
 
     messages: Messages
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
-    add_special_tokens: bool | None = None  # a BOS, where the chat template makes none; false unless said
+    echo: bool | None = None  # the answer begins with the message that it continues
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None

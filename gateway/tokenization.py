@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from cluster.errors import InvalidRequest
+from gateway.continuation import read_rendering
 from gateway.frontend import Frontend, ServedModel
 from gateway.prompts import PromptReader, TokenIds
-from gateway.protocol import MAX_MESSAGES, Body, Integers, Messages
+from gateway.protocol import Body, Integers, Messages, TemplateFields
 from gateway.tools import read_tools
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateFields):
     """Body of POST /tokenize: either a prompt or messages; without a model the first one."""
-
-    MAX_LENGTHS: ClassVar = {"messages": MAX_MESSAGES}
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     tools: Any = None  # with messages; checked by `gateway.tools`
-    add_special_tokens: bool | None = None  # as in completions, or with messages as in chats
     return_token_strs: bool | None = None
 
 
@@ -63,8 +61,9 @@ def token_strings(model: ServedModel, token_ids: TokenIds) -> list[str]:
 def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
     reader = PromptReader(model.card, model.tokenizer)
     if body.messages is not None:
+        how = read_rendering(body, body.messages, continues_assistants=model.tokenizer.continues_assistants)
         return reader.chat(
-            body.messages, tools=read_tools(body.tools), add_special_tokens=bool(body.add_special_tokens)
+            body.messages, tools=read_tools(body.tools), add_special_tokens=bool(body.add_special_tokens), how=how
         )
     return reader.text(body.prompt or "", "prompt", add_special_tokens=body.add_special_tokens is not False)
 

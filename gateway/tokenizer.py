@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from cluster.errors import InvalidRequest
 from cluster.messages import ToolTokens
 from cluster.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
-from gateway.chat_template import REFUSALS, ChatTemplate
+from gateway.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering
 from gateway.control_tokens import ControlTokens
 from gateway.json_bounds import check_bounds
 from gateway.unlocked_tokenizer import UnlockedTokenizer
@@ -49,14 +49,17 @@ class Tokenizer(Protocol):
     max_token_chars: int  # no token stands for more characters, so a longer text needs more tokens
     begin_ids: tuple[int, ...]  # what the checkpoint puts before a raw prompt: a BOS, for Mixtral
 
+    continues_assistants: bool  # whether a conversation that ends with an assistant's message can only be continued
     renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
     tool_tokens: ToolTokens  # the special tokens that calls are spelled with
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one, unless it begins with that itself."""
 
-    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the assistant answers. Raises InvalidRequest.
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), how: Rendering = ANSWER
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, up to where the assistant answers, or goes on. Raises InvalidRequest.
 
         Control tokens are those that the chat format puts there: no text of a message or tool becomes one.
         """
@@ -89,6 +92,7 @@ class HuggingFaceTokenizer:
         added = self._hf.added_tokens_decoder
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset([i for i, token in added.items() if token.special] + self._hf.all_special_ids)
+        self.continues_assistants = False
         template = str(self._hf.chat_template)
         self.renders_tools = "tools" in template and "tool_calls" in template
         special = {token: i for token, i in vocabulary.items() if i in self.special_ids}
@@ -110,34 +114,43 @@ class HuggingFaceTokenizer:
         is_doubled = add_special_tokens and ids[num_begin : 2 * num_begin] == self.begin_ids
         return ids[num_begin:] if is_doubled else ids
 
-    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), how: Rendering = ANSWER
+    ) -> tuple[int, ...]:
         if not self._hf.chat_template:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        for name in how.variables:
+            if name in self._template.reserved:
+                path = f"chat_template_kwargs.{name}"
+                raise InvalidRequest(f"{path}: is not the client's to set", param=path)
         chat, definitions = _with_objects(messages), list(tools) or None
         try:
-            text, own = self._render(chat, definitions)
+            text, own = self._render(chat, definitions, how)
         except REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         if self._can_trace and own is not None:
             return tuple(self._control_tokens.encode(text, own))
         self._control_tokens.refuse([{**message, "role": ""} for message in chat], "messages")
         self._control_tokens.refuse(definitions, "tools")
+        self._control_tokens.refuse(dict(how.variables), "chat_template_kwargs")
         return tuple(self._rust.encode(text, add_special_tokens=False).ids)
 
-    def _render(self, chat: list[ChatMessage], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
+    def _render(
+        self, chat: list[ChatMessage], tools: list[Any] | None, how: Rendering
+    ) -> tuple[str, list[tuple[int, int]] | None]:
         """As the template does. Many write a system message into the first or the last user's, and lose it without one.
 
         There an empty message of a user is put after it, as mistral-common does.
         """
         if _has_user(chat):
-            return self._template.render(chat, tools)
+            return self._template.render(chat, tools, how)
         try:
-            text, own = self._template.render(chat, tools)
+            text, own = self._template.render(chat, tools, how)
         except REFUSALS:
-            return self._template.render(_with_user(chat), tools)
+            return self._template.render(_with_user(chat), tools, how)
         said = [message["content"].strip() for message in chat if message["role"] == "system"]
         said += [tool["function"]["name"] for tool in tools or ()]
-        return (text, own) if all(one in text for one in said) else self._template.render(_with_user(chat), tools)
+        return (text, own) if all(one in text for one in said) else self._template.render(_with_user(chat), tools, how)
 
     def check_templates(self) -> None:
         """Raises jinja2's TemplateSyntaxError where the checkpoint's own does not compile."""
@@ -184,6 +197,7 @@ class MistralTokenizer:
         self._bos = str(self._raw.id_to_piece(self._raw.bos_id))
         self.special_ids = frozenset(int(i) for i in self._raw.special_ids)
         version = int(re.match(r"v(\d+)", str(self._raw.version.value))[1])  # type: ignore[index]
+        self.continues_assistants = True
         self.renders_tools = version > 1
         special = {self._raw.id_to_piece(i): i for i in self.special_ids}
         self.tool_tokens = ToolTokens(
@@ -196,7 +210,9 @@ class MistralTokenizer:
         bos = add_special_tokens or text.startswith(self._bos)
         return tuple(self._raw.encode(text.removeprefix(self._bos), bos=bos, eos=False))
 
-    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), how: Rendering = ANSWER
+    ) -> tuple[int, ...]:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -204,7 +220,12 @@ class MistralTokenizer:
         if tools and not _has_user(chat):
             chat = _with_user(chat)  # which the tools stand beside
         try:
-            request = ChatCompletionRequest.from_openai(chat, tools=list(tools) or None)
+            continues = how.continues and bool(messages[-1]["content"])
+            if how.continues and not continues:
+                chat.pop()  # mistral-common has no message without a text
+            request = ChatCompletionRequest.from_openai(
+                chat, tools=list(tools) or None, continue_final_message=continues
+            )
             return tuple(self._reader.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError) as error:
             raise InvalidRequest(f"the model's chat format refuses these messages: {error}", "messages") from error

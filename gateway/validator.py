@@ -18,6 +18,7 @@ from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Grammar, ModelCard, Request, SamplingParams
 from gateway.bounds import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.caller import current_caller
+from gateway.continuation import begin_of_answer, read_rendering
 from gateway.prompts import PromptReader, TokenIds
 from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from gateway.structured_output import answer_schema
@@ -37,9 +38,10 @@ class Generation:
     num_prompt_tokens: int  # summed over prompts
     stop: tuple[str, ...]
     min_tokens: int
-    continues_prompt: bool  # the text goes on from a raw prompt, so its first space counts
+    continues_prompt: bool  # the text goes on from the prompt's, so its first space counts
     deadline: Deadline
     echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
+    begin: str = ""  # what each choice repeats of the message that it continues
     is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
 
 
@@ -54,6 +56,8 @@ class _Asked:
     max_tokens_field: str
     logprobs: int | None
     echo: tuple[str, ...] = ()  # of each prompt
+    continues: bool = False
+    begin: str = ""
     grammar: Grammar | None = None
 
 
@@ -65,6 +69,7 @@ class Validator:
         self._config = config
         self._reader = PromptReader(card, tokenizer)
         self._tool_tokens = tokenizer.tool_tokens
+        self._continues_assistants = tokenizer.continues_assistants
 
     def chat(
         self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
@@ -83,8 +88,10 @@ class Validator:
         grammar = answer_grammar(
             tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._tool_tokens
         )
+        how = read_rendering(body, body.messages, continues_assistants=self._continues_assistants)
         encode = partial(
             self._reader.chat,
+            how=how,
             safe_prompt=bool(body.safe_prompt),
             tools=tools,
             add_special_tokens=bool(body.add_special_tokens),
@@ -102,6 +109,8 @@ class Validator:
             max_tokens_field=max_tokens_field,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar,
+            continues=how.continues,
+            begin=begin_of_answer(body, how),
         )
         return self._generation(body, asked, options, timeout_s)
 
@@ -124,6 +133,7 @@ class Validator:
             max_tokens_field="max_tokens",
             logprobs=body.logprobs,
             echo=self._reader.texts(body.prompt, prompts) if body.echo else (),
+            continues=True,
         )
         return self._generation(body, asked, options, timeout_s)
 
@@ -170,7 +180,8 @@ class Validator:
             num_prompt_tokens=sum(len(prompt) for prompt in asked.prompts),
             stop=tuple(text for text in body.stop or () if text),  # an empty one asks for nothing
             min_tokens=options["min_tokens"],
-            continues_prompt=asked.prompt_field == "prompt",
+            continues_prompt=asked.continues,
+            begin=asked.begin,
             deadline=deadline,
             echo=tuple(text for text in asked.echo for _ in range(body.n or 1)),
             is_prompt_only=asked.max_tokens == 0,

@@ -42,7 +42,13 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
 }
 # Of values: content that is null is the empty string, and text parts are joined, as HTTP's are; a tool that is called
 # `none`, `auto`, `any` or `required` cannot be chosen by its name.
-VALUES: dict[str, Any] = {"role": "assistant", "tool_choice": "none", "parameters": "{}", "json_schema": "{}"}
+VALUES: dict[str, Any] = {
+    "role": "assistant",
+    "chat_template_kwargs": '{"x": 1}',
+    "tool_choice": "none",
+    "parameters": "{}",
+    "json_schema": "{}",
+}
 
 
 def test_every_body_has_an_rpc_or_a_reason() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
 from cluster.config import GatewayConfig
@@ -93,6 +94,16 @@ class Doors:
             )
         )
 
+    def continued(self, layout: str, messages: Sequence[Json]) -> TokenIds:
+        """What it makes of one whose last message is open-ended."""
+        own = self._references[layout]
+        if layout in MISTRAL:
+            last = AssistantMessage(content=messages[-1]["content"], prefix=True)
+            chat = [UserMessage(content=message["content"]) for message in messages[:-1]]
+            request = ChatCompletionRequest(messages=[*chat, last] if last.content else chat)
+            return tuple(own.encode_chat_completion(request).tokens)
+        return tuple(own.apply_chat_template(list(messages), continue_final_message=True, return_dict=False))
+
     def answers(self, layout: str, shape: Shape) -> Iterator[tuple[str, TokenIds | str]]:
         """Of every door: what became of the prompt, or what the error says."""
         tools = [tool(name) for name in shape.tools]
@@ -164,6 +175,29 @@ def test_a_shape_means_the_same_everywhere(doors: Doors, name: str, layout: str)
     assert expected
     for door, answer in doors.answers(layout, shape):
         assert answer == expected, door
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("text", ["The best one is", ""])
+def test_an_answer_goes_on_from_the_last_message(doors: Doors, layout: str, text: str) -> None:
+    """As transformers and mistral-common make prompts of it, whichever name it is asked for by; it was refused."""
+    asked = {"role": "user", "content": "Which cheese?"}
+    last = {"role": "assistant", "content": text}
+    expected = doors.continued(layout, [asked, last])
+    by_prefix = [asked, {**last, "prefix": True}]
+    for fields in (
+        {"messages": by_prefix},
+        {"messages": [asked, last], "continue_final_message": True},
+        {"messages": [asked, last], "continue_final_message": True, "add_generation_prompt": False},
+        *([{"messages": [asked, last]}] if layout in MISTRAL else []),  # the only way that these formats know
+    ):
+        body = {"model": layout, **fields}
+        assert doors._chat(body) == doors._tokenize(body) == expected, fields
+    messages = [_proto(asked), chat_pb2.Message(role="assistant", content=text, prefix=True)]
+    assert doors._grpc_chat(layout, messages, []) == doors._grpc_tokenize(layout, messages, []) == expected
+    conversation = chat_pb2.Conversation(messages=[_proto(asked), _proto(last)])
+    request = chat_pb2.TokenizeRequest(model=layout, conversation=conversation, continue_final_message=True)
+    assert tuple(doors.grpc.Tokenize(request).token_ids) == expected
 
 
 def _param(answer: httpx.Response) -> str:
