@@ -235,8 +235,10 @@ class GatewayConfig(_Frozen):
     """
     max_choices: int = Field(128, ge=1)
     """Choices of one request: `n` times its prompts."""
-    max_embedding_inputs: int = Field(256, ge=1)
+    max_embedding_inputs: int = Field(2048, ge=1)
     """Inputs of one request for embeddings."""
+    max_embedding_tokens: int = Field(300_000, ge=1)
+    """Tokens of all of them together."""
     max_ongoing_requests: int = Field(256, ge=1)
     """Requests in one gateway. Past it those who hold most get 429."""
     otlp_endpoint: str | None = None

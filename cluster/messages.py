@@ -150,7 +150,7 @@ class TokenStream:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A prompt as one vector: its last hidden states pooled and scaled to length 1."""
+    """A prompt as one vector: its last hidden states, pooled."""
 
     request_id: str
     choice_index: int

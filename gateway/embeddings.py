@@ -1,6 +1,10 @@
 """Embedding requests: a parsed body becomes a job for the coordinators, their vectors the answer. Knows no wire.
 
-Knows the bounds of inputs and dimensions; how a vector comes about is the coordinator's.
+Knows the bounds of inputs and dimensions; how a vector comes about is the coordinator's. As numbers it is
+
+    float            as it is, or of length 1
+    int8, uint8      a byte a number: 127 times the number by the largest one of the vector; uint8 is 128 more
+    binary, ubinary  a bit a number, 1 where it is over 0, eight to a byte, the first in its highest; binary is 128 less
 """
 
 from __future__ import annotations
@@ -22,15 +26,15 @@ from cluster.messages import Embedding, ModelCard, Request, SamplingParams
 from gateway.bounds import between
 from gateway.caller import current_caller
 from gateway.prompts import PromptReader
-from gateway.protocol import EmbeddingRequest
+from gateway.protocol import EmbeddingRequest, OutputDtype
 from gateway.tokenizer import Tokenizer
 
-Vector = npt.NDArray[np.float32]  # [D], of length 1
+Vector = npt.NDArray[Any]  # [D] of float32, int8 or uint8; of bits [D / 8]
 
 
 @dataclass(frozen=True)
 class EmbeddingJob:
-    """One client request: what to ask a coordinator for, and how much of each vector is wanted."""
+    """One client request: what to ask a coordinator for, and what is wanted of each vector."""
 
     id: str
     created: int  # Unix time in seconds
@@ -39,6 +43,8 @@ class EmbeddingJob:
     num_prompt_tokens: int  # summed over inputs
     dimensions: int
     deadline: Deadline
+    normalizes: bool
+    dtype: OutputDtype
 
 
 class EmbeddingValidator:
@@ -51,8 +57,6 @@ class EmbeddingValidator:
 
     def job(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Raises InvalidRequest, which names the field."""
-        if body.output_dtype not in (None, "float"):
-            raise InvalidRequest("output_dtype: only 'float' is supported", param="output_dtype")
         field = "output_dimension" if body.dimensions is None else "dimensions"
         dimensions = body.output_dimension if body.dimensions is None else body.dimensions
         if dimensions is not None:
@@ -64,6 +68,9 @@ class EmbeddingValidator:
                 raise ContextTooLong(
                     f"{path}: {len(prompt)} tokens exceed the model's context of {self._card.max_model_len}", param=path
                 )
+        num_tokens, most = sum(map(len, prompts)), self._config.max_embedding_tokens
+        if num_tokens > most:
+            raise InvalidRequest(f"input: {num_tokens} tokens in all, at most {most} in this request", param="input")
         longest = self._config.request_timeout_s
         deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
         job_id = f"embd-{uuid.uuid4().hex}"
@@ -84,20 +91,36 @@ class EmbeddingValidator:
                 )
                 for i, prompt in enumerate(prompts)
             ),
-            num_prompt_tokens=sum(map(len, prompts)),
+            num_prompt_tokens=num_tokens,
             dimensions=dimensions or self._card.hidden_size,
             deadline=deadline,
+            normalizes=body.normalize is not False,
+            dtype=body.output_dtype or "float",
         )
 
 
 def vectors(job: EmbeddingJob, embeddings: Sequence[Embedding]) -> list[Vector]:
-    """One per input, in order: the first `dimensions` numbers of each, scaled to length 1 again."""
-    shortened = [np.frombuffer(embedding.values, dtype="<f4")[: job.dimensions] for embedding in embeddings]
-    return [(vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32) for vector in shortened]
+    """One per input, in order, of the first `dimensions` numbers of each."""
+    return [_vector(job, np.frombuffer(embedding.values, dtype="<f4")[: job.dimensions]) for embedding in embeddings]
+
+
+def _vector(job: EmbeddingJob, values: npt.NDArray[np.float32]) -> Vector:
+    match job.dtype:
+        case "float":
+            scale = max(float(np.linalg.norm(values)), 1e-12) if job.normalizes else 1.0
+            whole: Vector = np.asarray(values / scale, np.float32)
+            return whole
+        case "int8" | "uint8":
+            largest = max(float(np.abs(values).max()), 1e-12)
+            scaled: Vector = np.rint(values * (127 / largest)).astype(np.int8)
+            return scaled if job.dtype == "int8" else scaled.view(np.uint8) ^ 0x80
+        case "binary" | "ubinary":
+            bits: Vector = np.packbits(values > 0)
+            return bits if job.dtype == "ubinary" else (bits ^ 0x80).view(np.int8)
 
 
 def embeddings_body(job: EmbeddingJob, answer: Sequence[Vector], encoding_format: str | None) -> dict[str, Any]:
-    """OpenAI's answer, with the id that Mistral's has; base64 is of the numbers as little-endian float32."""
+    """OpenAI's answer, with the id that Mistral's has; base64 is of the numbers as they lie in memory."""
     return {
         "id": job.id,
         "object": "list",
@@ -106,7 +129,7 @@ def embeddings_body(job: EmbeddingJob, answer: Sequence[Vector], encoding_format
             {
                 "object": "embedding",
                 "index": i,
-                "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()
+                "embedding": base64.b64encode(vector.astype(vector.dtype.newbyteorder("<")).tobytes()).decode()
                 if encoding_format == "base64"
                 else vector.tolist(),
             }

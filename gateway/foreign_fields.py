@@ -98,6 +98,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "input_suffix": ("",),
     "input_extra": ([],),
     "prompt_embeds": (),
+    # How vectors are told.
+    "embedding_type": ("float",),
+    "embedding_types": (["float"],),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "normalized": (True,),
+    "use_activation": (True,),
+    "pooling_type": (),
+    "late_chunking": (False,),
     "images": ([],),
     "image_data": ([],),
     "mm_processor_kwargs": ({},),
@@ -194,6 +203,8 @@ INSTEAD = {  # what does here what a refused field does elsewhere, or nearly
     "return_prompt_token_ids": "return_token_ids",
     "repeat_penalty": "repetition_penalty",
     "do_sample": "temperature",
+    **dict.fromkeys(("embedding_type", "embedding_types", "embed_dtype"), "output_dtype"),
+    **dict.fromkeys(("normalized", "use_activation"), "normalize"),
 }
 
 REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {

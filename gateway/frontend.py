@@ -17,14 +17,14 @@ from functools import partial
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from cluster.fairness import is_refused
-from cluster.messages import Kind, ModelCard, TokenChunk
+from cluster.messages import Embedding, Kind, ModelCard, TokenChunk
 from cluster.traces import Span, Traces
 from gateway import resumption
 from gateway.caller import current_caller
 from gateway.choice import Choice, Delta, Usage
 from gateway.coordinator_client import CoordinatorClient
 from gateway.deadline import PASSED, DeadlineTimer
-from gateway.embeddings import EmbeddingJob, EmbeddingValidator, Vector, vectors
+from gateway.embeddings import EmbeddingJob, EmbeddingValidator
 from gateway.guard import Guard
 from gateway.health import Health
 from gateway.limits import Limiter
@@ -38,6 +38,7 @@ from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation, Validator
 from gateway.worker import Worker
 
+EMBEDDINGS_PER_CALL = 64  # to a coordinator: pickling thousands would keep the event loop
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
 
 
@@ -145,8 +146,8 @@ class Frontend:
         current_caller().take_prompt(job.num_prompt_tokens)
         return job
 
-    async def embed(self, job: EmbeddingJob) -> list[Vector]:
-        """The vector of each input, in order. Cancelling aborts them. Raises MantaError."""
+    async def embed(self, job: EmbeddingJob) -> list[Embedding]:
+        """That of each input, in order. Cancelling aborts them. Raises MantaError."""
         self._refuse_when_full()
         record = current_record() or RequestRecord("http", "")
         with (
@@ -154,15 +155,18 @@ class Frontend:
             PromptBill(current_caller(), {job.id: job.num_prompt_tokens}) as bill,
         ):
             coordinator = self.served(job.card).coordinator
+            embeddings: list[Embedding] = []
             try:
                 async with asyncio.timeout(job.deadline.remaining_s):
-                    embeddings = await resumption.embed(coordinator, job.requests, self.config.resume_timeout_s)
+                    for start in range(0, len(job.requests), EMBEDDINGS_PER_CALL):
+                        asked = job.requests[start : start + EMBEDDINGS_PER_CALL]
+                        embeddings += await resumption.embed(coordinator, asked, self.config.resume_timeout_s)
             except TimeoutError:
                 raise DeadlineExceeded(PASSED) from None
             bill.answered(job.id)
             for choice in range(len(embeddings)):
                 timer.tokens(choice, 0, "stop")
-        return vectors(job, embeddings)
+        return embeddings
 
     async def generate(self, generation: Generation, usage: Usage) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come, `usage` kept up to date. Raises MantaError.

@@ -19,7 +19,11 @@ _CHOICES = ("none", "auto", "any", "required")
 def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
     """All but the sampling; only what is set. Raises InvalidRequest for what is no JSON."""
     fields = conversation_fields(request) | template_fields(request)
-    if request.tool_choice in _CHOICES:
+    if request.allowed_tools:
+        names = [{"type": "function", "function": {"name": name}} for name in request.allowed_tools]
+        allowed = {"mode": request.tool_choice or "auto", "tools": names}
+        fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
+    elif request.tool_choice in _CHOICES:
         fields["tool_choice"] = request.tool_choice
     elif request.tool_choice:
         fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}

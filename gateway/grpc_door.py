@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from gateway import chat_pb2
 from gateway.choice import Usage
-from gateway.embeddings import EmbeddingJob
+from gateway.embeddings import EmbeddingJob, vectors
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
 from gateway.grpc_chat import chat_fields
@@ -25,6 +25,7 @@ from gateway.grpc_messages import (
     completion_fields,
     echoed,
     embedding_fields,
+    embedding_message,
     head,
     sampling_fields,
     usage_message,
@@ -148,7 +149,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         def response() -> _MessageT:
             return response_type(
                 **head(job),
-                embeddings=[chat_pb2.Embedding(index=i, values=vector) for i, vector in enumerate(answer)],
+                embeddings=[embedding_message(i, vector) for i, vector in enumerate(vectors(job, answer))],
                 usage=usage_message(Usage(job.num_prompt_tokens)),
             )
 

@@ -25,8 +25,11 @@ def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
 
 def identify(guard: Guard, context: Any) -> ApiKey | None:
     """Whose RPC it is, by its metadata. Raises Unauthorized."""
-    authorization = [str(value) for name, value in context.invocation_metadata() if name == "authorization"]
-    return guard.identify(authorization, peer_address(context.peer()))
+    sent: dict[str, list[str]] = {"authorization": [], "x-api-key": []}
+    for name, value in context.invocation_metadata():
+        if name in sent:
+            sent[name].append(str(value))
+    return guard.identify(sent["authorization"], peer_address(context.peer()), sent["x-api-key"])
 
 
 def connection(context: Any) -> str:

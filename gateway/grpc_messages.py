@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from cluster.errors import InvalidRequest
 from cluster.messages import TokenLogprobs
 from gateway import chat_pb2
 from gateway.choice import Delta, Usage
-from gateway.embeddings import EmbeddingJob
+from gateway.embeddings import EmbeddingJob, Vector
 from gateway.grpc_chat import call_messages
 from gateway.json_bounds import MAX_VALUES
 from gateway.responses import ChoiceText
@@ -69,6 +71,10 @@ def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
     fields: dict[str, Any] = {"model": request.model, "input": _prompts(request.inputs, "input")}
     if request.HasField("dimensions"):
         fields["dimensions"] = request.dimensions
+    if request.HasField("normalize"):
+        fields["normalize"] = request.normalize
+    if request.output_dtype:
+        fields["output_dtype"] = request.output_dtype
     return fields
 
 
@@ -119,6 +125,13 @@ def _logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
         for token_id, at in zip(token_ids, logprobs, strict=False)
         if at is not None
     ]
+
+
+def embedding_message(index: int, vector: Vector) -> chat_pb2.Embedding:
+    """One input's."""
+    if vector.dtype == np.float32:
+        return chat_pb2.Embedding(index=index, values=vector)
+    return chat_pb2.Embedding(index=index, packed=vector.tobytes())
 
 
 def usage_message(usage: Usage) -> chat_pb2.Usage:

@@ -12,7 +12,8 @@ from cluster.errors import ConfigError, Unauthorized
 from cluster.guarded_file import read_guarded
 from gateway.api_keys import ApiKey, ApiKeyFile
 
-NO_KEY = "no API key was sent; expected 'Authorization: Bearer KEY'"
+NO_KEY = "no API key was sent; expected 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
+TWO_KEYS = "two API keys were sent, in Authorization and X-Api-Key or more than once; expected one, or the same in both"
 WRONG_KEY = "the API key is not known"
 NOT_LOCAL = "without API keys (gateway.api_keys_file) only clients on the server's own machine are answered"
 NO_METRICS_TOKEN = "metrics need a token of their own where API keys are configured: set gateway.metrics_token_file"
@@ -30,18 +31,21 @@ class Guard:
         self._origins = frozenset(config.cors_origins)
         self._hosts = frozenset({"localhost", *map(_host_name, (config.host, *config.allowed_hosts))})
 
-    def identify(self, authorization: Sequence[str], peer: str | None) -> ApiKey | None:
+    def identify(self, authorization: Sequence[str], peer: str | None, x_api_key: Sequence[str] = ()) -> ApiKey | None:
         """Whose request this is; None where no keys are configured. Raises Unauthorized.
 
-        `authorization` are the values of all headers of that name, `peer` is an IP address.
+        `authorization` and `x_api_key` are the values of all headers of that name, `peer` is an IP address. Two keys
+        are nobody's: what stands before us may have looked at the other one.
         """
         if self._keys is None:
             self.require_local(peer)
             return None
-        secret = _bearer(authorization)
-        if secret is None:
+        secrets = {secret for secret in (_bearer(authorization), *map(str.strip, x_api_key)) if secret}
+        if len(secrets) > 1 or len(authorization) > 1 or len(x_api_key) > 1:
+            raise Unauthorized(TWO_KEYS)
+        if not secrets:
             raise Unauthorized(NO_KEY)
-        key = self._keys.find(secret)
+        key = self._keys.find(secrets.pop())
         if key is None:
             raise Unauthorized(WRONG_KEY)
         return key

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from gateway.body_bounds import BodyBounds
 from gateway.choice import Delta, Usage
 from gateway.completion_shape import CompletionShape
-from gateway.embeddings import embeddings_body
+from gateway.embeddings import embeddings_body, vectors
 from gateway.frontend import Frontend
 from gateway.http_body import parse_object, read_body
 from gateway.http_errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
@@ -122,7 +122,7 @@ class HttpDoor:
         size = NUMBER_BYTES * job.dimensions * len(answer)
 
         def response() -> Response:
-            document = embeddings_body(job, answer, parsed.encoding_format)
+            document = embeddings_body(job, vectors(job, answer), parsed.encoding_format)
             return json_response(document, headers={REQUEST_ID_HEADER: job.id}, num_bytes=size)
 
         return await self._frontend.answer_worker.run(size, response)

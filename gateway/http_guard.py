@@ -61,7 +61,7 @@ class HttpGuard:
             self._guard.require_metrics_token(authorization, peer)
             caller = ANONYMOUS
         else:
-            caller = Caller(self._guard.identify(authorization, peer), self._limiter)
+            caller = Caller(self._guard.identify(authorization, peer, headers.getlist("x-api-key")), self._limiter)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
             raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")

@@ -171,6 +171,9 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None  # the answer begins with the prompt; with logprobs, those of its tokens too
 
 
+OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
+
+
 class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings, with Mistral's names where they differ."""
 
@@ -179,7 +182,8 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Integer | None = None
     output_dimension: Integer | None = None  # Mistral's name
-    output_dtype: str | None = None
+    output_dtype: OutputDtype | None = None  # Mistral's, as Cohere and vLLM make them
+    normalize: bool | None = None  # to length 1: true unless said
 
 
 _BodyT = TypeVar("_BodyT", bound=Body)

@@ -1,6 +1,6 @@
 """Pools the last hidden states of a prompt into one vector, chunk by chunk. Knows rows; knows no scheduling.
 
-Sums are in fp32 whatever the model runs in, and the vector is scaled to length 1.
+Sums are in fp32 whatever the model runs in. The vector has its own length; who asks may scale it.
 
 Shapes: P rows to pool, D hidden size.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from cluster.messages import Embedding
 from router_service.sequence import Sequence
@@ -51,11 +50,9 @@ def pool_prompts(
 
 
 def embedding(sequence: Sequence) -> Embedding:
-    """The vector of a prompt whose last chunk is pooled. The scale of a sum is lost with its length.
-
-    Raises Unavailable when it is not finite.
-    """
-    vector: torch.Tensor = F.normalize(sequence.pooled.total, dim=0)
+    """The vector of a prompt whose last chunk is pooled. Raises Unavailable when it is not finite."""
+    num_rows = sequence.num_prompt_tokens if sequence.request.pooling == "mean" else 1
+    vector: torch.Tensor = sequence.pooled.total / num_rows
     if not math.isfinite(vector.sum()):
         raise not_finite()
     return Embedding(sequence.request.request_id, sequence.request.choice_index, vector.cpu().numpy().tobytes())

@@ -26,7 +26,7 @@ from gateway.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, http_server, model_card, ready, tokens_script
 from tests.gateway.test_grpc import grpc_server
 
-SIZE = 8
+SIZE, LENGTH = 16, np.float32(3)  # of what a model makes
 TEXTS = ["Hello", "le fromage", "Hello"]
 
 
@@ -44,9 +44,11 @@ class EmbeddingCoordinator(ScriptedCoordinator):
         self.pause_s = pause_s
         self.error: Exception | None = None
         self.cancelled = False
+        self.asked_at_once: list[int] = []
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self.requests += requests
+        self.asked_at_once.append(len(requests))
         try:
             await asyncio.sleep(self.pause_s)
         except asyncio.CancelledError:
@@ -54,7 +56,10 @@ class EmbeddingCoordinator(ScriptedCoordinator):
             raise
         if self.error is not None:
             raise self.error
-        return tuple(Embedding(r.request_id, r.choice_index, vector_of(r.prompt_token_ids).tobytes()) for r in requests)
+        return tuple(
+            Embedding(r.request_id, r.choice_index, (LENGTH * vector_of(r.prompt_token_ids)).tobytes())
+            for r in requests
+        )
 
 
 def build(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, **config: Any) -> Frontend:
@@ -84,7 +89,7 @@ def coordinator() -> EmbeddingCoordinator:
 
 @pytest.fixture
 def url(tokenizer_directory: Path, coordinator: EmbeddingCoordinator) -> Iterator[str]:
-    with http_server(build(tokenizer_directory, coordinator, max_embedding_inputs=4)) as url:
+    with http_server(build(tokenizer_directory, coordinator, max_embedding_inputs=4, max_embedding_tokens=300)) as url:
         yield url
 
 
@@ -124,6 +129,54 @@ def test_base64_is_the_same_numbers(url: str) -> None:
         np.testing.assert_array_equal(decoded, np.array(one["embedding"], dtype=np.float32))
 
 
+def test_without_scaling_a_vector_has_its_own_length(url: str, tokenizer: HuggingFaceTokenizer) -> None:
+    expected = LENGTH * vector_of(tokenizer.encode("Hello"))
+    for dimensions in (SIZE, 3):
+        raw = post(url, input="Hello", normalize=False, dimensions=dimensions).json()["data"][0]["embedding"]
+        np.testing.assert_allclose(raw, expected[:dimensions], atol=1e-6)
+    scaled = post(url, input="Hello", normalize=True).json()
+    assert scaled["data"] == post(url, input="Hello").json()["data"]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("int8", "i1"), ("uint8", "u1"), ("binary", "i1"), ("ubinary", "u1")])
+@pytest.mark.parametrize("dimensions", [SIZE, 11])
+def test_small_numbers_mean_the_same_vector(
+    url: str, tokenizer: HuggingFaceTokenizer, dtype: str, kind: str, dimensions: int
+) -> None:
+    """Mistral's spelling: a byte a number, or a bit, eight to a byte. Other clients get them packed in base64."""
+    exact = vector_of(tokenizer.encode("Hello"))[:dimensions]
+    asked = {"input": "Hello", "output_dtype": dtype, "dimensions": dimensions}
+    numbers = np.array(post(url, **asked).json()["data"][0]["embedding"])
+    packed = base64.b64decode(post(url, **asked, encoding_format="base64").json()["data"][0]["embedding"])
+    np.testing.assert_array_equal(np.frombuffer(packed, dtype=kind), numbers)
+    if dtype.endswith("int8"):
+        around_zero = numbers - (128 if dtype == "uint8" else 0)
+        assert np.abs(around_zero).max() == 127
+        cosine = around_zero @ exact / np.linalg.norm(around_zero) / np.linalg.norm(exact)
+        assert cosine > 0.9999
+    else:
+        bits = np.unpackbits((numbers + (128 if dtype == "binary" else 0)).astype(np.uint8))
+        np.testing.assert_array_equal(bits[:dimensions], exact > 0)
+        assert len(numbers) == -(-dimensions // 8)
+
+
+def test_two_thousand_inputs_are_asked_for_in_parts(
+    tokenizer_directory: Path, coordinator: EmbeddingCoordinator, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """OpenAI takes 2,048 and langchain sends 1,000, which were 400."""
+    texts = [str(i) for i in range(2048)]
+    with http_server(build(tokenizer_directory, coordinator)) as url:
+        answer = post(url, input=texts)
+        assert answer.status_code == 200, answer.text
+        data = answer.json()["data"]
+        refused = post(url, input=[*texts, "one more"])
+    assert [item["index"] for item in data] == list(range(2048))
+    for i in (0, 63, 64, 2047):
+        np.testing.assert_allclose(data[i]["embedding"], vector_of(tokenizer.encode(texts[i])), atol=1e-6)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+    assert max(coordinator.asked_at_once) <= 64, "a call of thousands would keep the event loop"
+
+
 @pytest.mark.parametrize("field", ["dimensions", "output_dimension"])
 def test_fewer_dimensions_are_scaled_again(url: str, field: str) -> None:
     whole = np.array(post(url, input="Hello").json()["data"][0]["embedding"])
@@ -150,7 +203,11 @@ def test_fewer_dimensions_are_scaled_again(url: str, field: str) -> None:
         ({"input": "a", "dimensions": SIZE + 1}, "dimensions"),
         ({"input": "a", "output_dimension": SIZE + 1}, "output_dimension"),
         ({"input": "a", "dimensions": "3"}, "dimensions"),
-        ({"input": "a", "output_dtype": "int8"}, "output_dtype"),
+        ({"input": "a", "output_dtype": "int4"}, "output_dtype"),
+        ({"input": "a", "normalize": "no"}, "normalize"),
+        ({"input": "a", "normalized": False}, "normalized"),
+        ({"input": "a", "embedding_type": "binary"}, "embedding_type"),
+        ({"input": [[40] * 150] * 3}, "input"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ({"input": "a", "model": "tiny"}, "model"),
     ],
@@ -249,6 +306,10 @@ def test_grpc(tokenizer_directory: Path, coordinator: EmbeddingCoordinator, toke
         ids = [chat_pb2.EmbedInput(token_ids=chat_pb2.TokenIds(ids=[5, 6]))]
         short = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=ids, dimensions=2), timeout=30)
         assert len(short.embeddings[0].values) == 2
+        raw = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=ids, normalize=False), timeout=30)
+        np.testing.assert_allclose(raw.embeddings[0].values, LENGTH * vector_of((5, 6)), atol=1e-6)
+        [small] = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=ids, output_dtype="ubinary")).embeddings
+        assert (list(small.values), small.packed) == ([], np.packbits(vector_of((5, 6)) > 0).tobytes())
         mixed = stub.Embed(chat_pb2.EmbedRequest(model="embed", inputs=[*texts, *ids]), timeout=30)
         np.testing.assert_allclose(
             [item.values for item in mixed.embeddings], [vector_of(prompt) for prompt in (*prompts, (5, 6))], atol=1e-6

@@ -273,6 +273,12 @@ def test_tools_and_formats_mean_what_they_mean_over_http(card: ModelCard, tokeni
         assert grammar.required
         streamed = [call.name for chunk in stub.ChatStream(request) for call in chunk.choice.tool_calls]
         assert [name for name in streamed if name] == ["weather"]
+        request.tool_choice = "required"
+        request.allowed_tools.append("time")
+        stub.Chat(request)
+        allowed = coordinator.requests[-1].grammar
+        assert isinstance(allowed, ToolCallGrammar)
+        assert ([name for name, _ in allowed.tools], allowed.required) == (["time"], True)
         response_format = chat_pb2.ResponseFormat(type="json_schema", json_schema=schema)
         stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=USER, response_format=response_format))
         assert isinstance(coordinator.requests[-1].grammar, JsonSchema)

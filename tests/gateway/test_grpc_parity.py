@@ -37,7 +37,6 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
     EmbeddingRequest: {
         "encoding_format": "numbers need no spelling here",
         "output_dimension": "Mistral's name for `dimensions`",
-        "output_dtype": "values are floats",
     },
 }
 # Of values: content that is null is the empty string, and text parts are joined, as HTTP's are; a tool that is called
@@ -48,6 +47,7 @@ VALUES: dict[str, Any] = {
     "tool_choice": "none",
     "parameters": "{}",
     "json_schema": "{}",
+    "output_dtype": "int8",
 }
 
 
