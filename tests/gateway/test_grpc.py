@@ -158,7 +158,7 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"sampling": chat_pb2.Sampling(temperature=float("nan"))}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
     ({"sampling": chat_pb2.Sampling(max_tokens=0)}, grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
     ({"sampling": chat_pb2.Sampling(max_tokens=999)}, grpc.StatusCode.INVALID_ARGUMENT, "256"),
-    ({"sampling": chat_pb2.Sampling(n=99)}, grpc.StatusCode.INVALID_ARGUMENT, "n"),
+    ({"sampling": chat_pb2.Sampling(n=129)}, grpc.StatusCode.INVALID_ARGUMENT, "n"),
     ({"sampling": chat_pb2.Sampling(logit_bias={999: 1})}, grpc.StatusCode.INVALID_ARGUMENT, "logit_bias.999"),
     ({"sampling": chat_pb2.Sampling(logprobs=21)}, grpc.StatusCode.INVALID_ARGUMENT, "top_logprobs"),
     ({"messages": [chat_pb2.Message(role="user", content="x" * 4096)]}, grpc.StatusCode.RESOURCE_EXHAUSTED, "2048"),
