@@ -54,6 +54,11 @@ class Adjustments:
                 self._count(token_ids[at : at + _IDS_AT_ONCE], are_output)
                 time.sleep(0)  # numpy keeps the interpreter's lock, which the engine's thread may want
 
+    @property
+    def repetition_penalty(self) -> float:
+        """What `divisors` holds for tokens that have been seen."""
+        return self._sampling.repetition_penalty
+
     def catch_up(self, token_ids: list[int]) -> None:
         """Count what has been appended to a sequence's tokens since the last time."""
         if self._num_counted < len(token_ids):
