@@ -16,6 +16,7 @@ import yaml
 from cluster.errors import ConfigError
 
 MAX_DEPTH = 32
+MAX_MANIFEST_DEPTH = 100  # a schema of Kubernetes' is 50 deep
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,39 @@ def parse_yaml(text: bytes | str, source: str, *, secret: bool = False) -> YamlD
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{source}, line {line}: not UTF-8") from None
-    with _opened(text, source, secret=secret) as loader:
+    with _opened(text, source, _SecretLoader if secret else _Loader) as loader:
         root = loader.get_single_node()
         return YamlDocument(None if root is None else loader.construct_document(root), root)
 
 
 def parse_manifests(text: str, source: str) -> list[Any]:
     """Every document of a long text, by libyaml, which is ten times as fast; repeated keys pass. Raises ConfigError."""
+    loader = getattr(yaml, "CSafeLoader", _Loader)
     try:
-        return list(yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", _Loader)))
+        _bound_depth(text, loader)
+        return list(yaml.load_all(text, Loader=loader))
     except Exception:  # whatever int, datetime and the rest say; ours says where
-        with _opened(text, source) as loader:
+        with _opened(text, source, _ManifestLoader) as own:
             documents = []
-            while loader.check_data():  # type: ignore[no-untyped-call]
-                documents.append(loader.get_data())
+            while own.check_data():  # type: ignore[no-untyped-call]
+                documents.append(own.get_data())
             return documents
 
 
+def _bound_depth(text: str, loader: Any) -> None:
+    """Raises ValueError. libyaml's loader recurses in C, where enough brackets end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_MANIFEST_DEPTH:
+            raise ValueError
+
+
 @contextmanager
-def _opened(text: str, source: str, *, secret: bool = False) -> Iterator[_Loader]:
+def _opened(text: str, source: str, kind: type[_Loader]) -> Iterator[_Loader]:
     loader: _Loader | None = None
     try:
-        loader = (_SecretLoader if secret else _Loader)(text)
+        loader = kind(text)
         yield loader
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -81,7 +93,7 @@ def _opened(text: str, source: str, *, secret: bool = False) -> Iterator[_Loader
         line = 1 if mark is None else mark.line + 1
         if isinstance(error, _Refused):
             raise ConfigError(f"{source}, line {line}: {error.problem}") from None
-        problem = "neither YAML nor JSON" if secret else f"not YAML: {error.problem}"
+        problem = "neither YAML nor JSON" if kind is _SecretLoader else f"not YAML: {error.problem}"
         raise ConfigError(f"{source}, line {line}: {problem}") from None
     finally:
         if loader is not None:
@@ -96,6 +108,8 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
+    max_depth = MAX_DEPTH
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
@@ -103,8 +117,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _Refused(f"nested more than {MAX_DEPTH} deep", self.peek_event())  # type: ignore[no-untyped-call]
+        if self._depth > self.max_depth:
+            raise _Refused(f"nested more than {self.max_depth} deep", self.peek_event())  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -128,6 +142,10 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception:  # whatever int, datetime and the rest say of a text that is none
             raise _Refused("a value that is not what its tag says", node) from None
+
+
+class _ManifestLoader(_Loader):
+    max_depth = MAX_MANIFEST_DEPTH
 
 
 class _SecretLoader(_Loader):

@@ -47,8 +47,8 @@ def _doubles(document: Document, name: str, entries: list[Any], field: str) -> I
 
 
 def _same(document: Document, keys: tuple[str, ...], entries: list[dict[str, Any]], field: str) -> Iterator[str]:
-    values = [tuple(entry.get(key, "TCP" if key == "protocol" else None) for key in keys) for entry in entries]
+    values = [tuple(repr(entry.get(key, "TCP" if key == "protocol" else None)) for key in keys) for entry in entries]
     for value in dict.fromkeys(values):
         if values.count(value) > 1:
-            what = ", ".join(f"{key} {part!r}" for key, part in zip(keys, value, strict=True))
+            what = ", ".join(f"{key} {part}" for key, part in zip(keys, value, strict=True))
             yield f"{document}: {field}: {values.count(value)} entries have the {what}"

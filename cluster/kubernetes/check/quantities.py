@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.kubernetes.check.documents import Document
 
-_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(m|k|[MGTPE]|[KMGTPE]i|[eE][+-]?\d+)?")
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(m|k|[MGTPE]|[KMGTPE]i|[eE][+-]?\d{1,2})?")
 _FACTORS = {"m": Decimal("0.001"), "k": Decimal(10**3)} | {
     unit: Decimal(10 ** (3 * power)) for power, unit in enumerate("MGTPE", start=2)
 }

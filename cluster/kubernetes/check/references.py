@@ -71,7 +71,7 @@ def _called(spec: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _mounts(template: PodTemplate) -> Iterator[str]:
     claims = (template.owner.body.get("spec") or {}).get("volumeClaimTemplates") or []  # of a StatefulSet
     volumes = {volume.get("name") for volume in template.spec.get("volumes", [])}
-    volumes |= {claim["metadata"]["name"] for claim in claims}
+    volumes |= {(claim.get("metadata") or {}).get("name") for claim in claims}
     for container in template.containers:
         for mount in container.get("volumeMounts", []):
             if mount.get("name") not in volumes:
@@ -110,7 +110,7 @@ def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     if any(labels.get(key) != value for key, value in (selector.get("matchLabels") or {}).items()):
         return False
     return all(
-        expression.get("operator") != "In" or labels.get(expression["key"]) in expression.get("values", [])
+        expression.get("operator") != "In" or labels.get(expression.get("key", "")) in expression.get("values", [])
         for expression in selector.get("matchExpressions") or []
     )
 

@@ -7,9 +7,15 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.kubernetes.check.documents import Document
+from cluster.kubernetes.check.shapes import TEXTS, Shape, misshapen
 from cluster.yaml_document import parse_yaml
 
 FIELD = "spec.serveConfigV2"
+_CONFIG: Shape = {
+    "http_options": {"port": int, "host": str},
+    "grpc_options": {"port": int},
+    "applications": [{"deployments": [{}]}],
+}
 
 
 def serve_problems(document: Document) -> Iterator[str]:
@@ -21,6 +27,9 @@ def serve_problems(document: Document) -> Iterator[str]:
     if config is None:
         yield f"{document}: {FIELD}: {problem}"
         return
+    if wrong := list(misshapen(config, _CONFIG)):
+        yield from (f"{document}: {FIELD}: {one}" for one in wrong)
+        return
     if problem:
         yield f"{document}: {FIELD}: {problem}"
     for path in _unknown_keys(config):
@@ -28,7 +37,9 @@ def serve_problems(document: Document) -> Iterator[str]:
     cluster = spec.get("rayClusterConfig") or {}
     groups = cluster.get("workerGroupSpecs") or []
     for path, selector in _selectors(config, FIELD):
-        if not any(_satisfies(group.get("labels") or {}, selector) for group in groups):
+        if wrong := list(misshapen(selector, TEXTS, path)):
+            yield from (f"{document}: {one}" for one in wrong)
+        elif not any(_satisfies(group.get("labels") or {}, selector) for group in groups):
             wanted = ", ".join(f"{key}: {value}" for key, value in selector.items())
             yield f"{document}: {path}: no worker group has the labels {wanted}"
     yield from _ports(document, config, groups)
@@ -51,8 +62,8 @@ def _parse(text: object) -> tuple[dict[str, Any] | None, str]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         return config, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-    except (ImportError, AttributeError) as error:  # Ray looks for the policies that are named
-        return config, f"names what cannot be imported: {error}"
+    except Exception as error:  # Ray looks for the policies that are named, and does not check all that it takes
+        return config, f"Serve cannot read it: {error}"
     return config, ""
 
 
@@ -69,12 +80,12 @@ def _unknown_keys(config: dict[str, Any]) -> Iterator[str]:
             yield from (f"{path}.deployments.{index}.{key}" for key in deployment if key not in known)
 
 
-def _selectors(node: Any, path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every label selector in the document, of options and of our own arguments."""
+def _selectors(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Whatever stands for a label selector in the document, of options and of our own arguments."""
     if isinstance(node, dict):
         for key, value in node.items():
             here = f"{path}.{key}"
-            if key == "label_selector" and isinstance(value, dict) and value:
+            if key == "label_selector" and value:
                 yield here, value
             elif key == "placement_group_bundle_label_selector" and isinstance(value, list):
                 yield from ((f"{here}[{i}]", one) for i, one in enumerate(value) if one)
