@@ -32,7 +32,7 @@ class LoopWatch(Collector):
         self._now = self._clocks()
         self._window_ends = 0.0
         self._window = self._last_window = (0.0, 0.0, 0.0)
-        self.longest = (0.0, 0.0, 0.0)  # since the start, in the order of TIMES
+        self.longest = (0.0, 0.0, 0.0)  # since `start`, in the order of TIMES
         self._blocks = Histogram(
             "manta_event_loop_block_seconds",
             "CPU time for which callbacks of the event loop kept the next one waiting.",
@@ -42,7 +42,7 @@ class LoopWatch(Collector):
         registry.register(self)
 
     def start(self) -> None:
-        """Watch the running loop for as long as it runs."""
+        """Watch the running loop for as long as it runs. What is done before anybody can ask keeps nobody waiting."""
         loop = asyncio.get_running_loop()
 
         def beat() -> None:
@@ -55,7 +55,7 @@ class LoopWatch(Collector):
     def collect(self) -> Iterable[Metric]:
         longest = GaugeMetricFamily(
             "manta_event_loop_longest_block_seconds",
-            "The longest time that the event loop kept its callbacks waiting: in the last minute, and since the start.",
+            "The longest time that the event loop kept its callbacks waiting: in the last minute, and since it was ready.",
             labels=["window", "time"],
         )
         recent = map(max, self._window, self._last_window)

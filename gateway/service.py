@@ -48,7 +48,6 @@ class GatewayReplica(GrpcDoor):
         self._replica = serve.get_replica_context().replica_id.unique_id
         configure_logs(config.log_format)
         metrics = GatewayMetrics()
-        metrics.loop.start()  # Serve calls this on the loop that requests are answered on
         coordinators = {card.application: ServeCoordinatorClient(card) for card in cards}
 
         async def missing_experts(card: ModelCard) -> tuple[str, ...]:
@@ -78,7 +77,10 @@ class GatewayReplica(GrpcDoor):
         return {LOAD: float(self.frontend.num_ongoing)}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.frontend)
+        app = build_app(self.frontend)
+        # Serve calls this last, on the loop that requests are answered on: before, there was nobody to keep waiting.
+        self.frontend.metrics.loop.start()
+        return app
 
 
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))

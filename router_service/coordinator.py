@@ -77,9 +77,9 @@ class Coordinator:
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
-        self._metrics.loop.start()
         _log_where_serve_does()
         await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, shares)
+        self._metrics.loop.start()  # loading holds the interpreter, and nobody waits for it
 
     def _load(
         self,

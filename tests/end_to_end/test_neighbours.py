@@ -30,6 +30,7 @@ SEED = 0
 NUM_STREAMS, NUM_TOKENS = 16, 60
 SLACK_BYTES = 128 * 2**20  # what the server's processes may hold more in the last third of the time than in the second
 LONGEST_WAIT_S = 1.0  # for a token, as promised; clients and server share a machine: one in ten may be ten times that
+LONGEST_BLOCK_S = 0.3  # of an event loop, in its own CPU time; 0.13 was seen
 CONFIG = """
 models:
   - name: demo
@@ -142,6 +143,6 @@ def test_hostile_clients_reach_no_stream(neighbourhood):
     )
     assert waits[len(waits) * 9 // 10 - 1] <= LONGEST_WAIT_S
     assert waits[-1] <= 10 * LONGEST_WAIT_S
-    assert block_s <= LONGEST_WAIT_S, "many requests that come at once are one block"
+    assert block_s <= LONGEST_BLOCK_S, "many requests that come at once are one block"
     assert step_s <= LONGEST_WAIT_S
     assert grown < SLACK_BYTES

@@ -19,7 +19,7 @@ from gateway.api_keys import ApiKey
 from gateway.caller import Caller, current_caller, set_caller
 from gateway.http import BODIES
 from gateway.protocol import ChatCompletionRequest, parse_body
-from gateway.worker import INLINE_BYTES, Worker
+from gateway.worker import INLINE_BYTES, LONG_BYTES, NUM_THREADS, Worker
 
 
 def schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,3 +109,32 @@ def test_nobody_waits_for_anothers_large_bodies() -> None:
     asyncio.run(run())
     assert "bob" in ended[:7], "half of alice's would take 0.35 s, one after another"
     assert max(most) == 1
+
+
+def test_many_callers_long_work_leaves_a_thread_for_short_work() -> None:
+    """As many callers as there are threads sent large bodies at once, and everybody else's waited for all of them."""
+    let_go = threading.Event()
+
+    async def send(worker: Worker, who: str, num_bytes: int, work: Any) -> Any:
+        set_caller(Caller(ApiKey(id=who, sha256="0" * 64)))
+        return await worker.run(num_bytes, work)
+
+    async def run() -> None:
+        worker = Worker("body")
+        large = [
+            asyncio.create_task(send(worker, f"{i}", LONG_BYTES + 1, lambda: let_go.wait(20)))
+            for i in range(2 * NUM_THREADS)
+        ]
+        await asyncio.sleep(0.01)
+        large.pop().cancel()  # one that waits gives back the turn that it holds
+        try:
+            async with asyncio.timeout(10):
+                assert await asyncio.create_task(send(worker, "bob", LONG_BYTES, lambda: "read")) == "read"
+        finally:
+            let_go.set()
+        assert await asyncio.gather(*large) == [True] * len(large), "nobody's turn is lost"
+        again = [send(worker, f"{i}", LONG_BYTES + 1, let_go.is_set) for i in range(2 * NUM_THREADS)]
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(*again)
+
+    asyncio.run(run())
