@@ -55,7 +55,7 @@ class LoopWatch(Collector):
     def collect(self) -> Iterable[Metric]:
         longest = GaugeMetricFamily(
             "manta_event_loop_longest_block_seconds",
-            "The longest time that the event loop kept its callbacks waiting: in the last minute, and since it was ready.",
+            "The longest time that the event loop kept callbacks waiting: in the last minute, and since it was ready.",
             labels=["window", "time"],
         )
         recent = map(max, self._window, self._last_window)
