@@ -45,7 +45,11 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
         kind = "item_reference" if "role" not in item and "id" in item else "message"
     match kind:
         case "message":
-            messages.append(_message(item, path))
+            message = _message(item, path)
+            if message["role"] == "assistant" and messages and "tool_calls" in messages[-1]:
+                messages[-1]["content"] += message["content"]  # of the same answer: no call of it has a result yet
+            else:
+                messages.append(message)
         case "function_call":
             _add_call(messages, item, path)
         case "function_call_output":

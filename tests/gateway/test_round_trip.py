@@ -37,6 +37,8 @@ DATA = Path(mistral_common.__file__).parent / "data"
 ARGUMENTS = '{"city": "Pâris \\"}]"}'
 MARKERS = re.compile(r"(\[TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\])")
 
+HALF = "ti"  # of a name
+
 # What a model says. A call is `name(arguments)`; the last one may be cut.
 ANSWERS = {
     "text": "It rains.",
@@ -48,10 +50,11 @@ ANSWERS = {
     "text and two calls": f"I look. weather({ARGUMENTS})time({{}})",
     "a call that is cut": 'weather({"city": "P',
     "a call without its arguments": "weather(",
+    "a call, and half of another's name": f"weather({ARGUMENTS}){HALF}",
     "text that spells one": "[TOOL_CALL] weather",
     "a number that Python does not read": 'weather({"city": ' + "7" * 5000 + "})",
 }
-CUT = ("a call that is cut", "a call without its arguments")
+CUT = ("a call that is cut", "a call without its arguments", "a call, and half of another's name")
 
 
 def tekken(directory: Path, version: str) -> Path:
@@ -105,15 +108,18 @@ def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def spelled(answer: str, tokens: ToolTokens) -> str:
     """As the layout's models write it."""
-    text, *rest = re.split(r"(weather|time)\(", answer)
+    half = HALF if answer.endswith(HALF) else ""
+    text, *rest = re.split(r"(weather|time)\(", answer.removesuffix(HALF))
     calls = list(zip(rest[::2], rest[1::2], strict=True))
     if tokens.args is not None:
         call_id = "" if tokens.call_id is None else "[CALL_ID]Abc123xyz"
-        return text + "".join(f"[TOOL_CALLS]{name}{call_id}[ARGS]{said.removesuffix(')')}" for name, said in calls)
+        each = [f"{name}{call_id}[ARGS]{said.removesuffix(')')}" for name, said in calls] + ([half] if half else [])
+        return text + "".join(f"[TOOL_CALLS]{call}" for call in each)
     listed = []
     for name, said in calls:
         end = "}" if said.endswith(")") else ""
         listed.append(f'{{"name": "{name}", "arguments": {said.removesuffix(")")}{end}')
+    listed += [f'{{"name": "{half}'] if half else []
     return text + (f"[TOOL_CALLS] [{', '.join(listed)}" if calls else "")
 
 

@@ -20,6 +20,7 @@ from mistralai.client import Mistral
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar, ToolTokens
+from gateway.json_bounds import MAX_DEPTH
 from gateway.protocol import ChatCompletionRequest, parse_body
 from gateway.tokenizer import HuggingFaceTokenizer, MistralTokenizer
 from gateway.tools_reader import ToolCall, ToolCallReader, joined, tool_call_reader
@@ -442,6 +443,34 @@ def test_json_within_a_string_is_checked_as_well(validator: Validator, arguments
     with pytest.raises(InvalidRequest, match=f"^{re.escape(path)}: .*{words}") as refused:
         validated(validator, messages=messages)
     assert refused.value.param == path
+
+
+@pytest.mark.parametrize("begin", ["[", '{"a":'])
+@pytest.mark.parametrize("file", ["mistral_instruct_tokenizer_240323.model.v3", None], ids=["mistral", "huggingface"])
+def test_no_depth_of_arguments_or_results_is_a_fault(
+    validator: Validator, tmp_path: Path, file: str | None, begin: str
+) -> None:
+    """One depth, which parsers still took and writers did not, was a 500."""
+    if file is not None:
+        shutil.copy(Path(mistral_common.__file__).parent / "data" / file, tmp_path)
+        tokenizer = MistralTokenizer(tmp_path)
+        card = model_card(tmp_path, layout="mistral", max_model_len=4096, vocab_size=tokenizer.vocab_size)
+        validator = Validator(card, tokenizer, GatewayConfig())
+    end = "]" if begin == "[" else "}"
+    for depth in (1, 2, *range(MAX_DEPTH - 3, MAX_DEPTH + 4), 200, 990, 1000, 3000):
+        deep = begin * depth + ("1" if end == "}" else "") + end * depth
+        call = {"id": "abcdefghi", "function": {"name": "f", "arguments": deep}}
+        result = {"role": "tool", "tool_call_id": "abcdefghi", "content": deep}
+        plain = call | {"function": {"name": "f", "arguments": "{}"}}
+        for turns in (
+            [{"role": "assistant", "tool_calls": [call]}, result | {"content": "x"}],
+            [{"role": "assistant", "tool_calls": [plain]}, result],
+        ):
+            if depth <= MAX_DEPTH:
+                validated(validator, messages=[USER, *turns], tools=None)
+            elif file is not None or turns[1] is not result:  # to templates a result is a text, whatever it spells
+                with pytest.raises(InvalidRequest, match="nested deeper than"):
+                    validated(validator, messages=[USER, *turns], tools=None)
 
 
 def test_a_pair_of_surrogates_is_a_character(validator: Validator, tokenizer: HuggingFaceTokenizer) -> None:
