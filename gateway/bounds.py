@@ -22,6 +22,8 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
     repetition_penalty = between("repetition_penalty", _default(body.repetition_penalty, 1.0), 0, 10)
     if repetition_penalty == 0:
         raise InvalidRequest("repetition_penalty: must be over 0, got 0", param="repetition_penalty")
+    if body.prompt_logprobs is not None:
+        between("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     if body.n is not None:
         between("n", body.n, 1, max_choices)
     for name, seed in (("seed", body.seed), ("random_seed", body.random_seed)):

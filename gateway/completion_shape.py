@@ -12,7 +12,16 @@ from cluster.messages import TokenLogprobs
 from gateway.choice import Delta, Usage
 from gateway.detokenizer import Detokenizer
 from gateway.protocol import SamplingFields
-from gateway.responses import ChoiceText, Json, TokenNames, finite, head, routed_body, usage_body
+from gateway.responses import (
+    ChoiceText,
+    Json,
+    TokenNames,
+    finite,
+    head,
+    prompt_logprobs_body,
+    routed_body,
+    usage_body,
+)
 from gateway.tokenizer import Tokenizer
 from gateway.validator import Generation
 
@@ -59,6 +68,8 @@ class CompletionShape:
                 token_ids = (*prompt, *token_ids)
                 logprobs = (*(new.prompt_logprobs or ()), *logprobs)
             choice["logprobs"] = self._logprobs(token_ids, logprobs, self._begun[index])
+        if self._generation.tells_prompt_logprobs and is_first:
+            choice |= prompt_logprobs_body(self._names, prompt, new.prompt_logprobs)
         if self.return_token_ids:
             choice["token_ids"] = list(new.token_ids)
             if is_first:

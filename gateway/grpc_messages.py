@@ -110,8 +110,10 @@ def choice(index: int, piece: ChoiceText | Delta, echoed: Echoed | None = None) 
 
 
 def echoed(generation: Generation, index: int) -> Echoed | None:
-    """What the answer of a choice begins with; None where nothing is to be echoed."""
-    return (generation.echo[index], generation.requests[index].prompt_token_ids) if generation.echo else None
+    """What the answer of a choice begins with; None where nothing is to be told of the prompt."""
+    if not generation.echo and not generation.tells_prompt_logprobs:
+        return None
+    return (generation.echo[index] if generation.echo else "", generation.requests[index].prompt_token_ids)
 
 
 def _logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> list[chat_pb2.TokenLogprob]:

@@ -102,6 +102,11 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Integer | None = None  # log-probabilities of the prompt's tokens, and so many of the most likely
+    truncate_prompt_tokens: Integer | None = (
+        None  # at most so many of the prompt stay; -1: as many as there is room for
+    )
+    truncation_side: Literal["left", "right"] | None = None  # where tokens go; left unless said
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # log-probabilities are of `token_id:5`, not of a token's text
     return_routed_experts: bool | None = None  # ours: `routed_experts` of each choice, [token][layer][top_k]

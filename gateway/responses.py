@@ -86,12 +86,14 @@ class ChatShape:
         self._names = TokenNames(tokenizer, by_id=bool(asked.return_tokens_as_token_ids))
         self.return_token_ids = bool(asked.return_token_ids)
         self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if self.return_token_ids else {}
+        self._prompt_token_ids = generation.requests[0].prompt_token_ids
         self._begun: set[int] = set()
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Json:
         return {
             **self._head,
             **self._prompt,
+            **self._prompt_logprobs(choices[0].prompt_logprobs),
             "object": "chat.completion",
             "choices": [
                 {
@@ -111,6 +113,9 @@ class ChatShape:
             ],
             "usage": usage_body(usage),
         }
+
+    def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
+        return prompt_logprobs_body(self._names, self._prompt_token_ids, logprobs)
 
     def chunk(self, delta: Delta, usage: Json | None = None) -> Json:
         """The role comes with the first chunk of each choice, the prompt's ids with the first of all."""
@@ -153,6 +158,27 @@ def logprobs_body(names: TokenNames, token_ids: Sequence[int], logprobs: Sequenc
 
 def _token(names: TokenNames, token_id: int, logprob: float) -> Json:
     return {"token": names.of(token_id), "logprob": finite(logprob), "bytes": names.bytes_of(token_id)}
+
+
+def prompt_logprobs_body(
+    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None] | None
+) -> Json:
+    """vLLM's field, where it was asked for: by token id, the prompt's own token first. The first token has none."""
+    if logprobs is None:
+        return {}
+    entries = [
+        None if at is None else _scores(names, token_id, at) for token_id, at in zip(token_ids, logprobs, strict=True)
+    ]
+    return {"prompt_logprobs": entries}
+
+
+def _scores(names: TokenNames, token_id: int, at: TokenLogprobs) -> Json:
+    """The rank of a token that is not among the most likely ones is not known."""
+    ranks = {other: rank for rank, (other, _) in enumerate(at.top, start=1)}
+    return {
+        str(other): {"logprob": finite(logprob), "rank": ranks.get(other), "decoded_token": names.of(other)}
+        for other, logprob in dict(((token_id, at.token_logprob), *at.top)).items()
+    }
 
 
 def _call(call: ToolCall) -> Json:

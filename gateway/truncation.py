@@ -1,17 +1,41 @@
-"""Leaves out the oldest turns of a conversation that is too long. Knows lengths; how a chat is spelled is the reader's.
+"""Cuts what is too long: the oldest turns of a conversation, or a prompt's tokens. Knows lengths; spells nothing.
 
-Whole turns go, from the front: what is left begins with what a user says, behind what instructs the model.
+Of a conversation whole turns go, from the front: what is left begins with what a user says, behind what instructs the
+model. Tokens go wherever they stand, as vLLM's `truncate_prompt_tokens` has it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from cluster.errors import ContextTooLong
-from gateway.protocol import Message
+from cluster.errors import ContextTooLong, InvalidRequest
+from gateway.protocol import Message, SamplingFields
 
 TokenIds = tuple[int, ...]
+Cut = Callable[[Any], Any]
+
+
+def read_cut(body: SamplingFields, context: int, max_tokens: int | None) -> Cut | None:
+    """What shortens token ids as the body asks; None: nothing. Raises InvalidRequest."""
+    asked = body.truncate_prompt_tokens
+    if asked is None:
+        return None
+    if asked != -1 and not 1 <= asked <= context:
+        path = "truncate_prompt_tokens"
+        raise InvalidRequest(f"{path}: must be -1 or between 1 and {context}, got {asked}", param=path)
+    size = max(1, context - (max_tokens or 1)) if asked == -1 else asked
+    return lambda ids: ids[:size] if body.truncation_side == "right" else ids[-size:]
+
+
+def cut_ids(prompt: Any, cut: Cut) -> Any:
+    """A raw prompt whose lists of token ids are cut; texts are once they are tokenized."""
+    if not isinstance(prompt, list):
+        return prompt
+    if any(isinstance(item, str | list) for item in prompt):
+        return [cut(item) if isinstance(item, list) else item for item in prompt]
+    return cut(prompt)
 
 
 def newest_turns(

@@ -24,7 +24,7 @@ from gateway.protocol import ChatCompletionRequest, CompletionRequest, SamplingF
 from gateway.structured_output import answer_schema
 from gateway.tokenizer import Tokenizer
 from gateway.tools import answer_grammar, read_tools
-from gateway.truncation import newest_turns
+from gateway.truncation import cut_ids, newest_turns, read_cut
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Generation:
     deadline: Deadline
     echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
     begin: str = ""  # what each choice repeats of the message that it continues
+    tells_prompt_logprobs: bool = False  # of the prompt, in a field of their own
     is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
 
 
@@ -56,6 +57,7 @@ class _Asked:
     max_tokens_field: str
     logprobs: int | None
     echo: tuple[str, ...] = ()  # of each prompt
+    prompt_logprobs: int | None = None
     continues: bool = False
     begin: str = ""
     grammar: Grammar | None = None
@@ -101,6 +103,9 @@ class Validator:
             prompt = newest_turns(body.messages, room, encode, self._reader.count)
         else:
             prompt = encode(body.messages)
+        cut = read_cut(body, self._card.max_model_len, max_tokens)
+        if cut is not None:
+            prompt = cut(prompt)
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             prompts=[prompt],
@@ -109,6 +114,7 @@ class Validator:
             max_tokens_field=max_tokens_field,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
             continues=how.continues,
             begin=begin_of_answer(body, how),
         )
@@ -120,11 +126,17 @@ class Validator:
         options = sampling_options(body, self._card, self._config.max_choices)
         if body.logprobs is not None:
             between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+        prompt = body.prompt
+        cut = read_cut(body, self._card.max_model_len, body.max_tokens)
+        if cut is not None:
+            prompt = cut_ids(prompt, cut)
         prompts = self._reader.prompts(
-            body.prompt,
+            prompt,
             max_prompts=self._config.max_choices // (body.n or 1),
             add_special_tokens=body.add_special_tokens is not False,
         )
+        if cut is not None:
+            prompts = prompt = list(map(cut, prompts))
         asked = _Asked(
             id=f"cmpl-{uuid.uuid4().hex}",
             prompts=prompts,
@@ -132,7 +144,8 @@ class Validator:
             max_tokens=body.max_tokens,
             max_tokens_field="max_tokens",
             logprobs=body.logprobs,
-            echo=self._reader.texts(body.prompt, prompts) if body.echo else (),
+            echo=self._reader.texts(prompt, prompts) if body.echo else (),
+            prompt_logprobs=body.prompt_logprobs,
             continues=True,
         )
         return self._generation(body, asked, options, timeout_s)
@@ -155,7 +168,7 @@ class Validator:
             sampling = SamplingParams(
                 max_tokens=max(1, max_tokens),
                 logprobs=asked.logprobs,
-                prompt_logprobs=asked.logprobs if asked.echo else None,
+                prompt_logprobs=asked.logprobs if asked.echo and body.prompt_logprobs is None else body.prompt_logprobs,
                 **options,
             )
             requests += [
@@ -184,13 +197,14 @@ class Validator:
             begin=asked.begin,
             deadline=deadline,
             echo=tuple(text for text in asked.echo for _ in range(body.n or 1)),
+            tells_prompt_logprobs=asked.prompt_logprobs is not None,
             is_prompt_only=asked.max_tokens == 0,
         )
 
     def _max_tokens(self, num_prompt: int, asked: _Asked) -> int:
         """What is asked for, or what is left of the context."""
         context, max_tokens = self._card.max_model_len, asked.max_tokens
-        least = 0 if asked.echo else 1
+        least = 0 if asked.echo or asked.prompt_logprobs is not None else 1
         if max_tokens is not None and max_tokens < least:
             raise InvalidRequest(
                 f"{asked.max_tokens_field}: must be at least {least}, got {max_tokens}", param=asked.max_tokens_field
@@ -213,6 +227,8 @@ class Validator:
 
 
 def _check_stream(body: SamplingFields) -> None:
-    """Raises InvalidRequest for what only a stream has."""
+    """Raises InvalidRequest for what only a stream has, or only a whole answer."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: only with stream", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs: not with stream", param="prompt_logprobs")

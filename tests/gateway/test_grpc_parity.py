@@ -42,6 +42,7 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
 # Of values: content that is null is the empty string, and text parts are joined, as HTTP's are; a tool that is called
 # `none`, `auto`, `any` or `required` cannot be chosen by its name.
 VALUES: dict[str, Any] = {
+    "truncation_side": "left",
     "role": "assistant",
     "chat_template_kwargs": '{"x": 1}',
     "tool_choice": "none",
