@@ -51,10 +51,10 @@ def test_a_raw_prompt_that_spells_its_bos_gets_no_other(card: ModelCard, tokeniz
                 assert tokenizer.decode(coordinator.requests[-1].prompt_token_ids) == begin + text
             ids = coordinator.requests[-1].prompt_token_ids
             assert http.post("/tokenize", json=body).json()["tokens"] == list(ids)
-            stub.Generate(chat_pb2.GenerateRequest(model="tiny", text=text, add_special_tokens=asked))
+            stub.Generate(chat_pb2.GenerateRequest(model="tiny", text=text, add_special_tokens=asked), timeout=30)
             assert coordinator.requests[-1].prompt_token_ids == ids
             request = chat_pb2.TokenizeRequest(model="tiny", text=text, add_special_tokens=asked)
-            assert tuple(stub.Tokenize(request).token_ids) == ids
+            assert tuple(stub.Tokenize(request, timeout=30).token_ids) == ids
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.removeprefix("{{ bos_token }}")])
@@ -72,7 +72,7 @@ def test_a_chat_gets_a_bos_only_where_its_template_makes_none(tmp_path: Path, te
             assert tokenizer.decode(ids) == BOS * begin + "[INST] Hello [/INST]"
             assert httpx.post(f"{url}/tokenize", json=body).json()["tokens"] == list(ids)
             messages = [chat_pb2.Message(role="user", content="Hello")]
-            stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=messages, add_special_tokens=asked))
+            stub.Chat(chat_pb2.ChatRequest(model="tiny", messages=messages, add_special_tokens=asked), timeout=30)
             assert coordinator.requests[-1].prompt_token_ids == ids
 
 

@@ -121,6 +121,6 @@ def test_what_mistrals_api_continues_is_part_of_its_answer(tmp_path: Path) -> No
             stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
             messages = [chat_pb2.Message(**USER), chat_pb2.Message(**last, **extra)]
             [choice, _] = stub.Chat(
-                chat_pb2.ChatRequest(model="tiny", messages=messages, sampling=two, **fields)
+                chat_pb2.ChatRequest(model="tiny", messages=messages, sampling=two, **fields), timeout=30
             ).choices
             assert choice.text == expected

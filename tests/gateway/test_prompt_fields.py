@@ -76,14 +76,16 @@ def test_nothing_is_generated_where_only_the_prompt_is_scored(doors: Doors) -> N
 def test_grpc_has_them_with_the_prompts_tokens(doors: Doors, tokenizer: HuggingFaceTokenizer) -> None:
     sampling = chat_pb2.Sampling(prompt_logprobs=1, max_tokens=1)
     ids = tokenizer.encode("Hello")
-    whole = doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling)).choices[0]
+    whole = doors.stub.Generate(
+        chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling), timeout=30
+    ).choices[0]
     assert (whole.text, tuple(whole.prompt_token_ids)) == (tokenizer.decode([40]), ids)
     assert [(at.token_id, at.logprob) for at in whole.prompt_logprobs] == [
         (i, -float(n)) for n, i in enumerate(ids) if n
     ]
     messages = [chat_pb2.Message(**USER)]
     request = chat_pb2.ChatRequest(model="tiny", messages=messages, sampling=sampling)
-    chunks = list(doors.stub.ChatStream(request))
+    chunks = list(doors.stub.ChatStream(request, timeout=30))
     assert len(chunks[0].choice.prompt_logprobs) == len(chunks[0].choice.prompt_token_ids) - 1 > 0
 
 
@@ -110,7 +112,7 @@ def test_a_prompt_is_cut_to_what_is_asked_for(
     assert chat == tokenizer.encode(f"[INST] {LONG} [/INST]")[kept]
     fields = {name: int(value) if isinstance(value, float) else value for name, value in asked.items()}
     sampling = chat_pb2.Sampling(**{"max_tokens": 2} | fields)
-    doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text=LONG, sampling=sampling))
+    doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text=LONG, sampling=sampling), timeout=30)
     assert doors.coordinator.requests[-1].prompt_token_ids == whole[kept]
 
 
@@ -141,4 +143,4 @@ def test_what_is_wrong_is_named(doors: Doors, fields: dict[str, Any], param: str
 def test_grpc_names_it_as_well(doors: Doors) -> None:
     sampling = chat_pb2.Sampling(truncate_prompt_tokens=-2)
     with pytest.raises(grpc.RpcError, match="truncate_prompt_tokens"):
-        doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling))
+        doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling), timeout=30)
