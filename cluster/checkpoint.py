@@ -57,11 +57,15 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
         architecture_from_config(config)  # what is not supported is said before weights are looked at
         stored = read_headers(directory, layout)
         architecture = architecture_from_config(config, _stored_dtype(stored, "model.embed_tokens.weight"))
+        head = "lm_head.weight"
     else:
         params = JsonDocument.read(directory / "params.json")
         architecture_from_params(params)
         stored = read_headers(directory, layout)
         architecture = architecture_from_params(params, _stored_dtype(stored, "tok_embeddings.weight"))
+        head = "output.weight"
+    if head in stored:  # transformers uses it, whatever `tie_word_embeddings` says
+        architecture = replace(architecture, tie_word_embeddings=False)
     tensors = locate_tensors(architecture, layout, stored, directory)
     architecture, temperature, top_p = _apply_generation_config(directory, architecture)
     return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), temperature, top_p)

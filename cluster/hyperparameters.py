@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from cluster.architecture import Architecture, StoredDtype
-from cluster.json_document import JsonDocument
+from cluster.config_keys import check_config, check_params
+from cluster.json_document import JsonDocument, shortened
 
 MODEL_TYPES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}  # model_type → architectures
 MIXTRAL_ROPE_THETA = 1e6  # of both reference implementations, where the file names none
@@ -17,8 +18,9 @@ MIXTRAL_NORM_EPS, MISTRAL_NORM_EPS = 1e-5, 1e-6  # transformers', where config.j
 MISTRAL_WINDOW = 4096  # transformers', where config.json does not even say null
 MISTRAL_CONTEXT = 32768  # params.json rarely says how long the context is
 MISTRAL_BOS, MISTRAL_EOS = 1, 2  # of every tokenizer that ships beside a params.json
+KV_HEADS = 8  # transformers' for both, where config.json does not even say null
 
-_NOT_IN_PARAMS = ("lora", "quantization", "yarn", "llama_4_scaling", "vision_encoder", "multimodal", "use_biases")
+_SILU = ("silu", "swish")  # two names of one function
 
 
 def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
@@ -31,16 +33,19 @@ def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = 
         raise config.error("hidden_size", f"is {hidden_size}; expected a multiple of num_attention_heads={num_heads}")
     vocab_size = config.integer("vocab_size")
     bos = config.integers("bos_token_id", vocab_size - 1)
-    rope = config.section("rope_parameters")
+    experts_key = "num_experts" if config.has("num_experts") else "num_local_experts"
+    rope = config.section("rope_scaling" if config.values.get("rope_scaling") else "rope_parameters")
     theta_holder = rope if rope.has("rope_theta") else config
     architecture = Architecture(
         num_layers=config.integer("num_hidden_layers", maximum=1024),
         hidden_size=hidden_size,
         intermediate_size=config.integer("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
+        num_kv_heads=config.integer(
+            "num_key_value_heads", default=num_heads if "num_key_value_heads" in config.values else KV_HEADS
+        ),
         head_dim=config.integer("head_dim", default=max(1, hidden_size // num_heads)),
-        num_experts=0 if dense else config.integer("num_local_experts", maximum=1024),
+        num_experts=0 if dense else config.integer(experts_key, maximum=1024),
         top_k=0 if dense else config.integer("num_experts_per_tok"),
         vocab_size=vocab_size,
         rms_norm_eps=config.number(
@@ -54,8 +59,15 @@ def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = 
         eos_token_ids=config.integers("eos_token_id", vocab_size - 1),
         dtype=_dtype(config, default_dtype),
     )
+    if (
+        config.has("num_local_experts")
+        and not dense
+        and config.integer("num_local_experts") != architecture.num_experts
+    ):
+        raise config.error("num_local_experts", f"is not num_experts={architecture.num_experts}, and means the same")
+    _check_attention(config, architecture)
     _check_divisions(
-        config, architecture, ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "num_local_experts")
+        config, architecture, ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", experts_key)
     )
     return architecture
 
@@ -65,9 +77,7 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
     model_type = params.values.get("model_type", "transformer")
     if model_type != "transformer":
         raise params.error("model_type", f"is {model_type!r}, which Manta does not run; expected 'transformer'")
-    for key in _NOT_IN_PARAMS:
-        if params.values.get(key):
-            raise params.error(key, "is set, and Manta does not support it")
+    check_params(params)
     dense, moe = not params.has("moe"), params.section("moe")
     if params.has("sliding_window") and isinstance(params.values["sliding_window"], str):
         params.values["sliding_window"] = _number_in_quotes(params.values["sliding_window"])
@@ -112,6 +122,8 @@ def _is_dense(config: JsonDocument) -> bool:
 
 
 def _sliding_window(config: JsonDocument, dense: bool) -> int | None:
+    if dense and _layer_types(config) == {"full_attention"}:  # such a Mistral is a Ministral to transformers
+        return None
     if dense and "sliding_window" not in config.values:
         return MISTRAL_WINDOW
     return config.integer("sliding_window") if config.has("sliding_window") else None
@@ -133,15 +145,38 @@ def _refuse_unsupported_config(config: JsonDocument) -> None:
             "quantization_config", f"is set (quant_method {method!r}), and Manta runs no quantized model"
         )
     activation = config.values.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in _SILU:
         raise config.error("hidden_act", f"is {activation!r}; expected 'silu'")
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.section(key).values
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
             raise config.error(key, f"asks for rotary scaling of type {kind!r}; expected 'default'")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise config.error(key, f"has partial_rotary_factor {rope['partial_rotary_factor']!r}; expected 1")
+    check_config(config, dense=_is_dense(config))
+
+
+def _layer_types(config: JsonDocument) -> set[str]:
+    """The kinds of attention that layers are said to have, if any are."""
+    if not config.has("layer_types"):
+        return set()
+    kinds = config.values["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != config.integer("num_hidden_layers") or not kinds:
+        raise config.error("layer_types", f"is {shortened(kinds)}; expected the kind of attention of each layer")
+    return set(map(str, kinds))
+
+
+def _check_attention(config: JsonDocument, a: Architecture) -> None:
+    """All layers attend alike. Raises CheckpointError where a key says otherwise than `sliding_window`."""
+    kind = "full_attention" if a.sliding_window is None else "sliding_attention"
+    if not _layer_types(config) <= {kind}:
+        raise config.error(
+            "layer_types", f"is not {kind!r} throughout, as sliding_window is {config.values.get('sliding_window')}"
+        )
+    if config.has("use_sliding_window") and config.values["use_sliding_window"] is not (a.sliding_window is not None):
+        raise config.error(
+            "use_sliding_window",
+            f"is {config.values['use_sliding_window']!r}, and sliding_window is {a.sliding_window}: they contradict",
+        )
 
 
 def _check_divisions(document: JsonDocument, a: Architecture, keys: tuple[str, str, str, str]) -> None:

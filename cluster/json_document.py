@@ -64,20 +64,20 @@ class JsonDocument:
     def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self.error(key, f"is {_short(value)}; expected an integer from {minimum} to {maximum}")
+            raise self.error(key, f"is {shortened(value)}; expected an integer from {minimum} to {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None, minimum: float = 0.0, maximum: float = 1e12) -> float:
         """A number above `minimum` and up to `maximum`."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not minimum < value <= maximum:
-            raise self.error(key, f"is {_short(value)}; expected a number above {minimum:g} and up to {maximum:g}")
+            raise self.error(key, f"is {shortened(value)}; expected a number above {minimum:g} and up to {maximum:g}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"is {_short(value)}; expected true or false")
+            raise self.error(key, f"is {shortened(value)}; expected true or false")
         return value
 
     def integers(self, key: str, maximum: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class JsonDocument:
         numbers = [] if value is None else value if isinstance(value, list) else [value]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= maximum:
-                raise self.error(key, f"holds {_short(number)}; expected integers from 0 to {maximum}")
+                raise self.error(key, f"holds {shortened(number)}; expected integers from 0 to {maximum}")
         return tuple(numbers)
 
     def _value(self, key: str, default: Any) -> Any:
@@ -96,6 +96,7 @@ class JsonDocument:
         return default if value is None else value
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """For a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

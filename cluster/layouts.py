@@ -28,7 +28,6 @@ Layout = Literal["huggingface", "mistral"]
 SUPPORTED_DTYPES = ("F32", "BF16", "F16")
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed from rope_theta
-_TIED = ("lm_head.weight", "output.weight")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MISTRAL_NAMES = {
@@ -88,7 +87,7 @@ def locate_tensors(
         refs[name] = _locate(name, shape, source, stored[source.name])
         used.add(source.name)
     for name in stored.keys() - used:
-        if not _IGNORED.search(name) and not (architecture.tie_word_embeddings and name in _TIED):
+        if not _IGNORED.search(name):
             raise CheckpointError(
                 f"{stored[name].file}: tensor {name!r} is no part of this architecture, and ignoring it could change "
                 "what the model says."
