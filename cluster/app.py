@@ -6,6 +6,7 @@ gateway                HTTP and gRPC doors, the only application with a route
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from cluster.architecture import compute_dtype
 from cluster.checkpoint import Checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
 from cluster.errors import ConfigError
+from cluster.generation_config import FILE as GENERATION_CONFIG
 from cluster.gpus import gpu_memory_bytes
 from cluster.messages import ModelCard
 from cluster.placement import (
@@ -32,6 +34,8 @@ from cluster.placement import (
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+logger = logging.getLogger(__name__)
 
 GATEWAY = "gateway"
 
@@ -196,6 +200,8 @@ def model_card(plan: ModelPlan) -> ModelCard:
     """What the gateway is told of a model."""
     checkpoint, config = plan.checkpoint, plan.config
     assert config.engine.max_model_len is not None, "a plan has no open settings"
+    if keys := checkpoint.generation.not_followed:
+        logger.warning("%s: requests do not follow %s", checkpoint.directory / GENERATION_CONFIG, ", ".join(keys))
     return ModelCard(
         name=config.name,
         aliases=config.aliases,
@@ -208,8 +214,7 @@ def model_card(plan: ModelPlan) -> ModelCard:
         eos_token_ids=checkpoint.architecture.eos_token_ids,
         revision=checkpoint.revision,
         created=int(time.time()),
-        default_temperature=checkpoint.default_temperature,
-        default_top_p=checkpoint.default_top_p,
+        defaults=checkpoint.generation.defaults,
         deployments=("coordinator", *plan.expert_deployments),
         num_layers=checkpoint.architecture.num_layers,
         num_experts=checkpoint.architecture.num_experts,

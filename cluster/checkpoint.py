@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.architecture import Architecture, StoredDtype
 from cluster.errors import CheckpointError
+from cluster.generation_config import GenerationConfig, read_generation_config
 from cluster.hyperparameters import architecture_from_config, architecture_from_params
 from cluster.json_document import JsonDocument
 from cluster.layouts import Layout, TensorRef, locate_tensors
@@ -38,8 +39,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, TensorRef]
     fingerprint: str  # hex; the same weights at another path have the same
-    default_temperature: float
-    default_top_p: float
+    generation: GenerationConfig
 
     @property
     def revision(self) -> str | None:
@@ -67,8 +67,10 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     if head in stored:  # transformers uses it, whatever `tie_word_embeddings` says
         architecture = replace(architecture, tie_word_embeddings=False)
     tensors = locate_tensors(architecture, layout, stored, directory)
-    architecture, temperature, top_p = _apply_generation_config(directory, architecture)
-    return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), temperature, top_p)
+    generation = read_generation_config(directory, architecture.vocab_size)
+    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
+    architecture = replace(architecture, eos_token_ids=eos_token_ids)
+    return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
 
 
 def fingerprint(architecture: Architecture, tensors: Mapping[str, TensorRef]) -> str:
@@ -93,18 +95,3 @@ def fingerprint(architecture: Architecture, tensors: Mapping[str, TensorRef]) ->
 
 def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:
     return _DTYPES.get(stored[name].dtype, "float32") if name in stored else "float32"
-
-
-def _apply_generation_config(directory: Path, architecture: Architecture) -> tuple[Architecture, float, float]:
-    """End-of-sequence ids and sampling defaults that the model's authors chose: (architecture, temperature, top_p)."""
-    file = directory / "generation_config.json"
-    if not file.exists():
-        return architecture, 1.0, 1.0
-    document = JsonDocument.read(file)
-    more = document.integers("eos_token_id", architecture.vocab_size - 1)
-    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + more))
-    architecture = replace(architecture, eos_token_ids=eos_token_ids)
-    if not document.boolean("do_sample", default=False):
-        return architecture, 1.0, 1.0
-    temperature = document.number("temperature", default=1.0, maximum=100.0)
-    return architecture, temperature, document.number("top_p", default=1.0, maximum=1.0)

@@ -42,6 +42,17 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a model's authors chose for requests that do not say; the fields are those of SamplingParams."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class JsonSchema:
     """A JSON Schema within the bounds of the door that took it; whether it compiles, only the coordinator finds out."""
 
@@ -191,8 +202,7 @@ class ModelCard:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     created: int  # Unix time in seconds
-    default_temperature: float = 1.0
-    default_top_p: float = 1.0
+    defaults: SamplingDefaults = SamplingDefaults()
     deployments: tuple[str, ...] = ()  # names in `application`, coordinator first
     num_layers: int = 0
     num_experts: int = 0  # of each layer; 0 in a dense model

@@ -15,11 +15,13 @@ MAX_STOP_STRING_CHARS = 256
 
 def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) -> dict[str, Any]:
     """SamplingParams' fields other than max_tokens and logprobs. Raises InvalidRequest for the first that is wrong."""
-    temperature = between("temperature", _default(body.temperature, card.default_temperature), 0, 2)
-    top_p = between("top_p", _default(body.top_p, card.default_top_p), 0, 1)
+    defaults = card.defaults
+    temperature = between("temperature", _default(body.temperature, defaults.temperature), 0, 2)
+    top_p = between("top_p", _default(body.top_p, defaults.top_p), 0, 1)
     if top_p == 0:  # leaves the most likely token, as temperature 0 does
         temperature, top_p = 0, 1
-    repetition_penalty = between("repetition_penalty", _default(body.repetition_penalty, 1.0), 0, 10)
+    repetition_penalty = _default(body.repetition_penalty, defaults.repetition_penalty)
+    between("repetition_penalty", repetition_penalty, 0, 10)
     if repetition_penalty == 0:
         raise InvalidRequest("repetition_penalty: must be over 0, got 0", param="repetition_penalty")
     if body.prompt_logprobs is not None:
@@ -37,8 +39,8 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
         "min_tokens": between("min_tokens", _default(body.min_tokens, 0), 0, card.max_model_len),
         "temperature": float(temperature),
         "top_p": float(top_p),
-        "top_k": max(0, between("top_k", _default(body.top_k, 0), -1, 2**31 - 1)),
-        "min_p": float(between("min_p", _default(body.min_p, 0.0), 0, 1)),
+        "top_k": max(0, between("top_k", _default(body.top_k, defaults.top_k), -1, 2**31 - 1)),
+        "min_p": float(between("min_p", _default(body.min_p, defaults.min_p), 0, 1)),
         "repetition_penalty": float(repetition_penalty),
         "presence_penalty": float(between("presence_penalty", _default(body.presence_penalty, 0.0), -2, 2)),
         "frequency_penalty": float(between("frequency_penalty", _default(body.frequency_penalty, 0.0), -2, 2)),

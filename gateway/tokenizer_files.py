@@ -96,7 +96,7 @@ def _check_unembedded(tokenizer: Tokenizer, chat: Sequence[int], directory: Path
         file, added = directory / "tokenizer.json", tokenizer.added_tokens
     sizes = f"the model has {num_embeddings} embeddings, for ids up to {num_embeddings - 1}"
     beyond = range(num_embeddings, tokenizer.vocab_size)
-    if words := sum(token_id not in added for token_id in beyond if tokenizer.token_bytes(token_id)):
+    if words := sum(token_id not in added for token_id in beyond if tokenizer.piece(token_id)):
         raise CheckpointError(
             f"{file} has {words} tokens with ids from {num_embeddings} on, and {sizes}: it is the tokenizer of another "
             "model, or the embeddings were not resized for it."

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig as GenerationReference
 
 from cluster.checkpoint import open_checkpoint
 from cluster.errors import CheckpointError
+from cluster.generation_config import GenerationConfig
+from cluster.messages import SamplingDefaults
 from cluster.safetensors_header import read_header as checked_header
 from tests.checkpoints import Layout, read_header, rewrite_header, write_checkpoint
 
@@ -136,18 +140,68 @@ def test_an_embedding_table_in_bfloat16_decides_where_the_config_names_no_dtype(
     assert open_checkpoint(directory).architecture.dtype == "bfloat16"
 
 
-def test_generation_config_gives_sampling_defaults_and_more_end_ids(copy):
+def test_generation_config_gives_defaults_of_requests_and_more_end_ids(copy):
+    """`top_k`, `min_p` and `repetition_penalty` were dropped, and all of it where `do_sample` was not said."""
     directory = copy("huggingface")
     file = directory / "generation_config.json"
-    file.write_text(json.dumps({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": [2, 5]}))
-    checkpoint = open_checkpoint(directory)
-    assert (checkpoint.default_temperature, checkpoint.default_top_p) == (0.7, 0.9)
-    assert checkpoint.architecture.eos_token_ids == (2, 5)
-    file.write_text(json.dumps({"temperature": 0.7, "top_p": 0.9}))  # do_sample is not set: they mean nothing
-    checkpoint = open_checkpoint(directory)
-    assert (checkpoint.default_temperature, checkpoint.default_top_p) == (1.0, 1.0)
-    file.write_text(json.dumps({"do_sample": True, "top_p": 1.5}))
-    assert "generation_config.json: top_p is 1.5" in refusal(directory)
+    chosen = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05}
+    for more in ({"do_sample": True}, {"do_sample": False}, {}):
+        file.write_text(json.dumps({**chosen, **more, "eos_token_id": [2, 5], "max_new_tokens": 9, "num_beams": 1}))
+        checkpoint = open_checkpoint(directory)
+        assert asdict(checkpoint.generation.defaults) == chosen
+        assert checkpoint.generation.not_followed == ()
+        assert checkpoint.architecture.eos_token_ids == (2, 5)
+    file.write_text(json.dumps({"top_k": -1, "temperature": 0, "min_p": 0, "top_p": None}))
+    assert open_checkpoint(directory).generation.defaults == SamplingDefaults(temperature=0.0)
+    file.unlink()
+    assert open_checkpoint(directory).generation == GenerationConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("top_p", 1.5),
+        ("top_p", 0),
+        ("temperature", 2.5),  # no request could ask for it, and every one would have been refused
+        ("temperature", False),
+        ("top_k", 2.5),
+        ("top_k", -2),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_a_default_that_no_request_could_have_is_refused(copy, key: str, value: Any):
+    directory = copy("huggingface")
+    rewrite_json(directory / "generation_config.json", **{key: value})
+    assert f"generation_config.json: {key} is {value!r}" in refusal(directory)
+
+
+def test_what_is_chosen_and_not_followed_is_told_by_name(copy):
+    directory = copy("huggingface")
+    off = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "suppress_tokens": None, "num_beams": 1, "bad_words_ids": []}
+    rewrite_json(directory / "generation_config.json", **off)
+    assert open_checkpoint(directory).generation.not_followed == ()
+    on = {"no_repeat_ngram_size": 3, "typical_p": 0.9, "suppress_tokens": [5], "num_beams": 4, "stop_strings": ["x"]}
+    rewrite_json(directory / "generation_config.json", **on)
+    assert set(open_checkpoint(directory).generation.not_followed) == set(on)
+
+
+def test_every_key_of_generation_config_is_followed_or_told_or_says_nothing(copy):
+    """Those that this version of transformers has: a new one is told by name until somebody has looked at it."""
+    directory = copy("huggingface")
+    keys = {key for key in GenerationReference().__dict__ if not key.startswith("_")}
+    told = {}
+    for key in sorted(keys - {"eos_token_id", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}):
+        (directory / "generation_config.json").write_text(json.dumps({key: 0.5}))
+        told[key] = open_checkpoint(directory).generation.not_followed == (key,)
+    changing = """
+        bad_words_ids begin_suppress_tokens constraints dola_layers encoder_no_repeat_ngram_size
+        encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids
+        forced_bos_token_id forced_eos_token_id guidance_scale min_length min_new_tokens no_repeat_ngram_size
+        num_beam_groups num_beams penalty_alpha sequence_bias stop_strings suppress_tokens token_healing top_h typical_p
+        watermarking_config
+    """
+    assert {key for key, is_told in told.items() if is_told} == set(changing.split())
 
 
 def test_an_inverse_frequency_table_is_ignored(copy):
