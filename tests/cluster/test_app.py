@@ -1,5 +1,7 @@
 """How a model is laid out on clusters of several kinds; nothing is started."""
 
+import json
+
 import pytest
 
 from cluster.app import Cluster, demo_config, describe_cluster, model_card, plan_model, plan_models
@@ -7,6 +9,7 @@ from cluster.checkpoint import open_checkpoint
 from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.demo_model import DIRECTORY
 from cluster.errors import ConfigError, DoesNotFit
+from cluster.messages import SamplingDefaults
 from cluster.placement import Node
 from tests.checkpoints import write_checkpoint
 
@@ -127,3 +130,13 @@ def test_the_gateway_is_told_which_commit_of_the_hub_is_served(tmp_path):
     for directory, revision in ((snapshot, snapshot.name), (DIRECTORY, None)):
         config = ModelConfig(name="m", path=str(directory))
         assert model_card(plan_model(config, open_checkpoint(directory), cluster)).revision == revision
+
+
+def test_the_gateway_is_told_what_the_authors_chose_and_the_log_what_is_not_followed(tmp_path, caplog):
+    write_checkpoint(tmp_path)
+    chosen = {"temperature": 0.5, "top_k": 7, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(chosen))
+    config = ModelConfig(name="m", path=str(tmp_path))
+    card = model_card(plan_model(config, open_checkpoint(tmp_path), describe_cluster((machine(),))))
+    assert card.defaults == SamplingDefaults(temperature=0.5, top_k=7, repetition_penalty=1.5)
+    assert f"{tmp_path}/generation_config.json: requests do not follow no_repeat_ngram_size" in caplog.text
