@@ -13,7 +13,7 @@ import typer
 
 from cluster.commands import ray_environment
 
-app = typer.Typer(name="bench", help="Measure: dispatch, decode, a served model.", no_args_is_help=True)
+app = typer.Typer(name="bench", help="Measure: dispatch, decode, sampling, a served model.", no_args_is_help=True)
 
 
 class ShapeName(StrEnum):
@@ -120,6 +120,18 @@ def decode(
             prefill=prefill,
         ),
     )
+
+
+@app.command()
+def sampling(
+    rows: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 16,
+    vocabulary: Annotated[int, typer.Option(min=128, help="Logits of a row.")] = 32_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all measurements in turn; the least counts.")] = 50,
+) -> None:
+    """Time what each wish of a caller adds to choosing a step's tokens, on one thread."""
+    from cluster.commands.bench_sampling import run
+
+    run(rows, vocabulary, rounds)
 
 
 @app.command()
