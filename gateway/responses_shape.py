@@ -70,7 +70,6 @@ class ResponsesShape:
             "top_logprobs": sampling.logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": body.truncation or "disabled",
-            "usage": None,
         }
 
     def begin(self) -> Iterator[Json]:

@@ -23,6 +23,7 @@ from gateway.frontend import Frontend
 from gateway.health import Health, ModelHealth, Probe
 from gateway.http import build_app
 from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.openai_answers import CheckedAnswers
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -164,10 +165,11 @@ def build_frontend(
 
 @contextlib.contextmanager
 def http_server(frontend: Frontend) -> Iterator[str]:
-    """The HTTP door on a real socket; yields its base URL."""
+    """The HTTP door on a real socket; yields its base URL. Its answers have been OpenAI's when it ends."""
+    app = CheckedAnswers(build_app(frontend))
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(frontend), log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -179,3 +181,4 @@ def http_server(frontend: Frontend) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         sock.close()
+    app.check()
