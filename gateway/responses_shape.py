@@ -66,7 +66,7 @@ class ResponsesShape:
                 **({"verbosity": body.text.verbosity} if body.text and body.text.verbosity else {}),
             },
             "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
+            "tools": [{"description": None, "parameters": None, "strict": None, **tool} for tool in body.tools or ()],
             "top_logprobs": sampling.logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": body.truncation or "disabled",
