@@ -184,6 +184,7 @@ class Frontend:
             record.finish_reasons = timer.finish_reasons
             model = self.served(generation.card)
             requests = generation.requests
+            timer.asked = (requests[-1].choice_index + 1, requests[0].sampling.max_tokens)
             if span:
                 requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(requests)]

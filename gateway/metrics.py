@@ -18,6 +18,9 @@ LONG_SECONDS = (0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 
 
+CHOICES = (1, 2, 5, 10, 20, 50, 100, 200)
+
+
 class GatewayMetrics:
     """The registry of a gateway process."""
 
@@ -40,6 +43,10 @@ class GatewayMetrics:
         )
         self.prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens of a complete request.", TOKENS)
         self.generated_tokens = histogram("vllm:request_generation_tokens", "Tokens of a complete answer.", TOKENS)
+        self.params_n = histogram("vllm:request_params_n", "`n` of a complete request.", CHOICES)
+        self.params_max_tokens = histogram(
+            "vllm:request_params_max_tokens", "`max_tokens` of a complete request, or the room that it had.", TOKENS
+        )
         self.success = Counter(
             "vllm:request_success", "Complete answers, per choice.", ["model", "finished_reason"], registry=registry
         )
@@ -71,6 +78,7 @@ class RequestTimer:
         self.started = time.monotonic()
         self.time_to_first_token_s: float | None = None
         self.finish_reasons: list[str] = []
+        self.asked: tuple[int, int] | None = None  # `n` and `max_tokens`, of a request that generates
         self._ongoing.inc()
 
     def tokens(self, choice: int, count: int, finish_reason: str | None) -> None:
@@ -100,6 +108,10 @@ class RequestTimer:
             self._metrics.e2e_request_latency.labels(self._model).observe(time.monotonic() - self.started)
             self._metrics.prompt_tokens.labels(self._model).observe(prompt_tokens)
             self._metrics.generated_tokens.labels(self._model).observe(completion_tokens)
+            if self.asked is not None:
+                n, max_tokens = self.asked
+                self._metrics.params_n.labels(self._model).observe(n)
+                self._metrics.params_max_tokens.labels(self._model).observe(max_tokens)
         else:
             self._metrics.failures.labels(self._model, error_name(error)).inc()
 

@@ -130,7 +130,13 @@ class Coordinator:
         )
         for handler in logging.getLogger("router_service").handlers:
             handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start
-        self._metrics.watch(self._engine.stats)
+        blocks = self._engine.scheduler.block_manager
+        cache = {
+            "block_size": blocks.block_size,
+            "num_gpu_blocks": blocks.num_blocks,
+            "enable_prefix_caching": blocks.prefix_caching,
+        }
+        self._metrics.watch(self._engine.stats, cache)
         architecture = checkpoint.architecture
         self._vocab_size = architecture.vocab_size
         self._grammars = GrammarCompiler(
@@ -244,6 +250,7 @@ class Coordinator:
     def _observe_step(self, seconds: float, batch: Batch) -> None:
         """On the engine's thread."""
         self._metrics.observe_step(seconds, sum(scheduled.num_tokens for scheduled in batch))
+        self._metrics.observe_requests(batch)
         self._traces.observe_step(seconds, batch)
 
     def _deliver(self, events: list[Event]) -> None:

@@ -166,9 +166,13 @@ class Engine:
         self._is_idle = not batch
         if not batch:
             return
-        started = time.perf_counter()
+        began = time.perf_counter()
         self._run_batch(batch)
-        self._observe(time.perf_counter() - started, batch)
+        ended = time.perf_counter()
+        for scheduled in batch:
+            if scheduled.sequence.first_token_at is None:
+                scheduled.sequence.note_step(began, ended)
+        self._observe(ended - began, batch)
 
     def _schedule(self) -> Batch:
         try:

@@ -5,6 +5,7 @@ Names are vLLM's where the meaning is the same. Nothing here runs while tokens a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, ProcessCollector
@@ -15,8 +16,10 @@ from cluster.loop_watch import LoopWatch
 from cluster.messages import EngineStats
 from cluster.metrics import DispatchCounts, ProcessFigures
 from cluster.placement import ExpertGroup
+from router_service.scheduler import Batch
 
 STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+REQUEST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -39,6 +42,31 @@ class StepHistograms:
         self._tokens.observe(num_tokens)
 
 
+class RequestHistograms:
+    """Where the time of complete answers went, as vLLM cuts it: waiting, prompt, tokens after the first."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, documentation: str) -> Histogram:
+            return Histogram(name, documentation, buckets=REQUEST_BUCKETS_S, registry=registry)
+
+        self._queue = histogram("vllm:request_queue_time_seconds", "From arrival to the first step.")
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "From the first step to the first token.")
+        self._decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.")
+        self._inference = histogram("vllm:request_inference_time_seconds", "From the first step to the last token.")
+
+    def __call__(self, batch: Batch) -> None:
+        """Those whose last step it was; called at its end."""
+        now = time.perf_counter()
+        for scheduled in batch:
+            sequence = scheduled.sequence
+            if sequence.finish_reason is None or sequence.scheduled_at is None or sequence.first_token_at is None:
+                continue
+            self._queue.observe(sequence.scheduled_at - sequence.arrived_at)
+            self._prefill.observe(sequence.first_token_at - sequence.scheduled_at)
+            self._decode.observe(now - sequence.first_token_at)
+            self._inference.observe(now - sequence.scheduled_at)
+
+
 class EngineMetrics(Collector):
     """The registry of a coordinator's process."""
 
@@ -53,15 +81,18 @@ class EngineMetrics(Collector):
         self._groups = tuple(groups)
         self._dispatch_latency = dispatch_latency
         self._stats: Callable[[], EngineStats] | None = None
+        self._cache: dict[str, object] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
         self.loop = LoopWatch(self._registry)
         self.observe_step = StepHistograms(self._registry)
+        self.observe_requests = RequestHistograms(self._registry)
 
-    def watch(self, stats: Callable[[], EngineStats]) -> None:
-        """From now on these are the engine's figures."""
+    def watch(self, stats: Callable[[], EngineStats], cache: Mapping[str, object]) -> None:
+        """From now on these are the engine's figures; `cache` is how its KV cache is set up."""
         self._stats = stats
+        self._cache = dict(cache)
 
     def figures(self) -> ProcessFigures:
         return ProcessFigures(self._replica, tuple(self._registry.collect()))
@@ -70,6 +101,7 @@ class EngineMetrics(Collector):
         if self._stats is not None:
             stats = self._stats()
             yield from engine_families(stats)
+            yield cache_family(self._cache)
             yield from expert_families(self._groups, stats.rows_per_expert, self._dispatch_latency)
 
 
@@ -87,6 +119,13 @@ def engine_families(stats: EngineStats) -> Iterable[Metric]:
         "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_query_tokens_total
     )
     yield _counter("vllm:prefix_cache_hits", "Tokens found in it.", stats.prefix_cache_hit_tokens_total)
+
+
+def cache_family(cache: Mapping[str, object]) -> Metric:
+    """How the KV cache is set up, in labels."""
+    family = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up; always 1.", labels=list(cache))
+    family.add_metric([str(value) for value in cache.values()], 1)
+    return family
 
 
 def expert_families(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.messages import FinishReason, Request, TokenLogprobs
@@ -19,9 +20,11 @@ class Sequence:
 
     __slots__ = (
         "adjustments",
+        "arrived_at",
         "block_hashes",
         "block_table",
         "finish_reason",
+        "first_token_at",
         "grammar",
         "last_step",
         "num_cached_tokens",
@@ -34,6 +37,7 @@ class Sequence:
         "refused",
         "request",
         "routed_experts",
+        "scheduled_at",
         "stop_token_id",
         "token_ids",
         "waits_since",
@@ -66,6 +70,16 @@ class Sequence:
         self.pooled: Any = None  # of an embedding request: pooling.Pooled, what the pooler has so far
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
+        self.arrived_at = time.perf_counter()
+        self.scheduled_at: float | None = None  # the begin of its first step
+        self.first_token_at: float | None = None  # the end of the step that made it
+
+    def note_step(self, began: float, ended: float) -> None:
+        """A step that it was part of, for its times."""
+        if self.scheduled_at is None:
+            self.scheduled_at = began
+        if self.first_token_at is None and self.num_output_tokens > len(self.request.output_token_ids):
+            self.first_token_at = ended
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -20,6 +20,36 @@ from tests.gateway.test_metrics import samples, value
 from tests.waiting import wait_for
 
 MODEL = "mistral-small"
+# What dashboards made for vLLM ask for: the names that its own test of /metrics expects.
+VLLM = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:iteration_tokens_total_count",
+    "vllm:cache_config_info",
+    "vllm:request_success_total",
+} | {
+    f"vllm:{name}_{part}"
+    for part in ("sum", "bucket", "count")
+    for name in (
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "request_params_n",
+        "request_params_max_tokens",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_inference_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+    )
+}
 
 
 def page(server) -> str:
@@ -42,6 +72,9 @@ def test_every_process_is_in_the_page(server, engine_stats):
     assert value(text, "manta_dispatch_seconds_count", model=MODEL, group="0") > 0
     assert value(text, "manta_dispatch_hedges_total", model=MODEL, group="0") == 0, "there is one replica"
     assert value(text, "vllm:request_success_total", model=MODEL) > 0
+    assert value(text, "vllm:request_inference_time_seconds_sum", model=MODEL) > 0
+    assert len(VLLM) == 44
+    assert {name for name, _ in samples(text)} >= VLLM
     for deployment in ("gateway", "coordinator"):
         assert value(text, "manta_event_loop_block_seconds_count", deployment=deployment) > 0
         blocks = {"deployment": deployment, "window": "minute", "time": "loop"}

@@ -57,6 +57,10 @@ def test_requests_are_counted(card: ModelCard, tokenizer: HuggingFaceTokenizer) 
     assert value(page, "vllm:e2e_request_latency_seconds_count", model="tiny") == 3
     assert value(page, "vllm:inter_token_latency_seconds_count", model="tiny") == 4 * len(tokens)
     assert value(page, "vllm:request_generation_tokens_sum", model="tiny") == 4 * (len(tokens) + 1) + 1
+    assert value(page, "vllm:request_params_n_count", model="tiny") == 3
+    assert value(page, "vllm:request_params_n_sum", model="tiny") == 2 + 2 + 1
+    room = card.max_model_len - len(tokenizer.encode_chat(USER))
+    assert value(page, "vllm:request_params_max_tokens_sum", model="tiny") == 2 * room + 1
     assert value(page, "manta_requests_ongoing", model="tiny") == 0
     assert value(page, "process_resident_memory_bytes", deployment="gateway") > 0
 
