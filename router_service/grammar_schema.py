@@ -2,9 +2,9 @@
 
 JSON is written on one line or close to it: between two elements comes at most one whitespace character, so a model
 cannot spend its tokens on blanks. Properties come in the order in which they are declared, each once. Where the grammar
-allows less than the schema, an answer still validates: beside declared properties there are others only where the
-schema speaks of them, else a small model would add some for ever; their names have no escapes, and beside
-`patternProperties` there are none.
+allows less than the schema, an answer still validates: beside what `properties` declares, be it nothing, there are
+others only where the schema speaks of them, else a small model would add some for ever; their names have no escapes,
+and beside `patternProperties` there are none.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class _Document:
     def _other_property(self, schema: dict[str, Any], declared: dict[str, Any]) -> str | None:
         """Name and value of one that is not declared."""
         by_pattern = schema.get("patternProperties", {})
-        if declared and not _OTHERS & schema.keys() and schema.get("minProperties", 0) <= len(declared):
+        speaks = not _OTHERS.isdisjoint(schema) or schema.get("minProperties", 0) > len(declared)
+        if not speaks and (declared or "properties" in schema):
             return None
         if by_pattern:
             pairs = [(string_of_pattern(self.rules, parse_pattern(name)), one) for name, one in by_pattern.items()]

@@ -136,7 +136,7 @@ def test_calls_spelled_in_special_tokens_parse_and_validate(spelling, has_call_i
         reader, detokenizer = SpelledCallReader(grammar), Detokenizer(tokenizer)
         assert "".join(reader.push(i, detokenizer.push(i)) for i in output[:-1]) == ""
         reader.flush(has_ended=True)
-        calls = reader.take()
+        calls = reader.calls.take()
         assert len(calls) == output.count(tokens.calls)
         read.append(len(calls))
         for call in calls:

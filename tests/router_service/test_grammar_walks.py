@@ -197,6 +197,17 @@ def test_beside_declared_properties_others_come_only_where_the_schema_speaks_of_
     assert matcher.accept_string(', "b": null}') == others
 
 
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [({"properties": {}}, False), ({"properties": {}, "additionalProperties": True}, True), ({}, True)],
+)
+def test_an_object_of_no_properties_is_empty(words: Any, others: bool) -> None:
+    """A function of no parameters has such a schema, and was called with what the model made up."""
+    tag = structural_tag(checked_schema({"type": "object", **words}, "tools[0].function.parameters"))
+    assert GrammarMatcher(compile_tag(new_compiler(INFO), tag)).accept_string("{}")
+    assert GrammarMatcher(compile_tag(new_compiler(INFO), tag)).accept_string('{"b": null}') == others
+
+
 @pytest.mark.long
 @settings(quietly, max_examples=10_000)
 @given(SCHEMAS, st.integers(0, 2**32))
