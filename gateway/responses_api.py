@@ -7,7 +7,9 @@ here is a hint (to caches, to billing, to models that reason) and changes nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from cluster.errors import InvalidRequest
 from gateway.bounds import MAX_TOP_LOGPROBS, between
@@ -84,7 +86,7 @@ class ResponsesRequest(Body):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None  # of tools that OpenAI runs: none here
-    include: list[Includable] | None = None
+    include: Annotated[list[Includable], Field(fail_fast=True)] | None = None
     top_logprobs: Integer | None = None
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: ReasoningOptions | None = None
