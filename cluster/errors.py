@@ -3,7 +3,8 @@
     MantaError
     ├── RequestError                the client can mend it, or try again
     │   ├── InvalidRequest          a field is wrong; `param` names it
-    │   │   └── ContextTooLong      prompt plus output exceed the model's context
+    │   │   ├── ContextTooLong      prompt plus output exceed the model's context
+    │   │   └── UnsupportedEncoding the body is compressed
     │   ├── Unauthorized            no key, or a wrong one
     │   ├── ModelNotFound           no model of that name is served
     │   ├── PayloadTooLarge         the body is over the limit
@@ -77,6 +78,10 @@ class InvalidRequest(RequestError):
 
 class ContextTooLong(InvalidRequest):
     """The prompt, or prompt plus requested output, exceeds the model's context length."""
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body is compressed, or coded in another way that is not read."""
 
 
 class Unauthorized(RequestError):

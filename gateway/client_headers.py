@@ -14,7 +14,7 @@ import uuid
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.serve_answers import ServeAnswers
+from gateway.serve_answers import ServeAnswers, answer_malformed_requests
 
 IMPORT_PATH = "gateway.client_headers:middlewares"
 REQUEST_ID = b"x-request-id"
@@ -54,10 +54,11 @@ class ClientHeaders:
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve; the first is the outermost. It asks before it makes its gRPC server, which becomes ours here, too."""
+    """For Serve; the first is the outermost. It asks before it makes its servers, which are changed here, too."""
     from gateway.grpc_server.server import install_in_proxy
 
     install_in_proxy()
+    answer_malformed_requests()
     return [Middleware(ClientHeaders), Middleware(ServeAnswers)]
 
 

@@ -11,12 +11,18 @@ from typing import Any, NoReturn
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled, UnsupportedEncoding
 from gateway.json_bounds import check_bounds
 
 
 async def read_body(request: HttpRequest, max_bytes: int) -> bytes:
     """The body, said to be JSON. Raises InvalidRequest, PayloadTooLarge, or RequestCancelled when the client left."""
+    codings = {coding.strip().lower() for coding in ",".join(request.headers.getlist("content-encoding")).split(",")}
+    if codings - {"", "identity"}:
+        raise UnsupportedEncoding(
+            "Content-Encoding: a coded body is not read; send it plain, without this header",
+            param="Content-Encoding",
+        )
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise InvalidRequest(f"Content-Type: expected application/json, got {media_type!r}", param="Content-Type")

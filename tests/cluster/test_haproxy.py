@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
 
 from cluster.commands.haproxy import part_clients
 from tests.ports import free_port
+from tests.raw_http import MALFORMED, check_error, exchange
 from tests.waiting import wait_for
 
 GRPC = """
@@ -107,3 +111,55 @@ def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_
     assert answers[0].status_code == 503
     assert answers[0].headers["retry-after"] == "1"
     assert answers[0].json()["error"]["code"] == "unavailable"
+
+
+def test_what_it_answers_itself_is_json_and_its_log_has_no_query(tmp_path: Path) -> None:
+    """It was HTML, which clients that look for an `error` could not read, and a query may be a client's own words.
+
+    A request that it cannot read as HTTP it answers before any file of its configuration counts.
+    """
+    port = free_port()
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        socket_path=str(tmp_path / "cli"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "server-state"),
+        metrics_enabled=False,
+        metrics_port=free_port(),
+        stats_port=free_port(),
+        timeout_client_s=2,
+    )
+    gone = BackendConfig("gone", "/gone", servers=[ServerConfig("one", "127.0.0.1", free_port())], app_name="gone")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as log:
+        log.bind(("127.0.0.1", 0))
+        log.settimeout(30)
+        config.log_target = "{}:{}".format(*log.getsockname())
+        file = tmp_path / "haproxy.cfg"
+        HAProxyApi(config, {"gone": gone}, str(file))._generate_config_file_internal()
+
+        def ask(path: str) -> tuple[int, dict[str, str], bytes]:
+            return exchange(port, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+
+        def is_up() -> bool:
+            try:
+                return ask("/")[0] == 503
+            except OSError:
+                return False
+
+        with running(file):
+            wait_for(is_up, 30, "HAProxy")
+            answers = {what: exchange(port, request) for what, (request, _, _) in MALFORMED.items()}
+            slow = exchange(port, b"GET / HTTP/1.1\r\nHo")
+            asked = ask("/gone?secret")
+        lines = []
+        while not any("/gone" in line for line in lines):
+            lines.append(log.recv(65536).decode())
+    assert answers["no path"][0] == 404
+    assert answers["TLS"][0] == answers["a long header"][0] == 400
+    assert answers["a coding that nobody knows"][0] == 501
+    assert slow[0] == 408
+    assert asked[0] == 503, "and so it is where there is no gateway yet"
+    for answer in (*answers.values(), slow, asked):
+        check_error(*answer)
+        assert answer[1]["connection"] == "close"
+    assert not any("secret" in line for line in lines)

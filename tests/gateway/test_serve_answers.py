@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from ray.serve._private.http_util import convert_object_to_asgi_messages
+from ray.serve._private.http_util import convert_object_to_asgi_messages, start_asgi_http_server
+from ray.serve.config import HTTPOptions
 
+from cluster.messages import ModelCard
 from gateway.client_headers import middlewares
-from gateway.serve_answers import ServeAnswers
+from gateway.http import build_app
+from gateway.serve_answers import ServeAnswers, answer_malformed_requests
+from gateway.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.ports import free_port
+from tests.raw_http import MALFORMED, WEBSOCKET, check_error, exchange
+from tests.waiting import wait_for
 
 BACKPRESSURE = "Request dropped due to backpressure"
 
@@ -68,3 +79,48 @@ def test_all_else_stays_as_it_is(messages: list[Any], path: str) -> None:
 
 def test_serve_is_told_of_it() -> None:
     assert ServeAnswers in [middleware.cls for middleware in middlewares()]
+
+
+@contextmanager
+def serves_http_server(app: Any) -> Iterator[int]:
+    """uvicorn as Serve starts it in its proxies and in our replicas; its port."""
+    port = free_port()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    options = HTTPOptions(host="127.0.0.1", port=port)
+    starting = start_asgi_http_server(app, options, event_loop=loop)
+    task, server = asyncio.run_coroutine_threadsafe(starting, loop).result()
+    wait_for(lambda: server.started, 30, "the server")
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        wait_for(task.done, 30, "its end")
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_what_is_no_http_has_an_error_like_any_other(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    """uvicorn answered in plain text, before any code of Serve's or ours, and to an upgrade without a body."""
+    answer_malformed_requests()
+    frontend = build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("x"))))
+    with serves_http_server(ServeAnswers(build_app(frontend))) as port:
+        answers = {what: exchange(port, request) for what, (request, _, _) in MALFORMED.items()}
+        upgrade = exchange(port, WEBSOCKET)
+    assert {what: answer[0] for what, answer in answers.items()} == {what: MALFORMED[what][2] for what in MALFORMED}
+    assert upgrade[0] == 403
+    for answer in (*answers.values(), upgrade):
+        if answer[0] != 200:
+            check_error(*answer)
+
+
+def test_no_answer_at_all_is_an_error_like_any_other() -> None:
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        """As Serve does when our code raises."""
+
+    with serves_http_server(ServeAnswers(serve)) as port:
+        answer = exchange(port, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert answer[0] == 500
+    check_error(*answer)
