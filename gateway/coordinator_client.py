@@ -107,8 +107,11 @@ class ServeCoordinatorClient:
 
 
 async def _result(response: Any) -> Any:
-    """A coroutine, which can become a task; Serve's responses are only awaitable."""
-    return await response
+    """A coroutine, which can become a task; Serve's responses are only awaitable. Raises the error that is answered."""
+    answer = await response
+    if isinstance(answer, MantaError):
+        raise answer
+    return answer
 
 
 def _tell(mail: Mail, call: asyncio.Future[Any]) -> None:

@@ -62,7 +62,7 @@ async def rpc_call(
         status = status_of(error, call.id)
         record.status, record.error = status[0].name, error_name(error)
         await fail(context, *status)
-        raise RpcFailed(str(error)) from None
+        raise RpcFailed from None
     finally:
         caller.leave()
         record.key_id = caller.id

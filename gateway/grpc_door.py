@@ -18,7 +18,7 @@ from gateway.embeddings import EmbeddingJob, vectors
 from gateway.frontend import Frontend
 from gateway.grpc_call import rpc_call
 from gateway.grpc_chat import chat_fields
-from gateway.grpc_errors import RpcFailed
+from gateway.grpc_errors import RpcFailed, failing_stream
 from gateway.grpc_health import HealthRpcs
 from gateway.grpc_messages import (
     choice,
@@ -59,16 +59,18 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
     async def ChatStream(
         self, request: chat_pb2.ChatRequest, grpc_context: Any
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
-        async with aclosing(self._stream(request, grpc_context, self._chat)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with failing_stream():
+            async with aclosing(self._stream(request, grpc_context, self._chat)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def GenerateStream(
         self, request: chat_pb2.GenerateRequest, grpc_context: Any
     ) -> AsyncGenerator[chat_pb2.Chunk, None]:
-        async with aclosing(self._stream(request, grpc_context, self._generate)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with failing_stream():
+            async with aclosing(self._stream(request, grpc_context, self._generate)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def ListModels(
         self,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -37,6 +40,28 @@ CODE: dict[type[MantaError], Any] = {
 
 class RpcFailed(Exception):
     """Ends an RPC whose status is set already: Serve takes code and details from the context."""
+
+
+_own_server: ContextVar[bool] = ContextVar("own_server", default=False)
+
+
+def note_own_server() -> None:
+    """The RPC of this task came to this process's own server, not through Serve's proxy."""
+    _own_server.set(True)
+
+
+@contextmanager
+def failing_stream() -> Iterator[None]:
+    """Around the body of a streaming RPC: one that fails ends here, its status and trailing metadata with it.
+
+    From a stream that comes through its proxy Serve takes the status only where an error is raised. Otherwise it would
+    log that as its own failure, and drop the trailing metadata.
+    """
+    try:
+        yield
+    except RpcFailed:
+        if not _own_server.get():
+            raise
 
 
 def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:

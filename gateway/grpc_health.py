@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import Overloaded, Unauthorized
 from gateway.frontend import Frontend
-from gateway.grpc_errors import fail, status_of
+from gateway.grpc_errors import RpcFailed, fail, failing_stream, status_of
 from gateway.grpc_guard import connection, peer_address
 from gateway.watches import Watches
 
@@ -40,21 +40,23 @@ class HealthRpcs:
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """grpc.health.v1: the status now and whenever it changes, until the client or the door's timeout ends it."""
-        if not await self._is_admitted(grpc_context):
-            return
-        try:
-            with self.watches.place(connection(grpc_context)) as over:
-                last = None
-                while not over.is_set():
-                    status = await self._serving(request.service)
-                    if status != last:
-                        last = status
-                        yield health_pb2.HealthCheckResponse(status=status)
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(over.wait(), WATCH_INTERVAL_S)
-            raise Overloaded("another watch took the place of this one; watch again")
-        except Overloaded as error:
-            await fail(grpc_context, *status_of(error, ""))
+        with failing_stream():
+            if not await self._is_admitted(grpc_context):
+                raise RpcFailed
+            try:
+                with self.watches.place(connection(grpc_context)) as over:
+                    last = None
+                    while not over.is_set():
+                        status = await self._serving(request.service)
+                        if status != last:
+                            last = status
+                            yield health_pb2.HealthCheckResponse(status=status)
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(over.wait(), WATCH_INTERVAL_S)
+                raise Overloaded("another watch took the place of this one; watch again")
+            except Overloaded as error:
+                await fail(grpc_context, *status_of(error, ""))
+                raise RpcFailed from None
 
     async def List(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
@@ -266,5 +267,5 @@ async def _http_exception(_request: HttpRequest, error: Exception) -> Response:
     """An unknown route or method, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
-    headers = dict(error.headers) if error.headers else None
+    headers = {REQUEST_ID_HEADER: f"req-{uuid.uuid4().hex}", **(error.headers or {})}
     return json_response(body(str(error.detail), kind, None, None), error.status_code, headers)

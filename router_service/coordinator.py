@@ -147,11 +147,19 @@ class Coordinator:
         )
         self._engine.start()
 
-    async def generate(self, request: Request, gateway: str) -> None:
-        """Return once the tokens of one choice are on their way in that gateway's stream. Raises MantaError.
+    async def generate(self, request: Request, gateway: str) -> MantaError | None:
+        """Return once the tokens of one choice are on their way in that gateway's stream, or the error that ended them.
 
-        Cancelling aborts the sequence.
+        It is returned because Serve logs what is raised through it as its own failure, with the client's words in the
+        traceback. Cancelling aborts the sequence.
         """
+        try:
+            await self._generate(request, gateway)
+        except MantaError as error:
+            return error
+        return None
+
+    async def _generate(self, request: Request, gateway: str) -> None:
         self._check_unique(request)
         span, failure = self._traces.begin(request), None
         with self._outboxes.of(gateway).outgoing(request.key) as outgoing:
@@ -188,8 +196,14 @@ class Coordinator:
             async for item in items:
                 yield item
 
-    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
-        """The embedding of each prompt, in order. Cancelling aborts all. Raises MantaError for the first that fails."""
+    async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...] | MantaError:
+        """The embedding of each prompt, in order, or the error of the first that fails. Cancelling aborts all."""
+        try:
+            return await self._embed(requests)
+        except MantaError as error:
+            return error
+
+    async def _embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         embeddings: list[Embedding] = []
         for start in range(0, len(requests), EMBEDDINGS_AT_ONCE):
             asked = requests[start : start + EMBEDDINGS_AT_ONCE]

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
 from gateway import chat_pb2
-from gateway.grpc_errors import retry_after, status_of
+from gateway.grpc_errors import note_own_server, retry_after, status_of
 from gateway.grpc_guard import connection, identify
 from gateway.grpc_server.slots import ReadSlots
 from gateway.grpc_server.trailers import FittingContext
@@ -91,6 +91,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncGenerator[Any, None]]:
         async def answer(_messages: Any, context: Any) -> AsyncGenerator[Any, None]:
             context = FittingContext(context)
+            note_own_server()
             try:
                 async with self._message(method, handler.request_deserializer, context) as (message, release):
                     await context.send_initial_metadata(())  # no proxy between waits for the first token in vain

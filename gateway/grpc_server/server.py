@@ -20,11 +20,13 @@ from cluster.errors import ConfigError
 from cluster.ray_variables import DOORS
 from gateway.grpc_server.gate import Gate
 from gateway.grpc_server.options import server_options
+from gateway.grpc_server.serve_log import quiet_serve
 from gateway.guard import Guard, is_loopback
 
 
 def install(config: GatewayConfig, guard: Guard | None) -> None:
-    """From now on Serve's gRPC servers in this process are ours."""
+    """From now on Serve's gRPC servers in this process are ours, and its log is silent about what clients do there."""
+    quiet_serve()
     grpc_util.gRPCGenericServer = functools.partial(DoorServer, config, guard)
 
 

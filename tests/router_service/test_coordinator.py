@@ -1,5 +1,6 @@
 """What a coordinator does on its event loop with what the engine's thread hands over."""
 
+import asyncio
 import threading
 
 import pytest
@@ -48,6 +49,14 @@ def test_a_call_that_comes_twice_is_asked_again_under_another_id(coordinator):
     coordinator._waiting[request.key] = Waiting()
     with pytest.raises(CoordinatorLost):
         coordinator._check_unique(request)
+
+
+def test_a_designed_error_is_an_answer(coordinator):
+    """Serve logs what is raised as its own failure, with a traceback and what the client wrote."""
+    request = make_request([5])
+    coordinator._waiting[request.key] = Waiting()
+    refused = asyncio.run(coordinator.generate(request, "gateway")), asyncio.run(coordinator.embed((request,)))
+    assert [type(error) for error in refused] == [CoordinatorLost] * 2
 
 
 def test_a_dead_engine_ends_its_process_after_its_last_words(coordinator, monkeypatch):
