@@ -15,7 +15,7 @@ _GET = b"GET /v1/models HTTP/1.1\r\n" + _HOST
 MALFORMED: dict[str, tuple[bytes, int, int]] = {
     "TLS": (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\r\n\r\n", 400, 400),
     "words": (b"Hello, is this a server at all?\r\n\r\n", 400, 400),
-    "an unknown version": (_GET.replace(b"1.1", b"9.9") + b"\r\n", 400, 400),
+    "an unknown version": (_GET.replace(b"1.1", b"9.9") + b"\r\n", 200, 400),
     "an unknown method": (_GET.replace(b"GET", b"FETCH") + b"\r\n", 400, 400),
     "a method in lower case": (_GET.replace(b"GET", b"get") + b"\r\n", 400, 400),
     "a method that we have not": (_GET.replace(b"GET", b"TRACE") + b"\r\n", 405, 405),

@@ -30,6 +30,7 @@ def schema(document: dict[str, Any]) -> dict[str, Any]:
 HTTP_MISTAKES: dict[str, tuple[str, Any, int]] = {
     "no JSON": ("/v1/chat/completions", CANARY.encode(), 400),
     "a wrong value": ("/v1/chat/completions", CHAT | {"temperature": CANARY}, 400),
+    "the same, streamed": ("/v1/chat/completions", CHAT | {"temperature": CANARY, "stream": True}, 400),
     "a wrong value of responses": ("/v1/responses", {"model": "manta-demo", "input": {CANARY: 1}}, 400),
     "an unknown model": ("/v1/completions", {"model": CANARY, "prompt": CANARY}, 404),
     "an unknown route": (f"/v1/{CANARY}?{CANARY}={CANARY}", CHAT, 404),
@@ -42,19 +43,14 @@ HTTP_MISTAKES: dict[str, tuple[str, Any, int]] = {
         CHAT | schema({"type": "object", "properties": {CANARY: {"enum": []}}, "required": [CANARY]}),
         400,
     ),
-    "the same, streamed": (
+    "a range that is empty": (
         "/v1/chat/completions",
-        CHAT | {"stream": True} | schema({"type": "integer", "minimum": 5, "maximum": 4, "title": CANARY}),
+        CHAT | schema({"type": "integer", "minimum": 5, "maximum": 4, "title": CANARY}),
         400,
     ),
     "a pattern that is none": (
         "/v1/chat/completions",
         CHAT | schema({"type": "object", "properties": {CANARY: {"type": "string", "pattern": f"({CANARY}"}}}),
-        400,
-    ),
-    "a pattern too large to compile": (
-        "/v1/chat/completions",
-        CHAT | schema({"type": "string", "pattern": f"((({CANARY}|[a-z]{{900}}){{900}}){{900}})"}),
         400,
     ),
 }

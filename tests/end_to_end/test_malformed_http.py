@@ -18,7 +18,8 @@ def test_what_is_no_request_has_an_error_like_any_other(server, what: str) -> No
     request, status, _ = MALFORMED[what]
     answer = exchange(int(server.url.rpartition(":")[2]), request)
     assert answer[0] == status
-    check_error(*answer)
+    if status >= 400:
+        check_error(*answer)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity, deflate"])
