@@ -13,13 +13,15 @@ import socket
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from struct import pack
 
+from experts_service.delivery import ANSWERED, POSTED, Attempt
 from experts_service.frame import ANSWER, DRAINING, ERROR, FAILED, HEAD_BYTES, FrameError, ReplyHead, read_reply
+from experts_service.routing_table import Replica
 
 WAIT_S = 0.1  # a blocking read returns after this long, so that whoever waits can look at the clock and at others
 _SCRATCH_BYTES = 256 * 1024
+NOBODY = Replica("", "", "", 0, "")
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -27,17 +29,25 @@ class LinkLost(Exception):
     """The shard's end is gone, or does not speak as it should."""
 
 
-@dataclass(slots=True)
-class Ask:
+class LaneAttempt(Attempt):
     """Rows that one shard was asked to run, and the memory for its answer."""
 
-    request_id: int
-    memory: memoryview  # of the answer, as bytes
-    expected: bytes = b""  # the head of the answer to the present attempt
-    done: bool = False
-    failed: str = ""  # why the shard will not answer; empty while it may
-    errors: int = 0  # times that the maths raised, on whichever shard
-    link: Link | None = None
+    __slots__ = ("expected", "link", "memory", "place", "request_id")
+
+    def __init__(
+        self, replica: Replica, epoch: int, request_id: int, memory: memoryview, place: memoryview | None = None
+    ) -> None:
+        """`memory`: where the answer is received, as bytes; `place`: where it belongs, if that is elsewhere."""
+        super().__init__(replica, epoch)
+        self.request_id = request_id
+        self.memory = memory
+        self.place = place
+        self.expected = b""  # the head of the answer
+        self.link: Link | None = None
+
+    def accept(self) -> None:
+        if self.place is not None:
+            self.place[:] = self.memory
 
 
 class Link:
@@ -51,13 +61,13 @@ class Link:
         self.channel = channel
         self.thread_id = thread_id
         self.lost = False
-        self.outstanding: dict[int, Ask] = {}  # by request id
+        self.outstanding: dict[int, LaneAttempt] = {}  # by request id
         self.forgotten: set[int] = set()  # request ids whose answers nobody waits for, and that have not come
         self._unsent: deque[memoryview] = deque()
         self._head = bytearray(HEAD_BYTES)
         self._filled = 0  # bytes of it
         self._present: ReplyHead | None = None  # the frame whose payload is being read
-        self._owner: Ask | None = None  # whose it is; None: nobody's any more
+        self._owner: LaneAttempt | None = None  # whose it is; None: nobody's any more
         self._target = memoryview(b"")  # where its payload goes
         self._got = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -66,10 +76,10 @@ class Link:
     def has_unsent(self) -> bool:
         return bool(self._unsent)
 
-    def send(self, ask: Ask, head: bytes, rows: memoryview) -> None:
+    def send(self, attempt: LaneAttempt, head: bytes, rows: memoryview) -> None:
         """Ask for the rows, given as bytes; returns at once. Raises LinkLost."""
-        self.outstanding[ask.request_id] = ask
-        ask.link = self
+        self.outstanding[attempt.request_id] = attempt
+        attempt.link = self
         sent = 0
         if not self._unsent:
             try:
@@ -97,29 +107,29 @@ class Link:
             else:
                 self._unsent.popleft()
 
-    def wait(self, ask: Ask, sleep_at: float) -> None:
+    def wait(self, attempt: LaneAttempt, sleep_at: float) -> None:
         """`receive`, but before `sleep_at` on the monotonic clock it leaves its core only to whoever can use it.
 
         A thread that sleeps is woken tens of microseconds late, on a virtual machine, and finds its caches cold.
         """
         while time.monotonic() < sleep_at:
             try:
-                self.receive(ask, socket.MSG_DONTWAIT)
+                self.receive(attempt, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 os.sched_yield()
             else:
                 return
-        self.receive(ask)
+        self.receive(attempt)
 
-    def receive(self, ask: Ask, flags: int = 0) -> None:
-        """Read once; it may complete `ask`, any other, or none. Raises BlockingIOError after WAIT_S, and LinkLost."""
+    def receive(self, attempt: LaneAttempt, flags: int = 0) -> None:
+        """Read once; it may complete `attempt`, another, or none. Raises BlockingIOError after WAIT_S, and LinkLost."""
         at_border = self._filled == 0
         try:
             if at_border:
-                count = self.channel.recvmsg_into((self._head, ask.memory), 0, flags)[0]
-                if count == HEAD_BYTES + len(ask.memory) and self._head == ask.expected:
-                    del self.outstanding[ask.request_id]
-                    ask.done = True
+                count = self.channel.recvmsg_into((self._head, attempt.memory), 0, flags)[0]
+                if count == HEAD_BYTES + len(attempt.memory) and self._head == attempt.expected:
+                    del self.outstanding[attempt.request_id]
+                    attempt.state = ANSWERED
                     return
             elif self._present is None:
                 count = self.channel.recv_into(memoryview(self._head)[self._filled :], 0, flags)
@@ -138,36 +148,37 @@ class Link:
         self._filled += count
         if self._filled < HEAD_BYTES:
             return
-        early = self._filled - HEAD_BYTES  # bytes that were read into the memory of `ask` on good faith
+        early = self._filled - HEAD_BYTES  # bytes that were read into the memory of `attempt` on good faith
         self._filled = HEAD_BYTES
         self._begin()
-        if self._owner is ask and self._target is ask.memory:
+        if self._owner is attempt and self._target is attempt.memory:
             self._got = early
             self._finish()
         else:
-            data = bytes(ask.memory[:early])
+            data = bytes(attempt.memory[:early])
             self._finish()
             self._feed(memoryview(data))
 
-    def forget(self, ask: Ask) -> None:
+    def forget(self, attempt: LaneAttempt) -> None:
         """Its answer, should it come, is nobody's."""
-        if self.outstanding.pop(ask.request_id, None) is not None:
-            self.forgotten.add(ask.request_id)
-        if self._owner is ask:
+        if self.outstanding.pop(attempt.request_id, None) is not None:
+            self.forgotten.add(attempt.request_id)
+        if self._owner is attempt:
             self._owner = None
             self._target = memoryview(bytearray(len(self._target)))
 
     def skip_forgotten(self) -> None:
         """Read the answers that nobody waits for, as far as they have come. Raises LinkLost."""
-        nobody = Ask(0, memoryview(bytearray(0)))
+        nobody = LaneAttempt(NOBODY, 0, 0, memoryview(bytearray(0)))
         with suppress(BlockingIOError):
             while self.forgotten:
                 self.receive(nobody, socket.MSG_DONTWAIT)
 
     def give_up(self, reason: str) -> None:
         """Close it although the shard has not: whoever waits for an answer has to ask elsewhere."""
-        for ask in self.outstanding.values():
-            ask.failed = ask.failed or reason
+        for attempt in self.outstanding.values():
+            if attempt.state is POSTED:
+                attempt.fail(reason)
         self.close()
 
     def close(self) -> None:
@@ -206,12 +217,12 @@ class Link:
             return
         del self.outstanding[owner.request_id]
         if present.kind == ANSWER:
-            owner.done = True
+            owner.state = ANSWERED
         elif present.kind == ERROR:
-            owner.failed = bytes(self._target[: self._got]).decode(errors="replace") or "an error without words"
-            owner.errors += present.flags == FAILED
+            owner.fail(bytes(self._target[: self._got]).decode(errors="replace") or "an error without words")
+            owner.raised = present.flags == FAILED
         elif present.kind == DRAINING:
-            owner.failed = "it is draining"
+            owner.fail("it is draining")
 
     def _feed(self, data: memoryview) -> None:
         """Take bytes that were read too early."""

@@ -66,6 +66,19 @@ class LaneLinks:
             dial = self._dialling[replica_id] = _Dial(deployment, replica, FIRST_PAUSE_S)
         threading.Thread(target=self._keep_dialling, args=(dial,), name="lane-dial", daemon=True).start()
 
+    def refusal(self, replica_id: str) -> str:
+        """Why its last dial failed; nothing while none has."""
+        with self._changed:
+            dial = self._dialling.get(replica_id)
+            return "" if dial is None else dial.reason
+
+    def hurry(self, replica_id: str) -> None:
+        """Cut the pause before its next dial short."""
+        with self._changed:
+            if (dial := self._dialling.get(replica_id)) is not None:
+                dial.hurried = True
+                self._changed.notify_all()
+
     def wait(self, replicas: Iterable[Replica], timeout_s: float) -> str:
         """Return once one of these is connected, or each has refused once more; why the last one did, or nothing.
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
+from experts_service.delivery import ANSWERED, FAILED
 from experts_service.frame import ANSWER, HEAD_BYTES, FrameError, RowsFormat, answer_head, refusal_head
 from experts_service.handshake import TIMEOUT_S
 from experts_service.lane_address import LaneAddress, connect
 from experts_service.lane_batch import run_as_one
-from experts_service.lane_link import WAIT_S, Ask, Link, LinkLost
+from experts_service.lane_link import NOBODY, WAIT_S, LaneAttempt, Link, LinkLost
 from experts_service.lane_server import MAX_GUESTS, LaneServer
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import (
@@ -274,7 +275,7 @@ def test_a_frame_that_cannot_be_packed_leaves_what_was_sent_before_in_step(num_r
         for layer in (0, 1, 2):
             assert torch.equal(ask(remote, rows, experts, layer), expected(rows, experts, layer))
         transport = running.transports[0]
-        assert [transport._owed(name) for name in ("0a", "1a")] == [0, 0]
+        assert [transport.routes.owed(name) for name in ("0a", "1a")] == [0, 0]
 
 
 def test_an_error_of_the_maths_is_told_and_the_connection_lives() -> None:
@@ -343,9 +344,9 @@ def test_slow_and_stalled_peers_delay_nobody() -> None:
         transport = running.transport()
         replica = running.table.replicas(transport.deployments[0])[0]
         form = RowsFormat(2)
-        stalled = transport._links._dialer(replica, 5.0).channel  # sends half a frame, then nothing
+        stalled = transport.routes._links._dialer(replica, 5.0).channel  # sends half a frame, then nothing
         stalled.sendall(form.pack(torch.float32, 1, 0, 0, 1, 50, HIDDEN, 1000, (50, 0)) + b"half")
-        deaf = transport._links._dialer(replica, 5.0).channel  # asks for much and reads nothing
+        deaf = transport.routes._links._dialer(replica, 5.0).channel  # asks for much and reads nothing
         deaf.settimeout(0.2)
         big = form.pack(torch.float32, 1, 0, 0, 1, 50_000, HIDDEN, 60_000, (50_000, 0)) + bytes(50_000 * HIDDEN * 4)
         with pytest.raises(TimeoutError):
@@ -430,7 +431,7 @@ def test_a_link_skips_stale_answers_and_moves_what_it_read_too_early() -> None:
     def head(request_id: int, epoch: int, attempt: int) -> bytes:
         return form.pack(torch.float32, request_id, epoch, 0, attempt, 1, 2, 1000, (1,))
 
-    asks = [Ask(n, memoryview(bytearray(8))) for n in (1, 2)]
+    asks = [LaneAttempt(NOBODY, 5, n, memoryview(bytearray(8))) for n in (1, 2)]
     for one in asks:
         asked = head(one.request_id, 5, 2)
         one.expected = answer_head(asked)
@@ -441,22 +442,22 @@ def test_a_link_skips_stale_answers_and_moves_what_it_read_too_early() -> None:
     with shard:
         for start in range(0, len(data), 7):  # in pieces that fit no border
             shard.sendall(data[start : start + 7])
-            while not asks[0].done:
+            while asks[0].state is not ANSWERED:
                 try:
                     link.receive(asks[0], socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     break
-    assert [one.done for one in asks] == [True, True]
+    assert [one.state for one in asks] == [ANSWERED, ANSWERED]
     assert [bytes(one.memory) for one in asks] == [b"first___", b"second__"]
     assert not link.outstanding
     link.close()
 
 
-def asked_link() -> tuple[Link, Ask, bytes, socket.socket]:
+def asked_link() -> tuple[Link, LaneAttempt, bytes, socket.socket]:
     """A link that was asked for one row, the head that it sent, and the shard's end."""
     ours, shard = socket.socketpair()
     link = Link(ours)
-    one = Ask(1, memoryview(bytearray(8)))
+    one = LaneAttempt(NOBODY, 0, 1, memoryview(bytearray(8)))
     asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, 2, 1000, (1,))
     one.expected = answer_head(asked)
     link.send(one, asked, memoryview(bytes(8)))
@@ -474,13 +475,13 @@ def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
         later.start()
         link.wait(one, time.monotonic() + 60)
         later.join()
-    assert one.done
+    assert one.state is ANSWERED
     assert bytes(one.memory) == b"answered"
     link.close()
 
 
 def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experts_service.lane_flight.SOON_S", 1.0)
+    monkeypatch.setattr("experts_service.flight.SOON_S", 1.0)
     rows, experts = torch.ones(1, HIDDEN), torch.tensor([GROUPS[0].experts])
     pauses = iter((0.0, 1.1, 0.0))
 
@@ -494,7 +495,7 @@ def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: py
         seen = []
         for _ in range(3):
             assert torch.equal(ask(Dispatcher(GROUPS, transport), rows, experts), expected(rows, experts))
-            seen.append(transport.answers_soon)
+            seen.append(transport.deliveries.answers_soon)
     assert seen == [True, False, True]
 
 
@@ -505,5 +506,5 @@ def test_a_link_closes_on_what_is_no_reply() -> None:
         with pytest.raises(LinkLost):
             link.receive(one)
     assert link.lost
-    assert one.failed
+    assert one.state is FAILED
     assert HEAD_BYTES == 44

@@ -82,7 +82,7 @@ def test_damaged_frames_harm_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pyt
                     stranger.connect(str(server.path))
                     send(stranger, frame if index % 20 else hello(COORDINATOR) + frame)
                 continue
-            peer = peer or transport._links._dialer(replica, 5.0).channel
+            peer = peer or transport.routes._links._dialer(replica, 5.0).channel
             if not send(peer, frame) or random_.random() < 0.1:
                 peer.close()
                 peer = None

@@ -41,7 +41,7 @@ class Network:
 
 
 def over(running: Shards, timeout_s: float = 5.0) -> tuple[Network, LaneTransport]:
-    network = Network(running.transport(timeout_s)._links._dialer)
+    network = Network(running.transport(timeout_s).routes._links._dialer)
     deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
     transport = LaneTransport(deployments, running.table, network, timeout_s=timeout_s)
     running.transports.append(transport)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from experts_service.lane import SPLIT_ROWS, split
+from experts_service.flight import SPLIT_ROWS, split
 from experts_service.lane_batch import Maths
 from experts_service.replica_load import OVERDUE_S
 from experts_service.transport import GroupRows

@@ -203,6 +203,32 @@ def test_an_answer_that_is_not_finite_is_asked_of_another_replica(
         ray.kill(damaged)
 
 
+def test_two_replicas_share_the_rows_and_a_stopped_one_is_hedged(
+    checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any]
+) -> None:
+    """Only lanes did either; over the object store a stopped shard held a step until its deadline."""
+    second = start_shard(shard_spec(checkpoint, GROUPS[1]), "second", namespace=NAMESPACE)
+    table.publish(DEPLOYMENTS[1], [replica(1, actor, checkpoint.fingerprint) for actor in ("second", "shard-1")])
+    here, there = local(checkpoint), remote(table, checkpoint.fingerprint, timeout_s=60.0)
+    pid = shard_pid(second)
+    try:
+        for num_rows in (4000, 4):
+            rows, experts, weights = random_batch(checkpoint, num_rows)
+            expected = here.combine(here.dispatch(0, rows, experts), weights)
+            for _ in range(4):
+                assert torch.equal(there.combine(there.dispatch(0, rows, experts), weights), expected)
+        counts = [sum(ray.get(one.stats.remote(), timeout=10).rows_per_expert) for one in (second, shards[1])]
+        assert min(counts) > 1000, counts
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        for _ in range(4):
+            assert torch.equal(there.combine(there.dispatch(0, rows, experts), weights), expected)
+        assert time.monotonic() - started < 15, "promised a second or two"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        ray.kill(second)
+
+
 def test_a_killed_shard_restarts_loaded_and_the_step_completes(
     checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any]
 ) -> None:
