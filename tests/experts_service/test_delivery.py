@@ -255,6 +255,16 @@ def test_a_group_without_replicas_is_served_as_soon_as_one_is_connected() -> Non
     assert len(simulation.sent["rows"]) == 1
 
 
+def test_another_replica_is_asked_at_once_for_an_answer_that_is_not_finite() -> None:
+    simulation = world_of({name: [("answers", 0.01)] for name in NAMES})
+    started = simulation.world.now
+    [delivery] = simulation.deliver(["rows"], not_finite=1).values()
+    first, second = simulation.sent["rows"]
+    assert delivery.answer is second
+    assert first.replica.replica_id != second.replica.replica_id
+    assert simulation.world.now - started < 0.03
+
+
 def test_the_maths_is_asked_three_times_and_no_more() -> None:
     simulation = world_of({name: [("raises", 0.001)] for name in NAMES})
     [delivery] = simulation.deliver(["rows"]).values()
