@@ -27,6 +27,7 @@ class Shape:
     means: Sequence[Json] | None = None  # the plainest spelling; None: as it was sent
     in_text: Sequence[Json] | None = None  # what a template that knows no tools is given; None: the same
     refused: Mapping[str, str] = field(default_factory=dict)  # layout → the field that is wrong
+    beyond: Sequence[str] = ()  # layouts whose reference refuses it, and we do not
     tools: Sequence[str] = ()  # names of what may be called
     http_only: bool = False  # chat.proto has no spelling of it
 
@@ -96,6 +97,7 @@ SHAPES: dict[str, Shape] = {
     "a user": Shape([user()]),
     "system and user": Shape([system(), user()]),
     "developer and user": Shape([developer(), user()], means=[system(), user()]),
+    "a system alone": Shape([system()]),
     "system and developer": Shape(
         [system(), developer("In French."), user()],
         means=[system(), system("In French."), user()],
@@ -123,6 +125,10 @@ SHAPES: dict[str, Shape] = {
     "an empty text": Shape([user("")]),
     "an empty system": Shape([system(""), user()]),
     "unicode": Shape([system(UNICODE), user(UNICODE), assistant(UNICODE), user(UNICODE)]),
+    "an empty answer": Shape([user(), assistant(""), user("again")], beyond=MISTRAL),
+    "an answer of null": Shape(
+        [user(), assistant(None), user("again")], means=[user(), assistant(""), user("again")], beyond=MISTRAL
+    ),
     "a refusal": Shape(
         [user(), {"role": "assistant", "content": None, "refusal": "No."}, user()],
         means=[user(), assistant("No."), user()],
@@ -167,6 +173,11 @@ SHAPES: dict[str, Shape] = {
     "a call and its answer": Shape([*ONE_CALL, assistant(), user()], in_text=[*ONE_CALL_IN_TEXT, assistant(), user()]),
     "a call beside an empty text": Shape(
         [user(), calls(call(), content=""), result()], means=ONE_CALL, in_text=ONE_CALL_IN_TEXT
+    ),
+    "a call beside a text": Shape(
+        [user(), calls(call(), content="Let me look."), result()],
+        in_text=[user(), assistant(f"Let me look.\n[TOOL_CALLS] {WEATHER_IN_TEXT}"), ONE_CALL_IN_TEXT[2]],
+        beyond=(V3, TEKKEN),
     ),
     "a user after a result": Shape(
         [*ONE_CALL, user()],
