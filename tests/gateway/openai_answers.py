@@ -35,7 +35,7 @@ class CheckedAnswers:
         parts: list[bytes] = []
 
         async def kept(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and scope["method"] in ("GET", "POST"):  # others have no body
                 headers = {name.lower(): value.decode("latin-1") for name, value in message["headers"]}
                 self._answers.append((scope["path"], message["status"], headers.get(b"content-type", ""), parts))
             elif message["type"] == "http.response.body":

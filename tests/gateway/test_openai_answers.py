@@ -61,6 +61,6 @@ def test_an_answer_of_another_shape_is_found(path: str, status: int, content_typ
         pass
 
     checked = CheckedAnswers(app)
-    asyncio.run(checked({"type": "http", "path": path}, receive, send))
+    asyncio.run(checked({"type": "http", "method": "POST", "path": path}, receive, send))
     with pytest.raises(AssertionError, match=path):
         checked.check()
