@@ -272,15 +272,26 @@ def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard)
 def test_a_gateways_loop_is_watched_from_when_it_is_ready() -> None:
     """What it imports and builds before, 0.6 s, was told as the longest time that anybody waited."""
     code = """
-import asyncio, types
+import asyncio, time, types
 from ray import serve
 from cluster.config import GatewayConfig
+import gateway.service
 from gateway.service import GatewayReplica
 name = types.SimpleNamespace(unique_id="r")
 serve.get_replica_context = lambda: types.SimpleNamespace(replica_id=name)
+build_app = gateway.service.build_app
+
+def build_slowly(frontend):
+    while time.thread_time() < until:
+        pass
+    return build_app(frontend)
+
+gateway.service.build_app = build_slowly
 
 async def start():
+    global until
     replica = GatewayReplica(GatewayConfig(), ())
+    until = time.thread_time() + 0.2
     replica.__serve_build_asgi_app__()
     watch = replica.frontend.metrics.loop
     await asyncio.sleep(0.1)
