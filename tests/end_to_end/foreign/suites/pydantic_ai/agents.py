@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, ModelRetry, NativeOutput, PromptedOutput, ToolOutput
+from pydantic_ai import Agent, ModelRetry, NativeOutput, ToolOutput
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.messages import ToolCallPart, ToolReturnPart
 from pydantic_ai.models.mistral import MistralModel
@@ -74,13 +74,6 @@ async def test_typed_output(model, mode):
         pytest.skip("pydantic-ai itself refuses it")
     result = await Agent(model, output_type=mode(Visit), model_settings=SETTINGS).run(QUESTION)
     assert isinstance(result.output, Visit)
-
-
-async def test_prompted_output():
-    """`json_object` and a schema in words: that it is JSON is all that a model this small can do."""
-    settings = {**SETTINGS, "logit_bias": {"6": 8, "2029": 8}}  # quotation marks: its strings would go on for ever
-    agent = Agent(chat(), output_type=PromptedOutput(dict[str, object]), model_settings=settings)
-    assert isinstance((await agent.run(QUESTION)).output, dict)
 
 
 @pytest.mark.parametrize("mode", [ToolOutput, NativeOutput], ids=lambda mode: mode.__name__)
