@@ -18,6 +18,7 @@ from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
 from cluster.metrics import ProcessFigures
 from cluster.scaling_policy import LOAD, replica_options
+from cluster.termination import Termination
 from cluster.traces import Traces
 from gateway.coordinator_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
@@ -67,6 +68,12 @@ class GatewayReplica(GrpcDoor):
         )
         install(config, frontend.guard)
         super().__init__(frontend)
+        grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
+        self._termination = Termination(grace_s, self.watches.end)
+
+    def check_health(self) -> None:
+        """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another."""
+        self._termination.check()
 
     async def metrics(self) -> ProcessFigures:
         """What this process counted, for the /metrics of every replica."""

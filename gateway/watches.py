@@ -18,10 +18,19 @@ class Watches:
 
     def __init__(self) -> None:
         self._callers: dict[asyncio.Event, str] = {}  # the oldest first
+        self._is_ending = False
+
+    def end(self) -> None:
+        """Ends all, as the process is about to: nothing waits for those who only watch."""
+        self._is_ending = True
+        for over in self._callers:
+            over.set()
 
     @contextmanager
     def place(self, caller: str) -> Iterator[asyncio.Event]:
         """For the time of one watch, which has to end when the event is set. Raises Overloaded."""
+        if self._is_ending:
+            raise Overloaded("this gateway ends; watch again")
         counts = Counter(self._callers.values())
         if counts[caller] >= MAX_OF_CALLER:
             raise Overloaded(f"at most {MAX_OF_CALLER} watches of one connection")

@@ -25,6 +25,7 @@ from cluster.metrics import ProcessFigures
 from cluster.placement import DeviceShare, ExpertGroup
 from cluster.progress import LoadingProgress
 from cluster.scaling_policy import LOAD, WAITING, replica_options
+from cluster.termination import Termination
 from cluster.traces import Traces
 from experts_service.client import ExpertPool
 from experts_service.experts import Experts
@@ -73,7 +74,9 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Key, OutgoingTokens | PendingEmbedding] = {}
         self._outboxes = TokenOutboxes()
-        self._replica = replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica = replica = context.replica_id.unique_id
+        self._termination = Termination(context._deployment_config.graceful_shutdown_timeout_s)
         self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
@@ -239,7 +242,8 @@ class Coordinator:
         return {LOAD: used, WAITING: float(stats.num_requests_waiting)}
 
     def check_health(self) -> None:
-        """Called by Serve; raises EngineDead when only a new process can help."""
+        """Called by Serve; raises EngineDead when only a new process can help, Unavailable after SIGTERM."""
+        self._termination.check()
         self._engine.check_alive()
 
     def __del__(self) -> None:

@@ -8,14 +8,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 
+from gateway import chat_pb2, chat_pb2_grpc
 from tests.conftest import Server, running_server
 from tests.processes import processes
 from tests.steady_streams import choices_of_stream
@@ -33,6 +38,7 @@ models:
 gateway: {{num_replicas: 2}}
 """
 GATEWAY = "ServeReplica:gateway:gateway"
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 RECOVERY_S = 120  # for a replaced process to serve again
 
 
@@ -195,6 +201,62 @@ def test_a_killed_gateway_ends_its_own_connections_and_no_others(replicated, und
     check_equal(asyncio.run(streams(replicated)), undisturbed)  # the other one takes what comes next
     wait_until_whole(replicated, GATEWAY, len(gateways))
     wait_for(lambda: num_running(replicated) == 0, RECOVERY_S, "the sequences of the lost gateway to be given up")
+
+
+def test_sigterm_to_a_gateway_ends_no_stream_of_either_door(replicated, undisturbed):
+    """Ray ended the process at once, and its streams with it. It ends by itself now, and what is new goes elsewhere."""
+    gateways = processes(replicated, GATEWAY)
+    assert len(gateways) == 2
+    with grpc_streams(replicated) as calls:
+        seen = asyncio.run(streams(replicated, lambda: terminate(replicated, gateways[0])))
+    check_equal(seen, undisturbed)
+    assert [call.result() for call in calls] == [calls[0].result()] * len(calls)
+    gateways[0].wait(RECOVERY_S)
+    wait_until_whole(replicated, GATEWAY, len(gateways))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("title", [":coordinator", ":expert-0", "ray::ExpertShard"])
+def test_sigterm_costs_no_stream_a_token(replicated, undisturbed, title):
+    before = processes(replicated, title)
+    seen = asyncio.run(streams(replicated, before[0].terminate))
+    check_equal(seen, undisturbed)
+    before[0].wait(RECOVERY_S)
+    wait_until_whole(replicated, title, len(before))
+
+
+def terminate(server: Server, process: psutil.Process) -> None:
+    """SIGTERM, and while the process still ends new requests at both doors, each on a connection of its own."""
+    process.terminate()
+    ends_at = time.monotonic() + 6
+    while time.monotonic() < ends_at:
+        answer = httpx.get(f"{server.url}/version", timeout=60)
+        assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+        with grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
+            assert chat_pb2_grpc.MantaStub(channel).ListModels(chat_pb2.ListModelsRequest(), timeout=60).models
+        time.sleep(0.1)
+
+
+@contextmanager
+def grpc_streams(server: Server) -> Iterator[list[Future[list[int]]]]:
+    """Eight streams of one request, each on a connection of its own, once all have begun; then their tokens."""
+    sampling = chat_pb2.Sampling(temperature=0.0, max_tokens=4 * NUM_TOKENS, ignore_eos=True)
+    request = chat_pb2.GenerateRequest(model="demo", text="Once upon a time", sampling=sampling)
+    begun = threading.Barrier(NUM_STREAMS + 1)
+
+    def stream() -> list[int]:
+        with grpc.insecure_channel(server.grpc_address, OWN_CONNECTION) as channel:
+            chunks = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=300)
+            token_ids = list(next(chunks).choice.token_ids)
+            begun.wait(60)
+            token_ids += [token_id for chunk in chunks for token_id in chunk.choice.token_ids]
+        assert len(token_ids) == 4 * NUM_TOKENS
+        return token_ids
+
+    with ThreadPoolExecutor(NUM_STREAMS) as threads:
+        calls = [threads.submit(stream) for _ in range(NUM_STREAMS)]
+        begun.wait(60)
+        yield calls
 
 
 def num_coordinators(server: Server) -> int:

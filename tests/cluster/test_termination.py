@@ -1,0 +1,84 @@
+"""SIGTERM to a process whose code runs beside the main thread, as that of Ray's actors does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+PROGRAM = """
+import asyncio, signal, sys, threading, time, types
+
+def ray_ends_the_worker(*_):
+    raise SystemExit(1)
+
+class Actor:
+    class perform_graceful_shutdown:
+        @staticmethod
+        async def remote():
+            await asyncio.sleep({drain_s})
+            print("drained", flush=True)
+
+signal.signal(signal.SIGTERM, ray_ends_the_worker)
+context = types.SimpleNamespace(current_actor=Actor)
+sys.modules["ray"] = types.SimpleNamespace(get_runtime_context=lambda: context)
+from cluster import termination
+from cluster.errors import Unavailable
+
+termination.LINGER_S = 0.0
+
+async def replica():
+    end = termination.Termination({grace_s}, on_begin=lambda: print("begun", flush=True))
+    end.check()
+    print("up", flush=True)
+    while True:
+        await asyncio.sleep(0.02)
+        try:
+            end.check()
+        except Unavailable:
+            break
+    print("unhealthy", flush=True)
+    await asyncio.sleep(60)
+
+threading.Thread(target=asyncio.run, args=(replica(),), daemon=True).start()
+time.sleep(60)
+"""
+
+
+@contextmanager
+def replica(drain_s: float, grace_s: float) -> Iterator[subprocess.Popen[str]]:
+    program = PROGRAM.format(drain_s=drain_s, grace_s=grace_s)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_is_unhealthy_at_once_and_ends_once_it_is_drained() -> None:
+    """Ray's handler ended it at once, with all of its streams."""
+    with replica(drain_s=0.5, grace_s=60) as process:
+        for _ in range(2):  # an impatient one says so twice
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        said, _ = process.communicate(timeout=60)
+        assert said.split() == ["begun", "unhealthy", "drained"]
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("grace_s", [0.5])
+def test_it_ends_after_its_grace_whatever_still_runs(grace_s: float) -> None:
+    with replica(drain_s=1000, grace_s=grace_s) as process:
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+        assert said.split() == ["begun", "unhealthy"]
+        assert time.monotonic() - started >= grace_s
