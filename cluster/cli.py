@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import bench, k8s, keys
+from cluster.commands import keys
+from cluster.commands.bench import command as bench
+from cluster.commands.k8s import command as k8s
 from cluster.errors import MantaError
 
 app = typer.Typer(
@@ -126,7 +128,7 @@ def chat(
     ] = None,
 ) -> None:
     """Chat in the terminal with a running server."""
-    from cluster.commands.chat import run
+    from cluster.commands.chat.command import run
 
     raise typer.Exit(run(url, model, key_file))
 
@@ -161,8 +163,8 @@ def plan(
 ) -> None:
     """Show the processes a model needs on GPUs of one type, their memory, and the speed to expect."""
     from cluster.commands import plan as command
-    from cluster.plan import Target
-    from cluster.roofline import Link, Load
+    from cluster.planning.plan import Target
+    from cluster.planning.roofline import Link, Load
 
     if dtype not in ("auto", "bfloat16", "float32"):
         raise typer.BadParameter("expected auto, bfloat16 or float32", param_hint="--dtype")
@@ -180,7 +182,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show the load of every expert, as it changes.")] = False,
 ) -> None:
     """Show deployments, expert groups, nodes, queue, KV use and rows per expert of a running cluster."""
-    from cluster.commands.status import run, watch_load
+    from cluster.commands.status.command import run, watch_load
 
     if watch:
         watch_load(address)

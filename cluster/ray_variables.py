@@ -15,7 +15,7 @@ _OF_PROXIES = {"host", "api_keys_file", "max_body_bytes", "max_bytes_received", 
 BASE = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gateway.client_headers:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gateway.edge.client_headers:middlewares",
 }
 
 # What HAProxy and the proxy behind it listen on besides the doors, and Ray's own choice.

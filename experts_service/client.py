@@ -24,15 +24,15 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import ConfigError, MantaError
-from cluster.metrics import DispatchCounts
-from experts_service.auto import AutoTransport
-from experts_service.core_balance import CoreBalance
-from experts_service.lane import LaneTransport
-from experts_service.lane_dialer import LaneDialer, ask_shard
-from experts_service.lane_secret import read_lane_secret
-from experts_service.object_store import ObjectStoreTransport
+from cluster.telemetry.metrics import DispatchCounts
+from experts_service.carriers.auto import AutoTransport
+from experts_service.carriers.core_balance import CoreBalance
+from experts_service.carriers.dialer import LaneDialer, ask_shard
+from experts_service.carriers.lane import LaneTransport
+from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.routing_table import TABLE, Deployment, Replica
 from experts_service.transport import Transport
+from experts_service.wire.secret import read_lane_secret
 
 logger = logging.getLogger(__name__)
 

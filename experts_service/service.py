@@ -22,11 +22,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ScalingConfig
 from cluster.errors import ExpertUnavailable, MantaError
-from cluster.metrics import ProcessFigures
-from cluster.scaling_policy import LOAD, REPORT_INTERVAL_S, WAITING, replica_options
+from cluster.planning.scaling_policy import LOAD, REPORT_INTERVAL_S, WAITING, replica_options
+from cluster.telemetry.metrics import ProcessFigures
 from experts_service.membership import replica_metadata
-from experts_service.shard import ShardSpec, ShardStats, start_shard
-from experts_service.shard_metrics import shard_families
+from experts_service.shard.metrics import shard_families
+from experts_service.shard.shard import ShardSpec, ShardStats, start_shard
 
 REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which Ray does not count
 SHARD_CPUS = 0.01

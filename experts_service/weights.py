@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.layouts import TensorRef
 from cluster.errors import CheckpointError
-from cluster.layouts import TensorRef
 
 CHUNK_BYTES = 16 * 2**20  # of one read; progress is told after each
 

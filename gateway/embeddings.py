@@ -23,11 +23,11 @@ from cluster.config import GatewayConfig
 from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Embedding, ModelCard, Request, SamplingParams
-from gateway.bounds import between
-from gateway.caller import current_caller
-from gateway.prompts import PromptReader
-from gateway.protocol import EmbeddingRequest, OutputDtype
-from gateway.tokenizer import Tokenizer
+from gateway.admission.caller import current_caller
+from gateway.request.bounds import between
+from gateway.request.prompts import PromptReader
+from gateway.request.protocol import EmbeddingRequest, OutputDtype
+from gateway.text.tokenizer import Tokenizer
 
 Vector = npt.NDArray[Any]  # [D] of float32, int8 or uint8; of bits [D / 8]
 

@@ -18,24 +18,24 @@ from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, Kind, ModelCard, TokenChunk
-from cluster.traces import Span, Traces
-from gateway import resumption
-from gateway.caller import current_caller
-from gateway.choice import Choice, Delta, Usage
-from gateway.coordinator_client import CoordinatorClient
+from cluster.telemetry.traces import Span, Traces
+from gateway.admission.caller import current_caller
+from gateway.admission.guard import Guard
+from gateway.admission.limits import Limiter
+from gateway.admission.prompt_bill import PromptBill
+from gateway.admission.recent_refusals import RecentRefusals
+from gateway.answer.choice import Choice, Delta, Usage
+from gateway.coordinators import resumption
+from gateway.coordinators.client import CoordinatorClient
+from gateway.coordinators.health import Health
 from gateway.deadline import PASSED, DeadlineTimer
 from gateway.embeddings import EmbeddingJob, EmbeddingValidator
-from gateway.guard import Guard
-from gateway.health import Health
-from gateway.limits import Limiter
-from gateway.logs import RequestRecord, current_record
-from gateway.metrics import GatewayMetrics, RequestTimer, error_name
-from gateway.metrics_page import MetricsPage
-from gateway.prompt_bill import PromptBill
-from gateway.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
-from gateway.recent_refusals import RecentRefusals
-from gateway.tokenizer import Tokenizer
-from gateway.validator import Generation, Validator
+from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from gateway.request.validator import Generation, Validator
+from gateway.telemetry.logs import RequestRecord, current_record
+from gateway.telemetry.metrics import GatewayMetrics, RequestTimer, error_name
+from gateway.telemetry.metrics_page import MetricsPage
+from gateway.text.tokenizer import Tokenizer
 from gateway.worker import Worker
 
 EMBEDDINGS_PER_CALL = 64  # to a coordinator: pickling thousands would keep the event loop

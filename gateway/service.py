@@ -16,20 +16,20 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
-from cluster.metrics import ProcessFigures
-from cluster.scaling_policy import LOAD, replica_options
+from cluster.planning.scaling_policy import LOAD, replica_options
+from cluster.telemetry.metrics import ProcessFigures
+from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
-from cluster.traces import Traces
-from gateway.coordinator_client import ServeCoordinatorClient
+from gateway.coordinators.client import ServeCoordinatorClient
+from gateway.coordinators.health import Health, probe_serve
 from gateway.frontend import Frontend
-from gateway.grpc_door import GrpcDoor
-from gateway.grpc_server.server import install
-from gateway.health import Health, probe_serve
-from gateway.http import build_app
-from gateway.logs import configure_logs
-from gateway.metrics import GatewayMetrics
-from gateway.metrics_page import MetricsPage, ServeProcesses
-from gateway.tokenizer_files import load_tokenizer
+from gateway.grpc.door import GrpcDoor
+from gateway.grpc.server.server import install
+from gateway.http.app import build_app
+from gateway.telemetry.logs import configure_logs
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.metrics_page import MetricsPage, ServeProcesses
+from gateway.text.tokenizer_files import load_tokenizer
 
 DEPLOYMENT = "gateway"
 # As many as HAProxy has connections. It is we who refuse, by bounds of our own: to Serve a client that is slow with its
@@ -37,7 +37,7 @@ DEPLOYMENT = "gateway"
 MAX_CONNECTIONS = 4096
 
 SERVICER_FUNCTIONS = [
-    "gateway.grpc_cancellation.add_MantaServicer_to_server",
+    "gateway.grpc.cancellation.add_MantaServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from gateway.continuation import read_rendering
 from gateway.frontend import Frontend, ServedModel
-from gateway.prompts import PromptReader, TokenIds
-from gateway.protocol import Body, Integers, Messages, TemplateFields
-from gateway.tools import read_tools
+from gateway.request.continuation import read_rendering
+from gateway.request.prompts import PromptReader, TokenIds
+from gateway.request.protocol import Body, Integers, Messages, TemplateFields
+from gateway.request.tools import read_tools
 
 
 class TokenizeRequest(TemplateFields):
@@ -18,7 +18,7 @@ class TokenizeRequest(TemplateFields):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Any = None  # with messages; checked by `gateway.tools`
+    tools: Any = None  # with messages; checked by `gateway.request.tools`
     return_token_strs: bool | None = None
 
 

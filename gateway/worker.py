@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import ParamSpec, TypeVar
 
-from gateway.caller import current_caller
+from gateway.admission.caller import current_caller
 
 INLINE_BYTES = 8192
 LONG_BYTES = 128 * 1024  # what is larger takes a tenth of a second and more, as text to be tokenized

@@ -8,22 +8,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cluster.architecture import compute_dtype, coordinator_tensors
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
-from cluster.placement import DeviceShare
-from cluster.step_memory import max_gathered_tokens
+from cluster.planning.placement import DeviceShare
+from cluster.planning.step_memory import max_gathered_tokens
 from experts_service.weights import read_tensors
-from router_service.block_manager import BlockManager
-from router_service.cache_size import cache_size
-from router_service.decoder import Decoder
+from router_service.attention.cache_size import cache_size
+from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
-from router_service.kv_cache import KVCache
-from router_service.model_runner import ModelRunner
-from router_service.sampler import Sampler
-from router_service.scheduler import Batch, Scheduler
-from router_service.step_cost import StepCost
+from router_service.model.decoder import Decoder
+from router_service.model.model_runner import ModelRunner
+from router_service.sampling.sampler import Sampler
+from router_service.scheduling.block_manager import BlockManager
+from router_service.scheduling.scheduler import Batch, Scheduler
+from router_service.scheduling.step_cost import StepCost
 
 logger = logging.getLogger(__name__)
 

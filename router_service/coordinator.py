@@ -16,32 +16,32 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from cluster.architecture import coordinator_tensors, expert_tensors
-from cluster.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
-from cluster.metrics import ProcessFigures
-from cluster.placement import DeviceShare, ExpertGroup
-from cluster.progress import LoadingProgress
-from cluster.scaling_policy import LOAD, WAITING, replica_options
+from cluster.planning.placement import DeviceShare, ExpertGroup
+from cluster.planning.scaling_policy import LOAD, WAITING, replica_options
+from cluster.telemetry.metrics import ProcessFigures
+from cluster.telemetry.progress import LoadingProgress
+from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
-from cluster.traces import Traces
+from experts_service.carriers.local import LocalTransport
 from experts_service.client import ExpertPool
-from experts_service.experts import Experts
-from experts_service.local import LocalTransport
+from experts_service.kernels.experts import Experts
 from experts_service.transport import Transport
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.assembly import build_engine, resolve_device
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event
-from router_service.engine_metrics import EngineMetrics
-from router_service.engine_traces import EngineTraces
-from router_service.grammar_compiler import GrammarCompiler
-from router_service.grammar_vocabulary import GrammarVocabulary
+from router_service.grammar.compiler import GrammarCompiler
+from router_service.grammar.vocabulary import GrammarVocabulary
 from router_service.pending_embedding import PendingEmbedding
-from router_service.scheduler import Batch
+from router_service.scheduling.scheduler import Batch
 from router_service.step_failures import told
+from router_service.telemetry.engine_metrics import EngineMetrics
+from router_service.telemetry.engine_traces import EngineTraces
 from router_service.token_outbox import OutgoingTokens, TokenOutboxes
 
 logger = logging.getLogger(__name__)

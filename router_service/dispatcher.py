@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.placement import ExpertGroup
+from cluster.planning.placement import ExpertGroup
 from experts_service.transport import Flight, GroupRows, Transport
 
 Indices = npt.NDArray[np.int64]

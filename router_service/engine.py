@@ -34,12 +34,12 @@ from cluster.errors import (
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
 from router_service.adjustments import Adjustments
-from router_service.grammar import GrammarState
-from router_service.model_runner import ModelRunner
-from router_service.pooling import embedding
-from router_service.sampler import NOT_FINITE, NOT_READY, Sampler
-from router_service.scheduler import Batch, Scheduler
-from router_service.sequence import Sequence
+from router_service.grammar.grammar import GrammarState
+from router_service.model.model_runner import ModelRunner
+from router_service.outputs.pooling import embedding
+from router_service.sampling.sampler import NOT_FINITE, NOT_READY, Sampler
+from router_service.scheduling.scheduler import Batch, Scheduler
+from router_service.scheduling.sequence import Sequence
 from router_service.step_failures import check_device, is_out_of_memory, not_finite, told
 
 logger = logging.getLogger(__name__)

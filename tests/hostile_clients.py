@@ -23,7 +23,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gateway import chat_pb2, chat_pb2_grpc
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 
 MODEL = "demo"
 ACT_S = 8.0  # the longest that one thing goes on

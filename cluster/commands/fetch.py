@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.hub import EMBEDDED, resolve_model
 from cluster.errors import CheckpointError, SetupError
-from cluster.hub import EMBEDDED, resolve_model
 
 WAIT_INTERVAL_S = 5.0
 

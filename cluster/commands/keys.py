@@ -22,7 +22,7 @@ def new(
     """Print a new key, and the entry to add to the file that gateway.api_keys_file names."""
     from pydantic import ValidationError
 
-    from gateway.api_keys import ApiKey, digest, new_key
+    from gateway.admission.api_keys import ApiKey, digest, new_key
 
     key = new_key()
     try:

@@ -8,17 +8,17 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from cluster.architecture import Architecture, compute_dtype
-from cluster.checkpoint import open_checkpoint
-from cluster.commands.bench_shapes import SHAPES
+from cluster.checkpoint.architecture import Architecture, compute_dtype
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.hub import EMBEDDED
+from cluster.checkpoint.known_models import KNOWN_MODELS
+from cluster.commands.bench.shapes import SHAPES
 from cluster.config import ModelConfig, load_config
 from cluster.errors import ConfigError
-from cluster.gpus import gpu_type
-from cluster.hub import EMBEDDED
-from cluster.known_models import KNOWN_MODELS
-from cluster.placement import ExpertGroup, plan_groups
-from cluster.plan import Layout, Plan, Planner, Target, group_list
-from cluster.roofline import Link, Model
+from cluster.planning.gpus import gpu_type
+from cluster.planning.placement import ExpertGroup, plan_groups
+from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
+from cluster.planning.roofline import Link, Model
 
 # One layer's dispatch and combine over lanes, measured with 2 and with 8 groups on 2 CPU cores (README, Benchmarks).
 DISPATCH_S, GROUP_S = 130e-6, 56e-6

@@ -7,8 +7,8 @@ from math import inf
 from rich.console import Console
 from rich.table import Table
 
-from cluster.placement import gib
-from cluster.plan import USABLE, Plan, Planner, Target
+from cluster.planning.placement import gib
+from cluster.planning.plan import USABLE, Plan, Planner, Target
 
 
 def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Console) -> None:

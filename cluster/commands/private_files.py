@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.errors import SetupError
-from experts_service.lane_address import private_directory
+from experts_service.wire.address import private_directory
 
 UMASK = 0o077
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster.commands.private_files import haproxy_directory, haproxy_files
 from cluster.ray_variables import BASE, PORTS, haproxy
-from experts_service.lane_address import private_directory
+from experts_service.wire.address import private_directory
 
 # Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at
 # 8 % of a core while nothing happens; with 1 it is 3 %. The engine and the experts have better use for the core.

@@ -16,7 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.app import (
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.hub import resolve_model
+from cluster.commands.local_ray import start_local_ray
+from cluster.config import GatewayConfig, MantaConfig, load_config
+from cluster.deploy.app import (
     Cluster,
     ModelPlan,
     check_doors,
@@ -27,13 +31,9 @@ from cluster.app import (
     plan_models,
     run_targets,
 )
-from cluster.checkpoint import open_checkpoint
-from cluster.commands.local_ray import start_local_ray
-from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.errors import ConfigError, SetupError
-from cluster.hub import resolve_model
 from cluster.ray_variables import doors
-from gateway.guard import Guard, is_loopback
+from gateway.admission.guard import Guard, is_loopback
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
@@ -184,7 +184,7 @@ def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
     from ray import serve
 
-    from cluster.progress import clear_progress, read_progress
+    from cluster.telemetry.progress import clear_progress, read_progress
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:

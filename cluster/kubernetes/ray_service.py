@@ -8,12 +8,12 @@ import yaml
 from ray import __version__ as ray_version
 
 from cluster.config import MantaConfig, ModelConfig
+from cluster.deploy.serve_config import serve_config
 from cluster.kubernetes import names
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.pod_config import in_pods
 from cluster.kubernetes.pods import autoscaler_options, pod_template
 from cluster.kubernetes.sizes import OBJECT_STORE_MIB, PodGroup, PodSize, head_size, pod_groups
-from cluster.serve_config import serve_config
 
 Document = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""How many pods of each role a configuration needs, and how large they are. By cluster.placement's arithmetic.
+"""How many pods of each role a configuration needs, and how large they are. By cluster.planning.placement's arithmetic.
 
 A pod is one Ray node. With GPUs every shard has a pod with one GPU, and a coordinator too, unless it shares a shard's.
 Without, each expert pod can hold all the shards: Ray packs them as it likes, and no CPU is reserved for them.
@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.app import scaling_of
-from cluster.architecture import Architecture, compute_dtype, coordinator_tensors
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import Architecture, compute_dtype, coordinator_tensors
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.hub import EMBEDDED, resolve_model
+from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.config import MantaConfig, ModelConfig
+from cluster.deploy.app import scaling_of
 from cluster.errors import ConfigError, DoesNotFit
-from cluster.gpus import gpu_memory_bytes
-from cluster.hub import EMBEDDED, resolve_model
-from cluster.known_models import KNOWN_MODELS
 from cluster.kubernetes.names import Role
-from cluster.placement import (
+from cluster.planning.gpus import gpu_memory_bytes
+from cluster.planning.placement import (
     DTYPE_BYTES,
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
-from cluster.demo_model.corpus import LANGUAGES, entries, parse, questions, texts
-from cluster.demo_model.samples import Batches
-from cluster.demo_model.tokenizer import save_tokenizer, train_tokenizer
-from cluster.demo_model.unknown import FALLBACKS
+from cluster.demo_model.training.corpus import LANGUAGES, entries, parse, questions, texts
+from cluster.demo_model.training.samples import Batches
+from cluster.demo_model.training.tokenizer import save_tokenizer, train_tokenizer
+from cluster.demo_model.training.unknown import FALLBACKS
 
 TOKENIZER: Any = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)
 SAMPLE = random.Random(2).sample(questions(), 36)

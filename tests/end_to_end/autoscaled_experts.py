@@ -17,10 +17,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.cluster_utils import AutoscalingCluster
 from ray.util import placement_group_table
 
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.config import ScalingConfig
 from experts_service.service import expert_deployment
-from experts_service.shard import ShardSpec
+from experts_service.shard.shard import ShardSpec
 
 OBJECT_STORE_BYTES = 80_000_000
 

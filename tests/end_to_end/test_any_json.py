@@ -8,8 +8,8 @@ import psutil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway import chat_pb2_grpc
-from tests.gateway.test_any_json import CALLS, CODES, GOOD, bodies
+from gateway.grpc.proto import chat_pb2_grpc
+from tests.gateway.http.test_any_json import CALLS, CODES, GOOD, bodies
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MODEL = "manta-demo"

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.demo_model import DIRECTORY
-from cluster.demo_model.corpus import questions
+from cluster.demo_model.training.corpus import questions
 
 MODEL = "mistral-small"
 CHEESE = {"role": "user", "content": "What is the best French cheese?"}

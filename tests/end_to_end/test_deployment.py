@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from cluster.config import load_config
 from cluster.demo_model import DIRECTORY
+from cluster.deploy.serve_config import serve_config
 from cluster.kubernetes.names import API_KEYS_FILE, LANE_SECRET_FILE, METRICS_TOKEN_FILE
 from cluster.kubernetes.pod_config import in_pods
-from cluster.serve_config import serve_config
-from gateway.api_keys import digest, new_key
+from gateway.admission.api_keys import digest, new_key
 from tests.pods import Pod, Pods, overlay, pods
 from tests.ports import free_port
 from tests.waiting import wait_for

@@ -175,8 +175,8 @@ import sys
 from pathlib import Path
 import ray
 from ray import serve
-from cluster.app import describe_cluster, model_application, plan_model
-from cluster.checkpoint import open_checkpoint
+from cluster.deploy.app import describe_cluster, model_application, plan_model
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.config import load_config
 
 ray.init(address=sys.argv[2], log_to_driver=False)

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from gateway import chat_pb2, chat_pb2_grpc
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from tests.conftest import Server, running_server
 from tests.processes import processes
 from tests.steady_streams import choices_of_stream

@@ -9,7 +9,7 @@ import httpx
 import huggingface_hub
 import pytest
 
-from cluster.demo_model.corpus import questions
+from cluster.demo_model.training.corpus import questions
 from tests.environments import make_environment, run_in
 
 MODEL, EMBED = "manta-demo", "mistral-embed"

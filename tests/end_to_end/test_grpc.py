@@ -7,8 +7,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from cluster.demo_model.corpus import questions
-from gateway import chat_pb2, chat_pb2_grpc
+from cluster.demo_model.training.corpus import questions
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 
 QUESTION = "What is the best French cheese?"
 

@@ -13,8 +13,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gateway import chat_pb2, chat_pb2_grpc
-from gateway.watches import MAX_OF_ALL, MAX_OF_CALLER
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.grpc.watches import MAX_OF_ALL, MAX_OF_CALLER
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 

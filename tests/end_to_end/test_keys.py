@@ -21,11 +21,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.commands.chat_client import ChatClient
+from cluster.commands.chat.client import ChatClient
 from cluster.demo_model import DIRECTORY
-from gateway import chat_pb2, chat_pb2_grpc
-from gateway.api_keys import digest, new_key
-from gateway.http_guard import PUBLIC_PATHS
+from gateway.admission.api_keys import digest, new_key
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.http.guard import PUBLIC_PATHS
 from tests.conftest import Server, running_server
 from tests.raw_http import send, spellings
 from tests.raw_http2 import Sender

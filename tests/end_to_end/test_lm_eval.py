@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.demo_model import DIRECTORY
-from cluster.demo_model.corpus import questions
+from cluster.demo_model.training.corpus import questions
 from tests.conftest import running_server
 from tests.environments import make_environment, run_in
 

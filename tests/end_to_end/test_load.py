@@ -9,7 +9,7 @@ import random
 import httpx
 import pytest
 
-from cluster.demo_model.corpus import questions
+from cluster.demo_model.training.corpus import questions
 
 MODEL = "manta-demo"
 FOR_EVER = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True}

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from gateway import chat_pb2, chat_pb2_grpc
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from tests.waiting import wait_for
 
 CANARY = "xylophone"  # a word of the client's, wherever it may be put

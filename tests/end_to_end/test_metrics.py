@@ -16,7 +16,7 @@ import httpx
 import psutil
 import yaml
 
-from tests.gateway.test_metrics import samples, value
+from tests.gateway.telemetry.test_metrics import samples, value
 from tests.waiting import wait_for
 
 MODEL = "mistral-small"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, MistralForCausalLM
 
 from cluster.demo_model import DENSE_DIRECTORY
-from cluster.demo_model.corpus import entries, questions
+from cluster.demo_model.training.corpus import entries, questions
 
 MISSED = (DENSE_DIRECTORY / "missed.txt").read_text().splitlines()
 TINY, EMBED = "mistral-tiny", "mistral-embed"

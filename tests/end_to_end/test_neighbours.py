@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.demo_model import DIRECTORY
-from gateway.api_keys import digest, new_key
+from gateway.admission.api_keys import digest, new_key
 from tests.conftest import Server, running_server
 from tests.hostile_clients import ACTS
 from tests.steady_streams import SteadyStreams

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.app import describe_cluster, model_application, plan_model
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, ModelConfig
-from gateway.coordinator_client import ServeCoordinatorClient
+from cluster.deploy.app import describe_cluster, model_application, plan_model
+from gateway.coordinators.client import ServeCoordinatorClient
 from tests.checkpoints import TINY, bias_gates, write_checkpoint
 from tests.gateway.doubles import model_card
 from tests.router_service.requests import make_request
@@ -35,7 +35,7 @@ SCALING = {"max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 2}
 def sleeping_service() -> type:
     """ExpertService over shards that sleep; local, so that it travels by value."""
     from experts_service.service import ExpertService
-    from experts_service.shard import ExpertShard
+    from experts_service.shard.shard import ExpertShard
 
     class Sleeping:
         def __init__(self, experts: Any) -> None:
@@ -54,7 +54,7 @@ def sleeping_service() -> type:
 
     class SleepingService(ExpertService):
         async def __init__(self, spec: Any) -> None:
-            from experts_service import shard
+            from experts_service.shard import shard
 
             shard.ExpertShard = SleepingShard  # in the replica's process
             await super().__init__(spec)

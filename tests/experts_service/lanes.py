@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cluster.placement import ExpertGroup
-from experts_service.frame import LaneShape
-from experts_service.lane import LaneTransport
-from experts_service.lane_address import LaneAddress
-from experts_service.lane_batch import Maths
-from experts_service.lane_dialer import LaneDialer
-from experts_service.lane_server import LaneServer
+from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.dialer import LaneDialer
+from experts_service.carriers.lane import LaneTransport
 from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.shard.batch import Maths
+from experts_service.shard.server import LaneServer
+from experts_service.wire.address import LaneAddress
+from experts_service.wire.frame import LaneShape
 from router_service.dispatcher import Dispatcher
 
 SECRET = b"s" * 32

@@ -18,14 +18,14 @@ import ray
 import torch
 from ray import serve
 
-from cluster.checkpoint import Checkpoint, open_checkpoint
-from cluster.placement import ExpertGroup
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.local import LocalTransport
 from experts_service.client import ExpertPool
-from experts_service.experts import Experts
-from experts_service.local import LocalTransport
+from experts_service.kernels.experts import Experts
 from experts_service.routing_table import TABLE, Deployment
 from experts_service.service import NAMESPACE, ExpertService, expert_deployment
-from experts_service.shard import ShardSpec
+from experts_service.shard.shard import ShardSpec
 from router_service.dispatcher import Dispatcher
 from tests.checkpoints import write_checkpoint
 

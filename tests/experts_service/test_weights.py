@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import rotate_half
 
-from cluster.architecture import coordinator_tensors, expert_tensors
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.errors import CheckpointError
 from experts_service import weights
 from experts_service.weights import read_tensors

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from cluster.messages import ModelCard
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import (
     ScriptedCoordinator,
     build_frontend,

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
 from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk, TokenLogprobs
-from gateway.coordinator_client import CoordinatorClient
+from gateway.coordinators.client import CoordinatorClient
+from gateway.coordinators.health import Health, ModelHealth, Probe
 from gateway.frontend import Frontend
-from gateway.health import Health, ModelHealth, Probe
-from gateway.http import build_app
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.http.app import build_app
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.openai_answers import CheckedAnswers
 
 CHAT_TEMPLATE = (

@@ -19,12 +19,12 @@ from mistralai.client import Mistral
 from cluster.config import GatewayConfig
 from cluster.errors import CoordinatorLost, Overloaded
 from cluster.messages import Embedding, ModelCard, Request
-from gateway import chat_pb2, chat_pb2_grpc
+from gateway.coordinators.health import Health
 from gateway.frontend import Frontend
-from gateway.health import Health
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, http_server, model_card, ready, tokens_script
-from tests.gateway.test_grpc import grpc_server
+from tests.gateway.grpc.test_grpc import grpc_server
 
 SIZE, LENGTH = 16, np.float32(3)  # of what a model makes
 TEXTS = ["Hello", "le fromage", "Hello"]

@@ -15,12 +15,12 @@ from ray.serve.exceptions import gRPCStatusError
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.messages import ModelCard
-from gateway import chat_pb2, chat_pb2_grpc
-from gateway.grpc_door import GrpcDoor
-from gateway.grpc_errors import RpcFailed
-from gateway.grpc_server.gate import Gate
-from gateway.grpc_server.serve_log import quiet_serve
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.grpc.door import GrpcDoor
+from gateway.grpc.errors import RpcFailed
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.grpc.server.gate import Gate
+from gateway.grpc.server.serve_log import quiet_serve
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 
 WORD = "xylophone"

@@ -15,11 +15,11 @@ import pytest
 from cluster.config import GatewayConfig
 from cluster.errors import CoordinatorLost, MantaError, ModelLoading
 from cluster.messages import ModelCard, Request, TokenChunk
-from gateway.choice import Usage
+from gateway.answer.choice import Usage
+from gateway.coordinators.health import MAX_AGE_S, Health, ModelHealth, Phase
 from gateway.frontend import Frontend
-from gateway.health import MAX_AGE_S, Health, ModelHealth, Phase
-from gateway.protocol import ChatCompletionRequest, Message
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.request.protocol import ChatCompletionRequest, Message
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 
 
@@ -39,7 +39,7 @@ import sys
 import gateway.service
 from dataclasses import replace
 from pathlib import Path
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.text.tokenizer import HuggingFaceTokenizer
 tokenizer = HuggingFaceTokenizer(Path({str(tokenizer_directory)!r}))
 tokenizer.encode_chat([{{"role": "user", "content": "Hi"}}])
 import mistral_common.tokens.tokenizers.mistral
@@ -62,7 +62,7 @@ def test_failures_of_a_coordinator_have_their_class() -> None:
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from cluster.errors import ExpertUnavailable
-from gateway.coordinator_client import manta_error
+from gateway.coordinators.client import manta_error
 wrapped = RayTaskError("generate", "traceback", ExpertUnavailable("no expert", retry_after_s=4.0))
 print(manta_error(wrapped).retry_after_s, manta_error(wrapped.as_instanceof_cause()).message)
 for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutError()):
@@ -79,8 +79,8 @@ import asyncio
 from contextlib import aclosing
 from cluster.messages import Request, SamplingParams, TokenChunk
 from ray.serve.exceptions import BackPressureError
-from gateway import coordinator_client
-from gateway.coordinator_client import ServeCoordinatorClient
+from gateway.coordinators import client as coordinator_client
+from gateway.coordinators.client import ServeCoordinatorClient
 
 coordinator_client.LAST_TOKENS_S = 0.1
 
@@ -213,8 +213,8 @@ def test_stop_strings_wait_for_min_tokens(
 
 
 def test_a_prompt_gets_the_same_requests_alone_and_in_a_list(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
-    from gateway.protocol import CompletionRequest
-    from gateway.validator import Validator
+    from gateway.request.protocol import CompletionRequest
+    from gateway.request.validator import Validator
 
     validator = Validator(card, tokenizer, GatewayConfig())
     together = validator.completion(CompletionRequest(model="tiny", prompt=["a", "b"], n=2, seed=5)).requests

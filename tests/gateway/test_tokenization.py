@@ -11,7 +11,7 @@ import pytest
 from mistralai.client import Mistral
 
 from cluster.messages import ModelCard
-from gateway.tokenizer import HuggingFaceTokenizer
+from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 
 TEXT = "Grüße 👩‍🚀, 你好"

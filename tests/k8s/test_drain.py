@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from cluster.commands.k8s_drain import streams_of_haproxy
+from cluster.commands.k8s.drain import streams_of_haproxy
 
 TIMEOUT_S = 240
 
@@ -23,11 +23,11 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-from cluster.commands import k8s_drain
-from cluster.commands.k8s_drain import replicas_on
+from cluster.commands.k8s import drain as k8s_drain
+from cluster.commands.k8s.drain import replicas_on
 
 k8s_drain.ALL_TOLD_S = 1.0  # nobody else is told here
-DRAIN = "import sys; from cluster.commands.k8s_drain import run; print(run(float(sys.argv[1]), *sys.argv[2:]))"
+DRAIN = "import sys; from cluster.commands.k8s.drain import run; print(run(float(sys.argv[1]), *sys.argv[2:]))"
 NOBODY = "http://127.0.0.1:1"
 directory = sys.argv[1]
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from cluster.config import load_config
+from cluster.deploy.serve_config import GatewayArguments, ModelApplicationArguments
 from cluster.kubernetes.check.documents import read_documents
 from cluster.kubernetes.check.problems import problems
 from cluster.kubernetes.manifests import render
-from cluster.serve_config import GatewayArguments, ModelApplicationArguments
 from tests.k8s.overlays import OVERLAYS, RENDERED, build, kuberay_schemas, needs_kubectl, the
 
 # Fields that a kustomization may have: those of the kustomize in kubectl 1.21, and no components.
@@ -94,12 +94,12 @@ def test_the_builders_take_their_arguments(overlay: Path) -> None:
     """They run on the cluster, so that a wrong argument would show there first."""
     document = yaml.safe_load(the(overlay, "RayService")["spec"]["serveConfigV2"])
     gateway, *models = document["applications"]
-    assert gateway["import_path"] == "cluster.serve_config:build_gateway"
+    assert gateway["import_path"] == "cluster.deploy.serve_config:build_gateway"
     doors = GatewayArguments.model_validate(gateway["args"])
     assert doors.gateway.host == "0.0.0.0"
     assert doors.gateway.api_keys_file is not None
     for application in models:
-        assert application["import_path"] == "cluster.serve_config:build_model"
+        assert application["import_path"] == "cluster.deploy.serve_config:build_model"
         arguments = ModelApplicationArguments.model_validate(application["args"])
         assert arguments.model in [one.model for one in doors.models]
         assert application["name"] == f"{arguments.model.name}-{arguments.model.version}"

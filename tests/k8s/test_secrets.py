@@ -14,9 +14,9 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.commands.k8s_secrets import create_missing, fresh_secrets
+from cluster.commands.k8s.secrets import create_missing, fresh_secrets
 from cluster.errors import SetupError
-from gateway.api_keys import ApiKeyFile
+from gateway.admission.api_keys import ApiKeyFile
 
 
 class ApiServer(ThreadingHTTPServer):

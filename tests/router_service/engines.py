@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.architecture import compute_dtype
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import compute_dtype
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
 from cluster.messages import Embedding, Grammar, Key, Request, TokenChunk
-from cluster.placement import ExpertGroup
-from experts_service.experts import Experts
-from experts_service.local import LocalTransport
+from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.local import LocalTransport
+from experts_service.kernels.experts import Experts
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
-from router_service.grammar import GrammarState
-from router_service.grammar_format import structural_tag
-from router_service.grammar_vocabulary import GrammarVocabulary, compile_tag, new_compiler
-from router_service.grammar_workers import GrammarWorkers
-from router_service.sequence import Sequence
+from router_service.grammar.format import structural_tag
+from router_service.grammar.grammar import GrammarState
+from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
+from router_service.grammar.workers import GrammarWorkers
+from router_service.scheduling.sequence import Sequence
 
 WORKERS = GrammarWorkers(token_timeout_s=1.0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from router_service.draw import uniform
-from router_service.sequence import Sequence
+from router_service.sampling.draw import uniform
+from router_service.scheduling.sequence import Sequence
 
 
 def reference_token(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.messages import Request, SamplingParams
-from router_service.sequence import Sequence
+from router_service.scheduling.sequence import Sequence
 
 _numbers = itertools.count()
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.deadline import Deadline
 from cluster.errors import DeadlineExceeded
-from router_service.sequence import Sequence
+from router_service.scheduling.sequence import Sequence
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.errors import CheckpointError
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from cluster.placement import ExpertGroup
-from experts_service.experts import Experts, expert_tensor_names
-from experts_service.local import LocalTransport
+from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.local import LocalTransport
+from experts_service.kernels.experts import Experts, expert_tensor_names
 from router_service.dispatcher import Dispatcher
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 64, 96, 8

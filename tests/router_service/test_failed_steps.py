@@ -6,6 +6,7 @@ that nobody had foreseen killed the engine, and with it every sequence, also tho
 
 from __future__ import annotations
 
+import importlib
 import random
 import threading
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from cluster.errors import EngineDead, ExpertUnavailable, InvalidRequest, StepFailed, Unavailable
-from router_service.grammar import GrammarState
-from router_service.routed_experts import RoutedExperts
+from router_service.grammar.grammar import GrammarState
+from router_service.outputs.routed_experts import RoutedExperts
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench
@@ -159,7 +160,7 @@ def test_what_the_model_raises_ends_the_sequences_of_that_step(
 @pytest.mark.parametrize("name", ["score_prompts", "pool_prompts", "AttentionPlan", "RoutedExperts"])
 def test_so_does_what_is_made_of_the_hidden_states(directory, alone, monkeypatch, name):
     scene = Scene(directory)
-    Fault(monkeypatch, __import__("router_service.model_runner").model_runner, name)
+    Fault(monkeypatch, importlib.import_module("router_service.model.model_runner"), name)
     scene.fails(RUNNING, alone)
 
 
@@ -198,7 +199,7 @@ def test_sampling_that_fails_for_one_row_ends_one_sequence(directory, alone, mon
 
 def test_log_probabilities_end_whoever_asks_for_them(directory, alone, monkeypatch):
     scene = Scene(directory)
-    Fault(monkeypatch, __import__("router_service.sampler").sampler, "token_logprobs", always=True)
+    Fault(monkeypatch, importlib.import_module("router_service.sampling.sampler"), "token_logprobs", always=True)
     scene.fails({"shaped"}, alone)
 
 
@@ -218,14 +219,14 @@ def test_so_does_a_grammar_that_cannot_even_be_asked(directory, alone, monkeypat
 @pytest.mark.parametrize("victim", RUNNING)
 def test_a_result_that_cannot_be_told_ends_its_sequence(directory, alone, monkeypatch, victim):
     scene = Scene(directory)
-    Fault(monkeypatch, __import__("router_service.engine").engine, "_chunk", key=scene.key(victim))
+    Fault(monkeypatch, importlib.import_module("router_service.engine"), "_chunk", key=scene.key(victim))
     scene.fails({victim}, alone)
 
 
 def test_an_embedding_that_cannot_be_made_ends_its_own_request(directory, alone, monkeypatch):
     scene = Scene(directory)
     scene.bench.run()
-    Fault(monkeypatch, __import__("router_service.engine").engine, "embedding")
+    Fault(monkeypatch, importlib.import_module("router_service.engine"), "embedding")
     scene.bench.add(scene.asked["embedded"])
     scene.fails({"embedded"}, alone)
 

@@ -1,0 +1,97 @@
+"""Opens a model directory: which files, which layout, is everything there. Reads headers, never whole tensors.
+
+Every process that needs weights opens the directory again (milliseconds) and compares fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cluster.checkpoint.architecture import Architecture, StoredDtype
+from cluster.checkpoint.generation_config import GenerationConfig, read_generation_config
+from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params
+from cluster.checkpoint.json_document import JsonDocument
+from cluster.checkpoint.layouts import Layout, TensorRef, locate_tensors
+from cluster.checkpoint.safetensors_header import StoredTensor
+from cluster.checkpoint.weight_files import find_layout, read_headers
+from cluster.errors import CheckpointError
+
+__all__ = ["Checkpoint", "TensorRef", "open_checkpoint"]
+
+SAMPLE_BYTES = 4096  # of each end of each tensor, for the fingerprint
+
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})$")
+_DTYPES: Mapping[str, StoredDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that was found whole. `tensors` is keyed by the hub's names."""
+
+    directory: Path
+    layout: Layout
+    architecture: Architecture
+    tensors: Mapping[str, TensorRef]
+    fingerprint: str  # hex; the same weights at another path have the same
+    generation: GenerationConfig
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit, where the directory is one of the hub's cache."""
+        snapshot = _SNAPSHOT.search(self.directory.as_posix())
+        return None if snapshot is None else snapshot[1]
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Find and check everything but the numbers themselves. Raises CheckpointError, which names file and tensor."""
+    directory = Path(directory)
+    layout = find_layout(directory)
+    if layout == "huggingface":
+        config = JsonDocument.read(directory / "config.json")
+        architecture_from_config(config)  # what is not supported is said before weights are looked at
+        stored = read_headers(directory, layout)
+        architecture = architecture_from_config(config, _stored_dtype(stored, "model.embed_tokens.weight"))
+        head = "lm_head.weight"
+    else:
+        params = JsonDocument.read(directory / "params.json")
+        architecture_from_params(params)
+        stored = read_headers(directory, layout)
+        architecture = architecture_from_params(params, _stored_dtype(stored, "tok_embeddings.weight"))
+        head = "output.weight"
+    if head in stored:  # transformers uses it, whatever `tie_word_embeddings` says
+        architecture = replace(architecture, tie_word_embeddings=False)
+    tensors = locate_tensors(architecture, layout, stored, directory)
+    generation = read_generation_config(directory, architecture.vocab_size)
+    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
+    architecture = replace(architecture, eos_token_ids=eos_token_ids)
+    return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
+
+
+def fingerprint(architecture: Architecture, tensors: Mapping[str, TensorRef]) -> str:
+    """SHA-256 of sizes, names, dtypes, shapes and both ends of every tensor's bytes."""
+    digest = hashlib.sha256(json.dumps(asdict(architecture), sort_keys=True).encode())
+    descriptors: dict[Path, int] = {}
+    try:
+        for name in sorted(tensors):
+            ref = tensors[name]
+            digest.update(repr((name, ref.dtype, ref.shape, ref.interleaved_heads, ref.transposed)).encode())
+            if ref.file not in descriptors:
+                descriptors[ref.file] = os.open(ref.file, os.O_RDONLY)
+            for offset in (ref.offset, ref.offset + max(0, ref.nbytes - SAMPLE_BYTES)):
+                digest.update(os.pread(descriptors[ref.file], min(SAMPLE_BYTES, ref.nbytes), offset))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or ref.file} cannot be read: {error.strerror}.") from error
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:
+    return _DTYPES.get(stored[name].dtype, "float32") if name in stored else "float32"

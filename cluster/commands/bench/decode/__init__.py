@@ -1,0 +1,1 @@
+"""`manta bench decode`: engines without a server, beside transformers. Knows no HTTP."""

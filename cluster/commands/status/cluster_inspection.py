@@ -1,0 +1,89 @@
+"""Takes a ClusterSnapshot of a running Ray cluster: nodes, Serve's status, and each coordinator's own figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from cluster.commands.cluster_connection import look_at_cluster
+from cluster.commands.status.cluster_snapshot import (
+    COORDINATOR,
+    ROOT,
+    ApplicationStatus,
+    ClusterSnapshot,
+    DeploymentStatus,
+    NodeStatus,
+)
+from cluster.errors import MantaError
+from cluster.messages import EngineStats
+
+STATS_TIMEOUT_S = 5.0  # for the coordinators of one application
+
+
+def inspect_cluster(address: str) -> ClusterSnapshot:
+    """Look at the cluster at `address`. Raises what look_at_cluster raises."""
+    return look_at_cluster(address, _inspect)
+
+
+def _inspect(address: str) -> ClusterSnapshot:
+    import ray
+    from ray import serve
+
+    nodes = tuple(_node(node) for node in ray.nodes())
+    overviews = serve.status().applications
+    return ClusterSnapshot(address, nodes, tuple(_application(name, overviews[name]) for name in sorted(overviews)))
+
+
+def _node(node: dict[str, Any]) -> NodeStatus:
+    resources = node.get("Resources", {})
+    return NodeStatus(
+        address=str(node["NodeManagerAddress"]),
+        alive=bool(node["Alive"]),
+        cpus=float(resources.get("CPU", 0)),
+        gpus=float(resources.get("GPU", 0)),
+    )
+
+
+def _application(name: str, overview: Any) -> ApplicationStatus:
+    deployments = tuple(
+        DeploymentStatus(
+            name=key,
+            status=str(deployment.status.value),
+            replicas={str(state): count for state, count in deployment.replica_states.items() if count},
+            message=deployment.message,
+        )
+        for key, deployment in sorted(overview.deployments.items())
+        if key != ROOT  # which never runs
+    )
+    application = ApplicationStatus(name, str(overview.status.value), deployments, overview.message)
+    if application.model is None:
+        return application
+    coordinators, error = _coordinator_stats(application)
+    return dataclasses.replace(application, coordinators=coordinators, stats_error=error)
+
+
+def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStats, ...], str | None]:
+    """The stats of each coordinator that answers in time, and what went wrong with the others."""
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    if not any(d.name == COORDINATOR and d.running for d in application.deployments):
+        return (), "no coordinator is running"
+    try:
+        handle = serve.get_deployment_handle(COORDINATOR, app_name=application.name)
+        answers = handle.broadcast("stats").results(timeout_s=STATS_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError:
+        return (), f"no coordinator answered within {STATS_TIMEOUT_S:g} s"
+    except (ray.exceptions.RayError, RayServeException) as error:
+        return (), _first_line(error)
+    stats = tuple(answer for answer in answers if isinstance(answer, EngineStats))
+    missing = [_first_line(answer) for answer in answers if not isinstance(answer, EngineStats)]
+    return stats, f"{len(missing)} of {len(answers)} coordinators did not answer: {missing[0]}" if missing else None
+
+
+def _first_line(error: object) -> str:
+    if isinstance(error, MantaError):
+        return error.message
+    lines = str(error).splitlines()
+    return (lines[-1].strip() if lines else "") or type(error).__name__

@@ -1,0 +1,41 @@
+"""`manta status`: inspects a running cluster, once or again and again, and draws or prints what it saw."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+
+from cluster.commands.status.cluster_inspection import inspect_cluster
+
+WATCH_INTERVAL_S = 1.0
+
+
+def run(address: str, as_json: bool) -> None:
+    """Raises Unavailable when no cluster answers, before anything is printed."""
+    snapshot = inspect_cluster(address)
+    if as_json:
+        print(snapshot.to_json())
+        return
+    from rich.console import Console
+
+    from cluster.commands.status.tables import draw
+
+    draw(snapshot, Console(highlight=False))
+
+
+def watch_load(address: str) -> None:
+    """Show the load of every expert until Ctrl-C. Raises Unavailable when no cluster answers, or it stops answering."""
+    from rich.live import Live
+
+    from cluster.commands.cluster_connection import watch_cluster
+    from cluster.commands.status.load_inspection import inspect_load
+    from cluster.commands.status.load_tables import draw_load
+    from cluster.commands.status.model_load import load_between
+
+    with suppress(KeyboardInterrupt), closing(watch_cluster(address, inspect_load, WATCH_INTERVAL_S)) as samples:
+        before = next(samples)
+        with Live(draw_load([load_between(one, one) for one in before]), auto_refresh=False) as live:
+            for after in samples:
+                known = {sample.model: sample for sample in before}
+                loads = [load_between(known.get(sample.model, sample), sample) for sample in after]
+                live.update(draw_load(loads), refresh=True)
+                before = after

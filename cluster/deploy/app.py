@@ -1,0 +1,349 @@
+"""The roof: composes the Serve applications of a configuration. Decides layout; starts nothing and shows nothing.
+
+gateway                HTTP and gRPC doors, the only application with a route
+<model>-<version>      one per model version: coordinator, expert-0 … expert-<G-1>, and a root without replicas
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.checkpoint.architecture import compute_dtype
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.generation_config import FILE as GENERATION_CONFIG
+from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
+from cluster.errors import ConfigError
+from cluster.messages import ModelCard
+from cluster.planning.gpus import gpu_memory_bytes
+from cluster.planning.placement import (
+    DeviceShare,
+    ExpertGroup,
+    Node,
+    Room,
+    check_fit,
+    device_shares,
+    expert_bytes,
+    plan_groups,
+)
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+logger = logging.getLogger(__name__)
+
+GATEWAY = "gateway"
+
+
+# Where GPUs are too few for every process to have its own, a shard leaves room for a coordinator beside it.
+SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR = 0.9, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What a Ray cluster has to give."""
+
+    num_cpus: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all nodes."""
+        return sum(len(node.gpu_memory_bytes) for node in self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model, laid out on a cluster."""
+
+    config: ModelConfig  # nothing in it is "auto" any more
+    checkpoint: Checkpoint
+    groups: tuple[ExpertGroup, ...]
+    gpus_per_shard: float
+    gpus_per_coordinator: float
+
+    @property
+    def application(self) -> str:
+        """The name of its Serve application."""
+        return application_name(self.config.name, self.config.version or self.checkpoint.fingerprint[:8])
+
+    @property
+    def expert_deployments(self) -> tuple[str, ...]:
+        """Names of the experts' deployments: none when the coordinator runs them itself, or the model is dense."""
+        if self.config.experts.transport == "local":
+            return ()
+        return tuple(f"expert-{group.index}" for group in self.groups)
+
+
+def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
+    """From what `ray.nodes()` says: alive nodes, their memory, and their GPUs by type."""
+    nodes, num_cpus = [], 0
+    for node in ray_nodes:
+        if node["Alive"]:
+            resources = node["Resources"]
+            num_cpus += int(resources.get("CPU", 0))
+            gpu = gpu_memory_bytes(node.get("Labels", {}).get("ray.io/accelerator-type", ""))
+            gpus = (gpu,) * int(resources.get("GPU", 0))
+            nodes.append(Node(node["NodeManagerAddress"], int(resources.get("memory", 0)), gpus))
+    return Cluster(max(1, num_cpus), tuple(nodes))
+
+
+def application_name(model: str, version: str) -> str:
+    """`mixtral-1f2e3d4c`, of the characters that Serve and Ray take in names."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}-{version}"
+
+
+def plan_models(
+    configs: Sequence[ModelConfig], checkpoints: Sequence[Checkpoint], cluster: Cluster
+) -> tuple[ModelPlan, ...]:
+    """All models of a configuration, which have to fit side by side. Raises ConfigError or DoesNotFit."""
+    room = Room(cluster.nodes)
+    return tuple(plan_model(*each, cluster, room) for each in zip(configs, checkpoints, strict=True))
+
+
+def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, room: Room | None = None) -> ModelPlan:
+    """Resolve everything that is "auto". Raises ConfigError, or DoesNotFit when the cluster is too small.
+
+    The model takes its place in `room`: what others have left; without it the cluster is the model's own.
+    """
+    architecture = checkpoint.architecture
+    if architecture.is_dense:
+        if config.experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
+            raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
+        config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})
+    groups = plan_groups(config.experts.groups, architecture.num_experts, cluster.num_gpus, cluster.num_cpus)
+    on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
+    dtype = compute_dtype(config.engine.dtype, architecture)
+    max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
+    check_scaled_groups(config.experts, len(groups))
+    at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
+    reserves = on_gpu or bool(config.experts.gpus_per_shard)
+    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if reserves else (0, 0)
+    apart = gpus_per_shard >= 1 and config.experts.transport != "local"
+    engine = config.engine.model_copy(
+        update={
+            "dtype": dtype,
+            "device": "cuda" if on_gpu else "cpu",
+            "max_model_len": max_model_len,
+            "microbatches": (2 if apart else 1) if config.engine.microbatches == "auto" else config.engine.microbatches,
+        }
+    )
+    check_fit(
+        architecture,
+        dtype,
+        at_start,
+        room or Room(cluster.nodes),
+        kv_tokens=max_model_len,
+        num_coordinators=config.coordinators.min_replicas,
+        gpus_per_shard=gpus_per_shard,
+        gpus_per_coordinator=gpus_per_coordinator,
+        local=config.experts.transport == "local",
+    )
+    return ModelPlan(
+        config=config.model_copy(update={"engine": engine}),
+        checkpoint=checkpoint,
+        groups=groups,
+        gpus_per_shard=gpus_per_shard,
+        gpus_per_coordinator=gpus_per_coordinator,
+    )
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for one that no gateway could load, before anybody has loaded weights."""
+    from gateway.text.tokenizer_files import load_tokenizer
+
+    load_tokenizer(checkpoint.directory, checkpoint.layout, checkpoint.architecture.vocab_size)
+
+
+def scaling_of(experts: ExpertsConfig, group: ExpertGroup) -> ScalingConfig:
+    """How one group is scaled."""
+    return experts.group_scaling.get(group.index, experts.scaling)
+
+
+def check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
+    """Raises ConfigError for a key of `group_scaling` that is no group."""
+    for index in experts.group_scaling:
+        if not 0 <= index < num_groups:
+            raise ConfigError(f"experts.group_scaling: there is no group {index}; groups are 0 to {num_groups - 1}")
+
+
+def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[float, float]:
+    """GPUs of a shard and of a coordinator."""
+    if num_groups == 0:
+        return 0.0, 1.0
+    if (given := config.experts.gpus_per_shard) is not None:
+        return given, 1.0 if given >= 1 else max(SHARED_GPU_OF_COORDINATOR, 1 - given)
+    if config.experts.transport == "local" or num_gpus >= num_groups + config.coordinators.min_replicas:
+        return 1.0, 1.0
+    return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
+
+
+def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
+    """Who may be on a coordinator's device."""
+    engine, architecture = plan.config.engine, plan.checkpoint.architecture
+    assert engine.dtype != "auto", "a plan has no open settings"
+    largest = max((len(group.experts) for group in plan.groups), default=0)
+    return device_shares(
+        expert_bytes(architecture, engine.dtype, largest) if largest else 0,
+        gpus_per_shard=0.0 if plan.config.experts.transport == "local" else plan.gpus_per_shard,
+        gpus_per_coordinator=plan.gpus_per_coordinator,
+        max_coordinators=plan.config.coordinators.max_replicas,
+    )
+
+
+def model_card(plan: ModelPlan) -> ModelCard:
+    """What the gateway is told of a model."""
+    checkpoint, config = plan.checkpoint, plan.config
+    assert config.engine.max_model_len is not None, "a plan has no open settings"
+    if keys := checkpoint.generation.not_followed:
+        logger.warning("%s: requests do not follow %s", checkpoint.directory / GENERATION_CONFIG, ", ".join(keys))
+    return ModelCard(
+        name=config.name,
+        aliases=config.aliases,
+        application=plan.application,
+        directory=str(checkpoint.directory),
+        layout=checkpoint.layout,
+        fingerprint=checkpoint.fingerprint,
+        max_model_len=config.engine.max_model_len,
+        vocab_size=checkpoint.architecture.vocab_size,
+        eos_token_ids=checkpoint.architecture.eos_token_ids,
+        revision=checkpoint.revision,
+        created=int(time.time()),
+        defaults=checkpoint.generation.defaults,
+        deployments=("coordinator", *plan.expert_deployments),
+        num_layers=checkpoint.architecture.num_layers,
+        num_experts=checkpoint.architecture.num_experts,
+        top_k=checkpoint.architecture.top_k,
+        kind=config.kind,
+        pooling=config.pooling or "mean",
+        hidden_size=checkpoint.architecture.hidden_size,
+    )
+
+
+def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
+    """Coordinator and experts of one model version."""
+    from cluster.deploy.model_root import model_root
+    from router_service.coordinator import coordinator_deployment
+
+    config, checkpoint = plan.config, plan.checkpoint
+    engine, experts = config.engine, with_lane_secret(config.experts)
+    coordinator = coordinator_deployment(
+        str(checkpoint.directory),
+        checkpoint.fingerprint,
+        engine,
+        experts,
+        plan.groups,
+        _device_shares(plan),
+        *expert_applications(plan, experts, gateway).values(),
+        scaling=config.coordinators,
+        max_surge_percent=config.max_surge_percent,
+        gpus=plan.gpus_per_coordinator,
+        label_selector=config.label_selector,
+        openmp_spin_count=engine.openmp_spin_count,
+        otlp_endpoint=gateway.otlp_endpoint,
+        request_timeout_s=gateway.request_timeout_s,
+        # The engine's own bound is what refuses; Serve's only has to be beyond it.
+        max_ongoing_requests=engine.max_num_seqs + 8 * engine.max_waiting + 1000,
+        request_router="gateway.coordinators.router.CoordinatorRouter",
+    )
+    return model_root(coordinator)
+
+
+def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: GatewayConfig) -> dict[str, Application]:
+    """The experts' deployments by name, bound, for a coordinator to hold; `experts` has its lane secret."""
+    from experts_service.service import expert_deployment
+    from experts_service.shard.shard import ShardSpec
+
+    config, checkpoint = plan.config, plan.checkpoint
+    assert config.engine.dtype != "auto", "a plan has no open settings"
+    assert config.engine.device != "auto", "a plan has no open settings"
+    return {
+        name: expert_deployment(
+            ShardSpec(
+                application=plan.application,
+                directory=str(checkpoint.directory),
+                fingerprint=checkpoint.fingerprint,
+                group=group.index,
+                experts=group.experts,
+                num_groups=len(plan.groups),
+                dtype=config.engine.dtype,
+                device=config.engine.device,
+                num_threads=experts.num_threads,
+                gpus=plan.gpus_per_shard,
+                load_timeout_s=experts.load_timeout_s,
+                lane_secret_file=experts.lane_secret_file,
+            ),
+            scaling_of(experts, group),
+            max_surge_percent=config.max_surge_percent,
+            label_selector=experts.label_selector,
+            request_timeout_s=gateway.request_timeout_s,
+        )
+        for name, group in zip(plan.expert_deployments, plan.groups, strict=bool(plan.expert_deployments))
+    }
+
+
+def with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
+    """The same with the path of a secret that can be read here, where lanes need one."""
+    from experts_service.wire.secret import ensure_lane_secret
+
+    if experts.transport not in ("auto", "lane"):
+        return experts
+    given = experts.lane_secret_file
+    path = ensure_lane_secret(None if given is None else Path(given))
+    return experts.model_copy(update={"lane_secret_file": str(path)})
+
+
+def check_doors(gateway: GatewayConfig) -> None:
+    """Raises ConfigError for doors that would stand open."""
+    from gateway.admission.guard import is_loopback
+
+    if gateway.api_keys_file is None and not is_loopback(gateway.host):
+        raise ConfigError(
+            f"gateway.host: {gateway.host} can be reached from other machines, which needs API keys: "
+            "give --api-keys-file (gateway.api_keys_file; `manta keys new` makes an entry), or stay on 127.0.0.1"
+        )
+
+
+def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
+    """All applications for `serve.run_many`; the gateway first, so that /health answers while models load."""
+    from ray import serve
+
+    from gateway.service import gateway_application
+
+    cards = tuple(model_card(plan) for plan in plans)
+    gateway = serve.RunTarget(gateway_application(config.gateway, cards), name=GATEWAY, route_prefix="/")
+    models = [
+        serve.RunTarget(model_application(plan, config.gateway), name=plan.application, route_prefix=None)
+        for plan in plans
+    ]
+    return [gateway, *models]
+
+
+def demo_config() -> MantaConfig:
+    """What `manta serve` serves without a model: the embedded demo models, under the names of Mistral's endpoints."""
+    from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
+
+    # One thread each: matrices this small are no faster on more. Their place is beside a model that has the GPU.
+    tiny = EngineConfig(device="cpu", kv_cache_gib=0.0625, num_threads=1)
+    return MantaConfig(
+        models=(
+            ModelConfig(
+                name="mistral-small",
+                path=str(DIRECTORY),
+                aliases=("mistral-medium", "manta-demo"),
+                engine=EngineConfig(kv_cache_gib=0.25),
+            ),
+            ModelConfig(name="mistral-tiny", path=str(DENSE_DIRECTORY), engine=tiny),
+            ModelConfig(name="mistral-embed", path=str(DENSE_DIRECTORY), kind="embedding", pooling="mean", engine=tiny),
+        )
+    )
+
+
+def directory_config(model: str, directory: Path) -> MantaConfig:
+    """What `manta serve MODEL` serves: the one model, called by its own name."""
+    return MantaConfig(models=(ModelConfig(name=model.rstrip("/").rsplit("/", 1)[-1], path=str(directory)),))

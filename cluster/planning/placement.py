@@ -1,0 +1,198 @@
+"""Which experts share a process, and whether the whole fits the machines. Plain arithmetic; no torch, no Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.checkpoint.architecture import Architecture, coordinator_tensors, expert_tensors
+from cluster.errors import ConfigError, DoesNotFit
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+# Resident memory of a process before it holds a weight, measured with Ray 2.60 and torch 2.13 on Linux.
+SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
+TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Experts that live in one process, the same in every layer. A replica is one live copy of a group."""
+
+    index: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a machine has free."""
+
+    name: str
+    memory_bytes: int
+    gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """Who may be on the device of a coordinator."""
+
+    coordinators: int = 1  # as many like it, itself included
+    neighbour_bytes: int = 0  # weights of shards
+
+
+class Room:
+    """What the nodes have left while processes find their places, those of one model after those of another."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.memory = [node.memory_bytes for node in nodes]
+        self.gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] of each
+        self.num_models = 0  # that have found theirs
+
+    @property
+    def gpu_bytes(self) -> list[float]:
+        """What each GPU has left that is not taken wholly."""
+        return [size for gpus in self.gpus for share, size in gpus if share > 1e-9]
+
+    def place(self, share: float, weights: int, host: int) -> bool:
+        """Take what a process needs from the node with most memory free. False: no node has it."""
+        for node in sorted(range(len(self.memory)), key=lambda index: -self.memory[index]):
+            if self.memory[node] < host:
+                continue
+            if share:
+                count, each = max(1, math.ceil(share)), min(1.0, share)
+                free = sorted((g for g in self.gpus[node] if g[0] >= each - 1e-9), key=lambda gpu: -gpu[1])
+                if len(free) < count or free[count - 1][1] < weights / count:
+                    continue
+                for gpu in free[:count]:
+                    gpu[0] -= each
+                    gpu[1] -= weights / count
+            self.memory[node] -= host
+            return True
+        return False
+
+
+def plan_groups(
+    setting: Literal["auto"] | Sequence[Sequence[int]], num_experts: int, num_gpus: int, num_cpus: int
+) -> tuple[ExpertGroup, ...]:
+    """The groups of a model.
+
+    `auto`: one expert a group where there is a GPU for each, else a group for each GPU; without GPUs a group for each
+    core, and at least 2; sizes differ by at most one expert. `num_gpus` are those that experts may have. A dense model
+    has no groups. Raises ConfigError when a list of groups does not name every expert exactly once.
+    """
+    if num_experts == 0:
+        if setting != "auto":
+            raise ConfigError("experts.groups: the model is dense, it has no experts to group")
+        return ()
+    if setting == "auto":
+        num_groups = min(num_experts, num_gpus or max(2, num_cpus))
+        bounds = [num_experts * i // num_groups for i in range(num_groups + 1)]
+        return tuple(ExpertGroup(i, tuple(range(bounds[i], bounds[i + 1]))) for i in range(num_groups))
+    named = [expert for group in setting for expert in group]
+    for index, group in enumerate(setting):
+        if not group:
+            raise ConfigError(f"experts.groups: group {index} is empty")
+    for expert in named:
+        if not 0 <= expert < num_experts:
+            raise ConfigError(f"experts.groups: there is no expert {expert}; the model has 0 to {num_experts - 1}")
+        if named.count(expert) > 1:
+            raise ConfigError(f"experts.groups: expert {expert} is named {named.count(expert)} times")
+    if missing := sorted(set(range(num_experts)) - set(named)):
+        raise ConfigError(f"experts.groups: expert {', '.join(map(str, missing))} is in no group")
+    return tuple(ExpertGroup(index, tuple(group)) for index, group in enumerate(setting))
+
+
+def expert_bytes(architecture: Architecture, dtype: Dtype, num_experts: int = 1) -> int:
+    """Weights of that many experts in all layers."""
+    one_layer = sum(math.prod(shape) for shape in expert_tensors(architecture, 0, 0).values())
+    return num_experts * architecture.num_layers * one_layer * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(architecture: Architecture, dtype: Dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[dtype]
+
+
+def coordinator_bytes(architecture: Architecture, dtype: Dtype, *, kv_tokens: int) -> int:
+    """Weights of the half that is not experts, and a KV cache of that many tokens."""
+    weights = sum(math.prod(shape) for shape in coordinator_tensors(architecture).values()) * DTYPE_BYTES[dtype]
+    return weights + kv_tokens * kv_bytes_per_token(architecture, dtype)
+
+
+def check_fit(
+    architecture: Architecture,
+    dtype: Dtype,
+    groups: Sequence[ExpertGroup],
+    room: Room,
+    *,
+    kv_tokens: int,
+    num_coordinators: int = 1,
+    gpus_per_shard: float = 0.0,
+    gpus_per_coordinator: float = 0.0,
+    local: bool = False,
+) -> None:
+    """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
+
+    Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
+    that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
+    coordinator holds all experts itself.
+    """
+    shards = (
+        []
+        if local
+        else [
+            (f"expert group {group.index}", expert_bytes(architecture, dtype, len(group.experts)), gpus_per_shard)
+            for group in groups
+        ]
+    )
+    attention = coordinator_bytes(architecture, dtype, kv_tokens=kv_tokens)
+    if local:
+        attention += expert_bytes(architecture, dtype, architecture.num_experts)
+    processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
+    memory, gpus = sum(room.memory), room.gpu_bytes
+    for name, weights, share in sorted(processes, key=lambda process: -process[1]):
+        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else weights)
+        if not room.place(share, weights, host):
+            needs = gib(sum(size for _, size, _ in processes))
+            beside = " beside the models before it" if room.num_models else ""
+            if share:
+                wanted = sum(asked for *_, asked in processes)
+                raise DoesNotFit(
+                    f"{name} needs {share:g} GPU with {gib(weights)} free, and no node has one left: the model "
+                    f"needs {needs} on {wanted:g} GPUs in all, and the cluster has {gib(sum(gpus))} on "
+                    f"{len(gpus)} GPUs{beside}"
+                )
+            most = gib(max(room.memory, default=0))
+            raise DoesNotFit(
+                f"{name} needs {gib(host)} of memory, and the most that a node has left is {most}: the model needs "
+                f"{needs} in all, and the cluster has {gib(memory)} free{beside}"
+            )
+    room.num_models += 1
+
+
+def device_shares(
+    largest_group_bytes: int, *, gpus_per_shard: float, gpus_per_coordinator: float, max_coordinators: int
+) -> tuple[DeviceShare, ...]:
+    """Who may be beside a coordinator on its device, in every way that Ray may place them.
+
+    Without GPUs all coordinators may be on one machine; shards take what they take of its memory.
+    """
+    if gpus_per_coordinator == 0:
+        return (DeviceShare(max_coordinators),)
+    free = max(0.0, 1.0 - gpus_per_coordinator) + 1e-9
+    most_shards = int(free / gpus_per_shard) if gpus_per_shard else 0
+    return tuple(
+        DeviceShare(
+            min(max_coordinators, 1 + int((free - shards * gpus_per_shard) / gpus_per_coordinator)),
+            shards * largest_group_bytes,
+        )
+        for shards in range(most_shards + 1)
+    )
+
+
+def gib(size: float) -> str:
+    """`7.25 GiB`, for a person."""
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,47 @@
+"""How much memory a step of a coordinator takes beside weights and KV cache. An upper bound, by arithmetic; no torch.
+
+Shapes: B sequences, T tokens of the step, S longest context, V vocabulary, D hidden size, N query heads, G key-value
+heads, H head_dim, K experts per token, F width of a feed-forward network.
+"""
+
+from __future__ import annotations
+
+from cluster.checkpoint.architecture import Architecture
+from cluster.planning.placement import DTYPE_BYTES, Dtype, kv_bytes_per_token
+
+GATHER_BYTES = 2**30  # of keys and values that decoding sequences read at once, if one context alone is not longer
+SCORED_ROWS = 256  # of a prompt's logits in memory at once
+SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm of a probability
+SAMPLED_LOGIT_BYTES = 32  # of one that is sampled from: the same, adjusted, as probability, sorted with its index
+
+
+def max_gathered_tokens(architecture: Architecture, dtype: Dtype) -> int:
+    """Tokens whose keys and values of one layer are GATHER_BYTES."""
+    return GATHER_BYTES * architecture.num_layers // kv_bytes_per_token(architecture, dtype)
+
+
+def step_bytes(
+    architecture: Architecture,
+    dtype: Dtype,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    local_experts: bool = False,
+) -> int:
+    """The most that a step allocates. `local_experts`: they are computed in the same process."""
+    a, item = architecture, DTYPE_BYTES[dtype]
+    sequences, tokens, context = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens, max_model_len
+    padded = sequences * context  # B · S
+    seen = min(context, a.sliding_window or context)
+    gathered = max(seen, min(sequences * seen, max_gathered_tokens(a, dtype)))
+    gather = gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
+    # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false and then as what is added to scores.
+    masks = padded * (8 + 1 + item) + tokens * context * (2 + item)
+    logits = a.vocab_size * (sequences * SAMPLED_LOGIT_BYTES + SCORED_ROWS * SCORED_LOGIT_BYTES)
+    width = 16 * a.hidden_size + 4 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    if not a.is_dense:
+        width += 4 * a.top_k * a.hidden_size  # rows to the experts and back
+    if a.is_dense or local_experts:
+        width += 4 * max(1, a.top_k) * a.intermediate_size
+    return gather + masks + logits + tokens * width * item

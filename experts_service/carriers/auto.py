@@ -1,0 +1,47 @@
+"""Transport `auto`: lanes, and the object store where a shard has none. Knows which groups a lane reaches, no bytes.
+
+A lane was cheaper at every size measured (`manta bench dispatch`), so size decides nothing but what no frame may hold.
+A group is apart when none of its trusted replicas gives us a lane: it has no secret to show, or its node refuses the
+connection. They are dialled behind the requests; the epoch says when one of them is connected after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from experts_service.carriers.lane import LaneTransport
+from experts_service.carriers.object_store import ObjectStoreTransport
+from experts_service.transport import Flight, GroupRows
+from experts_service.wire.frame import MAX_PAYLOAD_BYTES
+
+
+class AutoTransport:
+    """Both transports to the same groups; one dispatch goes over one of them."""
+
+    def __init__(self, lane: LaneTransport, object_store: ObjectStoreTransport) -> None:
+        self._lane = lane
+        self._object_store = object_store
+        self._epoch = -1
+        self._apart: frozenset[int] = frozenset()
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        if self._epoch != self._lane.table.epoch:
+            self._try_lanes()
+        if (self._apart and any(part.group in self._apart for part in parts)) or _too_large(rows, parts):
+            return self._object_store.send(layer, rows, parts)
+        return self._lane.send(layer, rows, parts)
+
+    def close(self) -> None:
+        self._lane.close()
+        self._object_store.close()
+
+    def _try_lanes(self) -> None:
+        self._epoch = self._lane.table.epoch
+        self._apart = frozenset(group for group in self._lane.deployments if not self._lane.reaches(group))
+
+
+def _too_large(rows: Tensor, parts: Sequence[GroupRows]) -> bool:
+    row_bytes = rows.shape[-1] * rows.itemsize
+    return any(len(part.row_indices) * row_bytes > MAX_PAYLOAD_BYTES for part in parts)

@@ -1,0 +1,67 @@
+"""Makes a coordinator's connection to a shard: asks the actor where it listens now, connects, proves who we are."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from experts_service.carriers.link import LinkLost
+from experts_service.routing_table import Replica
+from experts_service.wire.address import LaneAddress, connect
+from experts_service.wire.handshake import TIMEOUT_S, HandshakeRefused, introduce
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 2.0  # a shard that is being restarted is asked again later, so that others are not kept waiting
+
+AddressOf = Callable[[Replica, float], LaneAddress]  # replica, timeout in seconds; raises OSError
+Dialer = Callable[[Replica, float], "Dialled"]  # the same; raises LinkLost
+
+
+class Dialled(NamedTuple):
+    """An authenticated connection."""
+
+    channel: socket.socket
+    thread_id: int = 0  # of the one thread that computes at its other end, on this machine; 0: it is not here
+
+
+class LaneDialer:
+    """Dials with one secret and for one checkpoint."""
+
+    def __init__(self, address_of: AddressOf, *, secret: bytes, fingerprint: str, node_id: str) -> None:
+        self._address_of = address_of
+        self._secret = secret
+        self._fingerprint = fingerprint
+        self._node_id = node_id  # of this process; shards there are reached by Unix socket
+
+    def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
+        """Raises LinkLost at the latest after `timeout_s`."""
+        deadline = time.monotonic() + min(timeout_s, ASK_TIMEOUT_S + TIMEOUT_S)
+        try:
+            address = self._address_of(replica, min(timeout_s, ASK_TIMEOUT_S))
+            channel = connect(address, self._node_id, max(0.001, deadline - time.monotonic()))
+        except OSError as error:
+            raise LinkLost(f"it cannot be reached: {error}") from error
+        try:
+            introduce(channel, self._secret, self._fingerprint, max(0.001, deadline - time.monotonic()))
+        except (HandshakeRefused, OSError) as error:
+            channel.close()
+            logger.warning("no lane to %s: %s", replica.actor, error)
+            raise LinkLost(f"no handshake: {error}") from error
+        return Dialled(channel, address.thread_id if channel.family == socket.AF_UNIX else 0)
+
+
+def ask_shard(replica: Replica, timeout_s: float) -> LaneAddress:
+    """Where the shard listens, by its actor's own word. Raises OSError."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        shard = ray.get_actor(replica.actor, namespace=replica.namespace)
+        address: LaneAddress = ray.get(shard.lane_address.remote(), timeout=timeout_s)
+    except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
+        raise OSError(f"the shard {replica.actor} does not say where it listens ({type(error).__name__})") from error
+    return address

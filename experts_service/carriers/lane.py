@@ -1,0 +1,183 @@
+"""Transport `lane`: a connection per replica, a frame per part of a group. Sends and receives; whom to ask is others'.
+
+    post    one sendmsg; what the socket has no room for is sent while answers are waited for
+    poll    one recvmsg_into per answer, in turn, straight into the combine buffer; the kernel holds the others' answers
+
+Where rows wait to be sent, where an attempt may soon be hedged, and where an answer is late, all connections are polled
+at once instead.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from socket import MSG_DONTWAIT
+
+import torch
+from torch import Tensor
+
+from cluster.telemetry.metrics import DispatchCounts
+from experts_service.carriers.core_balance import CoreBalance
+from experts_service.carriers.dialer import Dialer
+from experts_service.carriers.link import WAIT_S, LaneAttempt, LinkLost
+from experts_service.carriers.routes import LaneRoutes
+from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
+from experts_service.delivery.flight import SPLIT_ROWS, RemoteFlight, split
+from experts_service.kernels.cost import cost
+from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.transport import Flight, GroupRows
+from experts_service.wire.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
+
+
+@dataclass(slots=True)
+class LaneRows:
+    """What a frame is made of."""
+
+    layer: int
+    dtype: torch.dtype
+    hidden: int
+    counts: tuple[int, ...]  # rows of each expert
+    data: memoryview  # [R, D] as bytes
+    place: memoryview  # of the answer [R, D], as bytes
+
+
+class LaneCarrier:
+    """Frames over the connections that `routes` has."""
+
+    def __init__(self, routes: LaneRoutes) -> None:
+        self._routes = routes
+        self._forms: dict[int, RowsFormat] = {}  # number of experts → format
+        self._next_id = 0
+
+    def post(
+        self, rows: LaneRows, replica: Replica, epoch: int, number: int, remaining_s: float, *, spare: bool
+    ) -> LaneAttempt:
+        self._next_id += 1
+        place = rows.place
+        memory = memoryview(bytearray(len(place))) if spare else place
+        attempt = LaneAttempt(replica, epoch, self._next_id, memory, place if spare else None)
+        num_experts = len(rows.counts)
+        form = self._forms.get(num_experts)
+        if form is None:
+            form = self._forms[num_experts] = RowsFormat(num_experts)
+        head = form.pack(
+            rows.dtype, attempt.request_id, epoch, rows.layer, number, sum(rows.counts), rows.hidden,
+            max(0, min(MAX_DEADLINE_MS, int(remaining_s * 1000))), rows.counts,
+        )  # fmt: skip
+        attempt.expected = answer_head(head)
+        link = self._routes.link(replica)
+        if link is None:
+            attempt.fail("its connection was lost")
+            return attempt
+        try:
+            link.send(attempt, head, rows.data)
+        except LinkLost as lost:
+            attempt.fail(str(lost))
+        return attempt
+
+    def poll(self, attempts: Sequence[LaneAttempt], until: float, soon: float) -> None:
+        if until - time.monotonic() >= WAIT_S and not any(a.link is not None and a.link.has_unsent for a in attempts):
+            first = attempts[0]
+            assert first.link is not None
+            with suppress(BlockingIOError, LinkLost):
+                while first.state is POSTED:
+                    first.link.wait(first, soon)
+            if first.state is not POSTED:
+                return
+        poll = select.poll()
+        by_descriptor: dict[int, list[LaneAttempt]] = {}
+        for attempt in attempts:
+            if (link := attempt.link) is not None and attempt.state is POSTED:
+                by_descriptor.setdefault(link.channel.fileno(), []).append(attempt)
+                poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.has_unsent else 0))
+        timeout_s = max(0.0, until - time.monotonic())
+        for descriptor, _ in poll.poll(math.ceil(timeout_s * 1000)):
+            for attempt in by_descriptor[descriptor]:
+                _read(attempt)
+
+    def cancel(self, attempt: LaneAttempt, *, silent: bool = False) -> None:
+        link = attempt.link
+        if link is not None and silent:
+            link.give_up("it is silent")  # it is dialled again, and used when that succeeds
+        elif link is not None:
+            link.forget(attempt)
+        attempt.state = CANCELLED
+
+
+class LaneTransport:
+    """Sends rows over connections to the replicas that the routing table names."""
+
+    def __init__(
+        self,
+        deployments: Mapping[int, Deployment],
+        table: RoutingTable,
+        dialer: Dialer,
+        *,
+        timeout_s: float,
+        latency: Mapping[int, DispatchCounts] | None = None,
+        cores: CoreBalance | None = None,
+    ) -> None:
+        """`cores`: spreads shards over those of this machine, where they share it."""
+        self.deployments = dict(deployments)  # group → its deployment
+        self.table = table
+        self.latency = latency or {group: DispatchCounts() for group in self.deployments}
+        self.routes = LaneRoutes(self.deployments, table, dialer, timeout_s, cores)
+        self.deliveries: Deliveries[LaneRows, LaneAttempt] = Deliveries(
+            LaneCarrier(self.routes), self.routes, table, self.deployments, timeout_s, self.latency
+        )
+        self._cores = cores
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        flight = RemoteFlight(self.deliveries, layer, rows, parts)
+        if flight.received is None:
+            return flight
+        hidden, dtype = rows.shape[-1], rows.dtype
+        row_bytes = hidden * dtype.itemsize
+        place = flight.received.view(torch.uint8).numpy().data.cast("B")  # [N, D] as bytes
+        host = _on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
+        if any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
+            parts = [piece for part in parts for piece in split(part, len(self.routes.reachable(part.group)))]
+        if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
+            self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
+        try:
+            for part in parts:
+                count = len(part.row_indices)
+                data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
+                start = part.start * row_bytes
+                self.routes.connect(part.group)
+                answer = place[start : start + count * row_bytes]
+                flight.post(part, LaneRows(layer, dtype, hidden, part.counts, data.data.cast("B"), answer))
+        except BaseException:
+            flight.close()
+            raise
+        return flight
+
+    def reaches(self, group: int) -> bool:
+        """Whether a replica of the group has a lane to us. Waits where none has been dialled yet."""
+        return self.routes.reaches(group)
+
+    def close(self) -> None:
+        self.routes.close()
+
+
+def _read(attempt: LaneAttempt) -> None:
+    """Write and read what its connection is ready for."""
+    link = attempt.link
+    if link is None or attempt.state is not POSTED:
+        return
+    with suppress(BlockingIOError, LinkLost):
+        link.flush()
+        while attempt.state is POSTED:
+            link.receive(attempt, MSG_DONTWAIT)
+
+
+def _on_host(rows: Tensor) -> Tensor:
+    """The rows in contiguous host memory; those of a GPU through pinned memory."""
+    if rows.device.type == "cpu":
+        return rows.contiguous()
+    staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    return staged.copy_(rows)

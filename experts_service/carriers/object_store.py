@@ -1,0 +1,216 @@
+"""Transport `object_store`: direct actor calls to the shards, rows inline or once in Ray's object store.
+
+Works wherever Ray works, across nodes, with nothing else open. An answer belongs to its own call, so a late one is
+never read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from torch import Tensor
+
+from cluster.errors import MantaError
+from cluster.telemetry.metrics import DispatchCounts
+from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deliveries
+from experts_service.delivery.flight import SPLIT_ROWS, RemoteFlight, split
+from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.transport import Flight, GroupRows
+
+INLINE_BYTES = 100 * 1024  # Ray's own bound for an argument that travels inside the call
+MAX_MESSAGE_CHARS = 500
+LONGEST_WAIT_S = 0.1  # for all answers at once; then those that have come are looked at
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class CallRows:
+    """A method of a shard, and what it is called with."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    place: Tensor  # [R, D] on the host
+
+
+class CallAttempt(Attempt):
+    """One call of a shard."""
+
+    __slots__ = ("_place", "answer", "reference")
+
+    def __init__(self, replica: Replica, epoch: int, place: Tensor) -> None:
+        super().__init__(replica, epoch)
+        self.reference: Any = None
+        self.answer: Array | bytes = b""  # read-only memory of Ray's
+        self._place = place
+
+    def accept(self) -> None:
+        write(self.answer, self._place)
+
+
+class CallRoutes:
+    """All replicas of the table: Ray finds them."""
+
+    def __init__(self, deployments: Mapping[int, Deployment], table: RoutingTable) -> None:
+        self._deployments = deployments
+        self._table = table
+        self.calls: dict[Any, str] = {}  # replica ids by reference, until it is known that the call has ended
+
+    @property
+    def epoch(self) -> int:
+        return self._table.epoch
+
+    def reachable(self, group: int) -> tuple[Replica, ...]:
+        replicas = self._table.replicas(self._deployments[group])
+        return tuple(replica for replica in replicas if not replica.suspected) or replicas
+
+    def refusal(self, group: int) -> tuple[Replica | None, str]:  # noqa: ARG002  # a lane's
+        return None, ""  # none is known, where none can be reached
+
+    def owed(self, replica_id: str) -> int:
+        if self.calls:
+            ended, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0, fetch_local=False)
+            for reference in ended:
+                del self.calls[reference]
+        return list(self.calls.values()).count(replica_id)
+
+
+class CallCarrier:
+    """Calls of actors, by the names that the table has for them."""
+
+    def __init__(self, routes: CallRoutes) -> None:
+        self._routes = routes
+        self._shards: dict[str, Any] = {}  # actor handles by name
+
+    def post(
+        self,
+        rows: CallRows,
+        replica: Replica,
+        epoch: int,
+        number: int,  # noqa: ARG002  # an answer belongs to its call
+        remaining_s: float,  # noqa: ARG002  # Ray has no deadline of a call
+        *,
+        spare: bool,  # noqa: ARG002  # answers are in memory of Ray's
+    ) -> CallAttempt:
+        attempt = CallAttempt(replica, epoch, rows.place)
+        try:
+            shard = self._shards.get(replica.actor)
+            if shard is None:
+                shard = self._shards[replica.actor] = ray.get_actor(replica.actor, namespace=replica.namespace)
+            attempt.reference = getattr(shard, rows.method).remote(*rows.arguments)
+            self._routes.calls[attempt.reference] = replica.replica_id
+        except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
+            attempt.fail(type(error).__name__)
+        return attempt
+
+    def poll(self, attempts: Sequence[CallAttempt], until: float, soon: float) -> None:  # noqa: ARG002  # Ray sleeps as it likes
+        timeout_s = min(LONGEST_WAIT_S, max(0.0, until - time.monotonic()))
+        references = [attempt.reference for attempt in attempts]
+        try:
+            answers = ray.get(references, timeout=timeout_s)
+        except RayError:  # one of them failed, or is not there yet
+            ended, _ = ray.wait(references, num_returns=len(references), timeout=0)
+            for attempt in attempts:
+                if attempt.reference in ended:
+                    _finish(attempt)
+                    self._routes.calls.pop(attempt.reference, None)
+            return
+        for attempt, answer in zip(attempts, answers, strict=True):
+            attempt.state, attempt.answer = ANSWERED, answer
+            self._routes.calls.pop(attempt.reference, None)
+
+    def cancel(self, attempt: CallAttempt, *, silent: bool = False) -> None:  # noqa: ARG002
+        attempt.state = CANCELLED
+
+    def close(self) -> None:
+        self._shards.clear()
+
+
+class ObjectStoreTransport:
+    """Calls the shards of the replicas that the routing table names."""
+
+    def __init__(
+        self,
+        deployments: Mapping[int, Deployment],
+        table: RoutingTable,
+        *,
+        fingerprint: str,
+        timeout_s: float,
+        latency: Mapping[int, DispatchCounts] | None = None,
+    ) -> None:
+        self.deployments = dict(deployments)  # group → its deployment
+        self.table = table
+        self.latency = latency or {group: DispatchCounts() for group in self.deployments}
+        self._fingerprint = fingerprint
+        self._routes = CallRoutes(self.deployments, table)
+        self._carrier = CallCarrier(self._routes)
+        self.deliveries: Deliveries[CallRows, CallAttempt] = Deliveries(
+            self._carrier, self._routes, table, self.deployments, timeout_s, self.latency
+        )
+
+    def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        flight = RemoteFlight(self.deliveries, layer, rows, parts)
+        if flight.received is None:
+            return flight
+        batch = as_array(rows)  # [T, D]
+        inline = max(sum(part.counts) for part in parts) * batch[:1].nbytes <= INLINE_BYTES
+        shared = None if inline else ray.put(batch)
+        if any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
+            parts = [piece for part in parts for piece in split(part, len(self._routes.reachable(part.group)))]
+        try:
+            for part in parts:
+                place = flight.received[part.start : part.start + len(part.row_indices)]
+                flight.post(part, self._call(layer, part, batch, shared, place))
+        except BaseException:
+            flight.close()
+            raise
+        return flight
+
+    def close(self) -> None:
+        self._carrier.close()
+
+    def _call(self, layer: int, part: GroupRows, batch: Array, shared: Any, place: Tensor) -> CallRows:
+        """Rows travel inside the call, or as the batch that all groups share and the indices of this one's."""
+        if shared is not None:
+            return CallRows("run", (self._fingerprint, layer, part.counts, shared, part.row_indices), place)
+        rows_of_group = batch.take(part.row_indices, axis=0)  # [R, D]
+        packed = pickle.dumps((self._fingerprint, layer, part.counts, rows_of_group.tobytes()))
+        return CallRows("run_inline", (packed,), place)
+
+
+def _finish(attempt: CallAttempt) -> None:
+    """Take what became of a call that has ended."""
+    try:
+        attempt.answer = ray.get(attempt.reference)
+    except RayTaskError as failure:
+        cause = failure.cause
+        attempt.fail(f"{type(cause).__name__}: {cause}"[:MAX_MESSAGE_CHARS])
+        attempt.raised = True
+        attempt.error = cause if isinstance(cause, MantaError) else None
+    except RayError as failure:
+        attempt.fail(type(failure).__name__)
+    else:
+        attempt.state = ANSWERED
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The same bytes as numpy, which Ray carries without copying them; bf16 as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def write(answer: Array | bytes, out: Tensor) -> None:
+    """Copy an answer, read-only memory of Ray's, into its place on the host."""
+    place = as_array(out)
+    if isinstance(answer, bytes):
+        answer = np.frombuffer(answer, place.dtype).reshape(place.shape)
+    np.copyto(place, answer)

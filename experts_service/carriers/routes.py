@@ -1,0 +1,130 @@
+"""Which replicas have a lane to this coordinator. Knows the routing table and connections; knows no rows.
+
+What is worked out holds for one epoch of the table: whoever fails, comes back, leaves or is connected raises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from experts_service.carriers.core_balance import CoreBalance
+from experts_service.carriers.dialer import Dialer
+from experts_service.carriers.link import Link, LinkLost
+from experts_service.carriers.links import LaneLinks
+from experts_service.routing_table import Deployment, Replica, RoutingTable
+
+
+class LaneRoutes:
+    """The connected replicas of every group. Used by one thread, the engine's."""
+
+    def __init__(
+        self,
+        deployments: Mapping[int, Deployment],
+        table: RoutingTable,
+        dialer: Dialer,
+        timeout_s: float,
+        cores: CoreBalance | None,
+    ) -> None:
+        self._deployments = deployments  # group → its deployment
+        self._table = table
+        self._links = LaneLinks(dialer, table, timeout_s)
+        self._timeout_s = timeout_s
+        self._cores = cores
+        self._epoch = -1
+        self._wanted: dict[int, tuple[Replica, ...]] = {}  # group → trusted replicas, or all where none is trusted
+        self._reachable: dict[int, tuple[Replica, ...]] = {}  # those of them that are connected
+        self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
+
+    @property
+    def epoch(self) -> int:
+        return self._table.epoch
+
+    def reachable(self, group: int) -> tuple[Replica, ...]:
+        if self._epoch != self._table.epoch:
+            self._look_at_table()
+        return self._reachable[group]
+
+    def connect(self, group: int) -> None:
+        """Return once a replica of the group is connected, or each that was never dialled before has refused."""
+        if self.reachable(group):
+            return
+        links = self._links
+        if fresh := [replica for replica in self._wanted[group] if not links.refusal(replica.replica_id)]:
+            links.wait(fresh, self._timeout_s)
+            self._look_at_table()
+
+    def refusal(self, group: int) -> tuple[Replica | None, str]:
+        self.reachable(group)
+        for replica in self._wanted[group]:
+            self._links.hurry(replica.replica_id)
+            if reason := self._links.refusal(replica.replica_id):
+                return replica, reason
+        return None, ""
+
+    def owed(self, replica_id: str) -> int:
+        link = self._links.get(replica_id)
+        if link is None:
+            return 0
+        if link.forgotten:
+            with suppress(LinkLost):
+                link.skip_forgotten()
+        return len(link.outstanding) + len(link.forgotten)
+
+    def link(self, replica: Replica) -> Link | None:
+        """The connection to a replica; None when it is lost, which changes what is reachable."""
+        link = self._links.get(replica.replica_id)
+        if link is None:
+            self._epoch = -1  # whatever the table says
+        return link
+
+    def reaches(self, group: int) -> bool:
+        """Whether a replica of the group has a lane to us; where none has, each is dialled first.
+
+        Where all are suspected, or none is known, this says yes: a dispatch then waits for them, by whatever way.
+        """
+        if self.reachable(group) or all(replica.suspected for replica in self._wanted[group]):
+            return True
+        reason = self._links.wait(self._wanted[group], self._timeout_s)
+        self._look_at_table()
+        return not reason
+
+    def threads(self, groups: list[int]) -> list[int]:
+        """The threads of the shards of these groups, where they have to share cores with us; else nothing."""
+        if self._epoch != self._table.epoch:
+            self._look_at_table()
+        threads = [self._threads[group] for group in groups if group in self._threads]
+        return threads if len(threads) == len(groups) else []
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._links.close()
+
+    def _look_at_table(self) -> None:
+        """Dial those without a connection; let go of those that left."""
+        epoch, links = self._table.epoch, self._links
+        links.take()
+        known: set[str] = set()
+        for group, deployment in self._deployments.items():
+            replicas = self._table.replicas(deployment)
+            for replica in replicas:
+                known.add(replica.replica_id)
+                if links.get(replica.replica_id) is None:
+                    links.dial(deployment, replica)
+            self._wanted[group] = tuple(r for r in replicas if not r.suspected) or replicas
+            self._reachable[group] = tuple(r for r in self._wanted[group] if links.get(r.replica_id) is not None)
+        links.keep_only(known)
+        self._threads = self._threads_to_spread()
+        self._epoch = epoch
+
+    def _threads_to_spread(self) -> dict[int, int]:
+        """By group, the thread of its one replica; none where the kernel finds a core for each by itself."""
+        if self._cores is None:
+            return {}
+        wanted = [(group, replica) for group, replicas in self._wanted.items() for replica in replicas]
+        links = [(group, self._links.get(replica.replica_id)) for group, replica in wanted]
+        threads = {group: link.thread_id for group, link in links if link is not None and link.thread_id}
+        if len(wanted) <= len(self._wanted) and self._cores.is_needed(len(threads)):
+            return threads
+        self._cores.release()
+        return {}

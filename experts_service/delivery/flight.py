@@ -1,0 +1,115 @@
+"""The deliveries of one dispatch, until each has its answer. Knows rows and numbers; whom to ask is the deliveries'.
+
+Answers are received on the host, straight into the combine buffer where that is there as well. A sum over all of them
+says whether every number is finite; where finite rows got an answer that is not, another replica is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ExpertUnavailable
+from experts_service.delivery.delivery import A, Deliveries, Delivery, Rows
+from experts_service.transport import GroupRows
+
+SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
+SPLIT_ROWS = 64  # fewest rows of a group that are worth a replica of their own: each reads the weights again
+
+
+class RemoteFlight(Generic[Rows, A]):
+    """Rows of one layer under way to replicas."""
+
+    def __init__(self, deliveries: Deliveries[Rows, A], layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> None:
+        """`rows` [T, D]; the answers of `parts` are written when `wait` returns."""
+        deliveries.look_at_table()
+        self.sent_at = time.monotonic()
+        self.received: Tensor | None = None  # [N, D] on the host
+        self._staged_for: Tensor | None = None  # on the device
+        if parts:
+            answers = parts[0].answers
+            if answers.device.type == "cpu":
+                self.received = answers
+            else:
+                self.received = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
+                self._staged_for = answers
+        self._shared = deliveries
+        self._layer = layer
+        self._rows = rows
+        self._deadline = self.sent_at + deliveries.timeout_s
+        self._under_way: list[tuple[GroupRows, Delivery[Rows, A]]] = []
+
+    def post(self, part: GroupRows, rows: Rows) -> None:
+        """Ask for one part; does not wait."""
+        delivery = Delivery(self._shared, part.group, len(part.row_indices), rows, self._deadline)
+        self._under_way.append((part, delivery))
+        delivery.post(self.sent_at)
+
+    def wait(self) -> None:
+        """Return once every answer is written. Raises ExpertUnavailable, or what a shard says of these rows."""
+        shared = self._shared
+        started = time.monotonic()
+        waiting = [delivery for _, delivery in self._under_way]
+        self._settle(waiting, started + SOON_S if shared.answers_soon else started)
+        shared.answers_soon = time.monotonic() - started < SOON_S
+        while rejected := self._rejected():
+            self._settle(rejected, 0.0)
+        if self._staged_for is not None and self.received is not None:
+            self._staged_for.copy_(self.received, non_blocking=True)
+
+    def close(self) -> None:
+        for _, delivery in self._under_way:
+            delivery.close()
+
+    def _settle(self, waiting: list[Delivery[Rows, A]], soon: float) -> None:
+        for delivery, now in self._shared.settle(waiting, soon):
+            if delivery.answer is None:
+                raise self._failure(delivery)
+            self._shared.counts[delivery.group].observe(now - self.sent_at)
+
+    def _rejected(self) -> list[Delivery[Rows, A]]:
+        """Those that got an answer that is not finite for rows that are, and that another replica is asked for."""
+        if self.received is None or math.isfinite(self.received.sum()):
+            return []
+        return [delivery for part, delivery in self._under_way if self._is_wrong(part) and delivery.reject()]
+
+    def _is_wrong(self, part: GroupRows) -> bool:
+        assert self.received is not None
+        answer = self.received[part.start : part.start + len(part.row_indices)]  # [R, D]
+        if math.isfinite(answer.sum()):
+            return False
+        indices = torch.from_numpy(part.row_indices).to(self._rows.device)  # [R]
+        return math.isfinite(self._rows[indices].sum())
+
+    def _failure(self, delivery: Delivery[Rows, A]) -> Exception:
+        return delivery.error or ExpertUnavailable(
+            f"expert group {delivery.group} did not answer for layer {self._layer} within "
+            f"{self._shared.timeout_s:g} s ({delivery.reason})",
+            group=delivery.group,
+        )
+
+
+def split(part: GroupRows, num_replicas: int) -> list[GroupRows]:
+    """The same rows in pieces of about equal size, at least SPLIT_ROWS each, and at most one for each replica."""
+    num_rows = len(part.row_indices)
+    pieces = min(num_replicas, num_rows // SPLIT_ROWS)
+    if pieces < 2:
+        return [part]
+    ends = [0, *accumulate(part.counts)]  # where each expert's rows end
+    cuts = [num_rows * i // pieces for i in range(pieces + 1)]
+    return [
+        GroupRows(
+            part.group,
+            part.row_indices[start:end],
+            tuple(max(0, min(end, last) - max(start, first)) for first, last in pairwise(ends)),
+            part.answers,
+            part.start + start,
+        )
+        for start, end in pairwise(cuts)
+    ]

@@ -1,0 +1,199 @@
+"""A coordinator's connection as the shard sees it: bytes in, frames out; answers in, bytes out. Never blocks, no maths.
+
+A read takes the head and as many payload bytes as there are in one call, straight into a buffer of the pool. When it
+also caught the start of the next frame, that is carried over. A peer that sends slowly keeps a buffer, and one that
+does not read its answers keeps those; beyond a bound nothing more is read from it. Nobody else waits for either.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts_service.wire.frame import (
+    DRAINING,
+    ERROR,
+    MAX_MESSAGE_BYTES,
+    LaneShape,
+    RowsFormat,
+    RowsHead,
+    answer_head,
+    refusal_head,
+)
+from experts_service.wire.receive_buffer import BufferPool, ReceiveBuffer
+
+MAX_FRAMES = 16  # of one connection, waiting for their turn; a coordinator has as many as it has microbatches
+MAX_UNSENT = 16  # pieces of answers that the peer has not read
+COPIED_BYTES = 128 * 1024  # an answer up to this size is copied into the frame's own buffer: cheaper than a new view
+
+
+class PeerLeft(Exception):
+    """The connection ended, as connections do."""
+
+
+@dataclass(slots=True)
+class RowsFrame:
+    """Rows of one coordinator, waiting for their turn."""
+
+    connection: Connection
+    head: RowsHead
+    reply_head: bytes  # of the answer
+    buffer: ReceiveBuffer
+    arrived: float
+    deadline: float
+
+    @property
+    def rows(self) -> Tensor:  # [R, D]
+        return self.buffer.rows(self.head.rows)
+
+
+class Connection:
+    """The bytes of one connection. Used by one thread."""
+
+    def __init__(
+        self, channel: socket.socket, shape: LaneShape, pool: BufferPool, deliver: Callable[[RowsFrame], None]
+    ) -> None:
+        self.channel = channel
+        self.descriptor = channel.fileno()
+        self.closed = False
+        self.waiting = 0  # frames delivered and not answered yet
+        self._shape = shape
+        self._form = RowsFormat(shape.num_experts)
+        self._pool = pool
+        self._deliver = deliver
+        self._head = bytearray(self._form.head_bytes)
+        self._buffer = pool.take()
+        self._filled = 0  # bytes of the present frame, head and payload
+        self._read: RowsHead | None = None  # its head, once that is complete
+        self._unsent: deque[memoryview] = deque()
+        self._broken = False
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._unsent)
+
+    @property
+    def wants_to_read(self) -> bool:
+        return self.waiting < MAX_FRAMES and len(self._unsent) < MAX_UNSENT
+
+    def receive(self) -> None:
+        """Read once, and deliver the frames that are complete. Raises PeerLeft, FrameError, or OSError."""
+        if self._broken:
+            raise PeerLeft
+        head, buffer = self._head, self._buffer
+        try:
+            if self._filled == 0:
+                count = self.channel.recvmsg_into((head, buffer.view))[0]
+            elif self._read is None:
+                count = self.channel.recv_into(memoryview(head)[self._filled :])
+            else:
+                got = self._filled - len(head)
+                count = self.channel.recv_into(buffer.view[got : self._read.payload_bytes])
+        except BlockingIOError:
+            return
+        if count == 0:
+            raise PeerLeft
+        self._filled += count
+        while self._filled >= len(head) and self._complete_frame():
+            pass
+
+    def reply(self, frame: RowsFrame, answer: Tensor) -> None:
+        """Send `answer` [R, D], contiguous."""
+        size = frame.head.payload_bytes
+        if size <= COPIED_BYTES or answer.device.type != "cpu":
+            frame.rows.copy_(answer)
+            payload = frame.buffer.view[:size]
+            sent = self._send(frame.reply_head, payload)
+            if sent < len(frame.reply_head) + size:
+                self._keep(frame.reply_head, memoryview(bytes(payload)), sent)  # the buffer is used again at once
+        else:
+            payload = answer.view(torch.uint8).numpy().data.cast("B")
+            self._keep(frame.reply_head, payload, self._send(frame.reply_head, payload))
+
+    def refuse(self, frame: RowsFrame, flags: int, message: str) -> None:
+        """Say that the rows were not run: an error, or with flags 0 that the shard drains."""
+        payload = memoryview(message.encode()[:MAX_MESSAGE_BYTES])
+        head = refusal_head(frame.reply_head, ERROR if flags else DRAINING, flags, len(payload))
+        self._keep(head, payload, self._send(head, payload))
+
+    def done_with(self, frame: RowsFrame) -> None:
+        """The frame was answered, or will never be: its buffer is free."""
+        self.waiting -= 1
+        self._pool.give_back(frame.buffer)
+
+    def flush(self) -> None:
+        """Send what the peer had no room for. Raises OSError."""
+        while self._unsent:
+            piece = self._unsent[0]
+            try:
+                sent = self.channel.send(piece)
+            except BlockingIOError:
+                return
+            if sent < len(piece):
+                self._unsent[0] = piece[sent:]
+            else:
+                self._unsent.popleft()
+
+    def close(self) -> None:
+        """Idempotent. Frames that were delivered keep their buffers until they are let go."""
+        if not self.closed:
+            self.closed = True
+            self.channel.close()
+            self._unsent.clear()
+            self._pool.give_back(self._buffer)
+
+    def _send(self, head: bytes, payload: memoryview) -> int:
+        """Bytes that the peer's side took at once."""
+        if self._unsent or self._broken:
+            return 0
+        try:
+            return self.channel.sendmsg((head, payload))
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._broken = True  # the next read says so to whoever owns this connection
+            with suppress(OSError):
+                self.channel.shutdown(socket.SHUT_RDWR)
+            return 0
+
+    def _keep(self, head: bytes, payload: memoryview, sent: int) -> None:
+        """What is left of a frame is sent later."""
+        if sent < len(head) + len(payload) and not self._broken:
+            pieces = memoryview(head)[sent:], payload[max(0, sent - len(head)) :]
+            self._unsent.extend(piece for piece in pieces if len(piece))
+
+    def _complete_frame(self) -> bool:
+        """Deliver the present frame if it is complete; whether bytes of the next one are there already."""
+        head = self._read
+        if head is None:
+            self._read = head = self._form.read(self._head, self._shape)
+            if head.payload_bytes > self._buffer.capacity:
+                self._grow(head.payload_bytes, self._filled - len(self._head))
+        surplus = self._filled - len(self._head) - head.payload_bytes
+        if surplus < 0:
+            return False
+        now = time.monotonic()
+        frame = RowsFrame(self, head, answer_head(self._head), self._buffer, now, now + head.deadline_ms / 1000.0)
+        self._buffer = self._pool.take(surplus)
+        self._filled, self._read = surplus, None
+        if surplus:
+            extra = frame.buffer.view[head.payload_bytes : head.payload_bytes + surplus]
+            in_head = min(surplus, len(self._head))
+            self._head[:in_head] = extra[:in_head]
+            self._buffer.view[: surplus - in_head] = extra[in_head:]
+        self.waiting += 1
+        self._deliver(frame)
+        return surplus > 0
+
+    def _grow(self, size: int, filled: int) -> None:
+        larger = self._pool.take(size)
+        larger.view[:filled] = self._buffer.view[:filled]
+        self._pool.give_back(self._buffer)
+        self._buffer = larger

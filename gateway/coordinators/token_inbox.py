@@ -1,0 +1,120 @@
+"""Takes what coordinators send and gives each request its own tokens. Knows neither Serve nor text.
+
+    stream of coordinator a ──▶ deliver ──▶ Mail of request 1 ──▶ chunk, chunk, …
+    stream of coordinator b ──▶ deliver ──▶ Mail of request 2 ──▶ chunk, CoordinatorLost
+
+Chunks that come while their reader is busy are joined, up to MAX_JOINED tokens: what a client did not read for minutes
+is not worked through in one go. A request ends with its last chunk, with an error of its call, or with CoordinatorLost
+when its coordinator is. All of it runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+
+from cluster.errors import CoordinatorLost
+from cluster.messages import Key, Request, TokenChunk
+from cluster.token_chunks import join
+from gateway.coordinators.table import CoordinatorTable
+
+MAX_JOINED = 64
+
+
+class Mail:
+    """An async iterator over the chunks of one request, whose positions have no gap and no overlap."""
+
+    def __init__(self, request: Request) -> None:
+        self.is_complete = False  # the last chunk has arrived
+        self._next_position = len(request.output_token_ids)
+        self._chunks: list[TokenChunk] = []
+        self._error: BaseException | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Chunks after the end are ignored."""
+        if self.is_complete or self._error is not None:
+            return
+        if chunk.first_position != self._next_position:
+            self.fail(CoordinatorLost(f"token {self._next_position} did not come, but {chunk.first_position}"))
+            return
+        self._next_position += len(chunk.token_ids)
+        self.is_complete = chunk.finish_reason is not None
+        self._chunks.append(chunk)
+        if chunk.token_ids or self.is_complete:  # else there is more to come of the prompt
+            self._arrived.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise this to the reader, after what has arrived. A complete answer stays complete."""
+        if not self.is_complete and self._error is None:
+            self._error = error
+            self._arrived.set()
+
+    async def failure(self) -> BaseException:
+        """What `fail` is given, as soon as it is. For one who expects no chunks."""
+        while self._error is None:
+            await self._arrived.wait()
+            self._arrived.clear()
+        return self._error
+
+    async def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._chunks and (self._chunks[-1].token_ids or self.is_complete):
+                chunks = self._take()
+                yield join(chunks)
+                if chunks[-1].finish_reason is not None:
+                    return
+                if self._chunks:
+                    await asyncio.sleep(0)  # others have their turn
+            if self._error is not None:
+                raise self._error
+
+    def _take(self) -> list[TokenChunk]:
+        """The oldest chunks, and as many as have MAX_JOINED tokens; those without any belong to the next."""
+        num_tokens = end = 0
+        while end < len(self._chunks) and num_tokens < MAX_JOINED:
+            num_tokens += len(self._chunks[end].token_ids)
+            end += 1
+        taken, self._chunks = self._chunks[:end], self._chunks[end:]
+        return taken
+
+
+class TokenInbox:
+    """The mail of one gateway's requests to the coordinators of one application."""
+
+    def __init__(self, table: CoordinatorTable) -> None:
+        self.id = uuid.uuid4().hex
+        self._table = table
+        self._mails: dict[Key, Mail] = {}
+
+    @contextmanager
+    def expect(self, request: Request) -> Iterator[Mail]:
+        """Take what comes for a request that is sent in here; what comes later is ignored."""
+        mail = self._mails[request.key] = Mail(request)
+        self._table.expect(request.key)
+        try:
+            yield mail
+        finally:
+            del self._mails[request.key]
+            self._table.forget(request.key)
+
+    def deliver(self, chunks: Iterable[TokenChunk]) -> None:
+        """One item of a coordinator's stream."""
+        for chunk in chunks:
+            mail = self._mails.get(chunk.key)
+            if mail is not None:
+                mail.put(chunk)
+
+    def lose(self, coordinator: str, reason: str) -> None:
+        """Nothing more is to be expected of a coordinator for what it was asked."""
+        for key, mail in self._mails.items():
+            if self._table.place(key) == coordinator:
+                mail.fail(CoordinatorLost(reason))
+
+    def expects_from(self, coordinator: str) -> bool:
+        """Whether a coordinator still owes an answer."""
+        return any(not mail.is_complete and self._table.place(key) == coordinator for key, mail in self._mails.items())

@@ -1,0 +1,1 @@
+"""chat.proto, and what protoc makes of it (nobody edits that)."""

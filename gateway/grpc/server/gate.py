@@ -1,0 +1,165 @@
+"""Stands before every RPC of a server: first the key, from the metadata, then the message, bounded, then Serve.
+
+    metadata ─▶ key ─▶ a slot to read ─▶ bytes ─▶ how many parts ─▶ message ─▶ Serve's handler, with a FittingContext
+
+It takes each handler that does not stream its requests for one that does, as only such a handler is called before a
+message is read. A message that nobody reads stays behind HTTP/2's flow control, 64 KiB of it here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from cluster.config import GatewayConfig
+from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from gateway.admission.guard import Guard
+from gateway.admission.held_bytes import HeldBytes
+from gateway.grpc.errors import note_own_server, retry_after, status_of
+from gateway.grpc.guard import connection, identify
+from gateway.grpc.proto import chat_pb2
+from gateway.grpc.server.slots import ReadSlots
+from gateway.grpc.server.wire_bounds import check_parts, parts_of
+from gateway.grpc.trailers import FittingContext
+from gateway.telemetry.logs import RequestRecord
+from gateway.telemetry.metrics import error_name
+
+GRACE_S = 2.0  # for a message to arrive while others wait to be read
+MAX_WAITING, MAX_PUBLIC_WAITING = 1024, 256  # to be read
+PUBLIC_READS = 8  # messages at a time of those whose sender nobody knows
+PUBLIC_READ_S, PUBLIC_GRACE_S = 5.0, 0.1
+PUBLIC_MESSAGE_BYTES = 4096  # a service's name
+INLINE_BYTES = 64 * 1024  # a larger message is taken apart in a thread, so that other streams go on
+
+_SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
+GUARDED = {f"/{_SERVICE.full_name}/{rpc.name}": parts_of(rpc.input_type) for rpc in _SERVICE.methods}
+# Their messages say nothing and are not read: HAProxy takes a replica that is slow to answer out of service.
+EMPTY = frozenset(
+    {
+        "/ray.serve.RayServeAPIService/Healthz",
+        "/ray.serve.RayServeAPIService/ListApplications",
+        "/grpc.health.v1.Health/List",
+    }
+)
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """One per server. Without `guard`, where no key can be checked, that is left to the RPCs."""
+
+    def __init__(self, config: GatewayConfig, guard: Guard | None) -> None:
+        self._guard = guard
+        self._max_bytes = config.max_body_bytes
+        self._bytes = HeldBytes(config.max_bytes_received)
+        # What is being read is held twice for a moment, by gRPC and as Python's bytes.
+        num_reads = max(1, config.max_bytes_received // config.max_body_bytes // 2)
+        self._reads = ReadSlots(num_reads, MAX_WAITING, config.body_timeout_s, GRACE_S)
+        self._public_reads = ReadSlots(PUBLIC_READS, MAX_PUBLIC_WAITING, PUBLIC_READ_S, PUBLIC_GRACE_S)
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:  # unknown, or reflection, which is there without keys only
+            return handler
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(details.method, handler), response_serializer=handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            self._unary(details.method, handler), response_serializer=handler.response_serializer
+        )
+
+    def _unary(self, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
+        async def answer(_messages: Any, context: Any) -> Any:
+            context = FittingContext(context)
+            try:
+                async with self._message(method, handler.request_deserializer, context) as (message, _):
+                    return await handler.unary_unary(message, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(method, context, error)
+
+        return answer
+
+    def _streaming(self, method: str, handler: Any) -> Callable[..., AsyncGenerator[Any, None]]:
+        async def answer(_messages: Any, context: Any) -> AsyncGenerator[Any, None]:
+            context = FittingContext(context)
+            note_own_server()
+            try:
+                async with self._message(method, handler.request_deserializer, context) as (message, release):
+                    await context.send_initial_metadata(())  # no proxy between waits for the first token in vain
+                    async with aclosing(handler.unary_stream(message, context)) as answers:
+                        async for one in answers:
+                            release()
+                            yield one
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await _end(method, context, error)
+
+        return answer
+
+    @asynccontextmanager
+    async def _message(
+        self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext
+    ) -> AsyncGenerator[tuple[Any, Callable[[], None]], None]:
+        """The RPC's message, and what says that an answer has begun. Raises MantaError."""
+        if method not in GUARDED:
+            yield await self._public_message(method, deserialize, context), lambda: None
+            return
+        key = None if self._guard is None else identify(self._guard, context)
+        tenant = connection(context) if key is None else key.id
+        async with self._reads.slot(tenant):
+            data = await _read(context, self._max_bytes)
+        with self._bytes.of(tenant) as held:
+            held.add(len(data))
+            if len(data) <= INLINE_BYTES:
+                message = _checked(method, deserialize, data)
+            else:
+                message = await asyncio.to_thread(_checked, method, deserialize, data)
+            del data
+            yield message, held.release
+
+    async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext) -> Any:
+        if method in EMPTY:
+            return deserialize(b"")
+        async with self._public_reads.slot(connection(context)):
+            data = await _read(context, PUBLIC_MESSAGE_BYTES)
+        return _parsed(deserialize, data)
+
+
+async def _end(method: str, context: FittingContext, error: Exception) -> None:
+    """With the error's status, a request id and a line in the log. Raises AbortError."""
+    request_id = f"req-{uuid.uuid4().hex}"
+    code, details = status_of(error, request_id)
+    record = RequestRecord("grpc", method.rpartition("/")[2], request_id, code.name, error=error_name(error))
+    record.write()
+    await context.abort(code, details, (("x-request-id", request_id), *retry_after(error)))
+
+
+async def _read(context: FittingContext, max_bytes: int) -> bytes:
+    data = await context.read()
+    if data is grpc.aio.EOF:
+        raise RequestCancelled("no message was sent")
+    if len(data) > max_bytes:
+        raise PayloadTooLarge(f"the message is over the limit of {max_bytes} bytes")
+    return bytes(data)
+
+
+def _checked(method: str, deserialize: Callable[[bytes], Any], data: bytes) -> Any:
+    check_parts(data, GUARDED[method])
+    return _parsed(deserialize, data)
+
+
+def _parsed(deserialize: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return deserialize(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the message cannot be decoded: {error}") from None

@@ -1,0 +1,271 @@
+"""The HTTP door: OpenAI's routes over a Frontend. Knows paths and status codes; everything else is the Frontend's."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import TypeVar
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gateway.answer.chat import ChatShape, ChoiceText, Json, model_body, num_bytes, usage_body
+from gateway.answer.choice import Delta, Usage
+from gateway.answer.completions import CompletionShape
+from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
+from gateway.embeddings import embeddings_body, vectors
+from gateway.frontend import Frontend
+from gateway.http.body import parse_object, read_body
+from gateway.http.body_bounds import BodyBounds
+from gateway.http.errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
+from gateway.http.guard import HttpGuard
+from gateway.http.log import HttpLog
+from gateway.http.openapi import describe
+from gateway.http.page import page_response
+from gateway.http.responses import ResponsesDoor
+from gateway.http.sse import DONE, EventStream, begun, event, unless_disconnected
+from gateway.request.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    SamplingFields,
+    parse_body,
+)
+from gateway.request.validator import Generation
+from gateway.responses.fields import ResponsesRequest
+from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
+
+NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
+HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
+
+_BodyT = TypeVar("_BodyT", bound=Body)
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+def build_app(frontend: Frontend) -> FastAPI:
+    """The ASGI application of one gateway replica."""
+    app = FastAPI(title="Manta", version=version("manta-serve"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    door = HttpDoor(frontend)
+    app.add_api_route("/v1/chat/completions", door.chat_completions, methods=["POST"])
+    app.add_api_route("/v1/completions", door.completions, methods=["POST"])
+    app.add_api_route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"])
+    app.add_api_route("/tokenize", door.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", door.detokenize, methods=["POST"])
+    app.add_api_route("/v1/embeddings", door.embeddings, methods=["POST"])
+    app.add_api_route("/v1/models", door.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
+    app.add_api_route("/", door.page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/health", door.health, methods=["GET"])
+    for path, endpoint in (("/", door.page), ("/health", door.health)):  # what monitors and load balancers ask
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/metrics", door.metrics, methods=["GET"])
+    app.add_api_route("/load", door.load, methods=["GET"])
+    app.add_api_route("/version", door.version, methods=["GET"])
+    names = [name for card in frontend.cards for name in (card.name, *card.aliases)]
+    describe(app, () if frontend.config.accept_any_model else names, BODIES)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_middleware(
+        BodyBounds,
+        timeout_s=frontend.config.body_timeout_s,
+        max_bytes_of_all=frontend.config.max_bytes_received,
+    )
+    app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
+    app.add_middleware(ErrorAnswers)
+    if frontend.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=frontend.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", REQUEST_ID_HEADER, "retry-after"],
+        )
+    app.add_middleware(HttpLog)
+    return app
+
+
+class HttpDoor:
+    """The routes."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def chat_completions(self, request: HttpRequest) -> Response:
+        parsed = await self._read(request, ChatCompletionRequest)
+        generation = await self._frontend.chat(parsed)
+        tokenizer = self._frontend.served(generation.card).tokenizer
+        return await self._answer(request, parsed, generation, ChatShape(generation, tokenizer, parsed))
+
+    async def completions(self, request: HttpRequest) -> Response:
+        parsed = await self._read(request, CompletionRequest)
+        generation = await self._frontend.completion(parsed)
+        tokenizer = self._frontend.served(generation.card).tokenizer
+        return await self._answer(request, parsed, generation, CompletionShape(generation, tokenizer, parsed))
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        parsed = await self._read(request, EmbeddingRequest)
+        job = await self._frontend.embedding(parsed)
+        request.state.request_id = job.id
+        answer = await unless_disconnected(request, self._frontend.embed(job))
+        size = NUMBER_BYTES * job.dimensions * len(answer)
+
+        def response() -> Response:
+            document = embeddings_body(job, vectors(job, answer), parsed.encoding_format)
+            return json_response(document, headers={REQUEST_ID_HEADER: job.id}, num_bytes=size)
+
+        return await self._frontend.answer_worker.run(size, response)
+
+    async def models(self) -> Response:
+        cards = self._frontend.cards
+        data = [model_body(card, name) for card in cards for name in (card.name, *card.aliases)]
+        return json_response({"object": "list", "data": data})
+
+    async def model(self, name: str) -> Response:
+        return json_response(model_body(self._frontend.route(name).card, name))
+
+    async def health(self) -> Response:
+        """200 when every model can answer, else 503 with how far each is."""
+        models = await self._frontend.health.models()
+        ready = all(state.phase == "ready" for state in models.values())
+        document = {
+            "status": "ok" if ready else next(s.phase for s in models.values() if s.phase != "ready"),
+            "models": {
+                name: {
+                    "phase": state.phase,
+                    "waiting_for": state.waiting_for,
+                    "loaded_bytes": state.loaded_bytes,
+                    "total_bytes": state.total_bytes,
+                }
+                for name, state in models.items()
+            },
+        }
+        return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
+
+    async def page(self) -> Response:
+        return page_response()
+
+    async def metrics(self) -> Response:
+        return await self._frontend.metrics_page.response()
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        parsed = await self._read(request, TokenizeRequest)
+        model, token_ids = await tokenize(self._frontend, parsed)
+        size = TOKEN_BYTES * len(token_ids)
+
+        def response() -> Response:
+            document = tokenize_body(model, token_ids, with_strings=bool(parsed.return_token_strs))
+            return json_response(document, num_bytes=size)
+
+        return await self._frontend.answer_worker.run(size, response)
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        parsed = await self._read(request, DetokenizeRequest)
+        text = await detokenize(self._frontend, parsed)
+        size = len(text)
+        return await self._frontend.answer_worker.run(size, lambda: json_response({"prompt": text}, num_bytes=size))
+
+    async def load(self) -> Response:
+        """Requests that this gateway replica is answering."""
+        return json_response({"server_load": self._frontend.num_ongoing})
+
+    async def version(self) -> Response:
+        return json_response({"version": version("manta-serve")})
+
+    async def _read(self, request: HttpRequest, body_type: type[_BodyT]) -> _BodyT:
+        data = await read_body(request, self._frontend.config.max_body_bytes)
+        return await self._frontend.worker.run(len(data), _parsed, body_type, data)
+
+    async def _answer(
+        self, request: HttpRequest, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
+    ) -> Response:
+        request.state.request_id = generation.id
+        if not parsed.stream:
+            return await unless_disconnected(request, self._whole(parsed, generation, shape))
+        events = await begun(
+            request,
+            self._events(parsed, generation, shape, wants_whole_calls(request.headers)),
+            lambda error: event(error_body(error, generation.id)),
+        )
+        return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
+
+    async def _whole(
+        self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
+    ) -> Response:
+        usage = Usage(generation.num_prompt_tokens)
+        choices = [ChoiceText() for _ in generation.requests]
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
+        has_prompt = shape.return_token_ids or generation.echo
+        size = (parsed.num_bytes if has_prompt else 0) + sum(map(num_bytes, choices))
+
+        def response() -> Response:
+            return json_response(
+                shape.whole(choices, usage), headers={REQUEST_ID_HEADER: generation.id}, num_bytes=size
+            )
+
+        return await self._frontend.answer_worker.run(size, response)
+
+    async def _events(
+        self,
+        parsed: SamplingFields,
+        generation: Generation,
+        shape: ChatShape | CompletionShape,
+        has_whole_calls: bool,
+    ) -> AsyncGenerator[bytes, None]:
+        """One event a delta that says something.
+
+        The usage comes in an event of its own where that was asked for; else with the last choice's end, as Mistral's
+        clients expect, who can ask for nothing. Never in both: some clients add up what they find.
+        """
+        usage = Usage(generation.num_prompt_tokens)
+        wants_event = parsed.wants_usage or self._frontend.config.force_usage
+        wants_none = parsed.stream_options is not None and parsed.stream_options.include_usage is False
+        running = len(generation.requests)
+        says_ids = shape.return_token_ids
+        choices: set[int] = set()  # that have had an event
+        whole_calls = WholeCalls() if has_whole_calls else None
+        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
+            async for delta in deltas:
+                if whole_calls is not None:
+                    delta = whole_calls.push(delta)
+                running -= delta.finish_reason is not None
+                has_usage = parsed.wants_each_usage or not (running or wants_event or wants_none)
+                if delta.says_something or says_ids:
+                    has_prompt = delta.index not in choices and (says_ids or generation.echo)
+                    size = num_bytes(delta) + (parsed.num_bytes if has_prompt else 0)
+                    counts = usage_body(usage) if has_usage else None
+                    yield await self._frontend.answer_worker.run(size, _event, shape, delta, counts, size)
+                    choices.add(delta.index)
+        if wants_event:
+            yield event(shape.usage_chunk(usage))
+        yield DONE
+
+
+def _parsed(body_type: type[_BodyT], data: bytes) -> _BodyT:
+    return parse_body(body_type, parse_object(data), len(data))
+
+
+def _event(shape: ChatShape | CompletionShape, delta: Delta, usage: Json | None, size: int) -> bytes:
+    return event(shape.chunk(delta, usage), size)
+
+
+async def _http_exception(_request: HttpRequest, error: Exception) -> Response:
+    """An unknown route or method, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
+    headers = {REQUEST_ID_HEADER: f"req-{uuid.uuid4().hex}", **(error.headers or {})}
+    return json_response(body(str(error.detail), kind, None, None), error.status_code, headers)

@@ -1,0 +1,76 @@
+"""Stands before every HTTP route. Knows paths and headers; who may pass is the Guard's decision.
+
+What is not on the short list of public paths needs a key, however its path is spelled: a path that only resembles a
+public one is not on the list.
+"""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import InvalidRequest
+from gateway.admission.caller import ANONYMOUS, Caller, set_caller
+from gateway.admission.guard import Guard
+from gateway.admission.limits import Limiter
+from gateway.http.errors import body, json_response
+
+PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests of a key
+METRICS_PATH = "/metrics"
+
+
+class HttpGuard:
+    """ASGI middleware. Raises Unauthorized, RateLimited, and InvalidRequest for a Host or a page that is not ours."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, limiter: Limiter) -> None:
+        self._app = app
+        self._guard = guard
+        self._limiter = limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there is no such route
+            refusal = body("there are no WebSockets here", "not_found_error", None, None)
+            await json_response(refusal, 403)(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        caller = self._caller(scope)
+        set_caller(caller)
+
+        async def with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(caller.headers())
+            await send(message)
+
+        try:
+            if scope["method"] not in FREE_METHODS:
+                caller.enter()
+            await self._app(scope, receive, with_limits)
+        finally:
+            caller.leave()
+
+    def _caller(self, scope: Scope) -> Caller:
+        headers = Headers(scope=scope)
+        peer = scope["client"][0] if scope.get("client") else None
+        authorization = headers.getlist("authorization")
+        if scope["path"] in PUBLIC_PATHS and scope["method"] in ("GET", "HEAD"):
+            self._guard.require_local(peer)
+            return ANONYMOUS
+        if scope["path"] == METRICS_PATH:
+            self._guard.require_metrics_token(authorization, peer)
+            caller = ANONYMOUS
+        else:
+            caller = Caller(self._guard.identify(authorization, peer, headers.getlist("x-api-key")), self._limiter)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
+            raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")
+        asks = headers.get("origin"), headers.get("sec-fetch-site")
+        if scope["method"] not in FREE_METHODS and not self._guard.knows_page(*asks, hosts[0]):
+            raise InvalidRequest(
+                "Origin: a server without API keys answers no page of another site; gateway.cors_origins lists those "
+                "that may ask",
+                param="Origin",
+            )
+        return caller

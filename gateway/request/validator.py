@@ -1,0 +1,234 @@
+"""One validator for both doors: a parsed body becomes a Generation, or an InvalidRequest that names the field.
+
+Knows defaults, seeds, deadlines and the context's length; knows nothing of HTTP, gRPC or streams.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.config import GatewayConfig
+from cluster.deadline import Deadline
+from cluster.errors import ContextTooLong, InvalidRequest
+from cluster.messages import Grammar, ModelCard, Request, SamplingParams
+from gateway.admission.caller import current_caller
+from gateway.request.bounds import MAX_TOP_LOGPROBS, between, sampling_options
+from gateway.request.continuation import begin_of_answer, read_rendering
+from gateway.request.prompts import PromptReader, TokenIds
+from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from gateway.request.structured_output import answer_schema
+from gateway.request.tools import answer_grammar, read_tools
+from gateway.request.truncation import cut_ids, newest_turns, read_cut
+from gateway.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One client request: what to ask the coordinators for, and how the answer is shaped."""
+
+    id: str
+    created: int  # Unix time in seconds
+    card: ModelCard
+    requests: tuple[Request, ...]  # one per choice; choice = position here
+    num_prompt_tokens: int  # summed over prompts
+    stop: tuple[str, ...]
+    min_tokens: int
+    continues_prompt: bool  # the text goes on from the prompt's, so its first space counts
+    deadline: Deadline
+    echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
+    begin: str = ""  # what each choice repeats of the message that it continues
+    tells_prompt_logprobs: bool = False  # of the prompt, in a field of their own
+    is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where chat and completions differ."""
+
+    id: str
+    prompts: list[TokenIds]
+    prompt_field: str
+    max_tokens: int | None
+    max_tokens_field: str
+    logprobs: int | None
+    echo: tuple[str, ...] = ()  # of each prompt
+    prompt_logprobs: int | None = None
+    continues: bool = False
+    begin: str = ""
+    grammar: Grammar | None = None
+
+
+class Validator:
+    """Makes Generations for one model."""
+
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer, config: GatewayConfig) -> None:
+        self._card = card
+        self._config = config
+        self._reader = PromptReader(card, tokenizer)
+        self._tool_tokens = tokenizer.tool_tokens
+        self._continues_assistants = tokenizer.continues_assistants
+
+    def chat(
+        self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
+    ) -> Generation:
+        """Raises InvalidRequest. With `drops_oldest` a conversation that is too long loses its oldest turns."""
+        _check_stream(body)
+        options = sampling_options(body, self._card, self._config.max_choices)
+        if body.top_logprobs is not None:
+            if not body.logprobs:
+                raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+            between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        max_tokens, max_tokens_field = body.max_tokens, "max_tokens"
+        if body.max_completion_tokens is not None:
+            max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
+        tools = read_tools(body.tools)
+        grammar = answer_grammar(
+            tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._tool_tokens
+        )
+        how = read_rendering(body, body.messages, continues_assistants=self._continues_assistants)
+        encode = partial(
+            self._reader.chat,
+            how=how,
+            safe_prompt=bool(body.safe_prompt),
+            tools=tools,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+        if drops_oldest:
+            room = self._card.max_model_len - (max_tokens or 1)
+            prompt = newest_turns(body.messages, room, encode, self._reader.count)
+        else:
+            prompt = encode(body.messages)
+        cut = read_cut(body, self._card.max_model_len, max_tokens)
+        if cut is not None:
+            prompt = cut(prompt)
+        asked = _Asked(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            prompts=[prompt],
+            prompt_field="messages",
+            max_tokens=max_tokens,
+            max_tokens_field=max_tokens_field,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
+            continues=how.continues,
+            begin=begin_of_answer(body, how),
+        )
+        return self._generation(body, asked, options, timeout_s)
+
+    def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
+        """Raises InvalidRequest."""
+        _check_stream(body)
+        options = sampling_options(body, self._card, self._config.max_choices)
+        if body.logprobs is not None:
+            between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
+        prompt = body.prompt
+        cut = read_cut(body, self._card.max_model_len, body.max_tokens)
+        if cut is not None:
+            prompt = cut_ids(prompt, cut)
+        prompts = self._reader.prompts(
+            prompt,
+            max_prompts=self._config.max_choices // (body.n or 1),
+            add_special_tokens=body.add_special_tokens is not False,
+        )
+        if cut is not None:
+            prompts = prompt = list(map(cut, prompts))
+        asked = _Asked(
+            id=f"cmpl-{uuid.uuid4().hex}",
+            prompts=prompts,
+            prompt_field="prompt",
+            max_tokens=body.max_tokens,
+            max_tokens_field="max_tokens",
+            logprobs=body.logprobs,
+            echo=self._reader.texts(prompt, prompts) if body.echo else (),
+            prompt_logprobs=body.prompt_logprobs,
+            continues=True,
+        )
+        return self._generation(body, asked, options, timeout_s)
+
+    def _generation(
+        self, body: SamplingFields, asked: _Asked, options: dict[str, Any], timeout_s: float | None
+    ) -> Generation:
+        seed = body.random_seed if body.seed is None else body.seed
+        if seed is None:
+            seed = secrets.randbits(63)
+        longest = self._config.request_timeout_s
+        deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
+        requests = []
+        for i, prompt in enumerate(asked.prompts):
+            max_tokens = self._max_tokens(len(prompt), asked)
+            if options["min_tokens"] > max_tokens:
+                raise InvalidRequest(
+                    f"min_tokens: must not be over max_tokens ({max_tokens}), got {options['min_tokens']}", "min_tokens"
+                )
+            sampling = SamplingParams(
+                max_tokens=max(1, max_tokens),
+                logprobs=asked.logprobs,
+                prompt_logprobs=asked.logprobs if asked.echo and body.prompt_logprobs is None else body.prompt_logprobs,
+                **options,
+            )
+            requests += [
+                Request(
+                    # A seeded prompt gets the same answer alone and in a list: each counts its choices from 0.
+                    request_id=asked.id if len(asked.prompts) == 1 else f"{asked.id}-{i}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
+                    seed=seed & (2**63 - 1),
+                    choice_index=choice,
+                    deadline=deadline,
+                    cache_salt=current_caller().id,
+                    grammar=asked.grammar,
+                )
+                for choice in range(body.n or 1)
+            ]
+        return Generation(
+            id=asked.id,
+            created=int(time.time()),
+            card=self._card,
+            requests=tuple(requests),
+            num_prompt_tokens=sum(len(prompt) for prompt in asked.prompts),
+            stop=tuple(text for text in body.stop or () if text),  # an empty one asks for nothing
+            min_tokens=options["min_tokens"],
+            continues_prompt=asked.continues,
+            begin=asked.begin,
+            deadline=deadline,
+            echo=tuple(text for text in asked.echo for _ in range(body.n or 1)),
+            tells_prompt_logprobs=asked.prompt_logprobs is not None,
+            is_prompt_only=asked.max_tokens == 0,
+        )
+
+    def _max_tokens(self, num_prompt: int, asked: _Asked) -> int:
+        """What is asked for, or what is left of the context."""
+        context, max_tokens = self._card.max_model_len, asked.max_tokens
+        least = 0 if asked.echo or asked.prompt_logprobs is not None else 1
+        if max_tokens is not None and max_tokens < least:
+            raise InvalidRequest(
+                f"{asked.max_tokens_field}: must be at least {least}, got {max_tokens}", param=asked.max_tokens_field
+            )
+        if num_prompt > context or (num_prompt == context and max_tokens != 0):
+            raise ContextTooLong(
+                f"{asked.prompt_field}: the prompt has {num_prompt} tokens, which leaves no room in the model's "
+                f"context of {context}",
+                param=asked.prompt_field,
+            )
+        if max_tokens is None:
+            return context - num_prompt
+        if num_prompt + max_tokens > context:
+            raise ContextTooLong(
+                f"{asked.max_tokens_field}: {num_prompt} prompt tokens and {max_tokens} to generate exceed the "
+                f"model's context of {context}",
+                param=asked.max_tokens_field,
+            )
+        return max_tokens
+
+
+def _check_stream(body: SamplingFields) -> None:
+    """Raises InvalidRequest for what only a stream has, or only a whole answer."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: only with stream", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs: not with stream", param="prompt_logprobs")

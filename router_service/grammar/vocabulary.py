@@ -1,0 +1,57 @@
+"""The vocabulary as xgrammar sees it. Knows token bytes and ends of sequence; knows nothing of schemas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cluster.checkpoint.vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar, GrammarCompiler, TokenizerInfo
+
+
+@dataclass(frozen=True)
+class GrammarVocabulary:
+    """Where the vocabulary of a model is, and what the model makes of it."""
+
+    directory: str
+    layout: Literal["huggingface", "mistral"]
+    vocab_size: int  # of the logits; ids beyond the tokenizer's are never allowed
+    eos_token_ids: tuple[int, ...]
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """Read the tokenizer's files. Raises CheckpointError."""
+        from xgrammar import TokenizerInfo, VocabType  # slow to import
+
+        vocabulary = read_vocabulary(Path(self.directory), self.layout)
+        spelled: list[bytes] = [b""] * self.vocab_size
+        spelled[: len(vocabulary.token_bytes)] = vocabulary.token_bytes[: self.vocab_size]
+        for token_id in vocabulary.special_ids - set(self.eos_token_ids):
+            if token_id < self.vocab_size:
+                spelled[token_id] = b"\xff%d" % token_id  # never text, but a grammar can name the id
+        return TokenizerInfo(spelled, VocabType.RAW, stop_token_ids=list(self.eos_token_ids))
+
+
+def new_compiler(info: TokenizerInfo) -> GrammarCompiler:
+    """One thread, no cache: both are bounded by whoever owns it."""
+    from xgrammar import GrammarCompiler
+
+    return GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+
+def compile_tag(compiler: GrammarCompiler, tag: str) -> CompiledGrammar:
+    """Compile a structural tag. Raises ValueError with what is wrong with it, in one line."""
+    try:
+        return compiler.compile_structural_tag(tag)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(_reason(str(error))) from None
+
+
+def _reason(message: str) -> str:
+    """xgrammar's own message without its time stamp and source line."""
+    text = message.strip().splitlines()[0] if message.strip() else "unknown reason"
+    if text.startswith("[") and ": " in text:
+        text = text.split(": ", 1)[1]
+    return text[:300]

@@ -1,0 +1,161 @@
+"""The family's decoder without its experts: embeddings, norms, rotary attention, gate, output head. Knows no sequence.
+
+The forward pass is a generator that yields wherever it waits for experts, so that a runner can drive several at once.
+A dense model has no gate: its feed-forward networks are here, and it waits for nobody.
+
+Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cluster.checkpoint.architecture import Architecture
+from experts_service.kernels.linear import Linear
+from experts_service.kernels.swiglu import SwiGLU
+from router_service.attention.attention import AttentionPlan
+from router_service.attention.kv_cache import KVCache
+from router_service.dispatcher import Dispatcher
+from router_service.model.gate import Gate
+from router_service.model.step_threads import StepThreads
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: torch.Tensor  # [D]
+    qkv: Linear  # D → (N + 2G)·H
+    o: Linear  # N·H → D
+    post_attention_norm: torch.Tensor  # [D]
+    feed_forward: Gate | SwiGLU  # who computes it, or what
+
+
+class Decoder:
+    """All layers of one model, bound to the dispatcher that reaches its experts, none if it is dense."""
+
+    def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], dispatcher: Dispatcher) -> None:
+        """`weights` by their names in `architecture.coordinator_tensors`, all of one dtype and device."""
+        self.architecture = architecture
+        self.dispatcher = dispatcher
+        self.embeddings = weights["model.embed_tokens.weight"]  # [V, D]
+        self.norm = weights["model.norm.weight"]  # [D]
+        head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
+        self.head = Linear(head)  # D → V
+        self.layers = [_layer(weights, index, architecture) for index in range(architecture.num_layers)]
+        half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
+        # Of the attention of one layer and one token.
+        self._multiplications = (
+            architecture.head_dim
+            * architecture.hidden_size
+            * (2 * architecture.num_heads + 2 * architecture.num_kv_heads)
+        )
+        self._threads = StepThreads()
+        self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.embeddings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and activations are."""
+        return self.embeddings.device
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        positions: torch.Tensor,  # [T]
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+        routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
+    ) -> Generator[None, None, torch.Tensor]:
+        """Run all layers; yields once a layer after its rows were sent to experts. Returns what they add up to [T, D].
+
+        A row of it is finite only if all that was computed for it is, in every layer, what the cache holds of it and
+        what it saw of earlier tokens included: it is a sum, each token sees itself, and NaN stays NaN.
+        """
+        work = len(token_ids) * self._multiplications
+        rotary = self._rotary(positions)
+        x = F.embedding(token_ids, self.embeddings)  # [T, D]
+        for index, layer in enumerate(self.layers):
+            with self._threads.for_work(work):
+                x = self._attend(index, layer, x, rotary, attention, kv_cache)
+                rows = self._rms_norm(x, layer.post_attention_norm)
+                if isinstance(layer.feed_forward, Gate):
+                    weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
+            if isinstance(layer.feed_forward, SwiGLU):
+                x = x + layer.feed_forward(rows)
+                continue
+            if routed is not None:
+                routed.append(experts)
+            with closing(self.dispatcher.dispatch(index, rows, experts)) as dispatch:
+                yield
+                x = x + self.dispatcher.combine(dispatch, weights)
+        return x
+
+    def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""
+        return self._rms_norm(x, self.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] in fp32 of hidden states [R, D]."""
+        return self.head(hidden).float()
+
+    def _attend(
+        self,
+        index: int,
+        layer: _Layer,
+        x: torch.Tensor,  # [T, D]
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+    ) -> torch.Tensor:
+        """Self-attention of one layer, added to `x` [T, D]."""
+        query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
+        qkv = layer.qkv(self._rms_norm(x, layer.input_norm))
+        qkv = qkv.view(len(x), query_heads + 2 * kv_heads, self.architecture.head_dim)
+        rotated = _rotate(qkv[:, : query_heads + kv_heads], *rotary)
+        queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
+        kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
+        attended = attention.attend(index, queries, kv_cache)
+        return x + layer.o(attended.view(len(x), -1))
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""
+        wide = x.float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.architecture.rms_norm_eps)
+        return weight * wide.to(x.dtype)
+
+    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, 1, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
+        angles = positions[:, None].float() * self._inverse_frequencies  # [T, H / 2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads [T, N, H] by the angles of their positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture) -> _Layer:
+    prefix = f"model.layers.{index}"
+    feed_forward: Gate | SwiGLU
+    if architecture.is_dense:
+        w1, w2, w3 = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "down", "up"))
+        feed_forward = SwiGLU(w1, w2, w3, fused=True)
+    else:
+        feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k)
+    return _Layer(
+        input_norm=weights[f"{prefix}.input_layernorm.weight"],
+        qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")])),
+        o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"]),
+        post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
+        feed_forward=feed_forward,
+    )

@@ -1,0 +1,157 @@
+"""Turns a scheduled batch into tensors, runs the decoder over it, and hands back logits. Chooses nothing.
+
+The batch is cut into microbatches whose forward passes are driven in turn: while one waits for its experts, the next
+computes its attention. Each microbatch reads the weights again, so more than one pays only where coordinator and
+experts have hardware of their own.
+
+Shapes: T tokens of a microbatch, B sequences that get a new token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+from router_service.attention.attention import AttentionPlan, Span
+from router_service.attention.kv_cache import KVCache
+from router_service.model.decoder import Decoder
+from router_service.outputs.logprobs import rows_to_score, score_prompts
+from router_service.outputs.pooling import pool_prompts, rows_to_pool
+from router_service.outputs.routed_experts import RoutedExperts
+from router_service.scheduling.scheduler import Batch
+from router_service.scheduling.sequence import Sequence
+
+
+class StepOutput(NamedTuple):
+    """What the model makes of a batch."""
+
+    logits: torch.Tensor  # [B, V] in fp32, one row per scheduled sequence with `samples`, in order
+    not_finite: list[Sequence]  # whose values are NaN or infinite: nothing that was computed for them can be used
+
+
+class ModelRunner:
+    """One decoder and its KV cache."""
+
+    def __init__(
+        self, decoder: Decoder, kv_cache: KVCache, *, max_gathered_tokens: int, num_microbatches: int = 1
+    ) -> None:
+        self.decoder = decoder
+        self.kv_cache = kv_cache
+        self.max_gathered_tokens = max_gathered_tokens
+        self.num_microbatches = num_microbatches
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> StepOutput:
+        """Compute the scheduled tokens. Prompts that ask for it are scored or pooled.
+
+        Raises ExpertUnavailable when the experts cannot be reached in time. The same batch, or a part of it, may be
+        computed again whatever was raised.
+        """
+        microbatches = split(batch, self.num_microbatches)
+        outputs: list[StepOutput | None] = [None] * len(microbatches)
+        passes = list(enumerate(map(self._forward, microbatches)))
+        with ExitStack() as stack:
+            for _, forward in passes:
+                stack.callback(forward.close)  # one that failed leaves the others where they wait for experts
+            while passes:
+                unfinished = []
+                for index, forward in passes:
+                    try:
+                        next(forward)
+                        unfinished.append((index, forward))
+                    except StopIteration as finished:
+                        outputs[index] = finished.value
+                passes = unfinished
+        done = [output for output in outputs if output is not None]
+        return StepOutput(
+            torch.cat([output.logits for output in done]),
+            [sequence for output in done for sequence in output.not_finite],
+        )
+
+    def _forward(self, batch: Batch) -> Generator[None, None, StepOutput]:
+        """The forward pass of one microbatch."""
+        device = self.decoder.device
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampled_rows: list[int] = []
+        scored_rows: list[int] = []
+        scored: list[tuple[Sequence, int]] = []  # whose row it is, and its position
+        pooled_rows: list[int] = []
+        pooled: list[tuple[Sequence, range]] = []  # whose rows they are, and their positions
+        spans: list[Span] = []
+        for scheduled in batch:
+            end = scheduled.start + scheduled.num_tokens
+            for position in rows_to_score(scheduled.sequence, scheduled.start, end):
+                scored_rows.append(len(token_ids) + position - scheduled.start)
+                scored.append((scheduled.sequence, position))
+            token_ids += scheduled.sequence.token_ids[scheduled.start : end]
+            positions += range(scheduled.start, end)
+            spans.append(Span(scheduled.start, scheduled.num_tokens, self._slots(scheduled.sequence.block_table, end)))
+            if pooled_positions := rows_to_pool(scheduled.sequence, scheduled.start, end):
+                first = len(token_ids) - end
+                pooled_rows += range(first + pooled_positions.start, first + pooled_positions.stop)
+                pooled.append((scheduled.sequence, pooled_positions))
+            if scheduled.samples:
+                sampled_rows.append(len(token_ids) - 1)
+        plan = AttentionPlan(
+            spans,
+            sliding_window=self.decoder.architecture.sliding_window,
+            max_gathered_tokens=self.max_gathered_tokens,
+            dtype=self.decoder.dtype,
+            device=device,
+        )
+        routed = RoutedExperts(batch)
+        x = yield from self.decoder.forward(
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            plan,
+            self.kv_cache,
+            routed.layers if routed else None,
+        )
+        if routed:
+            routed.tell()
+        wanted_rows = torch.tensor(sampled_rows + scored_rows + pooled_rows, dtype=torch.int64, device=device)
+        hidden = self.decoder.hidden_states(x[wanted_rows])
+        of_sampled, of_scored, of_pooled = hidden.split([len(sampled_rows), len(scored_rows), len(pooled_rows)])
+        not_finite = score_prompts(of_scored, scored, self.decoder.logits)
+        pool_prompts(of_pooled, pooled)
+        return StepOutput(self.decoder.logits(of_sampled), [*not_finite, *_not_finite(x, batch)])
+
+    def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
+        """Cache slots [num_tokens] of a sequence's first tokens."""
+        block_size = self.kv_cache.block_size
+        blocks = torch.tensor(block_table[: -(-num_tokens // block_size)])[:, None]
+        return (blocks * block_size + torch.arange(block_size)).view(-1)[:num_tokens]
+
+
+def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:
+    """The sequences one of whose rows of `x` [T, D] is not finite."""
+    if math.isfinite(x.sum()):
+        return []
+    finite: list[bool] = x.sum(dim=-1).isfinite().tolist()
+    lost = []
+    first = 0
+    for scheduled in batch:
+        if not all(finite[first : first + scheduled.num_tokens]):
+            lost.append(scheduled.sequence)
+        first += scheduled.num_tokens
+    return lost
+
+
+def split(batch: Batch, num_parts: int) -> list[Batch]:
+    """At most `num_parts` runs of consecutive sequences, of about as many tokens each; none is empty."""
+    parts: list[Batch] = []
+    total = sum(scheduled.num_tokens for scheduled in batch)
+    part: Batch = []
+    taken = 0
+    for scheduled in batch:
+        part.append(scheduled)
+        taken += scheduled.num_tokens
+        if taken * num_parts >= total * (len(parts) + 1):
+            parts.append(part)
+            part = []
+    return parts

@@ -1,0 +1,1 @@
+"""Logits to token ids, all rows at once, random numbers keyed by position. Knows no model."""

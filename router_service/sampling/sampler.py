@@ -1,0 +1,221 @@
+"""Chooses a token for every row of logits, and says how likely it was. Knows sampling parameters; keeps no state.
+
+The random number of a token depends on (seed, choice index, position) and on nothing else: the same sequence continued
+in another process, or in another batch, gets the same token. All rows are worked on at once, and what a row asks for
+costs about the same whatever its values are.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cluster.messages import TokenLogprobs
+from router_service.adjustments import Adjustments, has_adjustments
+from router_service.outputs.logprobs import token_logprobs
+from router_service.sampling.draw import draw, uniform
+from router_service.scheduling.sequence import Sequence
+
+NOT_FINITE = -1
+NOT_READY = -2
+_GRACE_S = 0.001  # all grammars of a step together are waited for
+_ROWS_AT_ONCE = 4  # on a CPU: what they need stays in its cache, and memory is not asked for anew each time
+# What is added to the logits of eight tokens, by the byte of a grammar's mask that their bits are in.
+_ADDED = torch.tensor([[0.0 if byte >> bit & 1 else float("-inf") for bit in range(8)] for byte in range(256)])
+_GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
+
+
+class Sampler:
+    """Greedy, or by inverse transform sampling of the filtered distribution."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
+
+    @torch.inference_mode()
+    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """A token id and, where asked for, its log-probabilities for each row of `logits` [B, V] (fp32).
+
+        The id is NOT_FINITE for a row that holds NaN or infinity: no token can be told from it. It is NOT_READY where a
+        grammar does not say in time which tokens may come: sample the row in a later step. A row's result does not
+        depend on the others, so any part of a batch may be sampled again by itself.
+        """
+        late = _late(sequences)
+        step = _rows_at_once(logits, sequences)
+        chosen = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        logprobs: list[TokenLogprobs | None] = []
+        for at in range(0, len(sequences), step):
+            rows = slice(at, at + step)
+            adjusted = self._adjust(logits[rows], sequences[rows], late)
+            chosen[rows] = _choose(adjusted, sequences[rows])
+            logprobs += _logprobs(logits[rows], chosen[rows], sequences[rows])
+        if late:
+            chosen[[row for row, sequence in enumerate(sequences) if sequence in late]] = NOT_READY
+        token_ids: list[int] = chosen.where(logits.sum(dim=-1).isfinite(), NOT_FINITE).tolist()
+        return token_ids, logprobs
+
+    def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence], late: Collection[Sequence]) -> torch.Tensor:
+        """`logits` with penalties, biases, grammars and the masks of `min_tokens`, in this order."""
+        adjusted = {
+            row: _adjustments(sequence, logits.shape[1])
+            for row, sequence in enumerate(sequences)
+            if has_adjustments(sequence.request.sampling)
+        }
+        masks = {
+            row: mask
+            for row, sequence in enumerate(sequences)
+            if sequence.grammar is not None and sequence not in late and (mask := sequence.grammar.mask) is not None
+        }
+        if not adjusted and not masks:
+            return logits
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        for row, one in adjusted.items():
+            _penalise(logits[row], one)
+        ids = [_flat(logits, row, one.bias_ids) for row, one in adjusted.items()]
+        biases = [one.bias for one in adjusted.values()]
+        if any(len(bias) for bias in biases):
+            logits.view(-1).index_add_(0, _joined(ids, logits), _joined(biases, logits))
+        if masks:
+            _constrain(logits, masks)
+        self._hold_open(logits, sequences, adjusted)
+        return logits
+
+    def _hold_open(self, logits: torch.Tensor, sequences: Seq[Sequence], adjusted: dict[int, Adjustments]) -> None:
+        """Change `logits` [B, V] in place: nothing may end a sequence before `min_tokens`.
+
+        Within a grammar nothing may follow an end of sequence, so `ignore_eos` rules it out too; and where a grammar
+        allows only an end, the grammar wins.
+        """
+        ends: list[NDArray[np.int64]] = []
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.request.sampling
+            is_short = sequence.num_output_tokens < sampling.min_tokens
+            if is_short or (sequence.grammar is not None and sampling.ignore_eos):
+                ends.append(_flat(logits, row, self._eos_token_ids))
+                if is_short:
+                    ends.append(_flat(logits, row, adjusted[row].stop_ids))
+        if not ends:
+            return
+        places = _joined(ends, logits)
+        if all(sequence.grammar is None for sequence in sequences):
+            logits.view(-1).index_fill_(0, places, float("-inf"))
+            return
+        before = logits.view(-1)[places]
+        logits.view(-1).index_fill_(0, places, float("-inf"))
+        constrained = torch.tensor([sequence.grammar is not None for sequence in sequences], device=logits.device)
+        is_over = (constrained & (logits.amax(dim=-1) == float("-inf")))[places // logits.shape[1]]
+        logits.view(-1)[places[is_over]] = before[is_over]
+
+
+def _late(sequences: Seq[Sequence]) -> set[Sequence]:
+    """Those whose grammar does not say yet which tokens may come."""
+    deadline = time.monotonic() + _GRACE_S
+    return {
+        sequence
+        for sequence in sequences
+        if sequence.grammar is not None and not sequence.grammar.is_ready(max(0.0, deadline - time.monotonic()))
+    }
+
+
+def _rows_at_once(logits: torch.Tensor, sequences: Seq[Sequence]) -> int:
+    if logits.is_cuda or all(_is_plain(sequence) for sequence in sequences):
+        return max(1, len(sequences))
+    return _ROWS_AT_ONCE
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Greedy, and nothing else is wished."""
+    sampling = sequence.request.sampling
+    return (
+        sequence.grammar is None
+        and sampling.temperature < _GREEDY_BELOW
+        and sampling.logprobs is None
+        and not has_adjustments(sampling)
+    )
+
+
+def _choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Token ids [B], the likeliest or drawn, from adjusted `logits` [B, V]."""
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature >= _GREEDY_BELOW]
+    if drawn and len(drawn) == len(sequences):
+        return _draw(logits, sequences)
+    chosen = _likeliest(logits)
+    if drawn:
+        chosen[drawn] = _draw(logits[drawn], [sequences[row] for row in drawn])
+    return chosen
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    if logits.is_cuda:
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))  # a tenth of torch's time
+
+
+def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:
+    """Of a sequence, up to date."""
+    if sequence.adjustments is None:
+        sequence.adjustments = Adjustments(sequence.request, vocab_size)
+    sequence.adjustments.catch_up(sequence.token_ids)
+    return sequence.adjustments
+
+
+def _penalise(logits: torch.Tensor, adjustments: Adjustments) -> None:
+    """Change `logits` [V] in place: repetition as in CTRL, arXiv 1909.05858; the others as OpenAI documents them."""
+    if adjustments.divisors is not None:
+        divisors = torch.from_numpy(adjustments.divisors).to(logits.device)
+        # Positive ones are divided, negative ones multiplied: of both results it is always the lower one, or, where the
+        # penalty is a reward, the higher one. torch.where takes several times as long on a CPU.
+        divided = logits / divisors
+        pick = torch.minimum if adjustments.repetition_penalty > 1.0 else torch.maximum
+        pick(logits.mul_(divisors), divided, out=logits)
+    if adjustments.penalties is not None:
+        logits.sub_(torch.from_numpy(adjustments.penalties).to(logits.device))
+
+
+def _constrain(logits: torch.Tensor, masks: dict[int, NDArray[np.uint8]]) -> None:
+    """Change `logits` [B, V] in place: -inf for every token whose bit is not in the mask of its row."""
+    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+    added = _ADDED.to(logits.device).index_select(0, bits.view(-1).int()).view(len(masks), -1)
+    for place, row in enumerate(masks):
+        logits[row].add_(added[place, : logits.shape[1]])
+
+
+def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Sample token ids [B] from `logits` [B, V] by temperature and filters."""
+    params = [sequence.request.sampling for sequence in sequences]
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)[:, None]
+    uniforms = [uniform(s.request.seed, s.request.choice_index, s.num_output_tokens) for s in sequences]
+    probabilities = (logits / temperature).softmax(dim=-1)  # [B, V]
+    if probabilities[:, 0].isnan().any():  # then the whole row is
+        probabilities.nan_to_num_(0.0)
+    return draw(probabilities, params, uniforms)
+
+
+def _flat(logits: torch.Tensor, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the tokens of a row are in the flat `logits`."""
+    return token_ids + row * logits.shape[1]
+
+
+def _joined(arrays: Seq[NDArray[Any]], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(like.device)
+
+
+def _logprobs(logits: torch.Tensor, chosen: torch.Tensor, sequences: Seq[Sequence]) -> list[TokenLogprobs | None]:
+    """Log-probabilities of `chosen` [B] under the raw `logits` [B, V], for the rows that ask for them."""
+    result: list[TokenLogprobs | None] = [None] * len(sequences)
+    asked = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
+    if not asked:
+        return result
+    counts = [sequences[row].request.sampling.logprobs or 0 for row in asked]
+    if len(asked) < len(sequences):
+        logits, chosen = logits[asked], chosen[asked]
+    for row, logprobs in zip(asked, token_logprobs(logits, chosen.tolist(), counts), strict=True):
+        result[row] = logprobs
+    return result

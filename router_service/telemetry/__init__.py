@@ -1,0 +1,1 @@
+"""The engine's metrics and traces. Knows steps and sequences; changes neither."""

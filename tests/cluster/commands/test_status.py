@@ -1,0 +1,163 @@
+"""`manta status`: what is drawn and printed for plain data, and what is said where no cluster runs."""
+
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from cluster.commands.cluster_connection import look_at_cluster
+from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
+from cluster.commands.status.tables import BAR_WIDTH, draw
+from cluster.errors import SetupError, Unavailable
+from cluster.messages import EngineStats
+
+DEADLINE_S = 60.0  # for a subprocess on a busy machine
+
+
+def stats(rows: tuple[int, ...], used: int = 25) -> EngineStats:
+    return EngineStats(3, 4, 100, used, 1000, 200, 5, 0, 77, rows)
+
+
+def deployment(name: str, **replicas: int) -> DeploymentStatus:
+    return DeploymentStatus(name, "HEALTHY", replicas or {"RUNNING": 1})
+
+
+MODEL = ApplicationStatus(
+    "mixtral-8x7b-0123abcd",
+    "RUNNING",
+    (
+        deployment("expert-10"),
+        deployment("expert-2", STARTING=1, RUNNING=2),
+        deployment("coordinator", RUNNING=2),
+    ),
+    coordinators=(stats((10, 0, 30)), stats((10, 0, 10))),
+    stats_error="1 of 3 coordinators did not answer: it is busy",
+)
+GATEWAY = ApplicationStatus("gateway", "DEPLOYING", (deployment("Gateway"),), message="waiting for [a] node")
+SNAPSHOT = ClusterSnapshot(
+    "10.0.0.1:6379",
+    (NodeStatus("10.0.0.1", True, 8, 0), NodeStatus("10.0.0.2", False, 16, 4)),
+    (GATEWAY, MODEL),
+)
+
+
+def drawn(snapshot: ClusterSnapshot) -> list[str]:
+    file = io.StringIO()
+    draw(snapshot, Console(file=file, width=80, highlight=False))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def rows_of(lines: list[str], *first_cells: str) -> list[list[str]]:
+    return [line.split() for line in lines if line.split()[:1] and line.split()[0] in first_cells]
+
+
+def test_names_say_model_and_group() -> None:
+    assert MODEL.model == ("mixtral-8x7b", "0123abcd")
+    assert GATEWAY.model is None
+    assert [group.group for group in MODEL.groups] == [2, 10]
+    assert MODEL.rows_per_expert == (20, 0, 40)
+
+
+def test_nodes_are_drawn() -> None:
+    assert rows_of(drawn(SNAPSHOT), "10.0.0.1", "10.0.0.2") == [
+        ["10.0.0.1", "alive", "8", "0"],
+        ["10.0.0.2", "dead", "16", "4"],
+    ]
+
+
+def test_deployments_are_drawn_in_the_order_of_their_groups() -> None:
+    lines = drawn(SNAPSHOT)
+    assert rows_of(lines, "expert-2", "expert-10") == [
+        ["expert-2", "healthy", "2", "running,", "1", "starting"],
+        ["expert-10", "healthy", "1", "running"],
+    ]
+    assert "model mixtral-8x7b · 0123abcd · 2 expert groups · running" in lines
+    assert "application gateway · deploying" in lines
+    assert "waiting for [a] node" in lines  # rich's markup is not read in what others wrote
+
+
+def test_queue_kv_use_and_rows_are_drawn() -> None:
+    lines = drawn(SNAPSHOT)
+    header = next(i for i, line in enumerate(lines) if line.startswith("coordinator  running"))
+    assert lines[header + 1].split() == ["0", "3", "4", "25/100", "(25", "%)", "1000/200", "5"]
+    experts = next(i for i, line in enumerate(lines) if line.startswith("expert "))
+    assert [line.split() for line in lines[experts + 1 : experts + 4]] == [
+        ["0", "20", "33.3", "%", "█" * (BAR_WIDTH // 2)],
+        ["1", "0", "0.0", "%"],
+        ["2", "40", "66.7", "%", "█" * BAR_WIDTH],
+    ]
+    assert MODEL.stats_error in lines
+
+
+def test_a_model_that_has_served_nothing_is_drawn() -> None:
+    idle = ApplicationStatus("m-00000000", "RUNNING", (deployment("coordinator"),), coordinators=(stats((0, 0), 0),))
+    lines = drawn(ClusterSnapshot("a:1", (), (idle,)))
+    assert rows_of(lines, "1") == [["1", "0", "-"]]
+    assert "model m · 00000000 · running" in lines
+
+
+def test_a_cluster_without_applications_says_so() -> None:
+    assert "No Serve application runs on it; start one with `manta serve`." in drawn(ClusterSnapshot("a:1", (), ()))
+
+
+def test_json_is_one_document_with_names_spelled_out() -> None:
+    document = json.loads(SNAPSHOT.to_json())
+    assert document["address"] == "10.0.0.1:6379"
+    assert document["nodes"][1] == {"address": "10.0.0.2", "alive": False, "cpus": 16, "gpus": 4}
+    gateway, model = document["applications"]
+    assert (gateway["model"], gateway["fingerprint"], gateway["rows_per_expert"]) == (None, None, [])
+    assert (model["model"], model["fingerprint"], model["rows_per_expert"]) == ("mixtral-8x7b", "0123abcd", [20, 0, 40])
+    assert [entry["group"] for entry in model["deployments"]] == [10, 2, None]
+    assert model["coordinators"][0]["num_kv_blocks_used"] == 25
+
+
+def test_the_hubs_commit_is_told() -> None:
+    commit = "5c79a376139be989ef1838f360bf4f1f256d7aec"
+    coordinators = tuple(replace(one, revision=commit) for one in MODEL.coordinators)
+    snapshot = replace(SNAPSHOT, applications=(GATEWAY, replace(MODEL, coordinators=coordinators)))
+    assert f"revision {commit} of the hub" in drawn(snapshot)
+    told = [application["revision"] for application in json.loads(snapshot.to_json())["applications"]]
+    assert told == [None, commit]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_no_cluster_is_one_line(options: list[str]) -> None:
+    """Left to itself, Ray tries for two minutes and ends the process with a native log."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "cluster.cli", "status", "--address", "127.0.0.1:1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: no Ray cluster answers at 127.0.0.1:1 (")
+    assert "`manta serve`" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_from_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
+        look_at_cluster("auto", str)
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "localhost", "localhost:port", ":6379"])
+def test_an_address_of_another_form_is_refused(address: str) -> None:
+    with pytest.raises(SetupError, match="HOST:PORT"):
+        look_at_cluster(address, str)
+
+
+def test_a_cluster_that_never_answers_does_not_hold_the_command() -> None:
+    """In a process of its own: Ray goes on trying in its thread, and must not keep the interpreter from ending."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        program = (
+            "from cluster.commands.cluster_connection import look_at_cluster\n"
+            f"look_at_cluster('127.0.0.1:{mute.getsockname()[1]}', str, deadline_s=6)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert "did not answer within 6 s" in done.stderr

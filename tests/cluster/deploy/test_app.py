@@ -1,0 +1,142 @@
+"""How a model is laid out on clusters of several kinds; nothing is started."""
+
+import json
+
+import pytest
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
+from cluster.demo_model import DIRECTORY
+from cluster.deploy.app import Cluster, demo_config, describe_cluster, model_card, plan_model, plan_models
+from cluster.errors import ConfigError, DoesNotFit
+from cluster.messages import SamplingDefaults
+from cluster.planning.placement import Node
+from tests.checkpoints import write_checkpoint
+
+GIB = 2**30
+
+
+def machine(cpus=2, gpus=0, memory=24 * GIB, gpu_type="A100"):
+    resources = {"CPU": cpus, "memory": memory, **({"GPU": gpus} if gpus else {})}
+    labels = {"ray.io/accelerator-type": gpu_type} if gpus else {}
+    return {"Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": resources, "Labels": labels}
+
+
+def plan(*machines, **config):
+    model = ModelConfig(name="a/model", path=str(DIRECTORY), **config)
+    return plan_model(model, open_checkpoint(DIRECTORY), describe_cluster(machines))
+
+
+def test_two_cores_get_two_groups_and_nothing_is_left_open():
+    laid_out = plan(machine())
+    assert [group.experts for group in laid_out.groups] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    engine = laid_out.config.engine
+    assert (engine.device, engine.max_model_len) == (
+        "cpu",
+        open_checkpoint(DIRECTORY).architecture.max_position_embeddings,
+    )
+    assert laid_out.gpus_per_shard == laid_out.gpus_per_coordinator == 0
+    assert laid_out.application.startswith("a-model-")
+    assert model_card(laid_out).deployments == ("coordinator", "expert-0", "expert-1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "groups", "shares"),
+    [(9, 8, (1.0, 1.0)), (8, 8, (0.9, 0.1)), (4, 4, (0.9, 0.1)), (1, 1, (0.9, 0.1))],
+)
+def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
+    laid_out = plan(machine(gpus=gpus, memory=64 * GIB))
+    assert len(laid_out.groups) == groups
+    assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == shares
+
+
+@pytest.mark.parametrize(("given", "coordinator"), [(1.0, 1.0), (2.0, 1.0), (0.75, 0.25), (0.9, 0.1)])
+def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordinator):
+    """It was given a tenth of one beside shards that had been given whole ones, so two coordinators could share."""
+    experts = ExpertsConfig(gpus_per_shard=given)
+    laid_out = plan(machine(gpus=32, memory=64 * GIB), experts=experts)
+    assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == (given, pytest.approx(coordinator))
+    reserved = plan(machine(gpus=32, memory=64 * GIB), experts=experts, engine=EngineConfig(device="cpu"))
+    assert (reserved.gpus_per_shard, reserved.config.engine.device) == (given, "cpu")
+
+
+def test_local_experts_have_no_deployments():
+    laid_out = plan(machine(), experts=ExpertsConfig(transport="local"))
+    assert laid_out.expert_deployments == ()
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0, 0.0), (1, 1.0)])
+def test_a_dense_model_is_one_coordinator(tmp_path, gpus, share):
+    write_checkpoint(tmp_path, dense=True)
+    checkpoint = open_checkpoint(tmp_path)
+    cluster = describe_cluster([machine(gpus=gpus)])
+    laid_out = plan_model(ModelConfig(name="dense", path=str(tmp_path)), checkpoint, cluster)
+    assert (laid_out.groups, laid_out.gpus_per_coordinator) == ((), share)
+    assert model_card(laid_out).deployments == ("coordinator",)
+    placed = ModelConfig(name="dense", path=str(tmp_path), experts=ExpertsConfig(transport="lane"))
+    with pytest.raises(ConfigError, match="'dense' is a dense model"):
+        plan_model(placed, checkpoint, cluster)
+
+
+def test_the_demo_has_the_names_of_mistrals_endpoints():
+    models = {model.name: model for model in demo_config().models}
+    assert set(models) == {"mistral-small", "mistral-tiny", "mistral-embed"}
+    assert models["mistral-small"].aliases == ("mistral-medium", "manta-demo")
+    cluster = describe_cluster([machine(gpus=1)])
+    plans = plan_models(models.values(), [open_checkpoint(model.path) for model in models.values()], cluster)
+    assert len({plan.application for plan in plans}) == 3
+    shares = [plan.gpus_per_coordinator + len(plan.groups) * plan.gpus_per_shard for plan in plans]
+    assert sum(shares) <= 1, "all of it runs beside one GPU"
+    card = model_card(plans[2])
+    assert (card.kind, card.pooling, card.hidden_size) == ("embedding", "mean", 128)
+
+
+def test_a_model_that_is_too_large_is_refused_with_both_numbers():
+    with pytest.raises(DoesNotFit, match=r"needs .* GiB .* has .* GiB"):
+        plan(machine(memory=GIB // 2))
+
+
+@pytest.mark.parametrize("machines", [[machine(memory=2 * GIB)], [machine(gpus=1), machine()]])
+def test_models_that_fit_one_by_one_must_fit_together(machines):
+    """Each was looked at alone, and the second one's processes then waited for a place for ever."""
+    configs = [ModelConfig(name=name, path=str(DIRECTORY)) for name in ("first", "second")]
+    checkpoints = [open_checkpoint(DIRECTORY)] * 2
+    cluster = describe_cluster(machines)
+    plan_models(configs[:1], checkpoints[:1], cluster)
+    with pytest.raises(DoesNotFit, match="beside the models before it"):
+        plan_models(configs, checkpoints, cluster)
+
+
+def test_dead_nodes_do_not_count():
+    cluster = describe_cluster([machine(), {**machine(cpus=64), "Alive": False}])
+    assert cluster == Cluster(2, (Node("10.0.0.1", 24 * GIB),))
+
+
+def test_the_config_wins_over_auto():
+    laid_out = plan(
+        machine(gpus=2),
+        engine=EngineConfig(device="cpu", dtype="bfloat16"),
+        experts=ExpertsConfig(groups=(tuple(range(8)),)),
+    )
+    assert laid_out.gpus_per_shard == 0
+    assert laid_out.config.engine.dtype == "bfloat16"
+    assert len(laid_out.groups) == 1
+
+
+def test_the_gateway_is_told_which_commit_of_the_hub_is_served(tmp_path):
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "5c79a376139be989ef1838f360bf4f1f256d7aec"
+    write_checkpoint(snapshot)
+    cluster = describe_cluster((machine(),))
+    for directory, revision in ((snapshot, snapshot.name), (DIRECTORY, None)):
+        config = ModelConfig(name="m", path=str(directory))
+        assert model_card(plan_model(config, open_checkpoint(directory), cluster)).revision == revision
+
+
+def test_the_gateway_is_told_what_the_authors_chose_and_the_log_what_is_not_followed(tmp_path, caplog):
+    write_checkpoint(tmp_path)
+    chosen = {"temperature": 0.5, "top_k": 7, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(chosen))
+    config = ModelConfig(name="m", path=str(tmp_path))
+    card = model_card(plan_model(config, open_checkpoint(tmp_path), describe_cluster((machine(),))))
+    assert card.defaults == SamplingDefaults(temperature=0.5, top_k=7, repetition_penalty=1.5)
+    assert f"{tmp_path}/generation_config.json: requests do not follow no_repeat_ngram_size" in caplog.text

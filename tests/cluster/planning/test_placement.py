@@ -1,0 +1,168 @@
+"""Groups and fit: plain cases, and what must hold for all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.checkpoint.architecture import all_tensors
+from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.errors import ConfigError, DoesNotFit
+from cluster.planning.placement import (
+    ExpertGroup,
+    Node,
+    Room,
+    check_fit,
+    coordinator_bytes,
+    device_shares,
+    expert_bytes,
+    kv_bytes_per_token,
+    plan_groups,
+)
+
+GIB = 2**30
+
+
+def sizes(groups: tuple[ExpertGroup, ...]) -> list[int]:
+    return [len(group.experts) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_cpus", "expected"),
+    [
+        (8, 64, [1] * 8),
+        (9, 64, [1] * 8),
+        (4, 64, [2] * 4),
+        (3, 64, [2, 3, 3]),
+        (1, 64, [8]),
+        (0, 2, [4, 4]),
+        (0, 1, [4, 4]),
+        (0, 4, [2] * 4),
+        (0, 64, [1] * 8),
+    ],
+)
+def test_auto_makes_as_many_groups_as_the_machine_has_room_for(
+    num_gpus: int, num_cpus: int, expected: list[int]
+) -> None:
+    assert sizes(plan_groups("auto", 8, num_gpus=num_gpus, num_cpus=num_cpus)) == expected
+
+
+@given(num_experts=st.integers(1, 64), num_gpus=st.integers(0, 64), num_cpus=st.integers(1, 256))
+def test_auto_holds_every_expert_once_in_groups_of_almost_one_size(
+    num_experts: int, num_gpus: int, num_cpus: int
+) -> None:
+    groups = plan_groups("auto", num_experts, num_gpus=num_gpus, num_cpus=num_cpus)
+    assert [expert for group in groups for expert in group.experts] == list(range(num_experts))
+    assert [group.index for group in groups] == list(range(len(groups)))
+    assert max(sizes(groups)) - min(sizes(groups)) <= 1
+    assert min(sizes(groups)) >= 1
+    assert num_gpus or len(groups) >= min(2, num_experts)
+
+
+@given(st.permutations(range(8)), st.sets(st.integers(1, 7)))
+def test_any_packing_of_all_experts_is_taken_as_it_is(order: list[int], cuts: set[int]) -> None:
+    bounds = [0, *sorted(cuts), 8]
+    setting = tuple(tuple(order[a:b]) for a, b in pairwise(bounds))
+    assert tuple(g.experts for g in plan_groups(setting, 8, num_gpus=0, num_cpus=2)) == setting
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (((0, 1), (1, 2, 3)), "experts.groups: expert 1 is named 2 times"),
+        (((0, 1), (2,)), "experts.groups: expert 3 is in no group"),
+        (((0, 1), (2, 3, 4)), "experts.groups: there is no expert 4; the model has 0 to 3"),
+        (((0, 1, 2), (-1, 3)), "experts.groups: there is no expert -1"),
+        (((0, 1, 2, 3), ()), "experts.groups: group 1 is empty"),
+    ],
+)
+def test_a_wrong_list_of_groups_is_refused_by_key(setting: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_groups(setting, 4, num_gpus=0, num_cpus=2)
+
+
+def test_a_dense_model_has_no_groups() -> None:
+    assert plan_groups("auto", 0, num_gpus=8, num_cpus=64) == ()
+    with pytest.raises(ConfigError, match=r"experts\.groups: the model is dense"):
+        plan_groups(((0,),), 0, num_gpus=0, num_cpus=2)
+
+
+def test_all_processes_together_hold_each_parameter_once() -> None:
+    parameters = sum(math.prod(shape) for shape in all_tensors(MIXTRAL_8X7B).values())
+    assert parameters == 46_702_792_704  # as the model's card has it: 46.7 B
+    assert (
+        coordinator_bytes(MIXTRAL_8X7B, "bfloat16", kv_tokens=0) + expert_bytes(MIXTRAL_8X7B, "bfloat16", 8)
+        == 2 * parameters
+    )
+    assert kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16") == 128 * 1024
+
+
+def test_mixtral_fits_nine_gpus_of_24_gib_and_not_three() -> None:
+    groups = plan_groups("auto", 8, num_gpus=8, num_cpus=64)
+    nodes = [Node(f"node-{i}", 64 * GIB, (24 * GIB,) * 3) for i in range(3)]
+    check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1)
+    with pytest.raises(DoesNotFit, match=r"the model needs 9\d\.\d\d GiB on 9 GPUs.*has 72\.00 GiB on 3 GPUs"):
+        check_fit(
+            MIXTRAL_8X7B, "bfloat16", groups, Room(nodes[:1]), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1
+        )
+
+
+def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
+    groups = plan_groups("auto", 8, num_gpus=1, num_cpus=16)
+    for size, fits in ((140, True), (80, False)):
+        arguments = (MIXTRAL_8X7B, "bfloat16", groups, Room([Node("node", 64 * GIB, (size * GIB,))]))
+        shares = {"gpus_per_shard": 0.3, "gpus_per_coordinator": 0.3, "kv_tokens": 32768}
+        if fits:
+            check_fit(*arguments, **shares)
+        else:
+            with pytest.raises(DoesNotFit, match="expert group"):
+                check_fit(*arguments, **shares)
+
+
+def test_mixtral_does_not_fit_a_laptop_and_the_message_has_both_numbers() -> None:
+    groups = plan_groups("auto", 8, num_gpus=0, num_cpus=2)
+    with pytest.raises(DoesNotFit, match=r"needs 42\.\d\d GiB of memory.*16\.00 GiB.*has 16\.00 GiB free"):
+        check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room([Node("laptop", 16 * GIB)]), kv_tokens=4096)
+
+
+@given(
+    layers=st.integers(1, 48),
+    num_nodes=st.integers(1, 4),
+    memory=st.integers(1, 64),
+    extra=st.integers(0, 64),
+)
+def test_more_memory_never_makes_a_model_that_fits_not_fit(
+    layers: int, num_nodes: int, memory: int, extra: int
+) -> None:
+    architecture = replace(MIXTRAL_8X7B, num_layers=layers)
+    groups = plan_groups("auto", 8, num_gpus=0, num_cpus=8)
+
+    def fits(size: int) -> bool:
+        nodes = [Node(f"node-{i}", size * GIB) for i in range(num_nodes)]
+        try:
+            check_fit(architecture, "bfloat16", groups, Room(nodes), kv_tokens=1024)
+        except DoesNotFit:
+            return False
+        return True
+
+    assert fits(memory + extra) >= fits(memory)
+
+
+@pytest.mark.parametrize(
+    ("shard", "coordinator", "most", "expected"),
+    [
+        (1.0, 1.0, 4, [(1, 0)]),  # a GPU each
+        (0.9, 0.1, 4, [(4, 0), (1, 7)]),  # alone with its like, or beside a shard
+        (0.25, 0.5, 4, [(2, 0), (1, 7), (1, 14)]),
+        (0.0, 1.0, 1, [(1, 0)]),  # dense, or experts in the coordinator
+        (0.0, 0.0, 3, [(3, 0)]),  # no GPUs: all may be on one machine
+    ],
+)
+def test_who_may_be_on_a_coordinators_device(shard, coordinator, most, expected):
+    shares = device_shares(7, gpus_per_shard=shard, gpus_per_coordinator=coordinator, max_coordinators=most)
+    assert [(share.coordinators, share.neighbour_bytes) for share in shares] == expected

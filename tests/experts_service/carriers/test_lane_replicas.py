@@ -1,0 +1,188 @@
+"""Several replicas of a group over lanes: rows are split over them, stragglers hedged, and neither changes a bit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from experts_service.delivery.flight import SPLIT_ROWS, split
+from experts_service.delivery.replica_load import OVERDUE_S
+from experts_service.shard.batch import Maths
+from experts_service.transport import GroupRows
+from router_service.dispatcher import Dispatcher
+from tests.experts_service.lanes import GROUPS, LocalMaths, ask, batch, expected, maths, shards
+from tests.waiting import wait_for
+
+
+def slow(experts: Sequence[int], seconds: Callable[[], float]) -> Maths:
+    """The same answers, later."""
+    run = maths(experts)
+
+    def run_late(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        time.sleep(seconds())
+        return run(layer, rows, counts)
+
+    return run_late
+
+
+def test_a_straggler_is_hedged_then_avoided_and_asked_again_once_it_has_recovered() -> None:
+    pause_s = {"0a": 0.0}
+    with shards() as running:
+        straggler = running.start("0a", 0, slow(GROUPS[0].experts, lambda: pause_s["0a"]))
+        running.start("0b", 0)
+        running.start("1a", 1)
+        transport = running.transport(timeout_s=30.0)
+        dispatcher, local = Dispatcher(GROUPS, transport), Dispatcher(GROUPS, LocalMaths())
+        rows, experts = batch(4)
+        expected = ask(local, rows, experts)
+
+        def run(times: int) -> float:
+            longest = 0.0
+            for _ in range(times):
+                started = time.monotonic()
+                assert torch.equal(ask(dispatcher, rows, experts), expected)
+                longest = max(longest, time.monotonic() - started)
+            return longest
+
+        run(400)
+        usual = transport.latency[0].hedges
+        assert usual <= 0.05 * 800 + 10, "at most every twentieth when nothing is slow"
+        pause_s["0a"] = 2.0
+        assert run(60) < 1.5, "the first answer counted"
+        assert transport.latency[0].hedges > usual
+        assert transport.latency[1].hedges == 0, "there is no other to ask"
+        pause_s["0a"] = 0.0
+        owed = straggler.stats().frames
+        wait_for(lambda: straggler.stats().frames > owed, 20, "the answer that the straggler owed")
+
+        def is_asked_again() -> bool:
+            before = straggler.stats().frames
+            run(200)
+            return straggler.stats().frames > before + 40
+
+        wait_for(is_asked_again, 60, "an even share for the straggler")
+
+
+def test_an_answer_that_is_there_is_read_before_anybody_else_is_asked() -> None:
+    """A coordinator that came late to look for its answers took the shards for late, and asked others in vain."""
+    with shards() as running:
+        running.start("0a", 0)
+        running.start("0b", 0)
+        running.start("1a", 1)
+        transport = running.transport(timeout_s=30.0)
+        dispatcher = Dispatcher(GROUPS, transport)
+        rows, experts = batch(4)
+        weights = torch.full(experts.shape, 0.5)
+        for _ in range(3):
+            dispatch = dispatcher.dispatch(1, rows, experts)
+            time.sleep(2 * OVERDUE_S)
+            assert torch.equal(dispatcher.combine(dispatch, weights), expected(rows, experts))
+        assert transport.latency[0].hedges == 0
+
+
+def test_a_shard_that_was_stopped_owes_its_answers_and_is_left_alone_meanwhile() -> None:
+    gate = threading.Event()
+    with shards() as running:
+        stopped = running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(20))))
+        running.start("0b", 0)
+        running.start("1a", 1)
+        gate.set()
+        transport = running.transport(timeout_s=30.0)
+        dispatcher = Dispatcher(GROUPS, transport)
+        rows, experts = batch(4)
+        for _ in range(100):
+            ask(dispatcher, rows, experts)
+        gate.clear()
+        frames = stopped.stats().frames
+        for _ in range(200):
+            ask(dispatcher, rows, experts)
+        assert stopped.stats().frames <= frames + 1
+        gate.set()
+
+
+def test_a_shard_that_was_stopped_before_its_speed_is_known_is_hedged_all_the_same() -> None:
+    """What is usual takes some dispatches to learn; till then a stopped shard held steps for a third of the timeout."""
+    gate = threading.Event()
+    with shards() as running:
+        running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(60))))
+        running.start("0b", 0)
+        running.start("1a", 1)
+        dispatcher, local = Dispatcher(GROUPS, running.transport(timeout_s=90.0)), Dispatcher(GROUPS, LocalMaths())
+        rows, experts = batch(4)
+        started = time.monotonic()
+        for _ in range(4):
+            assert torch.equal(ask(dispatcher, rows, experts), ask(local, rows, experts))
+        assert time.monotonic() - started < 10, "promised a second"
+        gate.set()
+
+
+def test_many_rows_of_a_group_are_split_over_its_replicas() -> None:
+    with shards() as running:
+        servers = [running.start(name, 0) for name in ("0a", "0b", "0c")]
+        running.start("1a", 1)
+        dispatcher, local = Dispatcher(GROUPS, running.transport()), Dispatcher(GROUPS, LocalMaths())
+        rows, experts = batch(500)
+        for _ in range(10):
+            assert torch.equal(ask(dispatcher, rows, experts), ask(local, rows, experts))
+        shares = [server.stats().rows for server in servers]
+        assert min(shares) > 0.2 * sum(shares), shares
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=6).filter(sum), st.integers(1, 5))
+def test_pieces_of_a_group_hold_its_rows_in_order(counts: list[int], num_replicas: int) -> None:
+    total = sum(counts)
+    part = GroupRows(0, np.arange(total), tuple(counts), torch.empty(total + 3, 1), 3)
+    pieces = split(part, num_replicas)
+    assert np.array_equal(np.concatenate([piece.row_indices for piece in pieces]), part.row_indices)
+    assert [sum(of) for of in zip(*(piece.counts for piece in pieces), strict=True)] == counts
+    at = part.start
+    for piece in pieces:
+        assert piece.start == at
+        assert sum(piece.counts) == len(piece.row_indices) >= min(total, SPLIT_ROWS)
+        at += len(piece.row_indices)
+    assert len(pieces) <= num_replicas
+
+
+def damaged(experts: Sequence[int], times: int) -> Maths:
+    """Answers NaN so often, then as it should."""
+    run = maths(experts)
+    left = [times]
+
+    def run_damaged(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        left[0] -= 1
+        answer = run(layer, rows, counts)
+        return answer * float("nan") if left[0] >= 0 else answer
+
+    return run_damaged
+
+
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_an_answer_that_is_not_finite_is_asked_of_another_replica(times: int, device: str) -> None:
+    with shards() as running:
+        running.start("0a", 0, damaged(GROUPS[0].experts, times))
+        running.start("0b", 0)
+        running.start("1a", 1)
+        dispatcher = Dispatcher(GROUPS, running.transport())
+        rows, experts = batch(4)
+        for _ in range(10):
+            assert torch.equal(ask(dispatcher, rows.to(device), experts.to(device)).cpu(), expected(rows, experts))
+
+
+def test_rows_that_are_not_finite_in_every_replica_come_back_as_they_are() -> None:
+    with shards() as running:
+        for name in ("0a", "0b"):
+            running.start(name, 0, damaged(GROUPS[0].experts, 10**6))
+        running.start("1a", 1)
+        dispatcher = Dispatcher(GROUPS, running.transport())
+        rows, experts = batch(4)
+        started = time.monotonic()
+        assert not torch.isfinite(ask(dispatcher, rows, experts)).all()
+        assert time.monotonic() - started < 3

@@ -1,0 +1,27 @@
+"""A packed weight multiplies as the plain one does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experts_service.kernels.linear import Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 32), (96, 40), (7, 13), (300, 128)])
+def test_it_equals_linear_for_any_number_of_rows(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    linear = Linear(weight.clone())
+    for rows in (0, 1, 2, 3, 4, 5, 16, 17, 200):
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        exact = F.linear(x.double(), weight.double())
+        torch.testing.assert_close(linear(x).double(), exact, rtol=0.02 if dtype is torch.bfloat16 else 1e-4, atol=0.1)
+        if dtype is torch.float32:
+            assert torch.equal(linear(x), F.linear(x, weight))
+
+
+def test_a_slice_of_other_rows_is_taken_as_it_is():
+    weight = torch.randn(16, 8).bfloat16()
+    x = torch.randn(20, 8).bfloat16()
+    assert torch.equal(Linear(weight)(x[3:7]), Linear(weight)(x[3:7].clone()))

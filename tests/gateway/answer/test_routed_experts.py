@@ -1,0 +1,72 @@
+"""`return_routed_experts` at both doors: by token, layer and choice, whole and streamed, and only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from cluster.messages import ModelCard, Request, TokenChunk
+from gateway.frontend import Frontend
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.text.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server
+from tests.gateway.grpc.test_grpc import grpc_server
+from tests.gateway.http.test_http import sse
+
+NUM_TOKENS = 13
+EXPECTED = [[[i, i + 1], [i + 2, i + 3]] for i in range(NUM_TOKENS)]
+
+
+@pytest.fixture
+def frontend(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> Frontend:
+    """Token i went to experts i and i + 1 in layer 0, to i + 2 and i + 3 in layer 1; two tokens a chunk."""
+    ids = tokenizer.encode("Hello STOP é, and so on")[1 : NUM_TOKENS + 1]
+    assert len(ids) == NUM_TOKENS
+
+    async def script(request: Request) -> AsyncIterator[TokenChunk]:
+        for at in range(0, len(ids), 2):
+            piece = ids[at : at + 2]
+            experts = bytes(at + i + j for i in range(len(piece)) for j in range(4))
+            yield TokenChunk(
+                request.request_id,
+                request.choice_index,
+                at,
+                piece,
+                finish_reason="length" if at + 2 >= len(ids) else None,
+                routed_experts=experts if request.sampling.routed_experts else None,
+            )
+
+    return build_frontend(replace(card, num_layers=2, num_experts=8, top_k=2), ScriptedCoordinator(script))
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_every_token_has_its_experts(frontend: Frontend, path: str) -> None:
+    body = {"model": "tiny", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    with http_server(frontend) as url:
+        url += f"/v1/{path}"
+        asking = body | {"return_routed_experts": True}
+        assert httpx.post(url, json=asking).json()["choices"][0]["routed_experts"] == EXPECTED
+        chunks = sse(httpx.post(url, json=asking | {"stream": True}).text)
+        assert [token for chunk in chunks for token in chunk["choices"][0].get("routed_experts", [])] == EXPECTED
+        cut = httpx.post(url, json=asking | {"stop": "STOP"}).json()["choices"][0]
+        assert 0 < len(cut["routed_experts"]) < NUM_TOKENS
+        assert cut["routed_experts"] == EXPECTED[: len(cut["routed_experts"])]
+        for stream in (False, True):
+            assert "routed_experts" not in httpx.post(url, json=body | {"stream": stream}).text
+
+
+def test_every_token_has_its_experts_over_grpc(frontend: Frontend) -> None:
+    def lists(choice: chat_pb2.Choice) -> list[list[list[int]]]:
+        return [[list(layer.experts) for layer in token.layers] for token in choice.routed_experts]
+
+    with grpc_server(frontend) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)
+        asking = chat_pb2.GenerateRequest(
+            model="tiny", text="x", sampling=chat_pb2.Sampling(return_routed_experts=True)
+        )
+        assert lists(stub.Generate(asking).choices[0]) == EXPECTED
+        assert [token for chunk in stub.GenerateStream(asking) for token in lists(chunk.choice)] == EXPECTED
+        assert lists(stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="x")).choices[0]) == []

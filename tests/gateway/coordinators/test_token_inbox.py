@@ -1,0 +1,160 @@
+"""Each request gets its own tokens, in order and once, or an error; nobody waits for what cannot come."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import CoordinatorLost, EngineDead, MantaError
+from cluster.messages import Request, SamplingParams, TokenChunk, TokenLogprobs
+from cluster.token_chunks import cut
+from gateway.coordinators.table import CoordinatorTable
+from gateway.coordinators.token_inbox import MAX_JOINED, Mail, TokenInbox
+
+
+def request(name: str, output: tuple[int, ...] = ()) -> Request:
+    return Request(name, (1, 2), SamplingParams(max_tokens=20), 7, output_token_ids=output)
+
+
+def chunk(name: str, position: int, finish_reason: str | None = None) -> TokenChunk:
+    return TokenChunk(name, 0, position, (100 + position,), finish_reason=finish_reason)  # type: ignore[arg-type]
+
+
+async def read(mail: Mail) -> tuple[list[int], MantaError | None]:
+    tokens: list[int] = []
+    try:
+        async with asyncio.timeout(5):
+            async for one in mail:
+                tokens += one.token_ids
+    except MantaError as error:
+        return tokens, error
+    return tokens, None
+
+
+def test_each_request_gets_its_own_tokens() -> None:
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        with inbox.expect(request("a")) as a, inbox.expect(request("b", output=(100, 101))) as b:
+            both = asyncio.gather(read(a), read(b))
+            inbox.deliver((chunk("a", 0), chunk("b", 2), chunk("gone", 5)))
+            await asyncio.sleep(0)
+            inbox.deliver((chunk("a", 1, "stop"), chunk("b", 3)))
+            inbox.deliver(())
+            inbox.deliver((chunk("b", 4, "length"),))
+            assert await both == [([100, 101], None), ([102, 103, 104], None)]
+            assert a.is_complete
+            assert b.is_complete
+        inbox.deliver((chunk("a", 2),))
+        assert inbox._mails == {}
+
+    asyncio.run(run())
+
+
+def test_chunks_that_its_reader_has_not_taken_are_joined() -> None:
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        with inbox.expect(request("a")) as mail:
+            for position in range(10):
+                inbox.deliver((chunk("a", position, "length" if position == 9 else None),))
+            [joined] = [one async for one in mail]
+            assert joined.token_ids == tuple(range(100, 110))
+
+    asyncio.run(run())
+
+
+def test_what_a_client_left_unread_for_long_does_not_hold_up_others() -> None:
+    """All of it became one chunk, whose ten thousand tokens became text while every other stream stood still."""
+
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        turns = 0
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with inbox.expect(request("a")) as mail:
+            for position in range(10_000):
+                inbox.deliver((chunk("a", position, "length" if position == 9999 else None),))
+            other = asyncio.create_task(another())
+            chunks = [one async for one in mail]
+            other.cancel()
+        assert [token for one in chunks for token in one.token_ids] == [100 + position for position in range(10_000)]
+        assert max(len(one.token_ids) for one in chunks) == MAX_JOINED
+        assert turns > 100
+
+    asyncio.run(run())
+
+
+def test_a_prompt_that_comes_in_parts_is_read_as_one_chunk() -> None:
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        scores = tuple(TokenLogprobs(-float(i)) for i in range(100))
+        whole = replace(chunk("a", 0, "stop"), prompt_logprobs=(None, *scores))
+        with inbox.expect(request("a")) as mail:
+            reading = asyncio.create_task(anext(aiter(mail)))
+            for part in cut(whole, 1000):
+                assert not reading.done()
+                inbox.deliver((part,))
+                await asyncio.sleep(0)
+            assert await reading == whole
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_token_that_comes_twice_or_not_at_all_loses_the_coordinator(position: int) -> None:
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        with inbox.expect(request("a")) as mail:
+            inbox.deliver((chunk("a", 0),))
+            inbox.deliver((chunk("a", position, "stop"),))
+            tokens, error = await read(mail)
+            assert (tokens, type(error)) == ([100], CoordinatorLost)
+
+    asyncio.run(run())
+
+
+def test_a_lost_coordinator_is_lost_to_those_who_were_given_to_it() -> None:
+    async def run() -> None:
+        table = CoordinatorTable()
+        inbox = TokenInbox(table)
+        table.sent(("b", 0), "north")  # nobody waits for it yet
+        with (
+            inbox.expect(request("a")) as a, inbox.expect(request("b")) as b,
+            inbox.expect(request("c")) as c, inbox.expect(request("d")) as d,
+        ):  # fmt: skip
+            table.sent(("a", 0), "north")
+            table.sent(("c", 0), "north")
+            table.sent(("c", 0), "south")  # the first one refused it
+            table.sent(("d", 0), "north")
+            inbox.deliver((chunk("a", 0), chunk("d", 0, "stop")))
+            assert inbox.expects_from("north")
+            inbox.lose("north", "silent")
+            for name in "bc":
+                inbox.deliver((chunk(name, 0, "stop"),))
+            lost = await read(a)
+            assert (lost[0], type(lost[1])) == ([100], CoordinatorLost)
+            assert [await read(mail) for mail in (b, c, d)] == [([100], None)] * 3
+        assert not inbox.expects_from("north")
+        assert table._places == {}
+
+    asyncio.run(run())
+
+
+def test_tokens_that_came_before_an_error_are_read_before_it() -> None:
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        with inbox.expect(request("a")) as mail:
+            inbox.deliver((chunk("a", 0),))
+            mail.fail(EngineDead("its thread"))
+            mail.fail(CoordinatorLost("later"))
+            inbox.deliver((chunk("a", 1),))
+            tokens, error = await read(mail)
+            assert (tokens, type(error)) == ([100], EngineDead)
+
+    asyncio.run(run())

@@ -1,0 +1,126 @@
+"""Answers that Serve makes itself, as Serve makes them, reach clients in the shape of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from ray.serve._private.http_util import convert_object_to_asgi_messages, start_asgi_http_server
+from ray.serve.config import HTTPOptions
+
+from cluster.messages import ModelCard
+from gateway.edge.client_headers import middlewares
+from gateway.edge.serve_answers import ServeAnswers, answer_malformed_requests
+from gateway.http.app import build_app
+from gateway.text.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.ports import free_port
+from tests.raw_http import MALFORMED, WEBSOCKET, check_error, exchange
+from tests.waiting import wait_for
+
+BACKPRESSURE = "Request dropped due to backpressure"
+
+
+def answered(messages: list[Any], path: str = "/v1/models") -> tuple[Any, bytes]:
+    """The head and the body that a client gets where Serve sends these messages."""
+    sent: list[Any] = []
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    asyncio.run(ServeAnswers(serve)({"type": "http", "path": path}, receive, send))
+    return sent[0], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "code"),
+    [
+        (429, BACKPRESSURE, "rate_limit_error", "overloaded"),
+        (408, "Request 1 timed out after 605.0s.", "timeout_error", "deadline_exceeded"),
+        (404, "Path '/v1' not found.", "not_found_error", None),
+        (500, "Traceback (most recent call last): …", "internal_error", None),
+    ],
+)
+def test_a_plain_text_becomes_an_error_of_ours(status: int, text: str, kind: str, code: str | None) -> None:
+    head, content = answered(convert_object_to_asgi_messages(text, status, [(b"retry-after", b"1")]))
+    headers = dict(head["headers"])
+    assert head["status"] == status
+    assert headers[b"content-type"] == b"application/json"
+    assert headers[b"retry-after"] == b"1"
+    assert int(headers[b"content-length"]) == len(content)
+    error = json.loads(content)["error"]
+    assert (error["type"], error["code"], error["param"]) == (kind, code, None)
+    assert (error["message"] == text) == (status < 500), "what went wrong inside is nobody's business"
+
+
+@pytest.mark.parametrize(
+    ("messages", "path"),
+    [
+        (convert_object_to_asgi_messages("draining", 503), "/-/healthz"),
+        (convert_object_to_asgi_messages("# HELP", 200), "/metrics"),
+        (convert_object_to_asgi_messages({"error": {}}, 400), "/v1/models"),
+    ],
+)
+def test_all_else_stays_as_it_is(messages: list[Any], path: str) -> None:
+    assert answered(messages, path) == (messages[0], messages[1]["body"])
+
+
+def test_serve_is_told_of_it() -> None:
+    assert ServeAnswers in [middleware.cls for middleware in middlewares()]
+
+
+@contextmanager
+def serves_http_server(app: Any) -> Iterator[int]:
+    """uvicorn as Serve starts it in its proxies and in our replicas; its port."""
+    port = free_port()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    options = HTTPOptions(host="127.0.0.1", port=port)
+    starting = start_asgi_http_server(app, options, event_loop=loop)
+    task, server = asyncio.run_coroutine_threadsafe(starting, loop).result()
+    wait_for(lambda: server.started, 30, "the server")
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        wait_for(task.done, 30, "its end")
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_what_is_no_http_has_an_error_like_any_other(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    """uvicorn answered in plain text, before any code of Serve's or ours, and to an upgrade without a body."""
+    answer_malformed_requests()
+    frontend = build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("x"))))
+    with serves_http_server(ServeAnswers(build_app(frontend))) as port:
+        answers = {what: exchange(port, request) for what, (request, _, _) in MALFORMED.items()}
+        upgrade = exchange(port, WEBSOCKET)
+    assert {what: answer[0] for what, answer in answers.items()} == {what: MALFORMED[what][2] for what in MALFORMED}
+    assert upgrade[0] == 403
+    for answer in (*answers.values(), upgrade):
+        if answer[0] != 200:
+            check_error(*answer)
+
+
+def test_no_answer_at_all_is_an_error_like_any_other() -> None:
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        """As Serve does when our code raises."""
+
+    with serves_http_server(ServeAnswers(serve)) as port:
+        answer = exchange(port, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert answer[0] == 500
+    check_error(*answer)

@@ -1,0 +1,82 @@
+"""The gRPC door behind the HAProxy that `manta-haproxy` becomes, with a configuration like Serve's."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import grpc
+
+from cluster.messages import ModelCard
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.grpc.watches import MAX_OF_CALLER
+from gateway.text.tokenizer import HuggingFaceTokenizer
+from tests.cluster.commands.test_haproxy import running
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.gateway.grpc.test_grpc import grpc_address
+from tests.ports import free_port
+from tests.raw_http2 import Sender
+from tests.waiting import wait_for
+
+CONFIG = """
+global
+    stats socket {directory}/cli mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 400ms
+frontend grpc_frontend
+    bind 127.0.0.1:{port} proto h2
+    default_backend grpc-gateway
+backend grpc-gateway
+    mode http
+    http-reuse always
+    server one {address} proto h2 check
+"""
+
+
+def test_a_silent_stream_is_not_cut_and_its_connection_is_kept_alive(
+    tmp_path: Path, card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """A silent client, which HAProxy gives up, is none that waits for an answer."""
+    port = free_port()
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hi")[1:], pause_s=1.5))
+    request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=chat_pb2.Sampling(max_tokens=1))
+    with grpc_address(build_frontend(card, coordinator)) as address:
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(CONFIG.format(directory=tmp_path, port=port, address=address))
+        with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=30, wait_for_ready=True)
+            wait_for(lambda: "keepalive" in sockets_at(port), 10, "a connection that is kept alive")
+            assert len(list(stream)) == 1
+
+
+def test_a_client_is_one_caller_however_many_connections_haproxy_has_for_it(
+    tmp_path: Path, card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Streams that begin at the same time get a connection each there, and each would have watches of its own."""
+    port = free_port()
+    senders = [Sender(), Sender()]
+
+    async def watch(frontend_port: int) -> None:
+        def is_settled() -> bool:
+            return all(sender.num_open <= MAX_OF_CALLER for sender in senders)
+
+        address, path = f"127.0.0.1:{frontend_port}", "/grpc.health.v1.Health/Watch"
+        watching = (sender.send(address, path, 20, b"", until=is_settled) for sender in senders)
+        await asyncio.wait_for(asyncio.gather(*watching), 20)
+
+    with grpc_address(build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("Hi"))))) as address:
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(CONFIG.format(directory=tmp_path, port=port, address=address).replace("400ms", "20s"))
+        with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=20)
+            asyncio.run(watch(port))
+    assert [sender.num_open for sender in senders] == [MAX_OF_CALLER] * 2
+
+
+def sockets_at(port: int) -> str:
+    """HAProxy's connections of clients, with their timers."""
+    command = ["ss", "--no-header", "--tcp", "--numeric", "--options", "state", "established", "sport", f"= :{port}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,101 @@
+"""Traces over a real OTLP connection: from the client through the gateway to the engine's steps; none when off."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+
+from cluster.errors import ExpertUnavailable
+from cluster.messages import ModelCard, Request, TokenChunk
+from cluster.telemetry.traces import Traces
+from gateway.text.tokenizer import HuggingFaceTokenizer
+from router_service.scheduling.scheduler import ScheduledSequence
+from router_service.scheduling.sequence import Sequence
+from router_service.telemetry.engine_traces import EngineTraces
+from tests.collector import attributes, collector
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the prompt's own words"}]}
+
+
+def traced_coordinator(traces: EngineTraces, tokens: tuple[int, ...]) -> ScriptedCoordinator:
+    """Its spans are a coordinator's: one for the request, one for each token's step."""
+    inner = tokens_script(tokens)
+
+    async def script(request: Request) -> AsyncIterator[TokenChunk]:
+        span = traces.begin(request)
+        count = 0
+        try:
+            async for chunk in inner(request):
+                traces.observe_step(0.01, [ScheduledSequence(Sequence(request), 0, 1)])
+                count += len(chunk.token_ids)
+                yield chunk
+        finally:
+            traces.end(request, span, count, None)
+
+    return ScriptedCoordinator(script)
+
+
+def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    tokens = tokenizer.encode("Hello")[1:]
+    with collector() as found:
+        ours, engines = Traces("manta-gateway", found.url), EngineTraces(Traces("manta-coordinator", found.url))
+        frontend = build_frontend(card, traced_coordinator(engines, tokens))
+        frontend._traces = ours
+        with http_server(frontend) as url:
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            answer = httpx.post(url + "/v1/chat/completions", json=BODY | {"n": 2}, headers=headers).json()
+            httpx.post(url + "/v1/chat/completions", json=BODY, headers={"traceparent": "nonsense"})
+            unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
+            httpx.post(url + "/v1/chat/completions", json=BODY, headers=unsampled)
+        ours.close()
+        engines.close()
+    first, second = sorted(found.named("request"), key=lambda span: span.start_time_unix_nano)
+    assert {service for service, span in found.spans if span.name == "request"} == {"manta-gateway"}
+    assert (first.trace_id.hex(), first.parent_span_id.hex()) == (TRACE, PARENT)
+    assert attributes(first)["manta.request_id"] == answer["id"]
+    assert attributes(first)["gen_ai.usage.output_tokens"] == answer["usage"]["completion_tokens"]
+    assert attributes(first)["gen_ai.request.model"] == "tiny"
+    assert second.trace_id.hex() != TRACE, "what cannot be read begins a trace of its own"
+    assert not second.parent_span_id
+    children = [span for span in found.named("generate") if span.parent_span_id == first.span_id]
+    assert len(children) == 2
+    assert {span.trace_id for span in children} == {first.trace_id}
+    steps = found.named("step")
+    linked = [link.span_id for step in steps for link in step.links]
+    for child in found.named("generate"):
+        assert linked.count(child.span_id) == len(tokens) + 1
+        assert first.start_time_unix_nano <= child.start_time_unix_nano
+    assert len(found.named("generate")) == 3, "the client that does not want to be traced is not"
+    assert "own words" not in str(found.spans)
+
+
+def test_a_failed_request_names_its_error(card: ModelCard) -> None:
+    with collector() as found:
+        frontend = build_frontend(card, ScriptedCoordinator(failing_script([], ExpertUnavailable("gone"))))
+        frontend._traces = traces = Traces("manta-gateway", found.url)
+        with http_server(frontend) as url:
+            assert httpx.post(url + "/v1/chat/completions", json=BODY).status_code == 503
+        traces.close()
+    [span] = found.named("request")
+    assert attributes(span)["error.type"] == "ExpertUnavailable"
+    assert span.status.code == 2
+
+
+def test_without_an_endpoint_nothing_is_sent_or_imported(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    from tests.gateway.test_service import run_python
+
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:]))
+    with http_server(build_frontend(card, coordinator)) as url:
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        assert httpx.post(url + "/v1/chat/completions", json=BODY, headers=headers).status_code == 200
+    assert coordinator.requests[0].traceparent == ""
+    code = (
+        "import sys; from cluster.telemetry.traces import Traces; "
+        "Traces('x', None).start('a', {}).end({}); print(*sys.modules)"
+    )
+    assert "opentelemetry" not in run_python(code)

@@ -1,0 +1,54 @@
+"""The figures of steps, as /metrics shows them."""
+
+from prometheus_client import CollectorRegistry
+
+from router_service.telemetry.engine_metrics import EngineMetrics, RequestHistograms, StepHistograms
+from tests.checkpoints import write_checkpoint
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
+
+
+def test_the_longest_step_is_kept():
+    registry = CollectorRegistry()
+    observe = StepHistograms(registry)
+    for seconds in (0.02, 1.5, 0.3):
+        observe(seconds, 4)
+    assert registry.get_sample_value("manta_longest_step_seconds") == 1.5
+    assert registry.get_sample_value("manta_step_seconds_count") == 3
+
+
+def test_the_time_of_an_answer_is_cut_into_waiting_prompt_and_tokens(tmp_path):
+    """With one place in the batch, the second request waits for all of the first. One that is resumed counts again."""
+    write_checkpoint(tmp_path, dense=True)
+    registry = CollectorRegistry()
+    bench = Bench(tmp_path, max_num_seqs=1, max_num_batched_tokens=16)
+    observe = RequestHistograms(registry)
+    bench.engine._observe_step = lambda _seconds, batch: observe(batch)
+
+    def total(name, suffix="sum"):
+        return registry.get_sample_value(f"vllm:request_{name}_time_seconds_{suffix}")
+
+    bench.run(make_request(range(3, 43), max_tokens=8, ignore_eos=True))
+    alone = total("inference")
+    assert total("queue") < alone
+    assert 0 < total("prefill") < alone, "three chunks of the prompt"
+    assert 0 < total("decode") < alone
+    assert abs(total("prefill") + total("decode") - alone) < 1e-9
+    bench.run(
+        make_request(range(3, 43), max_tokens=8, ignore_eos=True),
+        make_request(range(3, 43), max_tokens=8, ignore_eos=True),
+    )
+    assert total("queue") > (total("inference") - alone) / 4, "the second waited as long as the first took"
+    assert {total(name, "count") for name in ("queue", "prefill", "decode", "inference")} == {3}
+    bench.run(make_request(range(3, 43), pooling="mean"))
+    assert total("queue", "count") == 3, "an embedding has no tokens"
+
+
+def test_how_the_cache_is_set_up_is_in_labels(tmp_path):
+    write_checkpoint(tmp_path, dense=True)
+    engine = Bench(tmp_path).engine
+    metrics = EngineMetrics("r", (), {})
+    metrics.watch(engine.stats, {"block_size": 16, "enable_prefix_caching": True})
+    [info] = [family for family in metrics.collect() if family.name == "vllm:cache_config_info"]
+    [sample] = info.samples
+    assert (sample.value, sample.labels) == (1, {"block_size": "16", "enable_prefix_caching": "True"})
