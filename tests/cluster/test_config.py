@@ -94,10 +94,11 @@ def test_every_key_says_what_it_is():
     assert silent == []
 
 
-def test_the_example_of_the_readme_is_accepted(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_example_of_a_page_is_accepted(tmp_path, page):
+    text = (Path(__file__).parents[2] / page).read_text()
     file = tmp_path / "manta.yaml"
-    file.write_text(readme.split("```yaml")[1].split("```")[0])
+    file.write_text(text.split("```yaml")[1].split("```")[0])
     assert load_config(file).models[0].experts.groups == ((0, 1), (2, 3), (4, 5), (6, 7))
 
 

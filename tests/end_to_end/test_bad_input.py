@@ -12,7 +12,7 @@ CHAT = {"model": "manta-demo", "messages": [{"role": "user", "content": "Hello"}
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages[0].role"),
         ({"temperature": "warm"}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": -0.1}, 400, "top_p"),
         ({"n": 10**6}, 400, "n"),
         ({"max_tokens": -1}, 400, "max_tokens"),
         ({"stop": [1]}, 400, "stop"),

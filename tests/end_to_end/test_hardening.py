@@ -95,7 +95,7 @@ for path in sys.argv[1:]:
             print(error.strerror)
 """
 
-# The README's table: who listens on which ports, from the lowest to the highest, and whether on loopback only.
+# The table of docs/security.md: who listens on which ports, from the lowest to the highest, whether on loopback only.
 NAMED = {
     "haproxy": ((8000, 8000, True), (9000, 9000, True), (8404, 8404, False), (9101, 9101, False)),
     "ray::ServeReplica:gateway:gateway": ((30000, 30100, True), (40000, 40100, True)),
@@ -282,6 +282,6 @@ def test_only_the_ports_of_the_readme_listen(host: Host, server: Any) -> None:
             random.append(one)
     # That they are guarded was taken for granted, so one that is not was missing from the table.
     assert host.run(lambda: [one.program for one in random if one.tells_anybody()]) == OPEN
-    table = (REPOSITORY / "README.md").read_text().partition("## Ports")[2].partition("\n## ")[0]
+    table = (REPOSITORY / "docs" / "security.md").read_text().partition("## Ports")[2].partition("\n## ")[0]
     assert [line for line in table.splitlines() if line.startswith("| random | Ray's metrics export")]
     assert all(re.search(rf"\b{port}\b", table) for port in single)

@@ -1,4 +1,4 @@
-"""k8s/README.md: its figures are `manta plan`'s, its overlays and ports those of the manifests."""
+"""docs/kubernetes.md: its figures are `manta plan`'s, its overlays and ports those of the manifests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.kubernetes.check.quantities import parse_quantity
 from cluster.kubernetes.sizes import SHARED_MEMORY_MIB, pod_groups
 from tests.k8s.overlays import OVERLAYS, REPOSITORY, needs_kubectl, the
 
-README = (REPOSITORY / "k8s" / "README.md").read_text()
+README = (REPOSITORY / "docs" / "kubernetes.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in README.splitlines()

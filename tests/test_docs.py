@@ -1,0 +1,58 @@
+"""README.md and docs/: every file, name and link in them is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def _defined(file: Path) -> set[str]:
+    """Functions, classes and their methods, as `Class.method`."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {
+                f"{node.name}.{part.name}"
+                for part in node.body
+                if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return names
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it: lower case, no punctuation, dashes for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_each_step_of_a_requests_life_is_where_the_page_says() -> None:
+    [_, life] = (REPOSITORY / "docs" / "design.md").read_text().split("## A request's life\n")
+    steps = re.findall(r"`([\w/]+\.py)`\s+`([\w.]+)`", life.split("\n## ")[0])
+    assert len(steps) >= 20
+    missing = [(file, name) for file, name in steps if name not in _defined(REPOSITORY / file)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    folders = r"(?:cluster|gateway|router_service|experts_service|tests|k8s|docs)"
+    files = set(re.findall(rf"(?<![\w./-])({folders}/[\w./-]+\.(?:py|md|yaml|json|proto|html|png))", text))
+    files -= {file for file in files if "…" in file}
+    assert sorted(file for file in files if not (REPOSITORY / file).exists()) == []
+    broken = []
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = page if not file else (page.parent / file)
+        if not linked.exists() or (
+            anchor and anchor not in map(_anchor, re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE))
+        ):
+            broken.append(target)
+    assert broken == []
