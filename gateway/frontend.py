@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from functools import partial
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
 from cluster.fairness import is_refused
-from cluster.messages import Embedding, Kind, ModelCard, TokenChunk
+from cluster.messages import Embedding, Kind, ModelCard, Request, TokenChunk
 from cluster.telemetry.traces import Span, Traces
 from gateway.admission.caller import current_caller
 from gateway.admission.guard import Guard
@@ -150,20 +150,20 @@ class Frontend:
         """That of each input, in order. Cancelling aborts them. Raises MantaError."""
         self._refuse_when_full()
         record = current_record() or RequestRecord("http", "")
-        with (
-            self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer,
-            PromptBill(current_caller(), {job.id: job.num_prompt_tokens}) as bill,
-        ):
+        with self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer:
             coordinator = self.served(job.card).coordinator
             embeddings: list[Embedding] = []
             try:
                 async with asyncio.timeout(job.deadline.remaining_s):
                     for start in range(0, len(job.requests), EMBEDDINGS_PER_CALL):
                         asked = job.requests[start : start + EMBEDDINGS_PER_CALL]
-                        embeddings += await resumption.embed(coordinator, asked, self.config.resume_timeout_s)
+                        with PromptBill(current_caller(), {job.id: _num_tokens(asked)}) as bill:
+                            embeddings += await resumption.embed(
+                                coordinator, asked, self.config.resume_timeout_s, has_begun=start > 0
+                            )
+                            bill.answered(job.id)
             except TimeoutError:
                 raise DeadlineExceeded(PASSED) from None
-            bill.answered(job.id)
             for choice in range(len(embeddings)):
                 timer.tokens(choice, 0, "stop")
         return embeddings
@@ -280,6 +280,10 @@ def _end_span(span: Span, record: RequestRecord) -> None:
             "manta.time_to_first_token_s": record.time_to_first_token_s or 0.0,
         }
         span.end(attributes, record.error)
+
+
+def _num_tokens(requests: Sequence[Request]) -> int:
+    return sum(len(request.prompt_token_ids) for request in requests)
 
 
 def _charged(generation: Generation) -> Generation:

@@ -61,15 +61,26 @@ async def generate(
 
 
 async def embed(
-    coordinator: CoordinatorClient, requests: tuple[Request, ...], resume_timeout_s: float
+    coordinator: CoordinatorClient,
+    requests: tuple[Request, ...],
+    resume_timeout_s: float,
+    *,
+    has_begun: bool = False,
 ) -> tuple[Embedding, ...]:
-    """The embedding of each prompt; where a coordinator is lost, another one computes them all. Raises MantaError."""
+    """The embedding of each prompt; where a coordinator is lost, another one computes them all. Raises MantaError.
+
+    `has_begun`: others of the same client request are computed, so these wait for room where there is none.
+    """
     attempts = _Attempts(requests[0], resume_timeout_s)
     asked = requests
     while True:
         try:
             return await coordinator.embed(asked)
         except (CoordinatorLost, EngineDead, StepFailed) as error:
+            lost: MantaError = error
+        except Overloaded as error:
+            if not has_begun and attempts.number == 0:
+                raise
             lost = error
         await attempts.another(lost)
         asked = tuple(attempts.of(request) for request in requests)

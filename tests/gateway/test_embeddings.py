@@ -177,6 +177,20 @@ def test_two_thousand_inputs_are_asked_for_in_parts(
     assert max(coordinator.asked_at_once) <= 64, "a call of thousands would keep the event loop"
 
 
+def test_a_part_waits_where_the_coordinator_is_full_by_now(tokenizer_directory: Path) -> None:
+    """All 32 parts had to find room at once: a long list was refused whenever a busy server was full for a moment."""
+
+    class FullForAMoment(EmbeddingCoordinator):
+        async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+            self.error = Overloaded("full") if len(self.asked_at_once) in (1, 2, 5) else None
+            return await super().embed(requests)
+
+    with http_server(build(tokenizer_directory, busy := FullForAMoment())) as url:
+        answer = post(url, input=[str(i) for i in range(300)])
+    assert answer.status_code == 200, answer.text
+    assert busy.asked_at_once == [64, 64, 64, 64, 64, 64, 64, 44]
+
+
 @pytest.mark.parametrize("field", ["dimensions", "output_dimension"])
 def test_fewer_dimensions_are_scaled_again(url: str, field: str) -> None:
     whole = np.array(post(url, input="Hello").json()["data"][0]["embedding"])

@@ -158,6 +158,31 @@ def test_embeddings(url: str, coordinator: Coordinator, spent: Any, error: Manta
     assert spent() == (60, 60)
 
 
+def test_of_embeddings_in_parts_those_that_were_asked_for_are_paid(
+    url: str, coordinator: Coordinator, spent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part fails, or its client leaves: the first was computed, and nobody has begun with the third."""
+    monkeypatch.setattr("gateway.frontend.EMBEDDINGS_PER_CALL", 2)
+    embed, asked = coordinator.embed, []
+
+    async def with_trouble(requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
+        asked.append(requests)
+        if len(asked) == 2:
+            raise ExpertUnavailable("expert-0 is gone")
+        if len(asked) == 4:
+            await asyncio.sleep(30)
+        return await embed(requests)
+
+    monkeypatch.setattr(coordinator, "embed", with_trouble)
+    prompts = [[40] * 10] * 2 + [[40] * 20] * 2 + [[40] * 40] * 2
+    assert post(url, "/v1/embeddings", model="embed", input=prompts).status_code == 503
+    assert spent() == (20, 20), "it was free, and so was every other try"
+    headers = {"authorization": "Bearer a"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/embeddings", json={"model": "embed", "input": prompts}, headers=headers, timeout=0.5)
+    wait_for(lambda: spent() == (20 + 60, 20 + 60), 10, "the first two to be paid")
+
+
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
 def test_over_grpc(frontend: Frontend, coordinator: Coordinator, spent: Any, error: MantaError) -> None:
     request = chat_pb2.GenerateRequest(
