@@ -84,7 +84,7 @@ class LaneCarrier:
             first = attempts[0]
             assert first.link is not None
             with suppress(BlockingIOError, LinkLost):
-                while first.state is POSTED:
+                while first.state is POSTED and time.monotonic() < until:  # it may come a few bytes at a time
                     first.link.wait(first, soon)
             if first.state is not POSTED:
                 return

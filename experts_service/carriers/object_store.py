@@ -63,6 +63,7 @@ class CallRoutes:
         self._deployments = deployments
         self._table = table
         self.calls: dict[Any, str] = {}  # replica ids by reference, until it is known that the call has ended
+        self.unwanted: dict[Any, str] = {}  # the same of calls that nobody waits for any more
 
     @property
     def epoch(self) -> int:
@@ -76,11 +77,9 @@ class CallRoutes:
         return None, ""  # none is known, where none can be reached
 
     def owed(self, replica_id: str) -> int:
-        if self.calls:
-            ended, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0, fetch_local=False)
-            for reference in ended:
-                del self.calls[reference]
-        return list(self.calls.values()).count(replica_id)
+        forget_ended(self.calls)
+        forget_ended(self.unwanted)
+        return [*self.calls.values(), *self.unwanted.values()].count(replica_id)
 
 
 class CallCarrier:
@@ -129,6 +128,8 @@ class CallCarrier:
 
     def cancel(self, attempt: CallAttempt, *, silent: bool = False) -> None:  # noqa: ARG002
         attempt.state = CANCELLED
+        if replica_id := self._routes.calls.pop(attempt.reference, None):
+            self._routes.unwanted[attempt.reference] = replica_id
 
     def close(self) -> None:
         self._shards.clear()
@@ -157,6 +158,7 @@ class ObjectStoreTransport:
         )
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        forget_ended(self._routes.unwanted)  # Ray keeps an answer for as long as there is a reference to it
         flight = RemoteFlight(self.deliveries, layer, rows, parts)
         if flight.received is None:
             return flight
@@ -184,6 +186,14 @@ class ObjectStoreTransport:
         rows_of_group = batch.take(part.row_indices, axis=0)  # [R, D]
         packed = pickle.dumps((self._fingerprint, layer, part.counts, rows_of_group.tobytes()))
         return CallRows("run_inline", (packed,), place)
+
+
+def forget_ended(calls: dict[Any, str]) -> None:
+    """Let go of the references of calls that have ended."""
+    if calls:
+        ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
+        for reference in ended:
+            del calls[reference]
 
 
 def _finish(attempt: CallAttempt) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from experts_service.carriers.link import NOBODY, WAIT_S, LaneAttempt, Link, LinkLost
-from experts_service.delivery.delivery import ANSWERED, FAILED
+from experts_service.delivery.delivery import ANSWERED, FAILED, POSTED
 from experts_service.shard.batch import run_as_one
 from experts_service.shard.server import MAX_GUESTS, LaneServer
 from experts_service.wire.address import LaneAddress, connect
@@ -477,6 +477,31 @@ def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
         later.join()
     assert one.state is ANSWERED
     assert bytes(one.memory) == b"answered"
+    link.close()
+
+
+def test_an_answer_that_comes_byte_by_byte_keeps_nobody_from_the_clock() -> None:
+    """A dispatch was hedged, and found its deadline passed, only once a slow network had been silent for a while."""
+    link, one, _, shard = asked_link()
+    done = threading.Event()
+
+    def trickle() -> None:
+        for byte in one.expected + b"answered":
+            if done.wait(WAIT_S / 4):
+                return
+            shard.sendall(bytes([byte]))
+
+    carrier = Shards().transport().deliveries.carrier
+    with shard:
+        slow = threading.Thread(target=trickle)
+        slow.start()
+        started = time.monotonic()
+        carrier.poll([one], started + 2 * WAIT_S, 0.0)
+        seconds = time.monotonic() - started
+        done.set()
+        slow.join()
+    assert one.state is POSTED
+    assert seconds < 4 * WAIT_S, f"{len(one.expected) + 8} bytes took {seconds} s"
     link.close()
 
 
