@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from gateway.answer.chat import ChoiceText, num_bytes
-from gateway.answer.choice import Usage
+from gateway.answer.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob, vectors
 from gateway.frontend import Frontend
 from gateway.grpc.call import rpc_call
@@ -27,6 +27,7 @@ from gateway.grpc.messages import (
     embedding_fields,
     embedding_message,
     head,
+    num_echoed_bytes,
     sampling_fields,
     usage_message,
 )
@@ -143,7 +144,8 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                 usage=usage_message(usage),
             )
 
-        return await self.frontend.answer_worker.run(sum(map(num_bytes, choices)), response)
+        size = sum(num_bytes(whole) + num_echoed_bytes(generation, i) for i, whole in enumerate(choices))
+        return await self.frontend.answer_worker.run(size, response)
 
     async def _embed(self, response_type: Callable[..., _MessageT], job: EmbeddingJob) -> _MessageT:
         answer = await self.frontend.embed(job)
@@ -172,13 +174,19 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
             async with aclosing(self.frontend.generate(generation, usage)) as deltas:
                 async for delta in deltas:
                     running -= delta.finish_reason is not None
-                    prompt = None if delta.index in begun else echoed(generation, delta.index)
+                    is_first = delta.index not in begun
                     begun.add(delta.index)
-                    yield chat_pb2.Chunk(
-                        **head(generation),
-                        choice=choice(delta.index, delta, prompt),
-                        usage=None if running else usage_message(usage),
-                    )
+                    size = num_bytes(delta) + (num_echoed_bytes(generation, delta.index) if is_first else 0)
+                    counts = None if running else usage
+                    yield await self.frontend.answer_worker.run(size, _chunk, generation, delta, counts, is_first)
+
+
+def _chunk(generation: Generation, delta: Delta, usage: Usage | None, is_first: bool) -> chat_pb2.Chunk:
+    return chat_pb2.Chunk(
+        **head(generation),
+        choice=choice(delta.index, delta, echoed(generation, delta.index) if is_first else None),
+        usage=None if usage is None else usage_message(usage),
+    )
 
 
 def _chat_body(request: chat_pb2.ChatRequest) -> ChatCompletionRequest:

@@ -116,6 +116,12 @@ def echoed(generation: Generation, index: int) -> Echoed | None:
     return (generation.echo[index] if generation.echo else "", generation.requests[index].prompt_token_ids)
 
 
+def num_echoed_bytes(generation: Generation, index: int) -> int:
+    """About how much that is."""
+    text, token_ids = echoed(generation, index) or ("", ())
+    return len(text) + 4 * len(token_ids)
+
+
 def _logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> list[chat_pb2.TokenLogprob]:
     """One per token that has any: a prompt's first has none."""
     return [

@@ -92,7 +92,7 @@ class PromptReader:
         """The text of each prompt: as it was sent, or that of its ids without special ones."""
         if isinstance(prompt, str):
             return (prompt,)
-        own = prompt if isinstance(prompt[0], str | list) else [prompt]
+        own = [prompt] if isinstance(prompt[0], int) else prompt
         return tuple(
             text if isinstance(text, str) else detokenize(self._tokenizer, ids)
             for text, ids in zip(own, token_ids, strict=True)

@@ -6,6 +6,7 @@ Numbers are packed there: 8 MB hold eight million ids.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,22 @@ def cases() -> list[tuple[str, str, Any, Any]]:
             OK,
         ),
         ("sixteen choices", "Chat", sampling(n=16, logprobs=20, max_tokens=50), OK),
+        (
+            "a prompt that is echoed in every choice",
+            "Generate",
+            chat_pb2.GenerateRequest(
+                model="tiny", token_ids=ids(100_000), echo=True, sampling=chat_pb2.Sampling(max_tokens=1, n=32)
+            ),
+            OK,
+        ),
+        (
+            "a prompt's log-probabilities",
+            "GenerateStream",
+            chat_pb2.GenerateRequest(
+                model="tiny", token_ids=ids(8000), sampling=chat_pb2.Sampling(max_tokens=1, prompt_logprobs=20)
+            ),
+            OK,
+        ),
         ("vectors", "Embed", chat_pb2.EmbedRequest(model="vectors", inputs=[{"token_ids": ids(2000)}] * 64), OK),
     ]
 
@@ -87,9 +104,13 @@ def test_large_messages_keep_nobody_waiting(tokenizer_directory: Path) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
 
             async def call(rpc: str, data: bytes) -> Any:
-                """Its message was written and its answer will not be read: that is the client's work."""
+                """Its message was written and its answer will not be parsed: that is the client's work."""
                 make = channel.unary_stream if rpc.endswith("Stream") else channel.unary_unary
                 answer = make(f"/{SERVICE.full_name}/{rpc}")(data, timeout=60)
+                if rpc.endswith("Stream"):
+                    with suppress(grpc.RpcError):
+                        async for _ in answer:
+                            pass
                 return await answer.code()
 
             await call("Chat", chat().SerializeToString())

@@ -123,7 +123,8 @@ class Coordinator(ScriptedCoordinator):
     async def _answer(self, request: Request) -> AsyncIterator[TokenChunk]:
         sampling = request.sampling
         logprobs = None if sampling.logprobs is None else SCORES[1 : 1 + sampling.max_tokens]
-        scores = None if sampling.prompt_logprobs is None else SCORES
+        num_scored = len(request.prompt_token_ids) - 1
+        scores = None if sampling.prompt_logprobs is None else (None, *SCORES[1:2] * num_scored)
         ids = (40,) * min(sampling.max_tokens, 1000)
         yield TokenChunk(request.request_id, request.choice_index, 0, ids, logprobs, "length", prompt_logprobs=scores)
 

@@ -120,6 +120,9 @@ def test_what_is_echoed_is_what_was_kept(doors: Doors, tokenizer: HuggingFaceTok
     whole = tokenizer.encode(LONG)
     answer = doors.post(COMPLETIONS, prompt=LONG, truncate_prompt_tokens=5, echo=True, max_tokens=0).json()
     assert answer["choices"][0]["text"] == tokenizer.decode(whole[-5:])
+    fields = {"prompt": [LONG, list(whole)], "truncate_prompt_tokens": 5, "echo": True, "max_tokens": 0, "n": 2}
+    choices = doors.post(COMPLETIONS, **fields).json()["choices"]  # of several prompts it was a 500
+    assert [choice["text"] for choice in choices] == [tokenizer.decode(whole[-5:])] * 4
 
 
 @pytest.mark.parametrize(
