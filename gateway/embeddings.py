@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,25 +119,28 @@ def _vector(job: EmbeddingJob, values: npt.NDArray[np.float32]) -> Vector:
             return bits if job.dtype == "ubinary" else (bits ^ 0x80).view(np.int8)
 
 
-def embeddings_body(job: EmbeddingJob, answer: Sequence[Vector], encoding_format: str | None) -> dict[str, Any]:
-    """OpenAI's answer, with the id that Mistral's has; base64 is of the numbers as they lie in memory."""
+def embeddings_body(job: EmbeddingJob) -> dict[str, Any]:
+    """OpenAI's answer, with the id that Mistral's has, without its `data`."""
     return {
         "id": job.id,
         "object": "list",
         "model": job.card.name,
-        "data": [
-            {
-                "object": "embedding",
-                "index": i,
-                "embedding": base64.b64encode(vector.astype(vector.dtype.newbyteorder("<")).tobytes()).decode()
-                if encoding_format == "base64"
-                else vector.tolist(),
-            }
-            for i, vector in enumerate(answer)
-        ],
         "usage": {
             "prompt_tokens": job.num_prompt_tokens,
             "completion_tokens": 0,
             "total_tokens": job.num_prompt_tokens,
         },
     }
+
+
+def embedding_items(answer: Sequence[Vector], encoding_format: str | None) -> Iterator[dict[str, Any]]:
+    """Its `data`, one by one: of thousands of vectors there are millions of numbers. Base64 is of them as they lie in
+    memory.
+    """
+    for i, vector in enumerate(answer):
+        if encoding_format == "base64":
+            raw = vector.astype(vector.dtype.newbyteorder("<")).tobytes()
+            numbers: str | list[float] = base64.b64encode(raw).decode()
+        else:
+            numbers = vector.tolist()
+        yield {"object": "embedding", "index": i, "embedding": numbers}

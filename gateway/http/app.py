@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import TypeVar
@@ -18,7 +18,7 @@ from gateway.answer.chat import ChatShape, ChoiceText, Json, model_body, num_byt
 from gateway.answer.choice import Delta, Usage
 from gateway.answer.completions import CompletionShape
 from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
-from gateway.embeddings import embeddings_body, vectors
+from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings_body, vectors
 from gateway.frontend import Frontend
 from gateway.http.body import parse_object, read_body
 from gateway.http.body_bounds import BodyBounds
@@ -28,7 +28,7 @@ from gateway.http.log import HttpLog
 from gateway.http.openapi import describe
 from gateway.http.page import page_response
 from gateway.http.responses import ResponsesDoor
-from gateway.http.sse import DONE, EventStream, begun, event, unless_disconnected
+from gateway.http.sse import DONE, EventStream, begun, event, json_bytes, unless_disconnected
 from gateway.request.protocol import (
     Body,
     ChatCompletionRequest,
@@ -123,8 +123,8 @@ class HttpDoor:
         size = NUMBER_BYTES * job.dimensions * len(answer)
 
         def response() -> Response:
-            document = embeddings_body(job, vectors(job, answer), parsed.encoding_format)
-            return json_response(document, headers={REQUEST_ID_HEADER: job.id}, num_bytes=size)
+            content = embeddings_json(job, vectors(job, answer), parsed.encoding_format)
+            return Response(content, headers={REQUEST_ID_HEADER: job.id}, media_type="application/json")
 
         return await self._frontend.answer_worker.run(size, response)
 
@@ -253,6 +253,12 @@ class HttpDoor:
         if wants_event:
             yield event(shape.usage_chunk(usage))
         yield DONE
+
+
+def embeddings_json(job: EmbeddingJob, answer: Sequence[Vector], encoding_format: str | None) -> bytes:
+    """Made vector by vector: few numbers are Python's at a time, and other threads run in between."""
+    data = b",".join(map(json_bytes, embedding_items(answer, encoding_format)))
+    return json_bytes(embeddings_body(job))[:-1] + b',"data":[' + data + b"]}"
 
 
 def _parsed(body_type: type[_BodyT], data: bytes) -> _BodyT:

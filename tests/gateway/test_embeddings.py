@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ from cluster.config import GatewayConfig
 from cluster.errors import CoordinatorLost, Overloaded
 from cluster.messages import Embedding, ModelCard, Request
 from gateway.coordinators.health import Health
+from gateway.embeddings import EmbeddingValidator
 from gateway.frontend import Frontend
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.http.app import embeddings_json
+from gateway.request.protocol import EmbeddingRequest
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, http_server, model_card, ready, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
@@ -175,6 +180,24 @@ def test_two_thousand_inputs_are_asked_for_in_parts(
         np.testing.assert_allclose(data[i]["embedding"], vector_of(tokenizer.encode(texts[i])), atol=1e-6)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
     assert max(coordinator.asked_at_once) <= 64, "a call of thousands would keep the event loop"
+
+
+def test_a_large_answer_takes_little_more_than_its_size(tokenizer_directory: Path) -> None:
+    """2,048 vectors of 4,096 numbers took 1.3 GB: their JSON was made number by number."""
+    card = model_card(tokenizer_directory, kind="embedding", hidden_size=1024)
+    validator = EmbeddingValidator(card, HuggingFaceTokenizer(tokenizer_directory), GatewayConfig())
+    job = validator.job(EmbeddingRequest(input=["a"] * 200, num_bytes=0))
+    answer = [np.linspace(-1, 1, 1024, dtype=np.float32) / 3] * 200
+    tracemalloc.start()
+    try:
+        content = embeddings_json(job, answer, None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    data = json.loads(content)["data"]
+    assert [item["index"] for item in data] == list(range(200))
+    np.testing.assert_array_equal(data[-1]["embedding"], answer[-1])
+    assert peak < 4 * len(content)
 
 
 def test_a_part_waits_where_the_coordinator_is_full_by_now(tokenizer_directory: Path) -> None:
