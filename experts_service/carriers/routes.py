@@ -60,7 +60,7 @@ class LaneRoutes:
             self._links.hurry(replica.replica_id)
             if reason := self._links.refusal(replica.replica_id):
                 return replica, reason
-        return None, ""
+        return None, "it is not connected yet" if self._wanted[group] else ""
 
     def owed(self, replica_id: str) -> int:
         link = self._links.get(replica_id)

@@ -106,7 +106,7 @@ class Routes(Protocol):
         """Those to choose from: the trusted ones, or where there is none, those that are suspected."""
 
     def refusal(self, group: int) -> tuple[Replica | None, str]:
-        """Where none can be reached: one that should be, if it has refused, and why."""
+        """Where none can be reached: one that has refused, if one has; and why, as far as that is known."""
 
     def owed(self, replica_id: str) -> int:
         """Attempts that a replica has not answered, also those that nobody waits for any more."""
@@ -221,8 +221,8 @@ class Delivery(Generic[Rows, A]):
         replicas = shared.routes.reachable(group)
         if not replicas:
             replica, reason = shared.routes.refusal(group)
+            self.reason = reason or self.reason
             if replica is not None:
-                self.reason = reason
                 shared.suspect(group, replica, shared.routes.epoch)
             self._put_off(now)
             return
