@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,7 +28,6 @@ Conversation = Sequence[Mapping[str, Any]]
 # What a template may raise about a conversation.
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
-_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _FIRST_TWIN, _NUM_TWINS = 0xD800, 0x800
 _TWINS = re.compile("[\\ud800-\\udfff][\\ud800-\\udfff]*")  # with `+` a search takes seven times as long
 _ROLES = ("system", "user", "assistant", "tool")
@@ -80,13 +80,14 @@ class ChatTemplate:
         Raises one of REFUSALS.
         """
         source = self._hf.get_chat_template(None, tools)
-        messages = _tagged(chat) if how.continues else chat
+        tag = f"CONTINUE_FINAL_MESSAGE_{secrets.token_hex(8)} "  # which no caller can say
+        messages = _tagged(chat, tag) if how.continues else chat
         known = self._read_by(source)
         variables = {name: value for name, value in how.variables.items() if name in known}
         options = {"tools": tools, "add_generation_prompt": how.has_generation_prompt, **variables}
         text = str(self._hf.apply_chat_template(messages, tokenize=False, **options))
         if how.continues:
-            text = _cut(text, chat[-1]["content"])
+            text = _cut(text, tag, chat[-1]["content"])
         try:
             traced = self._compiled(source).render(
                 messages=[{key: value for key, value in message.items() if value is not None} for message in messages],
@@ -95,7 +96,7 @@ class ChatTemplate:
                 **self._hf.special_tokens_map,
             )
             if how.continues:
-                traced = _cut(traced, "")
+                traced = _cut(traced, tag, "")
         except REFUSALS:
             return text, None
         return text, self._twins.tokens(traced) if self._twins.unmark(traced) == text else None
@@ -121,17 +122,17 @@ class ChatTemplate:
         return environment
 
 
-def _tagged(chat: Conversation) -> Conversation:
+def _tagged(chat: Conversation, tag: str) -> Conversation:
     """The same with its last text marked at the end, as transformers marks one that is continued."""
-    return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _TAG}]
+    return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + tag}]
 
 
-def _cut(rendered: str, content: str) -> str:
+def _cut(rendered: str, tag: str, content: str) -> str:
     """Up to the mark, without what a template that trimmed the text had taken away. Raises ValueError."""
-    at = rendered.rfind(_TAG.rstrip())
+    at = rendered.rfind(tag.rstrip())
     if at < 0 or content.strip() not in rendered:
         raise ValueError("it changes the last message, which cannot be continued then")
-    return rendered[:at] if rendered.startswith(_TAG, at) else rendered[:at].rstrip()
+    return rendered[:at] if rendered.startswith(tag, at) else rendered[:at].rstrip()
 
 
 class Twins:
