@@ -61,14 +61,17 @@ class EmbeddingValidator:
         dimensions = body.output_dimension if body.dimensions is None else body.dimensions
         if dimensions is not None:
             between(field, dimensions, 1, self._card.hidden_size)
-        prompts = self._reader.prompts(body.input, max_prompts=self._config.max_embedding_inputs, field="input")
+        most = self._config.max_embedding_tokens
+        prompts = self._reader.prompts(
+            body.input, max_prompts=self._config.max_embedding_inputs, field="input", max_tokens=most
+        )
         for i, prompt in enumerate(prompts):
             if len(prompt) > self._card.max_model_len:
                 path = "input" if len(prompts) == 1 else f"input[{i}]"
                 raise ContextTooLong(
                     f"{path}: {len(prompt)} tokens exceed the model's context of {self._card.max_model_len}", param=path
                 )
-        num_tokens, most = sum(map(len, prompts)), self._config.max_embedding_tokens
+        num_tokens = sum(map(len, prompts))
         if num_tokens > most:
             raise InvalidRequest(f"input: {num_tokens} tokens in all, at most {most} in this request", param="input")
         longest = self._config.request_timeout_s

@@ -63,9 +63,18 @@ class PromptReader:
         return token_ids
 
     def prompts(
-        self, prompt: Any, max_prompts: int, field: str = "prompt", *, add_special_tokens: bool = True
+        self,
+        prompt: Any,
+        max_prompts: int,
+        field: str = "prompt",
+        *,
+        max_tokens: int | None = None,
+        add_special_tokens: bool = True,
     ) -> list[TokenIds]:
-        """A string, token ids, or a list of strings and token-id lists; `field` is what the body calls it."""
+        """A string, token ids, or a list of strings and token-id lists; `field` is what the body calls it.
+
+        `max_tokens`: of a whole list. What is past it is not tokenized.
+        """
         if prompt is None:
             raise InvalidRequest(f"{field}: field required", param=field)
         if isinstance(prompt, str):
@@ -81,12 +90,18 @@ class PromptReader:
             raise InvalidRequest(f"{field}: at most {max_prompts} in this request, got {len(prompt)}", field)
         if not all(isinstance(item, str | list) for item in prompt):
             raise InvalidRequest(expected, param=field)
-        return [
-            self.text(item, f"{field}[{i}]", add_special_tokens=add_special_tokens)
-            if isinstance(item, str)
-            else self._token_ids(item, f"{field}[{i}]")
-            for i, item in enumerate(prompt)
-        ]
+        prompts: list[TokenIds] = []
+        num_tokens = 0
+        for i, item in enumerate(prompt):
+            path = f"{field}[{i}]"
+            if isinstance(item, str):
+                prompts.append(self.text(item, path, add_special_tokens=add_special_tokens))
+            else:
+                prompts.append(self._token_ids(item, path))
+            num_tokens += len(prompts[-1])
+            if max_tokens is not None and num_tokens > max_tokens:
+                raise InvalidRequest(f"{field}: over {max_tokens} tokens in all, the most in one request", field)
+        return prompts
 
     def texts(self, prompt: Any, token_ids: Sequence[TokenIds]) -> tuple[str, ...]:
         """The text of each prompt: as it was sent, or that of its ids without special ones."""

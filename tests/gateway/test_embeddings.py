@@ -19,7 +19,7 @@ import pytest
 from mistralai.client import Mistral
 
 from cluster.config import GatewayConfig
-from cluster.errors import CoordinatorLost, Overloaded
+from cluster.errors import CoordinatorLost, InvalidRequest, Overloaded
 from cluster.messages import Embedding, ModelCard, Request
 from gateway.coordinators.health import Health
 from gateway.embeddings import EmbeddingValidator
@@ -180,6 +180,19 @@ def test_two_thousand_inputs_are_asked_for_in_parts(
         np.testing.assert_allclose(data[i]["embedding"], vector_of(tokenizer.encode(texts[i])), atol=1e-6)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
     assert max(coordinator.asked_at_once) <= 64, "a call of thousands would keep the event loop"
+
+
+def test_what_is_past_the_most_tokens_is_not_tokenized(tokenizer_directory: Path) -> None:
+    """Eight megabytes of inputs were tokenized before they were found to be seven times too many."""
+    card = model_card(tokenizer_directory, kind="embedding", hidden_size=SIZE)
+    tokenizer, read = HuggingFaceTokenizer(tokenizer_directory), []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = tokenizer.encode
+        patch.setattr(tokenizer, "encode", lambda text, **options: read.append(text) or encode(text, **options))
+        validator = EmbeddingValidator(card, tokenizer, GatewayConfig(max_embedding_tokens=300))
+        with pytest.raises(InvalidRequest, match="input: over 300 tokens in all"):
+            validator.job(EmbeddingRequest(input=["x y z " * 25] * 2000, num_bytes=0))
+    assert 2 <= len(read) <= 6
 
 
 def test_a_large_answer_takes_little_more_than_its_size(tokenizer_directory: Path) -> None:
