@@ -207,7 +207,13 @@ class Delivery(Generic[Rows, A]):
 
     @property
     def wakes_at(self) -> float:
-        """When `step` has something to do, whatever the attempts do."""
+        """When `step` has something to do, whatever the attempts do: at once for what became of them since it looked.
+
+        One carrier serves all deliveries: it may have read this one's answer while another was waited for or posted.
+        """
+        first, second = self.first, self.second
+        if (first is not None and first.state is not POSTED) or (second is not None and second.state is not POSTED):
+            return 0.0
         return min(self._due_at, self._deadline)
 
     @property
@@ -252,7 +258,10 @@ class Delivery(Generic[Rows, A]):
             self._learn(first)
             failed, first = first, second
             self.first, self.second = second, None
-            if first is None and not self.is_hopeless:
+            if first is not None:
+                self._silent_at = first.posted_at + self._shared.timeout_s / SILENCES_PER_TIMEOUT
+                self._due_at = min(self._hedge_at, self._silent_at)
+            elif not self.is_hopeless:
                 self._epoch = self._shared.routes.epoch
                 if self._others(failed.replica):
                     self._due_at = now

@@ -296,6 +296,32 @@ def test_an_answer_that_came_while_nobody_looked_is_no_reason_for_a_hedge() -> N
     assert len(simulation.sent["rows"]) == 1
 
 
+def test_an_answer_that_was_read_for_another_delivery_is_not_slept_on() -> None:
+    """Two dispatches share connections: the one that was waited for last had its answer, and slept half a second."""
+    simulation = world_of({"a": [("answers", 0.01)]})
+    now = simulation.world.now
+    for rows in ("first", "second"):
+        simulation.deliveries[rows] = Delivery(simulation.shared, 0, 8, rows, now + TIMEOUT_S)
+        simulation.deliveries[rows].post(now)
+    for rows in ("second", "first"):
+        [(_, at)] = simulation.shared.settle([simulation.deliveries[rows]])
+        assert at - now < 0.02, rows
+
+
+def test_a_second_replica_is_given_a_third_of_the_timeout_as_well() -> None:
+    """It was given up with the first one's time: the rows were lost, and so was what others had asked of it."""
+    simulation = world_of({"a": [("fails", 9.5)], "b": [("answers", 3.0)], "c": [("is silent", 0.0)]})
+    delivery = simulation.deliveries["rows"] = Delivery(
+        simulation.shared, 0, 8, "rows", simulation.world.now + TIMEOUT_S
+    )
+    delivery.post(simulation.world.now)
+    delivery._hedge_at = delivery._due_at = simulation.world.now + 9.0  # usual for so many rows
+    list(simulation.shared.settle([delivery]))
+    assert [one.replica.replica_id for one in simulation.sent["rows"][:2]] == ["a", "b"]
+    assert delivery.answer is simulation.sent["rows"][1]
+    check(simulation)
+
+
 @pytest.mark.parametrize("state", [ANSWERED, FAILED, CANCELLED])
 def test_a_delivery_that_is_closed_leaves_nothing_posted(state) -> None:
     simulation = world_of({"a": [("is silent", 0.0)]})
