@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +147,20 @@ def test_only_a_possible_beginning_is_held_back() -> None:
         "",
     ]
     assert checker.is_stopped()
+
+
+def test_a_character_costs_the_same_however_long_the_stop_strings_are() -> None:
+    """Sixteen of 256 characters, each nearly what the text is, took sixty times as long; on the event loop."""
+
+    def seconds(stop: list[str]) -> float:
+        strings = StopStrings(stop)
+        start = time.thread_time()
+        for _ in range(600):
+            strings.push("a")
+        return time.thread_time() - start
+
+    short, long = [f"{i:02}" for i in range(16)], [f"b{'a' * 253}{i:02}" for i in range(15)] + ["a" * 255 + "b"]
+    assert min(seconds(long) for _ in range(3)) < 15 * min(seconds(short) for _ in range(3))
 
 
 def test_huggingface_encodes_as_transformers_does(tokenizer: HuggingFaceTokenizer) -> None:
