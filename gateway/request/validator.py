@@ -26,6 +26,8 @@ from gateway.request.tools import answer_grammar, read_tools
 from gateway.request.truncation import cut_ids, newest_turns, read_cut
 from gateway.text.tokenizer import Tokenizer
 
+MAX_PROMPT_SCORES = 2**20  # of one request: about 120 MB in a gateway
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -158,6 +160,10 @@ class Validator:
             seed = secrets.randbits(63)
         longest = self._config.request_timeout_s
         deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
+        scores = asked.logprobs if asked.echo and body.prompt_logprobs is None else body.prompt_logprobs
+        if scores is not None:
+            field = "prompt_logprobs" if body.prompt_logprobs is not None else "logprobs"
+            _check_prompt_scores(field, sum(map(len, asked.prompts)) * (1 + scores) * (body.n or 1))
         requests = []
         for i, prompt in enumerate(asked.prompts):
             max_tokens = self._max_tokens(len(prompt), asked)
@@ -168,7 +174,7 @@ class Validator:
             sampling = SamplingParams(
                 max_tokens=max(1, max_tokens),
                 logprobs=asked.logprobs,
-                prompt_logprobs=asked.logprobs if asked.echo and body.prompt_logprobs is None else body.prompt_logprobs,
+                prompt_logprobs=scores,
                 **options,
             )
             requests += [
@@ -224,6 +230,15 @@ class Validator:
                 param=asked.max_tokens_field,
             )
         return max_tokens
+
+
+def _check_prompt_scores(field: str, number: int) -> None:
+    """Raises InvalidRequest where the scores of all prompts and choices would not fit a gateway's memory."""
+    if number > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"{field}: at most {MAX_PROMPT_SCORES} scores of prompts (tokens × candidates × choices), not {number}",
+            param=field,
+        )
 
 
 def _check_stream(body: SamplingFields) -> None:

@@ -147,3 +147,14 @@ def test_grpc_names_it_as_well(doors: Doors) -> None:
     sampling = chat_pb2.Sampling(truncate_prompt_tokens=-2)
     with pytest.raises(grpc.RpcError, match="truncate_prompt_tokens"):
         doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling), timeout=30)
+
+
+def test_scores_that_would_fill_a_gateway_are_refused(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred choices each had the scores of a long prompt: 150 KB of body asked for ten gigabytes."""
+    monkeypatch.setattr("gateway.request.validator.MAX_PROMPT_SCORES", 100)
+    prompt = {"prompt": [5, 6, 7, 8]}
+    for fields, param in (({"prompt_logprobs": 4}, "prompt_logprobs"), ({"echo": True, "logprobs": 4}, "logprobs")):
+        assert doors.post(COMPLETIONS, n=5, **prompt, **fields).status_code == 200
+        refused = doors.post(COMPLETIONS, n=6, **prompt, **fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert "not 120" in refused.json()["error"]["message"]
