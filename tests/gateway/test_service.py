@@ -278,7 +278,8 @@ from cluster.config import GatewayConfig
 import gateway.service
 from gateway.service import GatewayReplica
 name = types.SimpleNamespace(unique_id="r")
-serve.get_replica_context = lambda: types.SimpleNamespace(replica_id=name)
+config = types.SimpleNamespace(graceful_shutdown_timeout_s=60.0)
+serve.get_replica_context = lambda: types.SimpleNamespace(replica_id=name, _deployment_config=config)
 build_app = gateway.service.build_app
 
 def build_slowly(frontend):
