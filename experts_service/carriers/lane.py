@@ -26,7 +26,7 @@ from experts_service.carriers.dialer import Dialer
 from experts_service.carriers.link import WAIT_S, LaneAttempt, LinkLost
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
-from experts_service.delivery.flight import SPLIT_ROWS, RemoteFlight, split
+from experts_service.delivery.flight import RemoteFlight, pieces
 from experts_service.kernels.cost import cost
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
@@ -139,8 +139,7 @@ class LaneTransport:
         row_bytes = hidden * dtype.itemsize
         place = flight.received.view(torch.uint8).numpy().data.cast("B")  # [N, D] as bytes
         host = _on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
-        if any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
-            parts = [piece for part in parts for piece in split(part, len(self.routes.reachable(part.group)))]
+        parts = pieces(parts, self.routes)
         if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
         try:

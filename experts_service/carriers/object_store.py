@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster.errors import MantaError
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deliveries
-from experts_service.delivery.flight import SPLIT_ROWS, RemoteFlight, split
+from experts_service.delivery.flight import RemoteFlight, pieces
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
@@ -165,8 +165,7 @@ class ObjectStoreTransport:
         batch = as_array(rows)  # [T, D]
         inline = max(sum(part.counts) for part in parts) * batch[:1].nbytes <= INLINE_BYTES
         shared = None if inline else ray.put(batch)
-        if any(len(part.row_indices) >= 2 * SPLIT_ROWS for part in parts):
-            parts = [piece for part in parts for piece in split(part, len(self._routes.reachable(part.group)))]
+        parts = pieces(parts, self._routes)
         try:
             for part in parts:
                 place = flight.received[part.start : part.start + len(part.row_indices)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
-from experts_service.delivery.delivery import A, Deliveries, Delivery, Rows
+from experts_service.delivery.delivery import A, Deliveries, Delivery, Routes, Rows
 from experts_service.transport import GroupRows
 
 SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
@@ -93,6 +93,13 @@ class RemoteFlight(Generic[Rows, A]):
             f"{self._shared.timeout_s:g} s ({delivery.reason})",
             group=delivery.group,
         )
+
+
+def pieces(parts: Sequence[GroupRows], routes: Routes) -> list[GroupRows]:
+    """Parts whose rows are worth several replicas, split over those that can be reached; the others as they are."""
+    if all(len(part.row_indices) < 2 * SPLIT_ROWS for part in parts):
+        return list(parts)
+    return [piece for part in parts for piece in split(part, len(routes.reachable(part.group)))]
 
 
 def split(part: GroupRows, num_replicas: int) -> list[GroupRows]:
