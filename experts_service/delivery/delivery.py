@@ -323,9 +323,9 @@ class Delivery(Generic[Rows, A]):
         self._num_raised += failed.raised
         if failed.error is None:
             self._shared.suspect(self.group, failed.replica, failed.epoch)
-        self.error = failed.error
+        self.error = self.error or failed.error
         often = self._num_raised >= MAX_RAISED or self._num_attempts >= MAX_ATTEMPTS
-        self.is_hopeless = failed.error is not None or often
+        self.is_hopeless = self.error is not None or often
 
     def _look_after(self, first: A, now: float) -> None:
         """Its time has come: ask a second replica, or give the first one up."""

@@ -287,6 +287,24 @@ def test_what_a_replica_says_of_the_rows_is_told_at_once() -> None:
     check(simulation)
 
 
+def test_what_a_hedge_says_of_the_rows_is_told_though_the_first_is_lost_at_the_same_time() -> None:
+    """The loss was learned of last and stood for both: others were asked for rows that none of them takes."""
+    simulation = world_of({name: [("is silent", 0.0)] for name in NAMES})
+    error = ValueError("another checkpoint")
+
+    def both_fail() -> None:
+        first, second = simulation.sent["rows"]
+        second.error = error
+        second.fail("another checkpoint")
+        first.fail("it was lost")
+
+    simulation.world.at(simulation.world.now + 2.0, both_fail)
+    [delivery] = simulation.deliver(["rows"]).values()
+    assert delivery.error is error
+    assert len(simulation.sent["rows"]) == 2
+    check(simulation)
+
+
 def test_an_answer_that_came_while_nobody_looked_is_no_reason_for_a_hedge() -> None:
     simulation = world_of({"a": [("answers", 0.01)], "b": [("answers", 0.01)]})
     delivery = simulation.deliveries["rows"] = Delivery(simulation.shared, 0, 8, "rows", simulation.world.now + 30)
