@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experts_service.kernels import jit
+from experts_service.kernels.jit import fma, kernel, narrow, widen
+
+pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
+
+
+@kernel
+def widened(bits: np.ndarray, values: np.ndarray) -> None:
+    for index in range(len(bits)):
+        values[index] = widen(bits[index])
+
+
+@kernel
+def narrowed(values: np.ndarray, bits: np.ndarray) -> None:
+    for index in range(len(values)):
+        bits[index] = narrow(values[index])
+
+
+@kernel
+def multiplied_and_added(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
+    for index in range(len(a)):
+        c[index] = fma(a[index], b[index], c[index])
+
+
+def test_every_bf16_widens_to_the_number_that_torch_has() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = np.empty(len(bits), np.float32)
+    widened(bits, values)
+    expected = torch.from_numpy(bits).view(torch.bfloat16).float()
+    assert torch.equal(torch.from_numpy(values).view(torch.int32), expected.view(torch.int32))
+
+
+def test_any_float_is_narrowed_as_torch_rounds_it() -> None:
+    random = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint32)
+    halfway = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000  # between two bf16: to the even one
+    values = np.concatenate([random, halfway]).view(np.float32)
+    bits = np.empty(len(values), np.uint16)
+    narrowed(values, bits)
+    ours, expected = torch.from_numpy(bits).view(torch.bfloat16), torch.from_numpy(values).bfloat16()
+    assert torch.equal(ours.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(ours[kept].view(torch.int16), expected[kept].view(torch.int16))
+
+
+def test_a_product_is_not_rounded_before_the_sum() -> None:
+    a = np.array([1 + 2**-23], np.float32)
+    c = np.array([-1 - 2**-22], np.float32)
+    multiplied_and_added(a, a, c)
+    assert c[0] == np.float32(2**-46)
+
+
+def test_machine_code_lies_where_only_its_user_can_write(tmp_path: Path) -> None:
+    program = "from experts_service.kernels import jit; import numba; print(numba.config.CACHE_DIR)"
+
+    def cache_directory() -> Path:
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env={"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return Path(run.stdout.strip())
+
+    directory = cache_directory()
+    assert directory.is_relative_to(tmp_path)
+    assert directory.stat().st_mode & 0o077 == 0
+    directory.chmod(0o777)  # anyone might have left code there
+    assert not cache_directory().is_relative_to(tmp_path)
