@@ -28,7 +28,7 @@ class Linear:
         """`weight` [out, in]; a packed one is a copy, the caller may drop its own."""
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self._packed = _packs(weight)
+        self._packed = _packs(self.dtype, self.device)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if self._packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,10 +47,15 @@ class Linear:
         return x
 
 
-def _packs(weight: Tensor) -> bool:
+def linear_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """What multiplies there, as benchmarks call it."""
+    return "oneDNN packed bf16" if _packs(dtype, device) else "F.linear"
+
+
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     return (
-        weight.device.type == "cpu"
-        and weight.dtype is torch.bfloat16
+        device.type == "cpu"
+        and dtype is torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from router_service.attention.attention import AttentionPlan, Span
+from experts_service.kernels.linear import linear_kernel
+from router_service.attention.attention import ATTENTION_KERNEL, AttentionPlan, Span
 from router_service.attention.kv_cache import KVCache
 from router_service.model.decoder import Decoder
 from router_service.outputs.logprobs import rows_to_score, score_prompts
@@ -43,6 +44,11 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.max_gathered_tokens = max_gathered_tokens
         self.num_microbatches = num_microbatches
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Which of the kernels run here, by what they compute."""
+        return {"attention": ATTENTION_KERNEL, "linear": linear_kernel(self.decoder.dtype, self.decoder.device)}
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:

@@ -15,16 +15,22 @@ from cluster.checkpoint.architecture import all_tensors
 from cluster.cli import app
 from cluster.commands.bench import machine
 from cluster.commands.bench.decode import reference
+from cluster.commands.bench.decode.context import Contexts
 from cluster.commands.bench.decode.figures import (
     DecodeResult,
     PrefillResult,
     Rival,
     Run,
     Workload,
-    bytes_per_step,
     equal_share,
+    kv_bytes_per_step,
+    weight_bytes_per_step,
 )
+from cluster.commands.bench.memory import resident_memory
 from cluster.commands.bench.shapes import BENCH, num_parameters
+from tests.checkpoints import write_checkpoint
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
 
 
 def run_of(step_ms: float, prefill_ms: float = 100.0, tokens: list[list[int]] | None = None) -> Run:
@@ -33,23 +39,32 @@ def run_of(step_ms: float, prefill_ms: float = 100.0, tokens: list[list[int]] | 
 
 def test_bytes_of_a_step_are_all_weights_but_idle_experts_and_embeddings() -> None:
     """459 MB at batch 1, which is the floor of 14.8 ms at 31 GB/s that the design reckons with."""
-    assert bytes_per_step(BENCH, 2, 1, 8 * 2) / 31e9 == pytest.approx(14.8e-3, rel=0.01)
+    assert weight_bytes_per_step(BENCH, 2, 1, 8 * 2) / 31e9 == pytest.approx(14.8e-3, rel=0.01)
     everything = 2 * num_parameters(BENCH)
-    assert bytes_per_step(BENCH, 2, 1, 8 * 8) == everything - 2 * (BENCH.vocab_size - 1) * BENCH.hidden_size
+    assert weight_bytes_per_step(BENCH, 2, 1, 8 * 8) == everything - 2 * (BENCH.vocab_size - 1) * BENCH.hidden_size
     tied = replace(BENCH, tie_word_embeddings=True)
     assert "lm_head.weight" not in all_tensors(tied)
-    assert bytes_per_step(tied, 2, 1, 8 * 8) == 2 * num_parameters(tied)
+    assert weight_bytes_per_step(tied, 2, 1, 8 * 8) == 2 * num_parameters(tied)
+
+
+def test_keys_and_values_of_a_step_are_those_of_the_whole_context_or_window() -> None:
+    workload = Workload.after_context(2, 100, 3)  # 101 prompt tokens; the two decode steps see 102 and 103
+    assert kv_bytes_per_step(workload, 8, None) == 2 * 8 * 102.5
+    assert kv_bytes_per_step(workload, 8, 50) == 2 * 8 * 50
 
 
 def test_medians_floor_and_speed_up() -> None:
     ours = tuple(map(run_of, (40.0, 10.0, 20.0)))
     theirs = tuple(map(run_of, (30.0, 90.0, 10.0)))
-    result = DecodeResult(Workload(4, 8, 11), ours, 1e9, 1e11, Rival(theirs, "eager", "sdpa")).to_json()
-    assert (result["ms_per_step"], result["transformers_ms_per_step"], result["speedup"]) == (20.0, 30.0, 1.5)
+    rivals = (Rival("transformers", theirs, "eager, sdpa"),)
+    result = DecodeResult(Workload(4, 8, 11), ours, 0.75e9, 0.25e9, 1e11, rivals).to_json()
+    [rival] = result["rivals"]
+    assert (result["ms_per_step"], rival["ms_per_step"], rival["speedup"]) == (20.0, 30.0, 1.5)
     assert (result["tokens_per_s"], result["floor_ms"], result["floor_fraction"]) == (200.0, 10.0, 0.5)
+    assert (result["bytes_per_step"], result["kv_bytes_per_step"]) == (1e9, 0.25e9)
     assert result["ms_per_step_of_runs"] == [40.0, 10.0, 20.0]
-    prefill = PrefillResult(Workload(2, 50, 1), ours, Rival(theirs, "eager", "sdpa")).to_json()
-    assert (prefill["tokens_per_s"], prefill["speedup"]) == (1000.0, 1.0)
+    prefill = PrefillResult(Workload(2, 50, 1), ours, 10, 20, rivals).to_json()
+    assert (prefill["tokens_per_s"], prefill["rivals"][0]["speedup"]) == (1000.0, 1.0)
 
 
 def test_equal_share_counts_up_to_the_first_difference() -> None:
@@ -70,12 +85,70 @@ def test_a_run_on_the_demo_model_ends_in_its_json_line(monkeypatch: pytest.Monke
     assert (line["bench"], line["transport"], line["groups"], line["prefill"]) == ("decode", "local", 2, [])
     assert [row["batch"] for row in line["results"]] == [1, 3]
     for row in line["results"]:
-        assert len(row["ms_per_step_of_runs"]) == len(row["transformers_ms_per_step_of_runs"]) == 2
-        assert row["equal_tokens"] == 1.0  # in fp32 both generate the same
+        [rival] = row["rivals"]
+        assert len(row["ms_per_step_of_runs"]) == len(rival["ms_per_step_of_runs"]) == 2
+        assert rival["equal_tokens"] == 1.0  # in fp32 both generate the same
         assert 0 < row["floor_ms"] < row["ms_per_step"]
     # 4 layers of 8 experts, 2 a row: batch 1 reads exactly 8 of 32 in every step, batch 3 more
     assert line["results"][0]["bytes_per_step"] < line["results"][1]["bytes_per_step"]
     assert "of the floor" in result.stdout
+    assert line["kernels"]["linear"] == "F.linear"  # fp32 stays what it is
+
+
+def test_a_context_is_in_the_cache_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
+    options = "--batch 2 --context 30 --context 300 --output-tokens 3 --pairs 1"
+    result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
+    assert result.exit_code == 0, result.output
+    line = json.loads(result.stdout.splitlines()[-1])
+    short, long = line["results"]
+    assert (short["context"], long["context"], line["prefill"]) == (30, 300, [])
+    bytes_of_token = 2 * 4 * 2 * 32 * 2  # keys and values, 4 layers, 2 heads of 32, bf16
+    assert short["kv_bytes_per_step"] == 2 * 32.5 * bytes_of_token
+    assert long["kv_bytes_per_step"] == 2 * 302.5 * bytes_of_token
+
+
+@pytest.mark.long
+def test_transformers_begins_with_as_much_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random in each engine, so that tokens cannot be compared."""
+    monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
+    monkeypatch.setattr(reference, "OPENMP_SETTINGS", ({},))
+    options = "--batch 2 --context 30 --output-tokens 3 --pairs 1 --compare transformers"
+    result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
+    assert result.exit_code == 0, result.output
+    [row] = json.loads(result.stdout.splitlines()[-1])["results"]
+    [rival] = row["rivals"]
+    assert rival["ms_per_step"] > 0
+    assert "equal_tokens" not in rival
+
+
+def test_sequences_find_their_filled_context_and_compute_only_what_is_left(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    bench = Bench(tmp_path, block_size=16)
+    contexts = Contexts(bench.engine)
+    prompts = [[5 + number, *range(6, 75)] for number in range(3)]  # 70 tokens: four blocks and a rest
+    for _ in range(2):  # what is there is not filled again
+        contexts.fill(prompts)
+        assert bench.engine.scheduler.block_manager.num_used_blocks == 0
+    requests = [make_request(prompt, max_tokens=4, ignore_eos=True) for prompt in prompts]
+    outputs = bench.run(*requests)
+    stats = bench.engine.stats()
+    assert (stats.prefix_cache_hit_tokens_total, stats.prompt_tokens_total) == (3 * 64, 3 * 6)
+    assert bench.errors == {}  # finite, so every sequence has its tokens
+    assert [len(output) for output in outputs] == [4, 4, 4]
+
+
+def test_the_peak_of_a_block_is_what_it_held_for_a_while() -> None:
+    with resident_memory() as memory:
+        held = bytearray(64 * 2**20)
+        held[::4096] = b"x" * len(held[::4096])
+        del held
+    assert memory.grown is not None
+    assert 60 * 2**20 < memory.grown < 80 * 2**20
+    with resident_memory() as memory:
+        pass
+    assert memory.grown is not None
+    assert memory.grown < 2**20  # the one before does not count
 
 
 @pytest.mark.long
@@ -101,9 +174,26 @@ def test_prefill_is_timed_without_steps(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [("--groups 9", "8 experts"), ("--prompt-tokens 40000", "context is 32768")],
+    [
+        ("--groups 9", "8 experts"),
+        ("--prompt-tokens 40000", "context is 32768"),
+        ("--batch 100000 --context 30000", "such sequences would fit"),
+        ("--context 64 --prefill 16x64", "either --context or --prefill"),
+        ("--prefill 16", "write 16x64"),
+    ],
 )
 def test_what_cannot_be_measured_is_said_first(options: str, sentence: str) -> None:
     result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
     assert result.exit_code != 0
     assert sentence in str(result.exception)
+
+
+def test_prompts_that_never_decode_side_by_side_are_an_error_not_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 prompts of 2,048 tokens were: the first had all its tokens before the last was computed. It printed nan."""
+    monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
+    options = "--batch 2 --prompt-tokens 1100 --output-tokens 2 --pairs 1 --no-prefill"
+    result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
+    assert result.exit_code != 0
+    assert "nan" not in result.output
+    assert "do not decode side by side" in str(result.exception)
+    assert "1 would, or with more --output-tokens; with --context 1100" in str(result.exception)

@@ -20,31 +20,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
-from pydantic import ValidationError
 
-from cluster.checkpoint.architecture import Architecture, compute_dtype
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.architecture import Architecture, compute_dtype, coordinator_tensors
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
 from cluster.commands.bench.decode.experts import deployed_experts, local_experts
-from cluster.commands.bench.decode.figures import DecodeResult, PrefillResult, Rival, Run, Workload, bytes_per_step
+from cluster.commands.bench.decode.figures import (
+    DecodeResult,
+    PrefillResult,
+    Rival,
+    Run,
+    Workload,
+    kv_bytes_per_step,
+    weight_bytes_per_step,
+)
 from cluster.commands.bench.decode.reference import Implementation, Reference, fastest_reference
+from cluster.commands.bench.decode.setup import check_memory, config_for, even_groups
 from cluster.commands.bench.decode.tables import draw_decode, draw_prefill
 from cluster.commands.bench.machine import read_bandwidth, this_machine
 from cluster.commands.bench.output import Output
 from cluster.commands.bench.shapes import num_parameters
-from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.demo_model import DIRECTORY as DEMO
-from cluster.errors import ConfigError
-from cluster.planning.placement import DTYPE_BYTES, ExpertGroup, plan_groups
+from cluster.planning.placement import DTYPE_BYTES, kv_bytes_per_token
 from router_service.assembly import resolve_device
 
-BLOCK_SIZE = 16
-DEFAULT_GROUPS = 4
 PREFILLS = (Workload(16, 64, 1), Workload(1, 2048, 1))
+
+Tell = Callable[[str, int], None]  # what is done now, and how many runs more are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class Plan:
     """What to measure, as the command line says."""
 
     batches: tuple[int, ...]
+    contexts: tuple[int, ...]  # put into the cache; none: prompts of `prompt_tokens` are computed
     transport: str
     num_groups: int | None
     prompt_tokens: int
@@ -59,31 +67,49 @@ class Plan:
     pairs: int
     compare: bool
     dtype: str
-    prefill: bool
+    prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
+
+    def decodes(self) -> list[Workload]:
+        """Every batch with every length."""
+        if not self.contexts:
+            return [Workload(batch, self.prompt_tokens, self.output_tokens) for batch in self.batches]
+        return [
+            Workload.after_context(batch, context, self.output_tokens)
+            for context in self.contexts
+            for batch in self.batches
+        ]
 
 
 def run(model: str | None, plan: Plan) -> None:
     """Raises MantaError for whatever a user can mend."""
     checkpoint = open_checkpoint(resolve_model(model) if model else DEMO)
     architecture = checkpoint.architecture
-    decodes = [Workload(batch, plan.prompt_tokens, plan.output_tokens) for batch in plan.batches]
-    prefills = _prefills(architecture) if plan.prefill else []
-    groups = _groups(plan, architecture)
-    config = _config(checkpoint, plan, groups, [*decodes, *prefills])
+    decodes = plan.decodes()
+    prefills = _usual_prefills(architecture) if plan.prefills is None else plan.prefills
+    groups = even_groups(architecture, plan.transport, plan.num_groups)
+    config = config_for(checkpoint, groups, [*decodes, *prefills], transport=plan.transport, dtype=plan.dtype)
     device, dtype = resolve_device(config.engine), compute_dtype(config.engine.dtype, architecture)
+    check_memory(architecture, dtype, device, [*decodes, *prefills])
 
     machine, output = this_machine(), Output()
     name = checkpoint.directory.name
+    lengths = (
+        f"{', '.join(map(str, plan.contexts))} tokens in the cache, random"
+        if plan.contexts
+        else f"{plan.prompt_tokens} prompt"
+    )
     output.header(
         machine,
         [
             f"{name}: {num_parameters(architecture) / 1e9:.3g} B parameters, {dtype} on {device.type}, "
             f"{plan.transport}, {len(groups)} expert groups",
-            f"{plan.prompt_tokens} prompt and {plan.output_tokens} output tokens, {plan.pairs} runs",
+            f"{lengths} and {plan.output_tokens} output tokens, {plan.pairs} runs",
         ],
     )
     bandwidth = read_bandwidth(device.type)
     output.line(f"memory read by all cores: {bandwidth / 1e9:.1f} GB/s")
+    bytes_of_token = kv_bytes_per_token(architecture, dtype)
+    resident = num_parameters(architecture) if plan.transport == "local" else _num_coordinator_parameters(architecture)
     with ExitStack() as stack:
         bars = stack.enter_context(output.progress())
         bar = bars.add_task("loading", total=(len(decodes) + len(prefills)) * (1 + plan.pairs))
@@ -97,6 +123,8 @@ def run(model: str | None, plan: Plan) -> None:
             transport = stack.enter_context(deployed_experts(checkpoint, config))
         dispatcher = CountingDispatcher(groups, transport)
         engine = stack.enter_context(EngineUnderTest(checkpoint, config.engine, dispatcher))
+        kernels = engine.kernels
+        output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
         reference = None
         if plan.compare:
             tell("loading transformers")
@@ -106,23 +134,26 @@ def run(model: str | None, plan: Plan) -> None:
 
         decode_results = []
         for workload in decodes:
-            tell(f"batch {workload.num_sequences}: warming up")
-            reads = engine.count_expert_reads(workload.prompts(architecture.vocab_size), workload.output_tokens)
-            touched = bytes_per_step(architecture, DTYPE_BYTES[dtype], workload.num_sequences, reads)
-            ours, theirs = _pairs(engine, reference, workload, architecture, plan.pairs, tell)
-            decode_results.append(DecodeResult(workload, ours, touched, bandwidth, theirs))
+            tell(f"batch {workload}: warming up")
+            reads = engine.count_expert_reads(workload)
+            weights = weight_bytes_per_step(architecture, DTYPE_BYTES[dtype], workload.num_sequences, reads)
+            kv = kv_bytes_per_step(workload, bytes_of_token, architecture.sliding_window)
+            ours, rivals = _pairs(engine, reference, workload, plan.pairs, tell)
+            decode_results.append(DecodeResult(workload, ours, weights, kv, bandwidth, rivals))
         prefill_results = []
         for workload in prefills:
-            tell(f"prefill {workload.num_sequences} × {workload.prompt_tokens}: warming up")
-            engine.run(workload.prompts(architecture.vocab_size), 1)
-            ours, theirs = _pairs(engine, reference, workload, architecture, plan.pairs, tell)
-            prefill_results.append(PrefillResult(workload, ours, theirs))
+            tell(f"prefill {workload}: warming up")
+            engine.run(workload)
+            ours, rivals = _pairs(engine, reference, workload, plan.pairs, tell)
+            weight_bytes = resident * DTYPE_BYTES[dtype]
+            kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token
+            prefill_results.append(PrefillResult(workload, ours, weight_bytes, kv_bytes, rivals))
 
     rows = [result.to_json() for result in decode_results]
     prefill_rows = [result.to_json() for result in prefill_results]
-    draw_decode(rows, output, compared=plan.compare)
+    draw_decode(rows, output)
     if prefill_rows:
-        draw_prefill(prefill_rows, output, compared=plan.compare)
+        draw_prefill(prefill_rows, output)
     document = {
         "bench": "decode",
         "model": name,
@@ -132,6 +163,7 @@ def run(model: str | None, plan: Plan) -> None:
         "transport": plan.transport,
         "groups": len(groups),
         "threads": torch.get_num_threads(),
+        "kernels": kernels,
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "machine": machine.to_json(),
         "transformers_environment": reference.variables if reference is not None else None,
@@ -142,16 +174,10 @@ def run(model: str | None, plan: Plan) -> None:
 
 
 def _pairs(
-    engine: EngineUnderTest,
-    reference: Reference | None,
-    workload: Workload,
-    architecture: Architecture,
-    pairs: int,
-    tell: Callable[[str, int], None],
-) -> tuple[tuple[Run, ...], Rival | None]:
+    engine: EngineUnderTest, reference: Reference | None, workload: Workload, pairs: int, tell: Tell
+) -> tuple[tuple[Run, ...], tuple[Rival, ...]]:
     """Runs of both, one after the other, the first of a pair alternating."""
-    prompts = workload.prompts(architecture.vocab_size)
-    what = f"batch {workload.num_sequences}" if workload.output_tokens > 1 else f"prefill {workload.num_sequences}"
+    what = f"batch {workload}" if workload.output_tokens > 1 else f"prefill {workload}"
     implementation: Implementation | None = None
     if reference is not None:
         tell(f"{what}: choosing transformers' fastest implementations", 0)
@@ -161,68 +187,23 @@ def _pairs(
     for pair in range(pairs):
         tell(f"{what}: run {pair + 1}", 1)
         if reference is None or implementation is None:
-            ours.append(engine.run(prompts, workload.output_tokens))
+            ours.append(engine.run(workload))
             continue
         if pair % 2:
-            theirs.append(reference.run(prompts, workload.output_tokens, implementation))
-        ours.append(engine.run(prompts, workload.output_tokens))
+            theirs.append(reference.run(workload, implementation))
+        ours.append(engine.run(workload))
         if not pair % 2:
-            theirs.append(reference.run(prompts, workload.output_tokens, implementation))
+            theirs.append(reference.run(workload, implementation))
     tell(what, 1)
     if implementation is None:
-        return tuple(ours), None
-    return tuple(ours), Rival(tuple(theirs), implementation.experts, implementation.attention)
+        return tuple(ours), ()
+    return tuple(ours), (Rival("transformers", tuple(theirs), str(implementation)),)
 
 
-def _prefills(architecture: Architecture) -> list[Workload]:
-    """Those of the table, as long as the context allows."""
+def _usual_prefills(architecture: Architecture) -> tuple[Workload, ...]:
     longest = architecture.max_position_embeddings - 1
-    return [Workload(w.num_sequences, min(w.prompt_tokens, longest), 1) for w in PREFILLS]
+    return tuple(replace(workload, prompt_tokens=min(workload.prompt_tokens, longest)) for workload in PREFILLS)
 
 
-def _groups(plan: Plan, architecture: Architecture) -> tuple[ExpertGroup, ...]:
-    """Neighbouring experts together, sizes as even as can be."""
-    num_experts = architecture.num_experts
-    number = plan.num_groups or (1 if plan.transport == "local" else min(DEFAULT_GROUPS, num_experts))
-    if number > num_experts:
-        raise ConfigError(f"--groups {number}: the model has {num_experts} experts")
-    bounds = [num_experts * i // number for i in range(number + 1)]
-    setting = [range(bounds[i], bounds[i + 1]) for i in range(number)]
-    return plan_groups(setting, num_experts, 0, 0)
-
-
-def _config(
-    checkpoint: Checkpoint, plan: Plan, groups: tuple[ExpertGroup, ...], workloads: list[Workload]
-) -> ModelConfig:
-    """What `manta serve` would be configured with, and a cache for the largest workload."""
-    longest = max(w.prompt_tokens + w.output_tokens for w in workloads)
-    context = checkpoint.architecture.max_position_embeddings
-    if longest > context:
-        raise ConfigError(f"prompt and output are {longest} tokens, and the model's context is {context}")
-    blocks = max(w.num_sequences * _blocks_of(w) for w in workloads)
-    most = max(w.num_sequences for w in workloads)
-    try:
-        engine = EngineConfig.model_validate(
-            {
-                "dtype": plan.dtype,
-                "max_model_len": longest,
-                "block_size": BLOCK_SIZE,
-                "num_kv_blocks": blocks + 1,  # and one for the request that holds the others back
-                "max_num_seqs": max(most, EngineConfig().max_num_seqs),
-                "max_waiting": max(most, EngineConfig().max_waiting),
-                "prefix_caching": False,  # every run has the same prompts
-            }
-        )
-        experts = ExpertsConfig.model_validate(
-            {"groups": tuple(group.experts for group in groups), "transport": plan.transport}
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return ModelConfig(name="bench", path=str(checkpoint.directory), engine=engine, experts=experts)
-
-
-def _blocks_of(workload: Workload) -> int:
-    """KV blocks for each sequence: its tokens, and what has to be free for it to grow so that all begin in one step."""
-    tokens = -(-(workload.prompt_tokens + workload.output_tokens) // BLOCK_SIZE)
-    return tokens + max(1, workload.prompt_tokens // (8 * BLOCK_SIZE))
+def _num_coordinator_parameters(architecture: Architecture) -> int:
+    return sum(map(prod, coordinator_tensors(architecture).values()))

@@ -16,9 +16,11 @@ from typing import Self
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.commands.bench.decode.figures import Run
+from cluster.commands.bench.decode.context import Contexts
+from cluster.commands.bench.decode.figures import Run, Workload
+from cluster.commands.bench.memory import resident_memory
 from cluster.config import EngineConfig
-from cluster.errors import MantaError
+from cluster.errors import ConfigError, MantaError
 from cluster.messages import Key, Request, SamplingParams, TokenChunk
 from cluster.planning.placement import ExpertGroup
 from experts_service.transport import Transport
@@ -51,6 +53,7 @@ class _Watch:
     token_ids: dict[Key, list[int]]
     times: list[float] = field(default_factory=list)  # of each decode step's end; first the end of prefill
     reads: list[int] = field(default_factory=list)  # expert reads so far, at the same moments
+    most_decoding: int = 0  # sequences that got a token in one step, none of them its first
     failure: MantaError | None = None
     unfinished: set[Key] = field(default_factory=set)
     done: threading.Event = field(default_factory=threading.Event)
@@ -65,7 +68,9 @@ class EngineUnderTest:
         self._gate: Key | None = None
         self._at_gate, self._open = threading.Event(), threading.Event()
         self._watch = _Watch(frozenset(), {})
+        self._vocab_size = checkpoint.architecture.vocab_size
         self._engine = build_engine(checkpoint, config, dispatcher, self._deliver)
+        self._contexts = Contexts(self._engine)
         self._engine.start()
 
     def __enter__(self) -> Self:
@@ -76,29 +81,38 @@ class EngineUnderTest:
         self._engine.stop()
         self._dispatcher.close()
 
-    def run(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Run:
-        """Greedy, with forced length. Raises what the engine raises."""
-        watch = self._watched(prompts, output_tokens)
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Which ones run, as the engine says."""
+        return self._engine.model_runner.kernels
+
+    def run(self, workload: Workload) -> Run:
+        """Greedy, with forced length. Raises what the engine raises, and ConfigError where nothing was decoded."""
+        with resident_memory() as memory:
+            watch = self._watched(workload)
         started, first, last = watch.times[0], watch.times[1], watch.times[-1]
         return Run(
             prefill_s=first - started,
             decode_s=last - first,
             decode_steps=len(watch.times) - 2,
             token_ids=list(watch.token_ids.values()),
+            peak_bytes=memory.peak,
+            grown_bytes=memory.grown,
         )
 
-    def count_expert_reads(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> float:
+    def count_expert_reads(self, workload: Workload) -> float:
         """The same run, untimed: experts with at least one row, summed over layers; mean over the decode steps."""
         self._dispatcher.counting = True
         try:
-            watch = self._watched(prompts, output_tokens)
+            watch = self._watched(workload)
         finally:
             self._dispatcher.counting = False
         return (watch.reads[-1] - watch.reads[0]) / max(len(watch.reads) - 1, 1)
 
-    def _watched(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> _Watch:
+    def _watched(self, workload: Workload) -> _Watch:
         """Hold the engine at the end of a step, queue everything, let go: all prompts begin in the next step."""
-        requests = [self._request(prompt, output_tokens) for prompt in prompts]
+        prompts = workload.prompts(self._vocab_size)
+        requests = [self._request(prompt, workload.output_tokens) for prompt in prompts]
         keys = [request.key for request in requests]
         gate = self._request([1], 1)
         self._at_gate.clear()
@@ -107,6 +121,8 @@ class EngineUnderTest:
         self._gate = gate.key
         self._engine.submit(gate)
         self._wait(self._at_gate)
+        if workload.context:
+            self._contexts.fill(prompts)
         for request in requests:
             self._engine.submit(request)
         watch.times.append(time.perf_counter())
@@ -114,6 +130,12 @@ class EngineUnderTest:
         self._wait(watch.done)
         if watch.failure is not None:
             raise watch.failure
+        if len(watch.times) < min(3, 1 + workload.output_tokens):
+            raise ConfigError(
+                f"{workload.num_sequences} prompts of {workload.prompt_tokens} tokens do not decode side by side: the "
+                f"first of them ends before the last is computed. {watch.most_decoding} would, or with more "
+                f"--output-tokens; with --context {workload.prompt_tokens} nothing has to be computed"
+            )
         return watch
 
     def _wait(self, event: threading.Event) -> None:
@@ -133,6 +155,7 @@ class EngineUnderTest:
             self._at_gate.set()
             self._open.wait()
             return
+        watch.most_decoding = max(watch.most_decoding, sum(bool(watch.token_ids.get(key)) for key, _ in events))
         full = not any(len(tokens) == 0 for tokens in watch.token_ids.values())  # before this step
         for key, item in events:
             if isinstance(item, MantaError):

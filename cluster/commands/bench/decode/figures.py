@@ -21,6 +21,20 @@ class Workload:
     num_sequences: int
     prompt_tokens: int
     output_tokens: int
+    context: int = 0  # of the prompt's tokens, so many are in the KV cache before anything runs
+
+    @classmethod
+    def after_context(cls, num_sequences: int, context: int, output_tokens: int) -> Workload:
+        """Sequences whose prompt is in the cache but for its last token, which somebody has to compute."""
+        return cls(num_sequences, context + 1, output_tokens, context)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of each sequence at its end."""
+        return self.prompt_tokens + self.output_tokens
+
+    def __str__(self) -> str:
+        return f"{self.num_sequences} × {self.context or self.prompt_tokens}"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Random token ids, the same in every run."""
@@ -37,58 +51,69 @@ class Run:
     decode_s: float
     decode_steps: int
     token_ids: list[list[int]]  # of each sequence
+    peak_bytes: int | None = None  # resident in the process that ran it, where that can be told
+    grown_bytes: int | None = None  # of these, what was not there before
 
     @property
     def step_ms(self) -> float:
-        """Mean over the decode steps."""
-        return 1e3 * self.decode_s / self.decode_steps if self.decode_steps else math.nan
+        """Mean over the decode steps, of which there is at least one."""
+        return 1e3 * self.decode_s / self.decode_steps
 
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """What transformers did in the same pairs."""
+    """What another engine did in the same pairs."""
 
+    name: str
     runs: tuple[Run, ...]
-    experts: str  # its implementation, the fastest of a short calibration
-    attention: str
+    implementation: str  # which of its ways was fastest in a short calibration
+
+    def to_json(self) -> dict[str, Any]:
+        """Without figures."""
+        return {"name": self.name, "implementation": self.implementation}
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """One batch size."""
+    """One batch size and length."""
 
     workload: Workload
     runs: tuple[Run, ...]
-    bytes_per_step: float  # of weights that a step has to read, mean over the steps
+    weight_bytes: float  # that a step has to read, mean over the steps
+    kv_bytes: float  # the same, of keys and values
     bandwidth: float  # bytes a second
-    rival: Rival | None = None
+    rivals: tuple[Rival, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         step_ms = _median_ms(self.runs)
-        floor_ms = 1e3 * self.bytes_per_step / self.bandwidth
-        result: dict[str, Any] = {
+        bytes_per_step = self.weight_bytes + self.kv_bytes
+        floor_ms = 1e3 * bytes_per_step / self.bandwidth
+        return {
             "batch": self.workload.num_sequences,
             "prompt_tokens": self.workload.prompt_tokens,
+            "context": self.workload.context,
             "output_tokens": self.workload.output_tokens,
             "ms_per_step": round(step_ms, 3),
             "tokens_per_s": round(1e3 * self.workload.num_sequences / step_ms, 2),
-            "bytes_per_step": round(self.bytes_per_step),
+            "bytes_per_step": round(bytes_per_step),
+            "kv_bytes_per_step": round(self.kv_bytes),
             "floor_ms": round(floor_ms, 3),
             "floor_fraction": round(floor_ms / step_ms, 3),
             "ms_per_step_of_runs": [round(run.step_ms, 3) for run in self.runs],
+            "rivals": [self._against(rival, step_ms) for rival in self.rivals],
         }
-        if self.rival is not None:
-            theirs = _median_ms(self.rival.runs)
-            result |= {
-                "transformers_ms_per_step": round(theirs, 3),
-                "transformers_tokens_per_s": round(1e3 * self.workload.num_sequences / theirs, 2),
-                "transformers_ms_per_step_of_runs": [round(run.step_ms, 3) for run in self.rival.runs],
-                "transformers_experts": self.rival.experts,
-                "transformers_attention": self.rival.attention,
-                "speedup": round(theirs / step_ms, 3),
-                "equal_tokens": round(equal_share(self.runs[-1].token_ids, self.rival.runs[-1].token_ids), 3),
-            }
-        return result
+
+    def _against(self, rival: Rival, step_ms: float) -> dict[str, Any]:
+        theirs = _median_ms(rival.runs)
+        figures = rival.to_json() | {
+            "ms_per_step": round(theirs, 3),
+            "tokens_per_s": round(1e3 * self.workload.num_sequences / theirs, 2),
+            "ms_per_step_of_runs": [round(run.step_ms, 3) for run in rival.runs],
+            "speedup": round(theirs / step_ms, 3),
+        }
+        if not self.workload.context:  # else each has random numbers of its own in its cache
+            figures["equal_tokens"] = round(equal_share(self.runs[-1].token_ids, rival.runs[-1].token_ids), 3)
+        return figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +122,43 @@ class PrefillResult:
 
     workload: Workload
     runs: tuple[Run, ...]
-    rival: Rival | None = None
+    weight_bytes: int  # in the engine's process
+    kv_bytes: int  # of these prompts
+    rivals: tuple[Rival, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         tokens = self.workload.num_sequences * self.workload.prompt_tokens
-        ms = 1e3 * median(run.prefill_s for run in self.runs)
-        result: dict[str, Any] = {
+        ms = _median_prefill_ms(self.runs)
+        return {
             "sequences": self.workload.num_sequences,
             "prompt_tokens": self.workload.prompt_tokens,
             "ms": round(ms, 2),
             "tokens_per_s": round(1e3 * tokens / ms, 1),
             "ms_of_runs": [round(1e3 * run.prefill_s, 2) for run in self.runs],
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes": self.kv_bytes,
+            **_memory(self.runs),
+            "rivals": [
+                rival.to_json()
+                | {
+                    "ms": round(_median_prefill_ms(rival.runs), 2),
+                    "ms_of_runs": [round(1e3 * run.prefill_s, 2) for run in rival.runs],
+                    "speedup": round(_median_prefill_ms(rival.runs) / ms, 3),
+                    **_memory(rival.runs),
+                }
+                for rival in self.rivals
+            ],
         }
-        if self.rival is not None:
-            theirs = 1e3 * median(run.prefill_s for run in self.rival.runs)
-            result |= {
-                "transformers_ms": round(theirs, 2),
-                "transformers_ms_of_runs": [round(1e3 * run.prefill_s, 2) for run in self.rival.runs],
-                "transformers_experts": self.rival.experts,
-                "transformers_attention": self.rival.attention,
-                "speedup": round(theirs / ms, 3),
-            }
-        return result
 
 
-def bytes_per_step(architecture: Architecture, dtype_bytes: int, num_rows: int, expert_reads: float) -> float:
+def kv_bytes_per_step(workload: Workload, bytes_of_token: int, sliding_window: int | None) -> float:
+    """Of keys and values that a decode step reads once, mean over the steps."""
+    lengths = range(workload.prompt_tokens + 1, workload.num_tokens)  # the new token's own are read as well
+    seen = fmean(min(length, sliding_window or length) for length in lengths)
+    return workload.num_sequences * bytes_of_token * seen
+
+
+def weight_bytes_per_step(architecture: Architecture, dtype_bytes: int, num_rows: int, expert_reads: float) -> float:
     """Bytes of weights that a step of `num_rows` reads once: `expert_reads` is (expert, layer) pairs with a row.
 
     Of the embeddings only the rows that are looked up, unless they are the output head too.
@@ -146,3 +183,15 @@ def equal_share(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) 
 
 def _median_ms(runs: Sequence[Run]) -> float:
     return median(run.step_ms for run in runs)
+
+
+def _median_prefill_ms(runs: Sequence[Run]) -> float:
+    return 1e3 * median(run.prefill_s for run in runs)
+
+
+def _memory(runs: Sequence[Run]) -> dict[str, int | None]:
+    """The most of all runs."""
+    return {
+        "peak_bytes": max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
+        "grown_bytes": max((run.grown_bytes for run in runs if run.grown_bytes is not None), default=None),
+    }

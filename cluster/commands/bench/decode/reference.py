@@ -22,6 +22,7 @@ import psutil
 
 from cluster.checkpoint.architecture import Architecture, expert_tensors
 from cluster.commands.bench.decode.figures import Run, Workload
+from cluster.commands.bench.memory import resident_memory
 from cluster.commands.bench.openmp import SPIN_COUNT, environment
 from cluster.config import EngineConfig
 from cluster.errors import MantaError, SetupError
@@ -45,12 +46,16 @@ class Implementation:
     attention: str
     prefill_experts: str  # the same, or another where the prompt's rows do not fit
 
+    def __str__(self) -> str:
+        return f"{self.experts}, {self.attention}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Task:
     prompts: list[list[int]]
     output_tokens: int
     implementation: Implementation
+    context: int = 0  # of the prompts' tokens, so many are not computed: the cache begins with random numbers
 
 
 class Reference:
@@ -80,22 +85,29 @@ class Reference:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
 
-    def run(self, prompts: list[list[int]], output_tokens: int, implementation: Implementation) -> Run:
+    def run(self, workload: Workload, implementation: Implementation) -> Run:
         """Greedy, with forced length."""
-        self._connection.send(_Task(prompts, output_tokens, implementation))
+        prompts = workload.prompts(self._architecture.vocab_size)
+        return self.generate(prompts, workload.output_tokens, implementation, context=workload.context)
+
+    def generate(
+        self, prompts: list[list[int]], output_tokens: int, implementation: Implementation, *, context: int = 0
+    ) -> Run:
+        """The same for any prompts of one length."""
+        self._connection.send(_Task(prompts, output_tokens, implementation, context))
         run = self._answer(None)
         assert isinstance(run, Run)
         return run
 
     def fastest(self, workload: Workload) -> Implementation:
         """The best of all that run at all, by the workload's own measure, in short runs."""
-        prompts = workload.prompts(self._architecture.vocab_size)
         decodes = workload.output_tokens > 1
+        short = replace(workload, output_tokens=min(workload.output_tokens, CALIBRATION_TOKENS))
         best: tuple[float, Implementation] | None = None
         for implementation in self._candidates(workload):
             for _ in range(CALIBRATION_RUNS):
                 try:
-                    run = self.run(prompts, min(workload.output_tokens, CALIBRATION_TOKENS), implementation)
+                    run = self.run(short, implementation)
                 except SetupError:
                     break  # not on this machine or not with these sizes
                 seconds = run.decode_s if decodes else run.prefill_s
@@ -116,9 +128,10 @@ class Reference:
         for experts, attention in product(EXPERTS, ATTENTION):
             candidate = Implementation(experts, attention, experts)
             if experts == "batched_mm":
-                if rows > room or (workload.output_tokens == 1 and rows * workload.prompt_tokens > room):
+                computed = rows * (workload.prompt_tokens - workload.context)
+                if rows > room or (workload.output_tokens == 1 and computed > room):
                     continue
-                if rows * workload.prompt_tokens > room:
+                if computed > room:
                     candidate = replace(candidate, prefill_experts="grouped_mm")
             candidates.append(candidate)
         return candidates
@@ -148,12 +161,11 @@ def fastest_reference(
 ) -> Iterator[Reference]:
     """The process with the better of two OpenMP settings, by the decode steps of a short run."""
     implementation = Implementation("eager", "sdpa", "eager")
-    prompts = workload.prompts(architecture.vocab_size)
-    tokens = min(workload.output_tokens, CALIBRATION_TOKENS)
+    short = replace(workload, output_tokens=min(workload.output_tokens, CALIBRATION_TOKENS))
     best: tuple[float, Mapping[str, str]] | None = None
     for left, variables in reversed(list(enumerate(OPENMP_SETTINGS))):
         with Reference(directory, architecture, dtype, device, variables) as reference:
-            runs = [reference.run(prompts, tokens, implementation) for _ in range(CALIBRATION_RUNS)]
+            runs = [reference.run(short, implementation) for _ in range(CALIBRATION_RUNS)]
             seconds = min(run.decode_s for run in runs)
             if best is None or seconds < best[0]:
                 best = (seconds, variables)
@@ -222,11 +234,17 @@ def _generate(model: Any, task: _Task) -> Run:
     greedy = GenerationConfig(do_sample=False, max_new_tokens=task.output_tokens, eos_token_id=None, pad_token_id=0)
     model.generation_config = greedy  # what is not set is taken from here: no end of sequence
     prompts = torch.tensor(task.prompts, device=model.device)
+    cache = _random_cache(model, len(prompts), task.context) if task.context else None
     stopwatch = _Stopwatch(model, implementation)
-    started = time.perf_counter()
-    output = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy, streamer=stopwatch
-    )
+    with resident_memory() as memory:
+        started = time.perf_counter()
+        output = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=greedy,
+            streamer=stopwatch,
+            past_key_values=cache,
+        )
     token_ids: Sequence[list[int]] = output[:, prompts.shape[1] :].tolist()
     assert all(len(ids) == task.output_tokens for ids in token_ids), "the length is forced"
     return Run(
@@ -234,4 +252,20 @@ def _generate(model: Any, task: _Task) -> Run:
         decode_s=stopwatch.last - stopwatch.second,
         decode_steps=task.output_tokens - 1,
         token_ids=list(token_ids),
+        peak_bytes=memory.peak,
+        grown_bytes=memory.grown,
     )
+
+
+def _random_cache(model: Any, num_sequences: int, context: int) -> Any:
+    """Keys and values of that many tokens that nobody computed, of the order of one, as ours."""
+    import torch
+    from transformers import DynamicCache
+
+    config = model.config
+    shape = (num_sequences, config.num_key_value_heads, context, config.head_dim)
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        keys = torch.randn(shape, dtype=model.dtype, device=model.device)
+        cache.update(keys, keys.flip(-1), layer)
+    return cache

@@ -51,7 +51,7 @@ class Rival:
 
     def run(self) -> Run:
         """Greedy, with forced length."""
-        return self._reference.run(self._prompts, self._length, self.implementation)
+        return self._reference.generate(self._prompts, self._length, self.implementation)
 
     def to_json(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Medians of transformers' runs, and of the ratios within pairs; above 1 the server is faster."""
