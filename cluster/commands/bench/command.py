@@ -13,7 +13,9 @@ import typer
 
 from cluster.commands import ray_environment
 
-app = typer.Typer(name="bench", help="Measure: dispatch, decode, sampling, a served model.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench", help="Measure: dispatch, decode, an engine's step, sampling, a served model.", no_args_is_help=True
+)
 
 
 class ShapeName(StrEnum):
@@ -137,6 +139,27 @@ def decode(
             prefills=prefills_named(prefill) if prefill or no_prefill or context else None,
         ),
     )
+
+
+@app.command()
+def engine(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id; else the embedded demo model."),
+    ] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Sequences in a step; repeat for several.")] = [64],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="Tokens before them; repeat for several.")] = [64, 8192],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Of each measurement; the medians count.")] = 30,
+    dtype: Annotated[DtypeName, typer.Option(help="auto: the checkpoint's own.")] = DtypeName.AUTO,
+) -> None:
+    """Time the parts of an engine's step: scheduling, metadata, the model by kind, sampling, delivery."""
+    from cluster.commands.bench.openmp import load_torch
+    from cluster.config import EngineConfig
+
+    load_torch(EngineConfig().openmp_spin_count)
+    from cluster.commands.bench.engine.engine import run
+
+    run(model, batch, context, steps, dtype.value)
 
 
 @app.command()
