@@ -34,7 +34,18 @@ def has_adjustments(sampling: SamplingParams) -> bool:
 class Adjustments:
     """Bias, stop tokens and penalties of one sequence."""
 
-    __slots__ = ("_num_counted", "_output_counts", "_sampling", "bias", "bias_ids", "divisors", "penalties", "stop_ids")
+    __slots__ = (
+        "_frequency",
+        "_num_counted",
+        "_output_counts",
+        "_presence",
+        "_sampling",
+        "bias",
+        "bias_ids",
+        "divisors",
+        "penalties",
+        "stop_ids",
+    )
 
     def __init__(self, request: Request, vocab_size: int) -> None:
         """Counts the request's tokens, 32,000 in about a millisecond. Raises InvalidRequest for ids past them all."""
@@ -47,6 +58,7 @@ class Adjustments:
         # float32 [V], what is taken off; None: no such penalties.
         has_penalties = sampling.presence_penalty or sampling.frequency_penalty
         self.penalties = np.zeros(vocab_size, np.float32) if has_penalties else None
+        self._presence, self._frequency = np.float32(sampling.presence_penalty), np.float32(sampling.frequency_penalty)
         self._output_counts: Counter[int] = Counter()
         self._num_counted = len(request.prompt_token_ids) + len(request.output_token_ids)
         for token_ids, are_output in ((request.prompt_token_ids, False), (request.output_token_ids, True)):
@@ -61,9 +73,16 @@ class Adjustments:
 
     def catch_up(self, token_ids: list[int]) -> None:
         """Count what has been appended to a sequence's tokens since the last time."""
-        if self._num_counted < len(token_ids):
-            self._count(token_ids[self._num_counted :], are_output=True)
-            self._num_counted = len(token_ids)
+        for token_id in token_ids[self._num_counted :]:
+            self._count_output(token_id)
+        self._num_counted = len(token_ids)
+
+    def _count_output(self, token_id: int) -> None:
+        if self.divisors is not None:
+            self.divisors[token_id] = self._sampling.repetition_penalty
+        if self.penalties is not None:
+            self._output_counts[token_id] += 1
+            self.penalties[token_id] = self._presence + self._frequency * np.float32(self._output_counts[token_id])
 
     def _count(self, token_ids: Seq[int], are_output: bool) -> None:
         if self.divisors is not None:
@@ -72,11 +91,7 @@ class Adjustments:
             self._output_counts.update(token_ids)
             used = list(set(token_ids))
             counts = np.array([self._output_counts[token_id] for token_id in used], np.float32)
-            presence, frequency = (
-                np.float32(self._sampling.presence_penalty),
-                np.float32(self._sampling.frequency_penalty),
-            )
-            self.penalties[used] = presence + frequency * counts
+            self.penalties[used] = self._presence + self._frequency * counts
 
 
 def _ids(param: str, token_ids: Seq[int], vocab_size: int) -> NDArray[np.int64]:

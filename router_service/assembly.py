@@ -68,6 +68,8 @@ def build_engine(
         cost=StepCost.of(architecture),
         sliding_window=architecture.sliding_window,
     )
+    sampler = Sampler(eos_token_ids)
+    sampler.warm_up()
     kv_cache = KVCache(architecture, cache.num_blocks, config.block_size, dtype=dtype, device=device)
     return Engine(
         scheduler,
@@ -77,7 +79,7 @@ def build_engine(
             max_gathered_tokens=max_gathered_tokens(architecture, dtype_name),
             num_microbatches=1 if config.microbatches == "auto" else config.microbatches,
         ),
-        Sampler(eos_token_ids),
+        sampler,
         deliver,
         max_waiting=config.max_waiting,
         observe_step=observe_step,

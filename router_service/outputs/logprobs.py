@@ -16,9 +16,8 @@ import torch
 
 from cluster.messages import TokenLogprobs
 from cluster.planning.step_memory import SCORED_ROWS
+from router_service.outputs.top import top
 from router_service.scheduling.sequence import Sequence
-
-_BLOCK = 64  # columns that `top` looks at as one
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) -> list[TokenLogprobs]:
@@ -31,24 +30,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) 
         TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
         for logprob, count, ids, values in zip(of_tokens, counts, top_ids.tolist(), top_logprobs.tolist(), strict=True)
     ]
-
-
-def top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest of each row of `values` [P, V], from the largest down, and their columns.
-
-    They lie in the `count` blocks of columns whose largest values are largest: under half of topk's time on a CPU.
-    """
-    num_rows, width = values.shape
-    num_blocks = width // _BLOCK
-    if num_blocks <= count:
-        return values.topk(count, dim=-1)
-    whole = values[:, : num_blocks * _BLOCK]
-    blocks = whole.unflatten(1, (num_blocks, _BLOCK)).amax(dim=-1).topk(count, dim=-1).indices  # [P, count]
-    columns = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
-    rest = torch.arange(num_blocks * _BLOCK, width, device=values.device).expand(num_rows, -1)
-    columns = torch.cat([columns, rest], dim=1)
-    largest, places = values.gather(1, columns).topk(count, dim=-1)
-    return largest, columns.gather(1, places)
 
 
 def rows_to_score(sequence: Sequence, start: int, end: int) -> range:

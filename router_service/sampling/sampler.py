@@ -18,18 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.messages import TokenLogprobs
+from cluster.messages import Request, SamplingParams, TokenLogprobs
+from experts_service.kernels import jit
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.outputs.logprobs import token_logprobs
+from router_service.sampling.compiled_adjust import adjust
 from router_service.sampling.draw import draw, uniform
 from router_service.scheduling.sequence import Sequence
 
 NOT_FINITE = -1
 NOT_READY = -2
 _GRACE_S = 0.001  # all grammars of a step together are waited for
-_ROWS_AT_ONCE = 4  # on a CPU: what they need stays in its cache, and memory is not asked for anew each time
+_ROWS_AT_ONCE = 8  # on a CPU: what they need stays in its cache, and memory is not asked for anew each time
 # What is added to the logits of eight tokens, by the byte of a grammar's mask that their bits are in.
 _ADDED = torch.tensor([[0.0 if byte >> bit & 1 else float("-inf") for bit in range(8)] for byte in range(256)])
+_NO_FLOATS, _NO_IDS, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint8)
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
 
 
@@ -38,6 +41,11 @@ class Sampler:
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
+
+    def warm_up(self) -> None:
+        """Have compiled what the first requests that wish something would wait for."""
+        everything = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, repetition_penalty=2.0, logprobs=1)
+        self(torch.zeros(1, 8), [Sequence(Request("", (0,), everything, seed=0))])
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -76,14 +84,10 @@ class Sampler:
         if not adjusted and not masks:
             return logits
         logits = logits.clone(memory_format=torch.contiguous_format)
-        for row, one in adjusted.items():
-            _penalise(logits[row], one)
-        ids = [_flat(logits, row, one.bias_ids) for row, one in adjusted.items()]
-        biases = [one.bias for one in adjusted.values()]
-        if any(len(bias) for bias in biases):
-            logits.view(-1).index_add_(0, _joined(ids, logits), _joined(biases, logits))
-        if masks:
-            _constrain(logits, masks)
+        if logits.is_cuda or not jit.AVAILABLE:
+            _adjust(logits, adjusted, masks)
+        else:
+            _adjust_on_cpu(logits, adjusted, masks)
         self._hold_open(logits, sequences, adjusted)
         return logits
 
@@ -164,6 +168,32 @@ def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:
         sequence.adjustments = Adjustments(sequence.request, vocab_size)
     sequence.adjustments.catch_up(sequence.token_ids)
     return sequence.adjustments
+
+
+def _adjust_on_cpu(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
+    """Change `logits` [B, V] in place."""
+    rows = logits.numpy()
+    for row in adjusted.keys() | masks.keys():
+        one = adjusted.get(row)
+        divisors = penalties = bias = _NO_FLOATS
+        bias_ids, is_reward = _NO_IDS, False
+        if one is not None:
+            divisors = divisors if one.divisors is None else one.divisors
+            penalties = penalties if one.penalties is None else one.penalties
+            bias_ids, bias, is_reward = one.bias_ids, one.bias, one.repetition_penalty < 1.0
+        adjust(rows[row], divisors, is_reward, penalties, bias_ids, bias, masks.get(row, _NO_MASK))
+
+
+def _adjust(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
+    """Change `logits` [B, V] in place: what the compiled `adjust` does."""
+    for row, one in adjusted.items():
+        _penalise(logits[row], one)
+    ids = [_flat(logits, row, one.bias_ids) for row, one in adjusted.items()]
+    biases = [one.bias for one in adjusted.values()]
+    if any(len(bias) for bias in biases):
+        logits.view(-1).index_add_(0, _joined(ids, logits), _joined(biases, logits))
+    if masks:
+        _constrain(logits, masks)
 
 
 def _penalise(logits: torch.Tensor, adjustments: Adjustments) -> None:

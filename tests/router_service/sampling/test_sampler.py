@@ -4,6 +4,7 @@ import collections
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from cluster.errors import InvalidRequest
-from router_service.outputs.logprobs import top
+from experts_service.kernels import jit
+from router_service.outputs.logprobs import token_logprobs
+from router_service.outputs.top import top
+from router_service.sampling import sampler as sampler_module
 from router_service.sampling.draw import uniform
 from router_service.sampling.sampler import NOT_FINITE, Sampler
 from tests.router_service.reference_sampler import reference_token
@@ -26,6 +30,14 @@ from tests.router_service.requests import make_sequence
 
 VOCABULARY = 50
 EOS = 2
+
+needs_numba = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
+
+
+@pytest.fixture(params=[pytest.param(True, id="compiled", marks=needs_numba), pytest.param(False, id="torch")])
+def way(request, monkeypatch):
+    """Both ways of choosing: compiled loops, and torch where numba is missing."""
+    monkeypatch.setattr(jit, "AVAILABLE", request.param)
 
 
 def logits(seed=0):
@@ -50,7 +62,7 @@ def draws(row, count=3000, **sampling):
         ({"temperature": 1.0, "top_k": 8, "top_p": 0.7}, [TopKLogitsWarper(8), TopPLogitsWarper(0.7)]),
     ],
 )
-def test_tokens_are_drawn_from_the_distribution_of_the_reference(sampling, warpers, device):
+def test_tokens_are_drawn_from_the_distribution_of_the_reference(sampling, warpers, device, way):
     row = logits()
     expected = LogitsProcessorList(warpers)(torch.tensor([[1, 2, 3]]), row.clone()).softmax(-1)[0]
     drawn = draws(row.to(device), **sampling)
@@ -61,14 +73,14 @@ def test_tokens_are_drawn_from_the_distribution_of_the_reference(sampling, warpe
         assert abs(drawn[token] - 3000 * expected[token]) <= spread
 
 
-def test_repetition_penalty_is_the_reference_one():
+def test_repetition_penalty_is_the_reference_one(way):
     row = logits()
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 2, 3, 3, 7]]), row.clone()).argmax(-1)
     sequence = make_sequence([1, 2, 3, 3], output=[7], repetition_penalty=1.7)
     assert Sampler(frozenset())(row, [sequence])[0] == expected.tolist()
 
 
-def test_presence_and_frequency_penalties_count_output_tokens_only():
+def test_presence_and_frequency_penalties_count_output_tokens_only(way):
     row = torch.zeros(1, 4)
     row[0] = torch.tensor([1.0, 0.9, 0.8, 0.0])
     sampler = Sampler(frozenset())
@@ -77,7 +89,7 @@ def test_presence_and_frequency_penalties_count_output_tokens_only():
     assert sampler(row, [make_sequence([3], output=[0, 0, 1], frequency_penalty=0.2)])[0] == [2]
 
 
-def test_bias_and_minimum_length():
+def test_bias_and_minimum_length(way):
     row = torch.zeros(1, 4)
     row[0, EOS] = 5.0
     sampler = Sampler(frozenset({EOS}))
@@ -118,6 +130,7 @@ PARAMETERS = st.fixed_dictionaries(
 TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)
 
 
+@needs_numba
 @given(
     st.lists(st.tuples(PARAMETERS, TOKENS, TOKENS), min_size=1, max_size=5),
     st.sampled_from([0.0, 0.1, 1.0, 5.0]),
@@ -126,7 +139,7 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)
 )
 @settings(max_examples=40, deadline=None)
 def test_every_token_is_the_one_of_the_definition(rows, scale, is_coarse, seed):
-    """Buckets, batches and kept counts change no token, at the first step, at later ones, or when resumed."""
+    """Compiled loops, batches and kept counts change no token, at the first step, at later ones, or when resumed."""
     generator = torch.Generator().manual_seed(seed)
     sampler = Sampler(frozenset({EOS}))
     sequences = [
@@ -141,12 +154,15 @@ def test_every_token_is_the_one_of_the_definition(rows, scale, is_coarse, seed):
         assert token_ids == [
             reference_token(row, sequence, frozenset({EOS})) for row, sequence in zip(values, sequences, strict=True)
         ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jit, "AVAILABLE", False)
+            assert sampler(values, sequences)[0] == token_ids, "torch alone chooses others"
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             sequence.token_ids.append(token_id)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
-def test_in_a_large_vocabulary_too(scale):
+def test_in_a_large_vocabulary_too(scale, way):
     """A flat distribution has places by the thousand where float32 may round either way; the sort decides there."""
     values = torch.randn(24, 20_001, generator=torch.Generator().manual_seed(5)) * scale
     ways = [{"top_p": 0.9999}, {"top_p": 0.5, "top_k": 15_000}, {"min_p": 0.02}, {}]
@@ -155,6 +171,7 @@ def test_in_a_large_vocabulary_too(scale):
     assert token_ids == [reference_token(*row, frozenset()) for row in zip(values, sequences, strict=True)]
 
 
+@needs_numba
 def test_the_least_top_p_sorts_no_row(monkeypatch):
     """Some send a tiny one for greedy; it was too small to be told from 0, and every row was sorted at every step."""
     monkeypatch.setattr("router_service.sampling.draw._draw_sorted", lambda *_: pytest.fail("a row was sorted"))
@@ -178,7 +195,7 @@ def test_an_id_past_the_vocabulary_fails_its_own_row_only():
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "min_p": 0.1}])
-def test_rows_that_are_not_finite_are_told_and_no_others(sampling):
+def test_rows_that_are_not_finite_are_told_and_no_others(sampling, way):
     rows = torch.cat([logits(seed) for seed in range(4)])
     rows[1, 7], rows[2, 8] = float("nan"), float("inf")
     sequences = [make_sequence([1], seed=i, **sampling) for i in range(4)]
@@ -187,14 +204,51 @@ def test_rows_that_are_not_finite_are_told_and_no_others(sampling):
 
 
 @pytest.mark.parametrize("width", [40, 1280, 1301, 5000])
-def test_the_most_likely_tokens_are_those_of_topk(width):
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_the_most_likely_tokens_are_those_of_a_sort_and_of_equal_ones_the_first(width, is_coarse, way):
     values = torch.randn(7, width, generator=torch.Generator().manual_seed(width))
+    values = values.round() if is_coarse else values
+    ranked = values.sort(dim=-1, descending=True, stable=True)
     for count in (0, 1, 20):
         largest, columns = top(values, count)
-        assert torch.equal(largest, values.topk(count).values)
-        assert torch.equal(values.gather(1, columns), largest)
+        assert torch.equal(largest, ranked.values[:, :count])
+        assert torch.equal(columns, ranked.indices[:, :count])
 
 
+def test_who_else_asks_changes_no_log_probabilities(way):
+    """Of equally likely tokens topk gave others when a neighbour asked for more of them."""
+    rows = torch.randn(3, 1500, generator=torch.Generator().manual_seed(3)).round()
+    together = token_logprobs(rows, [5, 6, 7], [3, 20, 0])
+    alone = [token_logprobs(rows[i : i + 1], [5 + i], [n])[0] for i, n in enumerate((3, 20, 0))]
+    assert together == alone
+    ids = [token_id for token_id, _ in together[1].top]
+    assert ids == sorted(range(1500), key=lambda token_id: (-rows[1, token_id], token_id))[:20]
+
+
+@needs_numba
+@pytest.mark.parametrize("vocabulary", [8, 50, 1003])
+def test_compiled_adjustments_are_those_of_torch(vocabulary):
+    chooser = random.Random(vocabulary)
+    values = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(1))
+    ids = [chooser.choices(range(vocabulary), k=40) for _ in range(4)]
+    wishes = [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.7, "presence_penalty": -1.0},
+        {"frequency_penalty": 0.3, "logit_bias": ((1, 2.5), (vocabulary - 1, -100.0))},
+        {},
+    ]
+    sequences = [make_sequence(i, output=i[:9], **wish) for i, wish in zip(ids, wishes, strict=True)]
+    adjusted = {row: sampler_module._adjustments(one, vocabulary) for row, one in enumerate(sequences[:3])}
+    generator = np.random.default_rng(vocabulary)
+    masks = {row: generator.integers(0, 256, -(-vocabulary // 8), np.uint8) for row in (1, 3)}
+    expected, ours = values.clone(), values.clone()
+    sampler_module._adjust(expected, adjusted, masks)
+    sampler_module._adjust_on_cpu(ours, adjusted, masks)
+    assert torch.equal(ours, expected)
+    assert ours.isinf().any()
+
+
+@needs_numba
 def test_what_one_caller_asks_for_stays_within_the_cost_of_a_step():
     """16 choices with every parameter at its worst took 180 ms, and everybody waited; biases alone took 90.
 
