@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -57,6 +58,8 @@ def run(
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)
     stop = _Stop()
+    # The deployments are made of classes that need torch, which takes seconds to import; those of Ray mostly wait.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     with _ray(config.gateway, address) as cluster:
         import ray
 
@@ -173,7 +176,7 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
         for name in names:
             serve.delete(name, _blocking=False)
         deadline = time.monotonic() + stop.drain_s
-        while names & set(serve.status().applications) and (joined or time.monotonic() < deadline):
+        while names & set(_statuses()) and (joined or time.monotonic() < deadline):
             if stop.at_once.wait(0.1):
                 break
         if joined and not was_running:
@@ -182,40 +185,50 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
 
 def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
-    from ray import serve
-
     from cluster.telemetry.progress import clear_progress, read_progress
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("starting processes", total=None)
         while not stop.wait(0.2):
-            status = serve.status().applications
+            status = _statuses()
             progress = [one for name in applications for one in read_progress(name)]
             loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)
             waiting = [
-                name
+                deployment.name
                 for application in applications
                 if application in status
-                for name, deployment in status[application].deployments.items()
-                if not deployment.replica_states.get("RUNNING")
+                for deployment in status[application].deployment_statuses
+                if deployment.status != "HEALTHY"
             ]
             text = "loading weights" if loaded < total else "starting " + ", ".join(waiting)
             bars.update(bar, completed=loaded, total=total or None, description=text)
             for name in applications:
-                if name in status and status[name].status == "DEPLOY_FAILED":
+                if name in status and status[name].app_status.status == "DEPLOY_FAILED":
                     raise SetupError(f"{name} cannot be started: {_failure(status[name])}")
-            if all(name in status and status[name].status == "RUNNING" for name in applications):
+            if all(name in status and status[name].app_status.status == "RUNNING" for name in applications):
                 break
     for name in applications:
         clear_progress(name)
 
 
+def _statuses() -> dict[str, Any]:
+    """What Serve says of each application and its deployments.
+
+    `serve.status()` would tell of replicas as well. It pickles the request router of every deployment on the way, and
+    that cost a quarter of a core of a server that starts.
+    """
+    from ray.serve.context import _get_global_client
+
+    return {overview.name: overview for overview in _get_global_client().list_serve_statuses()}
+
+
 def _failure(application: Any) -> str:
     """The last line of what each failed deployment says: the error, without the stack above it."""
-    messages = [d.message.strip() for d in application.deployments.values() if d.message and "FAILED" in d.status.value]
+    deployments = application.deployment_statuses
+    messages = [d.message.strip() for d in deployments if d.message and "FAILED" in d.status.value]
     lines = dict.fromkeys(message.splitlines()[-1] for message in messages if message)
-    return " ".join(lines) or application.message
+    return " ".join(lines) or application.app_status.message
 
 
 def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str) -> None:
