@@ -1,6 +1,6 @@
 """The gateway as a Serve deployment: both doors in one class. Composes; every decision is in the modules it imports.
 
-Serve builds the FastAPI application inside the replica (`__serve_build_asgi_app__`), so that what is pickled is only
+Serve builds the HTTP application inside the replica (`__serve_build_asgi_app__`), so that what is pickled is only
 the configuration and the model cards. gRPC calls arrive as the methods of GrpcDoor, by the name of the RPC.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
+from starlette.applications import Starlette
 
 from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
@@ -83,7 +83,7 @@ class GatewayReplica(GrpcDoor):
         """What the scaling policy decides by: requests that are being answered. To Serve, /health is one, too."""
         return {LOAD: float(self.frontend.num_ongoing)}
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Starlette:
         app = build_app(self.frontend)
         # Serve calls this last, on the loop that requests are answered on: before, there was nobody to keep waiting.
         self.frontend.metrics.loop.start()

@@ -8,11 +8,13 @@ from contextlib import aclosing
 from importlib.metadata import version
 from typing import TypeVar
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Route
 
 from gateway.answer.chat import ChatShape, ChoiceText, Json, model_body, num_bytes, usage_body
 from gateway.answer.choice import Delta, Usage
@@ -25,7 +27,7 @@ from gateway.http.body_bounds import BodyBounds
 from gateway.http.errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
 from gateway.http.guard import HttpGuard
 from gateway.http.log import HttpLog
-from gateway.http.openapi import describe
+from gateway.http.openapi import openapi_document
 from gateway.http.page import page_response
 from gateway.http.responses import ResponsesDoor
 from gateway.http.sse import DONE, EventStream, begun, event, json_bytes, unless_disconnected
@@ -41,6 +43,7 @@ from gateway.request.validator import Generation
 from gateway.responses.fields import ResponsesRequest
 from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 
+VERSION = version("manta-serve")
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
 
@@ -56,44 +59,50 @@ BODIES: dict[str, type[Body]] = {
 }
 
 
-def build_app(frontend: Frontend) -> FastAPI:
+def build_app(frontend: Frontend) -> Starlette:
     """The ASGI application of one gateway replica."""
-    app = FastAPI(title="Manta", version=version("manta-serve"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    config = frontend.config
     door = HttpDoor(frontend)
-    app.add_api_route("/v1/chat/completions", door.chat_completions, methods=["POST"])
-    app.add_api_route("/v1/completions", door.completions, methods=["POST"])
-    app.add_api_route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"])
-    app.add_api_route("/tokenize", door.tokenize, methods=["POST"])
-    app.add_api_route("/detokenize", door.detokenize, methods=["POST"])
-    app.add_api_route("/v1/embeddings", door.embeddings, methods=["POST"])
-    app.add_api_route("/v1/models", door.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", door.model, methods=["GET"])
-    app.add_api_route("/", door.page, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/health", door.health, methods=["GET"])
-    for path, endpoint in (("/", door.page), ("/health", door.health)):  # what monitors and load balancers ask
-        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/metrics", door.metrics, methods=["GET"])
-    app.add_api_route("/load", door.load, methods=["GET"])
-    app.add_api_route("/version", door.version, methods=["GET"])
+    routes = [
+        Route("/v1/chat/completions", door.chat_completions, methods=["POST"]),
+        Route("/v1/completions", door.completions, methods=["POST"]),
+        Route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"], name="responses"),
+        Route("/tokenize", door.tokenize, methods=["POST"]),
+        Route("/detokenize", door.detokenize, methods=["POST"]),
+        Route("/v1/embeddings", door.embeddings, methods=["POST"]),
+        Route("/v1/models", door.models),
+        Route("/v1/models/{name:path}", door.model),
+        Route("/health", door.health),
+        Route("/metrics", door.metrics),
+        Route("/load", door.load),
+        Route("/version", json_response({"version": VERSION}), methods=["GET"], name="version"),
+    ]
     names = [name for card in frontend.cards for name in (card.name, *card.aliases)]
-    describe(app, () if frontend.config.accept_any_model else names, BODIES)
-    app.add_exception_handler(HTTPException, _http_exception)
-    app.add_middleware(
-        BodyBounds,
-        timeout_s=frontend.config.body_timeout_s,
-        max_bytes_of_all=frontend.config.max_bytes_received,
-    )
-    app.add_middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter)
-    app.add_middleware(ErrorAnswers)
-    if frontend.config.cors_origins:
-        app.add_middleware(
+    document = openapi_document(VERSION, routes, () if config.accept_any_model else names, BODIES)
+    routes += [
+        Route("/", page_response(), methods=["GET"]),
+        Route("/openapi.json", json_response(document), methods=["GET"]),
+    ]
+    middleware = [
+        Middleware(ErrorAnswers),
+        Middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter),
+        Middleware(BodyBounds, timeout_s=config.body_timeout_s, max_bytes_of_all=config.max_bytes_received),
+    ]
+    if config.cors_origins:
+        cors = Middleware(
             CORSMiddleware,
-            allow_origins=frontend.config.cors_origins,
+            allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", REQUEST_ID_HEADER, "retry-after"],
         )
-    app.add_middleware(HttpLog)
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(HttpLog), *middleware],
+        exception_handlers={HTTPException: _http_exception},
+    )
+    app.router.redirect_slashes = False
     return app
 
 
@@ -128,15 +137,16 @@ class HttpDoor:
 
         return await self._frontend.answer_worker.run(size, response)
 
-    async def models(self) -> Response:
+    async def models(self, _request: HttpRequest) -> Response:
         cards = self._frontend.cards
         data = [model_body(card, name) for card in cards for name in (card.name, *card.aliases)]
         return json_response({"object": "list", "data": data})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: HttpRequest) -> Response:
+        name = request.path_params["name"]
         return json_response(model_body(self._frontend.route(name).card, name))
 
-    async def health(self) -> Response:
+    async def health(self, _request: HttpRequest) -> Response:
         """200 when every model can answer, else 503 with how far each is."""
         models = await self._frontend.health.models()
         ready = all(state.phase == "ready" for state in models.values())
@@ -154,10 +164,7 @@ class HttpDoor:
         }
         return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
 
-    async def page(self) -> Response:
-        return page_response()
-
-    async def metrics(self) -> Response:
+    async def metrics(self, _request: HttpRequest) -> Response:
         return await self._frontend.metrics_page.response()
 
     async def tokenize(self, request: HttpRequest) -> Response:
@@ -177,12 +184,9 @@ class HttpDoor:
         size = len(text)
         return await self._frontend.answer_worker.run(size, lambda: json_response({"prompt": text}, num_bytes=size))
 
-    async def load(self) -> Response:
+    async def load(self, _request: HttpRequest) -> Response:
         """Requests that this gateway replica is answering."""
         return json_response({"server_load": self._frontend.num_ongoing})
-
-    async def version(self) -> Response:
-        return json_response({"version": version("manta-serve")})
 
     async def _read(self, request: HttpRequest, body_type: type[_BodyT]) -> _BodyT:
         data = await read_body(request, self._frontend.config.max_body_bytes)

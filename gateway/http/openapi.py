@@ -1,6 +1,5 @@
 """The OpenAPI document: bodies as the doors parse them, and errors as they answer. Knows shapes; decides nothing.
 
-FastAPI lists the routes; what they read and answer is added here, because bodies are parsed by the doors' own code.
 Fields have their types here; their bounds, which depend on the model, are in the answers of the validator.
 """
 
@@ -9,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
 
 from gateway.http.errors import STATUS
 
@@ -70,22 +68,13 @@ STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STATUSES = sorted({status for status, _, _ in STATUS.values()} | {405, 408, 500})
 
 
-def describe(app: FastAPI, model_names: Sequence[str], bodies: Mapping[str, type[BaseModel]]) -> None:
-    """Make `app` answer /openapi.json.
+def openapi_document(
+    version: str, routes: Sequence[Route], model_names: Sequence[str], bodies: Mapping[str, type[BaseModel]]
+) -> Json:
+    """What /openapi.json answers.
 
     `bodies` are those of POST, by path. `model_names` are the only ones that are answered; none: any is.
     """
-
-    def openapi() -> Json:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app, model_names, bodies)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
-
-
-def _document(app: FastAPI, model_names: Sequence[str], bodies: Mapping[str, type[BaseModel]]) -> Json:
-    document: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
     references, definitions = models_json_schema(
         [(body, "validation") for body in dict.fromkeys(bodies.values())], ref_template=f"{REF}{{model}}"
     )
@@ -93,18 +82,26 @@ def _document(app: FastAPI, model_names: Sequence[str], bodies: Mapping[str, typ
     for body in set(bodies.values()):
         name = references[body, "validation"]["$ref"].removeprefix(REF)
         schemas[name]["properties"]["model"] = {"anyOf": [{"$ref": f"{REF}ModelName"}, {"type": "null"}]}
-    document["components"] = {
-        "schemas": schemas,
-        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+    paths: Json = {}
+    for route in routes:
+        path = route.path_format
+        operation: Json = {"operationId": route.name, "responses": _responses(path)}
+        if route.param_convertors:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in route.param_convertors
+            ]
+        if path in bodies:
+            schema = references[bodies[path], "validation"]
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post" if path in bodies else "get": operation}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Manta", "version": version},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"key": []}],  # a key where keys are configured
     }
-    document["security"] = [{}, {"key": []}]  # a key where keys are configured
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            if method == "post" and path in bodies:
-                schema = references[bodies[path], "validation"]
-                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-            operation["responses"] = _responses(path)
-    return document
 
 
 def _responses(path: str) -> Json:

@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 
-import fastapi
 import pytest
 import uvicorn
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from cluster.commands.chat.client import ChatClient, Delta
 from cluster.commands.chat.conversation import Conversation
@@ -34,18 +36,17 @@ class FakeServer:
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
         self.disconnected = threading.Event()
-        app = fastapi.FastAPI()
-        app.get("/v1/models")(self.models)
-        app.post("/v1/chat/completions")(self.complete)
+        routes = [Route("/v1/models", self.models), Route("/v1/chat/completions", self.complete, methods=["POST"])]
+        app = Starlette(routes=routes)
         self.server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", lifespan="off")
         )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
-    async def models(self) -> dict:
-        return {"object": "list", "data": [{"id": "tiny"}, {"id": "other"}]}
+    async def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "tiny"}, {"id": "other"}]})
 
-    async def complete(self, request: fastapi.Request) -> fastapi.Response:
+    async def complete(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
         self.keys.append(request.headers.get("authorization"))
@@ -236,7 +237,7 @@ def test_chat_imports_neither_torch_nor_ray(server: FakeServer) -> None:
     assert done.returncode == 0, done.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "httpx" in imported
-    assert not imported & {"torch", "ray", "transformers", "fastapi"}
+    assert not imported & {"torch", "ray", "transformers", "starlette"}
 
 
 class Terminal:

@@ -140,7 +140,7 @@ def test_models_and_version(client: openai.OpenAI, door: tuple[str, ScriptedCoor
 
 
 def test_monitors_may_ask_with_head(door: tuple[str, ScriptedCoordinator]) -> None:
-    for path in ("/health", "/"):
+    for path in ("/health", "/", "/version"):
         answer, whole = httpx.head(door[0] + path), httpx.get(door[0] + path)
         assert (answer.status_code, answer.content) == (200, b"")
         assert answer.headers["content-type"] == whole.headers["content-type"]

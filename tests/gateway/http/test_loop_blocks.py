@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from cluster.config import GatewayConfig
 from cluster.messages import Embedding, Request, TokenChunk, TokenLogprobs
@@ -223,7 +224,7 @@ def hostile(cases: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str, s
 
 def test_every_route_that_takes_a_body_is_tried(tokenizer_directory: Path) -> None:
     app = build_app(build_frontend(model_card(tokenizer_directory), Coordinator()))
-    posted = {path for path, methods in app.openapi()["paths"].items() if "post" in methods}
+    posted = {route.path for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())}
     assert posted == set(BODIES) == set(GOOD)
 
 

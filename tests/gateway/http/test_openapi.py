@@ -49,6 +49,8 @@ def test_every_reference_leads_somewhere(document: Any) -> None:
 
 
 def test_every_route_has_its_body_and_its_errors(document: Any) -> None:
+    assert set(document["paths"]) == {*ALWAYS_THERE, "/metrics"}
+    assert [one["name"] for one in document["paths"]["/v1/models/{name}"]["get"]["parameters"]] == ["name"]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert ("requestBody" in operation) == (method == "post" and path in BODIES)
