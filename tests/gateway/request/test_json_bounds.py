@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -40,8 +41,8 @@ def parts(value: Any) -> int:
     return 1 + sum(map(parts, value)) if isinstance(value, list) else int(isinstance(value, str | float | bool))
 
 
-def refusal(data: bytes, slice_bytes: int, **bounds: int) -> str:
-    with mock.patch.multiple(json_bounds, SLICE_BYTES=slice_bytes, **bounds):
+def refusal(data: bytes, **bounds: int) -> str:
+    with mock.patch.multiple(json_bounds, **bounds):
         try:
             check_bounds(data)
         except InvalidRequest as error:
@@ -50,32 +51,22 @@ def refusal(data: bytes, slice_bytes: int, **bounds: int) -> str:
 
 
 @settings(deadline=None)
-@given(JSON, st.integers(1, 50), st.integers(0, 6))
-def test_each_bound_is_that_of_the_parsed_value(value: Any, slice_bytes: int, bound: int) -> None:
-    """Wherever the text is cut into slices: inside of strings, escapes and numbers too."""
+@given(JSON, st.integers(0, 6))
+def test_each_bound_is_that_of_the_parsed_value(value: Any, bound: int) -> None:
     data = json.dumps(value).encode()
-    loose = {"MAX_DEPTH": 10**9, "MAX_VALUES": 10**9, "MAX_PARTS": 10**9, "MAX_DIGITS": 10**9}
-    assert bool(refusal(data, slice_bytes, **loose | {"MAX_DEPTH": bound})) == (depth(value) > bound)
+    loose = {"MAX_DEPTH": 10**9, "MAX_VALUES": 10**9, "MAX_PARTS": 10**9}
+    assert bool(refusal(data, **loose | {"MAX_DEPTH": bound})) == (depth(value) > bound)
     tight = loose | {"MAX_DEPTH": -1}  # or short texts are not looked at
-    with mock.patch.object(json_bounds._Scan, "_check_depth"):
-        assert bool(refusal(data, slice_bytes, **tight | {"MAX_VALUES": bound})) == (values(value) > bound)
-        assert bool(refusal(data, slice_bytes, **tight | {"MAX_PARTS": bound})) == (parts(value) > bound)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 50), st.integers(1, 30))
-def test_the_longest_number_counts(lengths: list[int], slice_bytes: int, bound: int) -> None:
-    data = json.dumps([int("7" * length) for length in lengths] + ["7" * 40]).encode()
-    assert bool(refusal(data, slice_bytes, MAX_PARTS=0, MAX_DIGITS=bound)) == bool(
-        refusal(data, slice_bytes, MAX_PARTS=0, MAX_DIGITS=10**9) or max(lengths) > bound
-    )
+    assert ("values" in refusal(data, **tight | {"MAX_VALUES": bound})) == (values(value) > bound)
+    assert ("members" in refusal(data, **tight | {"MAX_PARTS": bound})) == (parts(value) > bound)
 
 
 @pytest.mark.parametrize("data", [b'"' + b'\\"' * 500_000, b'"' + b"\\" * 999_999, b'"' * 999_999, b"[" * 999_999])
 def test_hostile_text_costs_linear_time(data: bytes) -> None:
     """A quadratic search would take hours; a second is a hundred times what it takes."""
     started = time.monotonic()
-    refusal(b"[" * 70 + data, json_bounds.SLICE_BYTES)
+    with suppress(InvalidRequest):
+        check_bounds(b"[" * 70 + data)
     assert time.monotonic() - started < 10
 
 
@@ -86,7 +77,6 @@ def test_hostile_text_costs_linear_time(data: bytes) -> None:
         (b"[]," * 70_000, "65536 objects, lists, members and strings"),
         (b'"",' * 70_000, "65536 objects, lists, members and strings"),
         (b"1.5," * 70_000, "65536 objects, lists, members and strings"),
-        (b"1" * 309 + b"," + b"1," * 40_000, "308 digits"),
     ],
 )
 def test_a_large_body_says_what_there_is_too_much_of(entries: bytes, message: str) -> None:
