@@ -6,6 +6,9 @@ Only a short window of ids is decoded again for each token, so a token costs the
     text     … ───────▶│ held back   sent = characters of decode(window) that went out already
 
 A window that decodes to a trailing U+FFFD may end inside a character, so those are held back until the next token.
+
+`tokenizers.DecodeStream` will not do: it has no flush, so an output that ends inside a character loses its end; bytes
+that are no text cost it the square of their number; and mistral-common's tokenizers are none of its own.
 """
 
 from __future__ import annotations

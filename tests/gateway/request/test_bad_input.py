@@ -226,7 +226,7 @@ def test_a_wrong_body(url: str, body: bytes, headers: dict[str, str], status: in
     ("value", "said"),
     [
         (b"NaN", "expected a JSON value: line 1 column 7"),
-        (b"-Infinity", "column 7"),
+        (b"-Infinity", "no digit after sign: line 1 column 8"),
         (b"1e400", "number is infinity"),
         (b"1" * 400, "number is infinity"),
         (b'"\\ud800"', "no low surrogate in string: line 1 column 8"),
@@ -238,7 +238,7 @@ def test_a_wrong_body(url: str, body: bytes, headers: dict[str, str], status: in
     ],
 )
 def test_what_is_no_json_is_told_where(value: bytes, said: str) -> None:
-    with pytest.raises(InvalidRequest, match="^the body is not valid JSON: ") as refused:
+    with pytest.raises(InvalidRequest, match="the body is not valid JSON: ") as refused:
         parse_object(b'{"a": ' + value + b"}")
     assert said in str(refused.value)
 

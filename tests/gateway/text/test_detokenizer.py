@@ -10,6 +10,7 @@ import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import DecodeStream
 
 from cluster.errors import InvalidRequest
 from gateway.text.detokenizer import Detokenizer, detokenize
@@ -118,6 +119,14 @@ def test_bytes_that_are_no_text_cost_the_same_too(tokenizer: HuggingFaceTokenize
     [lone_byte] = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b"\xff"]
     assert "".join(pieces(counting, [lone_byte] * 2000)) == "\ufffd" * 2000
     assert counting.decoded < 40 * 2000
+
+
+def test_an_output_that_ends_inside_a_character_keeps_its_end(tokenizer: HuggingFaceTokenizer) -> None:
+    """The stream of the library itself shows nothing of it: when this fails, it may serve us."""
+    *ids, _ = tokenizer.encode("a🚀")
+    assert pieces(tokenizer, ids)[-1] == "\ufffd"
+    stream = DecodeStream(skip_special_tokens=True)
+    assert [stream.step(tokenizer._rust._rust, i) for i in ids][-1] is None
 
 
 @settings(max_examples=500, deadline=None)
