@@ -12,9 +12,9 @@ from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.planning.placement import DeviceShare
-from cluster.planning.step_memory import max_gathered_tokens
 from experts_service.weights import read_tensors
 from router_service.attention.cache_size import cache_size
+from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
@@ -54,10 +54,18 @@ def build_engine(
     )
     decoder = Decoder(architecture, weights, dispatcher)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
+    attention = attention_backend(architecture, block_size=config.block_size, dtype=dtype, device=device)
     cache = cache_size(
-        architecture, config, dtype_name, device, shares, max_model_len=max_model_len, local_experts=local_experts
+        architecture,
+        config,
+        dtype_name,
+        device,
+        shares,
+        max_model_len=max_model_len,
+        local_experts=local_experts,
+        gathers=attention.gathers,
     )
-    logger.info("%s", cache)
+    logger.info("%s; attention: %s", cache, attention.name)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
         BlockManager(cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -70,13 +78,14 @@ def build_engine(
     )
     sampler = Sampler(eos_token_ids)
     sampler.warm_up()
-    kv_cache = KVCache(architecture, cache.num_blocks, config.block_size, dtype=dtype, device=device)
+    kv_cache = KVCache(architecture.num_layers, cache.num_blocks, attention.layout, dtype=dtype, device=device)
     return Engine(
         scheduler,
         ModelRunner(
             decoder,
             kv_cache,
-            max_gathered_tokens=max_gathered_tokens(architecture, dtype_name),
+            attention,
+            block_size=config.block_size,
             num_microbatches=1 if config.microbatches == "auto" else config.microbatches,
         ),
         sampler,

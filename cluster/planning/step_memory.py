@@ -15,9 +15,9 @@ SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm o
 SAMPLED_LOGIT_BYTES = 32  # of one that is sampled from: the same, adjusted, as probability, sorted with its index
 
 
-def max_gathered_tokens(architecture: Architecture, dtype: Dtype) -> int:
-    """Tokens whose keys and values of one layer are GATHER_BYTES."""
-    return GATHER_BYTES * architecture.num_layers // kv_bytes_per_token(architecture, dtype)
+def max_gathered_tokens(architecture: Architecture, item_bytes: int) -> int:
+    """Tokens whose keys and values of one layer are GATHER_BYTES, numbers having `item_bytes`."""
+    return GATHER_BYTES // (2 * architecture.num_kv_heads * architecture.head_dim * item_bytes)
 
 
 def step_bytes(
@@ -28,20 +28,26 @@ def step_bytes(
     max_num_batched_tokens: int,
     max_model_len: int,
     local_experts: bool = False,
+    gathers: bool = True,
 ) -> int:
-    """The most that a step allocates. `local_experts`: they are computed in the same process."""
+    """The most that a step allocates. `local_experts`: they are computed in the same process.
+
+    `gathers`: attention copies what it reads of the cache; else it reads the pages where they lie.
+    """
     a, item = architecture, DTYPE_BYTES[dtype]
     sequences, tokens, context = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens, max_model_len
     padded = sequences * context  # B · S
-    seen = min(context, a.sliding_window or context)
-    gathered = max(seen, min(sequences * seen, max_gathered_tokens(a, dtype)))
-    gather = gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
-    # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false and then as what is added to scores.
-    masks = padded * (8 + 1 + item) + tokens * context * (2 + item)
+    attention = 4 * padded + 8 * tokens  # block tables, at one token a block, and slots that are written
+    if gathers:
+        seen = min(context, a.sliding_window or context)
+        gathered = max(seen, min(sequences * seen, max_gathered_tokens(a, item)))
+        attention += gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
+        # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
+        attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
     logits = a.vocab_size * (sequences * SAMPLED_LOGIT_BYTES + SCORED_ROWS * SCORED_LOGIT_BYTES)
     width = 16 * a.hidden_size + 4 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     if not a.is_dense:
         width += 4 * a.top_k * a.hidden_size  # rows to the experts and back
     if a.is_dense or local_experts:
         width += 4 * max(1, a.top_k) * a.intermediate_size
-    return gather + masks + logits + tokens * width * item
+    return attention + logits + tokens * width * item

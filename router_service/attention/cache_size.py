@@ -48,11 +48,12 @@ def cache_size(
     *,
     max_model_len: int,
     local_experts: bool,
+    gathers: bool,
 ) -> CacheSize:
     """As many blocks as the config says, or as the device has room for, and never more than can be used at once.
 
-    Weights are on the device already. `shares`: who else may be there, in every way that may come about. Raises
-    DoesNotFit when not even one sequence fits.
+    Weights are on the device already. `shares`: who else may be there, in every way that may come about. `gathers`:
+    attention copies what it reads. Raises DoesNotFit when not even one sequence fits.
     """
     block_bytes = config.block_size * kv_bytes_per_token(architecture, dtype)
     blocks_of_one = -(-max_model_len // config.block_size)
@@ -63,6 +64,7 @@ def cache_size(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         local_experts=local_experts,
+        gathers=gathers,
     )
     left_by = f"what is configured leaves {gib(of_steps)} for steps"
     if config.num_kv_blocks is not None:

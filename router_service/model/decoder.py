@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import SwiGLU
-from router_service.attention.attention import AttentionPlan
+from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.model.gate import Gate
@@ -121,8 +121,7 @@ class Decoder:
         qkv = qkv.view(len(x), query_heads + 2 * kv_heads, self.architecture.head_dim)
         rotated = _rotate(qkv[:, : query_heads + kv_heads], *rotary)
         queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
-        kv_cache.write(index, attention.write_slots, keys, qkv[:, query_heads + kv_heads :])
-        attended = attention.attend(index, queries, kv_cache)
+        attended = attention.attend(index, queries, keys, qkv[:, query_heads + kv_heads :], kv_cache)
         return x + layer.o(attended.view(len(x), -1))
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 
 from experts_service.kernels.linear import linear_kernel
-from router_service.attention.attention import ATTENTION_KERNEL, AttentionPlan, Span
+from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
+from router_service.attention.metadata import AttentionMetadata, Span
 from router_service.model.decoder import Decoder
 from router_service.outputs.logprobs import rows_to_score, score_prompts
 from router_service.outputs.pooling import pool_prompts, rows_to_pool
@@ -35,20 +36,27 @@ class StepOutput(NamedTuple):
 
 
 class ModelRunner:
-    """One decoder and its KV cache."""
+    """One decoder, its KV cache and how it attends to that."""
 
     def __init__(
-        self, decoder: Decoder, kv_cache: KVCache, *, max_gathered_tokens: int, num_microbatches: int = 1
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        attention: AttentionBackend,
+        *,
+        block_size: int,
+        num_microbatches: int = 1,
     ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
-        self.max_gathered_tokens = max_gathered_tokens
+        self.attention = attention
+        self.block_size = block_size
         self.num_microbatches = num_microbatches
 
     @property
     def kernels(self) -> dict[str, str]:
         """Which of the kernels run here, by what they compute."""
-        return {"attention": ATTENTION_KERNEL, "linear": linear_kernel(self.decoder.dtype, self.decoder.device)}
+        return {"attention": self.attention.name, "linear": linear_kernel(self.decoder.dtype, self.decoder.device)}
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
@@ -96,25 +104,18 @@ class ModelRunner:
                 scored.append((scheduled.sequence, position))
             token_ids += scheduled.sequence.token_ids[scheduled.start : end]
             positions += range(scheduled.start, end)
-            spans.append(Span(scheduled.start, scheduled.num_tokens, self._slots(scheduled.sequence.block_table, end)))
+            spans.append(Span(scheduled.start, scheduled.num_tokens, scheduled.sequence.block_table))
             if pooled_positions := rows_to_pool(scheduled.sequence, scheduled.start, end):
                 first = len(token_ids) - end
                 pooled_rows += range(first + pooled_positions.start, first + pooled_positions.stop)
                 pooled.append((scheduled.sequence, pooled_positions))
             if scheduled.samples:
                 sampled_rows.append(len(token_ids) - 1)
-        plan = AttentionPlan(
-            spans,
-            sliding_window=self.decoder.architecture.sliding_window,
-            max_gathered_tokens=self.max_gathered_tokens,
-            dtype=self.decoder.dtype,
-            device=device,
-        )
         routed = RoutedExperts(batch)
         x = yield from self.decoder.forward(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),
-            plan,
+            self.attention.plan(AttentionMetadata(spans, self.block_size)),
             self.kv_cache,
             routed.layers if routed else None,
         )
@@ -126,12 +127,6 @@ class ModelRunner:
         not_finite = score_prompts(of_scored, scored, self.decoder.logits)
         pool_prompts(of_pooled, pooled)
         return StepOutput(self.decoder.logits(of_sampled), [*not_finite, *_not_finite(x, batch)])
-
-    def _slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
-        """Cache slots [num_tokens] of a sequence's first tokens."""
-        block_size = self.kv_cache.block_size
-        blocks = torch.tensor(block_table[: -(-num_tokens // block_size)])[:, None]
-        return (blocks * block_size + torch.arange(block_size)).view(-1)[:num_tokens]
 
 
 def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:

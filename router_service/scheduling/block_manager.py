@@ -134,7 +134,7 @@ class BlockManager:
         """Take all blocks back; the last ones are reused first, since the beginning is what others may share."""
         for index in range(len(sequence.block_table) - 1, sequence.num_released_blocks - 1, -1):
             self._let_go(sequence.block_table[index], sequence)
-        sequence.block_table.clear()
+        del sequence.block_table[:]
         sequence.num_published_blocks = sequence.num_released_blocks = 0
 
     def doubt(self, blocks: Iterable[int]) -> None:

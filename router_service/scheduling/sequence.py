@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from cluster.messages import FinishReason, Request, TokenLogprobs
@@ -55,7 +56,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared, when first scheduled
-        self.block_table: list[int] = []
+        self.block_table = array("i")  # a step takes its numbers as they lie in memory
         self.block_hashes: list[bytes] = []  # of the full blocks, a chain from the first token on
         self.num_published_blocks = 0  # of its table, from the first on; whatever the prefix cache made of them
         self.num_released_blocks = 0  # of its table, from the first on: behind the sliding window, null now

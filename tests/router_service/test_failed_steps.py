@@ -135,9 +135,7 @@ def in_forward(scene):
     decoder = runner.decoder
     return {
         "forward": (runner, "forward"),
-        "slots": (runner, "_slots"),
-        "write": (runner.kv_cache, "write"),
-        "read": (runner.kv_cache, "read"),
+        "plan": (runner.attention, "plan"),
         "attend": (decoder, "_attend"),
         "dispatch": (decoder.dispatcher, "dispatch"),
         "send": (decoder.dispatcher._transport, "send"),
@@ -152,7 +150,7 @@ def in_forward(scene):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "call",
-    ["forward", "slots", "write", "read", "attend", "dispatch", "send", "combine", "routed", "hidden", "logits"],
+    ["forward", "plan", "attend", "dispatch", "send", "combine", "routed", "hidden", "logits"],
 )
 def test_what_the_model_raises_ends_the_sequences_of_that_step(
     directory, alone, monkeypatch, call, after, microbatches
@@ -163,7 +161,7 @@ def test_what_the_model_raises_ends_the_sequences_of_that_step(
     assert fault.raised == 1
 
 
-@pytest.mark.parametrize("name", ["score_prompts", "pool_prompts", "AttentionPlan", "RoutedExperts"])
+@pytest.mark.parametrize("name", ["score_prompts", "pool_prompts", "AttentionMetadata", "RoutedExperts"])
 def test_so_does_what_is_made_of_the_hidden_states(directory, alone, monkeypatch, name):
     scene = Scene(directory)
     Fault(monkeypatch, importlib.import_module("router_service.model.model_runner"), name)
@@ -301,7 +299,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("call", ["write", "combine", "logits"])
+@pytest.mark.parametrize("call", ["attend", "combine", "logits"])
 def test_what_is_under_way_when_a_step_fails_is_closed_by_the_thread_that_sent_it(directory, monkeypatch, call, at):
     """Else a link is told on the event loop, where the last reference is dropped, while the engine reads from it."""
     scene = Scene(directory, microbatches=3)
@@ -333,7 +331,7 @@ OUT_OF_MEMORY = {
 }  # made anew each time: an exception keeps the frames that it went through
 
 
-@pytest.mark.parametrize("call", ["forward", "read", "combine", "logits"])
+@pytest.mark.parametrize("call", ["forward", "attend", "combine", "logits"])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_memory_that_is_short_ends_the_newest_of_the_step(directory, alone, monkeypatch, call, error, microbatches):

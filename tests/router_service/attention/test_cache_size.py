@@ -16,7 +16,6 @@ from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
 from cluster.planning.placement import DeviceShare
 from cluster.planning.step_memory import step_bytes
-from router_service.attention.attention import AttentionPlan, Span, _runs
 from router_service.attention.cache_size import CacheSize, cache_size
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.checkpoints import write_checkpoint
@@ -31,7 +30,14 @@ def sized(monkeypatch, available, *shares, architecture: Architecture = MIXTRAL_
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
     settings = EngineConfig(**config)
     return cache_size(
-        architecture, settings, "bfloat16", CPU, shares or (DeviceShare(),), max_model_len=4096, local_experts=False
+        architecture,
+        settings,
+        "bfloat16",
+        CPU,
+        shares or (DeviceShare(),),
+        max_model_len=4096,
+        local_experts=False,
+        gathers=True,
     )
 
 
@@ -74,6 +80,7 @@ def test_of_a_card_it_counts_on_what_there_is_and_what_others_are_planned_to_use
         (share,),
         max_model_len=4096,
         local_experts=False,
+        gathers=True,
     )
     used = size.num_blocks * size.block_bytes + size.step_bytes
     assert room_gib * GIB - size.block_bytes < used <= room_gib * GIB
@@ -96,33 +103,6 @@ def test_one_line_says_what_fits(tmp_path, caplog):
     [line] = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
     assert "1024 tokens: 8 sequences (max_num_seqs) of 128 tokens each, or 2 of 512 (max_model_len)" in line
     assert re.search(r"a step takes up to 0\.\d\d GiB beside it", line)
-
-
-def test_decodes_that_would_read_too_much_at_once_take_turns():
-    assert _runs([5, 5, 5, 5], 10) == [slice(0, 2), slice(2, 4)]
-    assert _runs([1, 1, 9, 1, 1], 10) == [slice(0, 2), slice(2, 3), slice(3, 5)]
-    assert _runs([50], 10) == [slice(0, 1)]
-    assert _runs([], 10) == []
-    assert _runs([3] * 64, 10**6) == [slice(0, 64)]
-
-
-@pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("window", [None, 8])
-def test_and_attend_to_the_same(prefill, window):
-    torch.manual_seed(0)
-    lengths = [3, 17, 1, 40, 22]
-    memory = torch.randn(2, 2, 200, 2, 16)
-    cache = SimpleNamespace(read=lambda layer, slots: (memory[0, layer][slots], memory[1, layer][slots]))
-    spans = [Span(length - 1, 1, torch.arange(length) + 40 * i) for i, length in enumerate(lengths)]
-    if prefill:
-        spans.insert(2, Span(4, 6, torch.arange(10) + 150))
-    queries = torch.randn(sum(span.length for span in spans), 4, 16)
-
-    def attended(most):
-        plan = AttentionPlan(spans, sliding_window=window, max_gathered_tokens=most, dtype=torch.float32, device=CPU)
-        return plan.attend(1, queries, cache)
-
-    torch.testing.assert_close(attended(20), attended(10**6), atol=1e-6, rtol=1e-6)
 
 
 def peak_bytes(run) -> int:
@@ -155,10 +135,10 @@ def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind):
     sizes = {"max_num_seqs": sequences, "max_num_batched_tokens": tokens, "max_model_len": context}
     bench = Bench(tmp_path, dtype="float32", block_size=64, num_kv_blocks=sequences * context // 64, **sizes)
     runner, blocks = bench.engine.model_runner, bench.engine.scheduler.block_manager
-    for memory in (runner.kv_cache._keys, runner.kv_cache._values):
+    for memory in (runner.kv_cache.keys, runner.kv_cache.values):
         memory.fill_(0.5)
     architecture = runner.decoder.architecture
-    bound = step_bytes(architecture, "float32", local_experts=True, **sizes)
+    bound = step_bytes(architecture, "float32", local_experts=True, gathers=runner.attention.gathers, **sizes)
     if kind == "decode":
         batch = [
             ScheduledSequence(make_sequence(range(3, context + 2), temperature=1.0, top_p=0.9, logprobs=5), 4094, 1)

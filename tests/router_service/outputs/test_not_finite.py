@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from cluster.errors import Unavailable
-from router_service.attention.attention import AttentionPlan, Span
-from router_service.scheduling.block_manager import NULL_BLOCK
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -34,7 +32,7 @@ class Damaging:
 
 def null_block_is_zero(bench):
     cache = bench.engine.model_runner.kv_cache
-    return not any(memory[:, : cache.block_size].any() for memory in (cache._keys, cache._values))
+    return not any(memory[:, 0].any() for memory in (cache.keys, cache.values))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -72,8 +70,8 @@ def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_pat
     expected = Bench(tmp_path, dtype="float32", device=device).run(*others())
     bench = Bench(tmp_path, dtype="float32", device=device)
     cache = bench.engine.model_runner.kv_cache
-    for memory in (cache._keys, cache._values):
-        memory[:, cache.block_size :] = float("nan")
+    for memory in (cache.keys, cache.values):
+        memory[:, 1:] = float("nan")
     bench.add(*(asked := others()))
     bench.engine.step()
     bench.add(damaged := make_request(range(10, 20)))
@@ -85,17 +83,6 @@ def test_a_prefill_that_is_not_finite_fails_nobody_who_decodes_beside_it(tmp_pat
     assert list(bench.errors) == [damaged.key]
     assert [bench.token_ids(other) for other in asked] == expected
     assert null_block_is_zero(bench)
-
-
-def test_what_pads_decodes_is_in_the_null_block():
-    spans = [Span(length - 1, 1, torch.arange(length) + 16 * (i + 1)) for i, length in enumerate((3, 9, 1))]
-    plan = AttentionPlan(
-        spans, sliding_window=None, max_gathered_tokens=1000, dtype=torch.float32, device=torch.device("cpu")
-    )
-    [decodes] = plan._decodes
-    padding = decodes.slots[decodes.mask[:, 0, 0] < 0]
-    assert len(padding) == 6 + 8
-    assert set((padding // 16).tolist()) == {NULL_BLOCK}
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -61,7 +61,7 @@ def test_too_few_blocks_changes_nothing():
     manager = BlockManager(2, BLOCK)
     sequence = make_sequence(range(9))
     assert not manager.grow(sequence, 9)
-    assert sequence.block_table == []
+    assert not sequence.block_table
     assert manager.num_free_blocks == 2
 
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence as Seq
 import torch
 
 from cluster.messages import Request, SamplingParams
+from router_service.attention.metadata import AttentionMetadata, Span
 from router_service.engine import Engine
 from router_service.scheduling.sequence import Sequence
 
+CHUNK = 1024  # tokens that are written at once
 SHIFT = 97  # tokens by which each sequence and layer reads the same random numbers later than the one before
 
 
@@ -34,21 +36,19 @@ class Contexts:
             self._fill_one(number, prompt)
 
     def _fill_one(self, number: int, prompt: Seq[int]) -> None:
-        blocks, kv_cache = self._engine.scheduler.block_manager, self._engine.model_runner.kv_cache
+        blocks, runner = self._engine.scheduler.block_manager, self._engine.model_runner
         sequence = Sequence(Request("context", tuple(prompt), SamplingParams(max_tokens=1), seed=0))
         num_cached = blocks.take_prefix(sequence)
         num_tokens = (len(prompt) - 1) // blocks.block_size * blocks.block_size  # whole blocks
         if num_cached < num_tokens:
             has_blocks = blocks.grow(sequence, num_tokens)
             assert has_blocks, "the cache was sized for these prompts"
-            first = num_cached // blocks.block_size
-            table = torch.tensor(sequence.block_table[first:])[:, None]
-            slots = (table * blocks.block_size + torch.arange(blocks.block_size)).view(-1)
-            decoder = self._engine.model_runner.decoder
-            slots = slots.to(decoder.device)
-            for layer in range(decoder.architecture.num_layers):
-                keys, values = self._numbers(len(slots), SHIFT * (number + layer))
-                kv_cache.write(layer, slots, keys, values)
+            for start in range(num_cached, num_tokens, CHUNK):
+                span = Span(start, min(CHUNK, num_tokens - start), sequence.block_table)
+                plan = runner.attention.plan(AttentionMetadata([span], blocks.block_size))
+                for layer in range(runner.decoder.architecture.num_layers):
+                    keys, values = self._numbers(span.length, SHIFT * (number + layer) + start)
+                    plan.write(layer, keys, values, runner.kv_cache)
             sequence.num_computed_tokens = num_tokens
             blocks.publish(sequence)
         blocks.free(sequence)

@@ -17,8 +17,7 @@ from typing import Any
 
 from cluster.commands.bench.decode.engine import EngineUnderTest
 from experts_service.kernels.swiglu import SwiGLU
-from router_service.attention.attention import AttentionPlan
-from router_service.attention.kv_cache import KVCache
+from router_service.attention.backend import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine
 from router_service.model.decoder import Decoder
@@ -33,7 +32,6 @@ METHODS: tuple[tuple[type, str, str], ...] = (
     (ModelRunner, "forward", "metadata"),  # all of it that is in no other part: tensors and plans before the decoder
     (Decoder, "forward", "projections, norms"),
     (AttentionPlan, "attend", "attention"),
-    (KVCache, "write", "attention"),
     (Gate, "__call__", "gate"),
     (Dispatcher, "dispatch", "experts"),
     (Dispatcher, "combine", "experts"),
