@@ -1,6 +1,6 @@
-"""`manta bench decode`: lays out the runs of engine and transformers in turn. Times nothing itself, draws nothing.
+"""`manta bench decode`: lays out the runs of the engine and of others in turn. Times nothing itself, draws nothing.
 
-for each batch:   count the expert reads (warms up, too) → calibrate transformers → pairs of runs, order alternating
+for each batch:   count the expert reads (warms up, too) → calibrate the others → rounds of runs, order alternating
 for each prefill: the same, of one output token
 
 Tried, bench model, 4 expert processes on 2 cores, and not kept:
@@ -18,10 +18,12 @@ Tried, bench model, 4 expert processes on 2 cores, and not kept:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 
@@ -39,7 +41,10 @@ from cluster.commands.bench.decode.figures import (
     kv_bytes_per_step,
     weight_bytes_per_step,
 )
-from cluster.commands.bench.decode.reference import Implementation, Reference, fastest_reference
+from cluster.commands.bench.decode.gguf_file import GgufType
+from cluster.commands.bench.decode.llama_cpp import llama_cpp
+from cluster.commands.bench.decode.reference import fastest_reference
+from cluster.commands.bench.decode.rival_process import RivalProcess
 from cluster.commands.bench.decode.setup import check_memory, config_for, even_groups
 from cluster.commands.bench.decode.tables import draw_decode, draw_prefill
 from cluster.commands.bench.machine import read_bandwidth, this_machine
@@ -65,7 +70,8 @@ class Plan:
     prompt_tokens: int
     output_tokens: int
     pairs: int
-    compare: bool
+    transformers: bool  # whether to compare with it
+    gguf_types: tuple[str, ...]  # of llama.cpp's weights; none: it is not compared with
     dtype: str
     prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
 
@@ -125,12 +131,14 @@ def run(model: str | None, plan: Plan) -> None:
         engine = stack.enter_context(EngineUnderTest(checkpoint, config.engine, dispatcher))
         kernels = engine.kernels
         output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
-        reference = None
-        if plan.compare:
+        others: list[RivalProcess[Any]] = []
+        if plan.transformers:
             tell("loading transformers")
-            reference = stack.enter_context(
-                fastest_reference(checkpoint.directory, architecture, dtype, device.type, decodes[0])
-            )
+            arguments = (checkpoint.directory, architecture, dtype, device.type, decodes[0])
+            others.append(stack.enter_context(fastest_reference(*arguments)))
+        for kind in map(GgufType, plan.gguf_types):
+            tell(f"writing {kind} for llama.cpp")
+            others.append(stack.enter_context(llama_cpp(checkpoint, kind)))
 
         decode_results = []
         for workload in decodes:
@@ -138,13 +146,13 @@ def run(model: str | None, plan: Plan) -> None:
             reads = engine.count_expert_reads(workload)
             weights = weight_bytes_per_step(architecture, DTYPE_BYTES[dtype], workload.num_sequences, reads)
             kv = kv_bytes_per_step(workload, bytes_of_token, architecture.sliding_window)
-            ours, rivals = _pairs(engine, reference, workload, plan.pairs, tell)
+            ours, rivals = _rounds(engine, others, workload, plan.pairs, tell)
             decode_results.append(DecodeResult(workload, ours, weights, kv, bandwidth, rivals))
         prefill_results = []
         for workload in prefills:
             tell(f"prefill {workload}: warming up")
             engine.run(workload)
-            ours, rivals = _pairs(engine, reference, workload, plan.pairs, tell)
+            ours, rivals = _rounds(engine, others, workload, plan.pairs, tell)
             weight_bytes = resident * DTYPE_BYTES[dtype]
             kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token
             prefill_results.append(PrefillResult(workload, ours, weight_bytes, kv_bytes, rivals))
@@ -166,38 +174,38 @@ def run(model: str | None, plan: Plan) -> None:
         "kernels": kernels,
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "machine": machine.to_json(),
-        "transformers_environment": reference.variables if reference is not None else None,
+        "rivals": [
+            {"name": other.name, "threads": other.num_threads, "environment": other.variables} for other in others
+        ],
         "results": rows,
         "prefill": prefill_rows,
     }
     output.json(document)
 
 
-def _pairs(
-    engine: EngineUnderTest, reference: Reference | None, workload: Workload, pairs: int, tell: Tell
+def _rounds(
+    engine: EngineUnderTest, others: Sequence[RivalProcess[Any]], workload: Workload, rounds: int, tell: Tell
 ) -> tuple[tuple[Run, ...], tuple[Rival, ...]]:
-    """Runs of both, one after the other, the first of a pair alternating."""
+    """Runs of all, one after the other; in every other round in reverse."""
     what = f"batch {workload}" if workload.output_tokens > 1 else f"prefill {workload}"
-    implementation: Implementation | None = None
-    if reference is not None:
-        tell(f"{what}: choosing transformers' fastest implementations", 0)
-        implementation = reference.fastest(workload)
-    ours: list[Run] = []
-    theirs: list[Run] = []
-    for pair in range(pairs):
-        tell(f"{what}: run {pair + 1}", 1)
-        if reference is None or implementation is None:
-            ours.append(engine.run(workload))
-            continue
-        if pair % 2:
-            theirs.append(reference.run(workload, implementation))
-        ours.append(engine.run(workload))
-        if not pair % 2:
-            theirs.append(reference.run(workload, implementation))
+    ways = []
+    for other in others:
+        tell(f"{what}: choosing the fastest way of {other.name}", 0)
+        ways.append(other.fastest(workload))
+    calls: list[Callable[[], Run]] = [
+        partial(other.run, workload, way) for other, way in zip(others, ways, strict=True)
+    ]
+    calls.append(partial(engine.run, workload))
+    runs: list[list[Run]] = [[] for _ in calls]
+    for number in range(rounds):
+        tell(f"{what}: run {number + 1}", 1)
+        turns = list(zip(calls, runs, strict=True))
+        for call, done in reversed(turns) if number % 2 else turns:
+            done.append(call())
     tell(what, 1)
-    if implementation is None:
-        return tuple(ours), ()
-    return tuple(ours), (Rival("transformers", tuple(theirs), str(implementation)),)
+    *theirs, ours = map(tuple, runs)
+    rivals = (Rival(o.name, done, str(way)) for o, done, way in zip(others, theirs, ways, strict=True))
+    return ours, tuple(rivals)
 
 
 def _usual_prefills(architecture: Architecture) -> tuple[Workload, ...]:

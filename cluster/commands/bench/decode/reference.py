@@ -1,13 +1,12 @@
-"""transformers, the other half of `manta bench decode --compare`: `generate` in a process of its own, timed per token.
+"""transformers, the other half of `manta bench decode --compare`: `generate`, timed per token.
 
-A process of its own, so that neither side's threads spin on the other's cores. Its OpenMP threads spin as long as they
-do by default, or as short as a coordinator's: whichever is faster on this machine, now.
+Its OpenMP threads spin as long as they do by default, or as short as a coordinator's: whichever is faster on this
+machine, now.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,26 +14,21 @@ from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
 from cluster.checkpoint.architecture import Architecture, expert_tensors
 from cluster.commands.bench.decode.figures import Run, Workload
+from cluster.commands.bench.decode.rival_process import CALIBRATION_RUNS, CALIBRATION_TOKENS, RivalProcess, serve_tasks
 from cluster.commands.bench.memory import resident_memory
-from cluster.commands.bench.openmp import SPIN_COUNT, environment
+from cluster.commands.bench.openmp import SPIN_COUNT
 from cluster.config import EngineConfig
-from cluster.errors import MantaError, SetupError
+from cluster.errors import SetupError
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 ATTENTION = ("sdpa", "eager")
-CALIBRATION_TOKENS = 6
-CALIBRATION_RUNS = 2
-START_TIMEOUT_S = 1800.0
-STOP_TIMEOUT_S = 10.0
 OPENMP_SETTINGS: tuple[Mapping[str, str], ...] = ({}, {SPIN_COUNT: str(EngineConfig().openmp_spin_count)})
-HOPELESS = 1.5  # times the best: no second try
 COPIES_FRACTION = 0.25  # of free memory: batched_mm copies the weights of an expert for each row
 
 
@@ -52,107 +46,48 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
+    implementation: Implementation
     prompts: list[list[int]]
     output_tokens: int
-    implementation: Implementation
-    context: int = 0  # of the prompts' tokens, so many are not computed: the cache begins with random numbers
+    context: int  # of the prompts' tokens, so many are not computed: the cache begins with random numbers
 
 
-class Reference:
-    """The process; a context manager that ends it."""
+class Reference(RivalProcess[Implementation]):
+    """The process."""
+
+    name = "transformers"
 
     def __init__(
         self, directory: Path, architecture: Architecture, dtype: str, device: str, variables: Mapping[str, str]
     ) -> None:
-        self.variables = dict(variables)
+        super().__init__(_serve, str(directory), dtype, device, variables=variables)
         self._architecture = architecture
         self._dtype_bytes = 2 if dtype == "bfloat16" else 4
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(directory), dtype, device), daemon=True)
-        with environment(self.variables):
-            self._process.start()
-        theirs.close()
 
-    def __enter__(self) -> Self:
-        try:
-            self.num_threads = int(self._answer(START_TIMEOUT_S))
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._end()
-
-    def run(self, workload: Workload, implementation: Implementation) -> Run:
-        """Greedy, with forced length."""
+    def run(self, workload: Workload, way: Implementation) -> Run:
         prompts = workload.prompts(self._architecture.vocab_size)
-        return self.generate(prompts, workload.output_tokens, implementation, context=workload.context)
+        return self.generate(prompts, workload.output_tokens, way, context=workload.context)
 
-    def generate(
-        self, prompts: list[list[int]], output_tokens: int, implementation: Implementation, *, context: int = 0
-    ) -> Run:
+    def generate(self, prompts: list[list[int]], output_tokens: int, way: Implementation, *, context: int = 0) -> Run:
         """The same for any prompts of one length."""
-        self._connection.send(_Task(prompts, output_tokens, implementation, context))
-        run = self._answer(None)
-        assert isinstance(run, Run)
-        return run
+        return self._ask(_Task(way, prompts, output_tokens, context))
 
-    def fastest(self, workload: Workload) -> Implementation:
-        """The best of all that run at all, by the workload's own measure, in short runs."""
-        decodes = workload.output_tokens > 1
-        short = replace(workload, output_tokens=min(workload.output_tokens, CALIBRATION_TOKENS))
-        best: tuple[float, Implementation] | None = None
-        for implementation in self._candidates(workload):
-            for _ in range(CALIBRATION_RUNS):
-                try:
-                    run = self.run(short, implementation)
-                except SetupError:
-                    break  # not on this machine or not with these sizes
-                seconds = run.decode_s if decodes else run.prefill_s
-                if best is None or seconds < best[0]:
-                    best = (seconds, implementation)
-                elif seconds > HOPELESS * best[0]:
-                    break
-        if best is None:
-            raise SetupError("transformers ran with none of its implementations of experts and attention")
-        return best[1]
-
-    def _candidates(self, workload: Workload) -> list[Implementation]:
+    def ways(self, workload: Workload) -> list[Implementation]:
         a = self._architecture
         expert_bytes = self._dtype_bytes * sum(map(math.prod, expert_tensors(a, 0, 0).values()))
         room = COPIES_FRACTION * psutil.virtual_memory().available / expert_bytes  # rows
         rows = a.top_k * workload.num_sequences
-        candidates = []
+        computed = rows * (workload.prompt_tokens - workload.context)
+        ways = []
         for experts, attention in product(EXPERTS, ATTENTION):
-            candidate = Implementation(experts, attention, experts)
+            way = Implementation(experts, attention, experts)
             if experts == "batched_mm":
-                computed = rows * (workload.prompt_tokens - workload.context)
                 if rows > room or (workload.output_tokens == 1 and computed > room):
                     continue
                 if computed > room:
-                    candidate = replace(candidate, prefill_experts="grouped_mm")
-            candidates.append(candidate)
-        return candidates
-
-    def _answer(self, timeout_s: float | None) -> Any:
-        try:
-            if timeout_s is not None and not self._connection.poll(timeout_s):
-                raise SetupError(f"transformers did not load the model within {timeout_s:g} s")
-            answer = self._connection.recv()
-        except EOFError as error:
-            raise SetupError("the process that runs transformers ended") from error
-        if isinstance(answer, MantaError):
-            raise answer
-        return answer
-
-    def _end(self) -> None:
-        self._connection.close()
-        self._process.join(STOP_TIMEOUT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+                    way = replace(way, prefill_experts="grouped_mm")
+            ways.append(way)
+        return ways
 
 
 @contextmanager
@@ -200,7 +135,7 @@ class _Stopwatch:
 
 
 def _serve(connection: Connection, directory: str, dtype: str, device: str) -> None:
-    """In the new process: load, say so, then run tasks until the other end closes."""
+    """In the new process."""
     import torch
     from transformers import MixtralForCausalLM
     from transformers.utils import logging
@@ -212,16 +147,7 @@ def _serve(connection: Connection, directory: str, dtype: str, device: str) -> N
     except Exception as error:
         connection.send(SetupError(f"transformers cannot load {directory}: {error}"))
         return
-    connection.send(torch.get_num_threads())
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(_generate(model, task))
-        except Exception as error:
-            connection.send(SetupError(f"transformers failed with {task.implementation}: {error}"))
+    serve_tasks(connection, torch.get_num_threads(), lambda task: _generate(model, task))
 
 
 def _generate(model: Any, task: _Task) -> Run:
