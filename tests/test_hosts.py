@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,27 +13,10 @@ from contextlib import suppress
 import pytest
 
 from tests.hosts import Host, NotPossible, hosts
+from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.root
-
-ECHO = """
-import socket
-listener = socket.create_server(("0.0.0.0", 7777))
-while True:
-    channel, _ = listener.accept()
-    while data := channel.recv(100):
-        channel.sendall(data)
-"""
-
-
-LEFT = """
-import sys
-from tests.hosts import hosts
-with hosts(1) as (host,):
-    print(host.start(["sleep", "99"], stdout=2).pid, flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -48,7 +30,7 @@ def two() -> Iterator[tuple[Host, ...]]:
 
 def connect(near: Host, far: Host) -> socket.socket:
     """A connection to the echo on `far`, which is started."""
-    far.start([sys.executable, "-c", ECHO])
+    far.start(program("echo_server"), cwd=REPOSITORY)
     connected: list[socket.socket] = []
 
     def is_there() -> bool:
@@ -136,7 +118,9 @@ def test_a_function_sees_the_host_it_runs_on(two) -> None:
 
 def test_what_a_killed_run_left_is_cleared_away(two) -> None:
     """Its processes still run, in namespaces that carry the number of a process that is gone."""
-    run = subprocess.Popen([sys.executable, "-c", LEFT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        program("leave_hosts"), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     sleeper = int(run.stdout.readline())
     run.kill()
     run.communicate()

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
 
 from cluster.deadline import NEVER, Deadline
-
-# A host whose clocks are others: an hour ahead, and up for a hundred days longer.
-ELSEWHERE = """
-    import sys, time
-
-    now, since_boot = time.time, time.monotonic
-    time.time = lambda: now() + 3600
-    time.monotonic = lambda: since_boot() + 8_640_000
-
-    import pickle
-
-    deadline = pickle.load(sys.stdin.buffer)
-    print(deadline.remaining_s, deadline.at - time.monotonic())
-"""
+from tests.programs import said_by
 
 
 def left_elsewhere(deadline: Deadline) -> list[float]:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ELSEWHERE)],
-        input=pickle.dumps(deadline),
-        capture_output=True,
-        check=True,
-    )
-    return [float(number) for number in done.stdout.split()]
+    return [float(number) for number in said_by("deadline_elsewhere", stdin=pickle.dumps(deadline)).split()]
 
 
 def test_a_host_whose_clocks_are_others_gives_it_as_long() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import httpx
@@ -16,13 +17,6 @@ CONFIG = """
 models: [{name: mistral-small, path: demo}, {name: mistral-embed, path: demo-dense, kind: embedding}]
 gateway: {request_timeout_s: 120}
 """
-# Every process imports it first. Those that have an engine, the coordinators, live an hour later, or earlier.
-SITE = """
-import sys, time
-
-now = time.time
-time.time = lambda: now() + ({ahead_s} if "router_service.engine" in sys.modules else 0)
-"""
 
 
 @pytest.mark.parametrize("ahead_s", [3600, -3600])
@@ -30,7 +24,8 @@ def test_coordinators_whose_clock_is_an_hour_off_answer(
     ahead_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One whose clock was ahead by more than `request_timeout_s` failed every request before its first step."""
-    (tmp_path / "sitecustomize.py").write_text(SITE.format(ahead_s=ahead_s))
+    shutil.copyfile(Path(__file__).parents[1] / "programs" / "coordinators_clock.py", tmp_path / "sitecustomize.py")
+    monkeypatch.setenv("MANTA_TEST_AHEAD_S", str(ahead_s))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     question = [{"role": "user", "content": "What is the best French cheese?"}]
     with running_server(CONFIG) as server, httpx.Client(base_url=server.url, timeout=120) as client:

@@ -1,6 +1,7 @@
 """One server that is asked for more than it can do, loses what it cannot replace, and is told to stop while it answers.
 
 A small model scales from one coordinator and one gateway; another one, `narrow`, cannot, and refuses what is too much.
+A third makes embeddings with two coordinators.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -28,6 +30,7 @@ DEMO = Path(__file__).parents[2] / "cluster" / "demo_model"
 SCALING = "max_replicas: 2, upscale_delay_s: 1, downscale_delay_s: 2"
 EXPERT_TIMEOUT_S = 5
 RECOVERY_S = 120
+SILENT_S = 60.0  # ten times what it takes to ask another one; the request's own deadline is far beyond
 COORDINATOR, GATEWAY, SHARD = ":coordinator", "ServeReplica:gateway:gateway", "ray::ExpertShard"
 
 
@@ -53,6 +56,11 @@ models:
   - name: narrow
     path: {directory / "narrow"}
     engine: {{max_num_seqs: 4, max_waiting: 4, num_kv_blocks: 256, num_threads: 1}}
+  - name: embed
+    path: {directory / "narrow"}
+    kind: embedding
+    num_coordinators: 2
+    engine: {{num_kv_blocks: 256, num_threads: 1}}
 gateway: {{scaling: {{target_requests: 6, {SCALING}}}}}
 """)
     with running_server(config.read_text()) as server:
@@ -68,8 +76,9 @@ def completion(server: Server, model: str, **fields: object) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json={**asked, **fields}, timeout=120)
 
 
-def wide_coordinators(server: Server) -> int:
-    return len([process for process in processes(server, COORDINATOR) if "wide" in " ".join(process.cmdline())])
+def wide_coordinators(server: Server) -> set[int]:
+    """Their process ids."""
+    return {process.pid for process in processes(server, COORDINATOR) if "wide" in " ".join(process.cmdline())}
 
 
 def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
@@ -77,7 +86,7 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
     clients.learn()
 
     def number() -> tuple[int, int]:
-        return wide_coordinators(elastic), len(processes(elastic, GATEWAY))
+        return len(wide_coordinators(elastic)), len(processes(elastic, GATEWAY))
 
     assert number() == (1, 1)
     with clients.running() as seen:
@@ -169,45 +178,56 @@ def health(server: Server) -> tuple[int, dict]:
     return response.status_code, response.json()
 
 
-# What an operator's own script does: the same application again, which to Serve is a new version of the code.
-RENEW = """
-import sys
-from pathlib import Path
-import ray
-from ray import serve
-from cluster.deploy.app import describe_cluster, model_application, plan_model
-from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.config import load_config
-
-ray.init(address=sys.argv[2], log_to_driver=False)
-config = load_config(Path(sys.argv[1]))
-plan = plan_model(config.models[0], open_checkpoint(config.models[0].path), describe_cluster(ray.nodes()))
-serve.run(model_application(plan, config.gateway), name=plan.application, route_prefix=None)
-"""
-
-
 def test_a_rolling_update_of_coordinator_and_experts_fails_no_stream(elastic, directory):
     """There is one of each: the new one starts beside it, and the old one ends when its streams have."""
-    wait_for(lambda: wide_coordinators(elastic) == 1, RECOVERY_S, "what an earlier load asked for to go")
+    wait_for(lambda: len(wide_coordinators(elastic)) == 1, RECOVERY_S, "what an earlier load asked for to go")
     clients = steady(elastic, 4)
     clients.learn()
-    before = {process.pid for title in (COORDINATOR, SHARD) for process in processes(elastic, title)}
+
+    def wide() -> set[int]:
+        return wide_coordinators(elastic) | {process.pid for process in processes(elastic, SHARD)}
+
+    before = wide()
+    others = {process.pid for process in processes(elastic, COORDINATOR)} - before
     with clients.running() as seen:
         subprocess.run(
-            [sys.executable, "-c", RENEW, directory / "manta.yaml", elastic.ray_address],
+            [sys.executable, "-m", "tests.programs.renew_model", directory / "manta.yaml", elastic.ray_address],
             check=True,
             timeout=RECOVERY_S,
             cwd=Path(__file__).parents[2],
         )
 
         def renewed() -> bool:
-            now = {p.pid for title in (COORDINATOR, SHARD) for p in processes(elastic, title)}
-            return len(now) >= len(before) and len(now & before) == 1  # the narrow model's coordinator stayed
+            now = wide()
+            return len(now) >= len(before) and not now & before
 
         wait_for(renewed, RECOVERY_S, "new processes in place of the old ones")
         complete = seen.num_complete
         wait_for(lambda: seen.num_complete >= complete + 8, RECOVERY_S, "answers of the new ones")
     assert (seen.failures, seen.num_wrong) == ([], 0)
+    assert others < {process.pid for process in processes(elastic, COORDINATOR)}, "the other models' stayed"
+
+
+def test_no_embedding_waits_for_a_stopped_coordinator(elastic):
+    """It falls silent, and what was asked of it comes from the other one."""
+
+    def embed(_: int = 0) -> list[float]:
+        body = {"model": "embed", "input": ["a", "b"]}
+        answer = httpx.post(f"{elastic.url}/v1/embeddings", json=body, timeout=2 * SILENT_S)
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["data"][0]["embedding"])
+
+    expected = embed()
+    stopped, _ = processes(elastic, "ray::ServeReplica:embed")
+    stopped.suspend()
+    try:
+        asked_at = time.monotonic()
+        with ThreadPoolExecutor(10) as clients:
+            answers = list(clients.map(embed, range(10)))
+        assert time.monotonic() - asked_at < SILENT_S
+        assert answers == [expected] * 10
+    finally:
+        stopped.resume()
 
 
 def test_sigterm_lets_streams_end(elastic):

@@ -19,81 +19,21 @@ import httpx
 import pytest
 
 from tests.hosts import Host, NotPossible, hosts
+from tests.programs import REPOSITORY
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.root
 
 USER = 10001  # that of the image
 NOBODY = 65534
-REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = REPOSITORY / "tests" / "programs"
 OVERLAY = REPOSITORY / "k8s" / "overlays" / "cpu-demo" / "manta.yaml"
 START_TIMEOUT_S = 600
 
-# In a mount namespace of its own: all mounts read-only, /tmp and /dev/shm fresh, then away with every privilege. What
-# is needed of /tmp, and of root's home, which is closed to others, is put back there.
-CONFINE = """
-set -e
-mount --make-rprivate /
-findmnt --raw --noheadings --output TARGET | grep -vE '^/(proc|sys|dev)' | while read -r target; do
-    mount -o remount,bind,ro "$target"
-done
-mount -t tmpfs tmpfs /media
-for path in $NEEDED; do
-    mkdir -p "/media$path"
-    mount --bind "$path" "/media$path"
-done
-mount -t tmpfs -o mode=1777 tmpfs /tmp
-mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-mount -t tmpfs -o mode=755 tmpfs /root
-for path in $NEEDED; do
-    if [ ! -e "$path" ]; then
-        mkdir -p "$path"
-        mount --bind "/media$path" "$path"
-        mount -o remount,bind,ro "$path"
-    fi
-done
-mount -o remount,bind,ro /root
-umount --lazy --recursive /media
-mkdir /tmp/home
-chown "$USER_ID" /tmp/home
-cd /tmp/home
-exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups --bounding-set -all --inh-caps -all --no-new-privs \
-    env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" "$@"
-"""
+CONFINE = PROGRAMS / "confine.sh"
 
-# What the user who runs it can do with the files below the arguments: kind and path of each that it could open.
-LOOK_AROUND = """
-import os, socket, stat, sys
-
-for root in sys.argv[1:]:
-    for directory, names, files in os.walk(root):
-        print("folder", directory)
-        for path in (os.path.join(directory, name) for name in files):
-            try:
-                if stat.S_ISSOCK(os.lstat(path).st_mode):
-                    kind = socket.SOCK_DGRAM if "/metrics" in path else socket.SOCK_STREAM
-                    with socket.socket(socket.AF_UNIX, kind) as channel:
-                        channel.connect(path)
-                    print("socket", path)
-                elif stat.S_ISREG(os.lstat(path).st_mode):
-                    open(path, "rb").close()
-                    print("file", path)
-            except OSError:
-                continue
-"""
-# Asks HAProxy's admin socket something, at each of the paths: what it answers, or why it does not.
-ASK_HAPROXY = """
-import socket, sys
-
-for path in sys.argv[1:]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        try:
-            channel.connect(path)
-            channel.sendall(b"show info\\n")
-            print(channel.recv(4096).decode().splitlines()[0])
-        except OSError as error:
-            print(error.strerror)
-"""
+LOOK_AROUND = (sys.executable, "-c", (PROGRAMS / "look_around.py").read_text())
+ASK_HAPROXY = (sys.executable, "-c", (PROGRAMS / "ask_haproxy.py").read_text())
 
 # The table of docs/security.md: who listens on which ports, from the lowest to the highest, whether on loopback only.
 NAMED = {
@@ -157,7 +97,7 @@ def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
     manta = Path(sys.executable).with_name("manta")
     with log.open("w") as out:
         process = host.start(
-            ["unshare", "--mount", "sh", "-c", CONFINE, "confine", manta, "serve", "--config", OVERLAY],
+            ["unshare", "--mount", "sh", CONFINE, manta, "serve", "--config", OVERLAY],
             stdout=out, stderr=subprocess.STDOUT,
             env={
                 **os.environ, "REPOSITORY": str(REPOSITORY), "USER_ID": str(USER),
@@ -202,15 +142,12 @@ def test_it_serves_without_privileges_on_a_file_system_that_is_read_only(host: H
     assert looked_at > 10, "the server, Ray's own processes and the replicas"
 
 
-def as_user(host: Host, user: int, program: str, *arguments: str) -> list[str]:
-    """The lines that this Python program writes as that user, who sees the files that the server sees."""
+def as_user(host: Host, user: int, *command: str) -> list[str]:
+    """The lines that this command writes as that user, who sees the files that the server sees."""
     [within, *_] = [pid for pid in host.process_ids() if "raylet" in Path(f"/proc/{pid}/comm").read_text()]
     identity = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
     done = subprocess.run(
-        [
-            "nsenter", "--mount", "--target", str(within),
-            "setpriv", *identity, sys.executable, "-c", program, *arguments,
-        ],
+        ["nsenter", "--mount", "--target", str(within), "setpriv", *identity, *command],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -221,7 +158,7 @@ def test_another_user_of_the_machine_can_open_nothing_that_it_wrote(host: Host, 
     """Ray's session folder was open to all, and so was its token, with which they could run code as the server."""
     url, places = "http://127.0.0.1:8000/v1/models", ("/tmp", "/dev/shm")
     assert host.run(lambda: httpx.get(url, timeout=60)).status_code == 200
-    own = as_user(host, USER, LOOK_AROUND, *places)
+    own = as_user(host, USER, *LOOK_AROUND, *places)
     for kind, path in (
         ("file", "/tmp/home/.ray/auth_token"),
         ("file", r".*/logs/gcs_server\.out"),
@@ -233,22 +170,23 @@ def test_another_user_of_the_machine_can_open_nothing_that_it_wrote(host: Host, 
     ):
         assert any(re.fullmatch(f"{kind} {path}", line) for line in own), f"{path} is not where we looked: {own}"
     installed = tuple(f" {path}" for path in (REPOSITORY, sys.prefix, sys.base_prefix))  # may be in /tmp as well
-    seen = [line for line in as_user(host, NOBODY, LOOK_AROUND, *places) if not any(path in line for path in installed)]
+    lines = as_user(host, NOBODY, *LOOK_AROUND, *places)
+    seen = [line for line in lines if not any(path in line for path in installed)]
     assert seen == ["folder /tmp", "folder /tmp/home", "folder /dev/shm"], seen
 
 
 def test_another_user_cannot_tell_haproxy_to_send_requests_elsewhere(host: Host, server: Any) -> None:
     """By the admin socket, which was everyone's, `nobody` had alice's request sent to its own port, with her key."""
-    listed = as_user(host, USER, LOOK_AROUND, "/tmp")
+    listed = as_user(host, USER, *LOOK_AROUND, "/tmp")
     [path] = [line.split()[1] for line in listed if re.fullmatch(r"socket .*/(cli|admin\.sock)", line)]
-    assert as_user(host, USER, ASK_HAPROXY, path) == ["Name: HAProxy"]
-    assert as_user(host, NOBODY, ASK_HAPROXY, path) == ["Permission denied"]
+    assert as_user(host, USER, *ASK_HAPROXY, path) == ["Name: HAProxy"]
+    assert as_user(host, NOBODY, *ASK_HAPROXY, path) == ["Permission denied"]
 
 
 def test_what_everyone_can_see_of_its_processes_holds_no_secret(host: Host, server: Any) -> None:
     """Command lines are everyone's to read, and sockets in the abstract name space everyone's to connect to."""
-    token = as_user(host, USER, "print(open('/tmp/home/.ray/auth_token').read())")[0]
-    secret = as_user(host, USER, "import pathlib; print(pathlib.Path('/tmp/home/.manta/lane_secret').read_text())")[0]
+    token = as_user(host, USER, "cat", "/tmp/home/.ray/auth_token")[0]
+    secret = as_user(host, USER, "cat", "/tmp/home/.manta/lane_secret")[0]
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in host.process_ids()]
     assert len(commands) > 10
     assert not [command for command in commands if token in command or secret in command]

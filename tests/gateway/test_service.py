@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -21,112 +19,25 @@ from gateway.frontend import Frontend
 from gateway.request.protocol import ChatCompletionRequest, Message
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
-
-
-def run_python(code: str) -> str:
-    """In a process of its own: importing Serve warns, and what is imported is the question."""
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.programs import said_by
 
 
 def test_a_gateway_never_imports_torch(tokenizer_directory: Path) -> None:
-    code = f"""
-import sys
-import gateway.service
-from dataclasses import replace
-from pathlib import Path
-from gateway.text.tokenizer import HuggingFaceTokenizer
-tokenizer = HuggingFaceTokenizer(Path({str(tokenizer_directory)!r}))
-tokenizer.encode_chat([{{"role": "user", "content": "Hi"}}])
-import mistral_common.tokens.tokenizers.mistral
-print(sorted({{"torch", "router_service", "experts_service"}} & set(sys.modules)))
-"""
-    assert run_python(code).strip() == "[]"
+    assert said_by("gateway_modules", tokenizer_directory).strip() == "[]"
 
 
 def test_a_gateway_is_pickled_small() -> None:
-    code = """
-from ray import cloudpickle
-from gateway.service import Gateway
-print(len(cloudpickle.dumps(Gateway.func_or_class)))
-"""
-    assert int(run_python(code)) < 20_000
+    assert int(said_by("pickled_gateway")) < 20_000
 
 
 def test_failures_of_a_coordinator_have_their_class() -> None:
-    code = """
-from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from cluster.errors import ExpertUnavailable
-from gateway.coordinators.client import manta_error
-wrapped = RayTaskError("generate", "traceback", ExpertUnavailable("no expert", retry_after_s=4.0))
-print(manta_error(wrapped).retry_after_s, manta_error(wrapped.as_instanceof_cause()).message)
-for error in (ActorDiedError(), BackPressureError(1, 1), KeyError("x"), TimeoutError()):
-    print(type(manta_error(error)).__name__)
-"""
-    lines = run_python(code).splitlines()
+    lines = said_by("coordinator_failures").splitlines()
     assert lines == ["4.0 no expert", "CoordinatorLost", "Overloaded", "KeyError", "Unavailable"]
 
 
 def test_leaving_a_stream_early_cancels_the_call() -> None:
     """And only that does: a call that has answered, or failed, ends by itself."""
-    code = """
-import asyncio
-from contextlib import aclosing
-from cluster.messages import Request, SamplingParams, TokenChunk
-from ray.serve.exceptions import BackPressureError
-from gateway.coordinators import client as coordinator_client
-from gateway.coordinators.client import ServeCoordinatorClient
-
-coordinator_client.LAST_TOKENS_S = 0.1
-
-class Response:
-    cancelled = False
-    def __init__(self, client, tokens, error, returns):
-        self.client, self.tokens, self.error, self.returns = client, tokens, error, returns
-    def __await__(self):
-        return self.answer().__await__()
-    async def answer(self):
-        for position in range(self.tokens):
-            reason = "length" if position == 2 else None
-            self.client._inbox.deliver((TokenChunk("r", 0, position, (7,), finish_reason=reason),))
-            await asyncio.sleep(0)
-        if self.error is not None:
-            raise self.error
-        await asyncio.sleep(0 if self.returns else 60)
-    def cancel(self):
-        self.cancelled = True
-
-class Generate:
-    def remote(self, request, gateway):
-        return self.response
-
-async def run(take, tokens, error=None, returns=True):
-    client = ServeCoordinatorClient(None)
-    client._handle = client._generate = Generate()
-    client._generate.response = Response(client, tokens, error, returns)
-    try:
-        async with aclosing(client.generate(Request("r", (1,), SamplingParams(3), 0))) as stream:
-            async for chunk in stream:
-                take -= 1
-                if not take:
-                    break
-        error = None
-    except Exception as raised:
-        error = type(raised).__name__
-    print(client._generate.response.cancelled, error)
-
-asyncio.run(run(take=1, tokens=1, returns=False))
-asyncio.run(run(take=9, tokens=3))
-asyncio.run(run(take=9, tokens=3, returns=False))
-asyncio.run(run(take=9, tokens=1, error=BackPressureError(1, 1)))
-asyncio.run(run(take=9, tokens=1))
-"""
-    assert run_python(code).splitlines() == [
+    assert said_by("leave_streams").splitlines() == [
         "True None",
         "False None",
         "False None",
@@ -271,35 +182,4 @@ def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard)
 
 def test_a_gateways_loop_is_watched_from_when_it_is_ready() -> None:
     """What it imports and builds before, 0.6 s, was told as the longest time that anybody waited."""
-    code = """
-import asyncio, time, types
-from ray import serve
-from cluster.config import GatewayConfig
-import gateway.service
-from gateway.service import GatewayReplica
-name = types.SimpleNamespace(unique_id="r")
-config = types.SimpleNamespace(graceful_shutdown_timeout_s=60.0)
-serve.get_replica_context = lambda: types.SimpleNamespace(replica_id=name, _deployment_config=config)
-build_app = gateway.service.build_app
-
-def build_slowly(frontend):
-    while time.thread_time() < until:
-        pass
-    return build_app(frontend)
-
-gateway.service.build_app = build_slowly
-
-async def start():
-    global until
-    replica = GatewayReplica(GatewayConfig(), ())
-    until = time.thread_time() + 0.2
-    replica.__serve_build_asgi_app__()
-    watch = replica.frontend.metrics.loop
-    await asyncio.sleep(0.1)
-    return watch
-
-watch = asyncio.run(start())
-count = [s.value for m in watch._blocks.collect() for s in m.samples if s.name.endswith("_count")][0]
-print(count > 1, watch.longest[0] < 0.1)
-"""
-    assert run_python(code).split() == ["True", "True"]
+    assert said_by("watched_gateway").split() == ["True", "True"]

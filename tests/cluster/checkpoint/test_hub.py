@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,20 +15,11 @@ from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.errors import ConfigError
 from tests.checkpoints import write_checkpoint
+from tests.programs import said_by
 
 SHA = "5c79a376139be989ef1838f360bf4f1f256d7aec"
 OLDER = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
 NOWHERE = "http://127.0.0.1:1"
-
-PROGRAM = """
-import json, sys
-from cluster.errors import MantaError
-from cluster.checkpoint.hub import resolve_model
-try:
-    print(json.dumps(["path", str(resolve_model(*sys.argv[1:]))]))
-except MantaError as error:
-    print(json.dumps([type(error).__name__, error.message]))
-"""
 
 
 class Hub(ThreadingHTTPServer):
@@ -132,16 +121,9 @@ def resolve(tmp_path: Path):
         model: str, endpoint: str = NOWHERE, revision: str | None = None, **environment: str
     ) -> tuple[str, str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, model, *([] if revision is None else [revision])],
-            env={**clean, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        kind, text = json.loads(done.stdout.splitlines()[-1])
+        clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint, **environment}
+        said = said_by("resolve_model", model, *([] if revision is None else [revision]), environment=clean)
+        kind, text = json.loads(said.splitlines()[-1])
         return kind, text
 
     return resolved

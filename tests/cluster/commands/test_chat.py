@@ -25,6 +25,7 @@ from cluster.commands.chat.client import ChatClient, Delta
 from cluster.commands.chat.conversation import Conversation
 from cluster.commands.chat.slash_commands import Leave, obey
 from cluster.errors import RequestError, Unavailable
+from tests.programs import REPOSITORY, program
 
 DEADLINE_S = 30.0  # for a subprocess on a busy machine
 
@@ -248,7 +249,8 @@ class Terminal:
         self.master = master
         self.screen = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _OWN_TERMINAL, "chat", "--url", url],
+            program("own_terminal", "chat", "--url", url),
+            cwd=REPOSITORY,
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -290,14 +292,6 @@ class Terminal:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(DEADLINE_S)
         os.close(self.master)
-
-
-_OWN_TERMINAL = """
-import fcntl, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from cluster.cli import main
-main()
-"""
 
 
 @pytest.fixture

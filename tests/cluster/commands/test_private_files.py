@@ -6,8 +6,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,16 +16,9 @@ from cluster.commands.local_ray import start_local_ray
 from cluster.commands.private_files import haproxy_directory, haproxy_files, ray_directory, secure_token
 from cluster.errors import SetupError
 from experts_service.wire.address import _unnamed_directory
+from tests.programs import REPOSITORY, program
 
 SOCKET_LIMIT = 107  # of a path that can be bound
-START = """
-    import os, sys
-    from cluster.commands.ray_environment import prepare_server
-
-    prepare_server()
-    print(os.path.dirname(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]), flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -54,7 +45,8 @@ def mode(path: Path) -> int:
 def start(temporary: Path) -> subprocess.Popen[str]:
     """A server that prepares its files; it lives until its input ends."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(START)],
+        program("prepare_server"),
+        cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

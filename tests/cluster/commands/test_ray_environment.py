@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from tests.ports import free_port
-
-CLAIM = """
-    import sys
-    from cluster.commands.ray_environment import _free_port
-
-    print(_free_port(int(sys.argv[1])), flush=True)
-    sys.stdin.read()
-"""
+from tests.programs import REPOSITORY, program
 
 
 def start(port: int) -> subprocess.Popen[str]:
     """A process that wants this port, does not listen yet, and lives until its input ends."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CLAIM), str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        program("claim_port", port), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 

@@ -16,6 +16,7 @@ from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterS
 from cluster.commands.status.tables import BAR_WIDTH, draw
 from cluster.errors import SetupError, Unavailable
 from cluster.messages import EngineStats
+from tests.programs import REPOSITORY, program
 
 DEADLINE_S = 60.0  # for a subprocess on a busy machine
 
@@ -155,9 +156,6 @@ def test_an_address_of_another_form_is_refused(address: str) -> None:
 def test_a_cluster_that_never_answers_does_not_hold_the_command() -> None:
     """In a process of its own: Ray goes on trying in its thread, and must not keep the interpreter from ending."""
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        program = (
-            "from cluster.commands.cluster_connection import look_at_cluster\n"
-            f"look_at_cluster('127.0.0.1:{mute.getsockname()[1]}', str, deadline_s=6)"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+        command = program("look_at_cluster", f"127.0.0.1:{mute.getsockname()[1]}")
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
     assert "did not answer within 6 s" in done.stderr

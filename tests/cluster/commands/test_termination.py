@@ -4,56 +4,19 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-PROGRAM = """
-import asyncio, signal, sys, threading, time, types
-
-def ray_ends_the_worker(*_):
-    raise SystemExit(1)
-
-class Actor:
-    class perform_graceful_shutdown:
-        @staticmethod
-        async def remote():
-            await asyncio.sleep({drain_s})
-            print("drained", flush=True)
-
-signal.signal(signal.SIGTERM, ray_ends_the_worker)
-context = types.SimpleNamespace(current_actor=Actor)
-sys.modules["ray"] = types.SimpleNamespace(get_runtime_context=lambda: context)
-from cluster import termination
-from cluster.errors import Unavailable
-
-termination.LINGER_S = 0.0
-
-async def replica():
-    end = termination.Termination({grace_s}, on_begin=lambda: print("begun", flush=True))
-    end.check()
-    print("up", flush=True)
-    while True:
-        await asyncio.sleep(0.02)
-        try:
-            end.check()
-        except Unavailable:
-            break
-    print("unhealthy", flush=True)
-    await asyncio.sleep(60)
-
-threading.Thread(target=asyncio.run, args=(replica(),), daemon=True).start()
-time.sleep(60)
-"""
+from tests.programs import REPOSITORY, program
 
 
 @contextmanager
 def replica(drain_s: float, grace_s: float) -> Iterator[subprocess.Popen[str]]:
-    program = PROGRAM.format(drain_s=drain_s, grace_s=grace_s)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    command = program("terminated_replica", drain_s, grace_s)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"

@@ -15,6 +15,7 @@ from router_service.scheduling.sequence import Sequence
 from router_service.telemetry.engine_traces import EngineTraces
 from tests.collector import attributes, collector
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
+from tests.programs import said_by
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the prompt's own words"}]}
@@ -87,15 +88,9 @@ def test_a_failed_request_names_its_error(card: ModelCard) -> None:
 
 
 def test_without_an_endpoint_nothing_is_sent_or_imported(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
-    from tests.gateway.test_service import run_python
-
     coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:]))
     with http_server(build_frontend(card, coordinator)) as url:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert httpx.post(url + "/v1/chat/completions", json=BODY, headers=headers).status_code == 200
     assert coordinator.requests[0].traceparent == ""
-    code = (
-        "import sys; from cluster.telemetry.traces import Traces; "
-        "Traces('x', None).start('a', {}).end({}); print(*sys.modules)"
-    )
-    assert "opentelemetry" not in run_python(code)
+    assert "opentelemetry" not in said_by("silent_traces")

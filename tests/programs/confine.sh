@@ -1,0 +1,32 @@
+#!/bin/sh
+# In a mount namespace of its own: all mounts read-only, /tmp and /dev/shm fresh, then away with every privilege. What
+# is needed of /tmp, and of root's home, which is closed to others, is put back there.
+#
+# NEEDED, REPOSITORY and USER_ID are set; the arguments are the command.
+set -e
+mount --make-rprivate /
+findmnt --raw --noheadings --output TARGET | grep -vE '^/(proc|sys|dev)' | while read -r target; do
+    mount -o remount,bind,ro "$target"
+done
+mount -t tmpfs tmpfs /media
+for path in $NEEDED; do
+    mkdir -p "/media$path"
+    mount --bind "$path" "/media$path"
+done
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=755 tmpfs /root
+for path in $NEEDED; do
+    if [ ! -e "$path" ]; then
+        mkdir -p "$path"
+        mount --bind "/media$path" "$path"
+        mount -o remount,bind,ro "$path"
+    fi
+done
+mount -o remount,bind,ro /root
+umount --lazy --recursive /media
+mkdir /tmp/home
+chown "$USER_ID" /tmp/home
+cd /tmp/home
+exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups --bounding-set -all --inh-caps -all --no-new-privs \
+    env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" "$@"
