@@ -1,21 +1,34 @@
-"""The Dockerfile and the locks, read: no engine builds the image here."""
+"""The Dockerfile and the locks. No engine builds the image here, so what its instructions do is done to their files."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
+import threading
 import tomllib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.kubernetes.containers import LAUNCHER
 from cluster.kubernetes.names import CONTAINER_USER_HOME, USER
 from tests.k8s.overlays import REPOSITORY
 
 LINE = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
 STAGES = ("cpu", "cuda")
+PACKAGES = ("cluster", "experts_service", "gateway", "router_service")
+NOT_SERVED = "cluster/demo_model/training"  # how the demo's models were made
 
 
 def _instructions() -> list[tuple[str, str, str]]:
@@ -57,6 +70,95 @@ def test_every_copied_path_exists_and_is_sent() -> None:
                 assert source.split("/")[0] in sent, source
 
 
+def test_the_wheel_of_what_is_copied_has_all_of_the_code(tmp_path: Path) -> None:
+    """As its stage makes it: the files that it copies, where it copies them, and its command."""
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    steps = [(name, arguments) for stage, name, arguments in _instructions() if stage == "wheel"]
+    assert ("WORKDIR", f"/{source.name}") in steps
+    for name, arguments in steps:
+        if name == "COPY":
+            *copied, target = arguments.split()
+            for path in copied:
+                _copy(REPOSITORY / path, source / target / ("" if target.endswith("/") else "."))
+    [command] = [arguments for name, arguments in steps if name == "RUN"]
+    command = command.replace("/wheels", str(wheels)).replace("pip ", f"{sys.executable} -m pip ")
+    subprocess.run([*command.split(), "--no-index", "--quiet"], cwd=source, check=True, timeout=120)
+    [wheel] = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+        [entry_points] = [archive.read(name).decode() for name in inside if name.endswith("entry_points.txt")]
+    files = subprocess.run(
+        ["git", "ls-files", *PACKAGES], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert {file for file in files if not file.startswith(NOT_SERVED)} <= inside
+    assert not [name for name in inside if name.startswith((NOT_SERVED, "tests"))]
+    for script in (Path(LAUNCHER).name, _command()[0]):
+        assert re.search(rf"^{script} *= *\S+:\S+$", entry_points, re.MULTILINE)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """As COPY does, without what .dockerignore leaves out."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+def _command() -> list[str]:
+    """What a container runs when it is told nothing."""
+    [command] = [arguments for stage, name, arguments in _instructions() if (stage, name) == ("runtime", "CMD")]
+    words: list[str] = json.loads(command)
+    return words
+
+
+def test_the_command_is_one_that_the_cli_takes() -> None:
+    program, *arguments = _command()
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[program] == "cluster.cli:main"
+    done = CliRunner().invoke(app, [*arguments, "--help"])
+    assert done.exit_code == 0, done.output
+    assert CliRunner().invoke(app, [*arguments, "--no-such-option"]).exit_code == 2
+
+
+def test_the_health_check_tells_a_server_that_is_ready_from_one_that_is_not() -> None:
+    """Its own command, run beside a server that answers, one that does not, and none."""
+    [check] = [arguments for _, name, arguments in _instructions() if name == "HEALTHCHECK"]
+    words: list[str] = json.loads(check[check.index("CMD [") + 4 :])
+    assert words[0] == "python"
+    outcomes = []
+    for status in (200, 503, None):
+        with _answering(status) as port:
+            command = [sys.executable, *(word.replace("8000", str(port)) for word in words[1:])]
+            outcomes.append(subprocess.run(command, capture_output=True, timeout=60, check=False).returncode)
+    assert outcomes == [0, 1, 1]
+
+
+@contextmanager
+def _answering(status: int | None) -> Iterator[int]:
+    """The port of a server that answers /health with this status; with None nobody listens there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert status is not None
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if status is None:
+            server.server_close()
+            yield server.server_port
+            return
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
 def test_stages_that_are_named_exist() -> None:
     stages = {stage for stage, _, _ in _instructions()}
     for _, name, arguments in _instructions():
@@ -67,13 +169,12 @@ def test_stages_that_are_named_exist() -> None:
             assert arguments.split()[0].removeprefix("--from=") in stages
 
 
-def test_what_runs_is_not_root_and_has_a_health_check() -> None:
+def test_what_runs_is_not_root() -> None:
     for stage in STAGES:
         users = [arguments for where, name, arguments in _instructions() if (where, name) == (stage, "USER")]
         assert users == [f"{USER}:{USER}"]
         assert _base(stage) == "runtime"
     runtime = [(name, arguments) for stage, name, arguments in _instructions() if stage == "runtime"]
-    assert any(name == "HEALTHCHECK" and "/health" in arguments for name, arguments in runtime)
     assert ("WORKDIR", CONTAINER_USER_HOME) in runtime
     assert any(name == "RUN" and f"--uid {USER}" in arguments for name, arguments in runtime)
 
