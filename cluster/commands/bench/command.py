@@ -14,7 +14,9 @@ import typer
 from cluster.commands import ray_environment
 
 app = typer.Typer(
-    name="bench", help="Measure: dispatch, decode, an engine's step, sampling, a served model.", no_args_is_help=True
+    name="bench",
+    help="Measure: dispatch, decode, an engine's step, its divergence, sampling, a served model.",
+    no_args_is_help=True,
 )
 
 
@@ -180,6 +182,28 @@ def engine(
     from cluster.commands.bench.engine.engine import run
 
     run(model, batch, context, steps, dtype.value)
+
+
+@app.command()
+def divergence(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id; else the embedded demo model."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Random ones.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Generated after each.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side, where they are not alone.")] = 8,
+    dtype: Annotated[DtypeName, typer.Option(help="Compared with fp32. auto: the checkpoint's own.")] = DtypeName.AUTO,
+) -> None:
+    """Compare greedy tokens with those of transformers in the same dtype and in fp32, alone and in a batch."""
+    from cluster.commands.bench.openmp import load_torch
+    from cluster.config import EngineConfig
+
+    load_torch(EngineConfig().openmp_spin_count)
+    from cluster.commands.bench.divergence import run
+
+    run(model, prompts, prompt_tokens, output_tokens, batch, dtype.value)
 
 
 @app.command()

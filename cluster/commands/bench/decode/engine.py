@@ -89,7 +89,7 @@ class EngineUnderTest:
     def run(self, workload: Workload) -> Run:
         """Greedy, with forced length. Raises what the engine raises, and ConfigError where nothing was decoded."""
         with resident_memory() as memory:
-            watch = self._watched(workload)
+            watch = self._watched_run(workload)
         started, first, last = watch.times[0], watch.times[1], watch.times[-1]
         return Run(
             prefill_s=first - started,
@@ -104,15 +104,31 @@ class EngineUnderTest:
         """The same run, untimed: experts with at least one row, summed over layers; mean over the decode steps."""
         self._dispatcher.counting = True
         try:
-            watch = self._watched(workload)
+            watch = self._watched_run(workload)
         finally:
             self._dispatcher.counting = False
         return (watch.reads[-1] - watch.reads[0]) / max(len(watch.reads) - 1, 1)
 
-    def _watched(self, workload: Workload) -> _Watch:
-        """Hold the engine at the end of a step, queue everything, let go: all prompts begin in the next step."""
-        prompts = workload.prompts(self._vocab_size)
-        requests = [self._request(prompt, workload.output_tokens) for prompt in prompts]
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
+        """Greedy tokens of prompts that begin together, with forced length. Raises what the engine raises."""
+        return list(self._watched(prompts, output_tokens).token_ids.values())
+
+    def _watched_run(self, workload: Workload) -> _Watch:
+        watch = self._watched(workload.prompts(self._vocab_size), workload.output_tokens, cached=bool(workload.context))
+        if len(watch.times) < min(3, 1 + workload.output_tokens):
+            raise ConfigError(
+                f"{workload.num_sequences} prompts of {workload.prompt_tokens} tokens do not decode side by side: the "
+                f"first of them ends before the last is computed. {watch.most_decoding} would, or with more "
+                f"--output-tokens; with --context {workload.prompt_tokens} nothing has to be computed"
+            )
+        return watch
+
+    def _watched(self, prompts: Sequence[Sequence[int]], output_tokens: int, *, cached: bool = False) -> _Watch:
+        """Hold the engine at the end of a step, queue everything, let go: all prompts begin in the next step.
+
+        `cached`: all but their last tokens are put into the cache before.
+        """
+        requests = [self._request(prompt, output_tokens) for prompt in prompts]
         keys = [request.key for request in requests]
         gate = self._request([1], 1)
         self._at_gate.clear()
@@ -121,7 +137,7 @@ class EngineUnderTest:
         self._gate = gate.key
         self._engine.submit(gate)
         self._wait(self._at_gate)
-        if workload.context:
+        if cached:
             self._contexts.fill(prompts)
         for request in requests:
             self._engine.submit(request)
@@ -130,12 +146,6 @@ class EngineUnderTest:
         self._wait(watch.done)
         if watch.failure is not None:
             raise watch.failure
-        if len(watch.times) < min(3, 1 + workload.output_tokens):
-            raise ConfigError(
-                f"{workload.num_sequences} prompts of {workload.prompt_tokens} tokens do not decode side by side: the "
-                f"first of them ends before the last is computed. {watch.most_decoding} would, or with more "
-                f"--output-tokens; with --context {workload.prompt_tokens} nothing has to be computed"
-            )
         return watch
 
     def _wait(self, event: threading.Event) -> None:

@@ -19,7 +19,7 @@ from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.planning.placement import DTYPE_BYTES, Dtype, ExpertGroup, gib, kv_bytes_per_token, plan_groups
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = EngineConfig().block_size
 DEFAULT_GROUPS = 4
 
 
