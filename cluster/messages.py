@@ -58,6 +58,19 @@ class JsonSchema:
 
     text: str  # JSON
     param: str  # the client's field that an error names
+    any_whitespace: bool = True  # between two elements, at most one; False: none
+
+
+@dataclass(frozen=True, slots=True)
+class TextGrammar:
+    """All that an answer may be, as text, within the bounds of the door that took it."""
+
+    kind: Literal["regex", "choice", "ebnf"]
+    text: str  # an expression; a JSON list of texts; rules, one a line, that `gateway.request.ebnf` wrote
+    param: str  # the client's field that an error names
+
+
+Answer = JsonSchema | TextGrammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +95,12 @@ class ToolCallGrammar:
     ]  # (name, schema of the arguments) of those that may be called; may be none
     required: bool  # False: the model may answer with text instead
     parallel: bool = True  # more than one call
-    answer: JsonSchema | None = None  # what a text must validate against, when calls are not required
+    answer: Answer | None = None  # what a text is held to, when calls are not required
     marker: str = "[TOOL_CALLS]"  # what calls begin with, where the vocabulary has no token for it
     tokens: ToolTokens = ToolTokens()
 
 
-Grammar = JsonSchema | ToolCallGrammar  # a constraint on the output, compiled on the coordinator's side
+Grammar = Answer | ToolCallGrammar  # a constraint on the output, compiled on the coordinator's side
 
 
 @dataclass(frozen=True, slots=True)

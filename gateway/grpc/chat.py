@@ -27,9 +27,23 @@ def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
         fields["tool_choice"] = request.tool_choice
     elif request.tool_choice:
         fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
-    fields |= set_fields(request, "parallel_tool_calls", "safe_prompt", "echo")
+    return fields | set_fields(request, "parallel_tool_calls", "safe_prompt", "echo") | answer_fields(request)
+
+
+def answer_fields(request: chat_pb2.ChatRequest | chat_pb2.GenerateRequest) -> dict[str, Any]:
+    """What the answer is held to. Raises InvalidRequest for what is no JSON."""
+    fields: dict[str, Any] = {}
     if request.HasField("response_format"):
         fields["response_format"] = _format(request.response_format)
+    if request.HasField("structured_outputs"):
+        outputs = request.structured_outputs
+        constraint = outputs.WhichOneof("constraint")
+        options = set_fields(outputs, "disable_any_whitespace")
+        if constraint == "choice":
+            options["choice"] = list(outputs.choice.choices)
+        elif constraint:
+            options[constraint] = getattr(outputs, constraint)
+        fields["structured_outputs"] = options
     return fields
 
 

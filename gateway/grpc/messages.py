@@ -12,7 +12,7 @@ from cluster.messages import TokenLogprobs
 from gateway.answer.chat import ChoiceText
 from gateway.answer.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob, Vector
-from gateway.grpc.chat import call_messages
+from gateway.grpc.chat import answer_fields, call_messages
 from gateway.grpc.proto import chat_pb2
 from gateway.json_bounds import MAX_VALUES
 from gateway.request.validator import Generation
@@ -63,7 +63,7 @@ def completion_fields(request: chat_pb2.GenerateRequest) -> dict[str, Any]:
         fields["echo"] = request.echo
     if request.HasField("add_special_tokens"):
         fields["add_special_tokens"] = request.add_special_tokens
-    return fields
+    return fields | answer_fields(request)
 
 
 def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:

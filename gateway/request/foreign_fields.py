@@ -162,6 +162,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "guided_whitespace_pattern": (),
+    "structural_tag": ("",),
     "n_indent": (0,),
     # Where it ends.
     "stop_regex": ([], ""),

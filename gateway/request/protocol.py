@@ -150,7 +150,22 @@ class TemplateFields(Body):
     chat_template_kwargs: dict[str, Any] | None = None  # variables that the chat template reads
 
 
-class ChatCompletionRequest(SamplingFields, TemplateFields):
+class AnswerFields(Body):
+    """What an answer is held to, in everybody's words; checked by `gateway.request.structured_output`."""
+
+    response_format: Any = None  # OpenAI's
+    structured_outputs: Any = None  # vLLM's, and its older names:
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None  # SGLang's, llama.cpp's
+    regex: Any = None  # SGLang's
+    ebnf: Any = None  # SGLang's
+    grammar: Any = None  # llama.cpp's rules, or TGI's `{"type": …, "value": …}`
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields, AnswerFields):
     """Body of POST /v1/chat/completions."""
 
     MAX_LENGTHS: ClassVar = SamplingFields.MAX_LENGTHS | TemplateFields.MAX_LENGTHS
@@ -161,13 +176,12 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
-    response_format: Any = None  # checked by `gateway.request.structured_output`
     tools: Any = None  # this and `tool_choice`: checked by `gateway.request.tools`
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, AnswerFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt = None  # string, token ids, or a list of strings and lists of token ids

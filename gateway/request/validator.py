@@ -15,13 +15,13 @@ from typing import Any
 from cluster.config import GatewayConfig
 from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
-from cluster.messages import Grammar, ModelCard, Request, SamplingParams
+from cluster.messages import Grammar, ModelCard, Request, SamplingParams, TextGrammar, ToolCallGrammar
 from gateway.admission.caller import current_caller
 from gateway.request.bounds import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.request.continuation import begin_of_answer, read_rendering
 from gateway.request.prompts import PromptReader, TokenIds
 from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
-from gateway.request.structured_output import answer_schema
+from gateway.request.structured_output import read_answer, refuse_beside_calls
 from gateway.request.tools import answer_grammar, read_tools
 from gateway.request.truncation import cut_ids, newest_turns, read_cut
 from gateway.text.tokenizer import Tokenizer
@@ -89,9 +89,10 @@ class Validator:
         if body.max_completion_tokens is not None:
             max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
         tools = read_tools(body.tools)
-        grammar = answer_grammar(
-            tools, body.tool_choice, body.parallel_tool_calls, answer_schema(body.response_format), self._tool_tokens
-        )
+        answer = read_answer(body)
+        grammar = answer_grammar(tools, body.tool_choice, body.parallel_tool_calls, answer, self._tool_tokens)
+        if isinstance(grammar, ToolCallGrammar) and grammar.required:
+            refuse_beside_calls(body)
         how = read_rendering(body, body.messages, continues_assistants=self._continues_assistants)
         encode = partial(
             self._reader.chat,
@@ -117,7 +118,7 @@ class Validator:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
-            continues=how.continues,
+            continues=how.continues or isinstance(answer, TextGrammar),  # in which a space counts as well
             begin=begin_of_answer(body, how),
         )
         return self._generation(body, asked, options, timeout_s)
@@ -149,6 +150,7 @@ class Validator:
             echo=self._reader.texts(prompt, prompts) if body.echo else (),
             prompt_logprobs=body.prompt_logprobs,
             continues=True,
+            grammar=read_answer(body),
         )
         return self._generation(body, asked, options, timeout_s)
 

@@ -1,9 +1,9 @@
 """Compiles the grammars of one model off the engine's thread, and keeps them. Knows event loop, threads and the trial.
 
-A schema of few and plain words is compiled at once, in a thread of low priority. Any other is spelled and compiled on
-trial first, in a process that can be killed, and only if it passes compiled in a thread here: the second time costs
-what the first did. The two kinds have a thread each, so a hostile schema delays only other costly ones, each by the
-time limit at most; and tenants take turns in both.
+A schema of few and plain words, or few texts to choose from, is compiled at once, in a thread of low priority. Any
+other grammar is spelled and compiled on trial first, in a process that can be killed, and only if it passes compiled in
+a thread here: the second time costs what the first did. The two kinds have a thread each, so a hostile one delays only
+other costly ones, each by the time limit at most; and tenants take turns in both.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 from cluster.errors import InvalidRequest, MantaError, Overloaded
 from cluster.fairness import is_refused
 from cluster.messages import Grammar, Request, ToolCallGrammar
-from router_service.grammar.cost import begins, is_plain
-from router_service.grammar.format import schema_tag, schemas, structural_tag
+from router_service.grammar.cost import begins, is_plain, is_program
+from router_service.grammar.format import part_tag, parts, structural_tag
 from router_service.grammar.grammar import GrammarState, param
 from router_service.grammar.trial import TrialProcess
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
@@ -96,13 +96,15 @@ class GrammarCompiler:
 
     async def _compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar | MantaError:
         """The compiled grammar, or what is wrong with it; both are kept, an error of our own is not."""
-        plain = is_plain([json.loads(schema.text) for schema in schemas(grammar)])
+        plain = not any(map(is_program, parts(grammar))) and is_plain(
+            [json.loads(part.text) for part in parts(grammar)]
+        )
         async with self._turn(tenant, plain):
             result = await asyncio.get_running_loop().run_in_executor(
                 self._plain if plain else self._costly, self._compile_here, grammar, plain
             )
         if not isinstance(result, MantaError) or isinstance(result, InvalidRequest):
-            text_bytes = sum(len(schema.text) for schema in schemas(grammar))
+            text_bytes = sum(len(part.text) for part in parts(grammar))
             self._keep(grammar, result, text_bytes + getattr(result, "memory_size_bytes", 0))
         return result
 
@@ -114,15 +116,15 @@ class GrammarCompiler:
         return turn
 
     def _compile_here(self, grammar: Grammar, plain: bool) -> CompiledGrammar | MantaError:
-        """In a thread. Each schema is looked at alone as well, so that an error can name it."""
+        """In a thread. Each part is looked at alone as well, so that an error can name it."""
         field = param(grammar)
         try:
             if not plain:
                 return self._compile_tag(self._trial.run(grammar))
             if isinstance(grammar, ToolCallGrammar):
-                for schema in schemas(grammar):
-                    field = schema.param
-                    self._compile_tag(schema_tag(schema))
+                for part in parts(grammar):
+                    field = part.param
+                    self._compile_tag(part_tag(part))
                 field = param(grammar)
             return self._compile_tag(structural_tag(grammar))
         except MantaError as error:

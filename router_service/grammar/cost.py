@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.json_schema.numbers import NUMBER_WORDS
 from cluster.json_schema.subschemas import subschemas
+from cluster.messages import Answer, TextGrammar
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
@@ -26,7 +27,7 @@ _MAX_TOKEN_S = 0.25  # CPU time
 
 
 def is_plain(schemas: list[Any]) -> bool:
-    """Whether schemas have no word whose cost grows out of proportion, and few words in all."""
+    """Whether schemas have no word whose cost grows out of proportion, and few words in all. A choice is a list."""
     found = [one for schema in schemas for one in subschemas(schema) if isinstance(one, dict)]
     names = sum(len(one.get("properties", ())) for one in found if one.get("additionalProperties") is not False)
     return (
@@ -35,6 +36,11 @@ def is_plain(schemas: list[Any]) -> bool:
         and names <= _MAX_PLAIN_OPEN_NAMES
         and not any(map(_is_costly, found))
     )
+
+
+def is_program(part: Answer) -> bool:
+    """Whether it is an expression or rules, whose cost nobody knows beforehand, and no JSON."""
+    return isinstance(part, TextGrammar) and part.kind != "choice"
 
 
 def walk(compiled: CompiledGrammar, vocab_size: int) -> None:

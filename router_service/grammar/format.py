@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from cluster.json_schema.subschemas import subschemas
-from cluster.messages import Grammar, JsonSchema, ToolCallGrammar
+from cluster.messages import Answer, Grammar, JsonSchema, ToolCallGrammar
 from router_service.grammar.schema import schema_grammar
+from router_service.grammar.texts import text_rules
 
 Format = dict[str, Any]
 
@@ -16,25 +17,26 @@ _BLANK: Format = {"type": "regex", "pattern": " ?"}  # after a special token; Te
 
 def structural_tag(grammar: Grammar) -> str:
     """The structural tag of a grammar, as JSON text. Raises ValueError for a schema that has no grammar."""
-    return _tag(_json(grammar) if isinstance(grammar, JsonSchema) else _answer(grammar))
+    return _tag(_answer(grammar) if isinstance(grammar, ToolCallGrammar) else _one(grammar))
 
 
-def schemas(grammar: Grammar) -> tuple[JsonSchema, ...]:
-    """Every schema that a client wrote."""
-    if isinstance(grammar, JsonSchema):
+def parts(grammar: Grammar) -> tuple[Answer, ...]:
+    """Every schema and text grammar that a client wrote."""
+    if not isinstance(grammar, ToolCallGrammar):
         return (grammar,)
     return (*(schema for _, schema in grammar.tools), *([grammar.answer] if grammar.answer else []))
 
 
-def schema_tag(schema: JsonSchema) -> str:
-    """A structural tag for one of `schemas` alone. Raises ValueError."""
-    return _tag(_json(schema))
+def part_tag(part: Answer) -> str:
+    """A structural tag for one of `parts` alone. Raises ValueError."""
+    return _tag(_one(part))
 
 
-def pattern_tags(schema: JsonSchema) -> list[str]:
+def pattern_tags(part: Answer) -> list[str]:
     """One for every pattern and length in a schema, also where a short walk would not come by. Raises ValueError."""
     found: list[Any] = []
-    for one in filter(lambda one: isinstance(one, dict), subschemas(json.loads(schema.text))):
+    schemas = subschemas(json.loads(part.text)) if isinstance(part, JsonSchema) else ()
+    for one in filter(lambda one: isinstance(one, dict), schemas):
         limits = {word: one[word] for word in ("pattern", "minLength", "maxLength") if word in one}
         found += [{"type": "string", **limits}] if limits else []
         found += [{"type": "string", "pattern": name} for name in one.get("patternProperties", ())]
@@ -52,7 +54,7 @@ def _answer(grammar: ToolCallGrammar) -> Format:
     if grammar.tools:
         options.append(_marked_calls(grammar))
     if not grammar.required:
-        options.append(_json(grammar.answer) if grammar.answer else _text(grammar))
+        options.append(_one(grammar.answer) if grammar.answer else _text(grammar))
     return options[0] if len(options) == 1 else {"type": "or", "elements": options}
 
 
@@ -75,7 +77,7 @@ def _list_of_calls(grammar: ToolCallGrammar) -> Format:
         {
             "type": "tag",
             "begin": f'{{"name": {json.dumps(name)}, "arguments": ',
-            "content": _json(schema),
+            "content": _one(schema),
             "end": "}",
         }
         for name, schema in grammar.tools
@@ -97,7 +99,7 @@ def _spelled_calls(grammar: ToolCallGrammar, calls: int, args: int) -> Format:
     options = [
         _sequence(
             *(_token(calls), _BLANK, _const(name), *identified),
-            *(_token(args), _BLANK, _json(schema)),
+            *(_token(args), _BLANK, _one(schema)),
         )
         for name, schema in grammar.tools
     ]
@@ -134,5 +136,9 @@ def _in_class(char: str) -> str:
     return f"\\{char}" if char in "[]^-\\" else char
 
 
-def _json(schema: JsonSchema) -> Format:
-    return {"type": "grammar", "grammar": schema_grammar(json.loads(schema.text))}
+def _one(part: Answer) -> Format:
+    if isinstance(part, JsonSchema):
+        rules = schema_grammar(json.loads(part.text), any_whitespace=part.any_whitespace)
+    else:
+        rules = text_rules(part)
+    return {"type": "grammar", "grammar": rules}

@@ -21,12 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import InvalidRequest, MantaError
-from cluster.messages import Grammar, JsonSchema, Request
+from cluster.messages import Grammar, Request, ToolCallGrammar
 from router_service.grammar.workers import GrammarWorkers
 from router_service.step_failures import told
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
+
+# A grammar in which the readings of a text grow with it takes memory by the square, as it takes time: 0.3 s of it are
+# some 100 MB. A token of any other is accepted in a tenth of this.
+_MAX_ACCEPT_S = 5e-5  # CPU time of a token, over the whole output,
+_MAX_ACCEPT_SHARE = 0.1  # and so much of `token_timeout_s` besides
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,10 @@ class _Outlook:
 class GrammarState:
     """The grammar of one sequence. Its methods are called on one thread, once it is made."""
 
-    __slots__ = ("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_was_late", "_work", "_workers")
+    __slots__ = (
+        *("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_was_late", "_work", "_workers"),
+        *("_accept_s", "_num_accepted"),
+    )
 
     def __init__(self, compiled: CompiledGrammar, request: Request, workers: GrammarWorkers) -> None:
         """Takes up after `request.output_token_ids`; this may take long, so it is made in a thread."""
@@ -56,6 +64,8 @@ class GrammarState:
         self._workers = workers
         self._work: Future[_Outlook] | None = None
         self._was_late = False
+        self._accept_s = 0.0  # CPU time
+        self._num_accepted = 0
         self._outlook = self._follow(request.output_token_ids)
 
     def accept(self, token_id: int) -> None:
@@ -118,16 +128,20 @@ class GrammarState:
         for token_id in token_ids:
             if not self._matcher.accept_token(token_id):
                 raise self._wrong("the output cannot go on within the grammar")
+        self._accept_s += time.thread_time() - started
+        self._num_accepted += len(token_ids)
         if self._matcher.is_terminated():
             return _Outlook()
         is_bound = self._matcher.fill_next_token_bitmask(self._bitmask)
         seconds = (time.thread_time() - started) / max(1, len(token_ids))
         self._workers.note_cost(self._compiled, seconds)
         if seconds > self._workers.token_timeout_s:
-            raise self._wrong("the schema takes too long to follow")
+            raise self._wrong("it takes too long to follow")
+        if self._accept_s > _MAX_ACCEPT_SHARE * self._workers.token_timeout_s + _MAX_ACCEPT_S * self._num_accepted:
+            raise self._wrong("too ambiguous to be followed this far: a text can be read in too many ways")
         mask = self._bitmask.numpy().view(np.uint8)[0]
         if not mask.any():
-            raise self._wrong("nothing can satisfy the schema from here on")
+            raise self._wrong("nothing can satisfy it from here on")
         return _Outlook(mask if is_bound else None)
 
     def _wrong(self, what: str) -> InvalidRequest:
@@ -136,4 +150,4 @@ class GrammarState:
 
 def param(grammar: Grammar) -> str:
     """The field of the client's request that the grammar comes from."""
-    return grammar.param if isinstance(grammar, JsonSchema) else "tools"
+    return "tools" if isinstance(grammar, ToolCallGrammar) else grammar.param

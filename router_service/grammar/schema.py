@@ -13,11 +13,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cluster.ebnf import choice, literal, repeat
 from cluster.json_schema.numbers import NUMBER_WORDS, number_ranges
 from cluster.json_schema.patterns import of_length, parse_pattern
 from cluster.json_schema.subschemas import target
 from router_service.grammar.numbers import ANY_INTEGER, ANY_NUMBER, numbers
-from router_service.grammar.rules import Rules, choice, literal, repeat
+from router_service.grammar.rules import Rules
 from router_service.grammar.strings import (
     any_string,
     key_but,
@@ -41,9 +42,9 @@ _ANYTHING = {"type": list(_TYPES)}
 _MAX_COUNTED = 10_000  # properties, times how many of them are counted
 
 
-def schema_grammar(schema: Any) -> str:
+def schema_grammar(schema: Any, *, any_whitespace: bool = True) -> str:
     """The rules in EBNF. Raises ValueError with why there are none."""
-    document = _Document(schema)
+    document = _Document(schema, any_whitespace)
     root = document.value(schema)
     if root is None:
         raise ValueError("nothing can satisfy it")
@@ -54,12 +55,12 @@ def schema_grammar(schema: Any) -> str:
 class _Document:
     """One schema, to which its references refer. Where nothing fits, there is no rule: None."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, any_whitespace: bool) -> None:
         self.rules = Rules()
         self._root = root
         self._names: dict[tuple[int, bool], str] = {}  # of what is referred to
         self._waiting: list[tuple[str, Any, bool]] = []
-        self._blank = self.rules.add("[ \\n\\r\\t]?")
+        self._blank = self.rules.add("[ \\n\\r\\t]?") if any_whitespace else '""'
 
     def finish(self) -> None:
         """Spell what was referred to, one after the other: references may be a long chain."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.json_schema.patterns import Chars, Choice, Pattern, Ranges, Repeat, Sequence, parse_pattern, without
-from router_service.grammar.rules import Rules, char_class, choice, literal
+from cluster.ebnf import char_class, choice, literal
+from cluster.json_schema.patterns import Pattern, Ranges, parse_pattern, without
+from router_service.grammar.regexes import class_of, pattern_rule, repeated
+from router_service.grammar.rules import Rules
 
 _ESCAPED: Ranges = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 _PLAIN_RANGES = without(((0, 0x10FFFF),), (*_ESCAPED, (0xD800, 0xDFFF)))
 _PLAIN = char_class(_PLAIN_RANGES)
-_UTF8_LENGTHS: Ranges = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 _SHORT = {'"': 0x22, "\\": 0x5C, "b": 0x08, "f": 0x0C, "n": 0x0A, "r": 0x0D, "t": 0x09}
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = (
@@ -27,7 +28,6 @@ _ESCAPE_IN_REGEX = (
     f"|[dD][89abAB]{_HEX}{{2}}\\\\u[dD][cdefCDEF]{_HEX}{{2}}))"
 )
 _MAX_TOLD_APART = 3  # characters of a name
-_MAX_STATES = 32  # of one expression's characters, by number
 _AFTER_A_STRING = "[ \\n\\r\\t]? [,}\\]:]"  # lets xgrammar judge tokens that go past the end of one
 
 _YEAR_MONTH_DAY = (
@@ -68,17 +68,13 @@ def any_string(rules: Rules) -> str:
 
 def string_of_length(rules: Rules, low: int, high: int | None) -> str:
     """`low` to `high` code points."""
-    char = f"({_class(_PLAIN_RANGES)}|\\\\{_ESCAPE_IN_REGEX})"
-    return rules.add(f'"\\"" {_repeated(rules, char, low, high)} "\\""')
+    char = f"({class_of(_PLAIN_RANGES)}|\\\\{_ESCAPE_IN_REGEX})"
+    return rules.add(f'"\\"" {repeated(rules, char, low, high)} "\\""')
 
 
 def string_of_pattern(rules: Rules, pattern: Pattern) -> str:
     """All of it matches."""
-    if isinstance(pattern, Repeat) and isinstance(pattern.body, Chars):
-        inside = _repeated(rules, _char(pattern.body.ranges), pattern.low, pattern.high)
-    else:
-        inside = _regex(rules, _spelled(pattern))
-    return rules.add(f'"\\"" {inside} "\\""')
+    return rules.add(f'"\\"" {pattern_rule(rules, pattern, _char)} "\\""')
 
 
 def string_of_format(rules: Rules, name: Any) -> str | None:
@@ -113,64 +109,19 @@ def key_but(rules: Rules, names: Iterable[str]) -> str:
     return rules.add(f'"\\"" {spelled[""]}')
 
 
-def _repeated(rules: Rules, char: str, low: int, high: int | None) -> str:
-    """Characters of one kind. Many are counted by xgrammar as they come, and an escape may end past the last of them.
-
-    An expression with a state for each would take some seconds to compile, and one past 128 some more for each token.
-    """
-    if high is None or high <= _MAX_STATES:
-        return _regex(rules, f"{char}{{{low},{'' if high is None else high}}}")
-    return _regex(rules, f"{char}{{{low},}}", max_chars=high)
-
-
-def _regex(rules: Rules, regex: str, max_chars: int | None = None) -> str:
-    return rules.add(f"Regex({literal(regex)})", max_chars=max_chars)
-
-
-def _spelled(pattern: Pattern) -> str:
-    """As a regular expression of what is between the quotes of a string."""
-    match pattern:
-        case Chars(ranges):
-            return _char(ranges)
-        case Sequence(parts):
-            return "".join(map(_spelled, parts))
-        case Choice(options):
-            return f"({'|'.join(map(_spelled, options))})"
-        case Repeat(body, low, high):
-            return f"({_spelled(body)}){{{low},{'' if high is None else high}}}"
-
-
 def _char(ranges: Ranges) -> str:
     """One character, as JSON writes it."""
     plain = without(ranges, _ESCAPED)
-    options = [_class(plain)] if plain else []
+    options = [class_of(plain)] if plain else []
     short = [sign for sign, code in _SHORT.items() if _has(ranges, code)]
     if short:
-        options.append(f"\\\\{_class(tuple((ord(sign), ord(sign)) for sign in short))}")
+        options.append(f"\\\\{class_of(tuple((ord(sign), ord(sign)) for sign in short))}")
     for high in (0x00, 0x10):
         low = [code for code in range(high, high + 16) if _has(ranges, code) and code not in _SHORT.values()]
         if low:
             digits = [f"{code % 16:x}" for code in low]
-            options.append(f"\\\\u00{high // 16}{_class(tuple((ord(digit), ord(digit)) for digit in digits))}")
+            options.append(f"\\\\u00{high // 16}{class_of(tuple((ord(digit), ord(digit)) for digit in digits))}")
     return options[0] if len(options) == 1 and plain else f"({'|'.join(options)})"
-
-
-def _class(ranges: Ranges) -> str:
-    """As regular expressions write one. Characters of different lengths in UTF-8 need a class each.
-
-    Of one range across them xgrammar makes bytes that are no UTF-8.
-    """
-    classes = []
-    for first, last in _UTF8_LENGTHS:
-        parts = [(max(low, first), min(high, last)) for low, high in ranges if low <= last and high >= first]
-        if parts:
-            spans = (_in_class(low) + (f"-{_in_class(high)}" if high > low else "") for low, high in parts)
-            classes.append(f"[{''.join(spans)}]")
-    return classes[0] if len(classes) == 1 else f"({'|'.join(classes)})"
-
-
-def _in_class(code: int) -> str:
-    return f"\\{chr(code)}" if chr(code) in "\\]^-[" else chr(code)
 
 
 def _has(ranges: Ranges, code: int) -> bool:

@@ -28,7 +28,7 @@ import psutil
 from cluster.errors import InvalidRequest, Unavailable
 from cluster.messages import Grammar
 from router_service.grammar.cost import walk
-from router_service.grammar.format import pattern_tags, schema_tag, schemas, structural_tag
+from router_service.grammar.format import part_tag, parts, pattern_tags, structural_tag
 from router_service.grammar.grammar import param
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 
@@ -49,11 +49,11 @@ class TrialProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, grammar: Grammar) -> str:
-        """The structural tag. Raises InvalidRequest, which names the schema, or Unavailable if no trial can be held."""
+        """The structural tag. Raises InvalidRequest, which names the part, or Unavailable if no trial can be held."""
         verdict = self._ask(grammar)
         if verdict["error"] is not None:
             at = verdict["at"]
-            field = schemas(grammar)[at].param if at is not None else param(grammar)
+            field = parts(grammar)[at].param if at is not None else param(grammar)
             raise InvalidRequest(f"{field}: {verdict['error']}", param=field)
         tag: str = verdict["tag"]
         return tag
@@ -123,7 +123,7 @@ def _main() -> None:
 
 
 def _trial(info: TokenizerInfo, grammar: Grammar, timeout_s: float) -> dict[str, Any]:
-    """A verdict: `error`, or None and the `tag`; `at`: the index of the schema it concerns, or None for the whole."""
+    """A verdict: `error`, or None and the `tag`; `at`: the index of the part it concerns, or None for the whole."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -166,10 +166,10 @@ def _hold(info: TokenizerInfo, grammar: Grammar, timeout_s: float, writer: int) 
 
     try:
         compiler = new_compiler(info)
-        for index, schema in enumerate(schemas(grammar)):
+        for index, part in enumerate(parts(grammar)):
             at = index
             say()
-            for tag in (schema_tag(schema), *pattern_tags(schema)):
+            for tag in (part_tag(part), *pattern_tags(part)):
                 walk(compile_tag(compiler, tag), info.vocab_size)
         at = None
         say()

@@ -206,3 +206,29 @@ def test_hostile_schemas_are_refused_while_other_streams_go_on(server):
             assert await others > 0
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "expression"),
+    [
+        ({"structured_outputs": {"choice": ["Comté", "Brie"]}}, "Comté|Brie"),
+        ({"guided_regex": r"[A-Z][a-z]{2,6}, \d{2} ans"}, r"[A-Z][a-z]{2,6}, \d{2} ans"),
+        ({"grammar": 'root ::= item (", " item)? "."\nitem ::= "Comté" | "Brie"'}, r"(Comté|Brie)(, (Comté|Brie))?\."),
+    ],
+)
+def test_an_answer_is_a_text_of_its_grammar(server, client, fields, expression):
+    """In both routes, and whole as well as in a stream."""
+    asked = {"model": MODEL, "max_tokens": 60, "temperature": 1}
+    chat = client.chat.completions.create(**asked, messages=[ASK], extra_body=fields).choices[0].message.content
+    assert re.fullmatch(expression, chat)
+    stream = client.chat.completions.create(**asked, messages=[ASK], stream=True, extra_body=fields)
+    assert re.fullmatch(expression, "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
+    text = client.completions.create(**asked, prompt="Cheese: ", extra_body=fields).choices[0].text
+    assert re.fullmatch(expression, text)
+
+
+def test_rules_that_take_too_long_are_a_client_s_mistake(client):
+    nested = 'root ::= ((((("a"{1,100}){1,100}){1,100}){1,100}){1,100}){1,100}'
+    with pytest.raises(openai.BadRequestError, match="ebnf: ") as raised:
+        client.chat.completions.create(model=MODEL, messages=[ASK], extra_body={"ebnf": nested})
+    assert raised.value.param == "ebnf"

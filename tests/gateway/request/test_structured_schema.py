@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from cluster.errors import InvalidRequest
-from gateway.request.structured_output import answer_schema
+from gateway.request.protocol import AnswerFields
+from gateway.request.structured_output import read_answer
 from gateway.request.structured_schema import (
     _OF_A_TYPE,
     _REFUSED,
@@ -146,11 +147,11 @@ def test_what_could_not_be_enforced_is_refused(schema: Any, message: str) -> Non
 def test_json_object_with_a_schema_is_held_to_it() -> None:
     """As llama.cpp's clients send it; the schema was overlooked."""
     schema = {"type": "object", "properties": {"a": {"type": "null"}}}
-    found = answer_schema({"type": "json_object", "schema": schema})
+    found = read_answer(AnswerFields(response_format={"type": "json_object", "schema": schema}))
     assert found is not None
     assert (json.loads(found.text), found.param) == (schema, "response_format.schema")
     with pytest.raises(InvalidRequest, match=r"response_format\.schema at #/not: not supported"):
-        answer_schema({"type": "json_object", "schema": {"not": {}}})
+        read_answer(AnswerFields(response_format={"type": "json_object", "schema": {"not": {}}}))
 
 
 WORDS = sorted(
@@ -183,4 +184,5 @@ JSON = st.recursive(
 @given(JSON)
 def test_any_json_is_a_schema_or_refused(document: Any) -> None:
     with contextlib.suppress(InvalidRequest):
-        answer_schema({"type": "json_schema", "json_schema": {"name": "x", "schema": document}})
+        definition = {"name": "x", "schema": document}
+        read_answer(AnswerFields(response_format={"type": "json_schema", "json_schema": definition}))

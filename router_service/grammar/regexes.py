@@ -1,0 +1,63 @@
+"""Spells patterns as regular expressions that xgrammar reads. Knows its classes and repeats; knows nothing of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.ebnf import literal
+from cluster.json_schema.patterns import Chars, Choice, Pattern, Ranges, Repeat, Sequence
+from router_service.grammar.rules import Rules
+
+_UTF8_LENGTHS: Ranges = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
+_MAX_STATES = 32  # of one expression's characters, by number
+
+
+def pattern_rule(rules: Rules, pattern: Pattern, char: Callable[[Ranges], str]) -> str:
+    """What all of the pattern matches; `char` spells one character."""
+    if isinstance(pattern, Repeat) and isinstance(pattern.body, Chars):
+        return repeated(rules, char(pattern.body.ranges), pattern.low, pattern.high)
+    return _regex(rules, _spelled(pattern, char))
+
+
+def repeated(rules: Rules, char: str, low: int, high: int | None) -> str:
+    """Characters of one kind. Many are counted by xgrammar as they come, and an escape may end past the last of them.
+
+    An expression with a state for each would take some seconds to compile, and one past 128 some more for each token.
+    """
+    if high is None or high <= _MAX_STATES:
+        return _regex(rules, f"{char}{{{low},{'' if high is None else high}}}")
+    return _regex(rules, f"{char}{{{low},}}", max_chars=high)
+
+
+def class_of(ranges: Ranges) -> str:
+    """One character as it is. Characters of different lengths in UTF-8 need a class each.
+
+    Of one range across them xgrammar makes bytes that are no UTF-8.
+    """
+    classes = []
+    for first, last in _UTF8_LENGTHS:
+        parts = [(max(low, first), min(high, last)) for low, high in ranges if low <= last and high >= first]
+        if parts:
+            spans = (_in_class(low) + (f"-{_in_class(high)}" if high > low else "") for low, high in parts)
+            classes.append(f"[{''.join(spans)}]")
+    return classes[0] if len(classes) == 1 else f"({'|'.join(classes)})"
+
+
+def _spelled(pattern: Pattern, char: Callable[[Ranges], str]) -> str:
+    match pattern:
+        case Chars(ranges):
+            return char(ranges)
+        case Sequence(parts):
+            return "".join(_spelled(part, char) for part in parts)
+        case Choice(options):
+            return f"({'|'.join(_spelled(option, char) for option in options)})"
+        case Repeat(body, low, high):
+            return f"({_spelled(body, char)}){{{low},{'' if high is None else high}}}"
+
+
+def _regex(rules: Rules, regex: str, max_chars: int | None = None) -> str:
+    return rules.add(f"Regex({literal(regex)})", max_chars=max_chars)
+
+
+def _in_class(code: int) -> str:
+    return f"\\{chr(code)}" if chr(code) in "\\]^-[" else chr(code)
