@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.kernels.cost import cost
-from experts_service.kernels.crew import Job
-from experts_service.kernels.swiglu import SwiGLU
+from experts_service.kernels.selection import Kernel, kernel_for
+from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU, Weights
 from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
@@ -26,61 +24,52 @@ def expert_tensor_names(layer: int, expert: int) -> tuple[str, str, str]:
 
 
 class _OneByOne:
-    """The experts of a layer, a matmul for each that has rows."""
+    """The experts of a layer, a network for each that has rows."""
 
-    def __init__(self, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """`weights`: w1, w2 and w3 of each expert."""
-        self._experts = [SwiGLU(*of_expert, fused=of_expert[0].device.type != "cpu") for of_expert in weights]
+    def __init__(self, weights: Sequence[Weights], kernel: Kernel | None) -> None:
+        self._experts = [
+            SwiGLU(*of_expert, fused=of_expert[0].device.type != "cpu", kernel=kernel) for of_expert in weights
+        ]
 
-    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        answers = []
+    def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:
         start = 0
         for count, expert in zip(counts, self._experts, strict=True):
             if count:
-                answers.append(expert(rows[start : start + count]))  # [R, D]
+                answers[start : start + count] = expert(rows[start : start + count])  # [R, D]
             start += count
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
-
-    def jobs(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
-        jobs: list[Job] = []
-        start = 0
-        for count, expert in zip(counts, self._experts, strict=True):
-            if count:
-                span = slice(start, start + count)
-                jobs.append((cost((count,)), partial(_run, expert, rows[span], answers[span])))
-            start += count
-        return jobs
 
 
 class _Grouped:
     """The experts of a layer as one grouped matmul, which a GPU runs in one kernel."""
 
-    def __init__(self, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """`weights`: w1, w2 and w3 of each expert."""
+    def __init__(self, weights: Sequence[Weights]) -> None:
         self._w13 = torch.stack([torch.cat((w1, w3)) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
         self._w2 = torch.stack([w2 for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
 
-    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)  # [E]
         gate, up = F.grouped_mm(rows, self._w13, offs=ends).chunk(2, dim=-1)  # [R, F], [R, F]
-        return F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends)  # [R, D]
-
-    def jobs(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
-        return [(cost(counts), partial(_run, partial(self, counts=counts), rows, answers))]
+        answers.copy_(F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends))  # [R, D]
 
 
 class Experts:
     """The weights of some experts in all layers, and what they compute."""
 
     def __init__(
-        self, experts: Sequence[int], layers: Iterable[Mapping[str, Tensor]], *, grouped: bool | None = None
+        self,
+        experts: Sequence[int],
+        layers: Iterable[Mapping[str, Tensor]],
+        *,
+        grouped: bool | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`.
 
-        `grouped`: one grouped matmul for all experts; None: where that is faster, bf16 on a GPU.
+        `grouped`: one grouped matmul for all experts; None: where that is faster, bf16 on a GPU. `kernel`: what
+        multiplies bf16 on a CPU.
         """
         self.experts = tuple(experts)
-        self._layers: list[_OneByOne | _Grouped] = []
+        self._layers: list[_OneByOne | _Grouped | PackedSwiGLUs] = []
         for layer, weights in enumerate(layers):
             of_experts = []
             for expert in self.experts:
@@ -89,7 +78,13 @@ class Experts:
             self.dtype, self.device, self.hidden = w2.dtype, w2.device, len(w2)
             if grouped is None:
                 grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
-            self._layers.append((_Grouped if grouped else _OneByOne)(of_experts))
+            kernel = kernel_for(self.dtype, self.device, kernel)
+            if grouped:
+                self._layers.append(_Grouped(of_experts))
+            elif kernel.is_own:
+                self._layers.append(PackedSwiGLUs(of_experts, kernel))
+            else:
+                self._layers.append(_OneByOne(of_experts, kernel))
 
     @classmethod
     def load(
@@ -99,6 +94,7 @@ class Experts:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kernel: Kernel | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> Experts:
         """Read the experts' tensors, and only those, one layer at a time."""
@@ -108,21 +104,16 @@ class Experts:
                 names = [name for expert in experts for name in expert_tensor_names(layer, expert)]
                 yield read_tensors(checkpoint, names, dtype=dtype, device=device, on_bytes=on_bytes)
 
-        return cls(experts, layers())
+        return cls(experts, layers(), kernel=kernel)
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
 
     @torch.inference_mode()
-    def __call__(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """`rows` [R, D], the first counts[0] for the first expert and so on → [R, D]."""
-        return self._layers[layer](rows, counts)
-
-    def jobs(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> list[Job]:
-        """The same, but written to `answers` [R, D] by jobs that do not depend on each other, costs in rows."""
-        return self._layers[layer].jobs(rows, counts, answers)
-
-
-def _run(experts: Callable[[Tensor], Tensor], rows: Tensor, answers: Tensor) -> None:
-    answers.copy_(experts(rows))
+    def __call__(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
+        """`rows` [R, D], the first counts[0] for the first expert and so on → `answers` [R, D], new unless given."""
+        if answers is None:
+            answers = torch.empty_like(rows)
+        self._layers[layer](rows, counts, answers)
+        return answers

@@ -4,17 +4,20 @@ Arrays of bf16 are passed as their bits, uint16: numba has no such type. `widen`
 or a few, and vectorise. Sums are written with `fma`, which rounds once: their bits depend neither on the compiler's
 choices nor on the CPU, and nothing is reordered unless a kernel asks for it.
 
-What was compiled is kept by numba, keyed by the CPU's features, in a directory of this user that is keyed by what
-kernels share: numba sees changes of a kernel's own file alone. Where there is no such directory every process compiles;
-where numba cannot be imported AVAILABLE is false, no kernel can be called, and torch does the work.
+What was compiled is kept by numba, keyed by the CPU's features, in a directory of this user that is keyed by the files
+beside this one, which kernels share: numba sees changes of a kernel's own file alone. Where there is no such directory
+every process compiles; where numba cannot be imported AVAILABLE is false, no kernel can be called, and torch does the
+work.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +25,7 @@ try:
     import numba
     from llvmlite import ir
     from numba.core import types
+    from numba.core.registry import cpu_target
     from numba.extending import intrinsic as _untyped_intrinsic
 
     AVAILABLE = True
@@ -41,9 +45,37 @@ def kernel(function: Function) -> Function:
     return cast("Function", numba.njit(nogil=True, error_model="numpy", cache=_CACHED)(function))
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether kernels may use a feature of this CPU, by LLVM's name."""
+    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
+def compile_routine(function: Callable[[Any], None]) -> int:
+    """The address of a C function `void (int64_t *)` made of it: compiled now, or read from where it was kept.
+
+    Of processes that start together one compiles, and the others wait for it.
+    """
+    signature = types.void(types.CPointer(types.int64))  # type: ignore[attr-defined]
+    with _one_process():
+        routine = numba.cfunc(signature, cache=_CACHED, error_model="numpy")(function)
+    _routines.append(routine)
+    return int(routine.address)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    if _directory is None:
+        yield
+        return
+    with (_directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _cache_directory() -> Path | None:
     """Where machine code is kept: of this user alone, since what lies there is run. None where that cannot be had."""
-    shared = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    shared = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         directory = Path(home) / "manta" / "kernels" / f"numba-{numba.__version__}-{shared}"
@@ -55,9 +87,13 @@ def _cache_directory() -> Path | None:
     return directory if ours and os.access(directory, os.W_OK) else None
 
 
-def _intrinsic(function: Function) -> Function:
-    return cast("Function", _untyped_intrinsic(function))
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's decorator of what is written as LLVM's instructions; kernels call it without the first argument."""
+    return cast("Callable[..., Any]", _untyped_intrinsic(function))
 
+
+_directory: Path | None = None
+_routines: list[Any] = []  # their machine code lives as long as they do
 
 if AVAILABLE:
     _directory = _cache_directory()
@@ -65,7 +101,7 @@ if AVAILABLE:
     if _directory is not None:
         numba.config.CACHE_DIR = str(_directory)
 
-    @_intrinsic
+    @intrinsic
     def widen(_context: Any, _bits: Any) -> Any:
         """Bits of a bf16, uint16 → the same number in float32. Exact."""
 
@@ -75,7 +111,7 @@ if AVAILABLE:
 
         return types.float32(types.uint16), build
 
-    @_intrinsic
+    @intrinsic
     def narrow(_context: Any, _value: Any) -> Any:
         """A float32 → bits of the nearest bf16, uint16, ties to even as torch does it. NaN stays NaN."""
 
@@ -92,7 +128,7 @@ if AVAILABLE:
 
         return types.uint16(types.float32), build
 
-    @_intrinsic
+    @intrinsic
     def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
         """a · b + c of float32, rounded once."""
 
@@ -100,3 +136,39 @@ if AVAILABLE:
             return builder.fma(*arguments)
 
         return types.float32(types.float32, types.float32, types.float32), build
+
+    @intrinsic
+    def bits(_context: Any, _value: Any) -> Any:
+        """Bits of a float32, int32."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], ir.IntType(32))
+
+        return types.int32(types.float32), build
+
+    @intrinsic
+    def from_bits(_context: Any, _bits: Any) -> Any:
+        """The float32 with these bits, int32."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], ir.FloatType())
+
+        return types.float32(types.int32), build
+
+    @intrinsic
+    def pointer(_context: Any, _address: Any) -> Any:
+        """An address, int64, as what `numba.carray` takes."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+        return types.voidptr(types.int64), build
+
+    @intrinsic
+    def take(_context: Any, _counter: Any) -> Any:
+        """What an int64 counts, and one more for the next thread that asks."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+        return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]

@@ -1,12 +1,11 @@
-"""A matrix that rows are multiplied with again and again. Torch only; knows nothing of what the product means.
+"""A matrix that rows are multiplied with again and again. Torch and kernels; knows nothing of what the product means.
 
-On a CPU, bf16 weights are packed once into the blocks that its vector or matrix units read (oneDNN). For few rows that
-is about 1.7 times faster than `F.linear`, which works on the plain layout. Elsewhere, and in fp32, it is `F.linear`.
+On a CPU, bf16 weights are packed once into the blocks that a kernel reads: one of ours (matmul.py) or oneDNN's. A
+packed matrix is a copy, and each kernel has a layout of its own, so one kernel serves all numbers of rows. Elsewhere,
+and in fp32, it is `F.linear`.
 
-Of few rows, four are the fastest: the sums of one row wait for each other, and memory waits for them. On two cores with
-AVX-512 bf16, one thread each, an expert's matrices of the bench model were read at 14.6 GB/s by one row, 13 by two, 17
-by three, 18.5 by four and 13 by eight. So up to three rows are padded with copies: a step of one sequence took 0.88 of
-the time (12 pairs of runs in turn, experts and attention in one process).
+Of oneDNN's few rows four are the fastest: the sums of one row wait for each other, and memory waits for them. So up to
+three are padded with copies.
 """
 
 from __future__ import annotations
@@ -17,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts_service.kernels.matmul import Panels, multiply
+from experts_service.kernels.selection import Kernel, kernel_for
+
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
 _FASTEST_ROWS = 4
 
@@ -24,38 +26,28 @@ _FASTEST_ROWS = 4
 class Linear:
     """y = x Wᵀ without bias."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, kernel: Kernel | None = None) -> None:
         """`weight` [out, in]; a packed one is a copy, the caller may drop its own."""
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self._packed = _packs(self.dtype, self.device)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if self._packed else weight
+        self._kernel = kernel_for(weight.dtype, weight.device, kernel)
+        if self._kernel.is_own:
+            self._panels = Panels.pack(weight)
+        elif self._kernel is Kernel.ONEDNN:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        else:
+            self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [R, in] → [R, out]."""
-        if not self._packed:
+        if self._kernel.is_own:
+            y = x.new_empty(len(x), self.out_features)
+            multiply(self._kernel.arithmetic, x, (self._panels,), (len(x),), y)
+            return y
+        if self._kernel is Kernel.TORCH:
             return F.linear(x, self._weight)
         if not len(x):
             return x.new_empty(0, self.out_features)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(self.pad(x), self._weight, None, "none", [], "")
-        return y if len(y) == len(x) else y[: len(x)]
-
-    def pad(self, x: Tensor) -> Tensor:
-        """`x` [R, in] with copies of it below, if more rows are faster. For those who use `x` more than once."""
-        if self._packed and 0 < len(x) < _FASTEST_ROWS:
-            return torch.cat((x,) * math.ceil(_FASTEST_ROWS / len(x)))
-        return x
-
-
-def linear_kernel(dtype: torch.dtype, device: torch.device) -> str:
-    """What multiplies there, as benchmarks call it."""
-    return "oneDNN packed bf16" if _packs(dtype, device) else "F.linear"
-
-
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
-    return (
-        device.type == "cpu"
-        and dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+        padded = torch.cat((x,) * math.ceil(_FASTEST_ROWS / len(x))) if len(x) < _FASTEST_ROWS else x
+        of_padded: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self._weight, None, "none", [], "")
+        return of_padded[: len(x)]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.linear import Linear
+from experts_service.kernels.selection import Kernel, kernel_for
 from experts_service.kernels.swiglu import SwiGLU
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
@@ -37,15 +38,25 @@ class _Layer:
 class Decoder:
     """All layers of one model, bound to the dispatcher that reaches its experts, none if it is dense."""
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], dispatcher: Dispatcher) -> None:
-        """`weights` by their names in `architecture.coordinator_tensors`, all of one dtype and device."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, torch.Tensor],
+        dispatcher: Dispatcher,
+        kernel: Kernel | None = None,
+    ) -> None:
+        """`weights` by their names in `architecture.coordinator_tensors`, all of one dtype and device.
+
+        `kernel` multiplies bf16 on a CPU; None: the first that this CPU can run.
+        """
         self.architecture = architecture
         self.dispatcher = dispatcher
         self.embeddings = weights["model.embed_tokens.weight"]  # [V, D]
         self.norm = weights["model.norm.weight"]  # [D]
         head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
-        self.head = Linear(head)  # D → V
-        self.layers = [_layer(weights, index, architecture) for index in range(architecture.num_layers)]
+        self.kernel = kernel_for(self.dtype, self.device, kernel)
+        self.head = Linear(head, self.kernel)  # D → V
+        self.layers = [_layer(weights, index, architecture, self.kernel) for index in range(architecture.num_layers)]
         half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
         # Of the attention of one layer and one token.
         self._multiplications = (
@@ -53,7 +64,7 @@ class Decoder:
             * architecture.hidden_size
             * (2 * architecture.num_heads + 2 * architecture.num_kv_heads)
         )
-        self._threads = StepThreads()
+        self._threads = StepThreads(choose=not self.kernel.is_own)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
     @property
@@ -143,18 +154,20 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture) -> _Layer:
+def _layer(
+    weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture, kernel: Kernel
+) -> _Layer:
     prefix = f"model.layers.{index}"
     feed_forward: Gate | SwiGLU
     if architecture.is_dense:
         w1, w2, w3 = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "down", "up"))
-        feed_forward = SwiGLU(w1, w2, w3, fused=True)
+        feed_forward = SwiGLU(w1, w2, w3, fused=True, kernel=kernel)
     else:
-        feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k)
+        feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
     return _Layer(
         input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")])),
-        o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"]),
+        qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
+        o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),
         post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
         feed_forward=feed_forward,
     )

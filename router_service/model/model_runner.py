@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from experts_service.kernels.linear import linear_kernel
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
@@ -56,7 +55,7 @@ class ModelRunner:
     @property
     def kernels(self) -> dict[str, str]:
         """Which of the kernels run here, by what they compute."""
-        return {"attention": self.attention.name, "linear": linear_kernel(self.decoder.dtype, self.decoder.device)}
+        return {"attention": self.attention.name, "linear": str(self.decoder.kernel)}
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:

@@ -1,0 +1,71 @@
+"""Compiled code that as many threads work through together as the work is worth. Knows no kernel.
+
+A routine takes one array of int64: a counter, and what its kernel wants to know, sizes and addresses. Threads take
+items from the counter until none is left, so none of them waits for one that was put off its core for longer than for
+one item. Which thread does an item has no influence on what comes out.
+
+The threads are those of torch's OpenMP: two pools would take the cores from each other. To wake one took 2 microseconds
+while it looked for work (`openmp_spin_count`), 20 when it slept (2 cores, virtual). The call itself takes 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from experts_service.kernels.jit import compile_routine
+
+WAKE_S = 20e-6  # a thread that saves less than this is not woken
+READ_BYTES_S = 20e9  # of one thread that reads weights; measured 16 to 29
+MULTIPLICATIONS_S = 50e9  # of one thread
+
+_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _openmp() -> Any:
+    """GCC's `GOMP_parallel(function, data, threads, flags)`, which torch has loaded; None where it uses another one."""
+    run: Any = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if run is not None:
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        run.restype = None
+    return run
+
+
+_gomp_parallel = _openmp()
+
+
+class Routine:
+    """A function of numba's language. It is compiled when it is run first."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+
+    @cached_property
+    def _address(self) -> int:
+        return compile_routine(self._function)
+
+    @cached_property
+    def _alone(self) -> Any:
+        return _Task(self._address)
+
+    def run(self, num_threads: int, *arguments: int) -> None:
+        """Return when all items are done. The GIL is free meanwhile."""
+        task = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
+        if num_threads > 1 and _gomp_parallel is not None:
+            _gomp_parallel(self._address, task, num_threads, 0)
+        else:
+            self._alone(task)
+
+
+def num_threads(nbytes: int, multiplications: int) -> int:
+    """How many of the caller's threads (`torch.set_num_threads`) it takes to read so much and to multiply so often.
+
+    The time of n threads is t / n, and n - 1 of them have to be woken: the best is √(t / WAKE_S).
+    """
+    seconds = max(nbytes / READ_BYTES_S, multiplications / MULTIPLICATIONS_S)
+    return max(1, min(torch.get_num_threads(), round(math.sqrt(seconds / WAKE_S))))
