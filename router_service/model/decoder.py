@@ -154,9 +154,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _layer(
-    weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture, kernel: Kernel
-) -> _Layer:
+def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture, kernel: Kernel) -> _Layer:
     prefix = f"model.layers.{index}"
     feed_forward: Gate | SwiGLU
     if architecture.is_dense:

@@ -1,8 +1,8 @@
 """How many threads torch gets for a part of a step. Knows how much work there is, not what it is.
 
 A matmul on all threads begins and ends with waking the others, 50 to 100 microseconds on a virtual machine, and waits
-for the slowest of them, which another process may have put off its core. Little work is done sooner by one thread. Our own kernels see to that
-themselves (routine.py); between them torch only has work that it does on one thread anyway.
+for the slowest of them, which another process may have put off its core. Little work is done sooner by one thread. Our
+own kernels see to that themselves (routine.py), and what torch does between them it does on one thread anyway.
 """
 
 from __future__ import annotations
