@@ -15,8 +15,12 @@ logger = logging.getLogger(__name__)
 _told: set[Path] = set()  # which are open to all, once for each
 
 
-def read_guarded(path: Path) -> bytes:
-    """Raises ConfigError. One that all may read is warned of only: Kubernetes mounts a Secret so by itself."""
+def read_guarded(path: Path, *, secret: bool = False) -> bytes:
+    """Raises ConfigError; no message shows what is in the file.
+
+    One that all may read is warned of only, because Kubernetes mounts a Secret so by itself, unless what is in it is
+    the secret: then it is refused.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would keep us waiting
         with open(descriptor, "rb") as file:
@@ -24,6 +28,10 @@ def read_guarded(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{path} is not a file")
             mode = stat.S_IMODE(status.st_mode)
+            # Root's file may be read by our group: that is how a Secret is mounted for another user than root.
+            is_mounted = status.st_uid == 0 != os.geteuid()
+            if secret and mode & (0o037 if is_mounted else 0o077):
+                raise ConfigError(f"others may read or write {path} (mode {mode:04o}): chmod 600 {path}")
             if mode & 0o022:
                 raise ConfigError(f"{path} may be written by others (mode {mode:04o}): chmod go-w {path}")
             content = file.read(MAX_BYTES + 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from contextlib import suppress
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from cluster.guarded_file import read_guarded
 
 DEFAULT_FILE = Path("~/.manta/lane_secret")
 MIN_BYTES, MAX_BYTES = 32, 4096
@@ -29,23 +29,9 @@ def ensure_lane_secret(file: Path | None = None) -> Path:
 def read_lane_secret(path: Path) -> bytes:
     """The secret's bytes, without surrounding white space. Raises ConfigError; no message shows what is in the file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ConfigError(f"lane_secret_file: cannot read {path}: {error.strerror}") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"lane_secret_file: {path} is not a file")
-        # Root's file may be read by our group: that is how Kubernetes mounts a Secret for another user than root.
-        mounted = status.st_uid == 0 != os.geteuid()
-        if status.st_mode & (0o037 if mounted else 0o077):
-            mode = stat.S_IMODE(status.st_mode)
-            raise ConfigError(f"lane_secret_file: others may read or write {path} (mode {mode:04o}); chmod 600 it")
-        secret = os.read(descriptor, MAX_BYTES + 1).strip()
-    except OSError as error:
-        raise ConfigError(f"lane_secret_file: cannot read {path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
+        secret = read_guarded(path, secret=True).strip()
+    except ConfigError as error:
+        raise ConfigError(f"lane_secret_file: {error}") from None
     if not MIN_BYTES <= len(secret) <= MAX_BYTES:
         raise ConfigError(f"lane_secret_file: {path} holds {len(secret)} bytes; {MIN_BYTES} to {MAX_BYTES} are wanted")
     return secret
