@@ -24,9 +24,9 @@ from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Embedding, ModelCard, Request, SamplingParams
 from gateway.admission.caller import current_caller
-from gateway.request.bounds import between
 from gateway.request.prompts import PromptReader
 from gateway.request.protocol import EmbeddingRequest, OutputDtype
+from gateway.request.sampling_options import between
 from gateway.text.tokenizer import Tokenizer
 
 Vector = npt.NDArray[Any]  # [D] of float32, int8 or uint8; of bits [D / 8]

@@ -19,8 +19,8 @@ from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Over
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, Kind, ModelCard, Request, TokenChunk
 from cluster.telemetry.traces import Span, Traces
+from gateway.admission.access import AccessPolicy
 from gateway.admission.caller import current_caller
-from gateway.admission.guard import Guard
 from gateway.admission.limits import Limiter
 from gateway.admission.prompt_bill import PromptBill
 from gateway.admission.recent_refusals import RecentRefusals
@@ -73,7 +73,7 @@ class Frontend:
         """
         self.config = config
         self.health = health
-        self.guard = Guard(config)
+        self.access = AccessPolicy(config)
         self.worker = Worker("body")
         self.answer_worker = Worker("answer")  # no first token waits for its caller's next prompt to be read
         self.metrics = metrics or GatewayMetrics()

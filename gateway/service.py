@@ -66,7 +66,7 @@ class GatewayReplica(GrpcDoor):
             traces=Traces("manta-gateway", config.otlp_endpoint),
             metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),
         )
-        install(config, frontend.guard)
+        install(config, frontend.access)
         super().__init__(frontend)
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         self._termination = Termination(grace_s, self.watches.end)

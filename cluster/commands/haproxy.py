@@ -12,7 +12,8 @@ all, so it is this user's only, and so is the folder that it lies in with the co
 
 All clients' RPCs shared a few connections to a replica. Where one of those ends, for whatever a client did, all streams
 on it end. So each connection of a client has its own behind it: one, or several where streams begin at the same time,
-of which it keeps one once they are idle. HAProxy tells the replica whose each is (`gateway.grpc.guard.connection`).
+of which it keeps one once they are idle. HAProxy tells the replica whose each is
+(`gateway.grpc.authentication.connection`).
 
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.

@@ -34,7 +34,7 @@ from cluster.deploy.app import (
 )
 from cluster.errors import ConfigError, SetupError
 from cluster.ray_variables import doors
-from gateway.admission.guard import Guard, is_loopback
+from gateway.admission.access import AccessPolicy, is_loopback
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
@@ -53,7 +53,7 @@ def run(
     config = _read_config(model, revision, config_file)
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
     check_doors(config.gateway)
-    Guard(config.gateway)  # which reads the key files
+    AccessPolicy(config.gateway)  # which reads the key files
     checkpoints = [open_checkpoint(resolve_model(one.path, one.revision)) for one in config.models]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)

@@ -300,7 +300,7 @@ def with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
 
 def check_doors(gateway: GatewayConfig) -> None:
     """Raises ConfigError for doors that would stand open."""
-    from gateway.admission.guard import is_loopback
+    from gateway.admission.access import is_loopback
 
     if gateway.api_keys_file is None and not is_loopback(gateway.host):
         raise ConfigError(

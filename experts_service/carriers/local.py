@@ -11,7 +11,7 @@ from experts_service.kernels.experts import Experts
 from experts_service.transport import Flight, GroupRows
 
 
-class _Landed:
+class _Answered:
     def wait(self) -> None:
         """Nothing to wait for: the answers were written by `send`."""
 
@@ -31,7 +31,7 @@ class LocalTransport:
             indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
             own_rows = rows.index_select(0, indices)  # [R, D]
             self._groups[part.group](layer, own_rows, part.counts, part.answer)
-        return _Landed()
+        return _Answered()
 
     def close(self) -> None:
         self._groups.clear()

@@ -31,13 +31,13 @@ from experts_service.shard.batch import Maths, run_as_one
 from experts_service.shard.connection import Connection, PeerLeft, RowsFrame
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
 from experts_service.wire.frame import FAILED, LATE, FrameError, LaneShape
-from experts_service.wire.handshake import HandshakeRefused, Welcome
+from experts_service.wire.handshake import HandshakeRefused, ShardHandshake
 from experts_service.wire.receive_buffer import BufferPool
 
 logger = logging.getLogger(__name__)
 
 MAX_MERGED_ROWS = 4096  # of one batch; a decode step is not to wait for two prefills
-MAX_GUESTS, MAX_CONNECTIONS = 64, 512  # peers that have not proved themselves; those that have
+MAX_UNPROVEN, MAX_CONNECTIONS = 64, 512  # peers that have not proved themselves; those that have
 IDLE_S = 5.0  # longest sleep; nothing is due then, it only bounds the wait
 WARNING_PAUSE_S = 1.0  # between two warnings about peers: a flood of them is one line a second
 
@@ -59,11 +59,11 @@ class LaneStats:
 
 
 @dataclass(slots=True)
-class _Guest:
+class _UnprovenPeer:
     """A peer that has not proved itself."""
 
     channel: socket.socket
-    welcome: Welcome
+    handshake: ShardHandshake
     received: bytes = b""
 
 
@@ -87,7 +87,7 @@ class LaneServer:
         self._fingerprint = fingerprint
         self._pool = BufferPool(shape.dtype, shape.hidden, pinned=pinned)
         self._queue: deque[RowsFrame] = deque()
-        self._guests: dict[int, _Guest] = {}  # the oldest first
+        self._unproven: dict[int, _UnprovenPeer] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
         self._interest: dict[int, int] = {}
         self._draining = self._stopping = self._running = False
@@ -161,13 +161,13 @@ class LaneServer:
                     connection = self._connections.get(descriptor)
                     if connection is not None:
                         self._attend(descriptor, connection, events)
-                    elif descriptor in self._guests:
-                        self._greet(descriptor)
+                    elif descriptor in self._unproven:
+                        self._shake_hands(descriptor)
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
                 if self._queue:
                     self._run_batch()
-                if self._guests or self._accept_again_at is not None:
+                if self._unproven or self._accept_again_at is not None:
                     self._look_at_the_clock()
         except Exception:
             logger.exception("the lane server ends; coordinators see their connections close")
@@ -268,28 +268,30 @@ class LaneServer:
             self._warn("too many peers at once; refused one")
             channel.close()
             return
-        if len(self._guests) >= MAX_GUESTS:  # a coordinator needs a moment; who says nothing would keep others out
-            self._refuse(next(iter(self._guests)), "too many peers at once; refused the one that has waited longest")
+        if len(self._unproven) >= MAX_UNPROVEN:  # a coordinator needs a moment; who says nothing would keep others out
+            self._refuse(next(iter(self._unproven)), "too many peers at once; refused the one that has waited longest")
         channel.setblocking(False)
-        self._guests[channel.fileno()] = _Guest(tuned(channel), Welcome(self._secret, self._fingerprint))
+        self._unproven[channel.fileno()] = _UnprovenPeer(
+            tuned(channel), ShardHandshake(self._secret, self._fingerprint)
+        )
         self._epoll.register(channel.fileno(), _READ)
 
-    def _greet(self, descriptor: int) -> None:
-        """Take what a guest has to say; make it a connection, or close it without a word."""
-        guest = self._guests[descriptor]
+    def _shake_hands(self, descriptor: int) -> None:
+        """Take what a peer has to say; make it a connection, or close it without a word."""
+        peer = self._unproven[descriptor]
         try:
-            piece = guest.channel.recv(guest.welcome.wants - len(guest.received))
-            guest.received += piece
+            piece = peer.channel.recv(peer.handshake.wants - len(peer.received))
+            peer.received += piece
             if not piece:
                 self._drop(descriptor)
-            elif len(guest.received) == guest.welcome.wants:
-                reply = guest.welcome.receive(guest.received)
-                guest.received = b""
-                if guest.channel.send(reply) < len(reply):
+            elif len(peer.received) == peer.handshake.wants:
+                reply = peer.handshake.receive(peer.received)
+                peer.received = b""
+                if peer.channel.send(reply) < len(reply):
                     raise HandshakeRefused("the peer does not read")
-                if not guest.welcome.wants:
-                    del self._guests[descriptor]
-                    self._connections[descriptor] = Connection(guest.channel, self._shape, self._pool, self._enqueue)
+                if not peer.handshake.wants:
+                    del self._unproven[descriptor]
+                    self._connections[descriptor] = Connection(peer.channel, self._shape, self._pool, self._enqueue)
                     self._interest[descriptor] = _READ
         except BlockingIOError:
             return
@@ -312,8 +314,8 @@ class LaneServer:
 
     def _drop(self, descriptor: int) -> None:
         self._interest.pop(descriptor, None)
-        if guest := self._guests.pop(descriptor, None):
-            guest.channel.close()
+        if peer := self._unproven.pop(descriptor, None):
+            peer.channel.close()
         if connection := self._connections.pop(descriptor, None):
             connection.close()
             with suppress(OSError):
@@ -327,14 +329,14 @@ class LaneServer:
 
     def _patience(self) -> float:
         """Seconds until something is due."""
-        due = [guest.welcome.deadline for guest in self._guests.values()]
+        due = [peer.handshake.deadline for peer in self._unproven.values()]
         if self._accept_again_at is not None:
             due.append(self._accept_again_at)
         return min(IDLE_S, max(0.0, min(due) - time.monotonic())) if due else IDLE_S
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        for descriptor in [d for d, guest in self._guests.items() if guest.welcome.deadline <= now]:
+        for descriptor in [d for d, peer in self._unproven.items() if peer.handshake.deadline <= now]:
             self._refuse(descriptor, "refused a lane: the peer took too long to introduce itself")
         if self._accept_again_at is not None and self._accept_again_at <= now:
             self._accept_again_at = None
@@ -344,7 +346,7 @@ class LaneServer:
     def _end(self) -> None:
         if self._epoll.closed:
             return
-        for descriptor in [*self._guests, *self._connections]:
+        for descriptor in [*self._unproven, *self._connections]:
             self._drop(descriptor)
         for listener in self._listeners.values():
             listener.close()

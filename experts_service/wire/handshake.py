@@ -66,14 +66,14 @@ def check_proof(message: bytes, secret: bytes, fingerprint: str, role: int, tran
         raise HandshakeRefused("the peer means another checkpoint than this side serves")
 
 
-class Welcome:
+class ShardHandshake:
     """The shard's side, message by message, for a server that never blocks."""
 
     def __init__(self, secret: bytes, fingerprint: str) -> None:
         self._secret = secret
         self._fingerprint = fingerprint
         self._transcript = b""
-        self.wants = HELLO_BYTES  # bytes of the next message; 0 when the peer is welcome
+        self.wants = HELLO_BYTES  # bytes of the next message; 0 once the peer has proved itself
         self.deadline = time.monotonic() + TIMEOUT_S
 
     def receive(self, message: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """Whose request the running code serves, and what it uses up. Knows the key's entry, never the key.
 
-Each door's guard sets it before anything else of a request runs; it is a context variable, so that no route, and none
+Each door sets it before anything else of a request runs; it is a context variable, so that no route, and none
 that is added later, can forget to pass it on.
 """
 
@@ -100,5 +100,5 @@ def current_caller() -> Caller:
 
 
 def set_caller(caller: Caller) -> None:
-    """For the guards, before anything else of a request runs."""
+    """For authentication, before anything else of a request runs."""
     _caller.set(caller)

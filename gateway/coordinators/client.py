@@ -11,7 +11,7 @@ import grpc
 from cluster.errors import CoordinatorLost, MantaError, Overloaded, Unavailable
 from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk
 from gateway.coordinators.table import TABLE
-from gateway.coordinators.token_inbox import Mail, TokenInbox
+from gateway.coordinators.token_inbox import ChunkQueue, TokenInbox
 from gateway.coordinators.token_streams import TokenStreams
 
 COORDINATOR = "coordinator"  # the deployment's name inside a model's application
@@ -48,23 +48,23 @@ class ServeCoordinatorClient:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         self._connect()
-        with self._inbox.expect(request) as mail:
+        with self._inbox.expect(request) as queue:
             response = self._generate.remote(request, self._inbox.id)
             call = asyncio.ensure_future(_result(response))
-            call.add_done_callback(lambda call: _tell(mail, call))
+            call.add_done_callback(lambda call: _tell(queue, call))
             try:
-                async for chunk in mail:
+                async for chunk in queue:
                     yield chunk
             finally:
-                if not (mail.is_complete or call.done()):
+                if not (queue.is_complete or call.done()):
                     response.cancel()
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()
-        with self._inbox.expect(requests[0]) as mail:  # no token comes, only word that the coordinator is lost
+        with self._inbox.expect(requests[0]) as queue:  # no token comes, only word that the coordinator is lost
             response = self._handle.embed.remote(requests)
             call = asyncio.ensure_future(_result(response))
-            loss = asyncio.ensure_future(mail.failure())
+            loss = asyncio.ensure_future(queue.failure())
             try:
                 await asyncio.wait((call, loss), return_when=asyncio.FIRST_COMPLETED)
                 if (error := _failure(call) if call.done() else await loss) is not None:
@@ -114,13 +114,13 @@ async def _result(response: Any) -> Any:
     return answer
 
 
-def _tell(mail: Mail, call: asyncio.Future[Any]) -> None:
+def _tell(queue: ChunkQueue, call: asyncio.Future[Any]) -> None:
     """The call of a request has ended: with an error, or a little before or after its last tokens have come."""
     if (error := _failure(call)) is not None:
-        mail.fail(error)
-    elif not mail.is_complete:
+        queue.fail(error)
+    elif not queue.is_complete:
         late = CoordinatorLost("the model's coordinator has answered, but its last tokens did not come")
-        asyncio.get_running_loop().call_later(LAST_TOKENS_S, mail.fail, late)
+        asyncio.get_running_loop().call_later(LAST_TOKENS_S, queue.fail, late)
 
 
 def _failure(call: asyncio.Future[Any]) -> BaseException | None:

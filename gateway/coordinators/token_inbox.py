@@ -1,7 +1,7 @@
 """Takes what coordinators send and gives each request its own tokens. Knows neither Serve nor text.
 
-    stream of coordinator a ──▶ deliver ──▶ Mail of request 1 ──▶ chunk, chunk, …
-    stream of coordinator b ──▶ deliver ──▶ Mail of request 2 ──▶ chunk, CoordinatorLost
+    stream of coordinator a ──▶ deliver ──▶ ChunkQueue of request 1 ──▶ chunk, chunk, …
+    stream of coordinator b ──▶ deliver ──▶ ChunkQueue of request 2 ──▶ chunk, CoordinatorLost
 
 Chunks that come while their reader is busy are joined, up to MAX_JOINED tokens: what a client did not read for minutes
 is not worked through in one go. A request ends with its last chunk, with an error of its call, or with CoordinatorLost
@@ -23,7 +23,7 @@ from gateway.coordinators.table import CoordinatorTable
 MAX_JOINED = 64
 
 
-class Mail:
+class ChunkQueue:
     """An async iterator over the chunks of one request, whose positions have no gap and no overlap."""
 
     def __init__(self, request: Request) -> None:
@@ -84,37 +84,39 @@ class Mail:
 
 
 class TokenInbox:
-    """The mail of one gateway's requests to the coordinators of one application."""
+    """The queues of one gateway's requests to the coordinators of one application."""
 
     def __init__(self, table: CoordinatorTable) -> None:
         self.id = uuid.uuid4().hex
         self._table = table
-        self._mails: dict[Key, Mail] = {}
+        self._queues: dict[Key, ChunkQueue] = {}
 
     @contextmanager
-    def expect(self, request: Request) -> Iterator[Mail]:
+    def expect(self, request: Request) -> Iterator[ChunkQueue]:
         """Take what comes for a request that is sent in here; what comes later is ignored."""
-        mail = self._mails[request.key] = Mail(request)
+        queue = self._queues[request.key] = ChunkQueue(request)
         self._table.expect(request.key)
         try:
-            yield mail
+            yield queue
         finally:
-            del self._mails[request.key]
+            del self._queues[request.key]
             self._table.forget(request.key)
 
     def deliver(self, chunks: Iterable[TokenChunk]) -> None:
         """One item of a coordinator's stream."""
         for chunk in chunks:
-            mail = self._mails.get(chunk.key)
-            if mail is not None:
-                mail.put(chunk)
+            queue = self._queues.get(chunk.key)
+            if queue is not None:
+                queue.put(chunk)
 
     def lose(self, coordinator: str, reason: str) -> None:
         """Nothing more is to be expected of a coordinator for what it was asked."""
-        for key, mail in self._mails.items():
+        for key, queue in self._queues.items():
             if self._table.place(key) == coordinator:
-                mail.fail(CoordinatorLost(reason))
+                queue.fail(CoordinatorLost(reason))
 
     def expects_from(self, coordinator: str) -> bool:
         """Whether a coordinator still owes an answer."""
-        return any(not mail.is_complete and self._table.place(key) == coordinator for key, mail in self._mails.items())
+        return any(
+            not queue.is_complete and self._table.place(key) == coordinator for key, queue in self._queues.items()
+        )

@@ -1,1 +1,1 @@
-"""The gRPC door: one servicer, its guards, messages and errors. Shares fields and validator with HTTP."""
+"""The gRPC door: one servicer, authentication, messages and errors. Shares fields and validator with HTTP."""

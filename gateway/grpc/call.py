@@ -1,4 +1,4 @@
-"""What is the same around every RPC: guard, size, request id, status and the log's line. Knows no message's fields."""
+"""What is the same around every RPC: caller, size, request id, status and the log's line. Knows no message's fields."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from cluster.errors import PayloadTooLarge
 from gateway.admission.caller import ANONYMOUS
 from gateway.frontend import Frontend
+from gateway.grpc.authentication import authenticate, traceparent
 from gateway.grpc.errors import RpcFailed, fail, retry_after, status_of
-from gateway.grpc.guard import pass_guard, traceparent
 from gateway.telemetry.logs import RequestRecord, open_record
 from gateway.telemetry.metrics import error_name
 
@@ -49,7 +49,7 @@ async def rpc_call(
     call = RpcCall(context, record)
     caller = ANONYMOUS
     try:
-        caller = pass_guard(frontend.guard, frontend.limiter, context)
+        caller = authenticate(frontend.access, frontend.limiter, context)
         if is_counted:
             caller.enter()
         bound = frontend.config.max_body_bytes

@@ -32,7 +32,7 @@ from gateway.grpc.messages import (
     usage_message,
 )
 from gateway.grpc.proto import chat_pb2
-from gateway.grpc.tokenization import TokenizationRpcs
+from gateway.grpc.tokenize import TokenizationRpcs
 from gateway.grpc.watches import Watches
 from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, parse_body
 from gateway.request.validator import Generation

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import Overloaded, Unauthorized
 from gateway.frontend import Frontend
+from gateway.grpc.authentication import connection, peer_address
 from gateway.grpc.errors import RpcFailed, fail, failing_stream, status_of
-from gateway.grpc.guard import connection, peer_address
 from gateway.grpc.watches import Watches
 
 SERVICE = "manta.v1.Manta"
@@ -73,7 +73,7 @@ class HealthRpcs:
     async def _is_admitted(self, context: Any) -> bool:
         """Whether it goes on. Else the RPC's status is set."""
         try:
-            self.frontend.guard.require_local(peer_address(context.peer()))
+            self.frontend.access.require_local(peer_address(context.peer()))
         except Unauthorized as error:
             await fail(context, *status_of(error, ""))
             return False

@@ -1,1 +1,1 @@
-"""The HTTP door: one app, its guards, bodies, errors and streams. Knows no gRPC, no Serve."""
+"""The HTTP door: one app, authentication, bodies, errors and streams. Knows no gRPC, no Serve."""

@@ -22,13 +22,13 @@ from gateway.answer.completions import CompletionShape
 from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
 from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings_body, vectors
 from gateway.frontend import Frontend
+from gateway.http.authentication import Authentication
 from gateway.http.body import parse_object, read_body
-from gateway.http.body_bounds import BodyBounds
 from gateway.http.errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
-from gateway.http.guard import HttpGuard
 from gateway.http.log import HttpLog
 from gateway.http.openapi import openapi_document
 from gateway.http.page import page_response
+from gateway.http.receiving import BoundedReceiving
 from gateway.http.responses import ResponsesDoor
 from gateway.http.sse import DONE, EventStream, begun, event, json_bytes, unless_disconnected
 from gateway.request.protocol import (
@@ -41,7 +41,7 @@ from gateway.request.protocol import (
 )
 from gateway.request.validator import Generation
 from gateway.responses.fields import ResponsesRequest
-from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
+from gateway.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 
 VERSION = version("manta-serve")
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
@@ -85,8 +85,8 @@ def build_app(frontend: Frontend) -> Starlette:
     ]
     middleware = [
         Middleware(ErrorAnswers),
-        Middleware(HttpGuard, guard=frontend.guard, limiter=frontend.limiter),
-        Middleware(BodyBounds, timeout_s=config.body_timeout_s, max_bytes_of_all=config.max_bytes_received),
+        Middleware(Authentication, access=frontend.access, limiter=frontend.limiter),
+        Middleware(BoundedReceiving, timeout_s=config.body_timeout_s, max_bytes_of_all=config.max_bytes_received),
     ]
     if config.cors_origins:
         cors = Middleware(

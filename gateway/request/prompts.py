@@ -8,8 +8,8 @@ from typing import Any
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard
-from gateway.request.bounds import check_token_id
 from gateway.request.protocol import Message
+from gateway.request.sampling_options import check_token_id
 from gateway.request.tools import Tool
 from gateway.request.tools_history import plain_rendering, read_messages, speaks_of_tools
 from gateway.text.chat_template import ANSWER, Rendering

@@ -17,10 +17,10 @@ from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import Grammar, ModelCard, Request, SamplingParams, TextGrammar, ToolCallGrammar
 from gateway.admission.caller import current_caller
-from gateway.request.bounds import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.request.continuation import begin_of_answer, read_rendering
 from gateway.request.prompts import PromptReader, TokenIds
 from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from gateway.request.sampling_options import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.request.structured_output import read_answer, refuse_beside_calls
 from gateway.request.tools import answer_grammar, read_tools
 from gateway.request.truncation import cut_ids, newest_turns, read_cut

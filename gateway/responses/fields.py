@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
-from gateway.request.bounds import MAX_TOP_LOGPROBS, between
 from gateway.request.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Integer, parse_body
+from gateway.request.sampling_options import MAX_TOP_LOGPROBS, between
 from gateway.request.tools import MAX_TOOLS
 from gateway.responses.input import chat_messages
 from gateway.responses.tools import chat_tool_choice, chat_tools, flat_path

@@ -25,7 +25,7 @@ from cluster.commands.chat.client import ChatClient
 from cluster.demo_model import DIRECTORY
 from gateway.admission.api_keys import digest, new_key
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from gateway.http.guard import PUBLIC_PATHS
+from gateway.http.authentication import PUBLIC_PATHS
 from tests.conftest import Server, running_server
 from tests.raw_http import send, spellings
 from tests.raw_http2 import Sender

@@ -69,7 +69,7 @@ def test_a_refused_stream_has_its_status_and_leaves_no_word_in_serves_log(
     }
 
     async def refused() -> tuple[grpc.StatusCode, str, dict[str, Any]]:
-        gates = (Gate(frontend.config, frontend.guard),) if is_direct else ()
+        gates = (Gate(frontend.config, frontend.access),) if is_direct else ()
         server = grpc.aio.server(interceptors=gates)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("manta.v1.Manta", handlers),))
         port = server.add_insecure_port("127.0.0.1:0")

@@ -19,10 +19,10 @@ from google.protobuf.message import DecodeError
 
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
-from gateway.admission.guard import Guard
+from gateway.admission.access import AccessPolicy
 from gateway.admission.held_bytes import HeldBytes
+from gateway.grpc.authentication import connection, identify
 from gateway.grpc.errors import note_own_server, retry_after, status_of
-from gateway.grpc.guard import connection, identify
 from gateway.grpc.proto import chat_pb2
 from gateway.grpc.server.slots import ReadSlots
 from gateway.grpc.server.wire_bounds import check_parts, parts_of
@@ -38,7 +38,7 @@ PUBLIC_MESSAGE_BYTES = 4096  # a service's name
 INLINE_BYTES = 64 * 1024  # a larger message is taken apart in a thread, so that other streams go on
 
 _SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
-GUARDED = {f"/{_SERVICE.full_name}/{rpc.name}": parts_of(rpc.input_type) for rpc in _SERVICE.methods}
+METHODS = {f"/{_SERVICE.full_name}/{rpc.name}": parts_of(rpc.input_type) for rpc in _SERVICE.methods}
 # Their messages say nothing and are not read: HAProxy takes a replica that is slow to answer out of service.
 EMPTY = frozenset(
     {
@@ -50,10 +50,10 @@ EMPTY = frozenset(
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """One per server. Without `guard`, where no key can be checked, that is left to the RPCs."""
+    """One per server. Without `access`, where no key can be checked, that is left to the RPCs."""
 
-    def __init__(self, config: GatewayConfig, guard: Guard | None) -> None:
-        self._guard = guard
+    def __init__(self, config: GatewayConfig, access: AccessPolicy | None) -> None:
+        self._access = access
         self._max_bytes = config.max_body_bytes
         self._bytes = HeldBytes(config.max_bytes_received)
         # What is being read is held twice for a moment, by gRPC and as Python's bytes.
@@ -111,10 +111,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext
     ) -> AsyncGenerator[tuple[Any, Callable[[], None]], None]:
         """The RPC's message, and what says that an answer has begun. Raises MantaError."""
-        if method not in GUARDED:
+        if method not in METHODS:
             yield await self._public_message(method, deserialize, context), lambda: None
             return
-        key = None if self._guard is None else identify(self._guard, context)
+        key = None if self._access is None else identify(self._access, context)
         tenant = connection(context) if key is None else key.id
         async with self._reads.slot(tenant):
             data = await _read(context, self._max_bytes)
@@ -154,7 +154,7 @@ async def _read(context: FittingContext, max_bytes: int) -> bytes:
 
 
 def _checked(method: str, deserialize: Callable[[bytes], Any], data: bytes) -> Any:
-    check_parts(data, GUARDED[method])
+    check_parts(data, METHODS[method])
     return _parsed(deserialize, data)
 
 

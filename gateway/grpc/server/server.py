@@ -18,16 +18,16 @@ from ray.serve._private import grpc_util
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
 from cluster.ray_variables import DOORS
-from gateway.admission.guard import Guard, is_loopback
+from gateway.admission.access import AccessPolicy, is_loopback
 from gateway.grpc.server.gate import Gate
 from gateway.grpc.server.options import server_options
 from gateway.grpc.server.serve_log import quiet_serve
 
 
-def install(config: GatewayConfig, guard: Guard | None) -> None:
+def install(config: GatewayConfig, access: AccessPolicy | None) -> None:
     """From now on Serve's gRPC servers in this process are ours, and its log is silent about what clients do there."""
     quiet_serve()
-    grpc_util.gRPCGenericServer = functools.partial(DoorServer, config, guard)
+    grpc_util.gRPCGenericServer = functools.partial(DoorServer, config, access)
 
 
 def install_in_proxy() -> None:
@@ -37,10 +37,10 @@ def install_in_proxy() -> None:
         return
     config = GatewayConfig.model_validate_json(document)
     try:
-        guard = Guard(config)
+        access = AccessPolicy(config)
     except ConfigError:
-        guard = None  # the keys are elsewhere: with the replica, which asks for them again
-    install(config, guard)
+        access = None  # the keys are elsewhere: with the replica, which asks for them again
+    install(config, access)
 
 
 class DoorServer(grpc_util.gRPCGenericServer):  # type: ignore[misc]
@@ -49,7 +49,7 @@ class DoorServer(grpc_util.gRPCGenericServer):  # type: ignore[misc]
     def __init__(
         self,
         config: GatewayConfig,
-        guard: Guard | None,
+        access: AccessPolicy | None,
         service_handler_factory: Callable[..., Any],
         *,
         extra_options: Sequence[tuple[str, str]] = (),
@@ -59,7 +59,7 @@ class DoorServer(grpc_util.gRPCGenericServer):  # type: ignore[misc]
             self,
             thread_pool=None,
             generic_handlers=(),
-            interceptors=(Gate(config, guard),),
+            interceptors=(Gate(config, access),),
             maximum_concurrent_rpcs=None,
             compression=None,
             options=[*server_options(config), *extra_options],

@@ -17,7 +17,7 @@ from cluster.errors import ExpertUnavailable
 from experts_service.carriers.link import NOBODY, WAIT_S, LaneAttempt, Link, LinkLost
 from experts_service.delivery.delivery import ANSWERED, FAILED, POSTED
 from experts_service.shard.batch import run_as_one
-from experts_service.shard.server import MAX_GUESTS, LaneServer
+from experts_service.shard.server import MAX_UNPROVEN, LaneServer
 from experts_service.wire.address import LaneAddress, connect
 from experts_service.wire.frame import ANSWER, HEAD_BYTES, FrameError, RowsFormat, answer_head, refusal_head
 from experts_service.wire.handshake import TIMEOUT_S
@@ -351,12 +351,12 @@ def test_slow_and_stalled_peers_delay_nobody() -> None:
         big = form.pack(torch.float32, 1, 0, 0, 1, 50_000, HIDDEN, 60_000, (50_000, 0)) + bytes(50_000 * HIDDEN * 4)
         with pytest.raises(TimeoutError):
             deaf.sendall(100 * big)
-        guest = connect(LaneAddress(str(server.path), "", 0, HERE, ""), HERE, 1.0)  # never introduces itself
+        mute = connect(LaneAddress(str(server.path), "", 0, HERE, ""), HERE, 1.0)  # never introduces itself
         started = time.monotonic()
         for _ in range(20):
             assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
         assert time.monotonic() - started < 2.0
-        for peer in (stalled, deaf, guest):
+        for peer in (stalled, deaf, mute):
             peer.close()
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
 
@@ -371,17 +371,17 @@ def test_peers_that_say_nothing_keep_no_coordinator_out(node: str) -> None:
         assert torch.equal(ask(first, rows, experts), expected(rows, experts))
         addresses = [LaneAddress(str(server.path), "127.0.0.1", server.port, node, "") for server in servers]
         with ExitStack() as silent:
-            guests = [silent.enter_context(connect(addresses[i % 2], HERE, 1.0)) for i in range(2 * 2 * MAX_GUESTS)]
+            peers = [silent.enter_context(connect(addresses[i % 2], HERE, 1.0)) for i in range(2 * 2 * MAX_UNPROVEN)]
             started = time.monotonic()
             second = Dispatcher(GROUPS, running.transport())
             assert torch.equal(ask(second, rows, experts), expected(rows, experts))
             assert time.monotonic() - started < TIMEOUT_S / 2, "no silent peer was waited for"
             assert torch.equal(ask(first, rows, experts), expected(rows, experts)), "it has proved itself"
-            assert guests[0].recv(1) == b"", "the oldest had to go"
-            guests[-1].setblocking(False)
+            assert peers[0].recv(1) == b"", "the oldest had to go"
+            peers[-1].setblocking(False)
             with pytest.raises(BlockingIOError):
-                guests[-1].recv(1)
-        assert all(server.stats().refused >= MAX_GUESTS for server in servers)
+                peers[-1].recv(1)
+        assert all(server.stats().refused >= MAX_UNPROVEN for server in servers)
 
 
 def test_a_peer_that_leaves_takes_its_frames_with_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from experts_service.wire import handshake
-from experts_service.wire.handshake import HandshakeRefused, Welcome, check_proof, introduce, proof
+from experts_service.wire.handshake import HandshakeRefused, ShardHandshake, check_proof, introduce, proof
 from experts_service.wire.secret import ensure_lane_secret, read_lane_secret
 
 SECRET, FINGERPRINT = b"s" * 32, "f" * 64
@@ -23,8 +24,8 @@ def meet(secret: bytes = SECRET, fingerprint: str = FINGERPRINT) -> tuple[BaseEx
     ours, theirs = socket.socketpair()
     refusal: list[BaseException] = []
 
-    def welcome() -> None:
-        side = Welcome(SECRET, FINGERPRINT)
+    def shard_side() -> None:
+        side = ShardHandshake(SECRET, FINGERPRINT)
         try:
             while side.wants:
                 theirs.sendall(side.receive(theirs.recv(side.wants, socket.MSG_WAITALL)))
@@ -33,7 +34,7 @@ def meet(secret: bytes = SECRET, fingerprint: str = FINGERPRINT) -> tuple[BaseEx
         finally:
             theirs.close()
 
-    thread = threading.Thread(target=welcome)
+    thread = threading.Thread(target=shard_side)
     thread.start()
     with ours:
         try:
@@ -94,7 +95,7 @@ def test_the_proof_of_one_side_does_not_serve_for_the_other() -> None:
 )
 def test_another_protocol_version_or_role_is_refused(change: Callable[[bytes], bytes], reason: str) -> None:
     with pytest.raises(HandshakeRefused, match=reason):
-        Welcome(SECRET, FINGERPRINT).receive(change(handshake.hello(handshake.COORDINATOR)))
+        ShardHandshake(SECRET, FINGERPRINT).receive(change(handshake.hello(handshake.COORDINATOR)))
 
 
 def test_a_silent_shard_is_given_up() -> None:
@@ -133,5 +134,7 @@ def test_a_secret_that_is_missing_short_or_no_file_is_refused(tmp_path: Path) ->
     short.touch(0o600)
     with pytest.raises(ConfigError, match="0 bytes"):
         read_lane_secret(short)
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError, match="not a file"):
         read_lane_secret(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == len(before), "a directory was left open each time"

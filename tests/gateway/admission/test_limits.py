@@ -194,7 +194,7 @@ def test_requests_at_once(card: ModelCard, frontend: Any, coordinator: ScriptedC
             assert int(refused.headers["retry-after"]) >= 1
             assert post(url, "d", max_tokens=2).status_code == 200
         for _ in range(400):
-            if frontend.limiter.of(frontend.guard.identify(["Bearer c"], None)).num_running == 0:
+            if frontend.limiter.of(frontend.access.identify(["Bearer c"], None)).num_running == 0:
                 break
             time.sleep(0.01)
         assert post(url, "c", max_tokens=2).status_code == 200, "the place is free when the client has left"
@@ -217,7 +217,7 @@ def test_choices_count_one_by_one(card: ModelCard, frontend: Any, coordinator: S
             assert refused.status_code == 429
             assert refused.json()["error"]["message"].startswith("the API key 'erin' is at its limit of 3 choices")
             assert post(url, "e", max_tokens=2).status_code == 200
-        limits = frontend.limiter.of(frontend.guard.identify(["Bearer e"], None))
+        limits = frontend.limiter.of(frontend.access.identify(["Bearer e"], None))
         wait_for(lambda: limits.num_running == 0, 10, "the client's leaving to be noticed")
         assert post(url, "e", n=3, max_tokens=2).status_code == 200
 

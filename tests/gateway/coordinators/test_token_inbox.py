@@ -11,7 +11,7 @@ from cluster.errors import CoordinatorLost, EngineDead, MantaError
 from cluster.messages import Request, SamplingParams, TokenChunk, TokenLogprobs
 from cluster.token_chunks import cut
 from gateway.coordinators.table import CoordinatorTable
-from gateway.coordinators.token_inbox import MAX_JOINED, Mail, TokenInbox
+from gateway.coordinators.token_inbox import MAX_JOINED, ChunkQueue, TokenInbox
 
 
 def request(name: str, output: tuple[int, ...] = ()) -> Request:
@@ -22,11 +22,11 @@ def chunk(name: str, position: int, finish_reason: str | None = None) -> TokenCh
     return TokenChunk(name, 0, position, (100 + position,), finish_reason=finish_reason)  # type: ignore[arg-type]
 
 
-async def read(mail: Mail) -> tuple[list[int], MantaError | None]:
+async def read(queue: ChunkQueue) -> tuple[list[int], MantaError | None]:
     tokens: list[int] = []
     try:
         async with asyncio.timeout(5):
-            async for one in mail:
+            async for one in queue:
                 tokens += one.token_ids
     except MantaError as error:
         return tokens, error
@@ -47,7 +47,7 @@ def test_each_request_gets_its_own_tokens() -> None:
             assert a.is_complete
             assert b.is_complete
         inbox.deliver((chunk("a", 2),))
-        assert inbox._mails == {}
+        assert inbox._queues == {}
 
     asyncio.run(run())
 
@@ -55,10 +55,10 @@ def test_each_request_gets_its_own_tokens() -> None:
 def test_chunks_that_its_reader_has_not_taken_are_joined() -> None:
     async def run() -> None:
         inbox = TokenInbox(CoordinatorTable())
-        with inbox.expect(request("a")) as mail:
+        with inbox.expect(request("a")) as queue:
             for position in range(10):
                 inbox.deliver((chunk("a", position, "length" if position == 9 else None),))
-            [joined] = [one async for one in mail]
+            [joined] = [one async for one in queue]
             assert joined.token_ids == tuple(range(100, 110))
 
     asyncio.run(run())
@@ -77,11 +77,11 @@ def test_what_a_client_left_unread_for_long_does_not_hold_up_others() -> None:
                 await asyncio.sleep(0)
                 turns += 1
 
-        with inbox.expect(request("a")) as mail:
+        with inbox.expect(request("a")) as queue:
             for position in range(10_000):
                 inbox.deliver((chunk("a", position, "length" if position == 9999 else None),))
             other = asyncio.create_task(another())
-            chunks = [one async for one in mail]
+            chunks = [one async for one in queue]
             other.cancel()
         assert [token for one in chunks for token in one.token_ids] == [100 + position for position in range(10_000)]
         assert max(len(one.token_ids) for one in chunks) == MAX_JOINED
@@ -95,8 +95,8 @@ def test_a_prompt_that_comes_in_parts_is_read_as_one_chunk() -> None:
         inbox = TokenInbox(CoordinatorTable())
         scores = tuple(TokenLogprobs(-float(i)) for i in range(100))
         whole = replace(chunk("a", 0, "stop"), prompt_logprobs=(None, *scores))
-        with inbox.expect(request("a")) as mail:
-            reading = asyncio.create_task(anext(aiter(mail)))
+        with inbox.expect(request("a")) as queue:
+            reading = asyncio.create_task(anext(aiter(queue)))
             for part in cut(whole, 1000):
                 assert not reading.done()
                 inbox.deliver((part,))
@@ -110,10 +110,10 @@ def test_a_prompt_that_comes_in_parts_is_read_as_one_chunk() -> None:
 def test_a_token_that_comes_twice_or_not_at_all_loses_the_coordinator(position: int) -> None:
     async def run() -> None:
         inbox = TokenInbox(CoordinatorTable())
-        with inbox.expect(request("a")) as mail:
+        with inbox.expect(request("a")) as queue:
             inbox.deliver((chunk("a", 0),))
             inbox.deliver((chunk("a", position, "stop"),))
-            tokens, error = await read(mail)
+            tokens, error = await read(queue)
             assert (tokens, type(error)) == ([100], CoordinatorLost)
 
     asyncio.run(run())
@@ -139,7 +139,7 @@ def test_a_lost_coordinator_is_lost_to_those_who_were_given_to_it() -> None:
                 inbox.deliver((chunk(name, 0, "stop"),))
             lost = await read(a)
             assert (lost[0], type(lost[1])) == ([100], CoordinatorLost)
-            assert [await read(mail) for mail in (b, c, d)] == [([100], None)] * 3
+            assert [await read(queue) for queue in (b, c, d)] == [([100], None)] * 3
         assert not inbox.expects_from("north")
         assert table._places == {}
 
@@ -149,12 +149,12 @@ def test_a_lost_coordinator_is_lost_to_those_who_were_given_to_it() -> None:
 def test_tokens_that_came_before_an_error_are_read_before_it() -> None:
     async def run() -> None:
         inbox = TokenInbox(CoordinatorTable())
-        with inbox.expect(request("a")) as mail:
+        with inbox.expect(request("a")) as queue:
             inbox.deliver((chunk("a", 0),))
-            mail.fail(EngineDead("its thread"))
-            mail.fail(CoordinatorLost("later"))
+            queue.fail(EngineDead("its thread"))
+            queue.fail(CoordinatorLost("later"))
             inbox.deliver((chunk("a", 1),))
-            tokens, error = await read(mail)
+            tokens, error = await read(queue)
             assert (tokens, type(error)) == ([100], EngineDead)
 
     asyncio.run(run())

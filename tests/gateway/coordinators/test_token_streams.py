@@ -100,11 +100,11 @@ def test_a_silent_coordinator_is_lost_and_avoided_until_it_is_heard_again() -> N
                 await asyncio.sleep(HEARTBEAT_S / 2)
 
         beating = asyncio.create_task(beat())
-        with gateway.inbox.expect(REQUEST) as mail:
+        with gateway.inbox.expect(REQUEST) as queue:
             gateway.table.sent(REQUEST.key, "north")
             started = asyncio.get_running_loop().time()
             with pytest.raises(CoordinatorLost, match="silent"):
-                await anext(aiter(mail))
+                await anext(aiter(queue))
             assert asyncio.get_running_loop().time() - started >= (SILENT_HEARTBEATS - 1) * HEARTBEAT_S
         assert gateway.table.silent == {"north"}
         north.items.put_nowait(())
@@ -119,9 +119,9 @@ def test_a_silent_coordinator_is_waited_for_until_there_is_another() -> None:
     async def test(gateway: Gateway) -> None:
         gateway.table.publish("app", ["north"])
         await until(lambda: gateway.opened)
-        with gateway.inbox.expect(REQUEST) as mail:
+        with gateway.inbox.expect(REQUEST) as queue:
             gateway.table.sent(REQUEST.key, "north")
-            reading = asyncio.create_task(anext(aiter(mail)))
+            reading = asyncio.create_task(anext(aiter(queue)))
             await until(lambda: gateway.table.silent)
             await asyncio.sleep(3 * HEARTBEAT_S)
             assert not reading.done(), "nobody else could go on"
@@ -137,15 +137,15 @@ def test_a_broken_stream_loses_its_requests_and_is_opened_again(end: BaseExcepti
     async def test(gateway: Gateway) -> None:
         gateway.table.publish("app", ["north"])
         await until(lambda: gateway.opened)
-        with gateway.inbox.expect(REQUEST) as mail:
+        with gateway.inbox.expect(REQUEST) as queue:
             gateway.table.sent(REQUEST.key, "north")
             gateway.opened[0].items.put_nowait(end)
             with pytest.raises(CoordinatorLost, match="ended"):
-                await anext(aiter(mail))
+                await anext(aiter(queue))
         await until(lambda: len(gateway.opened) == 2)
-        with gateway.inbox.expect(REQUEST) as mail:
+        with gateway.inbox.expect(REQUEST) as queue:
             gateway.opened[1].items.put_nowait((TokenChunk("a", 0, 0, (5,)),))
-            assert (await anext(aiter(mail))).token_ids == (5,)
+            assert (await anext(aiter(queue))).token_ids == (5,)
 
     running(test)
 
@@ -155,12 +155,12 @@ def test_a_coordinator_that_drains_keeps_its_stream_until_it_has_answered() -> N
         gateway.table.publish("app", ["north", "south"])
         await until(lambda: len(gateway.opened) == 2)
         north, south = sorted(gateway.opened, key=lambda stream: stream.asked.coordinator)
-        with gateway.inbox.expect(REQUEST) as mail:
+        with gateway.inbox.expect(REQUEST) as queue:
             gateway.table.sent(REQUEST.key, "north")
             gateway.table.publish("app", ["south"])
             await asyncio.sleep(3 * HEARTBEAT_S)
             north.items.put_nowait((TokenChunk("a", 0, 0, (5,), finish_reason="stop"),))
-            assert [chunk.token_ids async for chunk in mail] == [(5,)]
+            assert [chunk.token_ids async for chunk in queue] == [(5,)]
         await until(lambda: north.cancelled)
         assert not south.cancelled
         await asyncio.sleep(5 * HEARTBEAT_S)

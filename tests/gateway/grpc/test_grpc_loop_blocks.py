@@ -95,7 +95,7 @@ def test_large_messages_keep_nobody_waiting(tokenizer_directory: Path) -> None:
     async def run() -> Blocks:
         frontend = large_frontend(tokenizer_directory)
         server = grpc.aio.server(
-            interceptors=(Gate(frontend.config, frontend.guard),), options=server_options(frontend.config)
+            interceptors=(Gate(frontend.config, frontend.access),), options=server_options(frontend.config)
         )
         chat_pb2_grpc.add_MantaServicer_to_server(GrpcDoor(frontend), server)  # type: ignore[no-untyped-call]
         port = server.add_insecure_port("127.0.0.1:0")

@@ -12,7 +12,7 @@ from google.protobuf.message import Message as ProtoMessage
 from cluster.errors import InvalidRequest
 from gateway.grpc.door import _chat_body, _completion_body, _embedding_body
 from gateway.grpc.proto import chat_pb2
-from gateway.grpc.tokenization import _detokenize_body, _tokenize_body
+from gateway.grpc.tokenize import _detokenize_body, _tokenize_body
 from gateway.http.app import BODIES
 from gateway.request.protocol import Body, ChatCompletionRequest, EmbeddingRequest, Message, SamplingFields
 

@@ -1,35 +1,35 @@
-"""Stands before every RPC. Knows metadata and peers as gRPC spells them; who may pass is the Guard's decision."""
+"""Stands before every RPC. Knows metadata and peers as gRPC spells them; who may pass is the access policy's to say."""
 
 from __future__ import annotations
 
 from typing import Any
 from urllib.parse import unquote
 
+from gateway.admission.access import AccessPolicy, is_loopback
 from gateway.admission.api_keys import ApiKey
 from gateway.admission.caller import Caller, set_caller
-from gateway.admission.guard import Guard, is_loopback
 from gateway.admission.limits import Limiter
 
 CLIENT = "x-manta-client"  # set by HAProxy, whatever the client says
 
 
-def pass_guard(guard: Guard, limiter: Limiter, context: Any) -> Caller:
+def authenticate(access: AccessPolicy, limiter: Limiter, context: Any) -> Caller:
     """To be called first by every RPC but grpc.health.v1's. Raises Unauthorized.
 
     RPCs that count as requests of a key `enter` and `leave` the caller.
     """
-    caller = Caller(identify(guard, context), limiter)
+    caller = Caller(identify(access, context), limiter)
     set_caller(caller)
     return caller
 
 
-def identify(guard: Guard, context: Any) -> ApiKey | None:
+def identify(access: AccessPolicy, context: Any) -> ApiKey | None:
     """Whose RPC it is, by its metadata. Raises Unauthorized."""
     sent: dict[str, list[str]] = {"authorization": [], "x-api-key": []}
     for name, value in context.invocation_metadata():
         if name in sent:
             sent[name].append(str(value))
-    return guard.identify(sent["authorization"], peer_address(context.peer()), sent["x-api-key"])
+    return access.identify(sent["authorization"], peer_address(context.peer()), sent["x-api-key"])
 
 
 def connection(context: Any) -> str:

@@ -1,4 +1,4 @@
-"""Stands before every HTTP route. Knows paths and headers; who may pass is the Guard's decision.
+"""Stands before every HTTP route. Knows paths and headers; who may pass is the access policy's to say.
 
 What is not on the short list of public paths needs a key, however its path is spelled: a path that only resembles a
 public one is not on the list.
@@ -10,8 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import InvalidRequest
+from gateway.admission.access import AccessPolicy
 from gateway.admission.caller import ANONYMOUS, Caller, set_caller
-from gateway.admission.guard import Guard
 from gateway.admission.limits import Limiter
 from gateway.http.errors import body, json_response
 
@@ -20,12 +20,12 @@ FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests 
 METRICS_PATH = "/metrics"
 
 
-class HttpGuard:
+class Authentication:
     """ASGI middleware. Raises Unauthorized, RateLimited, and InvalidRequest for a Host or a page that is not ours."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, limiter: Limiter) -> None:
+    def __init__(self, app: ASGIApp, access: AccessPolicy, limiter: Limiter) -> None:
         self._app = app
-        self._guard = guard
+        self._access = access
         self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,18 +56,18 @@ class HttpGuard:
         peer = scope["client"][0] if scope.get("client") else None
         authorization = headers.getlist("authorization")
         if scope["path"] in PUBLIC_PATHS and scope["method"] in ("GET", "HEAD"):
-            self._guard.require_local(peer)
+            self._access.require_local(peer)
             return ANONYMOUS
         if scope["path"] == METRICS_PATH:
-            self._guard.require_metrics_token(authorization, peer)
+            self._access.require_metrics_token(authorization, peer)
             caller = ANONYMOUS
         else:
-            caller = Caller(self._guard.identify(authorization, peer, headers.getlist("x-api-key")), self._limiter)
+            caller = Caller(self._access.identify(authorization, peer, headers.getlist("x-api-key")), self._limiter)
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._guard.knows_host(hosts[0]):
+        if len(hosts) != 1 or not self._access.knows_host(hosts[0]):
             raise InvalidRequest("Host: not a name of this server; gateway.allowed_hosts lists them", param="Host")
         asks = headers.get("origin"), headers.get("sec-fetch-site")
-        if scope["method"] not in FREE_METHODS and not self._guard.knows_page(*asks, hosts[0]):
+        if scope["method"] not in FREE_METHODS and not self._access.knows_page(*asks, hosts[0]):
             raise InvalidRequest(
                 "Origin: a server without API keys answers no page of another site; gateway.cors_origins lists those "
                 "that may ask",

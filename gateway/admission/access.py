@@ -19,7 +19,7 @@ NOT_LOCAL = "without API keys (gateway.api_keys_file) only clients on the server
 NO_METRICS_TOKEN = "metrics need a token of their own where API keys are configured: set gateway.metrics_token_file"
 
 
-class Guard:
+class AccessPolicy:
     """One per gateway replica, for both doors."""
 
     def __init__(self, config: GatewayConfig) -> None:

@@ -16,7 +16,7 @@ from gateway.grpc.errors import RpcFailed
 from gateway.grpc.proto import chat_pb2
 from gateway.request.prompts import check_count
 from gateway.request.protocol import parse_body
-from gateway.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, token_strings, tokenize
+from gateway.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, token_strings, tokenize
 
 TOKEN_BYTES = 4  # about, of an id; as text, a few more
 
@@ -24,7 +24,7 @@ _MessageT = TypeVar("_MessageT")
 
 
 class TokenizationRpcs:
-    """Both, behind the same guard and with the same codes as every RPC."""
+    """Both, behind the same authentication and with the same codes as every RPC."""
 
     frontend: Frontend
 

@@ -1,6 +1,6 @@
 """Bounds what clients send: how long a body may take, and how much all of them may occupy. Knows bytes, no JSON.
 
-Stands behind the guard, so that nobody without a key gets a byte of theirs held, and before every route.
+Stands behind authentication, so that nobody without a key gets a byte of theirs held, and before every route.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gateway.admission.held_bytes import Held, HeldBytes
 from gateway.http.asgi import HttpMiddleware
 
 
-class BodyBounds(HttpMiddleware):
+class BoundedReceiving(HttpMiddleware):
     """ASGI middleware. Reading a body raises BodyTimeout, or Overloaded when others' fill the memory set aside."""
 
     def __init__(self, app: ASGIApp, timeout_s: float, max_bytes_of_all: int) -> None:

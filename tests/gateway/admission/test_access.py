@@ -16,12 +16,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.config import GatewayConfig
 from cluster.errors import Unauthorized
 from cluster.messages import ModelCard
+from gateway.admission.access import AccessPolicy
 from gateway.admission.api_keys import digest
-from gateway.admission.guard import Guard
-from gateway.grpc.guard import peer_address
+from gateway.grpc.authentication import peer_address
 from gateway.grpc.proto import chat_pb2
 from gateway.http.app import build_app
-from gateway.http.guard import PUBLIC_PATHS
+from gateway.http.authentication import PUBLIC_PATHS
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
 from tests.raw_http import send, spellings
@@ -174,22 +174,22 @@ def test_every_rpc_but_health_needs_a_key(frontend: Any) -> None:
 
 
 def test_without_keys_only_loopback_is_answered() -> None:
-    guard = Guard(GatewayConfig())
+    access = AccessPolicy(GatewayConfig())
     for peer in ("127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"):
-        assert guard.identify([], peer) is None
-        assert guard.identify(["Bearer none"], peer) is None
+        assert access.identify([], peer) is None
+        assert access.identify(["Bearer none"], peer) is None
     for peer in ("10.0.0.1", "::ffff:10.0.0.1", "fe80::1", "localhost.evil", "", None):
         with pytest.raises(Unauthorized, match="api_keys_file"):
-            guard.identify([], peer)
+            access.identify([], peer)
         with pytest.raises(Unauthorized):
-            guard.require_metrics_token([], peer)
+            access.require_metrics_token([], peer)
 
 
 def test_behind_a_proxy_that_listens_everywhere_nobody_is_answered_without_keys(tmp_path: Path) -> None:
     """HAProxy's connections come from loopback, whoever its own client is."""
     with pytest.raises(Unauthorized):
-        Guard(GatewayConfig(host="0.0.0.0")).identify([], "127.0.0.1")
-    assert Guard(config(tmp_path, host="0.0.0.0")).identify([f"Bearer {KEY}"], "10.0.0.1") is not None
+        AccessPolicy(GatewayConfig(host="0.0.0.0")).identify([], "127.0.0.1")
+    assert AccessPolicy(config(tmp_path, host="0.0.0.0")).identify([f"Bearer {KEY}"], "10.0.0.1") is not None
 
 
 def test_without_keys_a_page_of_another_site_is_refused(card: ModelCard) -> None:
@@ -241,8 +241,8 @@ def test_with_keys_the_key_is_what_counts(url: str) -> None:
 
 
 def test_any_host_can_be_allowed() -> None:
-    assert Guard(GatewayConfig(allowed_hosts=("*",))).knows_host("evil.example")
-    assert not Guard(GatewayConfig()).knows_host("evil.example")
+    assert AccessPolicy(GatewayConfig(allowed_hosts=("*",))).knows_host("evil.example")
+    assert not AccessPolicy(GatewayConfig()).knows_host("evil.example")
 
 
 @pytest.mark.parametrize(
