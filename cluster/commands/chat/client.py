@@ -104,7 +104,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The `data:` of each server-sent event. Only \\n and \\r end a line: JSON may hold any other separator raw."""
+    """The `data:` of each server-sent event. Only \\n and \\r end a line: JSON may hold any other separator raw.
+
+    Not httpx-sse, a package for these eight lines: it refuses a server that names another content type.
+    """
     buffer = b""
     for chunk in chunks:
         *lines, buffer = (buffer + chunk).split(b"\n")

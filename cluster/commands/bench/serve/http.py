@@ -70,7 +70,7 @@ class HttpAnswer:
         return Outcome(self.due, self.end, tuple(times), prompt_tokens, output_tokens)
 
     def _events(self) -> list[tuple[float, dict[str, Any]]]:
-        """Each event with the moment when its line was complete."""
+        """Each event with the moment when its line was complete. httpx-sse reads a response only, not what was kept."""
         events, buffer = [], b""
         for moment, data in self.pieces:
             *lines, buffer = (buffer + data).split(b"\n")
