@@ -138,7 +138,19 @@ class HuggingFaceTokenizer:
     def _render(
         self, chat: list[ChatMessage], tools: list[Any] | None, how: Rendering
     ) -> tuple[str, list[tuple[int, int]] | None]:
-        """As the template does. Many write a system message into the first or the last user's, and lose it without one.
+        """As the template does. Messages of one role in a row that it refuses are joined, as mistral-common does."""
+        try:
+            return self._render_as_sent(chat, tools, how)
+        except REFUSALS:
+            joined = _joined(chat)
+            if len(joined) == len(chat):
+                raise
+        return self._render_as_sent(joined, tools, how)
+
+    def _render_as_sent(
+        self, chat: list[ChatMessage], tools: list[Any] | None, how: Rendering
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """Many templates write a system message into the first or the last user's, and lose it without one.
 
         There an empty message of a user is put after it, as mistral-common does.
         """
@@ -258,6 +270,21 @@ def _with_objects(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
         else dict(message)
         for message in chat
     ]
+
+
+def _joined(chat: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Messages of one role in a row are one, texts two lines apart and calls one after the other; no tools' results."""
+    joined: list[ChatMessage] = []
+    for message in chat:
+        if not joined or message["role"] != joined[-1]["role"] or message["role"] == "tool":
+            joined.append(message)
+            continue
+        both = (joined[-1], message)
+        one = {**joined[-1], "content": "\n\n".join(said["content"] for said in both if said["content"])}
+        if calls := [call for said in both for call in said.get("tool_calls", ())]:
+            one["tool_calls"] = calls
+        joined[-1] = one
+    return joined
 
 
 def _has_user(chat: Sequence[ChatMessage]) -> bool:

@@ -101,7 +101,7 @@ SHAPES: dict[str, Shape] = {
     "system and developer": Shape(
         [system(), developer("In French."), user()],
         means=[system(), system("In French."), user()],
-        refused={PLAIN: "messages"},
+        in_text=[system("Be brief.\n\nIn French."), user()],
     ),
     "several turns": Shape([system(), user(), assistant(), user(), assistant(), user("Bye")]),
     "consecutive users": Shape([user(), user("again")]),
