@@ -3,6 +3,8 @@
 8 bytes, little-endian    length N of the header
 N bytes                   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …}
 the rest                  tensor data without holes; offsets count from its start
+
+The library of that name tells no offsets. By them a shard reads its own experts in pieces, and tells how far it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A token bucket: so much a minute, evenly, with a minute's worth in reserve. Knows time; knows not what it counts."""
+"""A token bucket: so much a minute, evenly, with a minute's worth in reserve. Knows time; knows not what it counts.
+
+Libraries' rate limiters are told what a request costs before it passes. Ours takes debts: nobody knows then how long an
+answer gets.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Cuts the text of one output at its first stop string. Knows pieces of text; knows nothing of tokens.
 
-Text that may be the beginning of a stop string is held back until the next pieces decide.
+Text that may be the beginning of a stop string is held back until the next pieces decide. Libraries that stop at
+strings do so where tokens are chosen, over tokens; what a client must not see is text.
 """
 
 from __future__ import annotations
