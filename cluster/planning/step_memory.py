@@ -10,6 +10,7 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.planning.placement import DTYPE_BYTES, Dtype, kv_bytes_per_token
 
 GATHER_BYTES = 2**30  # of keys and values that decoding sequences read at once, if one context alone is not longer
+PARTIAL_BYTES = 2**24  # of what splits of long contexts make before it is added up
 SCORED_ROWS = 256  # of a prompt's logits in memory at once
 SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm of a probability
 SAMPLED_LOGIT_BYTES = 32  # of one that is sampled from: the same, adjusted, as probability, sorted with its index
@@ -44,6 +45,8 @@ def step_bytes(
         attention += gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
         attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
+    else:
+        attention += PARTIAL_BYTES
     logits = a.vocab_size * (sequences * SAMPLED_LOGIT_BYTES + SCORED_ROWS * SCORED_LOGIT_BYTES)
     width = 16 * a.hidden_size + 4 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     if not a.is_dense:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cluster.checkpoint.architecture import Architecture
+from experts_service.kernels.jit import AVAILABLE
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.reference import ReferenceAttention
 
@@ -12,5 +13,12 @@ from router_service.attention.reference import ReferenceAttention
 def attention_backend(
     architecture: Architecture, *, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """The fastest that can serve this model here."""
+    """The fastest that can serve this model here. `torch.set_num_threads` has been called: it has as many."""
+    if AVAILABLE:
+        from router_service.attention.paged import PagedAttention, is_served
+
+        if is_served(architecture, block_size, dtype, device):
+            paged = PagedAttention(architecture, block_size=block_size, num_threads=torch.get_num_threads())
+            paged.warm_up(dtype)
+            return paged
     return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device)

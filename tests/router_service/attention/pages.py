@@ -1,11 +1,19 @@
-"""What tests of attention share."""
+"""What tests of attention share: sequences in a cache, with NaN wherever nothing was written."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from array import array
+from dataclasses import dataclass, replace
+
+import torch
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from router_service.attention.backend import AttentionBackend
+from router_service.attention.kv_cache import KVCache
+from router_service.attention.metadata import AttentionMetadata, Span
+
+LAYER = 1
 
 
 def sized(*, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int | None = None) -> Architecture:
@@ -13,3 +21,73 @@ def sized(*, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: i
     return replace(
         MIXTRAL_8X7B, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window
     )
+
+
+@dataclass
+class Tokens:
+    """One sequence: what it asks with, and what it is asked, at each of its positions."""
+
+    queries: torch.Tensor  # [S, N, H]
+    keys: torch.Tensor  # [S, G, H]
+    values: torch.Tensor  # [S, G, H]
+
+    @classmethod
+    def random(cls, architecture: Architecture, length: int, dtype: torch.dtype) -> Tokens:
+        heads = (architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads)
+        return cls(*(torch.randn(length, number, architecture.head_dim).to(dtype) for number in heads))
+
+    def expected(self, window: int | None) -> torch.Tensor:
+        """Attention of every position in float64, by the formula."""
+        length, num_heads, head_dim = self.queries.shape
+        times = num_heads // self.keys.shape[1]
+        keys, values = (x.double().repeat_interleave(times, dim=1) for x in (self.keys, self.values))
+        scores = torch.einsum("qnh,knh->nqk", self.queries.double(), keys) / head_dim**0.5
+        positions = torch.arange(length)
+        seen = positions[None] <= positions[:, None]
+        if window:
+            seen &= positions[None] > positions[:, None] - window
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("nqk,knh->qnh", weights, values)
+
+
+class Pages:
+    """A cache in which everything is NaN but the null page, and sequences with blocks in any order."""
+
+    def __init__(
+        self, backend: AttentionBackend, block_size: int, num_blocks: int, dtype: torch.dtype, order: torch.Tensor
+    ) -> None:
+        """`order`: the numbers of the blocks as they are handed out."""
+        self.backend, self.block_size = backend, block_size
+        self.cache = KVCache(2, num_blocks, backend.layout, dtype=dtype, device=torch.device("cpu"))
+        for memory in (self.cache.keys, self.cache.values):
+            memory[:, 1:] = float("nan")
+        self._free = iter(order.tolist())
+        self._tables: list[array[int]] = []
+
+    def new_sequence(self) -> int:
+        self._tables.append(array("i"))
+        return len(self._tables) - 1
+
+    def step(self, parts: list[tuple[int, Tokens, int, int]]) -> list[torch.Tensor]:
+        """Positions start … end - 1 of some sequences, as (sequence, tokens, start, end), in one step."""
+        spans = []
+        for number, _, start, end in parts:
+            table = self._tables[number]
+            while len(table) * self.block_size < end:
+                table.append(next(self._free))
+            spans.append(Span(start, end - start, table))
+        plan = self.backend.plan(AttentionMetadata(spans, self.block_size))
+        queries, keys, values = (
+            torch.cat([getattr(tokens, name)[start:end] for _, tokens, start, end in parts])
+            for name in ("queries", "keys", "values")
+        )
+        attended = plan.attend(LAYER, queries, keys, values, self.cache)
+        return list(attended.split([end - start for *_, start, end in parts]))
+
+    def release(self, number: int, position: int) -> None:
+        """Give away the blocks before a position, to somebody whose values are NaN."""
+        for index in range(position // self.block_size):
+            block = self._tables[number][index]
+            self._tables[number][index] = 0
+            if block:
+                self.cache.keys[:, block] = self.cache.values[:, block] = float("nan")

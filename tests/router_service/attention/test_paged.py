@@ -1,0 +1,154 @@
+"""The CPU kernels compute attention, and neither how work is cut nor a neighbour changes a token's bits.
+
+Whatever is not written, and whatever belongs to others, is NaN in all of these tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts_service.kernels.jit import AVAILABLE
+from router_service.attention.choice import attention_backend
+from router_service.attention.reference import ReferenceAttention
+from tests.router_service.attention.pages import Pages, Tokens, sized
+
+if not AVAILABLE:
+    pytest.skip("needs numba", allow_module_level=True)
+
+from router_service.attention.paged import PagedAttention
+from router_service.attention.paged_kernels import SPLIT, TILE
+
+CPU = torch.device("cpu")
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def paged(architecture, block_size, threads=1):
+    return PagedAttention(architecture, block_size=block_size, num_threads=threads)
+
+
+def in_chunks(backend, block_size, tokens, chunks, order=None):
+    """What each position of a sequence gets that is alone and comes in these chunks."""
+    length = len(tokens.queries)
+    num_blocks = -(-length // block_size)
+    pages = Pages(backend, block_size, num_blocks, tokens.queries.dtype, order or torch.arange(1, num_blocks + 1))
+    number = pages.new_sequence()
+    bounds = [0, *itertools.accumulate(chunks)]
+    return torch.cat([pages.step([(number, tokens, a, b)])[0] for a, b in itertools.pairwise(bounds)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (8, 2), (6, 1), (10, 2), (9, 1)]),
+    head_dim=st.sampled_from([16, 48, 64, 128]),
+    block_size=st.sampled_from([16, 48, 64, 256]),
+    window=st.sampled_from([None, 1, 5, 64, 100]),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    threads=st.sampled_from([1, 3]),
+    data=st.data(),
+)
+def test_it_is_attention(dtype, heads, head_dim, block_size, window, lengths, threads, data):
+    """Sequences come in steps of any size, prompts beside those that decode, in blocks that lie anywhere."""
+    torch.manual_seed(0)
+    architecture = sized(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, sliding_window=window)
+    num_blocks = sum(-(-length // block_size) for length in lengths)
+    pages = Pages(
+        paged(architecture, block_size, threads), block_size, num_blocks, dtype, torch.randperm(num_blocks) + 1
+    )
+    sequences = [(pages.new_sequence(), Tokens.random(architecture, length, dtype)) for length in lengths]
+    done = [0] * len(sequences)
+    got = [[] for _ in sequences]
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        parts = []
+        for number, tokens in sequences:
+            left = lengths[number] - done[number]
+            step = min(left, data.draw(st.sampled_from([0, 1, 1, 7, 64, 200])))
+            if step or (not parts and left and number == len(sequences) - 1):
+                parts.append((number, tokens, done[number], done[number] + max(step, 1)))
+        for (number, _, _, end), attended in zip(parts, pages.step(parts) if parts else [], strict=True):
+            got[number].append(attended)
+            done[number] = end
+            if window:
+                pages.release(number, end - window + 1)
+    for (number, tokens), pieces in zip(sequences, got, strict=True):
+        assert number < len(sequences)
+        torch.testing.assert_close(
+            torch.cat(pieces).double(), tokens.expected(window), atol=CLOSE[dtype], rtol=CLOSE[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(("num_heads", "groups"), [(8, 2), (3, 3)])
+def test_a_token_gets_the_same_bits_in_whatever_chunk_it_came(dtype, window, num_heads, groups):
+    torch.manual_seed(1)
+    architecture = sized(num_heads=num_heads, num_kv_heads=groups, head_dim=32, sliding_window=window)
+    length = SPLIT + 130
+    tokens = Tokens.random(architecture, length, dtype)
+    whole = in_chunks(paged(architecture, 16), 16, tokens, [length])
+    assert torch.isfinite(whole).all()
+    for sizes in ([64], [17, 1, 300, 5], [TILE * 3 + 1]):
+        ends = itertools.takewhile(lambda end: end < length, itertools.accumulate(itertools.cycle(sizes)))
+        chunks = [b - a for a, b in itertools.pairwise([0, *ends, length])]
+        assert torch.equal(in_chunks(paged(architecture, 16), 16, tokens, chunks), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 16, 17, TILE, TILE + 1, SPLIT, SPLIT + 1])
+def test_and_the_same_as_the_last_of_a_prompt_or_decoded(dtype, length):
+    torch.manual_seed(2)
+    architecture = sized(num_heads=8, num_kv_heads=2, head_dim=64)
+    tokens = Tokens.random(architecture, length, dtype)
+    whole = in_chunks(paged(architecture, 64), 64, tokens, [length])
+    if length > 1:
+        decoded = in_chunks(paged(architecture, 64, threads=4), 64, tokens, [length - 1, 1])
+        assert torch.equal(decoded[-1], whole[-1])
+    torch.testing.assert_close(whole.double(), tokens.expected(None), atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_threads_and_block_sizes_change_no_bit(dtype):
+    """A long context is cut into splits for many threads, and added up afterwards."""
+    torch.manual_seed(3)
+    architecture = sized(num_heads=8, num_kv_heads=2, head_dim=64)
+    lengths = [2 * SPLIT + 77, 1, 300, SPLIT, 64]
+    sequences = [Tokens.random(architecture, length, dtype) for length in lengths]
+    alone = [in_chunks(paged(architecture, 16), 16, tokens, [len(tokens.queries) - 1, 1][len(tokens.queries) == 1 :])
+             for tokens in sequences]  # fmt: skip
+    for block_size, threads in ((16, 1), (64, 2), (16, 16)):
+        num_blocks = sum(-(-length // block_size) for length in lengths)
+        backend = paged(architecture, block_size, threads)
+        pages = Pages(backend, block_size, num_blocks, dtype, torch.randperm(num_blocks) + 1)
+        numbers = [pages.new_sequence() for _ in sequences]
+        for number, tokens in zip(numbers, sequences, strict=True):
+            if lengths[number] > 1:
+                pages.step([(number, tokens, 0, lengths[number] - 1)])
+        together = pages.step([(n, t, lengths[n] - 1, lengths[n]) for n, t in zip(numbers, sequences, strict=True)])
+        for expected, got in zip(alone, together, strict=True):
+            assert torch.equal(got[0], expected[-1])
+
+
+def test_nan_of_its_own_reaches_a_token():
+    """What is not finite is found by looking at what comes out, so it may not vanish on the way."""
+    architecture = sized(num_heads=4, num_kv_heads=2, head_dim=16)
+    for name in ("keys", "values"):
+        tokens = Tokens.random(architecture, 40, torch.float32)
+        getattr(tokens, name)[7] = float("nan")
+        got = in_chunks(paged(architecture, 16), 16, tokens, [40])
+        assert torch.isfinite(got[:7]).all()
+        assert torch.isnan(got[7:]).all()
+
+
+def test_what_the_kernels_cannot_do_the_reference_does():
+    def chosen(dtype=torch.float32, block_size=16, head_dim=64, device="cpu"):
+        architecture = sized(num_heads=4, num_kv_heads=2, head_dim=head_dim)
+        device = torch.device(device)
+        return type(attention_backend(architecture, block_size=block_size, dtype=dtype, device=device))
+
+    assert chosen() is chosen(torch.bfloat16) is PagedAttention
+    assert chosen(torch.float16) is chosen(block_size=1) is chosen(head_dim=8) is ReferenceAttention
