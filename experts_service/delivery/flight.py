@@ -82,10 +82,10 @@ class RemoteFlight(Generic[Rows, A]):
     def _is_wrong(self, part: GroupRows) -> bool:
         assert self.received is not None
         answer = self.received[part.start : part.start + len(part.row_indices)]  # [R, D]
-        if math.isfinite(answer.sum()):
+        if math.isfinite(answer.sum(dtype=torch.float32)):  # in fp16 a sum may be too large
             return False
         indices = torch.from_numpy(part.row_indices).to(self._rows.device)  # [R]
-        return math.isfinite(self._rows[indices].sum())
+        return math.isfinite(self._rows[indices].sum(dtype=torch.float32))
 
     def _failure(self, delivery: Delivery[Rows, A]) -> Exception:
         return delivery.error or ExpertUnavailable(

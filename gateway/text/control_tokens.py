@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from os.path import commonprefix
 from typing import Any
 
 from cluster.errors import InvalidRequest
@@ -22,6 +23,7 @@ Span = tuple[int, int]
 
 _FENCE = [chr(0xFDD0 + i) for i in range(0x20)]  # noncharacters, "not for interchange": digits, and a sign before them
 _FENCES = re.compile(f"[{_FENCE[0]}-{_FENCE[-1]}]")
+_PIECE = 2**16  # characters that are searched before other threads get their turn
 
 
 class ControlTokens:
@@ -34,6 +36,8 @@ class ControlTokens:
             i: token.content for i, token in added.items() if _says_something(token.content)
         }
         self._id_of = {text: i for i, text in self._text_of.items()}
+        self._any = re.compile(_any_of(self._id_of)) if self._id_of else None
+        self._longest = max(map(len, self._id_of), default=0)
         document = json.loads(rust.to_str())
         model = document["model"]
         self._unk_id: int | None = model.get("unk_id", rust.token_to_id(model.get("unk_token") or ""))
@@ -59,10 +63,11 @@ class ControlTokens:
         elif isinstance(value, list):
             for item in value:
                 self.refuse(item, path)
-        elif isinstance(value, str):
-            for text in self._id_of:
-                if text in value:
-                    raise InvalidRequest(f"{path}: this model cannot be sent a text that holds {text!r}", param=path)
+        elif isinstance(value, str) and self._any is not None:
+            for start in range(0, len(value), _PIECE):
+                found = self._any.search(value, start, start + _PIECE + self._longest)
+                if found:
+                    raise InvalidRequest(f"{path}: this model cannot be sent a text that holds {found[0]!r}", path)
 
     def _spans(self, text: str, encoding: Any) -> set[Span]:
         """Where the tokenizer found control tokens in the text."""
@@ -95,6 +100,18 @@ class ControlTokens:
             return list(encoding.ids)
         # The others are none to the tokenizer, for what stands beside them.
         return self._encode_fenced(text, [span for start, span in starts.items() if start in found])
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """A pattern for any of these texts, that tries hardly more than one at a place: their beginnings are shared."""
+    start = commonprefix(list(texts))  # noqa: RUF071  # of characters, as is meant
+    rests = {text[len(start) :] for text in texts}
+    if "" in rests:  # one of the texts; what goes on from here holds it
+        return re.escape(start)
+    by_first: dict[str, list[str]] = {}
+    for rest in sorted(rests):
+        by_first.setdefault(rest[0], []).append(rest)
+    return re.escape(start) + "(?:" + "|".join(map(_any_of, by_first.values())) + ")"
 
 
 def _says_something(text: str) -> bool:

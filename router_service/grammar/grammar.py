@@ -48,7 +48,7 @@ class GrammarState:
     """The grammar of one sequence. Its methods are called on one thread, once it is made."""
 
     __slots__ = (
-        *("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_was_late", "_work", "_workers"),
+        *("_bitmask", "_compiled", "_matcher", "_outlook", "_param", "_tenant", "_was_late", "_work", "_workers"),
         *("_accept_s", "_num_accepted"),
     )
 
@@ -61,6 +61,7 @@ class GrammarState:
         self._matcher = GrammarMatcher(compiled)
         self._bitmask = allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)  # on the CPU
         self._param = param(request.grammar)
+        self._tenant = request.cache_salt
         self._workers = workers
         self._work: Future[_Outlook] | None = None
         self._was_late = False
@@ -72,7 +73,7 @@ class GrammarState:
         """Go on by one token, in a worker. `is_ready` says when that is done."""
         self._settle(timeout_s=None)
         self._was_late = False
-        self._work = self._workers.submit(self._compiled, lambda: self._follow([token_id]))
+        self._work = self._workers.submit(self._compiled, self._tenant, lambda: self._follow([token_id]))
 
     def cancel(self) -> None:
         """Nobody waits for what comes next."""

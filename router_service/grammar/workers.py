@@ -1,7 +1,8 @@
 """The threads that follow grammars, token by token, while the model computes. Knows which grammars are slow, not why.
 
 xgrammar gives the interpreter free while it works, so a step goes on beside it. A grammar that was slow once has its
-work done in threads of low priority from then on: a hostile schema delays only other slow ones.
+work done in threads of low priority from then on: a hostile schema delays only other slow ones. Of either kind tenants
+take turns: one who has a hundred sequences delays another's token by one of theirs.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
@@ -27,13 +29,13 @@ class GrammarWorkers:
 
     def __init__(self, token_timeout_s: float) -> None:
         self.token_timeout_s = token_timeout_s
-        self._quick = ThreadPoolExecutor(_NUM_THREADS, "grammar-token")
-        self._slow = ThreadPoolExecutor(_NUM_THREADS, "grammar-slow-token", initializer=yield_to_others)
+        self._quick = _Turns(ThreadPoolExecutor(_NUM_THREADS, "grammar-token"))
+        self._slow = _Turns(ThreadPoolExecutor(_NUM_THREADS, "grammar-slow-token", initializer=yield_to_others))
         self._slow_grammars: weakref.WeakValueDictionary[int, CompiledGrammar] = weakref.WeakValueDictionary()  # by id
 
-    def submit(self, compiled: CompiledGrammar, work: Callable[[], _Result]) -> Future[_Result]:
-        """Have work done that follows a grammar."""
-        return (self._slow if id(compiled) in self._slow_grammars else self._quick).submit(work)
+    def submit(self, compiled: CompiledGrammar, tenant: str, work: Callable[[], _Result]) -> Future[_Result]:
+        """Have work done that follows a grammar of one of a tenant's sequences."""
+        return (self._slow if id(compiled) in self._slow_grammars else self._quick).submit(tenant, work)
 
     def note_cost(self, compiled: CompiledGrammar, seconds: float) -> None:
         """One token of a grammar took so much CPU time. Called from any thread."""
@@ -42,8 +44,48 @@ class GrammarWorkers:
 
     def close(self) -> None:
         """End the threads, once what they are at has ended."""
-        for pool in (self._quick, self._slow):
-            pool.shutdown(wait=False, cancel_futures=True)
+        for turns in (self._quick, self._slow):
+            turns.close()
+
+
+class _Turns:
+    """A pool whose work is taken from one tenant after the other."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._lines: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()  # none is empty
+
+    def submit(self, tenant: str, work: Callable[[], _Result]) -> Future[_Result]:
+        """Have it done behind the rest of its tenant's. It is not begun once the future is cancelled."""
+        future: Future[_Result] = Future()
+        with self._lock:
+            self._lines.setdefault(tenant, deque()).append((future, work))
+        self._pool.submit(self._do_next)
+        return future
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for line in self._lines.values():
+                for future, _ in line:
+                    future.cancel()
+
+    def _do_next(self) -> None:
+        """As many calls are in the pool as there is work in the lines."""
+        with self._lock:
+            tenant, line = self._lines.popitem(last=False)
+            future, work = line.popleft()
+            if line:
+                self._lines[tenant] = line  # behind the others'
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
 
 def yield_to_others() -> None:

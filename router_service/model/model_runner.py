@@ -132,7 +132,7 @@ def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:
     """The sequences one of whose rows of `x` [T, D] is not finite."""
     if math.isfinite(x.sum()):
         return []
-    finite: list[bool] = x.sum(dim=-1).isfinite().tolist()
+    finite: list[bool] = x.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # in fp16 a sum may be too large
     lost = []
     first = 0
     for scheduled in batch:

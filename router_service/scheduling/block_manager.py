@@ -112,11 +112,13 @@ class BlockManager:
 
     def publish(self, sequence: Sequence) -> None:
         """Make the full, computed blocks of a sequence available to others."""
-        if not self.prefix_caching:
+        indices = range(sequence.num_published_blocks, sequence.num_computed_tokens // self.block_size)
+        if not self.prefix_caching or not indices:
             return
         if self._doubted and not self._doubted.isdisjoint(sequence.block_table):
             sequence.num_published_blocks = _NO_MORE  # nor what was computed from them
-        for index in range(sequence.num_published_blocks, sequence.num_computed_tokens // self.block_size):
+            return
+        for index in indices:
             block, block_hash = sequence.block_table[index], self._hash(sequence, index)
             if block != NULL_BLOCK and block not in self._hash_of_block and block_hash not in self._block_of_hash:
                 self._hash_of_block[block] = block_hash
@@ -126,6 +128,8 @@ class BlockManager:
     def release(self, sequence: Sequence, position: int) -> None:
         """Take back the blocks whose tokens all come before a position; the null block stands in their place."""
         for index in range(sequence.num_released_blocks, min(position // self.block_size, len(sequence.block_table))):
+            if sequence.block_table[index] in self._doubted:
+                sequence.num_published_blocks = _NO_MORE
             self._let_go(sequence.block_table[index], sequence)
             sequence.block_table[index] = NULL_BLOCK
             sequence.num_released_blocks = index + 1

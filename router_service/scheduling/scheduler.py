@@ -259,14 +259,15 @@ class Scheduler:
         """Compute more of a prompt in this step, at least one token. Returns what it costs."""
         scheduled = self._batch.get(sequence)
         start, given = sequence.num_computed_tokens, 0 if scheduled is None else scheduled.num_tokens
-        num_tokens = min(len(sequence) - start - given, self.cost.longest_chunk(start + given, budget))
+        scored = not sequence.is_prompt_scored
+        num_tokens = min(len(sequence) - start - given, self.cost.longest_chunk(start + given, budget, scored=scored))
         if num_tokens == 0:
             if given:
                 return budget  # too little to go on with
             num_tokens = 1
         self._batch[sequence] = ScheduledSequence(sequence, start, given + num_tokens)
         sequence.last_step = self._num_steps
-        return self.cost.chunk(start + given, num_tokens)
+        return self.cost.chunk(start + given, num_tokens, scored=scored)
 
     # Admission
 

@@ -11,7 +11,7 @@ import xgrammar
 
 from cluster.errors import InvalidRequest
 from router_service.grammar.grammar import GrammarState
-from router_service.grammar.workers import GrammarWorkers
+from router_service.grammar.workers import _NUM_THREADS, GrammarWorkers
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench
@@ -108,7 +108,7 @@ def test_a_late_grammar_costs_no_steps(bench):
 
 def test_work_for_a_sequence_that_has_left_is_not_begun(bench, workers):
     blocker = threading.Event()
-    workers._quick.submit(blocker.wait, LONG_S)
+    workers._quick.submit("", lambda: blocker.wait(LONG_S))
     request = constrained()
     bench.add(request)
     state = bench.engine._sequences[request.key].grammar
@@ -119,8 +119,22 @@ def test_work_for_a_sequence_that_has_left_is_not_begun(bench, workers):
     bench.engine._abort(request.key)
     assert bench.engine.stats().num_kv_blocks_used == 0
     blocker.set()
-    workers._quick.submit(int).result(LONG_S)
+    workers._quick.submit("", int).result(LONG_S)
     assert held.num_accepted == 0
+
+
+def test_tenants_take_turns(bench, workers):
+    """All tokens stood in one line: who had a hundred sequences delayed everybody's by a hundred of theirs."""
+    bench.grammar_state(request := constrained())
+    compiled, blocker, done = bench.grammars[request.grammar], threading.Event(), []
+    for _ in range(_NUM_THREADS):
+        workers.submit(compiled, "", lambda: blocker.wait(LONG_S))
+    work = [(tenant, number) for tenant in ("many", "few") for number in range(50 if tenant == "many" else 2)]
+    futures = [workers.submit(compiled, one[0], lambda one=one: done.append(one)) for one in work]
+    blocker.set()
+    for future in futures:
+        future.result(LONG_S)
+    assert max(done.index(("few", number)) for number in range(2)) <= 3 + _NUM_THREADS
 
 
 def test_past_the_bound_a_request_fails_and_names_its_schema(bench, workers):

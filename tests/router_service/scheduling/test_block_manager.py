@@ -93,6 +93,21 @@ def test_a_doubted_block_does_not_come_back_while_somebody_holds_it():
     assert manager.take_prefix(again) == 8, "once nobody held them, the blocks were as good as any"
 
 
+def test_nothing_is_published_that_was_computed_beside_a_doubted_block_even_after_the_window_left_it():
+    manager = BlockManager(8, BLOCK)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    first, second = computed(manager, prompt), computed(manager, prompt)
+    manager.doubt(first.block_table[:1])
+    manager.free(first)
+    manager.release(second, 6)
+    second.token_ids += [10, 11, 12]
+    assert manager.grow(second, 12)
+    second.num_computed_tokens = 12
+    manager.publish(second)
+    assert len(manager.find_prefix(make_sequence([*prompt, 10, 11, 12, 13]))) == 0
+    assert manager._hash_of_block.keys() <= set(second.block_table[1:2])
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14)), max_size=60))
 def test_every_block_is_free_or_held_never_both(actions):
     """Any order of arrivals, growth and departures over few tokens (so that prefixes collide often)."""
