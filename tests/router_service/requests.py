@@ -14,6 +14,7 @@ _numbers = itertools.count()
 
 def make_request(prompt: Iterable[int], *, output: Iterable[int] = (), seed: int = 0, **fields: Any) -> Request:
     """A greedy request of its own id; `fields` are those of Request or of SamplingParams."""
+    request_id = fields.pop("request_id", f"request-{next(_numbers)}")
     of_request = {
         name: fields.pop(name)
         for name in ("choice_index", "deadline", "cache_salt", "grammar", "pooling")
@@ -21,7 +22,7 @@ def make_request(prompt: Iterable[int], *, output: Iterable[int] = (), seed: int
     }
     sampling = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **fields})
     return Request(
-        request_id=fields.pop("request_id", f"request-{next(_numbers)}"),
+        request_id=request_id,
         prompt_token_ids=tuple(prompt),
         output_token_ids=tuple(output),
         sampling=sampling,
