@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -153,14 +154,19 @@ def ready(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
 def build_frontend(
     card: ModelCard, coordinator: CoordinatorClient, config: GatewayConfig | None = None, probe: Probe = ready
 ) -> Frontend:
-    tokenizer = HuggingFaceTokenizer(Path(card.directory))
     return Frontend(
         config or GatewayConfig(),
         (card,),
-        {card.application: tokenizer},
+        {card.application: _tokenizer(card.directory)},
         {card.application: coordinator},
         Health((card,), probe),
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(directory: str) -> HuggingFaceTokenizer:
+    """Loaded once: its files are written once, and nothing changes it."""
+    return HuggingFaceTokenizer(Path(directory))
 
 
 @contextlib.contextmanager
