@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -16,7 +15,7 @@ import ray
 import torch
 from ray import serve
 
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.client import ExpertPool
@@ -25,7 +24,7 @@ from experts_service.routing_table import TABLE, Deployment
 from experts_service.service import NAMESPACE, ExpertService, expert_deployment
 from experts_service.shard.shard import ShardSpec
 from router_service.dispatcher import Dispatcher
-from tests.checkpoints import write_checkpoint
+from tests.experts_service.shards import shard_spec
 from tests.programs import said_by
 
 APPLICATION = "experts-test"
@@ -43,28 +42,10 @@ def holder() -> serve.Deployment:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory)
-    return open_checkpoint(directory)
-
-
-def shard_spec(checkpoint: Checkpoint, group: ExpertGroup) -> ShardSpec:
-    return ShardSpec(
-        application=APPLICATION,
-        directory=str(checkpoint.directory),
-        fingerprint=checkpoint.fingerprint,
-        group=group.index,
-        experts=group.experts,
-        num_groups=len(GROUPS),
-        dtype="float32",
-        num_threads=1,
-    )
-
-
-@pytest.fixture(scope="module")
 def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
-    application = holder().bind(*(expert_deployment(shard_spec(checkpoint, group)) for group in GROUPS))
+    application = holder().bind(
+        *(expert_deployment(shard_spec(checkpoint, group, APPLICATION, dtype="float32")) for group in GROUPS)
+    )
     serve.run(application, name=APPLICATION, route_prefix=None)
     pool = ExpertPool({g.index: serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS})
     pool.connect(timeout_s=30.0)
@@ -142,7 +123,7 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
             await super().__init__(spec)
 
     name = "experts-stuck"
-    spec = replace(shard_spec(checkpoint, GROUPS[0]), application=name)
+    spec = shard_spec(checkpoint, GROUPS[0], name, dtype="float32")
     handle = serve.run(serve.deployment(Impatient).options(name=spec.name).bind(spec), name=name, route_prefix=None)
     try:
         first = handle.stats.remote().result(timeout_s=10).incarnation

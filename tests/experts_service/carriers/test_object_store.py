@@ -12,16 +12,16 @@ import pytest
 import ray
 import torch
 
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.errors import ExpertUnavailable
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.kernels.experts import Experts
 from experts_service.routing_table import Deployment, Replica, RoutingTable
-from experts_service.shard.shard import ShardSpec, start_shard
+from experts_service.shard.shard import start_shard
 from router_service.dispatcher import Dispatcher
-from tests.checkpoints import write_checkpoint
+from tests.experts_service.shards import shard_spec
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -31,36 +31,16 @@ DEPLOYMENTS = {group.index: Deployment("model", f"expert-{group.index}") for gro
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory)
-    return open_checkpoint(directory)
-
-
-@pytest.fixture(scope="module")
 def shards(checkpoint: Checkpoint) -> Iterator[dict[int, Any]]:
     """One actor per group, with the default two threads' share of a small machine: one thread each."""
     started = {}
     for group in GROUPS:
-        spec = shard_spec(checkpoint, group)
+        spec = shard_spec(checkpoint, group, "model")
         started[group.index] = start_shard(spec, f"shard-{group.index}", namespace=NAMESPACE)
     ray.get([shard.stats.remote() for shard in started.values()], timeout=60)
     yield started
     for shard in started.values():
         ray.kill(shard)
-
-
-def shard_spec(checkpoint: Checkpoint, group: ExpertGroup) -> ShardSpec:
-    return ShardSpec(
-        application="model",
-        directory=str(checkpoint.directory),
-        fingerprint=checkpoint.fingerprint,
-        group=group.index,
-        experts=group.experts,
-        num_groups=len(GROUPS),
-        dtype="bfloat16",
-        num_threads=1,
-    )
 
 
 @pytest.fixture
@@ -179,7 +159,7 @@ def test_an_answer_that_is_not_finite_is_asked_of_another_replica(
 ) -> None:
     """NaN of a damaged replica went into the sum, as lanes had never let it."""
     name = f"damaged-{num_rows}-{times}"
-    damaged = start_shard(shard_spec(checkpoint, GROUPS[1]), name, namespace=NAMESPACE)
+    damaged = start_shard(shard_spec(checkpoint, GROUPS[1], "model"), name, namespace=NAMESPACE)
 
     def damage(shard: Any, times: int = times) -> None:
         compute = shard._compute
@@ -207,7 +187,7 @@ def test_two_replicas_share_the_rows_and_a_stopped_one_is_hedged(
     checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any]
 ) -> None:
     """Only lanes did either; over the object store a stopped shard held a step until its deadline."""
-    second = start_shard(shard_spec(checkpoint, GROUPS[1]), "second", namespace=NAMESPACE)
+    second = start_shard(shard_spec(checkpoint, GROUPS[1], "model"), "second", namespace=NAMESPACE)
     table.publish(DEPLOYMENTS[1], [replica(1, actor, checkpoint.fingerprint) for actor in ("second", "shard-1")])
     here, there = local(checkpoint), remote(table, checkpoint.fingerprint, timeout_s=60.0)
     pid = shard_pid(second)

@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.errors import ExpertUnavailable
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.auto import AutoTransport
@@ -22,10 +22,10 @@ from experts_service.carriers.local import LocalTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.kernels.experts import Experts
 from experts_service.routing_table import Deployment, Replica, RoutingTable
-from experts_service.shard.shard import ShardSpec, start_shard
+from experts_service.shard.shard import start_shard
 from experts_service.wire.secret import read_lane_secret
 from router_service.dispatcher import Dispatcher
-from tests.checkpoints import write_checkpoint
+from tests.experts_service.shards import shard_spec
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -42,25 +42,9 @@ def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory)
-    return open_checkpoint(directory)
-
-
 def start(checkpoint: Checkpoint, group: ExpertGroup, name: str, secret_file: Path | None) -> Any:
-    spec = ShardSpec(
-        application="lanes",
-        directory=str(checkpoint.directory),
-        fingerprint=checkpoint.fingerprint,
-        group=group.index,
-        experts=group.experts,
-        num_groups=len(GROUPS),
-        dtype="bfloat16",
-        num_threads=1,
-        lane_secret_file=None if secret_file is None else str(secret_file),
-    )
+    secret = None if secret_file is None else str(secret_file)
+    spec = shard_spec(checkpoint, group, "lanes", lane_secret_file=secret)
     return start_shard(spec, name, namespace=NAMESPACE)
 
 
