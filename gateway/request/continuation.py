@@ -32,7 +32,14 @@ def read_rendering(body: TemplateFields, messages: Sequence[Message], *, continu
     last, path = messages[-1], f"messages[{len(messages) - 1}]"
     field = "continue_final_message" if body.continue_final_message else f"{path}.prefix"
     if not (body.continue_final_message or last.prefix):
-        return replace(how, continues=continues_assistants and last.role == "assistant" and not last.tool_calls)
+        continues = continues_assistants and last.role == "assistant" and not last.tool_calls
+        if continues and not how.has_generation_prompt:
+            raise InvalidRequest(
+                "add_generation_prompt: an assistant's last message is always continued in this model's chat format: "
+                "say continue_final_message",
+                param="add_generation_prompt",
+            )
+        return replace(how, continues=continues)
     if body.add_generation_prompt:
         raise InvalidRequest(f"add_generation_prompt: not together with {field}", param="add_generation_prompt")
     if last.role != "assistant":

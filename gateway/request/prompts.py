@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import ModelCard
-from gateway.request.protocol import Message
+from gateway.request.protocol import Message, whole_numbers
 from gateway.request.sampling_options import check_token_id
 from gateway.request.tools import Tool
 from gateway.request.tools_history import plain_rendering, read_messages, speaks_of_tools
@@ -84,6 +84,7 @@ class PromptReader:
             raise InvalidRequest(expected, param=field)
         if not prompt:
             raise InvalidRequest(f"{field}: must not be empty", param=field)
+        prompt = whole_numbers(prompt)
         if set(map(type, prompt)) == {int}:
             return [self._token_ids(prompt, field)]
         if len(prompt) > max_prompts:
@@ -97,21 +98,25 @@ class PromptReader:
             if isinstance(item, str):
                 prompts.append(self.text(item, path, add_special_tokens=add_special_tokens))
             else:
-                prompts.append(self._token_ids(item, path))
+                prompts.append(self._token_ids(whole_numbers(item), path))
             num_tokens += len(prompts[-1])
             if max_tokens is not None and num_tokens > max_tokens:
                 raise InvalidRequest(f"{field}: over {max_tokens} tokens in all, the most in one request", field)
         return prompts
 
-    def texts(self, prompt: Any, token_ids: Sequence[TokenIds]) -> tuple[str, ...]:
-        """The text of each prompt: as it was sent, or that of its ids without special ones."""
-        if isinstance(prompt, str):
-            return (prompt,)
-        own = [prompt] if isinstance(prompt[0], int) else prompt
-        return tuple(
-            text if isinstance(text, str) else detokenize(self._tokenizer, ids)
-            for text, ids in zip(own, token_ids, strict=True)
-        )
+    def texts(self, prompt: Any, whole: Sequence[TokenIds], kept: Sequence[TokenIds]) -> tuple[str, ...]:
+        """The text of what is `kept` of each prompt: as it was sent, or that of its ids without special ones."""
+        own = prompt if isinstance(prompt, list) and isinstance(prompt[0], str | list) else [prompt]
+        return tuple(map(self._text_of, own, whole, kept))
+
+    def _text_of(self, sent: str | list[int], whole: TokenIds, kept: TokenIds) -> str:
+        if not isinstance(sent, str):
+            return detokenize(self._tokenizer, kept)
+        if kept == whole:
+            return sent
+        begin = self._tokenizer.begin_ids
+        is_added = kept[: len(begin)] == begin and not sent.startswith(self._tokenizer.decode(begin))
+        return self._tokenizer.decode(kept[len(begin) :] if is_added else kept)
 
     def text(self, text: str, path: str, *, add_special_tokens: bool = True) -> TokenIds:
         """A raw prompt, as it is; `path` is its field."""

@@ -26,7 +26,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _whole_numbers(value: Any) -> Any:
+def whole_numbers(value: Any) -> Any:
+    """The same of a list's entries."""
     return list(map(_whole, value)) if isinstance(value, list) and float in set(map(type, value)) else value
 
 
@@ -40,7 +41,7 @@ Strings = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]}),
 ]
 Integer = Annotated[int, BeforeValidator(_whole)]
-Integers = Annotated[list[int], _FIRST_ERROR, BeforeValidator(_whole_numbers)]
+Integers = Annotated[list[int], _FIRST_ERROR, BeforeValidator(whole_numbers)]
 Prompt = Annotated[  # checked by the validator
     Any,
     WithJsonSchema(

@@ -138,16 +138,15 @@ class Validator:
             max_prompts=self._config.max_choices // (body.n or 1),
             add_special_tokens=body.add_special_tokens is not False,
         )
-        if cut is not None:
-            prompts = prompt = list(map(cut, prompts))
+        kept = prompts if cut is None else list(map(cut, prompts))
         asked = _Asked(
             id=f"cmpl-{uuid.uuid4().hex}",
-            prompts=prompts,
+            prompts=kept,
             prompt_field="prompt",
             max_tokens=body.max_tokens,
             max_tokens_field="max_tokens",
             logprobs=body.logprobs,
-            echo=self._reader.texts(prompt, prompts) if body.echo else (),
+            echo=self._reader.texts(prompt, prompts, kept) if body.echo else (),
             prompt_logprobs=body.prompt_logprobs,
             continues=True,
             grammar=read_answer(body),

@@ -85,7 +85,7 @@ class ResponsesRequest(Body):
     tools: Any = None  # this and `tool_choice`: checked by `tools` and the chat
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = None  # of tools that OpenAI runs: none here
+    max_tool_calls: Integer | None = None  # of tools that OpenAI runs: none here
     include: Annotated[list[Includable], Field(fail_fast=True)] | None = None
     top_logprobs: Integer | None = None
     truncation: Literal["auto", "disabled"] | None = None

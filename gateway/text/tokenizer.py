@@ -193,7 +193,10 @@ class HuggingFaceTokenizer:
 
 
 class MistralTokenizer:
-    """`tokenizer.model*` or `tekken.json`, read by mistral-common; its own code is the chat template."""
+    """`tokenizer.model*` or `tekken.json`, read by mistral-common; its own code is the chat template.
+
+    Nothing begins an assistant's turn in it: there is no generation prompt that could be left out.
+    """
 
     def __init__(self, directory: Path) -> None:
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy  # slow to import
@@ -228,6 +231,9 @@ class MistralTokenizer:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
+        if how.variables:
+            path = "chat_template_kwargs"
+            raise InvalidRequest(f"{path}: this model's chat format is no template, and reads no variables", param=path)
         chat = list(map(_for_mistral, messages))
         if tools and not _has_user(chat):
             chat = _with_user(chat)  # which the tools stand beside

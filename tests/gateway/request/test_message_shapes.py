@@ -210,6 +210,23 @@ def test_an_answer_goes_on_from_the_last_message(doors: Doors, layout: str, text
     assert tuple(doors.grpc.Tokenize(request).token_ids) == expected
 
 
+@pytest.mark.parametrize("layout", MISTRAL)
+def test_what_is_said_to_a_template_is_done_or_refused_where_there_is_none(doors: Doors, layout: str) -> None:
+    """Mistral's own formats passed over variables, and that a last answer is not to be continued."""
+    asked, last = {"role": "user", "content": "Which cheese?"}, {"role": "assistant", "content": "The best"}
+    plain = {"model": layout, "messages": [asked]}
+    answered = {"model": layout, "messages": [asked, last]}
+    for ask in (doors._chat, doors._tokenize):
+        assert ask(plain | {"chat_template_kwargs": {"style": 1}}) == "chat_template_kwargs"
+        assert ask(plain | {"chat_template_kwargs": {}}) == ask(plain)
+        assert ask(plain | {"add_generation_prompt": False}) == ask(plain), "there is none"
+        assert ask(answered | {"add_generation_prompt": False}) == "add_generation_prompt"
+    message = chat_pb2.Message(role="user", content="Hi")
+    request = chat_pb2.ChatRequest(model=layout, messages=[message], chat_template_kwargs='{"style": 1}')
+    with pytest.raises(grpc.RpcError, match="chat_template_kwargs: "):
+        doors.grpc.Chat(request, timeout=30)
+
+
 def _param(answer: httpx.Response) -> str:
     assert answer.status_code == 400
     return str(answer.json()["error"]["param"])

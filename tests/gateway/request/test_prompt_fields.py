@@ -125,6 +125,34 @@ def test_what_is_echoed_is_what_was_kept(doors: Doors, tokenizer: HuggingFaceTok
     assert [choice["text"] for choice in choices] == [tokenizer.decode(whole[-5:])] * 4
 
 
+def test_what_is_echoed_has_the_control_tokens_that_the_text_has(doors: Doors, tokenizer: HuggingFaceTokenizer) -> None:
+    """Those of a text that was to be cut were lost, also where it was short enough, and a BOS is no part of it."""
+    text = "Hi </s>Hello</s> STOP"
+    whole = tokenizer.encode(text)
+    last, first = {"truncate_prompt_tokens": 3}, {"truncate_prompt_tokens": 3, "truncation_side": "right"}
+    for prompt, fields, echoed in (
+        (text, {"truncate_prompt_tokens": 200}, text),
+        (text, last, tokenizer.decode(whole[-3:])),
+        (text, first, tokenizer.decode(whole[1:3])),
+        (f"<s>{text}", first, tokenizer.decode(whole[:3])),
+    ):
+        answer = doors.post(COMPLETIONS, prompt=prompt, echo=True, max_tokens=0, **fields)
+        assert answer.json()["choices"][0]["text"] == echoed
+    assert "</s>" in tokenizer.decode(whole[-5:])
+    kept = doors.post(COMPLETIONS, prompt=text, truncate_prompt_tokens=5, echo=True, max_tokens=0)
+    assert kept.json()["choices"][0]["text"] == tokenizer.decode(whole[-5:])
+
+
+def test_token_ids_may_be_written_as_fractions(doors: Doors) -> None:
+    """`[5.0, 6]` was refused, though `max_tokens: 16.0` is taken: some languages have no other numbers."""
+    assert doors.prompt(COMPLETIONS, prompt=[5.0, 6]) == (5, 6)
+    assert doors.prompt(COMPLETIONS, prompt=[[5, 6.0]]) == (5, 6)
+    assert doors.prompt(COMPLETIONS, prompt=["Hi", [7.0, 8.0]], echo=True) == (7, 8)
+    assert doors.prompt(COMPLETIONS, prompt=[5.0, 6, 7.0], truncate_prompt_tokens=2, echo=True) == (6, 7)
+    for wrong, param in (([5.5, 6], "prompt"), ([True, 6], "prompt"), ([[5, 6.5]], "prompt[0][1]")):
+        assert doors.post(COMPLETIONS, prompt=wrong).json()["error"]["param"] == param
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
