@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +11,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from cluster.commands.haproxy import part_clients
+from tests.haproxy import running, write_config
 from tests.ports import free_port
 from tests.raw_http import MALFORMED, check_error, exchange
 from tests.waiting import wait_for
@@ -37,13 +34,6 @@ backend grpc-gateway
 listen stats
 """
 CONFIG = """
-global
-    stats socket {directory}/cli mode 666 level admin expose-fd listeners
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 5s
-    timeout server 5s
     errorfile 503 {directory}/500.http
 frontend front
     bind 127.0.0.1:{port}
@@ -72,18 +62,6 @@ def test_no_connection_to_a_grpc_server_is_for_two_clients(tmp_path: Path) -> No
     assert config.read_text() == expected
 
 
-@contextmanager
-def running(config: Path) -> Iterator[None]:
-    """`manta-haproxy`, as Serve starts it."""
-    command = [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_its_users_only(tmp_path: Path) -> None:
     """It was a 500 in plain text, which no client takes for something that another try may mend.
 
@@ -91,8 +69,7 @@ def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_
     """
     tmp_path.chmod(0o755)
     port = free_port()
-    config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(directory=tmp_path, port=port, gone=free_port()))
+    config = write_config(tmp_path, CONFIG.format(directory=tmp_path, port=port, gone=free_port()))
     (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
     answers: list[httpx.Response] = []
 

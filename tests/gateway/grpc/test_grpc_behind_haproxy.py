@@ -12,20 +12,14 @@ from cluster.messages import ModelCard
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.grpc.watches import MAX_OF_CALLER
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.cluster.commands.test_haproxy import running
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_address
+from tests.haproxy import running, write_config
 from tests.ports import free_port
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
 
 CONFIG = """
-global
-    stats socket {directory}/cli mode 666 level admin expose-fd listeners
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 400ms
 frontend grpc_frontend
     bind 127.0.0.1:{port} proto h2
     default_backend grpc-gateway
@@ -44,8 +38,7 @@ def test_a_silent_stream_is_not_cut_and_its_connection_is_kept_alive(
     coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hi")[1:], pause_s=1.5))
     request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=chat_pb2.Sampling(max_tokens=1))
     with grpc_address(build_frontend(card, coordinator)) as address:
-        config = tmp_path / "haproxy.cfg"
-        config.write_text(CONFIG.format(directory=tmp_path, port=port, address=address))
+        config = write_config(tmp_path, CONFIG.format(port=port, address=address), client_timeout="400ms")
         with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stream = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=30, wait_for_ready=True)
             wait_for(lambda: "keepalive" in sockets_at(port), 10, "a connection that is kept alive")
@@ -68,8 +61,7 @@ def test_a_client_is_one_caller_however_many_connections_haproxy_has_for_it(
         await asyncio.wait_for(asyncio.gather(*watching), 20)
 
     with grpc_address(build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("Hi"))))) as address:
-        config = tmp_path / "haproxy.cfg"
-        config.write_text(CONFIG.format(directory=tmp_path, port=port, address=address).replace("400ms", "20s"))
+        config = write_config(tmp_path, CONFIG.format(port=port, address=address), client_timeout="20s")
         with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(timeout=20)
             asyncio.run(watch(port))
