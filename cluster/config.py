@@ -63,13 +63,31 @@ class EngineConfig(_Frozen):
     """Parts of a step that take turns computing and waiting. `auto`: 2 where every process has a GPU of its own, else
     1.
     """
+    kernels: Literal["auto", "dot", "fma", "onednn", "torch"] = "auto"
+    """What multiplies bf16 on a CPU, in coordinators and shards. `dot`: our own, where it has AVX512-BF16. `fma`: our
+    own, with the same bits on every CPU. `onednn` and `torch`: those libraries. `auto`: what `batch_invariant` leaves
+    and is fastest here, measured at the first start.
+    """
+    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    """Whether a sequence's matmuls in bf16 have the same bits whatever else is in the batch. `on`: by our own kernels.
+    `off`: by whatever is fastest. `auto`: on, unless it costs more than 10 %. A model on machines with different CPUs
+    needs `on` and `kernels: fma`.
+    """
     num_threads: int | None = Field(None, ge=1)
-    """Threads of one operation in the coordinator. None: one for each core."""
+    """Threads of one operation in the coordinator, at most. None: one for each core that the process has, by its
+    affinity and its container's quota.
+    """
     openmp_spin_count: int = Field(200, ge=0)
     """How often a waiting OpenMP thread of the coordinator looks before it sleeps. OpenMP's own default, 300,000, keeps
     a core from the experts: with one other busy process on 2 cores, steps of the bench model took 39 ms with 200, 57
     ms with 5,000 and 134 ms with 30,000.
     """
+
+    @model_validator(mode="after")
+    def _a_library_is_not_batch_invariant(self) -> Self:
+        if self.batch_invariant == "on" and self.kernels in ("onednn", "torch"):
+            raise ValueError(f"batch_invariant: on needs kernels of our own, dot or fma, and not {self.kernels}")
+        return self
 
 
 class ReplicaBounds(_Frozen):

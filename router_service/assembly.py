@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +11,8 @@ from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.planning.placement import DeviceShare
+from experts_service.kernels.cores import cores
+from experts_service.kernels.selection import Selection, select
 from experts_service.weights import read_tensors
 from router_service.attention.cache_size import cache_size
 from router_service.attention.choice import attention_backend
@@ -48,11 +49,12 @@ def build_engine(
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
     dtype: torch.dtype = getattr(torch, dtype_name)
     # Said aloud in any case: Ray gives a worker that reserves no whole CPU one thread.
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or cores())
     weights = read_tensors(
         checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
     )
-    decoder = Decoder(architecture, weights, dispatcher)
+    selection = select_kernel(config, dtype, device)
+    decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
     attention = attention_backend(architecture, block_size=config.block_size, dtype=dtype, device=device)
     cache = cache_size(
@@ -65,7 +67,7 @@ def build_engine(
         local_experts=local_experts,
         gathers=attention.gathers,
     )
-    logger.info("%s; attention: %s", cache, attention.name)
+    logger.info("%s; attention: %s; %s", cache, attention.name, selection)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
         BlockManager(cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -94,6 +96,11 @@ def build_engine(
         observe_step=observe_step,
         on_death=on_death,
     )
+
+
+def select_kernel(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Selection:
+    """What multiplies in this process. Raises ConfigError where what is configured does not run here."""
+    return select(dtype, device, kernels=config.kernels, batch_invariant=config.batch_invariant)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

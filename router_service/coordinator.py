@@ -32,7 +32,7 @@ from experts_service.client import ExpertPool
 from experts_service.kernels.experts import Experts
 from experts_service.transport import Transport
 from router_service.adjustments import Adjustments, has_adjustments
-from router_service.assembly import build_engine, resolve_device
+from router_service.assembly import build_engine, resolve_device, select_kernel
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event
 from router_service.grammar.compiler import GrammarCompiler
@@ -104,9 +104,12 @@ class Coordinator:
         transport: Transport
         if local:
             device, dtype = resolve_device(engine), getattr(torch, engine.dtype)
+            kernel = select_kernel(engine, dtype, device).kernel
             transport = LocalTransport(
                 {
-                    group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, on_bytes=progress)
+                    group.index: Experts.load(
+                        checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel, on_bytes=progress
+                    )
                     for group in groups
                 }
             )

@@ -274,6 +274,8 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 dtype=config.engine.dtype,
                 device=config.engine.device,
                 num_threads=experts.num_threads,
+                kernels=config.engine.kernels,
+                batch_invariant=config.engine.batch_invariant,
                 gpus=plan.gpus_per_shard,
                 load_timeout_s=experts.load_timeout_s,
                 lane_secret_file=experts.lane_secret_file,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.kernels.selection import Kernel, kernel_for
+from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU, Weights
 from experts_service.weights import read_tensors
 

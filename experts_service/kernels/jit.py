@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,9 +46,19 @@ def kernel(function: Function) -> Function:
     return cast("Function", numba.njit(nogil=True, error_model="numpy", cache=_CACHED)(function))
 
 
+def cpu_features() -> str:
+    """Name and features of this CPU, in LLVM's words."""
+    return ",".join(cpu_target.target_context.codegen().magic_tuple()[1:]) if AVAILABLE else platform.processor()
+
+
 def cpu_has(feature: str) -> bool:
     """Whether kernels may use a feature of this CPU, by LLVM's name."""
-    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return f"+{feature}" in cpu_features().split(",")
+
+
+def cache_directory() -> Path | None:
+    """Where what was compiled and measured is kept, if anywhere."""
+    return _directory
 
 
 def compile_routine(function: Callable[[Any], None]) -> int:
@@ -56,23 +67,24 @@ def compile_routine(function: Callable[[Any], None]) -> int:
     Of processes that start together one compiles, and the others wait for it.
     """
     signature = types.void(types.CPointer(types.int64))  # type: ignore[attr-defined]
-    with _one_process():
+    with one_process("compiling"):
         routine = numba.cfunc(signature, cache=_CACHED, error_model="numpy")(function)
     _routines.append(routine)
     return int(routine.address)
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def one_process(doing: str) -> Iterator[None]:
+    """Of all that share the directory one is doing this; the others wait."""
     if _directory is None:
         yield
         return
-    with (_directory / "lock").open("w") as lock:
+    with (_directory / f"{doing}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _cache_directory() -> Path | None:
+def _find_cache_directory() -> Path | None:
     """Where machine code is kept: of this user alone, since what lies there is run. None where that cannot be had."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     shared = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -96,7 +108,7 @@ _directory: Path | None = None
 _routines: list[Any] = []  # their machine code lives as long as they do
 
 if AVAILABLE:
-    _directory = _cache_directory()
+    _directory = _find_cache_directory()
     _CACHED = _directory is not None
     if _directory is not None:
         numba.config.CACHE_DIR = str(_directory)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.matmul import Panels, multiply
-from experts_service.kernels.selection import Kernel, kernel_for
 
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
 _FASTEST_ROWS = 4

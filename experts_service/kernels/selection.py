@@ -1,46 +1,80 @@
-"""Which kernels multiply bf16 on this CPU. Knows what each can do here; knows no layer."""
+"""Chooses the kernel of a process: what the configuration says, else what is fastest here. Knows no layer.
+
+One kernel serves all matrices and all numbers of rows: each packs weights in a layout of its own, and two would keep
+them twice. Ours are batch-invariant: the bits of a row are the same in any batch. A library's are not, and it is the
+faster one where the CPU has matrix units (AMX), which ours do not use.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import logging
+import math
+from dataclasses import dataclass
 
 import torch
 
-from experts_service.kernels import tile
-from experts_service.kernels.jit import AVAILABLE
+from cluster.errors import ConfigError
+from experts_service.kernels.kernel import Kernel, available, kernel_for
+from experts_service.kernels.speeds import ROWS, Speeds, speeds
+
+MAX_COST = 1.1  # times the time of the fastest: what batch invariance may cost by itself
+
+logger = logging.getLogger(__name__)
 
 
-class Kernel(StrEnum):
-    """What multiplies rows with weights."""
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The kernel of a process. As text, one line for the log."""
 
-    DOT = "dot"  # our own, on the CPU's dot product of bf16 pairs
-    FMA = "fma"  # our own, on widened numbers: the same bits on every CPU
-    ONEDNN = "onednn"  # oneDNN's packed weights
-    TORCH = "torch"  # torch's linear on the plain layout
+    kernel: Kernel
+    speeds: Speeds  # what was measured; empty where nothing had to be
 
     @property
-    def is_own(self) -> bool:
-        """One of ours: the bits of a row are the same whatever other rows there are."""
-        return self in (Kernel.DOT, Kernel.FMA)
+    def batch_invariant(self) -> bool:
+        """Whether the matmuls' bits depend on nothing but the row."""
+        return self.kernel.is_own
 
-    @property
-    def arithmetic(self) -> int:
-        """Of one of ours, for tile.py."""
-        return {Kernel.DOT: tile.DOT, Kernel.FMA: tile.FMA}[self]
-
-
-def available() -> tuple[Kernel, ...]:
-    """What this CPU and this installation can run in bf16, the one first that is fastest as a rule."""
-    kernels = [Kernel.DOT] if tile.HAS_DOT else []
-    if AVAILABLE:
-        kernels.append(Kernel.FMA)
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kernels.append(Kernel.ONEDNN)
-    return (*kernels, Kernel.TORCH)
+    def __str__(self) -> str:
+        invariant = "" if self.batch_invariant else "not "
+        measured = "; ".join(
+            f"{kernel} {' '.join(f'{1e3 * s:.2f}' for s in seconds)}" for kernel, seconds in self.speeds.items()
+        )
+        rows = ", ".join(map(str, ROWS))
+        return f"matmuls: {self.kernel}, {invariant}batch-invariant" + (
+            f" (ms of {rows} rows on one thread: {measured})" if measured else ""
+        )
 
 
-def kernel_for(dtype: torch.dtype, device: torch.device, chosen: Kernel | None) -> Kernel:
-    """`chosen` where there is a choice, bf16 on a CPU; None: the first that is available."""
-    if device.type != "cpu" or dtype is not torch.bfloat16:
-        return Kernel.TORCH
-    return chosen or available()[0]
+def select(
+    dtype: torch.dtype, device: torch.device, *, kernels: str = "auto", batch_invariant: str = "auto"
+) -> Selection:
+    """For a model of `dtype` on `device`; the settings are those of `EngineConfig`.
+
+    Raises ConfigError where this CPU or this installation cannot do what they say.
+    """
+    if kernel_for(dtype, device, None) is Kernel.TORCH and (device.type != "cpu" or dtype is not torch.bfloat16):
+        return Selection(Kernel.TORCH, {})
+    here = available()
+    if kernels != "auto":
+        if kernels not in here:
+            raise ConfigError(f"engine.kernels: {kernels} does not run here; {', '.join(here)} do")
+        here = (Kernel(kernels),)
+    own = [kernel for kernel in here if kernel.is_own]
+    if batch_invariant == "on":
+        if not own:
+            raise ConfigError(f"engine.batch_invariant: on needs a kernel of our own, and {', '.join(here)} are not")
+        return Selection(own[0], {})
+    if len(here) == 1:
+        return Selection(here[0], {})
+    return choose(speeds(here), prefers_own=batch_invariant == "auto")
+
+
+def choose(measured: Speeds, *, prefers_own: bool) -> Selection:
+    """The fastest by the geometric mean over numbers of rows; one of ours also if it is almost as fast."""
+    means = {kernel: math.exp(sum(map(math.log, seconds)) / len(seconds)) for kernel, seconds in measured.items()}
+    fastest = min(means, key=means.__getitem__)
+    own = [kernel for kernel in means if kernel.is_own]
+    # The first of ours, not the fastest: which one it is must not hang on what was measured on one machine.
+    if prefers_own and own and means[own[0]] <= MAX_COST * means[fastest]:
+        fastest = own[0]
+    return Selection(fastest, measured)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.matmul import Panels, gate_up, multiply, pack_gate_up
-from experts_service.kernels.selection import Kernel, kernel_for
 
 Weights = tuple[Tensor, Tensor, Tensor]  # w1 [F, D], w2 [D, F], w3 [F, D]
 

@@ -12,7 +12,6 @@ Torch is imported in the actor's own process only: the Serve replica that starts
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import threading
 import time
@@ -51,7 +50,9 @@ class ShardSpec:
     num_groups: int
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"] = "cpu"
-    num_threads: int | None = None  # None: the node's cores shared among the groups
+    num_threads: int | None = None  # None: the process's cores shared among the groups
+    kernels: str = "auto"  # as in EngineConfig
+    batch_invariant: str = "auto"  # the same
     gpus: float = 0.0
     load_timeout_s: float = 1800.0
     lane_secret_file: str | None = None  # None: no lanes
@@ -213,10 +214,19 @@ class ExpertShard:
         from cluster.checkpoint.architecture import expert_tensors
         from cluster.checkpoint.checkpoint import open_checkpoint
         from cluster.telemetry.progress import LoadingProgress
+        from experts_service.kernels.cores import cores
         from experts_service.kernels.experts import Experts
+        from experts_service.kernels.selection import select
 
         spec = self._spec
-        torch.set_num_threads(spec.num_threads or max(1, (os.cpu_count() or 1) // spec.num_groups))
+        torch.set_num_threads(spec.num_threads or max(1, cores() // spec.num_groups))
+        selection = select(
+            getattr(torch, spec.dtype),
+            torch.device(spec.device),
+            kernels=spec.kernels,
+            batch_invariant=spec.batch_invariant,
+        )
+        logger.info("%s: %s", spec.name, selection)
         checkpoint = open_checkpoint(spec.directory)
         if checkpoint.fingerprint != spec.fingerprint:
             raise CheckpointError(f"{spec.directory} changed since the server started; restart it to serve the new one")
@@ -231,6 +241,7 @@ class ExpertShard:
             spec.experts,
             dtype=getattr(torch, spec.dtype),
             device=torch.device(spec.device),
+            kernel=selection.kernel,
             on_bytes=LoadingProgress(spec.application, spec.name, total),
         )
 

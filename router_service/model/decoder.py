@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture
+from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.selection import Kernel, kernel_for
 from experts_service.kernels.swiglu import SwiGLU
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.selection import Kernel
 
 
 class Gate:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from experts_service.kernels import jit
+from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.matmul import Panels, multiply
 from experts_service.kernels.routine import num_threads
-from experts_service.kernels.selection import Kernel, available
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
@@ -141,7 +141,7 @@ def test_fma_has_the_same_bits_on_a_cpu_with_shorter_vectors_and_fewer_registers
     program = """
 import torch
 from experts_service.kernels import tile
-from experts_service.kernels.selection import Kernel
+from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.swiglu import SwiGLU
 def randn(*shape, seed): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 network = SwiGLU(randn(96, 64, seed=0), randn(64, 96, seed=1), randn(96, 64, seed=2), fused=False, kernel=Kernel.FMA)

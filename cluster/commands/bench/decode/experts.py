@@ -17,6 +17,7 @@ from cluster.config import GatewayConfig, ModelConfig
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.kernels.experts import Experts
+from experts_service.kernels.selection import select
 from experts_service.transport import Transport
 
 OBJECT_STORE_BYTES = 512 * 2**20  # rows of large batches; no weights
@@ -27,8 +28,12 @@ def local_experts(
     checkpoint: Checkpoint, groups: tuple[ExpertGroup, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Transport]:
     """Loaded here, as a coordinator with `transport: local` does."""
+    kernel = select(dtype, device).kernel
     yield LocalTransport(
-        {group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device) for group in groups}
+        {
+            group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
+            for group in groups
+        }
     )
 
 
