@@ -38,3 +38,10 @@ def test_no_chunk_is_larger_than_it_is_said_to_be(top: int) -> None:
     for number in (0, 1, 1000):
         chunk = TokenChunk("0" * 40, 0, 0, tuple(range(31_000, 31_000 + number)), scores(number, top))
         assert len(pickle.dumps(chunk)) <= num_bytes(chunk)
+
+
+def test_one_that_is_pickled_is_whole_and_is_made_by_one_call() -> None:
+    """One crosses for every token: field by field, as dataclasses do it, that took 6 µs in all."""
+    pickled = pickle.dumps(WHOLE)
+    assert pickle.loads(pickled) == WHOLE
+    assert WHOLE.__reduce__()[0] is TokenChunk
