@@ -93,9 +93,7 @@ def _tool(tool: chat_pb2.Tool, path: str) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
     if tool.parameters:
         function["parameters"] = _schema(tool.parameters, path)
-    if tool.HasField("strict"):
-        function["strict"] = tool.strict
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": function | set_fields(tool, "strict")}
 
 
 def _format(response_format: chat_pb2.ResponseFormat) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cluster.messages import TokenLogprobs
 from gateway.answer.chat import ChoiceText
 from gateway.answer.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob, Vector
-from gateway.grpc.chat import answer_fields, call_messages
+from gateway.grpc.chat import answer_fields, call_messages, set_fields
 from gateway.grpc.proto import chat_pb2
 from gateway.json_bounds import MAX_VALUES
 from gateway.request.validator import Generation
@@ -59,20 +59,13 @@ def completion_fields(request: chat_pb2.GenerateRequest) -> dict[str, Any]:
             fields["prompt"] = numbers(request.token_ids.ids, "prompt")
         case "prompts":
             fields["prompt"] = _prompts(request.prompts.prompts, "prompt")
-    if request.HasField("echo"):
-        fields["echo"] = request.echo
-    if request.HasField("add_special_tokens"):
-        fields["add_special_tokens"] = request.add_special_tokens
-    return fields | answer_fields(request)
+    return fields | set_fields(request, "echo", "add_special_tokens") | answer_fields(request)
 
 
 def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
     """The body of the same request over HTTP."""
     fields: dict[str, Any] = {"model": request.model, "input": _prompts(request.inputs, "input")}
-    if request.HasField("dimensions"):
-        fields["dimensions"] = request.dimensions
-    if request.HasField("normalize"):
-        fields["normalize"] = request.normalize
+    fields |= set_fields(request, "dimensions", "normalize")
     if request.output_dtype:
         fields["output_dtype"] = request.output_dtype
     return fields
