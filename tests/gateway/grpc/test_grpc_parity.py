@@ -14,7 +14,14 @@ from gateway.grpc.door import _chat_body, _completion_body, _embedding_body
 from gateway.grpc.proto import chat_pb2
 from gateway.grpc.tokenize import _detokenize_body, _tokenize_body
 from gateway.http.app import BODIES
-from gateway.request.protocol import Body, ChatCompletionRequest, EmbeddingRequest, Message, SamplingFields
+from gateway.request.protocol import (
+    AnswerFields,
+    Body,
+    ChatCompletionRequest,
+    EmbeddingRequest,
+    Message,
+    SamplingFields,
+)
 
 RPCS: dict[str, tuple[Any, Callable[[Any], Body]]] = {
     "/v1/chat/completions": (chat_pb2.ChatRequest, _chat_body),
@@ -32,6 +39,10 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
         "return_token_ids": "every answer has them; Tokenize has the prompt's",
         "return_tokens_as_token_ids": "log-probabilities are of ids",
     },
+    AnswerFields: dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "regex", "ebnf", "grammar"),
+        "others' names for what `structured_outputs` says",
+    ),
     ChatCompletionRequest: {"max_completion_tokens": "OpenAI's newer name for `max_tokens`"},
     Message: {"refusal": "an assistant's content, whether it refused or not"},
     EmbeddingRequest: {
