@@ -6,6 +6,7 @@ import torch
 
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.jit import AVAILABLE
+from router_service.attention import varlen
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.reference import ReferenceAttention
 
@@ -21,4 +22,6 @@ def attention_backend(
             paged = PagedAttention(architecture, block_size=block_size, num_threads=torch.get_num_threads())
             paged.warm_up(dtype)
             return paged
+    if varlen.is_served(architecture, block_size, dtype, device):
+        return varlen.VarlenAttention(architecture, device=device)
     return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device)

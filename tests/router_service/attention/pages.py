@@ -14,6 +14,7 @@ from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
 
 LAYER = 1
+CPU = torch.device("cpu")
 
 
 def sized(*, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int | None = None) -> Architecture:
@@ -32,9 +33,9 @@ class Tokens:
     values: torch.Tensor  # [S, G, H]
 
     @classmethod
-    def random(cls, architecture: Architecture, length: int, dtype: torch.dtype) -> Tokens:
+    def random(cls, architecture: Architecture, length: int, dtype: torch.dtype, device: torch.device = CPU) -> Tokens:
         heads = (architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads)
-        return cls(*(torch.randn(length, number, architecture.head_dim).to(dtype) for number in heads))
+        return cls(*(torch.randn(length, number, architecture.head_dim).to(device, dtype) for number in heads))
 
     def expected(self, window: int | None) -> torch.Tensor:
         """Attention of every position in float64, by the formula."""
@@ -42,7 +43,7 @@ class Tokens:
         times = num_heads // self.keys.shape[1]
         keys, values = (x.double().repeat_interleave(times, dim=1) for x in (self.keys, self.values))
         scores = torch.einsum("qnh,knh->nqk", self.queries.double(), keys) / head_dim**0.5
-        positions = torch.arange(length)
+        positions = torch.arange(length, device=keys.device)
         seen = positions[None] <= positions[:, None]
         if window:
             seen &= positions[None] > positions[:, None] - window
@@ -54,11 +55,17 @@ class Pages:
     """A cache in which everything is NaN but the null page, and sequences with blocks in any order."""
 
     def __init__(
-        self, backend: AttentionBackend, block_size: int, num_blocks: int, dtype: torch.dtype, order: torch.Tensor
+        self,
+        backend: AttentionBackend,
+        block_size: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        order: torch.Tensor,
+        device: torch.device = CPU,
     ) -> None:
         """`order`: the numbers of the blocks as they are handed out."""
         self.backend, self.block_size = backend, block_size
-        self.cache = KVCache(2, num_blocks, backend.layout, dtype=dtype, device=torch.device("cpu"))
+        self.cache = KVCache(2, num_blocks, backend.layout, dtype=dtype, device=device)
         for memory in (self.cache.keys, self.cache.values):
             memory[:, 1:] = float("nan")
         self._free = iter(order.tolist())
