@@ -36,7 +36,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def requests() -> list[Request]:
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 300, (3 + 14 * i,), generator=generator).tolist() for i in range(12)]
+    prompts = [torch.randint(3, 300, (3 + 5 * i,), generator=generator).tolist() for i in range(16)]
     return [make_request(prompt, max_tokens=24, ignore_eos=True) for prompt in prompts]
 
 
