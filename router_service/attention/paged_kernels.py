@@ -72,8 +72,12 @@ def write_pages(
 
 @kernel
 def _scores(queries: Array, row: int, num_rows: int, keys: Array, at: int, block_size: int, head_dim: int,
-            scores: Array, column: int) -> None:  # fmt: skip
-    """Of up to four rows and the sixteen keys at `at`."""
+            scores: Array, column: int, values: Array, next_key: int, next_value: int) -> None:  # fmt: skip
+    """Of up to four rows and the sixteen keys at `at`.
+
+    Meanwhile sixteen keys and values of the next tile are brought nearer, where `next_key` is not negative: pages lie
+    anywhere, so no CPU foresees which is next. A few at a time; all at once were 0.7 to 0.9 times as fast.
+    """
     zero = splat(np.float32(0))
     first = row * head_dim
     into = row * TILE + column
@@ -85,6 +89,9 @@ def _scores(queries: Array, row: int, num_rows: int, keys: Array, at: int, block
             two = multiply_add(spread(queries, first + head_dim + h), key, two)
             three = multiply_add(spread(queries, first + 2 * head_dim + h), key, three)
             four = multiply_add(spread(queries, first + 3 * head_dim + h), key, four)
+            if next_key >= 0:
+                fetch(keys, next_key + h * block_size)
+                fetch(values, next_value + h * LANES)
         store(scores, into, one)
         store(scores, into + TILE, two)
         store(scores, into + 2 * TILE, three)
@@ -94,6 +101,9 @@ def _scores(queries: Array, row: int, num_rows: int, keys: Array, at: int, block
         sums = zero
         for h in range(head_dim):
             sums = multiply_add(spread(queries, first + r * head_dim + h), load(keys, at + h * block_size), sums)
+            if next_key >= 0:
+                fetch(keys, next_key + h * block_size)
+                fetch(values, next_value + h * LANES)
         store(scores, into + r * TILE, sums)
 
 
@@ -217,11 +227,8 @@ def attend(
     all_sums, rest = rest[: most_rows * LANES], rest[most_rows * LANES :]  # [R, LANES]
     maxima, all_maxima, shrinks = rest[:most_rows], rest[most_rows : 2 * most_rows], rest[2 * most_rows :]  # [R] each
     key_places, value_places = np.empty(VECTORS, np.int64), np.empty(VECTORS, np.int64)
-    next_places = np.empty(VECTORS, np.int64)
     seen_from, seen_to = np.empty(most_rows, np.int64), np.empty(most_rows, np.int64)  # keys of a tile, by row
     by_scale = splat(np.float32(scale))
-    line = 64 // keys.itemsize  # numbers in a cache line
-    key_step = max(1, line // block_size)
     while True:
         number = take_ticket(ticket)
         if number >= len(units) * num_groups:
@@ -251,18 +258,16 @@ def attend(
                     first = (page * num_groups + group) * head_dim * block_size
                     key_places[v], value_places[v] = first + slot, first + slot * head_dim
                 for v in range(first_vector, end_vector):
+                    next_key, next_value = -1, -1
                     position = tile + TILE + v * LANES
                     if position < split_end:
                         page, slot = block_tables[sequence, position // block_size], position % block_size
                         first = (page * num_groups + group) * head_dim * block_size
-                        next_places[v] = first + slot * head_dim
-                        for h in range(0, head_dim, key_step):
-                            fetch(keys, first + slot + h * block_size)
-                    else:
-                        next_places[v] = -1
+                        next_key, next_value = first + slot, first + slot * head_dim
                     for row in range(0, num_rows, 4):
                         _scores(wide, row, min(4, num_rows - row), keys, key_places[v], block_size, head_dim,
-                                scores, v * LANES)  # fmt: skip
+                                scores, v * LANES, values, next_key, next_value)  # fmt: skip
+                        next_key = -1  # once is enough
                 for row in range(num_rows):
                     position = first_position + row // heads
                     seen_from[row] = max(begin, position + 1 - window - tile) if window else begin
@@ -272,10 +277,6 @@ def attend(
                     for j in range(max(seen_to[row], first_vector * LANES), end_vector * LANES):
                         scores[row * TILE + j] = NONE
                     shrinks[row] = _soften(scores, row, first_vector, end_vector, maxima, sums)
-                for v in range(first_vector, end_vector):
-                    if next_places[v] >= 0:
-                        for offset in range(0, LANES * head_dim, line):
-                            fetch(values, next_places[v] + offset)
                 row = 0
                 while row < num_rows:
                     last = min(row + 4, num_rows) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ from cluster.planning.step_memory import step_bytes
 from router_service.attention.cache_size import CacheSize, cache_size
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.checkpoints import write_checkpoint
+from tests.memory import peak_bytes
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_sequence
 
@@ -103,19 +103,6 @@ def test_one_line_says_what_fits(tmp_path, caplog):
     [line] = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
     assert "1024 tokens: 8 sequences (max_num_seqs) of 128 tokens each, or 2 of 512 (max_model_len)" in line
     assert re.search(r"a step takes up to 0\.\d\d GiB beside it", line)
-
-
-def peak_bytes(run) -> int:
-    """Resident memory that a call takes at its most, beyond what there was before."""
-    status = Path("/proc/self/status")
-
-    def field(name: str) -> int:
-        return int(re.search(rf"{name}:\s+(\d+) kB", status.read_text())[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = field("VmRSS")
-    run()
-    return field("VmHWM") - before
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
