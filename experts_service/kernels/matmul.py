@@ -87,6 +87,12 @@ def _empty(shape: Sequence[int]) -> Tensor:
     return memory[start : start + nbytes].view(torch.bfloat16).view(shape)
 
 
+def load_kernels() -> None:
+    """Compile them now, or read what was compiled: else the first step does."""
+    _multiply.load()
+    _gate_up.load()
+
+
 def _run(
     routine: Routine, arithmetic: int, x: Tensor, matrices: Sequence[Panels], counts: Sequence[int], y: Tensor
 ) -> None:

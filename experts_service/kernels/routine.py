@@ -53,6 +53,10 @@ class Routine:
     def _alone(self) -> Any:
         return _Task(self._address)
 
+    def load(self) -> None:
+        """Compile it now, or read what was compiled."""
+        _ = self._alone
+
     def run(self, num_threads: int, *arguments: int) -> None:
         """Return when all items are done. The GIL is free meanwhile."""
         task = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)

@@ -15,6 +15,7 @@ import torch
 
 from cluster.errors import ConfigError
 from experts_service.kernels.kernel import Kernel, available, kernel_for
+from experts_service.kernels.matmul import load_kernels
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
 
 MAX_COST = 1.1  # times the time of the fastest: what batch invariance may cost by itself
@@ -48,10 +49,17 @@ class Selection:
 def select(
     dtype: torch.dtype, device: torch.device, *, kernels: str = "auto", batch_invariant: str = "auto"
 ) -> Selection:
-    """For a model of `dtype` on `device`; the settings are those of `EngineConfig`.
+    """For a model of `dtype` on `device`, and ready to run; the settings are those of `EngineConfig`.
 
     Raises ConfigError where this CPU or this installation cannot do what they say.
     """
+    selection = _select(dtype, device, kernels, batch_invariant)
+    if selection.kernel.is_own:
+        load_kernels()
+    return selection
+
+
+def _select(dtype: torch.dtype, device: torch.device, kernels: str, batch_invariant: str) -> Selection:
     if kernel_for(dtype, device, None) is Kernel.TORCH and (device.type != "cpu" or dtype is not torch.bfloat16):
         return Selection(Kernel.TORCH, {})
     here = available()

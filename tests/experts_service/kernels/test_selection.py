@@ -10,9 +10,10 @@ import torch
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError
-from experts_service.kernels import cores, selection, speeds
+from experts_service.kernels import cores, matmul, selection, speeds
 from experts_service.kernels.cores import cores as count_cores
 from experts_service.kernels.kernel import Kernel, available
+from experts_service.kernels.routine import Routine
 from experts_service.kernels.selection import choose, select
 
 CPU = torch.device("cpu")
@@ -41,6 +42,17 @@ def test_of_ours_it_is_the_one_that_the_cpu_has_not_the_one_that_was_a_bit_faste
     """Two machines of one kind measured it either way, and a shard's replicas had different bits."""
     close = {Kernel.DOT: (1.0, 1.0, 1.0, 1.0), Kernel.FMA: (0.95, 1.0, 1.0, 1.0)}
     assert choose(close, prefers_own=True).kernel is Kernel.DOT
+
+
+def test_what_is_chosen_is_compiled_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request after a start waited for the compiler."""
+    own = [kernel for kernel in available() if kernel.is_own]
+    if not own:
+        pytest.skip("numba cannot be imported")
+    loaded: list[object] = []
+    monkeypatch.setattr(Routine, "load", lambda routine: loaded.append(routine))
+    select(BF16, CPU, batch_invariant="on")
+    assert loaded == [matmul._multiply, matmul._gate_up]
 
 
 @pytest.mark.usefixtures("all_available")
