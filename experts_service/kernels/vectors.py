@@ -243,15 +243,3 @@ def exp2_below(_context: Any, _value: Any, _bound: Any) -> Any:
         return builder.select(is_nan, x, small)
 
     return _vector(_vector, _vector), build
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def take_ticket(_context: Any, counter: Any) -> Any:
-    """What an array's first int64 is, which becomes one more: no two threads get the same."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(ir.IntType(64), 0)
-        address = _address(context, builder, signature.args[0], arguments[0], zero)
-        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), build

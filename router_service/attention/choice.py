@@ -14,12 +14,12 @@ from router_service.attention.reference import ReferenceAttention
 def attention_backend(
     architecture: Architecture, *, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """The fastest that can serve this model here. `torch.set_num_threads` has been called: it has as many."""
+    """The fastest that can serve this model here."""
     if AVAILABLE:
         from router_service.attention.paged import PagedAttention, is_served
 
         if is_served(architecture, block_size, dtype, device):
-            paged = PagedAttention(architecture, block_size=block_size, num_threads=torch.get_num_threads())
+            paged = PagedAttention(architecture, block_size=block_size)
             paged.warm_up(dtype)
             return paged
     if varlen.is_served(architecture, block_size, dtype, device):

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
 
@@ -34,13 +32,6 @@ class KVCache:
         """Room for `num_blocks` and the null block."""
         self.keys = _zeros((num_layers, 1 + num_blocks, *layout.keys), dtype, device)  # [L, P, …]
         self.values = _zeros((num_layers, 1 + num_blocks, *layout.values), dtype, device)  # [L, P, …]
-        # For compiled kernels, each layer's keys and values in one dimension, bf16 as its bits.
-        self.arrays = [] if device.type != "cpu" else list(zip(_arrays(self.keys), _arrays(self.values), strict=True))
-
-
-def _arrays(pages: torch.Tensor) -> list[NDArray[Any]]:
-    numbers = pages.view(torch.uint16) if pages.dtype is torch.bfloat16 else pages
-    return [layer.view(-1).numpy() for layer in numbers]
 
 
 def _zeros(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,26 +18,34 @@ from numpy.typing import NDArray
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.planning.step_memory import PARTIAL_BYTES
-from experts_service.kernels.threads import KernelThreads
+from experts_service.kernels.routine import Routine, num_threads
 from experts_service.kernels.vectors import LANES
 from router_service.attention.backend import AttentionBackend, AttentionPlan
 from router_service.attention.kv_cache import KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata, Span
-from router_service.attention.paged_kernels import SPLIT, UNIT_FIELDS, attend, merge, row_size, write_pages
+from router_service.attention.paged_kernels import (
+    SPLIT,
+    STEP_FIELDS,
+    UNIT_FIELDS,
+    attend_bf16,
+    attend_fp32,
+    merge_bf16,
+    merge_fp32,
+    write_bf16,
+    write_fp32,
+)
 
 _ROWS = 64  # of a tile of queries: tokens times the heads that share a key-value head
 _UNITS_PER_THREAD = 4  # the fewer, the longer all wait for the last; more of them cost little
-_LITTLE_WORK = 4_000_000  # multiplications, 0.1 ms: what another thread is worth waking for
+
+_WRITE: dict[torch.dtype, Routine] = {torch.bfloat16: write_bf16, torch.float32: write_fp32}
+_ATTEND: dict[torch.dtype, Routine] = {torch.bfloat16: attend_bf16, torch.float32: attend_fp32}
+_MERGE: dict[torch.dtype, Routine] = {torch.bfloat16: merge_bf16, torch.float32: merge_fp32}
 
 
 def is_served(architecture: Architecture, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can do this model: whole vectors in heads and in pages."""
-    return (
-        device.type == "cpu"
-        and dtype in (torch.bfloat16, torch.float32)
-        and architecture.head_dim % LANES == 0
-        and block_size % LANES == 0
-    )
+    return device.type == "cpu" and dtype in _ATTEND and architecture.head_dim % LANES == 0 and block_size % LANES == 0
 
 
 class PagedAttention(AttentionBackend):
@@ -47,16 +54,14 @@ class PagedAttention(AttentionBackend):
     name = "pages in place, numba"
     gathers = False
 
-    def __init__(self, architecture: Architecture, *, block_size: int, num_threads: int) -> None:
+    def __init__(self, architecture: Architecture, *, block_size: int) -> None:
         groups, head_dim = architecture.num_kv_heads, architecture.head_dim
         self.layout = PageLayout(keys=(groups, head_dim, block_size), values=(groups, block_size, head_dim))
         self.groups, self.head_dim, self.block_size = groups, head_dim, block_size
         self.heads = architecture.num_heads // groups  # that share a key-value head
         self.window = architecture.sliding_window or 0
-        self.scale = math.log2(math.e) / math.sqrt(head_dim)  # powers of 2 are taken instead of e
-        self.threads = KernelThreads(num_threads)
-        most_rows = max(_ROWS, self.heads)
-        self.scratch = [np.empty(most_rows * row_size(head_dim), np.float32) for _ in range(num_threads)]
+        scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))  # powers of 2 are taken instead of e
+        self.scale = int(scale.view(np.int32))
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Have all kernels compiled, or read from where they are kept: a step does not wait for that."""
@@ -65,7 +70,7 @@ class PagedAttention(AttentionBackend):
         numbers = torch.zeros(1, self.groups * (self.heads + 2), self.head_dim, dtype=dtype)
         queries, keys, values = numbers.split([self.groups * self.heads, self.groups, self.groups], dim=1)
         plan.attend(0, queries, keys, values, cache)
-        plan.merge(_rows(queries)[0])
+        plan.merge(queries)
 
     def plan(self, metadata: AttentionMetadata) -> PagedPlan:
         """Units of work of the step."""
@@ -90,15 +95,16 @@ class PagedPlan(AttentionPlan):
         self._metadata, self._backend = metadata, backend
         tiles = sorted(self._tiles(), key=lambda tile: -tile.cost)
         total = sum(tile.cost for tile in tiles)
-        work = total * backend.groups * 2 * backend.head_dim
-        self._num_threads = min(backend.threads.number, 1 + work // _LITTLE_WORK)
+        numbers = 2 * backend.groups * backend.head_dim  # of a token's keys and values
+        read = sum(tile.cost // tile.length for tile in tiles) // backend.heads * numbers
+        self._num_threads = num_threads(torch.bfloat16.itemsize * read, total * numbers)
         # Tiles that would keep one thread busy long after the others are cut into runs of splits.
         most = total * backend.groups // (self._num_threads * _UNITS_PER_THREAD) if self._num_threads > 1 else total
         units: list[tuple[int, ...]] = []
         merged: list[tuple[int, ...]] = []
         num_partials = 0
-        self._partial_rows = max(tile.length for tile in tiles) * backend.heads
-        bytes_of_split = 4 * backend.groups * self._partial_rows * (1 + LANES + backend.head_dim)
+        most_rows = max(tile.length for tile in tiles) * backend.heads
+        bytes_of_split = 4 * backend.groups * most_rows * (1 + LANES + backend.head_dim)
         for tile in tiles:
             parts = min(len(tile.splits), -(-tile.cost // max(1, most)))
             if parts > 1 and (num_partials + len(tile.splits)) * bytes_of_split <= PARTIAL_BYTES:
@@ -110,11 +116,30 @@ class PagedPlan(AttentionPlan):
                 num_partials += len(tile.splits)
             else:
                 units.append((tile.sequence, tile.first, tile.length, tile.splits.start, tile.splits.stop, -1))
-        self._units, self._merged = _table(units), _table(merged)
-        rows = num_partials * backend.groups * self._partial_rows
-        self._partial_maxima = np.empty(rows, np.float32)
-        self._partial_sums = np.empty(rows * LANES, np.float32)
-        self._partial_mixed = np.empty(rows * backend.head_dim, np.float32)
+        rows = num_partials * backend.groups * most_rows
+        self._num_merged = len(merged)
+        self._arrays: list[NDArray[Any]] = [
+            metadata.write_slots,
+            metadata.query_starts,
+            metadata.context_lengths,
+            metadata.block_tables,
+            _table(units),
+            _table(merged),
+            *(np.empty(rows * width, np.float32) for width in (1, LANES, backend.head_dim)),
+        ]  # as long as their addresses are used
+        slots, starts, contexts, blocks, done, to_merge, *partial = (array.ctypes.data for array in self._arrays)
+        self._step = np.array(
+            [
+                *(backend.groups, backend.heads, backend.head_dim, backend.block_size, backend.window, backend.scale),
+                *(slots, len(metadata.write_slots)),
+                *(starts, contexts, blocks, *metadata.block_tables.shape),
+                *(done, len(units), to_merge, len(merged)),
+                *(most_rows, *partial),
+            ],
+            dtype=np.int64,
+        )  # in the order of the kernels' fields
+        assert len(self._step) == STEP_FIELDS
+        self._fields = self._step.ctypes.data
 
     def _tiles(self) -> list[_Tile]:
         backend, metadata = self._backend, self._metadata
@@ -135,86 +160,47 @@ class PagedPlan(AttentionPlan):
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, kv_cache: KVCache) -> None:
         """Store the step's keys and values [T, G, H]."""
-        backend = self._backend
-        new_keys, key_stride = _rows(keys)
-        new_values, value_stride = _rows(values)
-        write_pages(
-            *kv_cache.arrays[layer],
-            new_keys,
-            new_values,
+        keys, key_stride = _rows(keys)
+        values, value_stride = _rows(values)
+        _WRITE[keys.dtype].run(
+            1,
+            self._fields,
+            kv_cache.keys[layer].data_ptr(),
+            kv_cache.values[layer].data_ptr(),
+            keys.data_ptr(),
             key_stride,
+            values.data_ptr(),
             value_stride,
-            self._metadata.write_slots,
-            backend.groups,
-            backend.head_dim,
-            backend.block_size,
         )
 
     def read(self, layer: int, queries: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
-        backend, metadata = self._backend, self._metadata
+        queries, stride = _rows(queries)
         output = torch.empty(queries.shape, dtype=queries.dtype)
-        written, _ = _rows(output)
-        numbers, stride = _rows(queries)
-        scratch = list(backend.scratch)
-        self._run(
-            lambda ticket: attend(
-                ticket,
-                self._units,
-                numbers,
-                stride,
-                metadata.query_starts,
-                metadata.context_lengths,
-                metadata.block_tables,
-                *kv_cache.arrays[layer],
-                backend.groups,
-                backend.heads,
-                backend.head_dim,
-                backend.block_size,
-                backend.window,
-                backend.scale,
-                scratch.pop(),
-                self._partial_maxima,
-                self._partial_sums,
-                self._partial_mixed,
-                self._partial_rows,
-                written,
-            )
+        _ATTEND[queries.dtype].run(
+            self._num_threads,
+            self._fields,
+            queries.data_ptr(),
+            stride,
+            kv_cache.keys[layer].data_ptr(),
+            kv_cache.values[layer].data_ptr(),
+            output.data_ptr(),
         )
-        if len(self._merged):
-            self.merge(written)
+        if self._num_merged:
+            self.merge(output)
         return output
 
-    def merge(self, output: NDArray[Any]) -> None:
+    def merge(self, output: torch.Tensor) -> None:
         """Add up the splits that were done apart."""
-        backend = self._backend
-        merge(
-            self._merged,
-            self._metadata.query_starts,
-            backend.groups,
-            backend.heads,
-            backend.head_dim,
-            backend.scratch[0],
-            self._partial_maxima,
-            self._partial_sums,
-            self._partial_mixed,
-            self._partial_rows,
-            output,
-        )
-
-    def _run(self, kernel: Any) -> None:
-        self._backend.threads.run(partial(kernel, np.zeros(1, np.int64)), self._num_threads)
+        _MERGE[output.dtype].run(1, self._fields, output.data_ptr())
 
 
 def _table(units: list[tuple[int, ...]]) -> NDArray[np.int64]:
     return np.array(units, dtype=np.int64).reshape(len(units), UNIT_FIELDS)
 
 
-def _rows(x: torch.Tensor) -> tuple[NDArray[Any], int]:
-    """The numbers of `x` [T, heads, H] from the first to the last, bf16 as bits, and how far its rows are apart."""
-    num_rows, heads, head_dim = x.shape
-    if x.stride(2) != 1 or x.stride(1) != head_dim:
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x` [T, heads, H], each row without gaps, and how far its rows are apart."""
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = x.contiguous()
-    stride = x.stride(0) if num_rows > 1 else heads * head_dim
-    flat = x.as_strided(((num_rows - 1) * stride + heads * head_dim,), (1,))
-    return (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy(), stride
+    return x, x.stride(0)

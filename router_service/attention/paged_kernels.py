@@ -8,7 +8,7 @@ work in other ways changes no bit.
 A page's keys are [G, H, slot]: the scores of sixteen tokens are sixteen lanes, which need no sums across. Its values
 are [G, slot, H]. The rows of a unit of work are the queries of some tokens times the heads that share a key-value head.
 
-Shapes: N query heads, G key-value heads, H head_dim, R rows, P blocks of the longest context.
+Shapes: N query heads, G key-value heads, H head_dim, R rows, P blocks of the longest context, B sequences.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
-from experts_service.kernels.jit import kernel
+from experts_service.kernels.jit import from_bits, kernel, pointer, take
+from experts_service.kernels.routine import Routine
 from experts_service.kernels.vectors import (
     LANES,
     add,
@@ -32,7 +34,6 @@ from experts_service.kernels.vectors import (
     splat,
     spread,
     store,
-    take_ticket,
     total,
 )
 
@@ -46,20 +47,35 @@ NONE = np.float32(-np.inf)
 # Columns of a unit of work
 SEQUENCE, FIRST, LENGTH, BEGIN_SPLIT, END_SPLIT, PARTIAL, UNIT_FIELDS = 0, 1, 2, 3, 4, 5, 6
 
+# Fields of a step, int64: what all its layers share, addresses of arrays among them.
+GROUPS, HEADS, HEAD_DIM, BLOCK_SIZE = 0, 1, 2, 3  # heads: N / G
+WINDOW = 4  # tokens that a token sees, itself included; 0: all before it
+SCALE = 5  # bits of a float32
+SLOTS, NUM_TOKENS = 6, 7  # where each new token goes
+QUERY_STARTS, CONTEXT_LENGTHS, BLOCK_TABLES, NUM_SEQUENCES, NUM_BLOCKS = 8, 9, 10, 11, 12  # [B + 1], [B], [B, P], B, P
+UNITS, NUM_UNITS, MERGED, NUM_MERGED = 13, 14, 15, 16  # [U, UNIT_FIELDS] each; those to merge were cut into splits
+MOST_ROWS = 17  # of a unit
+# What was made of splits, of so many rows each: [1], [LANES] and [H] float32 a row
+PARTIAL_MAXIMA, PARTIAL_SUMS, PARTIAL_MIXED, STEP_FIELDS = 18, 19, 20, 21
+
 
 @kernel
-def row_size(head_dim: int) -> int:
-    """Float32 numbers of scratch that `attend` needs for each row."""
-    return 3 * head_dim + TILE + 2 * LANES + 3
+def _array(address: int, number: Any) -> Array:
+    """Numbers of a type in one dimension. How many is not said: nothing asks."""
+    return carray(pointer(address), 1, number)
 
 
 @kernel
-def write_pages(
-    keys: Array, values: Array, new_keys: Array, new_values: Array, key_stride: int, value_stride: int,
-    slots: Array, num_groups: int, head_dim: int, block_size: int,
-) -> None:  # fmt: skip
-    """Put new keys and values, rows of G · H numbers that are `…_stride` apart, where `slots` says."""
-    for token in range(len(slots)):
+def _write(task, number) -> None:  # type: ignore[no-untyped-def]
+    """Put new keys and values, rows of G · H numbers that are `…_stride` apart, where the slots say."""
+    step = _array(task[1], np.int64)
+    keys, values, new_keys, new_values = (
+        _array(task[2], number), _array(task[3], number), _array(task[4], number), _array(task[6], number)
+    )  # fmt: skip
+    key_stride, value_stride = task[5], task[7]
+    slots = _array(step[SLOTS], np.int64)
+    num_groups, head_dim, block_size = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE]
+    for token in range(step[NUM_TOKENS]):
         page, slot = slots[token] // block_size, slots[token] % block_size
         for group in range(num_groups):
             first = (page * num_groups + group) * head_dim * block_size
@@ -203,37 +219,31 @@ def _finish(num_rows: int, heads: int, head_dim: int, sums: Array, mixed: Array,
 
 
 @kernel
-def attend(
-    ticket: Array,  # [1] int64, the next unit's number
-    units: Array,  # [U, UNIT_FIELDS] int64
-    queries: Array, query_stride: int,  # rows of N · H numbers, so far apart
-    query_starts: Array, context_lengths: Array, block_tables: Array,  # [B + 1], [B], [B, P]
-    keys: Array, values: Array,  # pages of one layer
-    num_groups: int, heads: int, head_dim: int, block_size: int,  # heads: N / G
-    window: int,  # tokens that a token sees, itself included; 0: all before it
-    scale: float,
-    scratch: Array,  # float32, `scratch_size` of the most rows
-    partial_maxima: Array, partial_sums: Array, partial_mixed: Array,  # of units that are cut into splits, each of
-    partial_rows: int,  # so many rows and [1], [LANES] and [H] numbers a row
-    output: Array,  # [T, N, H]
-) -> None:  # fmt: skip
-    """Do units of work, for each key-value head, until none is left. Any number of threads may call it at once."""
-    most_rows = len(scratch) // row_size(head_dim)
-    wide, rest = scratch[: most_rows * head_dim], scratch[most_rows * head_dim :]  # [R, H]
-    mixed, rest = rest[: most_rows * head_dim], rest[most_rows * head_dim :]  # [R, H]
-    all_mixed, rest = rest[: most_rows * head_dim], rest[most_rows * head_dim :]  # [R, H]
-    scores, rest = rest[: most_rows * TILE], rest[most_rows * TILE :]  # [R, TILE]
-    sums, rest = rest[: most_rows * LANES], rest[most_rows * LANES :]  # [R, LANES]
-    all_sums, rest = rest[: most_rows * LANES], rest[most_rows * LANES :]  # [R, LANES]
-    maxima, all_maxima, shrinks = rest[:most_rows], rest[most_rows : 2 * most_rows], rest[2 * most_rows :]  # [R] each
+def _attend(task, number) -> None:  # type: ignore[no-untyped-def]
+    """Do units of work, for each key-value head, until none is left."""
+    step = _array(task[1], np.int64)
+    queries, query_stride = _array(task[2], number), task[3]  # rows of N · H numbers, so far apart
+    keys, values, output = _array(task[4], number), _array(task[5], number), _array(task[6], number)  # pages; [T, N, H]
+    num_groups, heads, head_dim, block_size = step[GROUPS], step[HEADS], step[HEAD_DIM], step[BLOCK_SIZE]
+    window, most_rows, num_sequences = step[WINDOW], step[MOST_ROWS], step[NUM_SEQUENCES]
+    units = carray(pointer(step[UNITS]), (step[NUM_UNITS], UNIT_FIELDS), np.int64)
+    query_starts, context_lengths = _array(step[QUERY_STARTS], np.int32), _array(step[CONTEXT_LENGTHS], np.int32)
+    block_tables = carray(pointer(step[BLOCK_TABLES]), (num_sequences, step[NUM_BLOCKS]), np.int32)
+    partial_maxima, partial_sums = _array(step[PARTIAL_MAXIMA], np.float32), _array(step[PARTIAL_SUMS], np.float32)
+    partial_mixed = _array(step[PARTIAL_MIXED], np.float32)
+    wide, mixed = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * head_dim, np.float32)  # [R, H]
+    all_mixed, scores = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * TILE, np.float32)  # [R, TILE]
+    sums, all_sums = np.empty(most_rows * LANES, np.float32), np.empty(most_rows * LANES, np.float32)  # [R, LANES]
+    maxima, all_maxima = np.empty(most_rows, np.float32), np.empty(most_rows, np.float32)  # [R]
+    shrinks = np.empty(most_rows, np.float32)  # [R]
     key_places, value_places = np.empty(VECTORS, np.int64), np.empty(VECTORS, np.int64)
     seen_from, seen_to = np.empty(most_rows, np.int64), np.empty(most_rows, np.int64)  # keys of a tile, by row
-    by_scale = splat(np.float32(scale))
+    by_scale = splat(from_bits(np.int32(step[SCALE])))
     while True:
-        number = take_ticket(ticket)
-        if number >= len(units) * num_groups:
+        item = take(task)
+        if item >= len(units) * num_groups:
             return
-        unit, group = units[number // num_groups], number % num_groups
+        unit, group = units[item // num_groups], item % num_groups
         sequence, num_tokens = unit[SEQUENCE], unit[LENGTH]
         num_rows = num_tokens * heads
         first_row = query_starts[sequence] + unit[FIRST]  # among the step's tokens
@@ -289,7 +299,7 @@ def attend(
             if unit[PARTIAL] < 0:
                 _fold(num_rows, head_dim, maxima, sums, mixed, 0, all_maxima, all_sums, all_mixed)
             else:
-                at = ((unit[PARTIAL] + split - unit[BEGIN_SPLIT]) * num_groups + group) * partial_rows
+                at = ((unit[PARTIAL] + split - unit[BEGIN_SPLIT]) * num_groups + group) * most_rows
                 for row in range(num_rows):
                     partial_maxima[at + row] = maxima[row]
                     store(partial_sums, (at + row) * LANES, load(sums, row * LANES))
@@ -302,23 +312,68 @@ def attend(
 
 
 @kernel
-def merge(
-    units: Array,  # [U, UNIT_FIELDS] int64, those whose splits were done apart
-    query_starts: Array, num_groups: int, heads: int, head_dim: int, scratch: Array,
-    partial_maxima: Array, partial_sums: Array, partial_mixed: Array, partial_rows: int, output: Array,
-) -> None:  # fmt: skip
-    """Add up the splits of each row in their order, as `attend` does where it does them all."""
-    rest = scratch
-    all_mixed, rest = rest[: partial_rows * head_dim], rest[partial_rows * head_dim :]
-    all_sums, all_maxima = rest[: partial_rows * LANES], rest[partial_rows * LANES :]
+def _merge(task, number) -> None:  # type: ignore[no-untyped-def]
+    """Add up the splits of each row in their order, as `_attend` does where it does them all."""
+    step = _array(task[1], np.int64)
+    output = _array(task[2], number)
+    num_groups, heads, head_dim, most_rows = step[GROUPS], step[HEADS], step[HEAD_DIM], step[MOST_ROWS]
+    units = carray(pointer(step[MERGED]), (step[NUM_MERGED], UNIT_FIELDS), np.int64)
+    query_starts = _array(step[QUERY_STARTS], np.int32)
+    partial_maxima, partial_sums = _array(step[PARTIAL_MAXIMA], np.float32), _array(step[PARTIAL_SUMS], np.float32)
+    partial_mixed = _array(step[PARTIAL_MIXED], np.float32)
+    all_mixed, all_sums = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * LANES, np.float32)
+    all_maxima = np.empty(most_rows, np.float32)
     stride = num_groups * heads * head_dim
-    for number in range(len(units) * num_groups):
-        unit, group = units[number // num_groups], number % num_groups
+    while True:
+        item = take(task)
+        if item >= len(units) * num_groups:
+            return
+        unit, group = units[item // num_groups], item % num_groups
         num_rows = unit[LENGTH] * heads
         _clear(num_rows, head_dim, all_maxima, all_sums, all_mixed)
         for split in range(unit[END_SPLIT]):
-            at = ((unit[PARTIAL] + split) * num_groups + group) * partial_rows
+            at = ((unit[PARTIAL] + split) * num_groups + group) * most_rows
             _fold(num_rows, head_dim, partial_maxima, partial_sums, partial_mixed, at, all_maxima, all_sums, all_mixed)
         first_row = query_starts[unit[SEQUENCE]] + unit[FIRST]
         _finish(num_rows, heads, head_dim, all_sums, all_mixed, output,
                 first_row * stride + group * heads * head_dim, stride)  # fmt: skip
+
+
+# Their tasks: the step's fields, then keys and values of a layer and new ones with their strides; queries with their
+# stride, keys and values of the layer and the output; the output.
+
+
+@Routine
+def write_bf16(task):  # type: ignore[no-untyped-def]
+    """`_write` in bf16, as its bits."""
+    _write(task, np.uint16)
+
+
+@Routine
+def write_fp32(task):  # type: ignore[no-untyped-def]
+    """`_write` in float32."""
+    _write(task, np.float32)
+
+
+@Routine
+def attend_bf16(task):  # type: ignore[no-untyped-def]
+    """`_attend` in bf16, as its bits."""
+    _attend(task, np.uint16)
+
+
+@Routine
+def attend_fp32(task):  # type: ignore[no-untyped-def]
+    """`_attend` in float32."""
+    _attend(task, np.float32)
+
+
+@Routine
+def merge_bf16(task):  # type: ignore[no-untyped-def]
+    """`_merge` in bf16, as its bits."""
+    _merge(task, np.uint16)
+
+
+@Routine
+def merge_fp32(task):  # type: ignore[no-untyped-def]
+    """`_merge` in float32."""
+    _merge(task, np.float32)

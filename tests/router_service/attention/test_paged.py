@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.routine import num_threads
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
@@ -31,8 +32,16 @@ CPU = torch.device("cpu")
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
+@pytest.fixture(autouse=True)
+def restore_threads():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
 def paged(architecture, block_size, threads=1):
-    return PagedAttention(architecture, block_size=block_size, num_threads=threads)
+    torch.set_num_threads(threads)
+    return PagedAttention(architecture, block_size=block_size)
 
 
 def in_chunks(backend, block_size, tokens, chunks, order=None):
@@ -124,6 +133,8 @@ def test_neighbours_threads_and_block_sizes_change_no_bit(dtype):
     sequences = [Tokens.random(architecture, length, dtype) for length in lengths]
     alone = [in_chunks(paged(architecture, 16), 16, tokens, [len(tokens.queries) - 1, 1][len(tokens.queries) == 1 :])
              for tokens in sequences]  # fmt: skip
+    torch.set_num_threads(2)
+    assert num_threads(sum(lengths) * 2 * 2 * 64 * dtype.itemsize, 0) == 2, "several threads share a step"
     for block_size, threads in ((16, 1), (64, 2), (16, 16)):
         num_blocks = sum(-(-length // block_size) for length in lengths)
         backend = paged(architecture, block_size, threads)
