@@ -35,24 +35,20 @@ class AttentionMetadata:
 
     def __init__(self, spans: Seq[Span], block_size: int) -> None:
         self.block_size = block_size
-        self.query_starts = _offsets([span.length for span in spans])  # [B + 1] int32: whose row is whose
-        self.context_lengths = np.array([span.end for span in spans], dtype=np.int32)  # [B], new tokens included
+        starts = np.array([span.start for span in spans])
+        lengths = np.array([span.length for span in spans])
+        self.query_starts = np.zeros(len(spans) + 1, dtype=np.int32)  # [B + 1]: whose row is whose
+        np.cumsum(lengths, out=self.query_starts[1:])
+        self.context_lengths = (starts + lengths).astype(np.int32)  # [B], new tokens included
         num_blocks = [-(-span.end // block_size) for span in spans]
         self.block_tables = np.zeros((len(spans), max(num_blocks)), dtype=np.int32)  # [B, P], 0 is the null block
         for row, span, number in zip(self.block_tables, spans, num_blocks, strict=True):
             row[:number] = np.frombuffer(span.block_table, dtype=np.int32, count=number)
-        self.write_slots = self.slots(  # [T] int64: where the new tokens go
-            np.repeat(np.arange(len(spans)), [span.length for span in spans]),
-            np.concatenate([np.arange(span.start, span.end) for span in spans]),
-        )
+        before = self.query_starts[:-1]
+        self.positions = np.arange(self.query_starts[-1]) + np.repeat(starts - before, lengths)  # [T] int64
+        self.write_slots = self.slots(np.repeat(np.arange(len(spans)), lengths), self.positions)  # [T] int64
 
     def slots(self, sequences: NDArray[np.int64] | np.int64, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the tokens at these positions of these sequences are: slot s of block b is b · block_size + s."""
         blocks: NDArray[np.int32] = self.block_tables[sequences, positions // self.block_size]
         return blocks.astype(np.int64) * self.block_size + positions % self.block_size
-
-
-def _offsets(lengths: Seq[int]) -> NDArray[np.int32]:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

@@ -89,7 +89,6 @@ class ModelRunner:
         """The forward pass of one microbatch."""
         device = self.decoder.device
         token_ids: list[int] = []
-        positions: list[int] = []
         sampled_rows: list[int] = []
         scored_rows: list[int] = []
         scored: list[tuple[Sequence, int]] = []  # whose row it is, and its position
@@ -102,7 +101,6 @@ class ModelRunner:
                 scored_rows.append(len(token_ids) + position - scheduled.start)
                 scored.append((scheduled.sequence, position))
             token_ids += scheduled.sequence.token_ids[scheduled.start : end]
-            positions += range(scheduled.start, end)
             spans.append(Span(scheduled.start, scheduled.num_tokens, scheduled.sequence.block_table))
             if pooled_positions := rows_to_pool(scheduled.sequence, scheduled.start, end):
                 first = len(token_ids) - end
@@ -111,10 +109,11 @@ class ModelRunner:
             if scheduled.samples:
                 sampled_rows.append(len(token_ids) - 1)
         routed = RoutedExperts(batch)
+        metadata = AttentionMetadata(spans, self.block_size)
         x = yield from self.decoder.forward(
             torch.tensor(token_ids, device=device),
-            torch.tensor(positions, device=device),
-            self.attention.plan(AttentionMetadata(spans, self.block_size)),
+            torch.from_numpy(metadata.positions).to(device),
+            self.attention.plan(metadata),
             self.kv_cache,
             routed.layers if routed else None,
         )

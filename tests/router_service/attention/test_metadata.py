@@ -20,6 +20,7 @@ def test_every_token_goes_to_its_own_slot(sizes, block_size):
     metadata = AttentionMetadata(spans, block_size)
     bounds = metadata.query_starts.tolist()
     assert metadata.context_lengths.tolist() == [start + length for start, length in sizes]
+    assert metadata.positions.tolist() == [at for span in spans for at in range(span.start, span.end)]
     for index, span in enumerate(spans):
         slots = metadata.write_slots[bounds[index] : bounds[index + 1]].tolist()
         assert slots == [
