@@ -12,6 +12,7 @@ import torch
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.layouts import TensorRef
 from cluster.errors import CheckpointError
+from experts_service.memory import mapped
 
 CHUNK_BYTES = 16 * 2**20  # of one read; progress is told after each
 
@@ -40,7 +41,10 @@ def read_tensors(
                 files[ref.file] = _open(ref)
                 stack.callback(os.close, files[ref.file])
             stored = _read(files[ref.file], ref, on_bytes)
-            tensors[name] = _arranged(stored, ref).to(device=device, dtype=dtype).contiguous()
+            tensor = _arranged(stored, ref)
+            if tensor.dtype is not dtype or not tensor.is_contiguous():
+                tensor = mapped(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape).copy_(tensor)
+            tensors[name] = tensor.to(device)
     return {name: tensors[name] for name in refs}
 
 
@@ -53,7 +57,7 @@ def _open(ref: TensorRef) -> int:
 
 def _read(file: int, ref: TensorRef, on_bytes: Callable[[int], None] | None) -> torch.Tensor:
     """The bytes as they are stored, flat."""
-    stored = torch.empty(ref.nbytes, dtype=torch.uint8)
+    stored = mapped(ref.nbytes)
     view = stored.numpy().data
     done = 0
     while done < ref.nbytes:

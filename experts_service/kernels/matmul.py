@@ -23,12 +23,12 @@ from torch import Tensor
 from experts_service.kernels.jit import AVAILABLE, bits, fma, from_bits, kernel, narrow, pointer, take, widen
 from experts_service.kernels.routine import Routine, num_threads
 from experts_service.kernels.tile import HEIGHTS, PAIR, WIDTH, multiply_rows
+from experts_service.memory import mapped
 
 if AVAILABLE:
     from numba import carray
 
 _PANEL_STEP_BYTES = WIDTH * PAIR * 2
-_ALIGNMENT = 64  # bytes of a vector
 _HIGHEST = HEIGHTS[-1]
 
 # e^x: 2^n e^r, r = x - n ln 2, |r| ≤ ln 2 / 2; n by adding 1.5 · 2^23, which leaves it in the lowest bits.
@@ -52,7 +52,8 @@ class Panels:
     def pack(cls, weight: Tensor) -> Panels:
         """A copy of `weight` [out, in]."""
         out_features, in_features = weight.shape
-        padded = F.pad(weight, (0, -in_features % PAIR, 0, -out_features % WIDTH))
+        missing = (0, -in_features % PAIR, 0, -out_features % WIDTH)
+        padded = F.pad(weight, missing) if any(missing) else weight.contiguous()
         panels = padded.view(-1, WIDTH, padded.shape[1] // PAIR, PAIR).transpose(1, 2)
         return cls(_empty(panels.shape).copy_(panels), out_features, in_features)
 
@@ -80,11 +81,7 @@ def pack_gate_up(w1: Tensor, w3: Tensor) -> Panels:
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
-    """bf16, as vectors are aligned. numpy asks for huge pages, torch does not, and weights are read once a step."""
-    nbytes = math.prod(shape) * 2
-    memory = torch.from_numpy(np.empty(nbytes + _ALIGNMENT, np.uint8))
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + nbytes].view(torch.bfloat16).view(shape)
+    return mapped(math.prod(shape) * 2).view(torch.bfloat16).view(shape)
 
 
 def load_kernels() -> None:
