@@ -11,7 +11,7 @@ are hints that it does not enforce, or pieces of its insides: they are refused l
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -118,33 +118,50 @@ def _names(expression: _Expression) -> Iterator[str]:
 
 
 def _ending(rules: Mapping[str, _Expression]) -> set[str]:
-    """Those that some text ends."""
-    users: dict[str, set[str]] = {}
+    """Those that some text ends. Each expression is looked at once, however the rules refer to each other."""
+    users: dict[str, list[_Waiting | str]] = {}
+    done: list[_Waiting | str] = []
     for name, expression in rules.items():
-        for other in _names(expression):
-            users.setdefault(other, set()).add(name)
+        _wait(expression, name, users, done)
     ending: set[str] = set()
-    waiting = set(rules)
-    while waiting:
-        name = waiting.pop()
-        if name not in ending and _ends(rules[name], ending):
-            ending.add(name)
-            waiting |= users.get(name, set())
+    while done:
+        one = done.pop()
+        if isinstance(one, _Waiting):
+            one.missing -= 1
+            if one.missing == 0:
+                done.append(one.outer)
+        elif one not in ending:
+            ending.add(one)
+            done += users.get(one, ())
     return ending
 
 
-def _ends(expression: _Expression, ending: Collection[str]) -> bool:
+@dataclass(slots=True)
+class _Waiting:
+    """An expression that ends once so many of those in it do; then what it stands in goes on, a rule by its name."""
+
+    missing: int
+    outer: _Waiting | str
+
+
+def _wait(
+    expression: _Expression,
+    outer: _Waiting | str,
+    users: dict[str, list[_Waiting | str]],
+    done: list[_Waiting | str],
+) -> None:
+    """Enter `outer` with the rules that an expression in it needs, or as done where it needs none."""
     match expression:
-        case _Written():
-            return True
+        case _Written() | _Times(low=0) | _All(()):
+            done.append(outer)
         case _Reference(name):
-            return name in ending
-        case _All(parts):
-            return all(_ends(part, ending) for part in parts)
-        case _Any(options):
-            return any(_ends(option, ending) for option in options)
-        case _Times(body, low, _):
-            return low == 0 or _ends(body, ending)
+            users.setdefault(name, []).append(outer)
+        case _Times(body):
+            _wait(body, outer, users, done)
+        case _All(inner) | _Any(inner):
+            own = _Waiting(len(inner) if isinstance(expression, _All) else 1, outer)
+            for one in inner:
+                _wait(one, own, users, done)
 
 
 def _spelled(expression: _Expression, own: Mapping[str, str]) -> str:
