@@ -6,8 +6,8 @@ choices nor on the CPU, and nothing is reordered unless a kernel asks for it.
 
 What was compiled is kept by numba, keyed by the CPU's features, in a directory of this user that is keyed by the files
 beside this one, which kernels share: numba sees changes of a kernel's own file alone. Where there is no such directory
-every process compiles; where numba cannot be imported AVAILABLE is false, no kernel can be called, and torch does the
-work.
+every process compiles, and so it does where what was kept cannot be read or no more can be kept. Where numba cannot be
+imported AVAILABLE is false, no kernel can be called, and torch does the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import platform
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,8 @@ try:
     import numba
     from llvmlite import ir
     from numba.core import types
+    from numba.core.caching import FunctionCache
+    from numba.core.ccallback import CFunc
     from numba.core.registry import cpu_target
     from numba.extending import intrinsic as _untyped_intrinsic
 
@@ -43,7 +45,9 @@ def kernel(function: Function) -> Function:
     """
     if not AVAILABLE:
         return function
-    return cast("Function", numba.njit(nogil=True, error_model="numpy", cache=_CACHED)(function))
+    compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    _keep(compiled, function)
+    return cast("Function", compiled)
 
 
 def cpu_features() -> str:
@@ -68,9 +72,11 @@ def compile_routine(function: Callable[[Any], None]) -> int:
     """
     signature = types.void(types.CPointer(types.int64))  # type: ignore[attr-defined]
     with one_process("compiling"):
-        routine = numba.cfunc(signature, cache=_CACHED, error_model="numpy")(function)
+        routine = CFunc(function, (signature.args, signature.return_type), locals={}, options={"error_model": "numpy"})
+        _keep(routine, function)
+        routine.compile()
     _routines.append(routine)
-    return int(routine.address)
+    return int(cast("int", routine.address))
 
 
 @contextmanager
@@ -109,9 +115,32 @@ _routines: list[Any] = []  # their machine code lives as long as they do
 
 if AVAILABLE:
     _directory = _find_cache_directory()
-    _CACHED = _directory is not None
     if _directory is not None:
         numba.config.CACHE_DIR = str(_directory)
+
+    class _Cache(FunctionCache):  # type: ignore[misc]
+        """numba's, whose files no start hangs on; one process at a time, or two types get one file's name."""
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            """None where it has to be compiled."""
+            try:
+                with one_process("keeping"):
+                    return super().load_overload(sig, target_context)
+            except Exception:  # cut off, when the machine went down or the disk was full: unpickling raises anything
+                with suppress(OSError), one_process("keeping"):
+                    self.flush()
+                return None
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            """Where there is room for it."""
+            with suppress(OSError), one_process("keeping"):
+                super().save_overload(sig, data)
+
+    def _keep(compiled: Any, function: Callable[..., Any]) -> None:
+        """Have numba read it from the directory and write it there."""
+        if _directory is not None:
+            with suppress(RuntimeError):  # it cannot make a directory of its own in there
+                compiled._cache = _Cache(function)
 
     @intrinsic
     def widen(_context: Any, _bits: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from experts_service.kernels import jit
 from experts_service.kernels.jit import fma, kernel, narrow, widen
+from tests.programs import said_by
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -77,3 +78,18 @@ def test_machine_code_lies_where_only_its_user_can_write(tmp_path: Path) -> None
     assert directory.stat().st_mode & 0o077 == 0
     directory.chmod(0o777)  # anyone might have left code there
     assert not cache_directory().is_relative_to(tmp_path)
+
+
+def test_what_was_kept_and_is_cut_off_is_compiled_again(tmp_path: Path) -> None:
+    """A machine went down while it wrote, and from then on no start came further than the broken file."""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+
+    def count() -> str:
+        return said_by("count_compiled", environment=environment)
+
+    assert count() == "10\n"
+    for kind in ("*.nbc", "*.nbi"):
+        (file,) = tmp_path.rglob(kind)
+        file.write_bytes(file.read_bytes()[:10])
+        assert count() == "10\n"
+        assert len(file.read_bytes()) > 10, "and kept again"
