@@ -90,6 +90,15 @@ def test_speeds_are_measured_once_a_machine(tmp_path: Path, monkeypatch: pytest.
     assert speeds.speeds(available()) == measured
 
 
+def test_a_full_disk_ends_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(speeds, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert speeds.speeds([Kernel.TORCH]).keys() == {Kernel.TORCH}
+
+
 def test_a_containers_quota_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pod of one core on a machine with 64 computed with 64 threads, and stood still most of the time."""
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
