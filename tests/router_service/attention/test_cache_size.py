@@ -143,4 +143,6 @@ def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind):
 
     small = [ScheduledSequence(batch[0].sequence, 0, 1)]
     runner.forward(small)  # what is allocated once
-    assert peak_bytes(run) <= bound
+    peak = peak_bytes(run)
+    assert peak <= bound
+    assert kind == "decode" or bound <= 5 * peak, "a bound, not any number"
