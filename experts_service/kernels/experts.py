@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU, Weights
+from experts_service.quantization.weight import Weight, dense, stacked
 from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
@@ -43,8 +44,8 @@ class _Grouped:
     """The experts of a layer as one grouped matmul, which a GPU runs in one kernel."""
 
     def __init__(self, weights: Sequence[Weights]) -> None:
-        self._w13 = torch.stack([torch.cat((w1, w3)) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
-        self._w2 = torch.stack([w2 for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
+        self._w13 = torch.stack([dense(stacked((w1, w3))) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
+        self._w2 = torch.stack([dense(w2) for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)  # [E]
@@ -58,7 +59,7 @@ class Experts:
     def __init__(
         self,
         experts: Sequence[int],
-        layers: Iterable[Mapping[str, Tensor]],
+        layers: Iterable[Mapping[str, Weight]],
         *,
         grouped: bool | None = None,
         kernel: Kernel | None = None,
@@ -73,9 +74,9 @@ class Experts:
         for layer, weights in enumerate(layers):
             of_experts = []
             for expert in self.experts:
-                w1, w2, w3 = (weights[name].contiguous() for name in expert_tensor_names(layer, expert))
+                w1, w2, w3 = (weights[name] for name in expert_tensor_names(layer, expert))
                 of_experts.append((w1, w2, w3))
-            self.dtype, self.device, self.hidden = w2.dtype, w2.device, len(w2)
+            self.dtype, self.device, self.hidden = w2.dtype, w2.device, w2.shape[0]
             if grouped is None:
                 grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
             kernel = kernel_for(self.dtype, self.device, kernel)
@@ -99,7 +100,7 @@ class Experts:
     ) -> Experts:
         """Read the experts' tensors, and only those, one layer at a time."""
 
-        def layers() -> Iterator[Mapping[str, Tensor]]:
+        def layers() -> Iterator[Mapping[str, Weight]]:
             for layer in range(checkpoint.architecture.num_layers):
                 names = [name for expert in experts for name in expert_tensor_names(layer, expert)]
                 yield read_tensors(checkpoint, names, dtype=dtype, device=device, on_bytes=on_bytes)

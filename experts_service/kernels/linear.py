@@ -18,6 +18,7 @@ from torch import Tensor
 
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.matmul import Panels, multiply
+from experts_service.quantization.weight import Weight, dense
 
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
 _FASTEST_ROWS = 4
@@ -26,8 +27,9 @@ _FASTEST_ROWS = 4
 class Linear:
     """y = x Wᵀ without bias."""
 
-    def __init__(self, weight: Tensor, kernel: Kernel | None = None) -> None:
+    def __init__(self, weight: Weight, kernel: Kernel | None = None) -> None:
         """`weight` [out, in]; a packed one is a copy, the caller may drop its own."""
+        weight = dense(weight)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)

@@ -16,19 +16,20 @@ from torch import Tensor
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.matmul import Panels, gate_up, multiply, pack_gate_up
+from experts_service.quantization.weight import Weight, dense, stacked
 
-Weights = tuple[Tensor, Tensor, Tensor]  # w1 [F, D], w2 [D, F], w3 [F, D]
+Weights = tuple[Weight, Weight, Weight]  # w1 [F, D], w2 [D, F], w3 [F, D]
 
 
 class SwiGLU:
     """One network, its matrices packed once."""
 
-    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor, *, fused: bool, kernel: Kernel | None = None) -> None:
+    def __init__(self, w1: Weight, w2: Weight, w3: Weight, *, fused: bool, kernel: Kernel | None = None) -> None:
         """`w1` and `w3` [F, D], `w2` [D, F]. `fused`: torch does w1 and w3 as one matmul."""
         kernel = kernel_for(w1.dtype, w1.device, kernel)
         self._packed = PackedSwiGLUs([(w1, w2, w3)], kernel) if kernel.is_own else None
         if self._packed is None:
-            of_gate = (torch.cat((w1, w3)),) if fused else (w1, w3)
+            of_gate = (stacked((w1, w3)),) if fused else (w1, w3)
             self._w1_w3 = [Linear(weight, kernel) for weight in of_gate]  # D → 2F, or D → F each
             self._w2 = Linear(w2, kernel)  # F → D
 
@@ -46,8 +47,8 @@ class PackedSwiGLUs:
 
     def __init__(self, weights: Sequence[Weights], kernel: Kernel) -> None:
         self._arithmetic = kernel.arithmetic
-        self._w1_w3 = [pack_gate_up(w1, w3) for w1, _, w3 in weights]
-        self._w2 = [Panels.pack(w2) for _, w2, _ in weights]
+        self._w1_w3 = [pack_gate_up(dense(w1), dense(w3)) for w1, _, w3 in weights]
+        self._w2 = [Panels.pack(dense(w2)) for _, w2, _ in weights]
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Tensor:
         """`answers` [R, D], written: the first counts[0] of `rows` [R, D] through the first network, and so on."""

@@ -19,6 +19,7 @@ from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import SwiGLU
+from experts_service.quantization.weight import Weight, dense, stacked
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
@@ -41,7 +42,7 @@ class Decoder:
     def __init__(
         self,
         architecture: Architecture,
-        weights: Mapping[str, torch.Tensor],
+        weights: Mapping[str, Weight],
         dispatcher: Dispatcher,
         kernel: Kernel | None = None,
     ) -> None:
@@ -51,8 +52,8 @@ class Decoder:
         """
         self.architecture = architecture
         self.dispatcher = dispatcher
-        self.embeddings = weights["model.embed_tokens.weight"]  # [V, D]
-        self.norm = weights["model.norm.weight"]  # [D]
+        self.embeddings = dense(weights["model.embed_tokens.weight"])  # [V, D]
+        self.norm = dense(weights["model.norm.weight"])  # [D]
         head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
         self.kernel = kernel_for(self.dtype, self.device, kernel)
         self.head = Linear(head, self.kernel)  # D → V
@@ -154,7 +155,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Architecture, kernel: Kernel) -> _Layer:
+def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> _Layer:
     prefix = f"model.layers.{index}"
     feed_forward: Gate | SwiGLU
     if architecture.is_dense:
@@ -163,9 +164,9 @@ def _layer(weights: Mapping[str, torch.Tensor], index: int, architecture: Archit
     else:
         feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
     return _Layer(
-        input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        qkv=Linear(torch.cat([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
+        input_norm=dense(weights[f"{prefix}.input_layernorm.weight"]),
+        qkv=Linear(stacked([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),
-        post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
+        post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
         feed_forward=feed_forward,
     )

@@ -6,6 +6,7 @@ import torch
 
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
+from experts_service.quantization.weight import Weight
 
 
 class Gate:
@@ -16,7 +17,7 @@ class Gate:
     The product is rounded to the model's dtype.
     """
 
-    def __init__(self, weight: torch.Tensor, top_k: int, kernel: Kernel | None = None) -> None:
+    def __init__(self, weight: Weight, top_k: int, kernel: Kernel | None = None) -> None:
         """`weight` [E, D]. `kernel` multiplies bf16 on a CPU."""
         self.scores = Linear(weight, kernel)  # D → E
         self.top_k = top_k
