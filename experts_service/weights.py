@@ -1,4 +1,7 @@
-"""Reads tensors of a checkpoint into memory, only the byte ranges asked for. Knows nothing of layers or experts."""
+"""Reads tensors of a checkpoint into memory, only the byte ranges asked for. Knows nothing of layers or experts.
+
+What is quantised stays so.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,26 @@ from pathlib import Path
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.checkpoint.layouts import TensorRef
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.scheme import READ
+from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 from experts_service.memory import mapped
+from experts_service.quantization.unpack import quantized_weight
+from experts_service.quantization.weight import Weight
 
 CHUNK_BYTES = 16 * 2**20  # of one read; progress is told after each
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 def read_tensors(
@@ -26,22 +42,29 @@ def read_tensors(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     on_bytes: Callable[[int], None] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Weight]:
     """The named tensors, contiguous, in `dtype` on `device`, in the order of `names`.
 
     `on_bytes` is called with the number of bytes of each read; they add up to the tensors' `nbytes`. Raises
     CheckpointError, naming file and tensor, where a file has changed since the checkpoint was opened.
     """
     refs = {name: checkpoint.tensors[name] for name in names}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Weight] = {}
     with ExitStack() as stack:
         files: dict[Path, int] = {}
-        for name, ref in sorted(refs.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+
+        def read(ref: TensorRef) -> torch.Tensor:
             if ref.file not in files:
                 files[ref.file] = _open(ref)
                 stack.callback(os.close, files[ref.file])
-            stored = _read(files[ref.file], ref, on_bytes)
-            tensor = _arranged(stored, ref)
+            return _arranged(_read(files[ref.file], ref, on_bytes), ref)
+
+        for name, ref in sorted(refs.items(), key=lambda item: (str(item[1].stored[0].file), item[1].stored[0].offset)):
+            if isinstance(ref, QuantizedRef):
+                parts = {role: read(ref.parts[role]) for role in READ if role in ref.parts}
+                tensors[name] = quantized_weight(name, ref.shape, ref.scheme, parts, dtype).to(device)
+                continue
+            tensor = read(ref)
             if tensor.dtype is not dtype or not tensor.is_contiguous():
                 tensor = mapped(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape).copy_(tensor)
             tensors[name] = tensor.to(device)

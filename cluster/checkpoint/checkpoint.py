@@ -17,8 +17,12 @@ from cluster.checkpoint.architecture import Architecture, StoredDtype
 from cluster.checkpoint.generation_config import GenerationConfig, read_generation_config
 from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params
 from cluster.checkpoint.json_document import JsonDocument
-from cluster.checkpoint.layouts import Layout, TensorRef, locate_tensors
+from cluster.checkpoint.layouts import Layout, Ref, locate_tensors
+from cluster.checkpoint.quantization.config import read_quantization
+from cluster.checkpoint.quantization.contents import check_contents
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.safetensors_header import StoredTensor
+from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.checkpoint.weight_files import find_layout, read_headers
 from cluster.errors import CheckpointError
 
@@ -37,7 +41,7 @@ class Checkpoint:
     directory: Path
     layout: Layout
     architecture: Architecture
-    tensors: Mapping[str, TensorRef]
+    tensors: Mapping[str, Ref]
     fingerprint: str  # hex; the same weights at another path have the same
     generation: GenerationConfig
 
@@ -52,9 +56,11 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     """Find and check everything but the numbers themselves. Raises CheckpointError, which names file and tensor."""
     directory = Path(directory)
     layout = find_layout(directory)
+    quantization = None
     if layout == "huggingface":
         config = JsonDocument.read(directory / "config.json")
         architecture_from_config(config)  # what is not supported is said before weights are looked at
+        quantization = read_quantization(config)
         stored = read_headers(directory, layout)
         architecture = architecture_from_config(config, _stored_dtype(stored, "model.embed_tokens.weight"))
         head = "lm_head.weight"
@@ -66,25 +72,30 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
         head = "output.weight"
     if head in stored:  # transformers uses it, whatever `tie_word_embeddings` says
         architecture = replace(architecture, tie_word_embeddings=False)
-    tensors = locate_tensors(architecture, layout, stored, directory)
+    tensors = locate_tensors(architecture, layout, stored, directory, quantization)
+    if quantization is not None:
+        check_contents(tensors)
     generation = read_generation_config(directory, architecture.vocab_size)
     eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
     architecture = replace(architecture, eos_token_ids=eos_token_ids)
     return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
 
 
-def fingerprint(architecture: Architecture, tensors: Mapping[str, TensorRef]) -> str:
-    """SHA-256 of sizes, names, dtypes, shapes and both ends of every tensor's bytes."""
+def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref]) -> str:
+    """SHA-256 of sizes, names, dtypes, shapes, quantisation, and both ends of every tensor's bytes."""
     digest = hashlib.sha256(json.dumps(asdict(architecture), sort_keys=True).encode())
     descriptors: dict[Path, int] = {}
     try:
         for name in sorted(tensors):
-            ref = tensors[name]
-            digest.update(repr((name, ref.dtype, ref.shape, ref.interleaved_heads, ref.transposed)).encode())
-            if ref.file not in descriptors:
-                descriptors[ref.file] = os.open(ref.file, os.O_RDONLY)
-            for offset in (ref.offset, ref.offset + max(0, ref.nbytes - SAMPLE_BYTES)):
-                digest.update(os.pread(descriptors[ref.file], min(SAMPLE_BYTES, ref.nbytes), offset))
+            of_name = tensors[name]
+            if isinstance(of_name, QuantizedRef):
+                digest.update(repr((of_name.scheme, *of_name.parts)).encode())
+            for ref in of_name.stored:
+                digest.update(repr((name, ref.dtype, ref.shape, ref.interleaved_heads, ref.transposed)).encode())
+                if ref.file not in descriptors:
+                    descriptors[ref.file] = os.open(ref.file, os.O_RDONLY)
+                for offset in (ref.offset, ref.offset + max(0, ref.nbytes - SAMPLE_BYTES)):
+                    digest.update(os.pread(descriptors[ref.file], min(SAMPLE_BYTES, ref.nbytes), offset))
     except OSError as error:
         raise CheckpointError(f"{error.filename or ref.file} cannot be read: {error.strerror}.") from error
     finally:

@@ -10,6 +10,7 @@ from typing import cast, get_args
 from cluster.checkpoint.architecture import Architecture, StoredDtype
 from cluster.checkpoint.config_keys import check_config, check_params
 from cluster.checkpoint.json_document import JsonDocument, shortened
+from cluster.checkpoint.quantization.config import read_quantization
 
 MODEL_TYPES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}  # model_type → architectures
 MIXTRAL_ROPE_THETA = 1e6  # of both reference implementations, where the file names none
@@ -139,11 +140,7 @@ def _refuse_unsupported_config(config: JsonDocument) -> None:
         isinstance(architectures, list) and known.intersection(map(str, architectures))
     ):
         raise config.error("architectures", f"is {architectures!r}, which Manta does not run; expected {sorted(known)}")
-    if config.has("quantization_config"):
-        method = config.section("quantization_config").values.get("quant_method")
-        raise config.error(
-            "quantization_config", f"is set (quant_method {method!r}), and Manta runs no quantized model"
-        )
+    read_quantization(config)
     activation = config.values.get("hidden_act", "silu")
     if activation not in _SILU:
         raise config.error("hidden_act", f"is {activation!r}; expected 'silu'")

@@ -96,6 +96,11 @@ class JsonDocument:
         return default if value is None else value
 
 
+def names(*lines: str) -> frozenset[str]:
+    """The words of the lines."""
+    return frozenset(" ".join(lines).split())
+
+
 def shortened(value: Any) -> str:
     """For a message."""
     text = repr(value)

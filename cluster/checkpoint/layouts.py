@@ -1,6 +1,7 @@
 """Maps a model's tensors to byte ranges of stored ones, for each way a model is written. Knows names, reads no file.
 
     hub               model.layers.N.block_sparse_moe.experts.E.w1.weight   [F, D]
+    one by one        model.layers.N.mlp.experts.E.gate_proj.weight         [F, D]      by whoever quantises experts so
     transformers 5    model.layers.N.mlp.experts.gate_up_proj               [E, 2F, D]  w1 = rows [:F], w3 = rows [F:]
                       model.layers.N.mlp.experts.down_proj                  [E, D, F]
     Mistral           layers.N.feed_forward.experts.E.w1.weight             [F, D]
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
 
 from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
-from cluster.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
+from cluster.checkpoint.quantization.config import Quantization
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef, codes_name, is_unused, locate_quantized
+from cluster.checkpoint.safetensors_header import StoredTensor
+from cluster.checkpoint.tensor_ref import Source, TensorRef
 from cluster.errors import CheckpointError
 
 Layout = Literal["huggingface", "mistral"]
@@ -30,6 +33,7 @@ SUPPORTED_DTYPES = ("F32", "BF16", "F16")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed from rope_theta
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MISTRAL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
@@ -47,47 +51,42 @@ _MISTRAL_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """Where one tensor of the model lies: a contiguous byte range, and what is left to do once it is read."""
-
-    name: str  # the hub's
-    file: Path
-    dtype: str  # "F32", "BF16" or "F16"
-    shape: Shape  # as the model wants it
-    offset: int  # bytes from the start of the file
-    nbytes: int
-    interleaved_heads: int | None = None  # rows of each head alternate (0, h/2, 1, h/2+1, …) and must be sorted out
-    transposed: bool = False  # the bytes are those of the [in, out] matrix
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A stored tensor that may hold one of the model's: at element `start` of a tensor of exactly this shape."""
-
-    name: str
-    shape: Shape
-    start: int = 0
-    interleaved_heads: int | None = None
-    transposed: bool = False
+Ref = TensorRef | QuantizedRef
 
 
 def locate_tensors(
-    architecture: Architecture, layout: Layout, stored: Mapping[str, StoredTensor], directory: Path
-) -> dict[str, TensorRef]:
+    architecture: Architecture,
+    layout: Layout,
+    stored: Mapping[str, StoredTensor],
+    directory: Path,
+    quantization: Quantization | None = None,
+) -> dict[str, Ref]:
     """A byte range for every tensor of the model. Raises CheckpointError: missing, mis-shaped, unsupported, unknown."""
     candidates = _huggingface_sources if layout == "huggingface" else _mistral_sources
-    refs: dict[str, TensorRef] = {}
+    refs: dict[str, Ref] = {}
     used: set[str] = set()
     for name, shape in all_tensors(architecture).items():
         sources = list(candidates(architecture, name, shape))
+        if quantization is not None and len(shape) == 2:
+            quantized = _locate_quantized(name, shape, sources, stored, directory, quantization)
+            if quantized is not None:
+                refs[name] = quantized
+                used.update(part.name for part in quantized.stored)
+                continue
         source = next((source for source in sources if source.name in stored), None)
         if source is None:
-            raise CheckpointError(f"{directory} has no tensor {sources[0].name!r}; expected one of shape {shape}.")
+            raise CheckpointError(
+                f"{directory} has no tensor {sources[0].name!r}; expected one of shape {shape}"
+                f"{_hint(sources[0].name, stored, quantization)}."
+            )
         refs[name] = _locate(name, shape, source, stored[source.name])
         used.add(source.name)
+    if quantization is not None and not any(isinstance(ref, QuantizedRef) for ref in refs.values()):
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config says {quantization.method}, and no matrix is stored so."
+        )
     for name in stored.keys() - used:
-        if not _IGNORED.search(name):
+        if not _IGNORED.search(name) and (quantization is None or not is_unused(name)):
             raise CheckpointError(
                 f"{stored[name].file}: tensor {name!r} is no part of this architecture, and ignoring it could change "
                 "what the model says."
@@ -95,7 +94,45 @@ def locate_tensors(
     return refs
 
 
-def _locate(name: str, shape: Shape, source: _Source, tensor: StoredTensor) -> TensorRef:
+def _locate_quantized(
+    name: str,
+    shape: Shape,
+    sources: list[Source],
+    stored: Mapping[str, StoredTensor],
+    directory: Path,
+    quantization: Quantization,
+) -> QuantizedRef | None:
+    """Where the matrix is quantised. Raises CheckpointError also where it should be and is not."""
+    modules = [source.name.removesuffix(".weight") for source in sources if not source.is_part]
+    is_gate = name.endswith(".gate.weight")
+    classes = {"Embedding"} if name == "model.embed_tokens.weight" else {"Linear"}
+    schemes = quantization.schemes_of(modules, classes)
+    ref = locate_quantized(name, shape, schemes, sources, stored)
+    # Whoever lists no gate may mean so: transformers 5 has none that is a Linear.
+    if ref is None and schemes and quantization.is_told_by_name and not is_gate:
+        wanted = codes_name(schemes[0], shape, sources[0])
+        plain = next((stored[source.name] for source in sources if source.name in stored), None)
+        raise CheckpointError(
+            f"{directory} has no tensor {wanted!r}, which quantization_config says is {schemes[0]}; it is in no file."
+            if plain is None
+            else f"{plain.file}: {name!r} is stored in {plain.dtype}; quantization_config says that it is "
+            f"{schemes[0]}, in {wanted!r}. Where it is meant to be as it was, name it in quantization_config.ignore."
+        )
+    return ref
+
+
+def _hint(name: str, stored: Mapping[str, StoredTensor], quantization: Quantization | None) -> str:
+    """Where the matrix is stored in small numbers that the configuration does not tell of."""
+    module = name.removesuffix(".weight")
+    if quantization is None and f"{module}.qweight" in stored:
+        return (
+            f". It has {module + '.qweight'!r}: a GPTQ or AWQ checkpoint whose config.json has no quantization_config; "
+            "what quantize_config.json or quant_config.json says belongs there"
+        )
+    return ""
+
+
+def _locate(name: str, shape: Shape, source: Source, tensor: StoredTensor) -> TensorRef:
     if tensor.shape != source.shape:
         raise CheckpointError(
             f"{tensor.file}: tensor {source.name!r} has shape {tensor.shape}; expected {source.shape}."
@@ -104,19 +141,17 @@ def _locate(name: str, shape: Shape, source: _Source, tensor: StoredTensor) -> T
         raise CheckpointError(
             f"{tensor.file}: tensor {source.name!r} has dtype {tensor.dtype}; expected {', '.join(SUPPORTED_DTYPES)}."
         )
-    item = ITEM_BYTES[tensor.dtype]
-    offset, nbytes = tensor.offset + source.start * item, prod(shape) * item
-    return TensorRef(
-        name, tensor.file, tensor.dtype, shape, offset, nbytes, source.interleaved_heads, source.transposed
-    )
+    return source.ref(name, shape, tensor)
 
 
-def _huggingface_sources(a: Architecture, name: str, shape: Shape) -> Iterator[_Source]:
-    yield _Source(name, shape)
+def _huggingface_sources(a: Architecture, name: str, shape: Shape) -> Iterator[Source]:
+    yield Source(name, shape)
     if not (match := _EXPERT.fullmatch(name)):
-        yield _Source(name.replace(".block_sparse_moe.", ".mlp."), shape)
+        yield Source(name.replace(".block_sparse_moe.", ".mlp."), shape)
         return
     layer, expert, matrix = match[1], int(match[2]), match[3]
+    for module in (matrix, _PROJECTIONS[matrix]):
+        yield Source(f"model.layers.{layer}.mlp.experts.{expert}.{module}.weight", shape)
     size = a.intermediate_size * a.hidden_size
     if matrix == "w2":
         fused, whole, start = "down_proj", (a.num_experts, a.hidden_size, a.intermediate_size), expert * size
@@ -124,18 +159,18 @@ def _huggingface_sources(a: Architecture, name: str, shape: Shape) -> Iterator[_
         fused, whole = "gate_up_proj", (a.num_experts, 2 * a.intermediate_size, a.hidden_size)
         start = (2 * expert + (matrix == "w3")) * size
     for suffix in ("", ".weight"):
-        yield _Source(f"model.layers.{layer}.mlp.experts.{fused}{suffix}", whole, start)
+        yield Source(f"model.layers.{layer}.mlp.experts.{fused}{suffix}", whole, start)
 
 
-def _mistral_sources(a: Architecture, name: str, shape: Shape) -> Iterator[_Source]:
+def _mistral_sources(a: Architecture, name: str, shape: Shape) -> Iterator[Source]:
     if match := _EXPERT.fullmatch(name):
         layer, expert, matrix = match[1], int(match[2]), match[3]
-        yield _Source(f"layers.{layer}.feed_forward.experts.{expert}.{matrix}.weight", shape)
+        yield Source(f"layers.{layer}.feed_forward.experts.{expert}.{matrix}.weight", shape)
         whole, start = (a.num_experts * a.intermediate_size, a.hidden_size), expert * prod(shape)
-        yield _Source(f"layers.{layer}.block_sparse_moe.{matrix}", whole, start, transposed=matrix == "w2")
+        yield Source(f"layers.{layer}.block_sparse_moe.{matrix}", whole, start, transposed=matrix == "w2")
     elif match := _LAYER.fullmatch(name):
         heads = {"self_attn.q_proj.weight": a.num_heads, "self_attn.k_proj.weight": a.num_kv_heads}.get(match[2])
-        yield _Source(f"layers.{match[1]}.{_MISTRAL_NAMES[match[2]]}", shape, interleaved_heads=heads)
-        yield _Source(f"layers.{match[1]}.{match[2]}", shape)  # the early name of the gate
+        yield Source(f"layers.{match[1]}.{_MISTRAL_NAMES[match[2]]}", shape, interleaved_heads=heads)
+        yield Source(f"layers.{match[1]}.{match[2]}", shape)  # the early name of the gate
     else:
-        yield _Source(_MISTRAL_NAMES[name], shape)
+        yield Source(_MISTRAL_NAMES[name], shape)

@@ -178,7 +178,7 @@ def test_params_variants(changes: dict[str, Any], expected: dict[str, Any]):
         ({"architectures": ["MixtralForSequenceClassification"]}, "architectures is"),
         ({"architectures": "MixtralForCausalLM"}, "architectures is"),
         ({"auto_map": {"AutoModel": "modeling.py"}}, "auto_map points at Python code"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set (quant_method 'gptq')"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method is 'hqq', which is none"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rotary scaling of type 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for rotary scaling of type 'yarn'"),

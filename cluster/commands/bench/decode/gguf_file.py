@@ -21,6 +21,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.commands.bench.shapes import num_parameters
 from cluster.errors import ConfigError, SetupError
 from experts_service.kernels.experts import expert_tensor_names
+from experts_service.quantization.weight import dense
 from experts_service.weights import read_tensors
 
 SPARE_BYTES = 64 * 2**20
@@ -95,7 +96,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
     def read(*names: str) -> list[Tensor]:
         tensors = read_tensors(checkpoint, list(names), dtype=torch.float32, device=torch.device("cpu"))
-        return [tensors[name] for name in names]
+        return [dense(tensors[name]) for name in names]
 
     yield "token_embd.weight", read("model.embed_tokens.weight")[0]
     yield "output_norm.weight", read("model.norm.weight")[0]

@@ -1,0 +1,60 @@
+"""Checks the few small tensors whose numbers decide whether the others can be read. Reads those, and no weight."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Mapping
+
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.scheme import NEIGHBOURS, num_groups
+from cluster.checkpoint.tensor_ref import TensorRef
+from cluster.errors import CheckpointError
+
+_TYPE_CODES = {"I32": "i", "I64": "q"}
+
+
+def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
+    """Raises CheckpointError, naming file and tensor: a group of inputs that is not there, another shape, a bias."""
+    for ref in refs.values():
+        if not isinstance(ref, QuantizedRef):
+            continue
+        if (shape := ref.parts.get("shape")) is not None and tuple(_numbers(shape)) != ref.shape:
+            raise CheckpointError(
+                f"{shape.file}: tensor {shape.name!r} says {tuple(_numbers(shape))}; expected {ref.shape}, "
+                f"the shape of {ref.name!r}."
+            )
+        if (bias := ref.parts.get("bias")) is not None and any(_bytes(bias)):
+            raise CheckpointError(f"{bias.file}: tensor {bias.name!r} is not zero; this architecture has no biases.")
+        if (groups := ref.parts.get("input_groups")) is not None:
+            _check_groups(ref, groups)
+
+
+def _check_groups(ref: QuantizedRef, groups: TensorRef) -> None:
+    end = num_groups(ref.scheme.group_size, ref.shape[1])
+    numbers = _numbers(groups)
+    lowest, highest = min(numbers), max(numbers)
+    if lowest == highest == NEIGHBOURS:
+        return
+    for wrong in (lowest, highest):
+        if not 0 <= wrong < end:
+            raise CheckpointError(
+                f"{groups.file}: tensor {groups.name!r} says of input {numbers.index(wrong)} that its group is "
+                f"{wrong}; there are groups 0 to {end - 1} ({ref.scheme})."
+            )
+
+
+def _numbers(ref: TensorRef) -> array[int]:
+    numbers = array(_TYPE_CODES[ref.dtype], _bytes(ref))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def _bytes(ref: TensorRef) -> bytes:
+    try:
+        with ref.file.open("rb") as file:
+            return os.pread(file.fileno(), ref.nbytes, ref.offset)
+    except OSError as error:
+        raise CheckpointError(f"{ref.file}, which holds {ref.name!r}, cannot be read: {error.strerror}.") from error
