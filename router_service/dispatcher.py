@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cluster.planning.placement import ExpertGroup
 from experts_service.transport import Flight, GroupRows, Transport
+from router_service.rows import combine, is_compiled
 
 Indices = npt.NDArray[np.int64]
 
@@ -107,6 +108,9 @@ class Dispatcher:
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
         answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
+        if is_compiled(answers, answers.shape[-1]):
+            dispatch.flight.wait()
+            return combine(answers, weights, take, pairs)
         weights = weights.t()  # [K, T]
         if dispatch.num_rows == 1:
             if pairs is not None:

@@ -176,6 +176,16 @@ def add(_context: Any, _a: Any, _b: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def rounded(_context: Any, _value: Any) -> Any:
+    """Each lane as the nearest bf16."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return _widened(builder, _narrowed(builder, arguments[0]))
+
+    return _vector(_vector), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def larger(_context: Any, _a: Any, _b: Any) -> Any:
     """Of each lane the larger one; b where a is NaN."""
 

@@ -25,6 +25,7 @@ from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.model.gate import Gate
 from router_service.model.step_threads import StepThreads
+from router_service.rows import norm, rotate, warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Decoder:
             * architecture.hidden_size
             * (2 * architecture.num_heads + 2 * architecture.num_kv_heads)
         )
+        warm_up(self.dtype, self.device)
         self._threads = StepThreads(choose=not self.kernel.is_own)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
@@ -94,25 +96,27 @@ class Decoder:
         work = len(token_ids) * self._multiplications
         rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
+        delta = None  # [T, D]; what the feed-forward before adds to x
         for index, layer in enumerate(self.layers):
             with self._threads.for_work(work):
-                x = self._attend(index, layer, x, rotary, attention, kv_cache)
-                rows = self._rms_norm(x, layer.post_attention_norm)
+                rows = self._norm(x, layer.input_norm, delta)
+                delta = self._attend(index, layer, rows, rotary, attention, kv_cache)
+                rows = self._norm(x, layer.post_attention_norm, delta)
                 if isinstance(layer.feed_forward, Gate):
                     weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
             if isinstance(layer.feed_forward, SwiGLU):
-                x = x + layer.feed_forward(rows)
+                delta = layer.feed_forward(rows)
                 continue
             if routed is not None:
                 routed.append(experts)
             with closing(self.dispatcher.dispatch(index, rows, experts)) as dispatch:
                 yield
-                x = x + self.dispatcher.combine(dispatch, weights)
-        return x
+                delta = self.dispatcher.combine(dispatch, weights)
+        return x if delta is None else x.add_(delta)
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""
-        return self._rms_norm(x, self.norm)
+        return self._norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in fp32 of hidden states [R, D]."""
@@ -122,37 +126,28 @@ class Decoder:
         self,
         index: int,
         layer: _Layer,
-        x: torch.Tensor,  # [T, D]
+        rows: torch.Tensor,  # [T, D]
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionPlan,
         kv_cache: KVCache,
     ) -> torch.Tensor:
-        """Self-attention of one layer, added to `x` [T, D]."""
+        """Self-attention of one layer [T, D]."""
         query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = layer.qkv(self._rms_norm(x, layer.input_norm))
-        qkv = qkv.view(len(x), query_heads + 2 * kv_heads, self.architecture.head_dim)
-        rotated = _rotate(qkv[:, : query_heads + kv_heads], *rotary)
+        qkv = layer.qkv(rows).view(len(rows), query_heads + 2 * kv_heads, self.architecture.head_dim)
+        rotated = rotate(qkv[:, : query_heads + kv_heads], *rotary)
         queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
         attended = attention.attend(index, queries, keys, qkv[:, query_heads + kv_heads :], kv_cache)
-        return x + layer.o(attended.view(len(x), -1))
+        return layer.o(attended.view(len(rows), -1))
 
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Root mean square norm of [T, D], arXiv 1910.07467, in fp32; rounded before the weight like the reference."""
-        wide = x.float()
-        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.architecture.rms_norm_eps)
-        return weight * wide.to(x.dtype)
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Of `x` [T, D], to which `delta` [T, D] is added in place before."""
+        return norm(x, weight, self.architecture.rms_norm_eps, delta)
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [T, 1, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
+        """Cosines and sines [T, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
         angles = positions[:, None].float() * self._inverse_frequencies  # [T, H / 2]
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads [T, N, H] by the angles of their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> _Layer:

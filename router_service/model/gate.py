@@ -7,6 +7,7 @@ import torch
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
 from experts_service.quantization.weight import Weight
+from router_service.rows import choose
 
 
 class Gate:
@@ -24,6 +25,4 @@ class Gate:
 
     def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (fp32) and expert indices, both [T, K], most likely first, for `rows` [T, D]."""
-        probabilities = self.scores(rows).float().softmax(dim=-1)  # [T, E]
-        weights, experts = probabilities.topk(self.top_k, dim=-1)  # [T, K], [T, K]
-        return weights / weights.sum(dim=-1, keepdim=True), experts
+        return choose(self.scores(rows), self.top_k)

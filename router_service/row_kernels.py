@@ -1,0 +1,166 @@
+"""What is done to each row between two matmuls of a layer, compiled: bf16 on a CPU. Knows arrays; knows no tensor.
+
+Each rounds to bf16 wherever the same lines of torch do, so that all but `norm` and `choose` have torch's bits: those
+two sum in an order of their own, or take e^x by another polynomial. A row's bits depend on nothing but the row. The
+items that threads share are blocks of rows.
+
+What they are for: torch takes some 70 calls a layer for this, of 3 to 10 microseconds each whatever they do.
+
+Shapes: T tokens, D hidden size, K experts per token, E experts. Widths are multiples of LANES.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from experts_service.kernels.jit import from_bits, kernel, pointer, take, widen
+from experts_service.kernels.matmul import exp
+from experts_service.kernels.routine import Routine
+from experts_service.kernels.vectors import (
+    LANES,
+    add,
+    load,
+    multiply,
+    multiply_add,
+    rounded,
+    splat,
+    store,
+    total,
+)
+
+ROWS = 16  # of an item
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@kernel
+def _array(address: int, number: Any) -> Any:
+    """Numbers of a type in one dimension. How many is not said: nothing asks."""
+    return carray(pointer(address), 1, number)
+
+
+@Routine
+def norm(task):  # type: ignore[no-untyped-def]
+    """`x` [T, D] += `delta`, where its address is not 0; `rows` [T, D] = x / rms(x), rounded, · `weight` [D]."""
+    num_rows, width, epsilon = task[1], task[2], from_bits(np.int32(task[3]))
+    x, delta, weight, rows = (
+        _array(task[4], np.uint16), _array(task[5], np.uint16), _array(task[6], np.uint16), _array(task[7], np.uint16)
+    )  # fmt: skip
+    adds = task[5] != 0
+    while True:
+        first = take(task) * ROWS
+        if first >= num_rows:
+            return
+        for row in range(first, min(first + ROWS, num_rows)):
+            squares = splat(_ZERO)
+            for i in range(row * width, (row + 1) * width, LANES):
+                value = load(x, i)
+                if adds:
+                    value = rounded(add(value, load(delta, i)))
+                    store(x, i, value)
+                squares = multiply_add(value, value, squares)
+            mean = total(squares) / np.float32(width)
+            scale = splat(_ONE / math.sqrt(mean + epsilon))
+            for i in range(0, width, LANES):
+                scaled = rounded(multiply(load(x, row * width + i), scale))
+                store(rows, row * width + i, multiply(scaled, load(weight, i)))
+
+
+@Routine
+def rotate(task):  # type: ignore[no-untyped-def]
+    """The first `heads` heads of each row of `x`, rows that are `stride` apart, by the angles of its position.
+
+    `cosines` and `sines` [T, H], of which both halves are the same.
+    """
+    num_rows, heads, head_dim, stride = task[1], task[2], task[3], task[4]
+    x, cosines, sines = _array(task[5], np.uint16), _array(task[6], np.uint16), _array(task[7], np.uint16)
+    half = head_dim // 2
+    minus = splat(-_ONE)
+    while True:
+        begin = take(task) * ROWS
+        if begin >= num_rows:
+            return
+        for row in range(begin, min(begin + ROWS, num_rows)):
+            for head in range(heads):
+                for h in range(0, half, LANES):
+                    at = row * stride + head * head_dim + h
+                    cosine, sine = load(cosines, row * head_dim + h), load(sines, row * head_dim + h)
+                    first, second = load(x, at), load(x, at + half)
+                    turned = multiply_add(rounded(multiply(second, sine)), minus, rounded(multiply(first, cosine)))
+                    store(x, at, turned)
+                    store(x, at + half, add(rounded(multiply(second, cosine)), rounded(multiply(first, sine))))
+
+
+@Routine
+def choose(task):  # type: ignore[no-untyped-def]
+    """Softmax of `scores` [T, E] → `probabilities` [T, E]; the K highest → `experts` [T, K], `weights` [T, K].
+
+    `doubts` [1] counts rows whose choice is torch's: not finite, or one that is chosen has its like among all.
+    """
+    num_rows, num_experts, top_k = task[1], task[2], task[3]
+    scores, probabilities = _array(task[4], np.uint16), _array(task[5], np.float32)
+    weights, experts, doubts = _array(task[6], np.float32), _array(task[7], np.int64), _array(task[8], np.int64)
+    for row in range(num_rows):
+        at = row * num_experts
+        highest = widen(scores[at])
+        for e in range(num_experts):
+            highest = max(highest, widen(scores[at + e]))
+        whole = _ZERO
+        for e in range(num_experts):
+            probabilities[at + e] = exp(widen(scores[at + e]) - highest)  # type: ignore[no-untyped-call]
+            whole += probabilities[at + e]
+        for e in range(num_experts):
+            probabilities[at + e] /= whole
+        if not whole > _ZERO:  # NaN
+            doubts[0] += 1
+        before = np.float32(np.inf)
+        chosen = _ZERO
+        for k in range(top_k):
+            best, number, index = -_ONE, 0, 0
+            for e in range(num_experts):
+                probability = probabilities[at + e]
+                if probability < before and probability >= best:
+                    number = number + 1 if probability == best else 1
+                    if number == 1:
+                        best, index = probability, e
+            if number != 1:
+                doubts[0] += 1
+            before = best
+            experts[row * top_k + k], weights[row * top_k + k] = index, best
+            chosen += best
+        for k in range(top_k):
+            weights[row * top_k + k] /= chosen
+
+
+@Routine
+def combine(task):  # type: ignore[no-untyped-def]
+    """`totals` [T, D] = the sum of each row's `answers` [K · T, D], times their `weights` [T, K], experts ascending.
+
+    `places` [K, T] says where a row's answers are, 0: row after row. `pairs` [K, T] where their weights are, choice · T
+    + row, 0: as they stand. Each term and each sum is rounded.
+    """
+    num_rows, top_k, width = task[1], task[2], task[3]
+    answers, weights, totals = _array(task[4], np.uint16), _array(task[5], np.float32), _array(task[8], np.uint16)
+    places, pairs = _array(task[6], np.int64), _array(task[7], np.int64)
+    while True:
+        first = take(task) * ROWS
+        if first >= num_rows:
+            return
+        for row in range(first, min(first + ROWS, num_rows)):
+            for k in range(top_k):
+                pair, place = k * num_rows + row, k
+                if task[6] != 0:
+                    place = places[pair]
+                choice = k
+                if task[7] != 0:
+                    choice = pairs[pair] // num_rows
+                weight = splat(weights[row * top_k + choice])
+                for i in range(0, width, LANES):
+                    term = rounded(multiply(load(answers, place * width + i), weight))
+                    if k:
+                        term = add(load(totals, row * width + i), term)
+                    store(totals, row * width + i, term)

@@ -1,0 +1,156 @@
+"""What is done to each row between two matmuls of a layer: norm, rotary, gate, combining. Knows no layer.
+
+One compiled call each in bf16 on a CPU (row_kernels.py), torch's operations elsewhere and in fp32. Both round where the
+reference does.
+
+Shapes: T tokens, D hidden size, N heads, H head_dim, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.routine import num_threads
+
+if AVAILABLE:
+    from experts_service.kernels.vectors import LANES
+    from router_service import row_kernels
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+_BYTES = 8  # that an element takes: it is read, read again and written
+
+
+def warm_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Have what serves such rows compiled, or read from where it is kept: a step does not wait for that."""
+    if is_compiled(torch.empty(0, dtype=dtype, device=device), 0):
+        for routine in (row_kernels.norm, row_kernels.rotate, row_kernels.choose, row_kernels.combine):
+            routine.load()
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None) -> torch.Tensor:
+    """Root mean square norm of `x` [T, D], arXiv 1910.07467, in fp32; rounded before `weight` [D] like the reference.
+
+    `delta` [T, D], if any, is added to `x` in place before.
+    """
+    if not is_compiled(x, x.shape[-1]):
+        if delta is not None:
+            x += delta
+        wide = x.float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
+        return weight * wide.to(x.dtype)
+    assert x.is_contiguous(), "it is written to"
+    rows = torch.empty_like(x)
+    delta = None if delta is None else delta.contiguous()
+    row_kernels.norm.run(
+        _num_threads(len(x), x.shape[1]),
+        len(x),
+        x.shape[1],
+        int(np.float32(epsilon).view(np.int32)),
+        x.data_ptr(),
+        0 if delta is None else delta.data_ptr(),
+        weight.data_ptr(),
+        rows.data_ptr(),
+    )
+    return rows
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Heads of `x` [T, N, H], rotated by the angles of their positions [T, H]. It may be `x` itself, changed.
+
+    Rotary position embedding, arXiv 2104.09864; both halves of the angles are the same, laid out as on the hub.
+    """
+    num_heads, head_dim = x.shape[1:]
+    if not is_compiled(x, head_dim // 2) or x.stride(1) != head_dim or x.stride(2) != 1:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x * cosines[:, None] + turned * sines[:, None]
+    row_kernels.rotate.run(
+        _num_threads(len(x), num_heads * head_dim),
+        len(x),
+        num_heads,
+        head_dim,
+        x.stride(0),
+        x.data_ptr(),
+        cosines.data_ptr(),
+        sines.data_ptr(),
+    )
+    return x
+
+
+def choose(scores: torch.Tensor, top_k: int) -> Pair:
+    """Of each row of `scores` [T, E] the `top_k` highest: their weights (fp32) and indices, both [T, K], highest first.
+
+    Softmax over all in fp32, renormalised over the chosen.
+    """
+    if not is_compiled(scores, 0):
+        probabilities = scores.float().softmax(dim=-1)  # [T, E]
+        weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], [T, K]
+        return weights / weights.sum(dim=-1, keepdim=True), experts
+    num_rows, num_experts = scores.shape
+    scores = scores.contiguous()
+    probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
+    weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
+    experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
+    doubts = ctypes.c_int64(0)
+    row_kernels.choose.run(
+        1,
+        num_rows,
+        num_experts,
+        top_k,
+        scores.data_ptr(),
+        probabilities.data_ptr(),
+        weights.data_ptr(),
+        experts.data_ptr(),
+        ctypes.addressof(doubts),
+    )
+    return _choose_like_torch(probabilities, top_k) if doubts.value else (weights, experts)
+
+
+def combine(
+    answers: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None, pairs: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum [T, D] of each row's `answers` [K · T, D] times its `weights` [T, K], each term and each sum rounded.
+
+    In the order of `places` [K, T], where the answers are, and `pairs` [K, T], where the weights are, choice · T + row.
+    None: one row's, as they stand. Only where `is_compiled`.
+    """
+    num_rows, top_k = weights.shape
+    width = answers.shape[-1]
+    totals = answers.new_empty(num_rows, width)
+    weights = weights.contiguous()
+    places, pairs = (None if indices is None else indices.contiguous() for indices in (places, pairs))
+    row_kernels.combine.run(
+        _num_threads(len(answers), width),
+        num_rows,
+        top_k,
+        width,
+        answers.data_ptr(),
+        weights.data_ptr(),
+        0 if places is None else places.data_ptr(),
+        0 if pairs is None else pairs.data_ptr(),
+        totals.data_ptr(),
+    )
+    return totals
+
+
+def is_compiled(x: torch.Tensor, width: int) -> bool:
+    """Whether rows of so many numbers like those of `x` are done by one compiled call."""
+    return AVAILABLE and x.dtype is torch.bfloat16 and x.is_cpu and width % LANES == 0
+
+
+def _choose_like_torch(probabilities: torch.Tensor, top_k: int) -> Pair:
+    """The same where some of a row are alike: which of them is chosen is torch's choice, as it is the reference's."""
+    chosen, experts = probabilities.topk(top_k, dim=-1)
+    whole = chosen[:, 0]
+    for k in range(1, top_k):  # in the kernel's order: a row's bits do not hang on its neighbours
+        whole = whole + chosen[:, k]
+    return chosen / whole[:, None], experts
+
+
+def _num_threads(num_rows: int, width: int) -> int:
+    return num_threads(_BYTES * num_rows * width, num_rows * width)
