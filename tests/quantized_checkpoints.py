@@ -201,24 +201,21 @@ def awq(group_size: int = 32, **config: Any) -> Format:
 
 def words(codes: Tensor, bits: int) -> Tensor:
     """[R, n] → int32 [R, ⌈n · bits / 32⌉]: each row is one long number, the first code in its lowest bits."""
-    rows = []
-    for row in codes.tolist():
-        number = sum(int(code) << (bits * position) for position, code in enumerate(row))
-        count = -(-len(row) * bits // 32)
-        rows.append([(number >> (32 * word)) & 0xFFFFFFFF for word in range(count)])
-    return torch.from_numpy(np.array(rows, dtype=np.uint32).view(np.int32))
+    each = 32 // bits
+    padded = np.pad(codes.numpy().astype(np.uint32), ((0, 0), (0, -codes.shape[1] % each)))
+    return _joined(padded.reshape(len(padded), -1, each), bits)
 
 
 def awq_words(codes: Tensor) -> Tensor:
     """[R, n] → int32 [R, n / 8]: nibble i of a word is of output AWQ_ORDER[i] of its eight."""
-    rows = [
-        [
-            sum(int(row[8 * word + output]) << (4 * i) for i, output in enumerate(AWQ_ORDER))
-            for word in range(len(row) // 8)
-        ]
-        for row in codes.tolist()
-    ]
-    return torch.from_numpy(np.array(rows, dtype=np.uint32).view(np.int32))
+    return _joined(codes.numpy().astype(np.uint32).reshape(len(codes), -1, 8)[:, :, AWQ_ORDER], 4)
+
+
+def _joined(of_words: np.ndarray[Any, Any], bits: int) -> Tensor:
+    """[R, words, n] → int32 [R, words], the first of n in the lowest bits."""
+    shifts = np.arange(of_words.shape[2], dtype=np.uint32) * np.uint32(bits)
+    joined = np.bitwise_or.reduce(of_words << shifts, axis=2)
+    return torch.from_numpy(np.ascontiguousarray(joined).view(np.int32))
 
 
 # Rounding to the nearest, which none of the readers cares about

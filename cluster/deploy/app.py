@@ -28,9 +28,9 @@ from cluster.planning.placement import (
     Room,
     check_fit,
     device_shares,
-    expert_bytes,
     plan_groups,
 )
+from cluster.planning.weights import held_weights
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -139,6 +139,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         at_start,
         room or Room(cluster.nodes),
         kv_tokens=max_model_len,
+        weights=held_weights(checkpoint, dtype, engine.device),
         num_coordinators=config.coordinators.min_replicas,
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
@@ -185,11 +186,11 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
 
 def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
     """Who may be on a coordinator's device."""
-    engine, architecture = plan.config.engine, plan.checkpoint.architecture
+    engine = plan.config.engine
     assert engine.dtype != "auto", "a plan has no open settings"
     largest = max((len(group.experts) for group in plan.groups), default=0)
     return device_shares(
-        expert_bytes(architecture, engine.dtype, largest) if largest else 0,
+        largest * held_weights(plan.checkpoint, engine.dtype, engine.device).expert,
         gpus_per_shard=0.0 if plan.config.experts.transport == "local" else plan.gpus_per_shard,
         gpus_per_coordinator=plan.gpus_per_coordinator,
         max_coordinators=plan.config.coordinators.max_replicas,

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.checkpoint.architecture import Architecture, compute_dtype, coordinator_tensors
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import Architecture, compute_dtype
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.config import MantaConfig, ModelConfig
@@ -20,18 +20,17 @@ from cluster.errors import ConfigError, DoesNotFit
 from cluster.kubernetes.names import Role
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
-    DTYPE_BYTES,
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,
     ExpertGroup,
     Node,
     Room,
+    WeightBytes,
     check_fit,
-    coordinator_bytes,
-    expert_bytes,
     kv_bytes_per_token,
     plan_groups,
 )
+from cluster.planning.weights import held_weights
 
 NODE_BYTES = 2**30  # raylet, agents, log monitor, HAProxy and the proxy behind it: 615 MB with Ray 2.60 on Linux
 HEAD_BYTES = 5 * 2**29  # and the GCS, the dashboard's processes and Serve's controller
@@ -69,6 +68,7 @@ class ModelSize:
     config: ModelConfig
     architecture: Architecture
     groups: tuple[ExpertGroup, ...]  # none where the coordinator has all experts itself
+    checkpoint: Checkpoint | None = None  # where its files are here
 
     @property
     def on_gpu(self) -> bool:
@@ -90,22 +90,28 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the checkpoint's files, in the dtype that it says."""
+        """Of the checkpoint's files; of one that is not here, in the dtype that it says."""
+        if self.checkpoint is not None:
+            return sum(ref.nbytes for ref in self.checkpoint.tensors.values())
         a = self.architecture
-        item = 4 if a.dtype == "float32" else 2
-        parameters = sum(math.prod(shape) for shape in coordinator_tensors(a).values())
-        experts = expert_bytes(a, "bfloat16", a.num_experts) // DTYPE_BYTES["bfloat16"] if a.num_experts else 0
-        return item * (parameters + experts)
+        weights = WeightBytes.of(a, "float32" if a.dtype == "float32" else "bfloat16")
+        return weights.coordinator + a.num_experts * weights.expert
+
+    @property
+    def held(self) -> WeightBytes:
+        """What weights take in the memory of processes."""
+        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
+        if self.checkpoint is None:
+            return WeightBytes.of(self.architecture, dtype)
+        return held_weights(self.checkpoint, dtype, "cuda" if self.on_gpu else "cpu")
 
     def coordinator_host_bytes(self) -> int:
         """Of host memory."""
         process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES + self.config.engine.grammar_cache_mib * 2**20
         if self.on_gpu:
             return process + CUDA_PROCESS_BYTES
-        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
-        weights = coordinator_bytes(self.architecture, dtype, kv_tokens=0)
-        if not self.groups:
-            weights += expert_bytes(self.architecture, dtype, self.architecture.num_experts) if self._is_sparse else 0
+        held = self.held
+        weights = held.coordinator + (0 if self.groups else self.architecture.num_experts * held.expert)
         return process + weights + int((self.config.engine.kv_cache_gib or 0) * 2**30)
 
     def shard_host_bytes(self, group: ExpertGroup) -> int:
@@ -113,28 +119,24 @@ class ModelSize:
         process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES
         if self.on_gpu:
             return process + CUDA_PROCESS_BYTES
-        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
-        return process + expert_bytes(self.architecture, dtype, len(group.experts))
-
-    @property
-    def _is_sparse(self) -> bool:
-        return self.architecture.num_experts > 0
+        return process + len(group.experts) * self.held.expert
 
 
 def model_size(model: ModelConfig) -> ModelSize:
     """Raises ConfigError for a model whose sizes cannot be known here."""
-    architecture = known_architecture(model.path, model.revision)
+    architecture, checkpoint = _known(model.path, model.revision)
     local = architecture.is_dense or model.experts.transport == "local"
     groups = () if local else plan_groups(model.experts.groups, architecture.num_experts, 0, 1)
-    return ModelSize(model, architecture, groups)
+    return ModelSize(model, architecture, groups, checkpoint)
 
 
-def known_architecture(path: str, revision: str | None = None) -> Architecture:
+def _known(path: str, revision: str | None) -> tuple[Architecture, Checkpoint | None]:
     """Of a directory, an embedded model, or a hub id that is known. Raises ConfigError for others."""
     if path in KNOWN_MODELS:
-        return KNOWN_MODELS[path]
+        return KNOWN_MODELS[path], None
     if path in EMBEDDED or Path(path).expanduser().is_dir():
-        return open_checkpoint(resolve_model(path, revision)).architecture
+        checkpoint = open_checkpoint(resolve_model(path, revision))
+        return checkpoint.architecture, checkpoint
     known = ", ".join(KNOWN_MODELS)
     raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
 
@@ -211,6 +213,7 @@ def _check_gpus(model: ModelSize, gpu_type: str | None) -> None:
             model.groups,
             Room([Node(f"pod {index}", 2**50, (memory,)) for index in range(pods)]),
             kv_tokens=model.kv_tokens,
+            weights=model.held,
             num_coordinators=num_coordinators,
             gpus_per_shard=share,
             gpus_per_coordinator=1 - share if model.shares_gpu else 1.0,

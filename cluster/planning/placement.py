@@ -43,6 +43,20 @@ class DeviceShare:
     neighbour_bytes: int = 0  # weights of shards
 
 
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """What weights take in the memory of the processes that hold them."""
+
+    coordinator: int  # attention, norms, gates, embeddings, and the whole of a dense model
+    expert: int  # one in all layers, the largest; 0: dense
+
+    @classmethod
+    def of(cls, architecture: Architecture, dtype: Dtype) -> WeightBytes:
+        """Of a model that is not quantised."""
+        coordinator = sum(math.prod(shape) for shape in coordinator_tensors(architecture).values()) * DTYPE_BYTES[dtype]
+        return cls(coordinator, expert_bytes(architecture, dtype) if architecture.num_experts else 0)
+
+
 class Room:
     """What the nodes have left while processes find their places, those of one model after those of another."""
 
@@ -118,8 +132,7 @@ def kv_bytes_per_token(architecture: Architecture, dtype: Dtype) -> int:
 
 def coordinator_bytes(architecture: Architecture, dtype: Dtype, *, kv_tokens: int) -> int:
     """Weights of the half that is not experts, and a KV cache of that many tokens."""
-    weights = sum(math.prod(shape) for shape in coordinator_tensors(architecture).values()) * DTYPE_BYTES[dtype]
-    return weights + kv_tokens * kv_bytes_per_token(architecture, dtype)
+    return WeightBytes.of(architecture, dtype).coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
 
 
 def check_fit(
@@ -129,6 +142,7 @@ def check_fit(
     room: Room,
     *,
     kv_tokens: int,
+    weights: WeightBytes | None = None,
     num_coordinators: int = 1,
     gpus_per_shard: float = 0.0,
     gpus_per_coordinator: float = 0.0,
@@ -138,30 +152,28 @@ def check_fit(
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
-    coordinator holds all experts itself.
+    coordinator holds all experts itself. `weights`: None where none is quantised.
     """
+    weights = weights or WeightBytes.of(architecture, dtype)
     shards = (
         []
         if local
-        else [
-            (f"expert group {group.index}", expert_bytes(architecture, dtype, len(group.experts)), gpus_per_shard)
-            for group in groups
-        ]
+        else [(f"expert group {group.index}", len(group.experts) * weights.expert, gpus_per_shard) for group in groups]
     )
-    attention = coordinator_bytes(architecture, dtype, kv_tokens=kv_tokens)
+    attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
     if local:
-        attention += expert_bytes(architecture, dtype, architecture.num_experts)
+        attention += architecture.num_experts * weights.expert
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
     memory, gpus = sum(room.memory), room.gpu_bytes
-    for name, weights, share in sorted(processes, key=lambda process: -process[1]):
-        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else weights)
-        if not room.place(share, weights, host):
+    for name, held, share in sorted(processes, key=lambda process: -process[1]):
+        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
+        if not room.place(share, held, host):
             needs = gib(sum(size for _, size, _ in processes))
             beside = " beside the models before it" if room.num_models else ""
             if share:
                 wanted = sum(asked for *_, asked in processes)
                 raise DoesNotFit(
-                    f"{name} needs {share:g} GPU with {gib(weights)} free, and no node has one left: the model "
+                    f"{name} needs {share:g} GPU with {gib(held)} free, and no node has one left: the model "
                     f"needs {needs} on {wanted:g} GPUs in all, and the cluster has {gib(sum(gpus))} on "
                     f"{len(gpus)} GPUs{beside}"
                 )

@@ -1,0 +1,45 @@
+"""How many bytes weights take in the memory of a process. Plain arithmetic; no torch.
+
+Quantised ones stay as they are where kernels multiply with them, integers in bf16 on a CPU. Elsewhere they are widened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.layouts import Ref
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.scheme import Values, num_groups
+from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes
+
+SCALE_BYTES, ZERO_POINT_BYTES = 4, 2  # of each group of each output
+
+
+def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightBytes:
+    """Of a model whose files are here."""
+    a = checkpoint.architecture
+
+    def held(names: Iterable[str]) -> int:
+        return sum(held_bytes(checkpoint.tensors[name], dtype, device) for name in names)
+
+    experts = [
+        sum(held(expert_tensors(a, layer, expert)) for layer in range(a.num_layers)) for expert in range(a.num_experts)
+    ]
+    return WeightBytes(held(coordinator_tensors(a)), max(experts, default=0))
+
+
+def held_bytes(ref: Ref, dtype: Dtype, device: str) -> int:
+    """Of one tensor."""
+    if not isinstance(ref, QuantizedRef) or not _stays_as_it_is(ref, dtype, device):
+        return math.prod(ref.shape) * DTYPE_BYTES[dtype]
+    groups = ref.shape[0] * num_groups(ref.scheme.group_size, ref.shape[1])
+    zero_points = ZERO_POINT_BYTES if ref.has_zero_points else 0
+    return math.ceil(math.prod(ref.shape) * ref.scheme.bits / 8) + groups * (SCALE_BYTES + zero_points)
+
+
+def _stays_as_it_is(ref: QuantizedRef, dtype: Dtype, device: str) -> bool:
+    is_float = isinstance(ref.scheme, Values) and ref.scheme.is_float
+    return device == "cpu" and dtype == "bfloat16" and not is_float
