@@ -213,3 +213,12 @@ if AVAILABLE:
             return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
         return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]
+
+    @intrinsic
+    def take_several(_context: Any, _counter: Any, _number: Any) -> Any:
+        """What an int64 counts, and so many more for the next thread that asks."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.atomic_rmw("add", arguments[0], arguments[1], "monotonic")
+
+        return types.int64(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,13 @@ from experts_service.kernels import jit
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.matmul import Panels, multiply
-from experts_service.kernels.routine import num_threads
+from experts_service.kernels.routine import Routine, num_threads, take_run
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
+
+if jit.AVAILABLE:
+    from numba import carray
+
+    from experts_service.kernels.jit import pointer
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -172,3 +178,32 @@ def test_threads_are_as_many_as_the_work_is_worth() -> None:
         assert num_threads(4096, 1 << 36) == 16
     finally:
         torch.set_num_threads(torch_threads)
+
+
+@Routine
+def _runs(task):
+    """Take runs until none is left, and write them down."""
+    ends = carray(pointer(task[3]), 1, np.int64)
+    count = 0
+    while True:
+        first, end = take_run(task, task[1], task[2], task[4])
+        if first >= end:
+            return
+        ends[2 * count], ends[2 * count + 1] = first, end
+        count += 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize("number", [0, 1, 2, 5, 224, 10_001])
+@pytest.mark.parametrize("most", [0, 1, 16])
+def test_runs_are_all_items_once_the_long_ones_first(threads: int, number: int, most: int) -> None:
+    """Two threads read panels that were dealt out one by one at 40 GB/s, and those side by side at 57."""
+    ends = np.zeros(2 * number + 2, dtype=np.int64)
+    _runs.run(1, number, most, ends.ctypes.data, threads)
+    runs = [range(*run) for run in ends.reshape(-1, 2).tolist() if any(run)]
+    assert [item for run in runs for item in run] == list(range(number))
+    lengths = [len(run) for run in runs]
+    assert lengths == sorted(lengths, reverse=True)
+    if number > 2 * threads:
+        assert lengths[0] == max(1, min(most, number // (2 * threads)))
+        assert lengths[-1] == 1
