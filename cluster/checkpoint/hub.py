@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.hyperparameters import architecture_from_config
 from cluster.checkpoint.json_document import JsonDocument
+from cluster.checkpoint.weight_files import GGUF
 from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
 from cluster.errors import CheckpointError, ConfigError, MantaError
 
@@ -37,6 +38,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise ConfigError(f"revision: {model!r} is a directory here; only a model of the hub has revisions")
         return found
+    if directory.suffix == ".gguf" and directory.is_file():
+        raise ConfigError(f"The model {model!r} is a GGUF file, {GGUF}")
     if not _HUB_ID.fullmatch(model) or directory.exists():
         raise ConfigError(
             f"The model {model!r} is neither a directory nor a hub id such as 'mistralai/Mixtral-8x7B-v0.1'."
@@ -92,6 +95,8 @@ def _weight_pattern(model: str, names: list[str]) -> str:
     for pattern in _WEIGHTS:
         if any(Path(name).match(pattern) for name in names):
             return pattern
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        raise CheckpointError(f"The hub's {model} has its weights only as {gguf[0]}, {GGUF}")
     raise CheckpointError(
         f"The hub's {model} has no {' or '.join(_WEIGHTS)}. Manta reads safetensors only: .bin, .pth and .pt files can "
         "run code when they are loaded."

@@ -11,6 +11,10 @@ from cluster.checkpoint.safetensors_header import StoredTensor, read_header
 from cluster.errors import CheckpointError
 
 STEMS: dict[Layout, str] = {"huggingface": "model", "mistral": "consolidated"}
+GGUF = (  # what is wrong with it
+    "which is llama.cpp's format and not read here: serve it by llama.cpp, or take a safetensors version of the model, "
+    "quantised or not."
+)
 UNSAFE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -25,6 +29,8 @@ def find_layout(directory: Path) -> Layout:
         return "huggingface"
     if params and _weight_files(directory, "mistral"):
         return "mistral"
+    if gguf := sorted(directory.glob("*.gguf")):
+        raise CheckpointError(f"{directory} has its weights only as {gguf[0].name}, {GGUF}")
     if not config and not params:
         raise CheckpointError(
             f"{directory} has neither config.json nor params.json, so it is no model that Manta knows."
@@ -38,7 +44,9 @@ def find_layout(directory: Path) -> Layout:
     if _weight_files(directory, "mistral"):
         raise CheckpointError(f"{directory} has consolidated safetensors files and no params.json to describe them.")
     wanted = "model*.safetensors" if config else "consolidated*.safetensors"
-    raise CheckpointError(f"{directory} has no weights; expected {wanted}.")
+    other = sorted(file.name for file in directory.glob("*.safetensors"))
+    hint = f"; {other[0]} is not of that name, and may be renamed to it" if other else ""
+    raise CheckpointError(f"{directory} has no weights; expected {wanted}{hint}.")
 
 
 def read_headers(directory: Path, layout: Layout) -> dict[str, StoredTensor]:

@@ -76,7 +76,7 @@ def unpack_awq(packed: Tensor) -> Tensor:
 
 def _bytes(packed: Tensor) -> Tensor:
     """int32 [R, words] → uint8 [R, words · 4], lowest first."""
-    return packed.contiguous().view(torch.uint8)
+    return packed.reshape(-1).view(torch.uint8).view(len(packed), -1)
 
 
 def _centred(codes: Tensor, bits: int) -> Tensor:

@@ -43,6 +43,7 @@ _OF_CALIBRATION = names(  # how the numbers were found, or who computes with the
 _OF_BOTH = _OF_CALIBRATION | names("bits format group_size pack_dtype sym")
 _GPTQ_KEYS = _OF_BOTH | names("checkpoint_format desc_act")
 _AWQ_KEYS = _OF_BOTH | names("version zero_point")
+_AUTOAWQ_SPELLING = {"w_bit": "bits", "q_group_size": "group_size"}  # of its own quant_config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,9 @@ def _gptq_scheme(section: JsonDocument) -> Gptq:
 
 
 def _awq_scheme(section: JsonDocument) -> Awq:
+    for theirs, ours in _AUTOAWQ_SPELLING.items():
+        if theirs in section.values:
+            section.values.setdefault(ours, section.values.pop(theirs))
     layout = section.values.get("version") or section.values.get("format") or "gemm"
     if str(layout).lower() != "gemm":
         raise section.error(

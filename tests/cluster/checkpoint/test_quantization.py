@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.hub import resolve_model
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.quantization.config import read_quantization
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.scheme import Awq, Gptq, Packed, Values
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigError
 from experts_service.quantization.weight import dense
 from experts_service.weights import read_tensors
 from tests.checkpoints import hub_state_dict
@@ -101,6 +102,7 @@ def scheme_of(config: dict[str, Any], module: str = Q) -> Any:
         (gptq(8, -1, desc_act=True, sym=False, layout="gptq_v2").config, Gptq(8, None, True, False, False)),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, Gptq(4, 128, False, False, True)),
         (awq().config, Awq(32)),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}, Awq(128)),
     ],
 )
 def test_each_method_says_how_matrices_are_stored(config: dict[str, Any], scheme: Any):
@@ -481,3 +483,23 @@ def test_a_checkpoint_that_is_quantised_and_does_not_say_so(tmp_path: Path):
 def test_a_checkpoint_that_says_so_and_is_not_quantised(tmp_path: Path, of: Format):
     write_quantized(tmp_path, Format(of.config, of.pack, packs=lambda _: False), num_hidden_layers=1)
     assert f"quantization_config says {of.config['quant_method']}, and no matrix is stored so" in refusal(tmp_path)
+
+
+def test_a_gguf_file_is_refused_by_its_name(tmp_path: Path):
+    """Beside a config.json, without one, and named itself."""
+    write_quantized(tmp_path, gptq(), num_hidden_layers=1)
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "mixtral.Q4_K_M.gguf"
+    file.touch()
+    assert f"has its weights only as {file.name}, which is llama.cpp's format" in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert f"has its weights only as {file.name}, which is llama.cpp's format" in refusal(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a GGUF file, which is llama\.cpp's format"):
+        resolve_model(str(file))
+
+
+def test_a_weight_file_of_another_name_is_told(tmp_path: Path):
+    """As AutoGPTQ named it where it was not told otherwise."""
+    write_quantized(tmp_path, gptq(), num_hidden_layers=1)
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    assert "expected model*.safetensors; gptq_model-4bit-32g.safetensors is not of that name" in refusal(tmp_path)
