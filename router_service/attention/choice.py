@@ -6,7 +6,6 @@ import torch
 
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.jit import AVAILABLE
-from router_service.attention import varlen
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.reference import ReferenceAttention
 
@@ -22,6 +21,9 @@ def attention_backend(
             paged = PagedAttention(architecture, block_size=block_size)
             paged.warm_up(dtype)
             return paged
-    if varlen.is_served(architecture, block_size, dtype, device):
-        return varlen.VarlenAttention(architecture, device=device)
+    if device.type == "cuda":  # torch imports its compiler for this one, which takes a second
+        from router_service.attention import varlen
+
+        if varlen.is_served(architecture, block_size, dtype, device):
+            return varlen.VarlenAttention(architecture, device=device)
     return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device)

@@ -23,6 +23,17 @@ def test_the_gateway_replica_has_not_imported_torch(server):
         assert not any("torch" in mapped.path for mapped in gateway.memory_maps())
 
 
+def test_no_coordinator_on_a_cpu_has_imported_torchs_compiler(ray_cluster):
+    """It came with a kernel of GPUs, and took two of the five seconds of CPU that imports took."""
+    import ray
+    from ray.util import list_named_actors
+
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if "#coordinator#" in actor["name"]]
+    actors = [ray.get_actor(name, namespace="serve") for name in names]
+    imported = ray.get([actor.__ray_call__.remote(lambda _: "torch._dynamo" in sys.modules) for actor in actors])
+    assert imported == [False] * 3
+
+
 def test_every_expert_group_has_an_actor_of_its_own(server):
     assert len(processes(server, "ExpertShard")) >= 2
 
