@@ -22,10 +22,11 @@ check: install
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest --durations=30 -m "not long"
+	$(BIN)/pytest -n 2 --dist loadgroup --durations=30 -m "not long"
 
-test-long: check
-	$(BIN)/pytest --durations=30
+# The long ones measure, and have the machine to themselves
+test-long: test
+	$(BIN)/pytest --durations=30 -m long
 
 # A fault every ten seconds under load; make soak SOAK_S=600 for ten minutes
 SOAK_S ?= 3600

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,16 @@ import pytest
 
 from tests.ports import free_port
 from tests.waiting import wait_for
+from tests.workers import pytest_xdist_make_scheduler, sort_for_workers
+
+__all__ = ["pytest_xdist_make_scheduler"]  # a hook
 
 START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
 LONG_TIMEOUT_S = 3 * 3600  # of a test marked long; the soak takes MANTA_SOAK_S of it
+
+# Before a command: it gets Ctrl-C when this process dies, a worker that crashes for example. A dozen processes stayed.
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "INT") if shutil.which("setpriv") else ()
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default draws new ones. How long it takes to draw them says
 # nothing here: before the first float Hypothesis reads all modules for constants, seconds on a busy machine.
@@ -40,13 +47,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # where a group may write what a user does, the files of keys that tests write would be refused
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A server is a dozen processes and more: without bytecode each compiles what it imports of ours.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A soak may take hours; whatever else hangs is ended by pytest-timeout, with the stacks of all threads."""
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))
+    if hasattr(config, "workerinput"):
+        sort_for_workers(config, items)
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,8 @@ def running_server(config: str = "") -> Iterator[Server]:
 @contextmanager
 def _started_server(*arguments: str) -> Iterator[Server]:
     port, grpc_port = free_port(), free_port()
-    command = [Path(sys.executable).with_name("manta"), "serve", "--port", str(port), "--grpc-port", str(grpc_port)]
-    command += arguments
+    manta = Path(sys.executable).with_name("manta")
+    command = [*ENDS_WITH_US, manta, "serve", "--port", str(port), "--grpc-port", str(grpc_port), *arguments]
     started = time.monotonic()
     process = subprocess.Popen(
         command,
