@@ -216,9 +216,20 @@ if AVAILABLE:
 
     @intrinsic
     def take_several(_context: Any, _counter: Any, _number: Any) -> Any:
-        """What an int64 counts, and so many more for the next thread that asks."""
+        """What an int64 counts, and so many more for the next thread that asks, who sees what was written before."""
 
         def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.atomic_rmw("add", arguments[0], arguments[1], "monotonic")
+            return builder.atomic_rmw("add", arguments[0], arguments[1], "acq_rel")
 
         return types.int64(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
+
+    @intrinsic
+    def counter(_context: Any, _task: Any, _index: Any) -> Any:
+        """One of a task's numbers, to be counted up."""
+
+        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.gep(arguments[0], [arguments[1]])
+
+        return types.CPointer(types.int64)(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
+
+    sched_yield = types.ExternalFunction("sched_yield", types.int32())

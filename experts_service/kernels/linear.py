@@ -44,7 +44,7 @@ class Linear:
         """`x` [R, in] → [R, out]."""
         if self._kernel.is_own:
             y = x.new_empty(len(x), self.out_features)
-            multiply(self._kernel.arithmetic, x, (self._panels,), (len(x),), y)
+            multiply(self._kernel.arithmetic, x, self._panels, y)
             return y
         if self._kernel is Kernel.TORCH:
             return F.linear(x, self._weight)

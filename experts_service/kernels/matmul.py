@@ -1,6 +1,6 @@
 """Matmuls of bf16 rows with packed bf16 weights, on a CPU. Knows panels and rows; knows no layer and no expert.
 
-    jobs    [J, 3]               of each matrix: where its weights are, its first row, how many rows
+    jobs    [J, 4]               of each network: where w1 and w3 are, where w2 is, its first row, how many rows
     x       [R, K]  bf16         rows, those of one job together
     weights [P, K / 2, 32, 2]    panels of 32 outputs each (see tile.py)
     y       [R, out]  bf16       each sum is rounded once
@@ -21,8 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels.jit import AVAILABLE, bits, fma, from_bits, kernel, narrow, pointer, widen
-from experts_service.kernels.routine import Routine, num_threads, take_run
+from experts_service.kernels.jit import (
+    AVAILABLE,
+    bits,
+    counter,
+    fma,
+    from_bits,
+    kernel,
+    narrow,
+    pointer,
+    take_several,
+    widen,
+)
+from experts_service.kernels.routine import Routine, num_threads, take_run, wait_for
 from experts_service.kernels.tile import HEIGHTS, PAIR, WIDTH, multiply_rows
 from experts_service.memory import mapped
 
@@ -60,17 +71,75 @@ class Panels:
         return cls(_empty(panels.shape).copy_(panels), out_features, in_features)
 
 
-def multiply(arithmetic: int, x: Tensor, matrices: Sequence[Panels], counts: Sequence[int], y: Tensor) -> None:
-    """Write `y` [R, out]: the first counts[0] rows of `x` [R, in] times the first matrix, and so on."""
-    _run(_multiply, arithmetic, x, matrices, counts, y)
+def multiply(arithmetic: int, x: Tensor, matrix: Panels, y: Tensor) -> None:
+    """Write `y` [R, out] = `x` [R, in] times the matrix."""
+    num_rows, num_weights = len(x), matrix.weights.numel()
+    if not num_rows:
+        return
+    x = _paired(x)
+    threads = num_threads(2 * num_weights, num_rows * num_weights)
+    _multiply.run(
+        threads,
+        arithmetic,
+        matrix.weights.data_ptr(),
+        matrix.weights.shape[1],
+        x.data_ptr(),
+        y.data_ptr(),
+        num_rows,
+        matrix.out_features,
+        threads,
+    )
 
 
-def gate_up(arithmetic: int, x: Tensor, matrices: Sequence[Panels], counts: Sequence[int], y: Tensor) -> None:
-    """Write `y` [R, F] = silu(w1 x) · (w3 x), each matrix being `pack_gate_up(w1, w3)`.
+def run_networks(
+    arithmetic: int,
+    x: Tensor,
+    networks: Sequence[tuple[Panels, Panels]],
+    counts: Sequence[int],
+    y: Tensor,
+) -> None:
+    """Write `y` [R, D] = w2 (silu(w1 x) · (w3 x)): the first counts[0] rows through the first network, and so on.
 
-    Both products, silu and what is multiplied are rounded to bf16, as in the reference.
+    A network is `pack_gate_up(w1, w3)` and w2, all of one size. Both products, silu and what is multiplied are rounded
+    to bf16, as in the reference.
     """
-    _run(_gate_up, arithmetic, x, matrices, counts, y)
+    jobs: list[int] = []
+    row = 0
+    for (w1_w3, w2), count in zip(networks, counts, strict=True):
+        if count:
+            jobs += (w1_w3.weights.data_ptr(), w2.weights.data_ptr(), row, count)
+            row += count
+    if not jobs:
+        return
+    x = _paired(x)
+    num_jobs, num_weights = len(jobs) // 4, w1_w3.weights.numel() + w2.weights.numel()
+    table = (ctypes.c_int64 * len(jobs))(*jobs)
+    hidden_pairs = w2.weights.shape[1]
+    hidden = x.new_empty(row, PAIR * hidden_pairs)  # [R, F]
+    if w2.in_features % PAIR:
+        hidden[:, -1] = 0
+    threads = num_threads(2 * num_jobs * num_weights, row * num_weights)
+    _networks.run(
+        threads,
+        *(0, 0),  # counters
+        arithmetic,
+        ctypes.addressof(table),
+        num_jobs,
+        w1_w3.weights.shape[1],
+        hidden_pairs,
+        x.data_ptr(),
+        hidden.data_ptr(),
+        y.data_ptr(),
+        row,
+        w1_w3.out_features,
+        w2.out_features,
+        threads,
+    )
+
+
+def _paired(x: Tensor) -> Tensor:
+    """Rows [R, K] without gaps, with a zero after an odd K."""
+    return F.pad(x, (0, 1)) if x.shape[1] % PAIR else x.contiguous()
 
 
 def pack_gate_up(w1: Tensor, w3: Tensor) -> Panels:
@@ -89,38 +158,7 @@ def _empty(shape: Sequence[int]) -> Tensor:
 def load_kernels() -> None:
     """Compile them now, or read what was compiled: else the first step does."""
     _multiply.load()
-    _gate_up.load()
-
-
-def _run(
-    routine: Routine, arithmetic: int, x: Tensor, matrices: Sequence[Panels], counts: Sequence[int], y: Tensor
-) -> None:
-    jobs: list[int] = []
-    row = 0
-    for matrix, count in zip(matrices, counts, strict=True):
-        if count:
-            jobs += (matrix.weights.data_ptr(), row, count)
-            row += count
-    if not jobs:
-        return
-    if matrix.in_features % PAIR:
-        x = F.pad(x, (0, 1))
-    x = x.contiguous()
-    num_jobs, num_weights = len(jobs) // 3, matrix.weights.numel()
-    table = (ctypes.c_int64 * len(jobs))(*jobs)
-    threads = num_threads(2 * num_jobs * num_weights, row * num_weights)
-    routine.run(
-        threads,
-        arithmetic,
-        ctypes.addressof(table),
-        num_jobs,
-        matrix.weights.shape[1],
-        x.data_ptr(),
-        y.data_ptr(),
-        row,
-        matrix.out_features,
-        threads,
-    )
+    _networks.load()
 
 
 @kernel
@@ -151,72 +189,99 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _silu(x):  # type: ignore[no-untyped-def]
+def silu(x):  # type: ignore[no-untyped-def]
     """x / (1 + e^-x) in float32. NaN stays NaN."""
     return x / (_ONE + exp(-x))  # type: ignore[no-untyped-call]
 
 
+@kernel
+def _multiply_panel(arithmetic, panel, weights_at, pairs, x_at, row, end, y, width, sums):  # type: ignore[no-untyped-def]
+    """Rows row … end - 1 with one panel, as many at once as fit the registers, into columns of `y`, `width` in all."""
+    first = panel * WIDTH
+    width = min(WIDTH, width - first)
+    while row < end:
+        height = _height(end - row)
+        rows_at = x_at + row * pairs * (PAIR * 2)
+        multiply_rows(arithmetic, height, weights_at, rows_at, pairs, pairs, sums.ctypes.data)
+        for r in range(height):
+            for o in range(width):
+                y[row + r, first + o] = narrow(sums[r, o])
+        row += height
+
+
+@kernel
+def _gate_up_panel(  # type: ignore[no-untyped-def]
+    arithmetic, panel, gate_at, pairs, x_at, row, end, y, width, gates, ups
+):
+    """The same with a panel of w1 and the one of w3 that follows it: both products, then what is made of them."""
+    first = panel * WIDTH
+    width = min(WIDTH, width - first)
+    up_at = gate_at + pairs * _PANEL_STEP_BYTES
+    while row < end:
+        height = _height(end - row)
+        rows_at = x_at + row * pairs * (PAIR * 2)
+        multiply_rows(arithmetic, height, gate_at, rows_at, pairs, pairs, gates.ctypes.data)
+        multiply_rows(arithmetic, height, up_at, rows_at, pairs, pairs, ups.ctypes.data)
+        for r in range(height):
+            for o in range(width):
+                gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
+                y[row + r, first + o] = narrow(widen(narrow(silu(gate))) * up)  # type: ignore[no-untyped-call]
+        row += height
+
+
 @Routine
 def _multiply(task):  # type: ignore[no-untyped-def]
-    """Panel by panel: all rows of a job, as many at once as fit the registers."""
-    arithmetic, jobs_at, num_jobs, pairs = task[1], task[2], task[3], task[4]
-    x_at, y_at, num_rows, out_features, threads = task[5], task[6], task[7], task[8], task[9]
-    jobs = carray(pointer(jobs_at), (num_jobs, 3), np.int64)
+    """Panel by panel."""
+    arithmetic, weights_at, pairs, x_at, y_at = task[1], task[2], task[3], task[4], task[5]
+    num_rows, out_features, threads = task[6], task[7], task[8]
     y = carray(pointer(y_at), (num_rows, out_features), np.uint16)
     sums = np.empty((_HIGHEST, WIDTH), np.float32)
-    panels = (out_features + WIDTH - 1) // WIDTH
-    most = _RUN_BYTES // (pairs * _PANEL_STEP_BYTES)
+    panels, panel_bytes = (out_features + WIDTH - 1) // WIDTH, pairs * _PANEL_STEP_BYTES
     while True:
-        item, end_item = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
-        if item >= end_item:
+        panel, end = take_run(task, panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
+        if panel >= end:
             return
-        while item < end_item:
-            job, panel = item // panels, item % panels
-            weights_at = jobs[job, 0] + panel * pairs * _PANEL_STEP_BYTES
-            row, end = jobs[job, 1], jobs[job, 1] + jobs[job, 2]
-            first = panel * WIDTH
-            width = min(WIDTH, out_features - first)
-            while row < end:
-                height = _height(end - row)
-                rows_at = x_at + row * pairs * (PAIR * 2)
-                multiply_rows(arithmetic, height, weights_at, rows_at, pairs, pairs, sums.ctypes.data)
-                for r in range(height):
-                    for o in range(width):
-                        y[row + r, first + o] = narrow(sums[r, o])
-                row += height
-            item += 1
+        while panel < end:
+            at = weights_at + panel * panel_bytes
+            _multiply_panel(arithmetic, panel, at, pairs, x_at, 0, num_rows, y, out_features, sums)  # type: ignore[no-untyped-call]
+            panel += 1
 
 
 @Routine
-def _gate_up(task):  # type: ignore[no-untyped-def]
-    """The same for panels of w1 and w3 in turn: both products, then what is made of them."""
-    arithmetic, jobs_at, num_jobs, pairs = task[1], task[2], task[3], task[4]
-    x_at, y_at, num_rows, out_features, threads = task[5], task[6], task[7], task[8], task[9]
-    jobs = carray(pointer(jobs_at), (num_jobs, 3), np.int64)
-    y = carray(pointer(y_at), (num_rows, out_features), np.uint16)
+def _networks(task):  # type: ignore[no-untyped-def]
+    """Panel by panel: those of w1 and w3 of all jobs; when all are done, those of w2."""
+    done, of_w2 = counter(task, 1), counter(task, 2)
+    arithmetic, jobs_at, num_jobs, pairs, hidden_pairs = task[3], task[4], task[5], task[6], task[7]
+    x_at, hidden_at, y_at, num_rows, intermediate, width, threads = (
+        task[8], task[9], task[10], task[11], task[12], task[13], task[14]
+    )  # fmt: skip
+    jobs = carray(pointer(jobs_at), (num_jobs, 4), np.int64)
+    hidden = carray(pointer(hidden_at), (num_rows, hidden_pairs * PAIR), np.uint16)
+    y = carray(pointer(y_at), (num_rows, width), np.uint16)
     gates = np.empty((_HIGHEST, WIDTH), np.float32)
     ups = np.empty((_HIGHEST, WIDTH), np.float32)
-    panels = (out_features + WIDTH - 1) // WIDTH
-    panel_bytes = pairs * _PANEL_STEP_BYTES
-    most = _RUN_BYTES // (2 * panel_bytes)
+    panels, panel_bytes = (intermediate + WIDTH - 1) // WIDTH, 2 * pairs * _PANEL_STEP_BYTES
     while True:
-        item, end_item = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
+        item, end_item = take_run(task, num_jobs * panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
+        if item >= end_item:
+            break
+        length = end_item - item
+        while item < end_item:
+            job, panel = item // panels, item % panels
+            row, end = jobs[job, 2], jobs[job, 2] + jobs[job, 3]
+            gate_at = jobs[job, 0] + panel * panel_bytes
+            _gate_up_panel(arithmetic, panel, gate_at, pairs, x_at, row, end, hidden, intermediate, gates, ups)  # type: ignore[no-untyped-call]
+            item += 1
+        take_several(done, length)
+    wait_for(done, num_jobs * panels)  # type: ignore[no-untyped-call]
+    panels, panel_bytes = (width + WIDTH - 1) // WIDTH, hidden_pairs * _PANEL_STEP_BYTES
+    while True:
+        item, end_item = take_run(of_w2, num_jobs * panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
         if item >= end_item:
             return
         while item < end_item:
             job, panel = item // panels, item % panels
-            gate_at = jobs[job, 0] + 2 * panel * panel_bytes
-            row, end = jobs[job, 1], jobs[job, 1] + jobs[job, 2]
-            first = panel * WIDTH
-            width = min(WIDTH, out_features - first)
-            while row < end:
-                height = _height(end - row)
-                rows_at = x_at + row * pairs * (PAIR * 2)
-                multiply_rows(arithmetic, height, gate_at, rows_at, pairs, pairs, gates.ctypes.data)
-                multiply_rows(arithmetic, height, gate_at + panel_bytes, rows_at, pairs, pairs, ups.ctypes.data)
-                for r in range(height):
-                    for o in range(width):
-                        gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
-                        y[row + r, first + o] = narrow(widen(narrow(_silu(gate))) * up)  # type: ignore[no-untyped-call]
-                row += height
+            row, end = jobs[job, 2], jobs[job, 2] + jobs[job, 3]
+            weights_at = jobs[job, 1] + panel * panel_bytes
+            _multiply_panel(arithmetic, panel, weights_at, hidden_pairs, hidden_at, row, end, y, width, gates)  # type: ignore[no-untyped-call]
             item += 1

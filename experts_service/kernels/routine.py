@@ -18,11 +18,16 @@ from typing import Any
 
 import torch
 
-from experts_service.kernels.jit import compile_routine, kernel, take_several
+from experts_service.kernels.jit import AVAILABLE, compile_routine, kernel, take_several
+
+if AVAILABLE:
+    from experts_service.kernels.jit import sched_yield
 
 WAKE_S = 20e-6  # a thread that saves less than this is not woken
 READ_BYTES_S = 20e9  # of one thread that reads weights; measured 16 to 29
 MULTIPLICATIONS_S = 50e9  # of one thread
+
+_LOOKS = 1000  # at a counter, before a thread gives its core to whoever it may be waiting for
 
 _Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -76,6 +81,16 @@ def take_run(task, number, most, threads):  # type: ignore[no-untyped-def]
     length = max(1, min(most, left // (2 * threads)))
     first = take_several(task, length)
     return first, min(number, first + length)
+
+
+@kernel
+def wait_for(counted, number):  # type: ignore[no-untyped-def]
+    """Return when `number` is counted: what was done before it was is seen from here on."""
+    looks = 0
+    while take_several(counted, 0) < number:
+        looks += 1
+        if looks % _LOOKS == 0:
+            sched_yield()
 
 
 def num_threads(nbytes: int, multiplications: int) -> int:

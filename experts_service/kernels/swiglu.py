@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.matmul import Panels, gate_up, multiply, pack_gate_up
+from experts_service.kernels.matmul import Panels, pack_gate_up, run_networks
 from experts_service.quantization.weight import Weight, dense, stacked
 
 Weights = tuple[Weight, Weight, Weight]  # w1 [F, D], w2 [D, F], w3 [F, D]
@@ -43,16 +43,13 @@ class SwiGLU:
 
 
 class PackedSwiGLUs:
-    """Several networks of one size, run by our own kernels in two calls: the threads share the panels of all."""
+    """Several networks of one size, run by our own kernels in one call: the threads share the panels of all."""
 
     def __init__(self, weights: Sequence[Weights], kernel: Kernel) -> None:
         self._arithmetic = kernel.arithmetic
-        self._w1_w3 = [pack_gate_up(dense(w1), dense(w3)) for w1, _, w3 in weights]
-        self._w2 = [Panels.pack(dense(w2)) for _, w2, _ in weights]
+        self._networks = [(pack_gate_up(dense(w1), dense(w3)), Panels.pack(dense(w2))) for w1, w2, w3 in weights]
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Tensor:
         """`answers` [R, D], written: the first counts[0] of `rows` [R, D] through the first network, and so on."""
-        hidden = rows.new_empty(len(rows), self._w1_w3[0].out_features)  # [R, F]
-        gate_up(self._arithmetic, rows, self._w1_w3, counts, hidden)
-        multiply(self._arithmetic, hidden, self._w2, counts, answers)
+        run_networks(self._arithmetic, rows, self._networks, counts, answers)
         return answers

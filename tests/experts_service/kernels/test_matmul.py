@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from experts_service.kernels import jit
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.matmul import Panels, multiply
 from experts_service.kernels.routine import Routine, num_threads, take_run
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
 
@@ -82,14 +81,18 @@ def test_several_threads_share_one_matrix_and_write_the_same(kernel: Kernel) -> 
 
 
 @pytest.mark.parametrize("kernel", OWN)
-def test_matrices_of_one_call_get_their_own_rows(kernel: Kernel) -> None:
-    weights = [randn(50, 24, seed=seed) for seed in range(4)]
-    counts = (3, 0, 1, 9)
-    x = randn(sum(counts), 24, seed=9)
-    y = torch.empty(len(x), 50, dtype=torch.bfloat16)
-    multiply(kernel.arithmetic, x, [Panels.pack(weight) for weight in weights], counts, y)
-    parts = zip(x.split(counts), weights, strict=True)
-    assert torch.equal(y, torch.cat([Linear(weight, kernel)(part) for part, weight in parts]))
+@pytest.mark.usefixtures("threads")
+def test_no_thread_begins_with_w2_before_all_have_done_with_w1_and_w3(kernel: Kernel) -> None:
+    """More threads than cores, so that some are put off their core with a part of what w2 reads undone."""
+    weights = [tuple(randn(*shape, seed=i) for shape in ((1500, 256), (256, 1500), (1500, 256))) for i in range(3)]
+    networks, counts = PackedSwiGLUs(weights, kernel), (2, 1, 5)
+    x = randn(sum(counts), 256, seed=9)
+    torch.set_num_threads(1)
+    alone = networks(x, counts, torch.empty_like(x))
+    torch.set_num_threads(6)
+    assert num_threads(3 * weights[0][0].nbytes, 0) > 1
+    for _ in range(50):
+        assert torch.equal(networks(x, counts, torch.empty_like(x)), alone)
 
 
 @pytest.mark.parametrize("kernel", OWN)

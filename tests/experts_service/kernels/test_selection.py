@@ -52,7 +52,7 @@ def test_what_is_chosen_is_compiled_before_the_first_step(monkeypatch: pytest.Mo
     loaded: list[object] = []
     monkeypatch.setattr(Routine, "load", lambda routine: loaded.append(routine))
     select(BF16, CPU, batch_invariant="on")
-    assert loaded == [matmul._multiply, matmul._gate_up]
+    assert loaded == [matmul._multiply, matmul._networks]
 
 
 @pytest.mark.usefixtures("all_available")
