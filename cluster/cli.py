@@ -180,6 +180,9 @@ def status(
     address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the load of every expert, as it changes.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Show what computes in each process, and how fast it was measured to be.")
+    ] = False,
 ) -> None:
     """Show deployments, expert groups, nodes, queue, KV use and rows per expert of a running cluster."""
     from cluster.commands.status.command import run, watch_load
@@ -187,7 +190,7 @@ def status(
     if watch:
         watch_load(address)
     else:
-        run(address, as_json)
+        run(address, as_json=as_json, kernels=kernels)
 
 
 if __name__ == "__main__":

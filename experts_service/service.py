@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ScalingConfig
 from cluster.errors import ExpertUnavailable, MantaError
 from cluster.planning.scaling_policy import LOAD, REPORT_INTERVAL_S, WAITING, replica_options
+from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import ProcessFigures
 from experts_service.membership import replica_metadata
 from experts_service.shard.metrics import shard_families
@@ -89,6 +90,10 @@ class ExpertService:
         except (RayActorError, TimeoutError) as error:
             raise ExpertUnavailable(f"the shard of expert group {self._spec.group} is being restarted") from error
         return stats
+
+    async def kernels(self) -> ProcessKernels:
+        """What computes in the shard; a gateway and `manta status` ask. Raises ExpertUnavailable as `stats` does."""
+        return (await self.stats()).kernels
 
     async def metrics(self) -> ProcessFigures:
         """The shard's figures, for the gateway's /metrics. Raises ExpertUnavailable while it is being restarted."""

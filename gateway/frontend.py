@@ -32,6 +32,7 @@ from gateway.deadline import PASSED, DeadlineTimer
 from gateway.embeddings import EmbeddingJob, EmbeddingValidator
 from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from gateway.request.validator import Generation, Validator
+from gateway.telemetry.kernel_watch import KernelWatch
 from gateway.telemetry.logs import RequestRecord, current_record
 from gateway.telemetry.metrics import GatewayMetrics, RequestTimer, error_name
 from gateway.telemetry.metrics_page import MetricsPage
@@ -66,6 +67,7 @@ class Frontend:
         metrics: GatewayMetrics | None = None,
         metrics_page: MetricsPage | None = None,
         traces: Traces | None = None,
+        kernels: KernelWatch | None = None,
     ) -> None:
         """`tokenizers` and `coordinators` are keyed by the card's application.
 
@@ -79,6 +81,7 @@ class Frontend:
         self.metrics = metrics or GatewayMetrics()
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
+        self.kernels = kernels or KernelWatch()
         self._traces = traces or Traces("manta-gateway", None)
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
         self._refusals = RecentRefusals()
@@ -132,12 +135,12 @@ class Frontend:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
         work = partial(model.validator.chat, body, timeout_s, drops_oldest=drops_oldest)
-        return _charged(await self.worker.run(body.num_bytes, work))
+        return self._admitted(await self.worker.run(body.num_bytes, work))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat")
-        return _charged(await self.worker.run(body.num_bytes, model.validator.completion, body, timeout_s))
+        return self._admitted(await self.worker.run(body.num_bytes, model.validator.completion, body, timeout_s))
 
     async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
@@ -264,6 +267,12 @@ class Frontend:
         self._refusals.check(model.card.name, current_caller().id)
         return self.served(await self.health.require(self._versions_of(model.card.name)))
 
+    def _admitted(self, generation: Generation) -> Generation:
+        """With what will answer it; its choices and its prompt count against the caller's key. Raises RateLimited."""
+        current_caller().take_choices(len(generation.requests))
+        current_caller().take_prompt(generation.num_prompt_tokens)
+        return replace(generation, system_fingerprint=self.kernels.system_fingerprint(generation.card))
+
     def _refuse_when_full(self) -> None:
         bound = self.config.max_ongoing_requests
         if is_refused(self._ongoing, current_caller().id, bound):
@@ -284,13 +293,6 @@ def _end_span(span: Span, record: RequestRecord) -> None:
 
 def _num_tokens(requests: Sequence[Request]) -> int:
     return sum(len(request.prompt_token_ids) for request in requests)
-
-
-def _charged(generation: Generation) -> Generation:
-    """The same, its choices and its prompt counted against the caller's key. Raises RateLimited."""
-    current_caller().take_choices(len(generation.requests))
-    current_caller().take_prompt(generation.num_prompt_tokens)
-    return generation
 
 
 async def _one(choice: Choice, chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[Delta, None]:

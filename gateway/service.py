@@ -26,6 +26,7 @@ from gateway.frontend import Frontend
 from gateway.grpc.door import GrpcDoor
 from gateway.grpc.server.server import install
 from gateway.http.app import build_app
+from gateway.telemetry.kernel_watch import KernelWatch
 from gateway.telemetry.logs import configure_logs
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.metrics_page import MetricsPage, ServeProcesses
@@ -54,6 +55,7 @@ class GatewayReplica(GrpcDoor):
         async def missing_experts(card: ModelCard) -> tuple[str, ...]:
             return (await coordinators[card.application].stats()).missing_experts
 
+        kernels = KernelWatch(ServeProcesses("kernels"))
         frontend = Frontend(
             config,
             cards,
@@ -61,10 +63,11 @@ class GatewayReplica(GrpcDoor):
                 card.application: load_tokenizer(Path(card.directory), card.layout, card.vocab_size) for card in cards
             },
             coordinators=coordinators,
-            health=Health(cards, probe_serve, missing_experts),
+            health=Health(cards, probe_serve, missing_experts, kernels.look),
             metrics=metrics,
             traces=Traces("manta-gateway", config.otlp_endpoint),
-            metrics_page=MetricsPage(metrics, cards, ServeProcesses(), self._replica),
+            metrics_page=MetricsPage(metrics, cards, ServeProcesses("metrics"), self._replica),
+            kernels=kernels,
         )
         install(config, frontend.access)
         super().__init__(frontend)

@@ -11,7 +11,9 @@ from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.planning.placement import DeviceShare
+from cluster.telemetry.kernels import ProcessKernels
 from experts_service.kernels.cores import cores
+from experts_service.kernels.jit import AVAILABLE
 from experts_service.kernels.selection import Selection, select
 from experts_service.weights import read_tensors
 from router_service.attention.cache_size import cache_size
@@ -40,10 +42,12 @@ def build_engine(
     on_death: Callable[[], object] | None = None,
     shares: Sequence[DeviceShare] = (DeviceShare(),),
     local_experts: bool = False,
+    selection: Selection | None = None,
 ) -> Engine:
     """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence.
 
     `shares` says who may be on the same device, `local_experts` that they are in this process, loaded already.
+    `selection` is what multiplies, where that has been chosen.
     """
     architecture = checkpoint.architecture
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
@@ -53,7 +57,7 @@ def build_engine(
     weights = read_tensors(
         checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
     )
-    selection = select_kernel(config, dtype, device)
+    selection = selection or select_kernel(config, dtype, device)
     decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
     attention = attention_backend(architecture, block_size=config.block_size, dtype=dtype, device=device)
@@ -101,6 +105,18 @@ def build_engine(
 def select_kernel(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Selection:
     """What multiplies in this process. Raises ConfigError where what is configured does not run here."""
     return select(dtype, device, kernels=config.kernels, batch_invariant=config.batch_invariant)
+
+
+def process_kernels(engine: Engine, selection: Selection) -> ProcessKernels:
+    """What computes in a coordinator's process."""
+    decoder, attention = engine.model_runner.decoder, engine.model_runner.attention
+    return selection.told(
+        decoder.dtype,
+        decoder.device,
+        attention=attention.name,
+        sampling="numba" if AVAILABLE and decoder.device.type == "cpu" else "torch",
+        batch_invariant=not attention.gathers,
+    )
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

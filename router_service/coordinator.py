@@ -23,6 +23,7 @@ from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFai
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
 from cluster.planning.placement import DeviceShare, ExpertGroup
 from cluster.planning.scaling_policy import LOAD, WAITING, replica_options
+from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import ProcessFigures
 from cluster.telemetry.progress import LoadingProgress
 from cluster.telemetry.traces import Traces
@@ -32,7 +33,7 @@ from experts_service.client import ExpertPool
 from experts_service.kernels.experts import Experts
 from experts_service.transport import Transport
 from router_service.adjustments import Adjustments, has_adjustments
-from router_service.assembly import build_engine, resolve_device, select_kernel
+from router_service.assembly import build_engine, process_kernels, resolve_device, select_kernel
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Event
 from router_service.grammar.compiler import GrammarCompiler
@@ -98,17 +99,22 @@ class Coordinator:
             raise CheckpointError(f"{directory} changed since the server started; restart it to serve the new one")
         self._revision = checkpoint.revision
         local = experts.transport == "local"
+        device, dtype = resolve_device(engine), getattr(torch, engine.dtype)
         progress = LoadingProgress(
             serve.get_replica_context().app_name, DEPLOYMENT, _total_bytes(checkpoint, groups if local else ())
         )
+        selection = select_kernel(engine, dtype, device)
         transport: Transport
         if local:
-            device, dtype = resolve_device(engine), getattr(torch, engine.dtype)
-            kernel = select_kernel(engine, dtype, device).kernel
             transport = LocalTransport(
                 {
                     group.index: Experts.load(
-                        checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel, on_bytes=progress
+                        checkpoint,
+                        group.experts,
+                        dtype=dtype,
+                        device=device,
+                        kernel=selection.kernel,
+                        on_bytes=progress,
                     )
                     for group in groups
                 }
@@ -133,7 +139,9 @@ class Coordinator:
             on_death=self._end_process,
             shares=shares,
             local_experts=local,
+            selection=selection,
         )
+        self._kernels = process_kernels(self._engine, selection)
         for handler in logging.getLogger("router_service").handlers:
             handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start
         blocks = self._engine.scheduler.block_manager
@@ -142,7 +150,7 @@ class Coordinator:
             "num_gpu_blocks": blocks.num_blocks,
             "enable_prefix_caching": blocks.prefix_caching,
         }
-        self._metrics.watch(self._engine.stats, cache)
+        self._metrics.watch(self._engine.stats, cache, self._kernels)
         architecture = checkpoint.architecture
         self._vocab_size = architecture.vocab_size
         self._grammars = GrammarCompiler(
@@ -233,6 +241,10 @@ class Coordinator:
     async def stats(self) -> EngineStats:
         """A snapshot of the engine, and whom it misses."""
         return replace(self._engine.stats(), missing_experts=tuple(self._pool.missing()), revision=self._revision)
+
+    async def kernels(self) -> ProcessKernels:
+        """What computes here; a gateway and `manta status` ask."""
+        return self._kernels
 
     async def metrics(self) -> ProcessFigures:
         """What this process counted, for the gateway's /metrics."""

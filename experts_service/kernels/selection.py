@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from cluster.errors import ConfigError
+from cluster.telemetry.kernels import ProcessKernels
+from experts_service.kernels.jit import cpu_features
 from experts_service.kernels.kernel import Kernel, available, kernel_for
 from experts_service.kernels.matmul import load_kernels
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
@@ -34,6 +36,29 @@ class Selection:
     def batch_invariant(self) -> bool:
         """Whether the matmuls' bits depend on nothing but the row."""
         return self.kernel.is_own
+
+    def told(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        attention: str = "",
+        sampling: str = "",
+        batch_invariant: bool = True,
+    ) -> ProcessKernels:
+        """What a process says of itself, a coordinator also of what else computes there, and whether that is."""
+        on_cpu = device.type == "cpu"
+        return ProcessKernels(
+            dtype=str(dtype).removeprefix("torch."),
+            matmuls=str(self.kernel),
+            batch_invariant=self.batch_invariant and batch_invariant,
+            device=cpu_features().split(",")[0] if on_cpu else torch.cuda.get_device_name(device),
+            vectors=torch.backends.cpu.get_cpu_capability() if on_cpu else "",
+            attention=attention,
+            sampling=sampling,
+            speeds=tuple((str(kernel), tuple(seconds)) for kernel, seconds in self.speeds.items()),
+            rows=ROWS if self.speeds else (),
+        )
 
     def __str__(self) -> str:
         invariant = "" if self.batch_invariant else "not "

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from cluster.telemetry.kernels import kernels_family
+
 if TYPE_CHECKING:
     from experts_service.shard.shard import ShardStats
 
@@ -42,3 +44,4 @@ def shard_families(
         gauge = GaugeMetricFamily(name, documentation, labels=["group"])
         gauge.add_metric([group], number)
         yield gauge
+    yield kernels_family(stats.kernels)

@@ -31,6 +31,7 @@ from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cluster.telemetry.kernels import ProcessKernels
     from experts_service.kernels.experts import Experts
     from experts_service.shard.server import LaneServer
     from experts_service.wire.address import LaneAddress
@@ -73,6 +74,7 @@ class ShardStats:
     calls: int
     busy_s: float  # time spent computing
     loaded_s: float  # time it took to load
+    kernels: ProcessKernels
     resident_bytes: int = 0  # of its process
     lane_connections: int = 0  # now
     lane_frames: int = 0
@@ -200,6 +202,7 @@ class ExpertShard:
             calls=self._calls,
             busy_s=self._busy_s,
             loaded_s=self._loaded_s,
+            kernels=self._kernels,
             resident_bytes=psutil.Process().memory_info().rss,
             lane_connections=lanes.connections if lanes else 0,
             lane_frames=lanes.frames if lanes else 0,
@@ -220,12 +223,9 @@ class ExpertShard:
 
         spec = self._spec
         torch.set_num_threads(spec.num_threads or max(1, cores() // spec.num_groups))
-        selection = select(
-            getattr(torch, spec.dtype),
-            torch.device(spec.device),
-            kernels=spec.kernels,
-            batch_invariant=spec.batch_invariant,
-        )
+        dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
+        selection = select(dtype, device, kernels=spec.kernels, batch_invariant=spec.batch_invariant)
+        self._kernels = selection.told(dtype, device)
         logger.info("%s: %s", spec.name, selection)
         checkpoint = open_checkpoint(spec.directory)
         if checkpoint.fingerprint != spec.fingerprint:
@@ -239,8 +239,8 @@ class ExpertShard:
         return Experts.load(
             checkpoint,
             spec.experts,
-            dtype=getattr(torch, spec.dtype),
-            device=torch.device(spec.device),
+            dtype=dtype,
+            device=device,
             kernel=selection.kernel,
             on_bytes=LoadingProgress(spec.application, spec.name, total),
         )

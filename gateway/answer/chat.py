@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.messages import ModelCard, TokenLogprobs
+from cluster.telemetry.kernels import ModelKernels
 from gateway.answer.choice import Delta, Usage
 from gateway.answer.tools_reader import ToolCall, joined
 from gateway.request.protocol import SamplingFields
@@ -198,7 +199,7 @@ def usage_body(usage: Usage) -> Json:
     }
 
 
-def model_body(card: ModelCard, name: str) -> Json:
+def model_body(card: ModelCard, name: str, system_fingerprint: str, kernels: ModelKernels | None) -> Json:
     """One entry of /v1/models; an alias is an entry of its own, whose root is the model."""
     return {
         "id": name,
@@ -222,6 +223,17 @@ def model_body(card: ModelCard, name: str) -> Json:
         "num_layers": card.num_layers,  # ours, as Hugging Face's configs name them
         "num_experts": card.num_experts,
         "num_experts_per_tok": card.top_k,
+        "system_fingerprint": system_fingerprint,  # ours: that of answers, and the kernels that it is made of
+        "batch_invariant": None if kernels is None else kernels.batch_invariant,
+        "kernels": None if kernels is None else _kernels_body(kernels),
+    }
+
+
+def _kernels_body(kernels: ModelKernels) -> Json:
+    """Of each deployment those that its replicas have: one entry, unless they differ."""
+    return {
+        deployment: [{**one.names, "batch_invariant": one.batch_invariant} for one in kernels.distinct(deployment)]
+        for deployment in kernels.deployments
     }
 
 
@@ -231,7 +243,7 @@ def head(generation: Generation) -> Json:
         "id": generation.id,
         "created": generation.created,
         "model": generation.card.name,
-        "system_fingerprint": f"fp_{generation.card.fingerprint[:8]}",
+        "system_fingerprint": generation.system_fingerprint,
     }
 
 

@@ -48,15 +48,19 @@ class ModelHealth:
 
 Probe = Callable[[Sequence[ModelCard]], dict[str, ModelHealth]]  # by application; may block
 Missing = Callable[[ModelCard], Awaitable[tuple[str, ...]]]  # the groups that a coordinator misses; raises MantaError
+Look = Callable[[Sequence[ModelCard]], Awaitable[None]]  # at models that can answer, before they are said to
 
 
 class Health:
     """Caches a probe. `require` costs nothing while a model is ready: it then refreshes behind the request."""
 
-    def __init__(self, cards: Sequence[ModelCard], probe: Probe, missing: Missing | None = None) -> None:
+    def __init__(
+        self, cards: Sequence[ModelCard], probe: Probe, missing: Missing | None = None, look: Look | None = None
+    ) -> None:
         self._cards = tuple(cards)
         self._probe = probe
         self._missing = missing
+        self._look = look
         self._states = {card.application: ModelHealth("starting", card.deployments) for card in cards}
         self._began_at = self._probed_at = float("-inf")  # the last probe that has ended
         self._refreshing: asyncio.Task[None] | None = None
@@ -106,9 +110,10 @@ class Health:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 found = await asyncio.to_thread(self._probe, self._cards)
-                asked = [
-                    card for card in self._cards if found[card.application].phase == "ready" and card.has_remote_experts
-                ]
+                ready = [card for card in self._cards if found[card.application].phase == "ready"]
+                if self._look is not None:
+                    await self._look(ready)
+                asked = [card for card in ready if card.has_remote_experts]
                 answers = await asyncio.gather(*(self._missed(card) for card in asked))
             recovering = {
                 card.application: ModelHealth("recovering", missing)

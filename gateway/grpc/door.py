@@ -27,6 +27,7 @@ from gateway.grpc.messages import (
     embedding_fields,
     embedding_message,
     head,
+    kernel_fields,
     num_echoed_bytes,
     sampling_fields,
     usage_message,
@@ -86,6 +87,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
 
     async def _models(self) -> chat_pb2.ListModelsResponse:
         health = await self.frontend.health.models()
+        watch = self.frontend.kernels
         return chat_pb2.ListModelsResponse(
             models=[
                 chat_pb2.Model(
@@ -97,6 +99,8 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
                     ready=health[card.name].phase == "ready",
                     kind=card.kind,
                     revision=card.revision or "",
+                    system_fingerprint=watch.system_fingerprint(card),
+                    **kernel_fields(watch.of(card)),
                 )
                 for card in self.frontend.cards
             ]
@@ -140,6 +144,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
         def response() -> _MessageT:
             return response_type(
                 **head(generation),
+                system_fingerprint=generation.system_fingerprint,
                 choices=[choice(i, whole, echoed(generation, i)) for i, whole in enumerate(choices)],
                 usage=usage_message(usage),
             )
@@ -184,6 +189,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
 def _chunk(generation: Generation, delta: Delta, usage: Usage | None, is_first: bool) -> chat_pb2.Chunk:
     return chat_pb2.Chunk(
         **head(generation),
+        system_fingerprint=generation.system_fingerprint,
         choice=choice(delta.index, delta, echoed(generation, delta.index) if is_first else None),
         usage=None if usage is None else usage_message(usage),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from cluster.errors import InvalidRequest
 from cluster.messages import TokenLogprobs
+from cluster.telemetry.kernels import ModelKernels
 from gateway.answer.chat import ChoiceText
 from gateway.answer.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob, Vector
@@ -81,6 +82,18 @@ def _prompts(prompts: Iterable[chat_pb2.Prompt | chat_pb2.EmbedInput], path: str
 def head(job: Generation | EmbeddingJob) -> dict[str, Any]:
     """What every answer and chunk begins with."""
     return {"id": job.id, "model": job.card.name, "created": job.created}
+
+
+def kernel_fields(kernels: ModelKernels | None) -> dict[str, Any]:
+    """Those of a Model."""
+    if kernels is None:
+        return {}
+    told = [
+        chat_pb2.Kernels(deployment=deployment, **one.names, batch_invariant=one.batch_invariant)
+        for deployment in kernels.deployments
+        for one in kernels.distinct(deployment)
+    ]
+    return {"batch_invariant": kernels.batch_invariant, "kernels": told}
 
 
 def choice(index: int, piece: ChoiceText | Delta, echoed: Echoed | None = None) -> chat_pb2.Choice:

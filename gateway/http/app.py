@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cluster.messages import ModelCard
 from gateway.answer.chat import ChatShape, ChoiceText, Json, model_body, num_bytes, usage_body
 from gateway.answer.choice import Delta, Usage
 from gateway.answer.completions import CompletionShape
@@ -138,13 +139,19 @@ class HttpDoor:
         return await self._frontend.answer_worker.run(size, response)
 
     async def models(self, _request: HttpRequest) -> Response:
+        await self._frontend.health.models()
         cards = self._frontend.cards
-        data = [model_body(card, name) for card in cards for name in (card.name, *card.aliases)]
+        data = [self._model(card, name) for card in cards for name in (card.name, *card.aliases)]
         return json_response({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
         name = request.path_params["name"]
-        return json_response(model_body(self._frontend.route(name).card, name))
+        await self._frontend.health.models()
+        return json_response(self._model(self._frontend.route(name).card, name))
+
+    def _model(self, card: ModelCard, name: str) -> Json:
+        kernels = self._frontend.kernels
+        return model_body(card, name, kernels.system_fingerprint(card), kernels.of(card))
 
     async def health(self, _request: HttpRequest) -> Response:
         """200 when every model can answer, else 503 with how far each is."""

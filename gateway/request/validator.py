@@ -46,6 +46,7 @@ class Generation:
     begin: str = ""  # what each choice repeats of the message that it continues
     tells_prompt_logprobs: bool = False  # of the prompt, in a field of their own
     is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
+    system_fingerprint: str = ""  # of what will answer
 
 
 @dataclass(frozen=True)

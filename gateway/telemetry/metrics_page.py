@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -36,15 +36,20 @@ class Source:
     model: str = ""  # empty: the gateway, whose figures name their models themselves
 
 
-# A source's figures, and how many of its processes did not answer within so many seconds.
-Ask = Callable[[Source, float], Awaitable[tuple[list[ProcessFigures], int]]]
+# What a source's processes answered, and how many of them did not within so many seconds.
+_AnswerT = TypeVar("_AnswerT")
+Ask = Callable[[Source, float], Awaitable[tuple[list[_AnswerT], int]]]
 
 
 class MetricsPage:
     """Gathers at most once a second, whoever asks how often."""
 
     def __init__(
-        self, metrics: GatewayMetrics, cards: Sequence[ModelCard], ask: Ask | None = None, replica: str = ""
+        self,
+        metrics: GatewayMetrics,
+        cards: Sequence[ModelCard],
+        ask: Ask[ProcessFigures] | None = None,
+        replica: str = "",
     ) -> None:
         """Without `ask`, the page is this process's own, as where there is no Serve. `replica` is our own id."""
         self._metrics = metrics
@@ -95,22 +100,24 @@ class MetricsPage:
 class ServeProcesses:
     """Asks replicas through Serve's handles, which are made when first needed and kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: str) -> None:
+        """`method` of the replicas is what they are asked by; it takes nothing."""
+        self._method = method
         self._handles: dict[Source, Any] = {}
 
-    async def __call__(self, source: Source, timeout_s: float) -> tuple[list[ProcessFigures], int]:
+    async def __call__(self, source: Source, timeout_s: float) -> tuple[list[Any], int]:
         async with asyncio.timeout(timeout_s):
             handle = self._handles.get(source)
             if handle is None:
                 handle = self._handles[source] = await asyncio.to_thread(_handle, source)
             # `results_async` would fail as a whole when one replica is silent, so each is waited for by itself.
-            replicas = await handle.broadcast("metrics")._fetch_replica_results_async()
+            replicas = await handle.broadcast(self._method)._fetch_replica_results_async()
         asked = [asyncio.ensure_future(replica.get_async()) for replica in replicas]
         answered, silent = await asyncio.wait(asked, timeout=timeout_s)
         for one in silent:
             one.cancel()
-        figures = [one.result() for one in answered if not one.cancelled() and one.exception() is None]
-        return figures, len(asked) - len(figures)
+        answers = [one.result() for one in answered if not one.cancelled() and one.exception() is None]
+        return answers, len(asked) - len(answers)
 
 
 def _handle(source: Source) -> Any:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from cluster.messages import EngineStats
 from cluster.planning.placement import ExpertGroup
+from cluster.telemetry.kernels import ProcessKernels, kernels_family
 from cluster.telemetry.loop_watch import LoopWatch
 from cluster.telemetry.metrics import DispatchCounts, ProcessFigures
 from router_service.scheduling.scheduler import Batch
@@ -82,6 +83,7 @@ class EngineMetrics(Collector):
         self._dispatch_latency = dispatch_latency
         self._stats: Callable[[], EngineStats] | None = None
         self._cache: dict[str, object] = {}
+        self._kernels: ProcessKernels | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -89,8 +91,9 @@ class EngineMetrics(Collector):
         self.observe_step = StepHistograms(self._registry)
         self.observe_requests = RequestHistograms(self._registry)
 
-    def watch(self, stats: Callable[[], EngineStats], cache: Mapping[str, object]) -> None:
+    def watch(self, stats: Callable[[], EngineStats], cache: Mapping[str, object], kernels: ProcessKernels) -> None:
         """From now on these are the engine's figures; `cache` is how its KV cache is set up."""
+        self._kernels = kernels
         self._stats = stats
         self._cache = dict(cache)
 
@@ -102,6 +105,8 @@ class EngineMetrics(Collector):
             stats = self._stats()
             yield from engine_families(stats)
             yield cache_family(self._cache)
+            if self._kernels is not None:
+                yield kernels_family(self._kernels)
             yield from expert_families(self._groups, stats.rows_per_expert, self._dispatch_latency)
 
 

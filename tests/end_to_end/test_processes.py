@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from tests.waiting import wait_for
 
 
@@ -59,14 +61,38 @@ def test_a_request_is_one_line_of_the_gateway_s_log_and_none_of_the_coordinator_
     assert not any("CALL" in path.read_text() for path in replicas)
 
 
-def test_status_shows_groups_queue_and_rows(server):
-    status = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "status", "--address", server.ray_address],
+def status(server, *options):
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "status", "--address", server.ray_address, *options],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert status.returncode == 0, status.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_status_shows_groups_queue_and_rows(server):
+    said = status(server)
     for word in ("coordinator", "expert-0", "expert-1", "gateway"):
-        assert word in status.stdout
+        assert word in said
+
+
+def test_what_computes_is_said_by_status_models_and_answers(server):
+    """The demo's processes are on one machine, so that they have the same kernels, and answers say which."""
+    [small] = [one for one in httpx.get(f"{server.url}/v1/models").json()["data"] if one["id"] == "mistral-small"]
+    kernels = {name: kinds for name, [kinds] in small["kernels"].items()}
+    assert kernels.keys() == {"coordinator", "expert-0", "expert-1"}
+    assert len({(one["matmuls"], one["dtype"]) for one in kernels.values()}) == 1
+    assert kernels["coordinator"]["attention"]
+    body = {"model": "mistral-small", "prompt": "Hello", "max_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    assert answer["system_fingerprint"] == small["system_fingerprint"] != f"fp_{small['fingerprint'][:8]}"
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        request = chat_pb2.GenerateRequest(model="mistral-small", text="Hello", sampling={"max_tokens": 1})
+        generated = chat_pb2_grpc.MantaStub(channel).Generate(request, timeout=60)
+    assert generated.system_fingerprint == answer["system_fingerprint"]
+    rows = [line.split() for line in status(server, "--kernels").splitlines()]
+    matmuls, dtype = kernels["expert-0"]["matmuls"], kernels["expert-0"]["dtype"]
+    assert ["expert-0", "1", matmuls, dtype] in [row[:4] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from cluster.commands.cluster_connection import look_at_cluster
@@ -14,24 +15,42 @@ from cluster.commands.status.cluster_snapshot import (
     DeploymentStatus,
     NodeStatus,
 )
+from cluster.commands.status.replicas import ask_replicas
 from cluster.errors import MantaError
 from cluster.messages import EngineStats
+from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
 STATS_TIMEOUT_S = 5.0  # for the coordinators of one application
+KERNELS_TIMEOUT_S = 3.0  # for the replicas of one deployment
 
 
-def inspect_cluster(address: str) -> ClusterSnapshot:
+def inspect_cluster(address: str, *, with_kernels: bool = False) -> ClusterSnapshot:
     """Look at the cluster at `address`. Raises what look_at_cluster raises."""
-    return look_at_cluster(address, _inspect)
+    return look_at_cluster(address, partial(_inspect, with_kernels=with_kernels))
 
 
-def _inspect(address: str) -> ClusterSnapshot:
+def _inspect(address: str, *, with_kernels: bool) -> ClusterSnapshot:
     import ray
     from ray import serve
 
     nodes = tuple(_node(node) for node in ray.nodes())
     overviews = serve.status().applications
-    return ClusterSnapshot(address, nodes, tuple(_application(name, overviews[name]) for name in sorted(overviews)))
+    applications = [_application(name, overviews[name]) for name in sorted(overviews)]
+    if with_kernels:
+        applications = [
+            dataclasses.replace(one, kernels=_kernels(one)) if one.model is not None else one for one in applications
+        ]
+    return ClusterSnapshot(address, nodes, tuple(applications))
+
+
+def _kernels(application: ApplicationStatus) -> ModelKernels:
+    """Those of all processes that say them in time."""
+    names = [d.name for d in application.deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
+    asked = sorted(names, key=lambda name: (name != COORDINATOR, name))
+    told = {name: ask_replicas(application.name, name, "kernels", KERNELS_TIMEOUT_S) for name in asked}
+    return ModelKernels(
+        {name: tuple(one for one in answers if isinstance(one, ProcessKernels)) for name, answers in told.items()}
+    )
 
 
 def _node(node: dict[str, Any]) -> NodeStatus:

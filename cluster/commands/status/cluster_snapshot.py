@@ -6,8 +6,10 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.messages import EngineStats
+from cluster.telemetry.kernels import ModelKernels
 
 COORDINATOR, ROOT = "coordinator", "root"
 _EXPERT_GROUP = re.compile(r"expert-(\d+)")
@@ -44,6 +46,7 @@ class ApplicationStatus:
     message: str = ""
     coordinators: tuple[EngineStats, ...] = ()  # one per coordinator replica that answered
     stats_error: str | None = None  # why some or all of them are missing
+    kernels: ModelKernels | None = None  # of the processes that answered, where they were asked
 
     @property
     def model(self) -> tuple[str, str] | None:
@@ -95,6 +98,19 @@ class ClusterSnapshot:
             fields["model"], fields["fingerprint"] = application.model or (None, None)
             fields["revision"] = application.revision
             fields["rows_per_expert"] = list(application.rows_per_expert)
+            fields["kernels"] = None if application.kernels is None else _kernels_document(application.kernels)
             for deployment, entry in zip(application.deployments, fields["deployments"], strict=True):
                 entry["group"] = deployment.group
         return json.dumps(document, indent=2)
+
+
+def _kernels_document(kernels: ModelKernels) -> dict[str, Any]:
+    """By deployment, one entry a replica, with the seconds that were measured by kernel."""
+    return {
+        "batch_invariant": kernels.batch_invariant,
+        "mixed": list(kernels.mixed),
+        "deployments": {
+            name: [{**dataclasses.asdict(one), "speeds": dict(one.speeds)} for one in replicas]
+            for name, replicas in kernels.deployments.items()
+        },
+    }

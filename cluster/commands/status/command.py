@@ -9,17 +9,18 @@ from cluster.commands.status.cluster_inspection import inspect_cluster
 WATCH_INTERVAL_S = 1.0
 
 
-def run(address: str, as_json: bool) -> None:
-    """Raises Unavailable when no cluster answers, before anything is printed."""
-    snapshot = inspect_cluster(address)
+def run(address: str, *, as_json: bool, kernels: bool) -> None:
+    """With `kernels` only what computes is drawn. Raises Unavailable when no cluster answers, before it prints."""
+    snapshot = inspect_cluster(address, with_kernels=kernels or as_json)
     if as_json:
         print(snapshot.to_json())
         return
     from rich.console import Console
 
+    from cluster.commands.status.kernel_tables import draw_kernels
     from cluster.commands.status.tables import draw
 
-    draw(snapshot, Console(highlight=False))
+    (draw_kernels if kernels else draw)(snapshot, Console(highlight=False))
 
 
 def watch_load(address: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, DeploymentStatus
 from cluster.commands.status.model_load import LoadSample
+from cluster.commands.status.replicas import ask_replicas
 from cluster.telemetry.metrics import ProcessFigures
 
 TIMEOUT_S = 3.0  # for the replicas of one deployment
@@ -32,13 +32,5 @@ def inspect_load(address: str) -> list[LoadSample]:  # noqa: ARG001  # every loo
 
 
 def _figures(application: str, deployment: str) -> list[ProcessFigures]:
-    import ray
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        handle: Any = serve.get_deployment_handle(deployment, app_name=application)
-        answers = handle.broadcast("metrics").results(timeout_s=TIMEOUT_S, return_exceptions=True)
-    except (TimeoutError, ray.exceptions.RayError, RayServeException):
-        return []
+    answers = ask_replicas(application, deployment, "metrics", TIMEOUT_S)
     return [answer for answer in answers if isinstance(answer, ProcessFigures)]

@@ -10,11 +10,13 @@ from cluster.commands.status.load_tables import BAR_WIDTH, draw_load
 from cluster.commands.status.model_load import LoadSample, load_between
 from cluster.messages import EngineStats
 from cluster.planning.placement import ExpertGroup
+from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.shard.metrics import shard_families
 from experts_service.shard.shard import ShardStats
 from router_service.telemetry.engine_metrics import engine_families, expert_families
 
+KERNELS = ProcessKernels("bfloat16", "fma", True, "znver4")
 GROUPS = (ExpertGroup(0, (0, 2)), ExpertGroup(1, (1, 3)))
 
 
@@ -25,7 +27,7 @@ def coordinator(rows, tokens):
 
 
 def shard(group, busy, frames, queue_s):
-    stats = ShardStats("x", group.index, (0, 0), 1, 1.0, 1.0, lane_frames=frames, lane_queue_s=queue_s)
+    stats = ShardStats("x", group.index, (0, 0), 1, 1.0, 1.0, KERNELS, lane_frames=frames, lane_queue_s=queue_s)
     return list(shard_families(stats, group.experts, busy, 0))
 
 

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from cluster.commands.cluster_connection import look_at_cluster
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
+from cluster.commands.status.kernel_tables import draw_kernels
 from cluster.commands.status.tables import BAR_WIDTH, draw
 from cluster.errors import SetupError, Unavailable
 from cluster.messages import EngineStats
+from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 from tests.programs import REPOSITORY, program
 
 DEADLINE_S = 60.0  # for a subprocess on a busy machine
@@ -127,7 +129,36 @@ def test_the_hubs_commit_is_told() -> None:
     assert told == [None, commit]
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
+def drawn_kernels(snapshot: ClusterSnapshot) -> list[str]:
+    file = io.StringIO()
+    draw_kernels(snapshot, Console(file=file, width=140, highlight=False))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_kernels_are_drawn_by_process_with_what_was_measured_and_what_differs() -> None:
+    speeds = (("dot", (0.00042, 0.0005)), ("torch", (0.0011, 0.002)))
+    one = ProcessKernels("bfloat16", "dot", True, "znver4", "AVX512", "pages in place", "numba", speeds, (1, 4))
+    shard = replace(one, attention="", sampling="")
+    older = replace(shard, matmuls="torch", batch_invariant=False, device="znver2", vectors="AVX2", speeds=())
+    told = ModelKernels({"coordinator": (one, one), "expert-2": (shard, older), "expert-10": ()})
+    snapshot = replace(SNAPSHOT, applications=(GATEWAY, replace(MODEL, kernels=told)))
+    lines = drawn_kernels(snapshot)
+    assert "model mixtral-8x7b · 0123abcd" in lines
+    assert [line.split() for line in lines if line.startswith(("coordinator ", "expert-2 "))] == [
+        ["coordinator", "2", "dot", "bfloat16", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "dot", "bfloat16", "-", "-", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "torch", "bfloat16", "-", "-", "znver2", "AVX2", "no"],
+    ]
+    assert "znver4, ms of 1, 4 rows on one thread: dot 0.42 0.50; torch 1.10 2.00" in lines
+    assert any(line.startswith("expert-2: its replicas compute by different kernels") for line in lines)
+    assert "expert-10: no replica answered" in lines
+    gateway, model = json.loads(snapshot.to_json())["applications"]
+    assert gateway["kernels"] is None
+    assert (model["kernels"]["batch_invariant"], model["kernels"]["mixed"]) == (False, ["expert-2"])
+    assert model["kernels"]["deployments"]["coordinator"][0]["speeds"]["dot"] == [0.00042, 0.0005]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--kernels"]])
 def test_no_cluster_is_one_line(options: list[str]) -> None:
     """Left to itself, Ray tries for two minutes and ends the process with a native log."""
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry
 
+from cluster.telemetry.kernels import ProcessKernels
 from router_service.telemetry.engine_metrics import EngineMetrics, RequestHistograms, StepHistograms
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
@@ -48,7 +49,9 @@ def test_how_the_cache_is_set_up_is_in_labels(tmp_path):
     write_checkpoint(tmp_path, dense=True)
     engine = Bench(tmp_path).engine
     metrics = EngineMetrics("r", (), {})
-    metrics.watch(engine.stats, {"block_size": 16, "enable_prefix_caching": True})
-    [info] = [family for family in metrics.collect() if family.name == "vllm:cache_config_info"]
-    [sample] = info.samples
+    kernels = ProcessKernels("float32", "torch", False, "znver4")
+    metrics.watch(engine.stats, {"block_size": 16, "enable_prefix_caching": True}, kernels)
+    families = {family.name: family for family in metrics.collect()}
+    assert families["manta_kernels_info"].samples[0].labels["matmuls"] == "torch"
+    [sample] = families["vllm:cache_config_info"].samples
     assert (sample.value, sample.labels) == (1, {"block_size": "16", "enable_prefix_caching": "True"})
