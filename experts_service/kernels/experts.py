@@ -82,10 +82,9 @@ class Experts:
             kernel = kernel_for(self.dtype, self.device, kernel)
             if grouped:
                 self._layers.append(_Grouped(of_experts))
-            elif kernel.is_own:
-                self._layers.append(PackedSwiGLUs(of_experts, kernel))
             else:
-                self._layers.append(_OneByOne(of_experts, kernel))
+                packed = PackedSwiGLUs.pack(of_experts, kernel)
+                self._layers.append(_OneByOne(of_experts, kernel) if packed is None else packed)
 
     @classmethod
     def load(

@@ -2,7 +2,8 @@
 
 On a CPU, bf16 weights are packed once into the blocks that a kernel reads: one of ours (matmul.py) or oneDNN's. A
 packed matrix is a copy, and each kernel has a layout of its own, so one kernel serves all numbers of rows. Elsewhere,
-and in fp32, it is `F.linear`.
+and in fp32, it is `F.linear`. Weights of 8 and 4 bits are multiplied as they are for rows of bf16 on a CPU
+(quantized_matmul.py), and widened elsewhere.
 
 Of oneDNN's few rows four are the fastest: the sums of one row wait for each other, and memory waits for them. So up to
 three are padded with copies.
@@ -16,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts_service.kernels import quantized_matmul
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.matmul import Panels, multiply
+from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here
 from experts_service.quantization.weight import Weight, dense
 
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
@@ -29,10 +32,14 @@ class Linear:
 
     def __init__(self, weight: Weight, kernel: Kernel | None = None) -> None:
         """`weight` [out, in]; a packed one is a copy, the caller may drop its own."""
-        weight = dense(weight)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)
+        self._quantized = None
+        if is_multiplied_here(weight):
+            self._quantized = QuantizedPanels.pack(weight)
+            return
+        weight = dense(weight)
         if self._kernel.is_own:
             self._panels = Panels.pack(weight)
         elif self._kernel is Kernel.ONEDNN:
@@ -42,6 +49,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [R, in] → [R, out]."""
+        if self._quantized is not None:
+            y = x.new_empty(len(x), self.out_features)
+            quantized_matmul.multiply(x, (self._quantized,), (len(x),), y)
+            return y
         if self._kernel.is_own:
             y = x.new_empty(len(x), self.out_features)
             multiply(self._kernel.arithmetic, x, self._panels, y)

@@ -41,7 +41,7 @@ if AVAILABLE:
     from numba import carray
 
 _PANEL_STEP_BYTES = WIDTH * PAIR * 2
-_RUN_BYTES = 1 << 20  # of weights that a thread reads in one go; from 256 KB on no more is faster
+RUN_BYTES = 1 << 20  # of weights that a thread reads in one go; from 256 KB on no more is faster
 _HIGHEST = HEIGHTS[-1]
 
 # e^x: 2^n e^r, r = x - n ln 2, |r| ≤ ln 2 / 2; n by adding 1.5 · 2^23, which leaves it in the lowest bits.
@@ -238,7 +238,7 @@ def _multiply(task):  # type: ignore[no-untyped-def]
     sums = np.empty((_HIGHEST, WIDTH), np.float32)
     panels, panel_bytes = (out_features + WIDTH - 1) // WIDTH, pairs * _PANEL_STEP_BYTES
     while True:
-        panel, end = take_run(task, panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
+        panel, end = take_run(task, panels, RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
         if panel >= end:
             return
         while panel < end:
@@ -262,7 +262,7 @@ def _networks(task):  # type: ignore[no-untyped-def]
     ups = np.empty((_HIGHEST, WIDTH), np.float32)
     panels, panel_bytes = (intermediate + WIDTH - 1) // WIDTH, 2 * pairs * _PANEL_STEP_BYTES
     while True:
-        item, end_item = take_run(task, num_jobs * panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
+        item, end_item = take_run(task, num_jobs * panels, RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
         if item >= end_item:
             break
         length = end_item - item
@@ -276,7 +276,7 @@ def _networks(task):  # type: ignore[no-untyped-def]
     wait_for(done, num_jobs * panels)  # type: ignore[no-untyped-call]
     panels, panel_bytes = (width + WIDTH - 1) // WIDTH, hidden_pairs * _PANEL_STEP_BYTES
     while True:
-        item, end_item = take_run(of_w2, num_jobs * panels, _RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
+        item, end_item = take_run(of_w2, num_jobs * panels, RUN_BYTES // panel_bytes, threads)  # type: ignore[no-untyped-call]
         if item >= end_item:
             return
         while item < end_item:

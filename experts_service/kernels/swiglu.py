@@ -7,7 +7,9 @@ Shapes: R rows, D hidden size, F intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,11 @@ from torch import Tensor
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.matmul import Panels, pack_gate_up, run_networks
-from experts_service.quantization.weight import Weight, dense, stacked
+from experts_service.kernels.quantized_matmul import is_multiplied_here, pack_alike, run_quantized
+from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
 
 Weights = tuple[Weight, Weight, Weight]  # w1 [F, D], w2 [D, F], w3 [F, D]
+_Run = Callable[[Tensor, Sequence[int], Tensor], None]  # rows, how many of each network, answers
 
 
 class SwiGLU:
@@ -27,7 +31,7 @@ class SwiGLU:
     def __init__(self, w1: Weight, w2: Weight, w3: Weight, *, fused: bool, kernel: Kernel | None = None) -> None:
         """`w1` and `w3` [F, D], `w2` [D, F]. `fused`: torch does w1 and w3 as one matmul."""
         kernel = kernel_for(w1.dtype, w1.device, kernel)
-        self._packed = PackedSwiGLUs([(w1, w2, w3)], kernel) if kernel.is_own else None
+        self._packed = PackedSwiGLUs.pack([(w1, w2, w3)], kernel)
         if self._packed is None:
             of_gate = (stacked((w1, w3)),) if fused else (w1, w3)
             self._w1_w3 = [Linear(weight, kernel) for weight in of_gate]  # D → 2F, or D → F each
@@ -43,13 +47,29 @@ class SwiGLU:
 
 
 class PackedSwiGLUs:
-    """Several networks of one size, run by our own kernels in one call: the threads share the panels of all."""
+    """Several networks of one size, run by our own kernels: the threads share the panels of all."""
 
-    def __init__(self, weights: Sequence[Weights], kernel: Kernel) -> None:
-        self._arithmetic = kernel.arithmetic
-        self._networks = [(pack_gate_up(dense(w1), dense(w3)), Panels.pack(dense(w2))) for w1, w2, w3 in weights]
+    def __init__(self, run: _Run) -> None:
+        """`pack` makes it."""
+        self._run = run
+
+    @classmethod
+    def pack(cls, weights: Sequence[Weights], kernel: Kernel) -> PackedSwiGLUs | None:
+        """None where kernels of our own do not run all of them together: some quantised, some not, or unlike."""
+        if any(isinstance(weight, QuantizedWeight) for network in weights for weight in network):
+            w1_w3 = pack_alike([stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True)
+            w2 = pack_alike([w2 for _, w2, _ in weights])
+            if w1_w3 is not None and w2 is not None:
+                return cls(partial(run_quantized, w1_w3, w2))
+            if any(map(is_multiplied_here, chain.from_iterable(weights))):
+                return None
+        if not kernel.is_own:
+            return None
+        networks = [(pack_gate_up(dense(w1), dense(w3)), Panels.pack(dense(w2))) for w1, w2, w3 in weights]
+        arithmetic = kernel.arithmetic
+        return cls(lambda rows, counts, answers: run_networks(arithmetic, rows, networks, counts, answers))
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Tensor:
         """`answers` [R, D], written: the first counts[0] of `rows` [R, D] through the first network, and so on."""
-        run_networks(self._arithmetic, rows, self._networks, counts, answers)
+        self._run(rows, counts, answers)
         return answers

@@ -85,7 +85,8 @@ def test_several_threads_share_one_matrix_and_write_the_same(kernel: Kernel) -> 
 def test_no_thread_begins_with_w2_before_all_have_done_with_w1_and_w3(kernel: Kernel) -> None:
     """More threads than cores, so that some are put off their core with a part of what w2 reads undone."""
     weights = [tuple(randn(*shape, seed=i) for shape in ((1500, 256), (256, 1500), (1500, 256))) for i in range(3)]
-    networks, counts = PackedSwiGLUs(weights, kernel), (2, 1, 5)
+    networks, counts = PackedSwiGLUs.pack(weights, kernel), (2, 1, 5)
+    assert networks is not None
     x = randn(sum(counts), 256, seed=9)
     torch.set_num_threads(1)
     alone = networks(x, counts, torch.empty_like(x))
@@ -115,7 +116,9 @@ def test_an_expert_does_not_see_the_rows_of_another(kernel: Kernel) -> None:
     weights = [(randn(48, 32, seed=i), randn(32, 48, seed=i + 10), randn(48, 32, seed=i + 20)) for i in range(3)]
     counts = (2, 0, 5)
     x = randn(7, 32, seed=5)
-    together = PackedSwiGLUs(weights, kernel)(x, counts, torch.empty_like(x))
+    networks = PackedSwiGLUs.pack(weights, kernel)
+    assert networks is not None
+    together = networks(x, counts, torch.empty_like(x))
     alone = [
         SwiGLU(*of_one, fused=False, kernel=kernel)(part) for of_one, part in zip(weights, x.split(counts), strict=True)
     ]

@@ -1,0 +1,337 @@
+"""Matmuls of bf16 rows with packed weights of 8 or 4 bits, on a CPU. Knows panels and rows; knows no layer.
+
+    jobs    [J, 8]    of each matrix: see `_Job`
+    rows    [R]       integers (see quantized_rows.py)
+    y       [R, out]  bf16, each sum is rounded once
+
+Many rows are multiplied as few are: bytes are multiplied as fast as bf16, so nothing is widened for them, and a row has
+the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experts_service.kernels import quantized_rows
+from experts_service.kernels.jit import AVAILABLE, kernel, narrow, pointer, widen
+from experts_service.kernels.matmul import RUN_BYTES, silu
+from experts_service.kernels.quantized_rows import quantize_rows
+from experts_service.kernels.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
+from experts_service.kernels.routine import Routine, num_threads, take_run
+from experts_service.memory import mapped
+from experts_service.quantization.weight import QuantizedWeight, Weight
+
+if AVAILABLE:
+    from numba import carray
+
+_HIGHEST = HEIGHTS[-1]
+_CODES, _SCALES, _WIDE_SCALES, _ZEROS, _BITS, _BLOCKS_OF_GROUP, _FIRST_ROW, _NUM_ROWS, _JOB = range(9)  # of a job
+_DIGITS = 2  # of each number of a row: it is multiplied twice
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedPanels:
+    """A matrix [out, in] as kernels read it: zeros make up the last panel and the last block of k."""
+
+    codes: Tensor  # [P, bytes] uint8
+    scales: Tensor  # [P, G, 32] bf16 where that is exact, else fp32
+    zeros: Tensor | None  # [P, G, 32] int16, what stands for 0 in `codes`; None: OFFSETS
+    bits: int
+    block: int  # k that are summed as integers
+    blocks: int  # of a row
+    blocks_of_group: int
+    columns: Tensor | None  # [K] int64: the input of each k, where groups are not neighbours; `in_features`: none
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False) -> QuantizedPanels:
+        """A copy of `weight` [out, in], which `is_multiplied_here`.
+
+        `gate_up`: it is w1 above w3, and their panels take turns.
+        """
+        load_kernels()  # here: a model that is not quantised does without them
+        columns, group = _columns(weight)
+        block, blocks = _blocks(weight)
+        codes = weight.codes if columns is None else F.pad(weight.codes, (0, 1))[:, columns]
+        codes = F.pad(codes, (0, block * blocks - codes.shape[1])).view(torch.uint8) + OFFSETS[weight.bits]
+        width = block * blocks
+        panels = _panels(codes, gate_up)  # [P, 32, K]
+        if weight.bits == 8:
+            fours = panels.view(-1, WIDTH, width // 4, 4)
+        else:
+            lower, upper = panels.view(-1, WIDTH, width // STEP, 2, 4).unbind(3)
+            fours = lower | upper << 4
+        zeros = None
+        if weight.zero_points is not None:
+            zeros = _of_groups(weight.zero_points + OFFSETS[weight.bits], gate_up)
+        scales = weight.scales.bfloat16()
+        if not torch.equal(scales.float(), weight.scales):
+            scales = weight.scales
+        return cls(
+            codes=_copy(fours.transpose(1, 2)).flatten(1),
+            scales=_of_groups(scales, gate_up),
+            zeros=zeros,
+            bits=weight.bits,
+            block=block,
+            blocks=blocks,
+            blocks_of_group=blocks if weight.num_groups == 1 else group // block,
+            columns=columns,
+            out_features=len(weight.codes) // (2 if gate_up else 1),
+            in_features=weight.shape[1],
+        )
+
+
+def is_multiplied_here(weight: Weight) -> TypeGuard[QuantizedWeight]:
+    """Whether kernels here take it as it is: integers, for rows of bf16, on a CPU."""
+    return (
+        AVAILABLE
+        and isinstance(weight, QuantizedWeight)
+        and weight.codes.dtype is torch.int8
+        and weight.dtype is torch.bfloat16
+        and weight.device.type == "cpu"
+    )
+
+
+def pack_alike(weights: Sequence[Weight], *, gate_up: bool = False) -> list[QuantizedPanels] | None:
+    """Panels of all, for one call; None where they are not multiplied here, or not with the same rows."""
+    quantized = [weight for weight in weights if is_multiplied_here(weight)]
+    if len(quantized) < len(weights) or len({_blocks(weight) for weight in quantized}) != 1:
+        return None
+    return [QuantizedPanels.pack(weight, gate_up=gate_up) for weight in quantized]
+
+
+def multiply(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
+    """Write `y` [R, out]: the first counts[0] rows of `x` [R, in] times the first matrix, and so on."""
+    _run(_multiply, x, matrices, counts, y)
+
+
+def gate_up(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
+    """Write `y` [R, F] = silu(w1 x) · (w3 x), each matrix packed with `gate_up`.
+
+    Both products, silu and what is multiplied are rounded to bf16, as in the reference.
+    """
+    _run(_gate_up, x, matrices, counts, y)
+
+
+def run_quantized(
+    w1_w3: Sequence[QuantizedPanels], w2: Sequence[QuantizedPanels], x: Tensor, counts: Sequence[int], y: Tensor
+) -> None:
+    """Write `y` [R, D] = w2 (silu(w1 x) · (w3 x)): the first counts[0] rows through the first network, and so on."""
+    hidden = x.new_empty(len(x), w1_w3[0].out_features)  # [R, F]
+    gate_up(x, w1_w3, counts, hidden)
+    multiply(hidden, w2, counts, y)
+
+
+def load_kernels() -> None:
+    """Compile them now, or read what was compiled: else the first step does."""
+    quantized_rows.load_kernels()
+    _multiply.load()
+    _gate_up.load()
+
+
+def _blocks(weight: QuantizedWeight) -> tuple[int, int]:
+    """k of a block, blocks of a row: what rows are like that it is multiplied with."""
+    columns, group = _columns(weight)
+    block = math.gcd(group, MAX_BLOCK)
+    return block, -(-(weight.shape[1] if columns is None else len(columns)) // block)
+
+
+def _columns(weight: QuantizedWeight) -> tuple[Tensor | None, int]:
+    """The input of each k so that groups are neighbours of one size, a multiple of STEP; None: as they are."""
+    in_features = weight.shape[1]
+    if weight.num_groups == 1:
+        return None, MAX_BLOCK if in_features >= MAX_BLOCK else -(-in_features // STEP) * STEP
+    if weight.input_groups is None and weight.group_size % STEP == 0:
+        return None, weight.group_size
+    groups = weight.input_groups
+    if groups is None:
+        groups = torch.arange(in_features) // weight.group_size
+    sizes = torch.bincount(groups, minlength=weight.num_groups)
+    size = -(-int(sizes.max()) // STEP) * STEP
+    columns = torch.full((weight.num_groups, size), in_features)
+    columns[torch.arange(size) < sizes[:, None]] = torch.argsort(groups, stable=True)
+    return columns.flatten(), size
+
+
+def _panels(matrix: Tensor, gate_up: bool) -> Tensor:
+    """[out, N] → [P, 32, N]; of w1 above w3 a panel of each in turn."""
+    halves = matrix.view(2 if gate_up else 1, -1, matrix.shape[1])
+    padded = F.pad(halves, (0, 0, 0, -halves.shape[1] % WIDTH))
+    return padded.view(len(halves), -1, WIDTH, matrix.shape[1]).transpose(0, 1).flatten(0, 1)
+
+
+def _of_groups(numbers: Tensor, gate_up: bool) -> Tensor:
+    """[out, G] → [P, G, 32]."""
+    return _copy(_panels(numbers, gate_up).transpose(1, 2))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Contiguous, in a mapping of its own."""
+    return mapped(tensor.numel() * tensor.itemsize).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _run(routine: Routine, x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
+    jobs: list[int] = []
+    row, nbytes, multiplications = 0, 0, 0
+    of_jobs = []
+    for matrix, count in zip(matrices, counts, strict=True):
+        if count:
+            jobs += (
+                matrix.codes.data_ptr(),
+                matrix.scales.data_ptr(),
+                matrix.scales.dtype is torch.float32,
+                0 if matrix.zeros is None else matrix.zeros.data_ptr(),
+                matrix.bits,
+                matrix.blocks_of_group,
+                row,
+                count,
+            )
+            row += count
+            nbytes += matrix.codes.nbytes + matrix.scales.nbytes
+            multiplications += _DIGITS * count * matrix.codes.numel() * 8 // matrix.bits
+            of_jobs.append((matrix, count))
+    if not jobs:
+        return
+    rows = quantize_rows(_ordered(x, of_jobs), matrix.block, matrix.blocks)
+    table = (ctypes.c_int64 * len(jobs))(*jobs)
+    threads = num_threads(nbytes, multiplications)
+    num_panels = -(-matrix.out_features // WIDTH)
+    routine.run(
+        threads,
+        ctypes.addressof(table),
+        len(jobs) // _JOB,
+        matrix.block,
+        matrix.blocks,
+        rows.data_ptr(),
+        y.data_ptr(),
+        row,
+        matrix.out_features,
+        RUN_BYTES // (matrix.codes.nbytes // num_panels),
+        threads,
+    )
+
+
+def _ordered(x: Tensor, jobs: Sequence[tuple[QuantizedPanels, int]]) -> Tensor:
+    """The rows of each matrix with their inputs in its order."""
+    if all(matrix.columns is None for matrix, _ in jobs):
+        return x.contiguous()
+    parts = F.pad(x, (0, 1)).split([count for _, count in jobs])
+    return torch.cat(
+        [
+            part[:, :-1] if matrix.columns is None else part[:, matrix.columns]
+            for part, (matrix, _) in zip(parts, jobs, strict=True)
+        ]
+    )
+
+
+@kernel
+def _height(rows: int) -> int:
+    """The most of HEIGHTS that so many rows fill."""
+    height = _HIGHEST
+    while height > rows:
+        height //= 2
+    return height
+
+
+@kernel
+def _multiply_rows(job, panel, height, block, blocks, rows_at, sums_at):  # type: ignore[no-untyped-def]
+    """`sums` [height, 32]: so many rows times one panel of a job's matrix."""
+    groups = (blocks + job[_BLOCKS_OF_GROUP] - 1) // job[_BLOCKS_OF_GROUP]
+    scales_at = job[_SCALES] + panel * groups * WIDTH * (4 if job[_WIDE_SCALES] else 2)
+    zeros_at = job[_ZEROS] + panel * groups * WIDTH * 2 if job[_ZEROS] else 0
+    codes_at = job[_CODES] + panel * blocks * block * WIDTH * job[_BITS] // 8
+    multiply_rows(
+        job[_BITS],
+        height,
+        codes_at,
+        scales_at,
+        job[_WIDE_SCALES],
+        zeros_at,
+        blocks,
+        block,
+        job[_BLOCKS_OF_GROUP],
+        rows_at,
+        blocks * (block // 2 + 2),
+        sums_at,
+    )
+
+
+@kernel
+def _multiply_panel(job, panel, block, blocks, rows_at, y, sums):  # type: ignore[no-untyped-def]
+    """All rows of a job with one panel, as many at once as fit the registers."""
+    row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
+    first = panel * WIDTH
+    width = min(WIDTH, y.shape[1] - first)
+    while row < end:
+        height = _height(end - row)
+        at = rows_at + row * blocks * (block // 2 + 2) * 4
+        _multiply_rows(job, panel, height, block, blocks, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
+        for r in range(height):
+            for o in range(width):
+                y[row + r, first + o] = narrow(sums[r, o])
+        row += height
+
+
+@kernel
+def _gate_up_panel(job, panel, block, blocks, rows_at, y, gates, ups):  # type: ignore[no-untyped-def]
+    """The same with a panel of w1 and the one of w3 that follows it: both products, then what is made of them."""
+    row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
+    first = panel * WIDTH
+    width = min(WIDTH, y.shape[1] - first)
+    while row < end:
+        height = _height(end - row)
+        at = rows_at + row * blocks * (block // 2 + 2) * 4
+        _multiply_rows(job, 2 * panel, height, block, blocks, at, gates.ctypes.data)  # type: ignore[no-untyped-call]
+        _multiply_rows(job, 2 * panel + 1, height, block, blocks, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
+        for r in range(height):
+            for o in range(width):
+                gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
+                y[row + r, first + o] = narrow(widen(narrow(silu(gate))) * up)  # type: ignore[no-untyped-call]
+        row += height
+
+
+@Routine
+def _multiply(task):  # type: ignore[no-untyped-def]
+    """Panel by panel."""
+    jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
+    y_at, num_rows, width, most, threads = task[6], task[7], task[8], task[9], task[10]
+    jobs = carray(pointer(jobs_at), (num_jobs, _JOB), np.int64)
+    y = carray(pointer(y_at), (num_rows, width), np.uint16)
+    sums = np.empty((_HIGHEST, WIDTH), np.float32)
+    panels = (width + WIDTH - 1) // WIDTH
+    while True:
+        item, end = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
+        if item >= end:
+            return
+        while item < end:
+            _multiply_panel(jobs[item // panels], item % panels, block, blocks, rows_at, y, sums)  # type: ignore[no-untyped-call]
+            item += 1
+
+
+@Routine
+def _gate_up(task):  # type: ignore[no-untyped-def]
+    """The same for panels of w1 and w3."""
+    jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
+    y_at, num_rows, width, most, threads = task[6], task[7], task[8], task[9], task[10]
+    jobs = carray(pointer(jobs_at), (num_jobs, _JOB), np.int64)
+    y = carray(pointer(y_at), (num_rows, width), np.uint16)
+    gates = np.empty((_HIGHEST, WIDTH), np.float32)
+    ups = np.empty((_HIGHEST, WIDTH), np.float32)
+    panels = (width + WIDTH - 1) // WIDTH
+    while True:
+        item, end = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
+        if item >= end:
+            return
+        while item < end:
+            _gate_up_panel(jobs[item // panels], item % panels, block, blocks, rows_at, y, gates, ups)  # type: ignore[no-untyped-call]
+            item += 1
