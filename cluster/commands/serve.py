@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import compute_dtype
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.local_ray import start_local_ray
 from cluster.config import GatewayConfig, MantaConfig, load_config
@@ -60,7 +63,7 @@ def run(
     stop = _Stop()
     # The deployments are made of classes that need torch, which takes seconds to import; those of Ray mostly wait.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
-    with _ray(config.gateway, address) as cluster:
+    with _compiling(config, checkpoints, here=address is None), _ray(config.gateway, address) as cluster:
         import ray
 
         stop.listen()  # again: Ray has put its own handlers there
@@ -116,6 +119,26 @@ def _check_serves_host(gateway: GatewayConfig) -> None:
             f"Serve runs on this cluster already and listens on {host}, where other machines reach it: "
             "give --api-keys-file"
         )
+
+
+@contextmanager
+def _compiling(config: MantaConfig, checkpoints: Sequence[Checkpoint], *, here: bool) -> Iterator[None]:
+    """Meanwhile a process compiles what the models will run on a CPU of this machine, if they may run `here`."""
+    dtypes = {
+        compute_dtype(model.engine.dtype, checkpoint.architecture)
+        for model, checkpoint in zip(config.models, checkpoints, strict=True)
+        if model.engine.device != "cuda"
+    }
+    if not (here and dtypes):
+        yield
+        return
+    command = [sys.executable, "-P", "-m", "router_service.compile_kernels", *sorted(dtypes)]
+    compiler = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        compiler.kill()  # what it was writing is compiled again
+        compiler.wait()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ choices nor on the CPU, and nothing is reordered unless a kernel asks for it.
 What was compiled is kept by numba, keyed by the CPU's features, in a directory of this user that is keyed by the files
 beside this one, which kernels share: numba sees changes of a kernel's own file alone. Where there is no such directory
 every process compiles, and so it does where what was kept cannot be read or no more can be kept. Where numba cannot be
-imported AVAILABLE is false, no kernel can be called, and torch does the work.
+imported, or is told to compile nothing, AVAILABLE is false, no kernel can be called, and torch does the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import platform
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,7 +31,9 @@ try:
     from numba.core.registry import cpu_target
     from numba.extending import intrinsic as _untyped_intrinsic
 
-    AVAILABLE = True
+    AVAILABLE = (
+        not numba.config.DISABLE_JIT
+    )  # NUMBA_DISABLE_JIT=1 leaves functions of Python, which no thread can share
 except ImportError:
     AVAILABLE = False
 
@@ -68,10 +70,10 @@ def cache_directory() -> Path | None:
 def compile_routine(function: Callable[[Any], None]) -> int:
     """The address of a C function `void (int64_t *)` made of it: compiled now, or read from where it was kept.
 
-    Of processes that start together one compiles, and the others wait for it.
+    Of processes that start together one compiles it, and the others wait for it, or compile another one meanwhile.
     """
     signature = types.void(types.CPointer(types.int64))  # type: ignore[attr-defined]
-    with one_process("compiling"):
+    with one_process(f"compiling-{function.__module__}.{function.__name__}"):
         routine = CFunc(function, (signature.args, signature.return_type), locals={}, options={"error_model": "numpy"})
         _keep(routine, function)
         routine.compile()
@@ -81,12 +83,12 @@ def compile_routine(function: Callable[[Any], None]) -> int:
 
 @contextmanager
 def one_process(doing: str) -> Iterator[None]:
-    """Of all that share the directory one is doing this; the others wait."""
-    if _directory is None:
-        yield
-        return
-    with (_directory / f"{doing}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Of all that share the directory one is doing this; the others wait. All do where files cannot be locked."""
+    with ExitStack() as stack:
+        if _directory is not None:
+            with suppress(OSError):  # a home on a network's disk may know no locks, a full disk has no room for a file
+                lock = stack.enter_context((_directory / f"{doing}.lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -95,8 +97,10 @@ def _find_cache_directory() -> Path | None:
     files = sorted(Path(__file__).parent.glob("*.py"))
     shared = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(home) / "manta" / "kernels" / f"numba-{numba.__version__}-{shared}"
+        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not home.is_absolute():  # to be ignored, says its standard: each process would have another one
+            home = Path.home() / ".cache"
+        directory = home / "manta" / "kernels" / f"numba-{numba.__version__}-{shared}"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.lstat()
     except (OSError, RuntimeError):  # not writable; a user without a home

@@ -15,7 +15,7 @@ import torch
 
 from cluster.errors import ConfigError
 from cluster.telemetry.kernels import ProcessKernels
-from experts_service.kernels.jit import cpu_features
+from experts_service.kernels.jit import AVAILABLE, cpu_features
 from experts_service.kernels.kernel import Kernel, available, kernel_for
 from experts_service.kernels.matmul import load_kernels
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
@@ -66,8 +66,10 @@ class Selection:
             f"{kernel} {' '.join(f'{1e3 * s:.2f}' for s in seconds)}" for kernel, seconds in self.speeds.items()
         )
         rows = ", ".join(map(str, ROWS))
-        return f"matmuls: {self.kernel}, {invariant}batch-invariant" + (
-            f" (ms of {rows} rows on one thread: {measured})" if measured else ""
+        return (
+            f"matmuls: {self.kernel}, {invariant}batch-invariant"
+            + (f" (ms of {rows} rows on one thread: {measured})" if measured else "")
+            + ("" if AVAILABLE else "; numba cannot be imported or compiles nothing, so torch computes")
         )
 
 

@@ -15,12 +15,11 @@ def attention_backend(
 ) -> AttentionBackend:
     """The fastest that can serve this model here."""
     if AVAILABLE:
-        from router_service.attention.paged import PagedAttention, is_served
+        from router_service.attention.paged import PagedAttention, is_served, warm_up
 
         if is_served(architecture, block_size, dtype, device):
-            paged = PagedAttention(architecture, block_size=block_size)
-            paged.warm_up(dtype)
-            return paged
+            warm_up(dtype)
+            return PagedAttention(architecture, block_size=block_size)
     if device.type == "cuda":  # torch imports its compiler for this one, which takes a second
         from router_service.attention import varlen
 

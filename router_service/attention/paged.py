@@ -8,7 +8,6 @@ their contexts.
 from __future__ import annotations
 
 import math
-from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from experts_service.kernels.routine import Routine, num_threads
 from experts_service.kernels.vectors import LANES
 from router_service.attention.backend import AttentionBackend, AttentionPlan
 from router_service.attention.kv_cache import KVCache, PageLayout
-from router_service.attention.metadata import AttentionMetadata, Span
+from router_service.attention.metadata import AttentionMetadata
 from router_service.attention.paged_kernels import (
     SPLIT,
     STEP_FIELDS,
@@ -41,6 +40,12 @@ _UNITS_PER_THREAD = 4  # the fewer, the longer all wait for the last; more of th
 _WRITE: dict[torch.dtype, Routine] = {torch.bfloat16: write_bf16, torch.float32: write_fp32}
 _ATTEND: dict[torch.dtype, Routine] = {torch.bfloat16: attend_bf16, torch.float32: attend_fp32}
 _MERGE: dict[torch.dtype, Routine] = {torch.bfloat16: merge_bf16, torch.float32: merge_fp32}
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Have all kernels compiled, or read from where they are kept: a step does not wait for that."""
+    for routines in (_WRITE, _ATTEND, _MERGE):
+        routines[dtype].load()
 
 
 def is_served(architecture: Architecture, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -62,15 +67,6 @@ class PagedAttention(AttentionBackend):
         self.window = architecture.sliding_window or 0
         scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))  # powers of 2 are taken instead of e
         self.scale = int(scale.view(np.int32))
-
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Have all kernels compiled, or read from where they are kept: a step does not wait for that."""
-        cache = KVCache(1, 1, self.layout, dtype=dtype, device=torch.device("cpu"))
-        plan = self.plan(AttentionMetadata([Span(0, 1, array("i", [1]))], self.block_size))
-        numbers = torch.zeros(1, self.groups * (self.heads + 2), self.head_dim, dtype=dtype)
-        queries, keys, values = numbers.split([self.groups * self.heads, self.groups, self.groups], dim=1)
-        plan.attend(0, queries, keys, values, cache)
-        plan.merge(queries)
 
     def plan(self, metadata: AttentionMetadata) -> PagedPlan:
         """Units of work of the step."""

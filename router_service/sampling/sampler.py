@@ -43,9 +43,13 @@ class Sampler:
         self._eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
 
     def warm_up(self) -> None:
-        """Have compiled what the first requests that wish something would wait for."""
+        """Have compiled what the first requests that wish something would wait for, by one of the processes that start.
+
+        Three coordinators of one machine once compiled all of it, each for itself, and took its cores from each other.
+        """
         everything = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5, repetition_penalty=2.0, logprobs=1)
-        self(torch.zeros(1, 8), [Sequence(Request("", (0,), everything, seed=0))])
+        with jit.one_process("compiling-sampling"):
+            self(torch.zeros(1, 8), [Sequence(Request("", (0,), everything, seed=0))])
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:

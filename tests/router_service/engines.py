@@ -18,6 +18,7 @@ from cluster.messages import Embedding, Grammar, Key, Request, TokenChunk
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.kernels.experts import Experts
+from experts_service.kernels.kernel import Kernel
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
@@ -45,7 +46,8 @@ class Bench:
         checkpoint = open_checkpoint(directory)
         tiny = {"num_kv_blocks": 64, "max_model_len": 512, "num_threads": 1}
         settings = EngineConfig(**{**tiny, "device": device, **config})
-        dispatcher = local_dispatcher(directory, num_groups, device)
+        kernel = None if settings.kernels == "auto" else Kernel(settings.kernels)
+        dispatcher = local_dispatcher(directory, num_groups, device, kernel)
         self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture
         self.vocabulary = GrammarVocabulary(
@@ -93,7 +95,7 @@ class Bench:
         return [self.run(request)[0] for request in requests]
 
 
-def local_dispatcher(directory: Path, num_groups: int, device: str) -> Dispatcher:
+def local_dispatcher(directory: Path, num_groups: int, device: str, kernel: Kernel | None = None) -> Dispatcher:
     """Experts of a checkpoint in this process, packed into `num_groups` groups; a dense model has none."""
     checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
@@ -103,7 +105,7 @@ def local_dispatcher(directory: Path, num_groups: int, device: str) -> Dispatche
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
     loaded = {
-        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device(device))
+        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device(device), kernel=kernel)
         for group in groups
     }
     return Dispatcher(groups, LocalTransport(loaded))

@@ -15,6 +15,7 @@ import torch
 
 from cluster.messages import Request
 from experts_service.kernels import jit
+from experts_service.kernels.kernel import Kernel, available
 from router_service.scheduling.scheduler import Batch
 from tests.checkpoints import random_mistral, random_mixtral
 from tests.router_service.engines import CUTS, Bench, cut_by
@@ -23,6 +24,7 @@ from tests.router_service.requests import make_request
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": 300}
+OWN = [kernel for kernel in Kernel if kernel.is_own]
 Logits = list[dict[int, torch.Tensor]]  # of each request, by position
 
 
@@ -38,6 +40,14 @@ def requests() -> list[Request]:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 300, (3 + 5 * i,), generator=generator).tolist() for i in range(16)]
     return [make_request(prompt, max_tokens=24, ignore_eos=True) for prompt in prompts]
+
+
+@pytest.fixture(scope="module", params=OWN)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each of ours that this CPU can run."""
+    if request.param not in available():
+        pytest.skip("this CPU cannot")
+    return str(request.param)
 
 
 def logits_of(bench: Bench, asked: Sequence[Request]) -> Logits:
@@ -68,24 +78,23 @@ def assert_equal(ours: Logits, expected: Logits) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path) -> Logits:
-    bench = Bench(directory, prefix_caching=False)
+def alone(directory: Path, kernel: str) -> Logits:
+    bench = Bench(directory, prefix_caching=False, kernels=kernel)
     return [logits_of(bench, [request])[0] for request in requests()]
 
 
 @cut_by("together", "chunked-prefill", "preempted", "prefix-caching", "three-microbatches", "four-groups")
 def test_logits_have_the_same_bits_however_the_work_is_cut(
-    directory: Path, alone: Logits, config: dict[str, Any]
+    directory: Path, kernel: str, alone: Logits, config: dict[str, Any]
 ) -> None:
     if "num_groups" in config and "dense" in directory.name:
         pytest.skip("it has no experts")
-    bench = Bench(directory, **{"prefix_caching": False, **config})
+    bench = Bench(directory, **{"prefix_caching": False, "kernels": kernel, **config})
     assert_equal(logits_of(bench, requests()), alone)
     if config is CUTS["preempted"]:
         assert bench.engine.stats().preemptions_total > 0, "the test is meant to preempt"
 
 
-@pytest.mark.parametrize("kernel", ["fma"])
 def test_on_any_number_of_threads(directory: Path, kernel: str) -> None:
     before = torch.get_num_threads()
     try:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +81,68 @@ def test_machine_code_lies_where_only_its_user_can_write(tmp_path: Path) -> None
     assert directory.stat().st_mode & 0o077 == 0
     directory.chmod(0o777)  # anyone might have left code there
     assert not cache_directory().is_relative_to(tmp_path)
+
+
+def cache_directory(**environment: str) -> str:
+    """What a process with this environment says."""
+    program = "from experts_service.kernels import jit; print(jit.AVAILABLE, jit.cache_directory())"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": ":".join(sys.path), **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout.strip()
+
+
+def test_a_relative_cache_directory_is_ignored(tmp_path: Path) -> None:
+    """As its standard says. Ray's processes run in directories of their own: each would have compiled for itself."""
+    said = cache_directory(XDG_CACHE_HOME="cache", HOME=str(tmp_path))
+    assert said.startswith(f"True {tmp_path}/.cache/manta/kernels/")
+
+
+def test_a_numba_that_is_told_to_compile_nothing_is_as_good_as_none(tmp_path: Path) -> None:
+    """With NUMBA_DISABLE_JIT=1 no process came up: what it leaves of kernels are functions of Python."""
+    assert cache_directory(NUMBA_DISABLE_JIT="1", HOME=str(tmp_path)) == "False None"
+
+
+@pytest.mark.parametrize("broken", ["open", "flock"])
+def test_where_nothing_can_be_locked_all_compile(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home on a disk of the network refused to lock, and that ended every start."""
+
+    def refused(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    owner: Any = Path if broken == "open" else fcntl
+    monkeypatch.setattr(owner, broken, refused)
+    with jit.one_process("testing"):
+        pass
+    with pytest.raises(OSError, match="of the body"), jit.one_process("testing"):
+        raise OSError("of the body")
+
+
+def test_two_kernels_are_compiled_at_once_and_one_by_one_process_only(tmp_path: Path, monkeypatch: Any) -> None:
+    """While one process compiled attention, shards waited for it to read what had been compiled for them long ago."""
+    monkeypatch.setattr(jit, "_directory", tmp_path)
+    names: list[str] = []
+    one_process = jit.one_process
+
+    def noted(doing: str) -> Any:
+        names.append(doing)
+        return one_process(doing)
+
+    def first(task: Any) -> None:
+        task[0] = 1
+
+    def second(task: Any) -> None:
+        task[0] = 2
+
+    monkeypatch.setattr(jit, "one_process", noted)
+    jit.compile_routine(first)
+    jit.compile_routine(second)
+    compiling = [name for name in names if name.startswith("compiling-")]
+    assert [name.rpartition(".")[2] for name in compiling] == ["first", "second"]
 
 
 def test_what_was_kept_and_is_cut_off_is_compiled_again(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""A process that compiles what a model's steps call on a CPU, so that those that serve it need not. Knows no model.
+
+    python -m router_service.compile_kernels bfloat16
+
+`manta serve` starts it before Ray, whose start mostly waits. It needs no answer: a process that comes to a kernel which
+is being compiled waits for it, and compiles what is missing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from experts_service.kernels.jit import AVAILABLE, cache_directory, cpu_features
+
+_SOURCES = ("row_kernels.py", "attention/paged_kernels.py", "sampling/compiled_adjust.py", "sampling/compiled_draw.py")
+
+
+def compile_kernels(dtypes: Sequence[str]) -> None:
+    """Those of models of these dtypes, unless that was done before. Nothing where what is compiled is not kept."""
+    directory = cache_directory()
+    if not AVAILABLE or directory is None:
+        return
+    done = directory / f"compiled-{_key(dtypes)}"
+    if done.exists():
+        return  # a start whose kernels are all there is not to import torch once more
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    from experts_service.kernels.matmul import load_kernels
+    from router_service import rows
+    from router_service.attention import paged
+    from router_service.sampling.sampler import Sampler
+
+    cpu = torch.device("cpu")
+    for dtype in (getattr(torch, name) for name in dtypes):
+        if dtype is torch.bfloat16:
+            load_kernels()
+        paged.warm_up(dtype)
+        rows.warm_up(dtype, cpu)
+    Sampler(frozenset()).warm_up()
+    with suppress(OSError):
+        done.touch()
+
+
+def _key(dtypes: Sequence[str]) -> str:
+    """Of the CPU and of what would be compiled; files beside jit.py are in the directory's name."""
+    sources = [(Path(__file__).parent / name).read_bytes() for name in _SOURCES]
+    return hashlib.sha256(repr((cpu_features(), sorted(dtypes), sources)).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    compile_kernels(sys.argv[1:])
