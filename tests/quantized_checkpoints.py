@@ -36,6 +36,11 @@ class Format:
     pack: Pack
     also: dict[str, Tensor] = field(default_factory=dict)  # beside each module, by suffix
     packs: Callable[[str], bool] = lambda module: not module.endswith((".gate", "lm_head"))
+    others: dict[str, Pack] = field(default_factory=dict)  # of modules whose name has such a part
+
+    def pack_of(self, module: str) -> Pack:
+        """How one module is packed."""
+        return next((pack for part, pack in self.others.items() if part in module), self.pack)
 
 
 # Compressed-tensors, and fp8
@@ -117,6 +122,17 @@ def pack_quantized(bits: int, block: tuple[Any, Any], *, symmetric: bool, act_or
         return parts, widened(codes, scales, zeros, block, groups)
 
     return pack
+
+
+def mixed(experts: dict[str, Any], attention: dict[str, Any]) -> Format:
+    """Experts of one format, attention of another."""
+    packed = compressed_tensors("pack-quantized", experts)
+    groups = {
+        "experts": {"targets": ["re:.*experts.*", "re:.*mlp.*"], "weights": experts, "format": "pack-quantized"},
+        "attention": {"targets": ["Linear"], "weights": attention, "format": "float-quantized"},
+    }
+    config = packed.config | {"format": "mixed-precision", "config_groups": groups}
+    return Format(config, packed.pack, others={"self_attn": compressed_tensors("float-quantized", attention).pack})
 
 
 def fine_grained_fp8(block: tuple[int, int] | None, **config: Any) -> Format:
@@ -300,7 +316,7 @@ def write_quantized(
         module = name.removesuffix(".weight")
         wide[name] = tensor
         if tensor.dim() == 2 and module != "model.embed_tokens" and of.packs(module):
-            parts, wide[name] = of.pack(tensor, draw)
+            parts, wide[name] = of.pack_of(module)(tensor, draw)
             stored |= {rename(f"{module}.{suffix}"): part.clone() for suffix, part in (parts | of.also).items()}
         else:
             stored[rename(name)] = tensor

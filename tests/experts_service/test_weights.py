@@ -11,8 +11,10 @@ from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.errors import CheckpointError
 from experts_service import weights
+from experts_service.quantization.weight import QuantizedWeight
 from experts_service.weights import read_tensors
 from tests.checkpoints import TINY, Layout, hub_state_dict, write_checkpoint
+from tests.quantized_checkpoints import gptq, write_quantized
 
 LAYOUTS: tuple[Layout, ...] = ("huggingface", "fused", "mistral", "mistral_early")
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
@@ -104,6 +106,31 @@ def test_only_the_named_tensors_are_read_and_their_bytes_counted(tmp_path: Path,
     assert equal(tensors, {name: hub_state_dict(model)[name] for name in names})
     assert sum(reads) == sum(checkpoint.tensors[name].nbytes for name in names) == 3 * 48 * 32 * 4
     assert max(reads) == 1000
+
+
+def test_of_a_quantised_expert_only_its_own_parts_are_read(tmp_path: Path):
+    """Its codes, scales, zero points and groups, and no byte of its neighbours."""
+    write_quantized(tmp_path, gptq(desc_act=True), num_hidden_layers=2)
+    checkpoint = open_checkpoint(tmp_path)
+    names = list(expert_tensors(checkpoint.architecture, layer=1, expert=3))
+    reads: list[int] = []
+    tensors = read_tensors(checkpoint, names, dtype=torch.bfloat16, on_bytes=reads.append)
+    assert list(tensors) == names
+    assert all(isinstance(tensor, QuantizedWeight) and tensor.dtype is torch.bfloat16 for tensor in tensors.values())
+    of_one = 64 * 96 // 2 + 4 * 64 + 2 * 96 * 2 + 2 * 96 // 2  # w1: codes, groups of inputs, scales, zero points
+    of_w2 = 64 * 96 // 2 + 4 * 96 + 3 * 64 * 2 + 3 * 64 // 2
+    assert sum(reads) == sum(checkpoint.tensors[name].nbytes for name in names) == 2 * of_one + of_w2
+
+
+def test_a_quantised_file_that_shrank_names_the_part(tmp_path: Path):
+    write_quantized(tmp_path, gptq(), num_hidden_layers=1)
+    checkpoint = open_checkpoint(tmp_path)
+    scales = checkpoint.tensors[Q].stored[1]
+    os.truncate(tmp_path / "model.safetensors", scales.offset + 8)
+    with pytest.raises(
+        CheckpointError, match=r"ends inside tensor 'model.layers.0.self_attn.q_proj.scales', after 8 of"
+    ):
+        read_tensors(checkpoint, [Q], dtype=torch.float32)
 
 
 def test_a_file_that_shrank_since_it_was_checked(tmp_path: Path):

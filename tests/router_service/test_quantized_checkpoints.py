@@ -20,6 +20,7 @@ from tests.quantized_checkpoints import (
     compressed_tensors,
     fine_grained_fp8,
     gptq,
+    mixed,
     write_quantized,
 )
 from tests.router_service.engines import Bench
@@ -62,6 +63,7 @@ FORMATS: dict[str, Format] = {
     "float-channel-dynamic": compressed_tensors("float-quantized", floats(**CHANNEL), DYNAMIC),
     "float-block": compressed_tensors("float-quantized", floats(**BLOCK), DYNAMIC),
     "naive-float-group": compressed_tensors("naive-quantized", floats(**GROUP)),
+    "mixed": mixed(ints(4, **GROUP), floats(**CHANNEL)),
     "fp8-blocks": fine_grained_fp8((32, 32)),
     "fp8-blocks-that-do-not-fit": fine_grained_fp8((40, 50)),
     "fp8-tensor": fine_grained_fp8(None),
