@@ -111,6 +111,27 @@ def test_greedy_tokens_are_those_of_what_the_numbers_stand_for(tmp_path: Path, n
     assert Bench(tmp_path).run(request) == [reference_ids(model)]
 
 
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The norm of the difference, of that of theirs."""
+    return float((ours.float() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("name", ["packed-4-group-asymmetric", "gptq-4-act-order", "int-8-channel-dynamic", "mixed"])
+@pytest.mark.parametrize("is_dense", [False, True], ids=["mixtral", "mistral"])
+def test_in_bf16_logits_are_as_near_as_transformers_are(tmp_path: Path, name: str, is_dense: bool):
+    """Integers are multiplied as they are stored there, FP8 is widened: both against fp32 with the same numbers."""
+    of = FORMATS[name]
+    model = write_quantized(tmp_path, of, dense=is_dense, num_hidden_layers=1, dtype="bfloat16")
+    assert model.dtype is torch.float32
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        exact = model(ids).logits[0, -1]
+        theirs = model.bfloat16()(ids).logits[0, -1]
+    bench = Bench(tmp_path)
+    assert bench.engine.model_runner.decoder.dtype is torch.bfloat16
+    assert relative(logits_of(bench, PROMPT), exact) < 2 * relative(theirs, exact) < 0.1
+
+
 def rounded(rows: torch.Tensor, kind: str, scale: torch.Tensor | None) -> torch.Tensor:
     """Rows as an engine that quantises activations multiplies them: to 8 bits, by a scale of each row or of all."""
     if kind == "float":
@@ -153,5 +174,4 @@ def test_activations_that_are_not_quantised_differ_by_their_rounding(
     with torch.inference_mode():
         theirs = model(ids).logits[0, -1]
     ours = logits_of(Bench(tmp_path), PROMPT)
-    difference = float((theirs - ours).norm() / theirs.norm())
-    assert tolerance / 20 < difference < tolerance
+    assert tolerance / 20 < relative(ours, theirs) < tolerance
