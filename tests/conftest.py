@@ -47,6 +47,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # where a group may write what a user does, the files of keys that tests write would be refused
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# As coordinators have it. Threads that spin while they wait for work take the cores from the other worker: what two
+# processes did on two threads each took eight times the CPU.
+os.environ.setdefault("GOMP_SPINCOUNT", "200")
 # A server is a dozen processes and more: without bytecode each compiles what it imports of ours.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
