@@ -27,6 +27,7 @@ class GroupRows(NamedTuple):
     counts: tuple[int, ...]  # rows of each expert of the group; their sum is R ≥ 1
     answers: Tensor  # [N, D] the combine buffer, contiguous, the same for all groups of a dispatch
     start: int  # the transport writes rows start … start + R of it
+    replica_id: str | None = None  # whose share of the group's rows this is; None: any replica's
 
     @property
     def answer(self) -> Tensor:

@@ -139,7 +139,7 @@ class LaneTransport:
         row_bytes = hidden * dtype.itemsize
         place = flight.received.view(torch.uint8).numpy().data.cast("B")  # [N, D] as bytes
         host = _on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
-        parts = pieces(parts, self.routes)
+        parts = pieces(parts, self.routes, self.deliveries.loads)
         if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
         try:

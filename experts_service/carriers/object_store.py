@@ -165,7 +165,7 @@ class ObjectStoreTransport:
         batch = as_array(rows)  # [T, D]
         inline = max(sum(part.counts) for part in parts) * batch[:1].nbytes <= INLINE_BYTES
         shared = None if inline else ray.put(batch)
-        parts = pieces(parts, self._routes)
+        parts = pieces(parts, self._routes, self.deliveries.loads)
         try:
             for part in parts:
                 place = flight.received[part.start : part.start + len(part.row_indices)]

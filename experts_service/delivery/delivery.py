@@ -178,11 +178,20 @@ class Delivery(Generic[Rows, A]):
 
     __slots__ = (
         "_deadline", "_due_at", "_epoch", "_hedge_at", "_is_timed", "_not_finite", "_num_attempts", "_num_raised",
-        "_pause_s", "_rows", "_shared", "_silent_at", "answer", "error", "first", "group", "is_hopeless", "num_rows",
-        "reason", "second",
+        "_pause_s", "_replica_id", "_rows", "_shared", "_silent_at", "answer", "error", "first", "group", "is_hopeless",
+        "num_rows", "reason", "second",
     )  # fmt: skip
 
-    def __init__(self, shared: Deliveries[Rows, A], group: int, num_rows: int, rows: Rows, deadline: float) -> None:
+    def __init__(
+        self,
+        shared: Deliveries[Rows, A],
+        group: int,
+        num_rows: int,
+        rows: Rows,
+        deadline: float,
+        replica_id: str | None = None,
+    ) -> None:
+        """`replica_id`: whose share these rows are; it is asked first."""
         self.group = group
         self.num_rows = num_rows
         self.first: A | None = None
@@ -193,6 +202,7 @@ class Delivery(Generic[Rows, A]):
         self.reason = "no replica is known"  # for what happened last
         self._shared = shared
         self._rows = rows
+        self._replica_id = replica_id
         self._deadline = deadline
         self._due_at = 0.0
         self._epoch = -1  # of the table, when the last attempt failed
@@ -235,8 +245,10 @@ class Delivery(Generic[Rows, A]):
         replica, patience_s = replicas[0], OVERDUE_S  # another may be reachable by then
         if len(replicas) > 1:
             self._is_timed = True
-            replica = shared.loads.choose(replicas, shared.routes.owed)
-            patience_s = shared.loads.patience_s(group, self.num_rows)
+            own = [one for one in replicas if one.replica_id == self._replica_id] if self._replica_id else []
+            replica = own[0] if own else shared.loads.choose(replicas, shared.routes.owed)
+            patience_s = shared.loads.patience_s(group, self.num_rows, self._replica_id if own else None)
+        self._replica_id = None  # if it fails, whoever is best
         self.first = self._post(replica, now, spare=False)
         self._hedge_at = now + patience_s
         self._silent_at = now + shared.timeout_s / SILENCES_PER_TIMEOUT
@@ -337,7 +349,7 @@ class Delivery(Generic[Rows, A]):
                 shared.loads.hedged()
                 shared.counts[self.group].hedges += 1
                 self._is_timed = True
-                replica = min(others, key=lambda other: shared.routes.owed(other.replica_id))
+                replica = shared.loads.soonest(others, shared.routes.owed)
                 self.second = self._post(replica, now, spare=True)
         if now >= self._silent_at:
             self._silent_at = now + LONGEST_PAUSE_S

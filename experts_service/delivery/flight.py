@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from experts_service.delivery.delivery import A, Deliveries, Delivery, Routes, Rows
+from experts_service.delivery.replica_load import SPLIT_ROWS, ReplicaLoads
 from experts_service.transport import GroupRows
 
 SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
-SPLIT_ROWS = 64  # fewest rows of a group that are worth a replica of their own: each reads the weights again
 
 
 class RemoteFlight(Generic[Rows, A]):
@@ -47,7 +47,7 @@ class RemoteFlight(Generic[Rows, A]):
 
     def post(self, part: GroupRows, rows: Rows) -> None:
         """Ask for one part; does not wait."""
-        delivery = Delivery(self._shared, part.group, len(part.row_indices), rows, self._deadline)
+        delivery = Delivery(self._shared, part.group, len(part.row_indices), rows, self._deadline, part.replica_id)
         self._under_way.append((part, delivery))
         delivery.post(self.sent_at)
 
@@ -95,21 +95,26 @@ class RemoteFlight(Generic[Rows, A]):
         )
 
 
-def pieces(parts: Sequence[GroupRows], routes: Routes) -> list[GroupRows]:
-    """Parts whose rows are worth several replicas, split over those that can be reached; the others as they are."""
+def pieces(parts: Sequence[GroupRows], routes: Routes, loads: ReplicaLoads) -> list[GroupRows]:
+    """Parts whose rows are worth several replicas, shared out among those that can be reached; the others as they are.
+
+    A piece is at least SPLIT_ROWS, and as much of the part as its replica is fast.
+    """
     if all(len(part.row_indices) < 2 * SPLIT_ROWS for part in parts):
         return list(parts)
-    return [piece for part in parts for piece in split(part, len(routes.reachable(part.group)))]
+    return [
+        piece
+        for part in parts
+        for piece in split(part, loads.shares(routes.reachable(part.group), len(part.row_indices)))
+    ]
 
 
-def split(part: GroupRows, num_replicas: int) -> list[GroupRows]:
-    """The same rows in pieces of about equal size, at least SPLIT_ROWS each, and at most one for each replica."""
-    num_rows = len(part.row_indices)
-    pieces = min(num_replicas, num_rows // SPLIT_ROWS)
-    if pieces < 2:
+def split(part: GroupRows, shares: Sequence[tuple[str | None, int]]) -> list[GroupRows]:
+    """The same rows in pieces: for each the replica, None for any, and its number of rows. They add up."""
+    if len(shares) < 2:
         return [part]
     ends = [0, *accumulate(part.counts)]  # where each expert's rows end
-    cuts = [num_rows * i // pieces for i in range(pieces + 1)]
+    cuts = [0, *accumulate(rows for _, rows in shares)]
     return [
         GroupRows(
             part.group,
@@ -117,6 +122,7 @@ def split(part: GroupRows, num_replicas: int) -> list[GroupRows]:
             tuple(max(0, min(end, last) - max(start, first)) for first, last in pairwise(ends)),
             part.answers,
             part.start + start,
+            replica_id,
         )
-        for start, end in pairwise(cuts)
+        for (replica_id, _), (start, end) in zip(shares, pairwise(cuts), strict=True)
     ]

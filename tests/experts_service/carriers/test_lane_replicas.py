@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from experts_service.delivery.flight import SPLIT_ROWS, split
-from experts_service.delivery.replica_load import OVERDUE_S
+from experts_service.delivery.flight import split
+from experts_service.delivery.replica_load import OVERDUE_S, SPLIT_ROWS, ReplicaLoads
+from experts_service.routing_table import Replica
 from experts_service.shard.batch import Maths
 from experts_service.transport import GroupRows
 from router_service.dispatcher import Dispatcher
@@ -136,11 +137,18 @@ def test_many_rows_of_a_group_are_split_over_its_replicas() -> None:
         assert min(shares) > 0.2 * sum(shares), shares
 
 
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=6).filter(sum), st.integers(1, 5))
-def test_pieces_of_a_group_hold_its_rows_in_order(counts: list[int], num_replicas: int) -> None:
-    total = sum(counts)
+@given(
+    st.lists(st.integers(0, 200), min_size=1, max_size=6).filter(sum),
+    st.lists(st.floats(1e-6, 1e-3) | st.none(), min_size=1, max_size=5),
+)
+def test_pieces_of_a_group_hold_its_rows_in_order(counts: list[int], row_s: list[float | None]) -> None:
+    total, num_replicas, loads = sum(counts), len(row_s), ReplicaLoads()
+    replicas = [Replica(str(index), "", "", 0, "") for index in range(num_replicas)]
+    for replica, seconds in zip(replicas, row_s, strict=True):
+        if seconds is not None:
+            loads.answered(replica.replica_id, 0, SPLIT_ROWS, SPLIT_ROWS * seconds)
     part = GroupRows(0, np.arange(total), tuple(counts), torch.empty(total + 3, 1), 3)
-    pieces = split(part, num_replicas)
+    pieces = split(part, loads.shares(replicas, total))
     assert np.array_equal(np.concatenate([piece.row_indices for piece in pieces]), part.row_indices)
     assert [sum(of) for of in zip(*(piece.counts for piece in pieces), strict=True)] == counts
     at = part.start
