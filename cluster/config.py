@@ -139,6 +139,32 @@ class GatewayScalingConfig(ReplicaBounds):
     """Requests that one gateway answers. Above it more gateways."""
 
 
+class TierConfig(_Frozen):
+    """Hardware that some of the expert groups are on."""
+
+    groups: tuple[int, ...] | None = None
+    """These, by their position in `experts.groups`. None: those that no other tier names."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What their shards compute on."""
+    gpus_per_shard: float | None = Field(None, ge=0)
+    """GPUs, or a fraction of one, for each shard. None: 1 with `device: cuda`, else 0. What is given is reserved, also
+    with `device: cpu`.
+    """
+    label_selector: dict[str, str] = {}
+    """Ray's labels of the nodes that they may be on, beside those of `experts.label_selector`."""
+
+    @property
+    def gpus(self) -> float:
+        """Of each shard."""
+        return float(self.device == "cuda") if self.gpus_per_shard is None else self.gpus_per_shard
+
+    @model_validator(mode="after")
+    def _cuda_needs_a_gpu(self) -> Self:
+        if self.device == "cuda" and self.gpus == 0:
+            raise ValueError("gpus_per_shard: a shard on cuda needs a part of a GPU")
+        return self
+
+
 class ExpertsConfig(_Frozen):
     """The expert groups of one model and how rows reach them."""
 
@@ -150,6 +176,10 @@ class ExpertsConfig(_Frozen):
     """Replicas of every group."""
     group_scaling: dict[int, ScalingConfig] = {}
     """Replicas of single groups, by their position in `groups`."""
+    tiers: tuple[TierConfig, ...] = ()
+    """Which groups are on which hardware: busy ones on GPUs, the others in the memory of CPUs. Empty: all are on the
+    coordinators' device.
+    """
     transport: Transport = "auto"
     """How rows travel. `auto`: lanes, and the object store to shards that have none."""
     lane_secret_file: str | None = None
@@ -170,6 +200,34 @@ class ExpertsConfig(_Frozen):
     """Time for one dispatch, with all its attempts. Past it the requests of that step fail."""
     load_timeout_s: float = Field(1800.0, gt=0)
     """Time for a shard to read its weights."""
+
+    def tier_of(self, group: int) -> TierConfig | None:
+        """Of the group at that position; None where there are no tiers."""
+        named = [tier for tier in self.tiers if tier.groups is not None and group in tier.groups]
+        return next(iter(named or (tier for tier in self.tiers if tier.groups is None)), None)
+
+    @model_validator(mode="after")
+    def _each_group_is_on_one_tier(self) -> Self:
+        if not self.tiers:
+            return self
+        if self.groups == "auto":
+            raise ValueError("tiers: say which groups there are, in `groups`; tiers name them by their position")
+        if self.gpus_per_shard is not None:
+            raise ValueError("gpus_per_shard: each of the tiers has its own")
+        if self.transport == "local":
+            raise ValueError("transport: local leaves no shard to put on a tier")
+        if [tier.groups for tier in self.tiers].count(None) > 1:
+            raise ValueError("tiers: two of them have no `groups`; one at most is for all others")
+        named = [group for tier in self.tiers for group in tier.groups or ()]
+        for group in named:
+            if not 0 <= group < len(self.groups):
+                raise ValueError(f"tiers: there is no group {group}; groups are 0 to {len(self.groups) - 1}")
+            if named.count(group) > 1:
+                raise ValueError(f"tiers: group {group} is named {named.count(group)} times")
+        for group in range(len(self.groups)):
+            if self.tier_of(group) is None:
+                raise ValueError(f"tiers: group {group} is on none; a tier without `groups` has all others")
+        return self
 
 
 class ModelConfig(_Frozen):

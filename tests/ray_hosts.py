@@ -46,6 +46,7 @@ class RayHosts:
     head: Host
     others: tuple[Host, ...]
     directory: Path  # of this cluster alone
+    gpus: tuple[int, ...] = ()  # that the others say they have; their label `tier` is gpu, or cpu
     environment: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,8 +67,10 @@ class RayHosts:
         (self.directory / "gcs").mkdir()
         head = ("--head", f"--port={RAY_PORT}", f"--temp-dir={self.directory}", "--include-dashboard=false")
         self._ray(self.head, "front", *head)
-        for host in self.others:
-            self._ray(host, "experts", f"--address={self.address}")
+        for index, host in enumerate(self.others):
+            gpus = self.gpus[index] if self.gpus else 0
+            role = f"experts,tier={'gpu' if gpus else 'cpu'}"
+            self._ray(host, role, f"--address={self.address}", f"--num-gpus={gpus}")
 
     def _ray(self, host: Host, role: str, *arguments: str) -> None:
         """Start a node. Ray gives one thirty seconds, which a machine that is busy with another may not have."""
@@ -133,11 +136,14 @@ def _title(process_id: int) -> str:
 
 
 @contextmanager
-def ray_hosts(all_hosts: tuple[Host, ...]) -> Iterator[RayHosts]:
-    """Ray on these, the first being the head's; what it leaves on disk goes with the block."""
+def ray_hosts(all_hosts: tuple[Host, ...], gpus: tuple[int, ...] = ()) -> Iterator[RayHosts]:
+    """Ray on these, the first being the head's; what it leaves on disk goes with the block.
+
+    `gpus`: how many each of the others says it has.
+    """
     directory = Path(tempfile.mkdtemp(prefix="mh"))  # short: sockets lie below
     try:
-        cluster = RayHosts(all_hosts[0], all_hosts[1:], directory)
+        cluster = RayHosts(all_hosts[0], all_hosts[1:], directory, gpus)
         cluster.start()
         yield cluster
     finally:

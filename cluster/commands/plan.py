@@ -58,6 +58,8 @@ def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[
     dtype = compute_dtype(setting, architecture)  # type: ignore[arg-type]
     planner = Planner(Model(architecture, dtype), gpu_type(question.gpu), question.link)
     experts = config.experts
+    if experts.tiers:
+        raise ConfigError(f"models: {config.name!r}: experts.tiers: `manta plan` knows GPUs only, leave them out")
     if not chosen or experts.groups == "auto" or experts.transport == "local":
         return planner, planner.plan(question.target)
     groups: tuple[ExpertGroup, ...] = plan_groups(experts.groups, architecture.num_experts, 1, 1)

@@ -17,15 +17,25 @@ from typing import TYPE_CHECKING, Any
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.generation_config import FILE as GENERATION_CONFIG
-from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
+from cluster.config import (
+    EngineConfig,
+    ExpertsConfig,
+    GatewayConfig,
+    MantaConfig,
+    ModelConfig,
+    ScalingConfig,
+    TierConfig,
+)
 from cluster.errors import ConfigError
 from cluster.messages import ModelCard
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
     DeviceShare,
+    Dtype,
     ExpertGroup,
     Node,
     Room,
+    ShardPlace,
     check_fit,
     device_shares,
     plan_groups,
@@ -64,8 +74,15 @@ class ModelPlan:
     config: ModelConfig  # nothing in it is "auto" any more
     checkpoint: Checkpoint
     groups: tuple[ExpertGroup, ...]
-    gpus_per_shard: float
+    gpus_per_shard: float  # where there are no tiers
     gpus_per_coordinator: float
+
+    def tier_of(self, group: ExpertGroup) -> TierConfig:
+        """What the shards of a group are on: without tiers, what the coordinators are on."""
+        assert self.config.engine.device != "auto", "a plan has no open settings"
+        return self.config.experts.tier_of(group.index) or TierConfig(
+            device=self.config.engine.device, gpus_per_shard=self.gpus_per_shard
+        )
 
     @property
     def application(self) -> str:
@@ -124,7 +141,8 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
     reserves = on_gpu or bool(config.experts.gpus_per_shard)
     gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if reserves else (0, 0)
-    apart = gpus_per_shard >= 1 and config.experts.transport != "local"
+    fewest_gpus = min([tier.gpus for tier in config.experts.tiers], default=gpus_per_shard)
+    apart = fewest_gpus >= 1 and gpus_per_coordinator >= 1 and config.experts.transport != "local"
     engine = config.engine.model_copy(
         update={
             "dtype": dtype,
@@ -144,6 +162,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
         local=config.experts.transport == "local",
+        places=_places(config.experts, groups, checkpoint, dtype),
     )
     return ModelPlan(
         config=config.model_copy(update={"engine": engine}),
@@ -152,6 +171,15 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
     )
+
+
+def _places(
+    experts: ExpertsConfig, groups: Sequence[ExpertGroup], checkpoint: Checkpoint, dtype: Dtype
+) -> dict[int, ShardPlace]:
+    """Of groups that are on tiers; what a device cannot multiply as it is stored is widened there."""
+    held = {tier.device: held_weights(checkpoint, dtype, tier.device).expert for tier in experts.tiers}
+    tiers = {group.index: experts.tier_of(group.index) for group in groups}
+    return {index: ShardPlace(tier.gpus, held[tier.device]) for index, tier in tiers.items() if tier is not None}
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -177,6 +205,9 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
     """GPUs of a shard and of a coordinator."""
     if num_groups == 0:
         return 0.0, 1.0
+    if tiers := config.experts.tiers:
+        fractions = [tier.gpus for tier in tiers if 0 < tier.gpus < 1]
+        return 0.0, max(SHARED_GPU_OF_COORDINATOR, 1 - max(fractions)) if fractions else 1.0
     if (given := config.experts.gpus_per_shard) is not None:
         return given, 1.0 if given >= 1 else max(SHARED_GPU_OF_COORDINATOR, 1 - given)
     if config.experts.transport == "local" or num_gpus >= num_groups + config.coordinators.min_replicas:
@@ -188,10 +219,12 @@ def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
     """Who may be on a coordinator's device."""
     engine = plan.config.engine
     assert engine.dtype != "auto", "a plan has no open settings"
-    largest = max((len(group.experts) for group in plan.groups), default=0)
+    beside = [group for group in plan.groups if plan.tier_of(group).gpus]
+    largest = max((len(group.experts) for group in beside), default=0)
+    shares = [plan.tier_of(group).gpus for group in beside]
     return device_shares(
         largest * held_weights(plan.checkpoint, engine.dtype, engine.device).expert,
-        gpus_per_shard=0.0 if plan.config.experts.transport == "local" else plan.gpus_per_shard,
+        gpus_per_shard=0.0 if plan.config.experts.transport == "local" else min(shares, default=0.0),
         gpus_per_coordinator=plan.gpus_per_coordinator,
         max_coordinators=plan.config.coordinators.max_replicas,
     )
@@ -262,7 +295,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
 
     config, checkpoint = plan.config, plan.checkpoint
     assert config.engine.dtype != "auto", "a plan has no open settings"
-    assert config.engine.device != "auto", "a plan has no open settings"
+    tiers = {group.index: plan.tier_of(group) for group in plan.groups}
     return {
         name: expert_deployment(
             ShardSpec(
@@ -271,19 +304,19 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 fingerprint=checkpoint.fingerprint,
                 group=group.index,
                 experts=group.experts,
-                num_groups=len(plan.groups),
+                num_groups=list(tiers.values()).count(tiers[group.index]),  # that share a machine's cores
                 dtype=config.engine.dtype,
-                device=config.engine.device,
+                device=tiers[group.index].device,
                 num_threads=experts.num_threads,
                 kernels=config.engine.kernels,
                 batch_invariant=config.engine.batch_invariant,
-                gpus=plan.gpus_per_shard,
+                gpus=tiers[group.index].gpus,
                 load_timeout_s=experts.load_timeout_s,
                 lane_secret_file=experts.lane_secret_file,
             ),
             scaling_of(experts, group),
             max_surge_percent=config.max_surge_percent,
-            label_selector=experts.label_selector,
+            label_selector=experts.label_selector | tiers[group.index].label_selector,
             request_timeout_s=gateway.request_timeout_s,
         )
         for name, group in zip(plan.expert_deployments, plan.groups, strict=bool(plan.expert_deployments))

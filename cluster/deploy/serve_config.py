@@ -147,8 +147,9 @@ def _plan(arguments: ModelArguments) -> ModelPlan:
             f"for {str(arguments.fingerprint)[:8]}…"
         )
     check_tokenizer(checkpoint)
-    reserves = model.engine.device == "cuda" or bool(model.experts.gpus_per_shard)
-    gpus = (checkpoint.architecture.num_experts + 1) * ceil(model.experts.gpus_per_shard or 1) if reserves else 0
+    most = max([tier.gpus for tier in model.experts.tiers], default=model.experts.gpus_per_shard or 0)
+    reserves = model.engine.device == "cuda" or most > 0
+    gpus = (checkpoint.architecture.num_experts + 1) * ceil(most or 1) if reserves else 0
     return plan_model(model, checkpoint, Cluster(1, (Node("any", _PLENTY, (_PLENTY,) * gpus),)))
 
 

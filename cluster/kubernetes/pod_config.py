@@ -39,6 +39,11 @@ def _gateway(gateway: GatewayConfig) -> GatewayConfig:
 
 def _model(model: ModelConfig, config: MantaConfig) -> ModelConfig:
     engine, size = model.engine, model_size(model)
+    if model.experts.tiers:
+        raise ConfigError(
+            f"models: {model.name!r}: experts.tiers: pods of one role are alike, so there are no tiers among them yet; "
+            "on nodes of your own `manta serve --address` places them"
+        )
     if engine.device == "auto":
         raise ConfigError(f"models: {model.name!r}: engine.device: say cpu or cuda; there is no machine to look at")
     update = {"label_selector": {names.ROLE: "expert" if size.shares_gpu else "coordinator"}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,14 @@ class WeightBytes:
         """Of a model that is not quantised."""
         coordinator = sum(math.prod(shape) for shape in coordinator_tensors(architecture).values()) * DTYPE_BYTES[dtype]
         return cls(coordinator, expert_bytes(architecture, dtype) if architecture.num_experts else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlace:
+    """What the shards of one group are on."""
+
+    gpus: float
+    expert_bytes: int  # of one expert, as the device holds it
 
 
 class Room:
@@ -147,19 +155,20 @@ def check_fit(
     gpus_per_shard: float = 0.0,
     gpus_per_coordinator: float = 0.0,
     local: bool = False,
+    places: Mapping[int, ShardPlace] | None = None,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
-    coordinator holds all experts itself. `weights`: None where none is quantised.
+    coordinator holds all experts itself. `weights`: None where none is quantised. `places`: by position, of groups
+    that are not where the coordinators are.
     """
     weights = weights or WeightBytes.of(architecture, dtype)
-    shards = (
-        []
-        if local
-        else [(f"expert group {group.index}", len(group.experts) * weights.expert, gpus_per_shard) for group in groups]
-    )
+    shards, beside_coordinators = [], ShardPlace(gpus_per_shard, weights.expert)
+    for group in () if local else groups:
+        place = (places or {}).get(group.index, beside_coordinators)
+        shards.append((f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus))
     attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
     if local:
         attention += architecture.num_experts * weights.expert

@@ -5,13 +5,23 @@ import json
 import pytest
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
+from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, ModelConfig, TierConfig, parse_config
 from cluster.demo_model import DIRECTORY
-from cluster.deploy.app import Cluster, demo_config, describe_cluster, model_card, plan_model, plan_models
+from cluster.deploy.app import (
+    Cluster,
+    demo_config,
+    describe_cluster,
+    expert_applications,
+    model_card,
+    plan_model,
+    plan_models,
+)
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.messages import SamplingDefaults
 from cluster.planning.placement import Node
+from cluster.planning.weights import held_weights
 from tests.checkpoints import write_checkpoint
+from tests.quantized_checkpoints import gptq, write_quantized
 
 GIB = 2**30
 
@@ -140,3 +150,72 @@ def test_the_gateway_is_told_what_the_authors_chose_and_the_log_what_is_not_foll
     card = model_card(plan_model(config, open_checkpoint(tmp_path), describe_cluster((machine(),))))
     assert card.defaults == SamplingDefaults(temperature=0.5, top_k=7, repetition_penalty=1.5)
     assert f"{tmp_path}/generation_config.json: requests do not follow no_repeat_ngram_size" in caplog.text
+
+
+ONE_EACH = tuple((expert,) for expert in range(8))
+TWO_ON_GPUS = (TierConfig(groups=(2, 5), device="cuda", label_selector={"tier": "gpu"}), TierConfig())
+
+
+def test_each_group_is_on_its_tiers_hardware():
+    """Two are on GPUs and six in the memory of a CPU; all were where the coordinator is."""
+    experts = ExpertsConfig(groups=ONE_EACH, tiers=TWO_ON_GPUS, label_selector={"zone": "a"})
+    laid_out = plan(machine(gpus=3, cpus=12), experts=experts)
+    assert laid_out.config.engine.device == "cuda"
+    assert laid_out.gpus_per_coordinator == 1
+    assert laid_out.config.engine.microbatches == 1, "six groups have no hardware of their own"
+    for name, application in expert_applications(laid_out, experts, GatewayConfig()).items():
+        deployment, [spec] = application._bound_deployment, application._bound_deployment.init_args
+        on_gpu = name in ("expert-2", "expert-5")
+        assert (spec.device, spec.gpus, spec.num_groups) == (("cuda", 1.0, 2) if on_gpu else ("cpu", 0.0, 6))
+        labels = {"zone": "a"} | ({"tier": "gpu"} if on_gpu else {})
+        replica = deployment._replica_config
+        assert replica.placement_group_bundle_label_selector == [labels, labels], "of supervisor and shard"
+        assert replica.placement_group_bundles[1].get("GPU", 0) == on_gpu
+
+
+def test_a_tier_of_cpus_needs_no_gpu_and_one_of_gpus_does():
+    experts = ExpertsConfig(groups=ONE_EACH, tiers=TWO_ON_GPUS)
+    with pytest.raises(DoesNotFit, match="needs 1 GPU"):
+        plan(machine(gpus=2), experts=experts)  # the coordinator has one
+    assert plan(machine(gpus=2), experts=experts, engine=EngineConfig(device="cpu")).gpus_per_coordinator == 0
+
+
+def test_a_tier_holds_what_its_device_computes_with(tmp_path):
+    """On GPUs the small numbers are widened, in a CPU's memory they stay: each is counted where it is."""
+    write_quantized(tmp_path, gptq(4), num_hidden_layers=4, hidden_size=256, intermediate_size=1024)
+    checkpoint = open_checkpoint(tmp_path)
+    on_gpu, on_cpu = (held_weights(checkpoint, "bfloat16", device).expert for device in ("cuda", "cpu"))
+    assert on_cpu < on_gpu / 2
+    number = checkpoint.architecture.num_experts
+    groups = tuple((expert,) for expert in range(number))
+    model = ModelConfig(
+        name="m",
+        path=str(tmp_path),
+        engine=EngineConfig(device="cpu", dtype="bfloat16", max_model_len=16),
+        experts=ExpertsConfig(groups=groups, tiers=(TierConfig(groups=(0,), device="cuda"), TierConfig())),
+    )
+    coordinator = held_weights(checkpoint, "bfloat16", "cpu").coordinator + 16 * 2**20
+    host = coordinator + (number - 1) * on_cpu + (number + 1) * 460 * 10**6
+    plan_model(model, checkpoint, Cluster(2, (Node("a", host, (on_gpu,)),)))
+    for memory, gpu in ((host, on_gpu - 1), (host - 17 * 2**20, on_gpu)):
+        with pytest.raises(DoesNotFit, match=r"expert group|coordinator"):
+            plan_model(model, checkpoint, Cluster(2, (Node("a", memory, (gpu,)),)))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"tiers": [{}]}, "say which groups there are, in `groups`"),
+        ({"groups": [[0], [1]], "tiers": [{"groups": [0]}]}, "group 1 is on none"),
+        ({"groups": [[0], [1]], "tiers": [{"groups": [0]}, {"groups": [0, 1]}]}, "group 0 is named 2 times"),
+        ({"groups": [[0], [1]], "tiers": [{"groups": [2]}, {}]}, "there is no group 2; groups are 0 to 1"),
+        ({"groups": [[0], [1]], "tiers": [{}, {}]}, "two of them have no `groups`"),
+        ({"groups": [[0], [1]], "tiers": [{}], "gpus_per_shard": 1}, "each of the tiers has its own"),
+        ({"groups": [[0], [1]], "tiers": [{}], "transport": "local"}, "local leaves no shard"),
+        ({"groups": [[0], [1]], "tiers": [{"device": "cuda", "gpus_per_shard": 0}]}, "needs a part of a GPU"),
+        ({"groups": [[0], [1]], "tiers": [{"devise": "cuda"}]}, "unknown key 'devise'; did you mean 'device'"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused_by_key(experts, message):
+    with pytest.raises(ConfigError, match=r"models\.0\.experts.*" + message):
+        parse_config({"models": [{"name": "m", "path": "demo", "experts": experts}]})
