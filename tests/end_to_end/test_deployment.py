@@ -223,10 +223,11 @@ def test_the_demo_is_deployed_scaled_and_rolled_without_a_failed_request(tmp_pat
             assert first["expert-3"] < scaled["expert-3"], "the first one stays"
             assert but(scaled, "expert-3") == but(first, "expert-3"), "the others are not touched"
 
-            # A new version beside the old one, and once it is up the old one goes.
+            # A new version beside the old one, laid out otherwise, and once it is up the old one goes.
             config = load_config(Path(__file__).parents[2] / "k8s" / "overlays" / "cpu-demo" / "manta.yaml")
             [demo] = config.models
-            newer = demo.model_copy(update={"path": str(fingerprinted_anew(tmp_path / "newer"))})
+            one_group = demo.experts.model_copy(update={"groups": (tuple(range(8)),), "group_scaling": {}})
+            newer = demo.model_copy(update={"path": str(fingerprinted_anew(tmp_path / "newer")), "experts": one_group})
             both = config.model_copy(
                 update={"models": (newer, demo.model_copy(update={"version": old.split("-")[-1]}))}
             )

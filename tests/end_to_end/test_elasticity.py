@@ -130,7 +130,8 @@ def test_goodput_holds_at_four_times_the_load(elastic):
         return len(answered) / seconds
 
     goodput(4, 0.5)
-    alone, crowded = goodput(4, 3), goodput(16, 3)
+    rounds = [(goodput(4, 1), goodput(16, 1)) for _ in range(3)]  # in turn: others use the machine as well
+    alone, crowded = (sum(answers) / len(rounds) for answers in zip(*rounds, strict=True))
     print(f"{alone:.0f} answers a second from 4 clients, {crowded:.0f} from 16")
     assert crowded > 0.5 * alone, "promised 0.95"
 
