@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.errors import ConfigError
 from cluster.yaml_document import parse_yaml
 
@@ -75,6 +76,14 @@ class EngineConfig(_Frozen):
     `off`: by whatever is fastest. `auto`: on, unless it costs more than 10 %. A model on machines with different CPUs
     needs `on` and `kernels: fma`.
     """
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """What matrices of a plain checkpoint are rounded to while they are read, to the nearest. Gate, norms, embeddings
+    and the output head stay as they are. A checkpoint that is quantised already needs `none`.
+    """
+    quantization_group_size: int = Field(128, ge=16, le=1024, multiple_of=8)
+    """Neighbouring inputs that share a scale."""
+    quantized_parts: Literal["all", "experts", "attention"] = "all"
+    """Whose matrices. A dense layer's feed-forward network counts as experts."""
     num_threads: int | None = Field(None, ge=1)
     """Threads of one operation in the coordinator, at most. None: one for each core that the process has, by its
     affinity and its container's quota.
@@ -84,6 +93,13 @@ class EngineConfig(_Frozen):
     a core from the experts: with one other busy process on 2 cores, steps of the bench model took 39 ms with 200, 57
     ms with 5,000 and 134 ms with 30,000.
     """
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What is done to matrices while they are read."""
+        if self.quantization == "none":
+            return None
+        return Rounding(8 if self.quantization == "int8" else 4, self.quantization_group_size, self.quantized_parts)
 
     @model_validator(mode="after")
     def _a_library_is_not_batch_invariant(self) -> Self:

@@ -1,6 +1,6 @@
 """Reads tensors of a checkpoint into memory, only the byte ranges asked for. Knows nothing of layers or experts.
 
-What is quantised stays so.
+What is quantised stays so, and what is to be rounded is rounded here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.quantization.scheme import READ
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 from experts_service.memory import mapped
+from experts_service.quantization.rounding import rounded
 from experts_service.quantization.unpack import quantized_weight
 from experts_service.quantization.weight import Weight
 
@@ -64,7 +66,11 @@ def read_tensors(
                 parts = {role: read(ref.parts[role]) for role in READ if role in ref.parts}
                 tensors[name] = quantized_weight(name, ref.shape, ref.scheme, parts, dtype).to(device)
                 continue
-            tensor = read(ref)
+            tensor = read(ref.stored[0])
+            if isinstance(ref, RoundedRef):
+                how = ref.rounding
+                tensors[name] = rounded(tensor, how.bits, how.group_size, dtype).to(device)
+                continue
             if tensor.dtype is not dtype or not tensor.is_contiguous():
                 tensor = mapped(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape).copy_(tensor)
             tensors[name] = tensor.to(device)

@@ -94,7 +94,7 @@ class Coordinator:
         groups: tuple[ExpertGroup, ...],
         shares: tuple[DeviceShare, ...],
     ) -> None:
-        checkpoint = open_checkpoint(directory)
+        checkpoint = open_checkpoint(directory).rounded(engine.rounding)
         if checkpoint.fingerprint != fingerprint:
             raise CheckpointError(f"{directory} changed since the server started; restart it to serve the new one")
         self._revision = checkpoint.revision

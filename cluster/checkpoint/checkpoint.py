@@ -21,10 +21,11 @@ from cluster.checkpoint.layouts import Layout, Ref, locate_tensors
 from cluster.checkpoint.quantization.config import read_quantization
 from cluster.checkpoint.quantization.contents import check_contents
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.rounding import RoundedRef, Rounding
 from cluster.checkpoint.safetensors_header import StoredTensor
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.checkpoint.weight_files import find_layout, read_headers
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "TensorRef", "open_checkpoint"]
 
@@ -41,7 +42,7 @@ class Checkpoint:
     directory: Path
     layout: Layout
     architecture: Architecture
-    tensors: Mapping[str, Ref]
+    tensors: Mapping[str, Ref | RoundedRef]
     fingerprint: str  # hex; the same weights at another path have the same
     generation: GenerationConfig
 
@@ -50,6 +51,22 @@ class Checkpoint:
         """The hub's commit, where the directory is one of the hub's cache."""
         snapshot = _SNAPSHOT.search(self.directory.as_posix())
         return None if snapshot is None else snapshot[1]
+
+    def rounded(self, rounding: Rounding | None) -> Checkpoint:
+        """The same, some of its matrices rounded while they are read, with a fingerprint of its own.
+
+        Raises ConfigError where they are small numbers already.
+        """
+        if rounding is None:
+            return self
+        tensors = dict(self.tensors)
+        for name, ref in tensors.items():
+            if not rounding.applies_to(name):
+                continue
+            if not isinstance(ref, TensorRef):
+                raise ConfigError(f"engine.quantization: {self.directory} is quantised already; leave it out")
+            tensors[name] = RoundedRef(ref, rounding)
+        return replace(self, tensors=tensors, fingerprint=fingerprint(self.architecture, tensors))
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
@@ -81,7 +98,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
 
 
-def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref]) -> str:
+def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref | RoundedRef]) -> str:
     """SHA-256 of sizes, names, dtypes, shapes, quantisation, and both ends of every tensor's bytes."""
     digest = hashlib.sha256(json.dumps(asdict(architecture), sort_keys=True).encode())
     descriptors: dict[Path, int] = {}
@@ -90,6 +107,8 @@ def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref]) -> str:
             of_name = tensors[name]
             if isinstance(of_name, QuantizedRef):
                 digest.update(repr((of_name.scheme, *of_name.parts)).encode())
+            if isinstance(of_name, RoundedRef):
+                digest.update(repr(of_name.rounding).encode())
             for ref in of_name.stored:
                 digest.update(repr((name, ref.dtype, ref.shape, ref.interleaved_heads, ref.transposed)).encode())
                 if ref.file not in descriptors:

@@ -57,7 +57,9 @@ def run(
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
     check_doors(config.gateway)
     AccessPolicy(config.gateway)  # which reads the key files
-    checkpoints = [open_checkpoint(resolve_model(one.path, one.revision)) for one in config.models]
+    checkpoints = [
+        open_checkpoint(resolve_model(one.path, one.revision)).rounded(one.engine.rounding) for one in config.models
+    ]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)
     stop = _Stop()

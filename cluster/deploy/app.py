@@ -310,6 +310,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 num_threads=experts.num_threads,
                 kernels=config.engine.kernels,
                 batch_invariant=config.engine.batch_invariant,
+                rounding=config.engine.rounding,
                 gpus=tiers[group.index].gpus,
                 load_timeout_s=experts.load_timeout_s,
                 lane_secret_file=experts.lane_secret_file,

@@ -12,10 +12,12 @@ from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.quantization.scheme import Values, num_groups
 from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes
 
 SCALE_BYTES, ZERO_POINT_BYTES = 4, 2  # of each group of each output
+ROUNDED_SCALE_BYTES = 2  # of a matrix that was rounded while it was read
 
 
 def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightBytes:
@@ -31,8 +33,11 @@ def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightByt
     return WeightBytes(held(coordinator_tensors(a)), max(experts, default=0))
 
 
-def held_bytes(ref: Ref, dtype: Dtype, device: str) -> int:
+def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     """Of one tensor."""
+    if isinstance(ref, RoundedRef) and device == "cpu" and dtype == "bfloat16":
+        groups = ref.shape[0] * num_groups(ref.rounding.group_size, ref.shape[1])
+        return math.ceil(math.prod(ref.shape) * ref.rounding.bits / 8) + groups * ROUNDED_SCALE_BYTES
     if not isinstance(ref, QuantizedRef) or not _stays_as_it_is(ref, dtype, device):
         return math.prod(ref.shape) * DTYPE_BYTES[dtype]
     groups = ref.shape[0] * num_groups(ref.scheme.group_size, ref.shape[1])

@@ -26,6 +26,7 @@ import psutil
 import ray
 import ray.util
 
+from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class ShardSpec:
     num_threads: int | None = None  # None: the process's cores shared among the groups
     kernels: str = "auto"  # as in EngineConfig
     batch_invariant: str = "auto"  # the same
+    rounding: Rounding | None = None
     gpus: float = 0.0
     load_timeout_s: float = 1800.0
     lane_secret_file: str | None = None  # None: no lanes
@@ -227,7 +229,7 @@ class ExpertShard:
         selection = select(dtype, device, kernels=spec.kernels, batch_invariant=spec.batch_invariant)
         self._kernels = selection.told(dtype, device)
         logger.info("%s: %s", spec.name, selection)
-        checkpoint = open_checkpoint(spec.directory)
+        checkpoint = open_checkpoint(spec.directory).rounded(spec.rounding)
         if checkpoint.fingerprint != spec.fingerprint:
             raise CheckpointError(f"{spec.directory} changed since the server started; restart it to serve the new one")
         total = sum(

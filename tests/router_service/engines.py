@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.checkpoint.architecture import compute_dtype
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
 from cluster.messages import Embedding, Grammar, Key, Request, TokenChunk
@@ -43,11 +43,11 @@ class Bench:
     """An engine without a thread, and what it delivered. `run` steps it until every request has ended."""
 
     def __init__(self, directory: Path, *, num_groups: int = 1, device: str = "cpu", **config: Any) -> None:
-        checkpoint = open_checkpoint(directory)
         tiny = {"num_kv_blocks": 64, "max_model_len": 512, "num_threads": 1}
         settings = EngineConfig(**{**tiny, "device": device, **config})
+        checkpoint = open_checkpoint(directory).rounded(settings.rounding)
         kernel = None if settings.kernels == "auto" else Kernel(settings.kernels)
-        dispatcher = local_dispatcher(directory, num_groups, device, kernel)
+        dispatcher = local_dispatcher(checkpoint, num_groups, device, kernel)
         self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture
         self.vocabulary = GrammarVocabulary(
@@ -95,9 +95,8 @@ class Bench:
         return [self.run(request)[0] for request in requests]
 
 
-def local_dispatcher(directory: Path, num_groups: int, device: str, kernel: Kernel | None = None) -> Dispatcher:
+def local_dispatcher(checkpoint: Checkpoint, num_groups: int, device: str, kernel: Kernel | None = None) -> Dispatcher:
     """Experts of a checkpoint in this process, packed into `num_groups` groups; a dense model has none."""
-    checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
     if architecture.is_dense:
         return Dispatcher((), LocalTransport({}))

@@ -1,0 +1,87 @@
+"""Matrices that are rounded while they are read: how close they stay, which they are, and what tells them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.quantization.rounding import Rounding
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from cluster.planning.weights import held_weights
+from experts_service.quantization.rounding import rounded
+from experts_service.quantization.weight import QuantizedWeight
+from experts_service.weights import read_tensors
+from tests.checkpoints import write_checkpoint
+from tests.quantized_checkpoints import gptq, write_quantized
+
+Q, W1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+PLAIN = ["model.layers.0.block_sparse_moe.gate.weight", "lm_head.weight", "model.embed_tokens.weight"]
+
+
+def error(weight: torch.Tensor, bits: int, group_size: int) -> float:
+    """Of the rounded matrix, as a part of the matrix's norm."""
+    difference = rounded(weight, bits, group_size, torch.float32).dequantize(torch.float32) - weight
+    return (difference.norm() / weight.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "most"), [(8, 32, 0.006), (8, 128, 0.007), (4, 32, 0.085), (4, 128, 0.0985)]
+)
+def test_weights_are_rounded_as_closely_as_is_promised(bits: int, group_size: int, most: float) -> None:
+    weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert most * 0.8 < error(weight, bits, group_size) < most
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_and_scales_are_what_kernels_hold(bits: int) -> None:
+    """Scales are numbers of bf16, codes fit their bits, a group of zeros stays zeros, the last group may be short."""
+    weight = torch.randn(70, 100, generator=torch.Generator().manual_seed(1))
+    weight[3, 32:64] = 0
+    small = rounded(weight.bfloat16(), bits, 32, torch.bfloat16)
+    assert torch.equal(small.scales, small.scales.bfloat16().float())
+    assert small.scales.shape == (70, 4)
+    assert -(2 ** (bits - 1)) <= small.codes.min().item() <= small.codes.max().item() < 2 ** (bits - 1)
+    widened = small.dequantize(torch.float32)
+    assert not widened[3, 32:64].any()
+    assert (widened - weight).abs().max() < weight.abs().max() / 2 ** (bits - 2)
+
+
+@pytest.mark.parametrize(("parts", "are_rounded"), [("all", {Q, W1}), ("experts", {W1}), ("attention", {Q})])
+def test_gate_embeddings_and_head_stay_as_they_are(tmp_path: Path, parts: str, are_rounded: set[str]) -> None:
+    write_checkpoint(tmp_path)
+    config = EngineConfig.model_validate(
+        {"quantization": "int4", "quantization_group_size": 32, "quantized_parts": parts}
+    )
+    checkpoint = open_checkpoint(tmp_path).rounded(config.rounding)
+    tensors = read_tensors(checkpoint, [Q, W1, *PLAIN], dtype=torch.bfloat16)
+    assert {name for name, weight in tensors.items() if isinstance(weight, QuantizedWeight)} == are_rounded
+    plain = read_tensors(open_checkpoint(tmp_path), PLAIN, dtype=torch.bfloat16)
+    assert all(torch.equal(tensors[name], plain[name]) for name in PLAIN)  # type: ignore[arg-type]
+
+
+def test_processes_that_round_differently_do_not_take_each_other_for_the_same_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    ways = [None, Rounding(8, 128, "all"), Rounding(4, 128, "all"), Rounding(4, 32, "all"), Rounding(4, 32, "experts")]
+    prints = [checkpoint.rounded(way).fingerprint for way in ways]
+    assert prints[0] == checkpoint.fingerprint
+    assert len(set(prints)) == len(ways)
+    assert prints == [open_checkpoint(tmp_path).rounded(way).fingerprint for way in ways]
+
+
+def test_what_is_small_already_is_not_rounded_again(tmp_path: Path) -> None:
+    write_quantized(tmp_path, gptq())
+    with pytest.raises(ConfigError, match=r"engine\.quantization: .* is quantised already; leave it out"):
+        open_checkpoint(tmp_path).rounded(Rounding(4, 128, "all"))
+
+
+def test_a_plan_counts_what_kernels_hold(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    plain, small = (open_checkpoint(tmp_path).rounded(way) for way in (None, Rounding(4, 16, "all")))
+    held, widened = (held_weights(checkpoint, "bfloat16", "cpu") for checkpoint in (small, plain))
+    assert held.expert / widened.expert == (0.5 + 2 / 16) / 2
+    assert held_weights(small, "float32", "cpu") == held_weights(plain, "float32", "cpu")
