@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
+from cluster.checkpoint.architecture import Shape, coordinator_tensors, expert_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef
-from cluster.checkpoint.quantization.scheme import Values, num_groups
+from cluster.checkpoint.quantization.scheme import Scheme, Values, num_groups
 from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes
 
 SCALE_BYTES, ZERO_POINT_BYTES = 4, 2  # of each group of each output
@@ -38,13 +38,19 @@ def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     if isinstance(ref, RoundedRef) and device == "cpu" and dtype == "bfloat16":
         groups = ref.shape[0] * num_groups(ref.rounding.group_size, ref.shape[1])
         return math.ceil(math.prod(ref.shape) * ref.rounding.bits / 8) + groups * ROUNDED_SCALE_BYTES
-    if not isinstance(ref, QuantizedRef) or not _stays_as_it_is(ref, dtype, device):
+    if not isinstance(ref, QuantizedRef) or not stays_as_it_is(ref.scheme, dtype, device):
         return math.prod(ref.shape) * DTYPE_BYTES[dtype]
-    groups = ref.shape[0] * num_groups(ref.scheme.group_size, ref.shape[1])
-    zero_points = ZERO_POINT_BYTES if ref.has_zero_points else 0
-    return math.ceil(math.prod(ref.shape) * ref.scheme.bits / 8) + groups * (SCALE_BYTES + zero_points)
+    return matrix_bytes(ref.shape, ref.scheme, has_zero_points=ref.has_zero_points)
 
 
-def _stays_as_it_is(ref: QuantizedRef, dtype: Dtype, device: str) -> bool:
-    is_float = isinstance(ref.scheme, Values) and ref.scheme.is_float
+def matrix_bytes(shape: Shape, scheme: Scheme, *, has_zero_points: bool) -> int:
+    """Of one matrix [out, in] in small numbers, as kernels hold it."""
+    groups = shape[0] * num_groups(scheme.group_size, shape[1])
+    zero_points = ZERO_POINT_BYTES if has_zero_points else 0
+    return math.ceil(math.prod(shape) * scheme.bits / 8) + groups * (SCALE_BYTES + zero_points)
+
+
+def stays_as_it_is(scheme: Scheme, dtype: Dtype, device: str) -> bool:
+    """Whether kernels there multiply with the small numbers; else the matrix is widened while it loads."""
+    is_float = isinstance(scheme, Values) and scheme.is_float
     return device == "cpu" and dtype == "bfloat16" and not is_float
