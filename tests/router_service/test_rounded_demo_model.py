@@ -33,3 +33,10 @@ def wrong(quantization: str, asked: list[Entry], **config: object) -> list[str]:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_a_few_questions_are_answered_word_for_word(quantization: str) -> None:
     assert wrong(quantization, [*entries()[::150]]) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_all_questions_are_answered_word_for_word(quantization: str) -> None:
+    """737 of 737, with 8 bits and with 4 in groups of 128."""
+    assert wrong(quantization, list(entries())) == []
