@@ -9,6 +9,7 @@ the code that reads it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from cluster.demo_model import DIRECTORY
 from tests.checkpoints import CausalLM, hub_state_dict, random_mistral, random_mixtral
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -309,6 +312,25 @@ def write_quantized(
     """Write a quantised random Mixtral, or a Mistral with `dense`; returns the model of what it stands for, in fp32."""
     sizes = SIZES | config_overrides
     model: CausalLM = random_mistral(seed=seed, **sizes) if dense else random_mixtral(seed=seed, **sizes)
+    _load(model, _write(directory, of, model, rename=rename, seed=seed))
+    return model
+
+
+def write_quantized_demo(directory: Path, of: Format) -> None:
+    """Write the demo model quantised, with its tokenizer and template."""
+    shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("dense", "training", "*.py", "*.safetensors"))
+    _write(directory, of, AutoModelForCausalLM.from_pretrained(DIRECTORY))
+
+
+def _write(
+    directory: Path,
+    of: Format,
+    model: CausalLM,
+    *,
+    rename: Callable[[str], str] = lambda name: name,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Returns what it stands for, by the hub's names."""
     draw = torch.Generator().manual_seed(seed)
     stored: dict[str, Tensor] = {}
     wide: dict[str, Tensor] = {}
@@ -324,8 +346,7 @@ def write_quantized(
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": of.config}))
-    _load(model, wide)
-    return model
+    return wide
 
 
 def _load(model: CausalLM, hub: dict[str, Tensor]) -> None:
