@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
-from cluster.ebnf import literal
+from cluster.ebnf import choice, literal, repeat
 from cluster.json_schema.patterns import Chars, Choice, Pattern, Ranges, Repeat, Sequence
 from router_service.grammar.rules import Rules
 
 _UTF8_LENGTHS: Ranges = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 _MAX_STATES = 32  # of one expression's characters, by number
+_UNCOUNTED = ((0, None), (1, None), (0, 1))
 
 
 def pattern_rule(rules: Rules, pattern: Pattern, char: Callable[[Ranges], str]) -> str:
     """What all of the pattern matches; `char` spells one character."""
     if isinstance(pattern, Repeat) and isinstance(pattern.body, Chars):
         return repeated(rules, char(pattern.body.ranges), pattern.low, pattern.high)
-    return _regex(rules, _spelled(pattern, char))
+    return _rule(rules, pattern, char)
 
 
 def repeated(rules: Rules, char: str, low: int, high: int | None) -> str:
@@ -41,6 +43,48 @@ def class_of(ranges: Ranges) -> str:
             spans = (_in_class(low) + (f"-{_in_class(high)}" if high > low else "") for low, high in parts)
             classes.append(f"[{''.join(spans)}]")
     return classes[0] if len(classes) == 1 else f"({'|'.join(classes)})"
+
+
+def _rule(rules: Rules, pattern: Pattern, char: Callable[[Ranges], str]) -> str:
+    """One expression where that is safe, else rules that hold several together.
+
+    xgrammar 0.2.8 mixes the states of an expression up: for it `(a{2,130})*` matches `a`, `((b{2,3})?)+` matches `b`,
+    and `b|a|ba*` matches `aa`. So what is counted, and each option of a choice that repeats, is one of its own.
+    """
+    match pattern:
+        case Repeat(body, low, high) if not _is_safe(body):
+            return rules.add(repeat(_rule(rules, body, char), low, high))
+        case Choice(options) if not _is_safe(pattern):
+            return rules.add(choice(_rule(rules, option, char) for option in options))
+        case Sequence(parts) if not _is_safe(pattern):
+            runs = [(safe, tuple(run)) for safe, run in groupby(parts, _is_safe)]
+            names = [_rule(rules, part, char) for safe, run in runs for part in ([Sequence(run)] if safe else run)]
+            return rules.add(" ".join(names))
+        case _:
+            return _regex(rules, _spelled(pattern, char))
+
+
+def _is_safe(pattern: Pattern) -> bool:
+    """Whether it can stand in an expression with others."""
+    match pattern:
+        case Chars():
+            return True
+        case Sequence(parts):
+            return all(map(_is_safe, parts))
+        case Choice(options):
+            return not any(map(_repeats, options))
+        case Repeat(body, low, high):
+            return (low, high) in _UNCOUNTED and _is_safe(body)
+
+
+def _repeats(pattern: Pattern) -> bool:
+    match pattern:
+        case Chars():
+            return False
+        case Sequence(inner) | Choice(inner):
+            return any(map(_repeats, inner))
+        case Repeat():
+            return True
 
 
 def _spelled(pattern: Pattern, char: Callable[[Ranges], str]) -> str:

@@ -13,17 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from xgrammar import GrammarMatcher
 
 from cluster.errors import InvalidRequest
 from cluster.messages import Answer, JsonSchema, TextGrammar, ToolCallGrammar, ToolTokens
 from gateway.request.text_grammar import checked_choice, checked_regex, checked_rules
 from router_service.grammar.compiler import GrammarCompiler
 from router_service.grammar.format import structural_tag
-from router_service.grammar.vocabulary import GrammarVocabulary
+from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench, follow
-from tests.router_service.grammar.test_grammar_walks import PATTERNS, quietly, walk
+from tests.router_service.grammar.test_grammar_walks import INFO, PATTERNS, quietly, walk
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import WEATHER
 
@@ -42,7 +43,7 @@ _TIMES = [
     ("{2}", "{2}"),
     ("{1,}", "{1,}"),
     ("{0,3}", "{0,3}"),
-    ("{2,120}", "{2,120}"),  # not past 128: xgrammar loses the least number of those inside another repetition
+    ("{2,130}", "{2,130}"),  # past 128 xgrammar counts, up to there it writes repetitions out
 ]
 
 
@@ -76,12 +77,42 @@ def check_both(pair: tuple[str, str], seed: int) -> None:
     check(checked_rules(f"root ::= one\none ::= {rules}\n", "grammar"), expression, seed)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="xgrammar loses the least number; docs/api.md says so")
-def test_a_count_past_128_inside_another_repetition_is_kept() -> None:
-    check(checked_regex("(?:(?:é){2,130})*", "regex"), "(?:(?:é){2,130})*", 0)
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("(?:(?:é){2,130})*", "é"),
+        ("(?:(?:ab){129,200};)?", "ab"),
+        ("a(?:é{130,}|)", "aé"),
+        ("(?:b|c{2,130})+", "bc"),
+        ("(?:(?:b{2,3})?)+", "b"),
+        ("b|a|b{1,2}", "abb"),
+        ("b|a|ba*", "aa"),
+        ("a|(?:aa|c)b?", "abb"),
+        (r'(?:x|"{1,2}|")y', 'x""y'),
+    ],
+)
+def test_what_is_counted_beside_something_else_is_no_more_and_no_less(expression: str, text: str) -> None:
+    """xgrammar mixes the states of an expression up: it took all of these texts for matches."""
+    assert not re.fullmatch(expression, text)
+    assert not matches(checked_regex(expression, "regex"), text)
+    quoted = json.dumps({"type": "string", "pattern": expression})
+    assert not matches(JsonSchema(quoted, "schema"), json.dumps(text, ensure_ascii=False))
 
 
-@settings(quietly, derandomize=True)
+def test_counts_of_an_expression_within_another_are_kept_on_both_sides() -> None:
+    for low, high in ((2, 130), (129, 131), (128, 128), (130, 130), (0, 129)):
+        expression = f"(?:(?:é){{{low},{high}}};)*"
+        for number in {low - 1, low, high, high + 1} - {-1}:
+            text = ";" if number == 0 else f"é;{'é' * number};"
+            assert matches(checked_regex(f"(?:é;)?{expression}", "regex"), text) == (low <= number <= high), text
+
+
+def matches(grammar: Answer, text: str) -> bool:
+    matcher = GrammarMatcher(compile_tag(new_compiler(INFO), structural_tag(grammar)))
+    return matcher.accept_string(text) and matcher.is_completed()
+
+
+@quietly
 @given(EXPRESSIONS, st.integers(0, 2**32))
 def test_a_walk_that_ends_matches(pair: tuple[str, str], seed: int) -> None:
     check_both(pair, seed)
