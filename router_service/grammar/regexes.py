@@ -12,10 +12,13 @@ from router_service.grammar.rules import Rules
 _UTF8_LENGTHS: Ranges = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 _MAX_STATES = 32  # of one expression's characters, by number
 _UNCOUNTED = ((0, None), (1, None), (0, 1))
+_MAX_CHARACTERS = 100_000  # of a pattern with its counts written out
 
 
 def pattern_rule(rules: Rules, pattern: Pattern, char: Callable[[Ranges], str]) -> str:
-    """What all of the pattern matches; `char` spells one character."""
+    """What all of the pattern matches; `char` spells one character. Raises ValueError if it is too large."""
+    if _num_characters(pattern) > _MAX_CHARACTERS:
+        raise ValueError("it is too large: counts within one another multiply")
     if isinstance(pattern, Repeat) and isinstance(pattern.body, Chars):
         return repeated(rules, char(pattern.body.ranges), pattern.low, pattern.high)
     return _rule(rules, pattern, char)
@@ -75,6 +78,17 @@ def _is_safe(pattern: Pattern) -> bool:
             return not any(map(_repeats, options))
         case Repeat(body, low, high):
             return (low, high) in _UNCOUNTED and _is_safe(body)
+
+
+def _num_characters(pattern: Pattern) -> int:
+    """With every count written out."""
+    match pattern:
+        case Chars():
+            return 1
+        case Sequence(inner) | Choice(inner):
+            return sum(map(_num_characters, inner))
+        case Repeat(body, low, high):
+            return _num_characters(body) * max(1, low if high is None else high)
 
 
 def _repeats(pattern: Pattern) -> bool:
