@@ -10,8 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from experts_service.kernels import jit
+from experts_service.kernels.jit import kernel, pointer, take
+from experts_service.kernels.routine import Routine, num_threads
+
+if jit.AVAILABLE:
+    from numba import carray
 
 _BLOCK = 64  # columns that are looked at as one
+_READ_BYTES = 8  # that a thread reads while it looks at one value
 
 
 def top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,30 +25,38 @@ def top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     count = min(count, values.shape[1])
     if values.is_cuda or not jit.AVAILABLE:
         return _top(values, count)
-    largest = np.empty((len(values), count), np.float32)
-    columns = np.empty((len(values), count), np.int64)
+    largest = torch.empty(len(values), count)
+    columns = torch.empty(len(values), count, dtype=torch.int64)
     if count:
-        _find(values.contiguous().numpy(), largest, columns)
-    return torch.from_numpy(largest), torch.from_numpy(columns)
+        values = values.contiguous()
+        threads = num_threads(_READ_BYTES * values.numel(), 0)
+        _find.run(threads, values.data_ptr(), *values.shape, count, largest.data_ptr(), columns.data_ptr())
+    return largest, columns
 
 
-@jit.kernel
-def _find(values: NDArray[np.float32], largest: NDArray[np.float32], columns: NDArray[np.int64]) -> None:
-    """Fill `largest` and `columns` [P, K], K > 0: each value stands behind all that are at least as large."""
-    width, count = values.shape[1], largest.shape[1]
-    for row in range(len(values)):
-        its_largest, its_columns = largest[row], columns[row]
+@Routine
+def _find(task):  # type: ignore[no-untyped-def]
+    """Fill the largest values and their columns [P, K], K > 0: each stands behind all that are at least as large."""
+    num_rows, width, count = task[2], task[3], task[4]
+    values = carray(pointer(task[1]), (num_rows, width), np.float32)
+    all_largest = carray(pointer(task[5]), (num_rows, count), np.float32)
+    all_columns = carray(pointer(task[6]), (num_rows, count), np.int64)
+    while True:
+        row = take(task)
+        if row >= num_rows:
+            return
+        largest, columns = all_largest[row], all_columns[row]
         for column in range(count):
-            _insert(its_largest, its_columns, column, values[row, column], column)
+            _insert(largest, columns, column, values[row, column], column)
         for start in range(count, width, _BLOCK):
             block = values[row, start : start + _BLOCK]
-            if _num_above(block, its_largest[count - 1]):
+            if _num_above(block, largest[count - 1]):
                 for index in range(len(block)):
-                    if block[index] > its_largest[count - 1]:
-                        _insert(its_largest, its_columns, count - 1, block[index], start + index)
+                    if block[index] > largest[count - 1]:
+                        _insert(largest, columns, count - 1, block[index], start + index)
 
 
-@jit.kernel
+@kernel
 def _num_above(block: NDArray[np.float32], bound: np.float32) -> np.int32:
     number = np.int32(0)
     for index in range(len(block)):
@@ -50,7 +64,7 @@ def _num_above(block: NDArray[np.float32], bound: np.float32) -> np.int32:
     return number
 
 
-@jit.kernel
+@kernel
 def _insert(
     largest: NDArray[np.float32], columns: NDArray[np.int64], place: int, value: np.float32, column: int
 ) -> None:

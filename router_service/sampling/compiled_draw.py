@@ -16,13 +16,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from experts_service.kernels.jit import kernel
+from experts_service.kernels.jit import AVAILABLE, kernel, pointer, take
+from experts_service.kernels.routine import Routine, num_threads
+
+if AVAILABLE:
+    from numba import carray
 
 IN_DOUBT = -1
 
 # How far float32 was ever off in a share of a sum of 131,072 probabilities: 0.3e-6.
 DOUBT = 2.0**-21
 DOUBLE_DOUBT = 1e-10  # the same in float64, relative
+
+_READ_BYTES = 40  # that a thread reads while it looks at one probability in every way
 
 _MASS, _COUNT = 0, 1  # columns of sums
 _FIRST, _NEXT = 1 << 12, 1 << 9  # digits
@@ -34,26 +40,45 @@ _Sums = NDArray[np.float64]
 _Keys = NDArray[np.int32]
 
 
-@kernel
 def draw_rows(
     probabilities: _Floats,  # [B, V]
     top_k: NDArray[np.int64],  # [B], 0: off
     top_p: _Sums,  # [B], 1: off
     min_p: _Sums,  # [B], 0: off
     uniforms: _Sums,  # [B]
-    token_ids: NDArray[np.int64],  # [B] is written; IN_DOUBT where float32 decides
-) -> None:
-    """Draw a token from each row."""
-    vocabulary = probabilities.shape[1]
+) -> NDArray[np.int64]:
+    """Draw a token from each row [B]; IN_DOUBT where float32 decides."""
+    token_ids = np.empty(len(probabilities), np.int64)
+    arrays = (probabilities, top_k, top_p, min_p, uniforms, token_ids)
+    threads = num_threads(_READ_BYTES * probabilities.size, 0)
+    _draw_rows.run(threads, *probabilities.shape, *(array.ctypes.data for array in arrays))
+    return token_ids
+
+
+@Routine
+def _draw_rows(task):  # type: ignore[no-untyped-def]
+    """Row by row."""
+    num_rows, vocabulary = task[1], task[2]
+    probabilities = carray(pointer(task[3]), (num_rows, vocabulary), np.float32)
+    all_top_k = carray(pointer(task[4]), num_rows, np.int64)
+    all_top_p, all_min_p, uniforms = (
+        carray(pointer(task[5]), num_rows, np.float64),
+        carray(pointer(task[6]), num_rows, np.float64),
+        carray(pointer(task[7]), num_rows, np.float64),
+    )
+    token_ids = carray(pointer(task[8]), num_rows, np.int64)
     first, rest = np.empty((_FIRST, 2)), np.empty((_NEXT, 2))
     keys = np.empty(vocabulary, np.int32)
-    for row in range(len(token_ids)):
-        part = probabilities[row]
-        if top_k[row] == 0 and top_p[row] == 1.0 and min_p[row] == 0.0:
+    while True:
+        row = take(task)
+        if row >= num_rows:
+            return
+        part, top_k, top_p, min_p = probabilities[row], all_top_k[row], all_top_p[row], all_min_p[row]
+        if top_k == 0 and top_p == 1.0 and min_p == 0.0:
             token_ids[row] = _draw_in_order(part, uniforms[row])
             continue
         _sum_by_digit(part.view(np.int32), vocabulary, 18, _FIRST, first)
-        k, p, floor = top_k[row] if top_k[row] < vocabulary else 0, np.float32(top_p[row]), np.float32(min_p[row])
+        k, p, floor = top_k if top_k < vocabulary else 0, np.float32(top_p), np.float32(min_p)
         token_ids[row] = _draw_ranked(part, first, rest, keys, k, np.float64(p), floor, uniforms[row])
 
 

@@ -33,14 +33,12 @@ def draw(probabilities: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq
     """Token ids [B] from `probabilities` [B, V] (fp32), one number in [0, 1) for each."""
     if probabilities.is_cuda or not jit.AVAILABLE:
         return _draw(probabilities, params, uniforms)
-    token_ids = np.empty(len(params), np.int64)
-    draw_rows(
+    token_ids = draw_rows(
         probabilities.contiguous().numpy(),
         np.array([p.top_k for p in params], np.int64),
         np.array([p.top_p for p in params], np.float64),
         np.array([p.min_p for p in params], np.float64),
         np.array(uniforms),
-        token_ids,
     )
     chosen = torch.from_numpy(token_ids)
     doubted = np.flatnonzero(token_ids == IN_DOUBT).tolist()

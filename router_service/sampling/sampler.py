@@ -22,7 +22,7 @@ from cluster.messages import Request, SamplingParams, TokenLogprobs
 from experts_service.kernels import jit
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.outputs.logprobs import token_logprobs
-from router_service.sampling.compiled_adjust import adjust
+from router_service.sampling.compiled_adjust import Wishes, adjust
 from router_service.sampling.draw import draw, uniform
 from router_service.scheduling.sequence import Sequence
 
@@ -32,7 +32,6 @@ _GRACE_S = 0.001  # all grammars of a step together are waited for
 _ROWS_AT_ONCE = 8  # on a CPU: what they need stays in its cache, and memory is not asked for anew each time
 # What is added to the logits of eight tokens, by the byte of a grammar's mask that their bits are in.
 _ADDED = torch.tensor([[0.0 if byte >> bit & 1 else float("-inf") for bit in range(8)] for byte in range(256)])
-_NO_FLOATS, _NO_IDS, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint8)
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
 
 
@@ -176,16 +175,22 @@ def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:
 
 def _adjust_on_cpu(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
     """Change `logits` [B, V] in place."""
-    rows = logits.numpy()
-    for row in adjusted.keys() | masks.keys():
-        one = adjusted.get(row)
-        divisors = penalties = bias = _NO_FLOATS
-        bias_ids, is_reward = _NO_IDS, False
-        if one is not None:
-            divisors = divisors if one.divisors is None else one.divisors
-            penalties = penalties if one.penalties is None else one.penalties
-            bias_ids, bias, is_reward = one.bias_ids, one.bias, one.repetition_penalty < 1.0
-        adjust(rows[row], divisors, is_reward, penalties, bias_ids, bias, masks.get(row, _NO_MASK))
+    adjust(
+        logits.numpy(), [(row, _wishes(adjusted.get(row), masks.get(row))) for row in adjusted.keys() | masks.keys()]
+    )
+
+
+def _wishes(adjustments: Adjustments | None, mask: NDArray[np.uint8] | None) -> Wishes:
+    if adjustments is None:
+        return Wishes(mask=mask)
+    return Wishes(
+        divisors=adjustments.divisors,
+        is_reward=adjustments.repetition_penalty < 1.0,
+        penalties=adjustments.penalties,
+        bias_ids=adjustments.bias_ids,
+        bias=adjustments.bias,
+        mask=mask,
+    )
 
 
 def _adjust(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
