@@ -60,7 +60,9 @@ def build_engine(
     selection = selection or select_kernel(config, dtype, device)
     decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
-    attention = attention_backend(architecture, block_size=config.block_size, dtype=dtype, device=device)
+    attention = attention_backend(
+        architecture, block_size=config.block_size, dtype=dtype, device=device, kernel=selection.kernel
+    )
     cache = cache_size(
         architecture,
         config,

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from experts_service.kernels.jit import AVAILABLE, cache_directory, cpu_features
 
-_SOURCES = ("row_kernels.py", "attention/paged_kernels.py", "sampling/compiled_adjust.py", "sampling/compiled_draw.py")
+_SOURCES = (
+    "row_kernels.py",
+    "attention/paged_kernels.py",
+    "sampling/compiled_adjust.py",
+    "sampling/compiled_draw.py",
+    "outputs/top.py",
+)
 
 
 def compile_kernels(dtypes: Sequence[str]) -> None:

@@ -35,21 +35,21 @@ if AVAILABLE:
     from llvmlite import ir
     from numba.core import cgutils, types
 
-    class _BFloat(ir.types.Type):  # type: ignore[misc]
+    class BFloat(ir.types.Type):  # type: ignore[misc]
         """LLVM's bf16, which llvmlite lacks."""
 
         def _to_string(self) -> str:
             return "bfloat"
 
         def __eq__(self, other: object) -> bool:
-            return isinstance(other, _BFloat)
+            return isinstance(other, BFloat)
 
         def __hash__(self) -> int:
-            return hash(_BFloat)
+            return hash(BFloat)
 
     _i32, _i64, _f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
     _Bits, _Floats, _Pairs = (ir.VectorType(one, _LANES) for one in (_i32, _f32, _i32))
-    _BFloats = ir.VectorType(_BFloat(), PAIR * _LANES)
+    _BFloats = ir.VectorType(BFloat(), PAIR * _LANES)
     _VECTORS = WIDTH // _LANES
 
     @intrinsic
@@ -105,9 +105,9 @@ if AVAILABLE:
             builder.load(builder.gep(weights_at, [builder.add(first, _int(vector))]), align=64)
             for vector in range(_VECTORS)
         ]
-        step = _add_dot if of_dot else _add_fma
+        step = add_dot if of_dot else _add_fma
         for row in range(height):
-            both = _splat(builder, builder.load(builder.gep(row_at[row], [pair]), align=4))
+            both = splat_bits(builder, builder.load(builder.gep(row_at[row], [pair]), align=4))
             for vector in range(_VECTORS):
                 total = totals[row][vector]
                 total.add_incoming(ir.Constant(_Floats, [0.0] * _LANES), before)
@@ -128,7 +128,8 @@ if AVAILABLE:
             total = builder.call(fma, [half(builder, weights), half(builder, row), total])
         return total
 
-    def _add_dot(builder: Any, weights: Any, row: Any, total: Any) -> Any:
+    def add_dot(builder: Any, weights: Any, row: Any, total: Any) -> Any:
+        """total + both products of each pair, by the CPU's own instruction."""
         dot = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_Floats, [_Floats, _BFloats, _BFloats]), "llvm.x86.avx512bf16.dpbf16ps.512"
         )
@@ -141,7 +142,7 @@ if AVAILABLE:
     def _upper(builder: Any, pairs: Any) -> Any:
         return builder.bitcast(builder.and_(pairs, ir.Constant(_Bits, [-(2**16)] * _LANES)), _Floats)
 
-    def _splat(builder: Any, value: Any) -> Any:
+    def splat_bits(builder: Any, value: Any) -> Any:
         """The same value in all lanes."""
         first = builder.insert_element(ir.Constant(_Bits, ir.Undefined), value, ir.Constant(_i32, 0))
         return builder.shuffle_vector(first, first, ir.Constant(_Bits, [0] * _LANES))

@@ -15,9 +15,11 @@ from numba.core import cgutils, types
 from numba.core.datamodel import register_default
 from numba.extending import intrinsic, models
 
+from experts_service.kernels.tile import BFloat
+
 LANES = 16
 
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 _BYTE = ir.PointerType(ir.IntType(8))
 _SHORTS = ir.VectorType(ir.IntType(16), LANES)
@@ -31,37 +33,40 @@ class _Vector(types.Type):
 @register_default(_Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, FLOATS)
 
 
 _vector = _Vector()
 
 
 def _all(value: float) -> Any:
-    return ir.Constant(_FLOATS, [value] * LANES)
+    return ir.Constant(FLOATS, [value] * LANES)
 
 
 def _all_ints(value: int) -> Any:
     return ir.Constant(_INTS, [value] * LANES)
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+def fma_of(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, as LLVM's instruction."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+def _address(context: Any, builder: Any, kind: Any, numbers: Any, offset: Any) -> Any:
+    first = numbers if isinstance(kind, types.CPointer) else context.make_array(kind)(context, builder, numbers).data  # type: ignore[attr-defined]
+    return builder.gep(first, [offset])
 
 
-def _spread(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
+def spread_of(builder: Any, value: Any) -> Any:
+    """A float32 in all lanes, as LLVM's instructions."""
+    undefined = ir.Constant(FLOATS, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, undefined, _all_ints(0))
 
 
 def _widened(builder: Any, shorts: Any) -> Any:
-    return builder.bitcast(builder.shl(builder.zext(shorts, _INTS), _all_ints(16)), _FLOATS)
+    return builder.bitcast(builder.shl(builder.zext(shorts, _INTS), _all_ints(16)), FLOATS)
 
 
 def _narrowed(builder: Any, vector: Any) -> Any:
@@ -73,56 +78,61 @@ def _narrowed(builder: Any, vector: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def load(_context: Any, array: Any, _offset: Any) -> Any:
-    """Sixteen numbers of an array of float32, or of uint16, which are bits of bf16 and widened."""
+def numbers(_context: Any, _address: Any, kind: Any) -> Any:
+    """The numbers of a kind at an address, int64. They can be indexed; unlike an array's nobody counts who has them."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind.dtype)(types.int64, kind), build  # type: ignore[attr-defined]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pair_of(_context: Any, kind: Any) -> Any:
+    """How many numbers of a kind are 32 bits."""
+
+    def build(_target: Any, _builder: Any, _signature: Any, _arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), 32 // kind.dtype.bitwidth)
+
+    return types.intp(kind), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(_context: Any, at: Any, _offset: Any) -> Any:
+    """Sixteen numbers, float32, or uint16, which are bits of bf16 and widened."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments)
-        if array.dtype == types.float32:
-            return builder.load(builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        if at.dtype == types.float32:
+            return builder.load(builder.bitcast(address, FLOATS.as_pointer()), align=4)
         return _widened(builder, builder.load(builder.bitcast(address, _SHORTS.as_pointer()), align=2))
 
-    return _vector(array, types.intp), build
+    return _vector(at, types.intp), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def fetch(_context: Any, array: Any, _offset: Any) -> Any:
-    """Have an element's cache line brought nearer, to the second level; nothing waits for it. Any offset will do."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = builder.bitcast(_address(context, builder, signature.args[0], *arguments), _BYTE)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE, *[ir.IntType(32)] * 3])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, locality, data = (ir.Constant(ir.IntType(32), value) for value in (0, 2, 1))
-        builder.call(prefetch, [address, read, locality, data])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), build
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def store(_context: Any, array: Any, _offset: Any, _value: Any) -> Any:
-    """Write sixteen numbers to an array of float32, or of uint16 as the nearest bf16."""
+def store(_context: Any, at: Any, _offset: Any, _value: Any) -> Any:
+    """Write sixteen numbers as float32, or as the bits of the nearest bf16, uint16."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments[:2])
-        if array.dtype == types.float32:
-            builder.store(arguments[2], builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        if at.dtype == types.float32:
+            builder.store(arguments[2], builder.bitcast(address, FLOATS.as_pointer()), align=4)
         else:
             builder.store(_narrowed(builder, arguments[2]), builder.bitcast(address, _SHORTS.as_pointer()), align=2)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _vector), build
+    return types.void(at, types.intp, _vector), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def spread(_context: Any, array: Any, _offset: Any) -> Any:
-    """One number of an array of float32, in all lanes."""
+def spread(_context: Any, at: Any, _offset: Any) -> Any:
+    """One float32 in all lanes."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _spread(builder, builder.load(_address(context, builder, signature.args[0], *arguments), align=4))
+        return spread_of(builder, builder.load(_address(context, builder, signature.args[0], *arguments), align=4))
 
-    return _vector(array, types.intp), build
+    return _vector(at, types.intp), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -130,7 +140,7 @@ def splat(_context: Any, _value: Any) -> Any:
     """A float32 in all lanes."""
 
     def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return _spread(builder, arguments[0])
+        return spread_of(builder, arguments[0])
 
     return _vector(types.float32), build
 
@@ -140,7 +150,7 @@ def multiply_add(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
     """a · b + c, rounded once."""
 
     def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return _fma(builder, *arguments)
+        return fma_of(builder, *arguments)
 
     return _vector(_vector, _vector, _vector), build
 
@@ -196,6 +206,17 @@ def larger(_context: Any, _a: Any, _b: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def is_any_above(_context: Any, _a: Any, _b: Any) -> Any:
+    """Whether a lane of a is larger than b's; NaN is not."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        lanes = builder.bitcast(builder.fcmp_ordered(">", *arguments), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", lanes, ir.Constant(lanes.type, 0))
+
+    return types.boolean(_vector, _vector), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def largest(_context: Any, _value: Any) -> Any:
     """The largest lane, as a float32."""
 
@@ -223,13 +244,29 @@ def _halved(builder: Any, vector: Any, of_two: Any) -> Any:
     while width > 1:
         width //= 2
         other = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [(i + width) % LANES for i in range(LANES)])
-        vector = of_two(vector, builder.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), other))
+        vector = of_two(vector, builder.shuffle_vector(vector, ir.Constant(FLOATS, ir.Undefined), other))
     return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
 
 _MAGIC = 12582912.0  # 1.5 · 2**23: what is added to it is rounded to an integer, in the lowest bits
 _LEAST_EXPONENT = -126.0  # below it the result is 0
+_VANISHES = -150.0  # what 2 to the power of is 0 as a bf16, whose smallest is flushed
+_SHORT = 6  # terms for a bf16
 _TERMS = [math.log(2) ** k / math.factorial(k) for k in range(8)]  # of 2**f; the next is 5e-9 at |f| = 1/2
+
+
+def _exp2(builder: Any, value: Any, bound: Any) -> Any:
+    x = builder.fsub(value, bound)
+    shifted = builder.fadd(x, _all(_MAGIC))
+    fraction = builder.fsub(x, builder.fsub(shifted, _all(_MAGIC)))  # -1/2 … 1/2
+    result = _all(_TERMS[-1])
+    for term in reversed(_TERMS[:-1]):
+        result = fma_of(builder, result, fraction, _all(term))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), _all_ints(23))
+    scaled = builder.bitcast(builder.add(builder.bitcast(result, _INTS), exponent), FLOATS)
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    small = builder.select(builder.fcmp_ordered("<", x, _all(_LEAST_EXPONENT)), _all(0.0), scaled)
+    return builder.select(is_nan, x, small)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -240,16 +277,46 @@ def exp2_below(_context: Any, _value: Any, _bound: Any) -> Any:
     """
 
     def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x = builder.fsub(*arguments)
-        shifted = builder.fadd(x, _all(_MAGIC))
-        fraction = builder.fsub(x, builder.fsub(shifted, _all(_MAGIC)))  # -1/2 … 1/2
-        result = _all(_TERMS[-1])
-        for term in reversed(_TERMS[:-1]):
-            result = _fma(builder, result, fraction, _all(term))
-        exponent = builder.shl(builder.bitcast(shifted, _INTS), _all_ints(23))
-        scaled = builder.bitcast(builder.add(builder.bitcast(result, _INTS), exponent), _FLOATS)
-        is_nan = builder.fcmp_unordered("uno", x, x)
-        small = builder.select(builder.fcmp_ordered("<", x, _all(_LEAST_EXPONENT)), _all(0.0), scaled)
-        return builder.select(is_nan, x, small)
+        return _exp2(builder, *arguments)
 
     return _vector(_vector, _vector), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def weigh(_context: Any, into: Any, _offset: Any, _score: Any, _scale: Any, _bound: Any) -> Any:
+    """Write 2 ** (score · scale - bound) and return what was written. NaN stays NaN; far below 1 it is 0.
+
+    As float32 it is `exp2_below`. As bf16, uint16, it is what the CPU's own instructions make of a shorter polynomial
+    (AVX512-BF16): off by 3e-6 before it is rounded to 8 bits.
+    """
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        at, offset, score, scale, bound = arguments
+        address = builder.gep(at, [offset])
+        if into.dtype == types.float32:
+            weight = _exp2(builder, builder.fmul(score, scale), bound)
+            builder.store(weight, builder.bitcast(address, FLOATS.as_pointer()), align=4)
+            return weight
+        x = fma_of(builder, score, scale, builder.fneg(bound))
+        x = builder.select(builder.fcmp_ordered("<", x, _all(_VANISHES)), _all(_VANISHES), x)
+        whole = builder.call(_function(builder, "llvm.nearbyint.v16f32", FLOATS, [FLOATS]), [x])
+        fraction = builder.fsub(x, whole)
+        result = _all(_TERMS[_SHORT - 1])
+        for term in reversed(_TERMS[: _SHORT - 1]):
+            result = fma_of(builder, result, fraction, _all(term))
+        lanes, rounding = ir.IntType(16), ir.IntType(32)
+        scaled = builder.call(
+            _function(builder, "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, [FLOATS] * 3 + [lanes, rounding]),
+            [result, whole, result, ir.Constant(lanes, -1), ir.Constant(rounding, 4)],
+        )
+        kind = ir.VectorType(BFloat(), LANES)
+        rounded = builder.call(_function(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [FLOATS]), [scaled])
+        shorts = builder.bitcast(rounded, _SHORTS)
+        builder.store(shorts, builder.bitcast(address, _SHORTS.as_pointer()), align=2)
+        return _widened(builder, shorts)
+
+    return _vector(into, types.intp, _vector, _vector, _vector), build
+
+
+def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)

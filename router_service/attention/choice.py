@@ -6,20 +6,28 @@ import torch
 
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.kernel import Kernel
+from experts_service.kernels.tile import FMA
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.reference import ReferenceAttention
 
 
 def attention_backend(
-    architecture: Architecture, *, block_size: int, dtype: torch.dtype, device: torch.device
+    architecture: Architecture,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: Kernel | None = None,
 ) -> AttentionBackend:
-    """The fastest that can serve this model here."""
+    """The fastest that can serve this model here. With `kernel` FMA its bits are the same on every CPU, as there."""
     if AVAILABLE:
-        from router_service.attention.paged import PagedAttention, is_served, warm_up
+        from router_service.attention.paged import BEST, PagedAttention, is_served, warm_up
 
         if is_served(architecture, block_size, dtype, device):
-            warm_up(dtype)
-            return PagedAttention(architecture, block_size=block_size)
+            arithmetic = FMA if kernel is Kernel.FMA else BEST
+            warm_up(dtype, arithmetic)
+            return PagedAttention(architecture, block_size=block_size, arithmetic=arithmetic)
     if device.type == "cuda":  # torch imports its compiler for this one, which takes a second
         from router_service.attention import varlen
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cluster.checkpoint.architecture import Architecture
 from cluster.planning.step_memory import PARTIAL_BYTES
 from experts_service.kernels.routine import Routine, num_threads
+from experts_service.kernels.tile import DOT, FMA, HAS_DOT
 from experts_service.kernels.vectors import LANES
 from router_service.attention.backend import AttentionBackend, AttentionPlan
 from router_service.attention.kv_cache import KVCache, PageLayout
@@ -27,6 +28,7 @@ from router_service.attention.paged_kernels import (
     STEP_FIELDS,
     UNIT_FIELDS,
     attend_bf16,
+    attend_bf16_dot,
     attend_fp32,
     merge_bf16,
     merge_fp32,
@@ -35,22 +37,30 @@ from router_service.attention.paged_kernels import (
 )
 
 _ROWS = 64  # of a tile of queries: tokens times the heads that share a key-value head
-_UNITS_PER_THREAD = 4  # the fewer, the longer all wait for the last; more of them cost little
+_UNITS_PER_THREAD = 8  # the fewer, the longer all wait for the last; more of them cost little
 
 _WRITE: dict[torch.dtype, Routine] = {torch.bfloat16: write_bf16, torch.float32: write_fp32}
-_ATTEND: dict[torch.dtype, Routine] = {torch.bfloat16: attend_bf16, torch.float32: attend_fp32}
+_ATTEND: dict[tuple[torch.dtype, int], Routine] = {
+    (torch.bfloat16, FMA): attend_bf16,
+    (torch.bfloat16, DOT): attend_bf16_dot,
+    (torch.float32, FMA): attend_fp32,
+    (torch.float32, DOT): attend_fp32,
+}
 _MERGE: dict[torch.dtype, Routine] = {torch.bfloat16: merge_bf16, torch.float32: merge_fp32}
 
 
-def warm_up(dtype: torch.dtype) -> None:
+BEST = DOT if HAS_DOT else FMA
+
+
+def warm_up(dtype: torch.dtype, arithmetic: int = BEST) -> None:
     """Have all kernels compiled, or read from where they are kept: a step does not wait for that."""
-    for routines in (_WRITE, _ATTEND, _MERGE):
-        routines[dtype].load()
+    for routine in (_WRITE[dtype], _ATTEND[dtype, arithmetic], _MERGE[dtype]):
+        routine.load()
 
 
 def is_served(architecture: Architecture, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels can do this model: whole vectors in heads and in pages."""
-    return device.type == "cpu" and dtype in _ATTEND and architecture.head_dim % LANES == 0 and block_size % LANES == 0
+    return device.type == "cpu" and dtype in _WRITE and architecture.head_dim % LANES == 0 and block_size % LANES == 0
 
 
 class PagedAttention(AttentionBackend):
@@ -59,14 +69,17 @@ class PagedAttention(AttentionBackend):
     name = "pages in place, numba"
     gathers = False
 
-    def __init__(self, architecture: Architecture, *, block_size: int) -> None:
+    def __init__(self, architecture: Architecture, *, block_size: int, arithmetic: int = BEST) -> None:
+        """`arithmetic`: how bf16 is multiplied, as in tile.py."""
         groups, head_dim = architecture.num_kv_heads, architecture.head_dim
+        # In bf16 two of head_dim stand together in keys, and two slots in values.
         self.layout = PageLayout(keys=(groups, head_dim, block_size), values=(groups, block_size, head_dim))
         self.groups, self.head_dim, self.block_size = groups, head_dim, block_size
         self.heads = architecture.num_heads // groups  # that share a key-value head
         self.window = architecture.sliding_window or 0
         scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))  # powers of 2 are taken instead of e
         self.scale = int(scale.view(np.int32))
+        self.arithmetic = arithmetic
 
     def plan(self, metadata: AttentionMetadata) -> PagedPlan:
         """Units of work of the step."""
@@ -94,25 +107,29 @@ class PagedPlan(AttentionPlan):
         numbers = 2 * backend.groups * backend.head_dim  # of a token's keys and values
         read = sum(tile.cost // tile.length for tile in tiles) // backend.heads * numbers
         self._num_threads = num_threads(torch.bfloat16.itemsize * read, total * numbers)
-        # Tiles that would keep one thread busy long after the others are cut into runs of splits.
-        most = total * backend.groups // (self._num_threads * _UNITS_PER_THREAD) if self._num_threads > 1 else total
+        # Tiles that would keep one thread busy long after the others are cut into runs of splits, and by heads.
+        most = total * backend.groups // (self._num_threads * _UNITS_PER_THREAD) if self._num_threads > 1 else None
         units: list[tuple[int, ...]] = []
         merged: list[tuple[int, ...]] = []
         num_partials = 0
-        most_rows = max(tile.length for tile in tiles) * backend.heads
-        bytes_of_split = 4 * backend.groups * most_rows * (1 + LANES + backend.head_dim)
+        most_rows = max(tile.length * backend.heads * self._groups_at_once(tile, most) for tile in tiles)
+        bytes_of_split = 4 * most_rows * (1 + LANES + backend.head_dim)
         for tile in tiles:
-            parts = min(len(tile.splits), -(-tile.cost // max(1, most)))
-            if parts > 1 and (num_partials + len(tile.splits)) * bytes_of_split <= PARTIAL_BYTES:
-                each = -(-len(tile.splits) // parts)
-                for begin in range(0, len(tile.splits), each):
+            num_splits, at_once = len(tile.splits), self._groups_at_once(tile, most)
+            for group in range(0, backend.groups, at_once):
+                groups = min(at_once, backend.groups - group)
+                parts = min(num_splits, -(-tile.cost * groups // max(1, most))) if most is not None else 1
+                of_tile = (tile.sequence, tile.first, tile.length, group, groups)
+                if parts == 1 or (num_partials + num_splits) * bytes_of_split > PARTIAL_BYTES:
+                    units.append((*of_tile, tile.splits.start, tile.splits.stop, -1))
+                    continue
+                each = -(-num_splits // parts)
+                for begin in range(0, num_splits, each):
                     run = tile.splits[begin : begin + each]
-                    units.append((tile.sequence, tile.first, tile.length, run.start, run.stop, num_partials + begin))
-                merged.append((tile.sequence, tile.first, tile.length, 0, len(tile.splits), num_partials))
-                num_partials += len(tile.splits)
-            else:
-                units.append((tile.sequence, tile.first, tile.length, tile.splits.start, tile.splits.stop, -1))
-        rows = num_partials * backend.groups * most_rows
+                    units.append((*of_tile, run.start, run.stop, num_partials + begin))
+                merged.append((*of_tile, 0, num_splits, num_partials))
+                num_partials += num_splits
+        rows = num_partials * most_rows
         self._num_merged = len(merged)
         self._arrays: list[NDArray[Any]] = [
             metadata.write_slots,
@@ -136,6 +153,13 @@ class PagedPlan(AttentionPlan):
         )  # in the order of the kernels' fields
         assert len(self._step) == STEP_FIELDS
         self._fields = self._step.ctypes.data
+
+    def _groups_at_once(self, tile: _Tile, most: int | None) -> int:
+        """How many key-value heads one unit has: what they read is side by side, as far as their rows fit a cache."""
+        groups = max(1, min(self._backend.groups, _ROWS // (tile.length * self._backend.heads)))
+        while most is not None and groups > 1 and tile.cost * groups > most * len(tile.splits):
+            groups = -(-groups // 2)
+        return groups
 
     def _tiles(self) -> list[_Tile]:
         backend, metadata = self._backend, self._metadata
@@ -173,7 +197,7 @@ class PagedPlan(AttentionPlan):
         """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
         queries, stride = _rows(queries)
         output = torch.empty(queries.shape, dtype=queries.dtype)
-        _ATTEND[queries.dtype].run(
+        _ATTEND[queries.dtype, self._backend.arithmetic].run(
             self._num_threads,
             self._fields,
             queries.data_ptr(),

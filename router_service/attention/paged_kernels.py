@@ -16,28 +16,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
 
-from experts_service.kernels.jit import from_bits, kernel, pointer, take
+from experts_service.kernels.jit import from_bits, kernel, take
+from experts_service.kernels.products import COLUMNS, ROWS, add_products, products
 from experts_service.kernels.routine import Routine
 from experts_service.kernels.vectors import (
     LANES,
     add,
     divide,
     exp2_below,
-    fetch,
+    is_any_above,
     larger,
     largest,
     load,
     multiply,
     multiply_add,
+    numbers,
+    pair_of,
     splat,
     spread,
     store,
     total,
+    weigh,
 )
 
-Array = Any  # in one dimension, unless said otherwise
+Numbers = Any  # where numbers of a kind begin
 
 TILE = 64  # keys
 SPLIT = 1024  # keys
@@ -45,7 +48,8 @@ VECTORS = TILE // LANES
 NONE = np.float32(-np.inf)
 
 # Columns of a unit of work
-SEQUENCE, FIRST, LENGTH, BEGIN_SPLIT, END_SPLIT, PARTIAL, UNIT_FIELDS = 0, 1, 2, 3, 4, 5, 6
+SEQUENCE, FIRST, LENGTH, FIRST_GROUP, NUM_UNIT_GROUPS = 0, 1, 2, 3, 4
+BEGIN_SPLIT, END_SPLIT, PARTIAL, UNIT_FIELDS = 5, 6, 7, 8
 
 # Fields of a step, int64: what all its layers share, addresses of arrays among them.
 GROUPS, HEADS, HEAD_DIM, BLOCK_SIZE = 0, 1, 2, 3  # heads: N / G
@@ -60,126 +64,116 @@ PARTIAL_MAXIMA, PARTIAL_SUMS, PARTIAL_MIXED, STEP_FIELDS = 18, 19, 20, 21
 
 
 @kernel
-def _array(address: int, number: Any) -> Array:
-    """Numbers of a type in one dimension. How many is not said: nothing asks."""
-    return carray(pointer(address), 1, number)
-
-
-@kernel
 def _write(task, number) -> None:  # type: ignore[no-untyped-def]
     """Put new keys and values, rows of G · H numbers that are `…_stride` apart, where the slots say."""
-    step = _array(task[1], np.int64)
-    keys, values, new_keys, new_values = (
-        _array(task[2], number), _array(task[3], number), _array(task[4], number), _array(task[6], number)
-    )  # fmt: skip
-    key_stride, value_stride = task[5], task[7]
-    slots = _array(step[SLOTS], np.int64)
-    num_groups, head_dim, block_size = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE]
+    step = numbers(task[1], np.int64)
+    keys, values = numbers(task[2], number), numbers(task[3], number)
+    new_keys, key_stride, new_values, value_stride = (
+        numbers(task[4], number),
+        task[5],
+        numbers(task[6], number),
+        task[7],
+    )
+    slots = numbers(step[SLOTS], np.int64)
+    num_groups, head_dim, block_size, pair = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE], pair_of(number)
     for token in range(step[NUM_TOKENS]):
         page, slot = slots[token] // block_size, slots[token] % block_size
         for group in range(num_groups):
-            first = (page * num_groups + group) * head_dim * block_size
+            page_at = (page * num_groups + group) * head_dim * block_size
+            key, value = token * key_stride + group * head_dim, token * value_stride + group * head_dim
+            into = page_at + slot * pair
+            for h in range(0, head_dim, pair):
+                for i in range(pair):
+                    keys[into + h * block_size + i] = new_keys[key + h + i]
+            into = page_at + slot // pair * pair * head_dim + slot % pair
             for h in range(head_dim):
-                keys[first + h * block_size + slot] = new_keys[token * key_stride + group * head_dim + h]
-            first += slot * head_dim
-            for h in range(head_dim):
-                values[first + h] = new_values[token * value_stride + group * head_dim + h]
+                values[into + h * pair] = new_values[value + h]
 
 
 @kernel
-def _scores(queries: Array, row: int, num_rows: int, keys: Array, at: int, block_size: int, head_dim: int,
-            scores: Array, column: int, values: Array, next_key: int, next_value: int) -> None:  # fmt: skip
-    """Of up to four rows and the sixteen keys at `at`.
+def _locate(
+    blocks: Numbers, tile: int, begin: int, end: int, block_size: int, page_size: int, head_dim: int, pair: int,
+    key_places: Numbers, value_places: Numbers,
+) -> None:  # fmt: skip
+    """Where the vectors of a tile begin that hold its keys begin … end - 1; in place of the others the last of them.
 
-    Meanwhile sixteen keys and values of the next tile are brought nearer, where `next_key` is not negative: pages lie
-    anywhere, so no CPU foresees which is next. A few at a time; all at once were 0.7 to 0.9 times as fast.
+    Those of the first key-value head: the others' are behind them.
     """
-    zero = splat(np.float32(0))
-    first = row * head_dim
-    into = row * TILE + column
-    if num_rows == 4:
-        one, two, three, four = zero, zero, zero, zero
-        for h in range(head_dim):
-            key = load(keys, at + h * block_size)
-            one = multiply_add(spread(queries, first + h), key, one)
-            two = multiply_add(spread(queries, first + head_dim + h), key, two)
-            three = multiply_add(spread(queries, first + 2 * head_dim + h), key, three)
-            four = multiply_add(spread(queries, first + 3 * head_dim + h), key, four)
-            if next_key >= 0:
-                fetch(keys, next_key + h * block_size)
-                fetch(values, next_value + h * LANES)
-        store(scores, into, one)
-        store(scores, into + TILE, two)
-        store(scores, into + 2 * TILE, three)
-        store(scores, into + 3 * TILE, four)
-        return
-    for r in range(num_rows):
-        sums = zero
-        for h in range(head_dim):
-            sums = multiply_add(spread(queries, first + r * head_dim + h), load(keys, at + h * block_size), sums)
-            if next_key >= 0:
-                fetch(keys, next_key + h * block_size)
-                fetch(values, next_value + h * LANES)
-        store(scores, into + r * TILE, sums)
+    first, last = begin // LANES, (end + LANES - 1) // LANES
+    position = tile + first * LANES
+    block, slot = position // block_size, position % block_size
+    for v in range(VECTORS):
+        page_at = blocks[block] * page_size
+        key_places[v], value_places[v] = page_at + slot * pair, page_at + slot * head_dim
+        if first <= v < last - 1:
+            slot += LANES
+            if slot == block_size:
+                block, slot = block + 1, 0
 
 
 @kernel
-def _soften(scores: Array, row: int, begin: int, end: int, maxima: Array, sums: Array) -> Any:
-    """Scores of a row's vectors begin … end - 1 → weights, by the largest so far. What older weights shrink by."""
+def _soften(scores: Numbers, row: int, by_scale: Any, weights: Numbers, maxima: Numbers, sums: Numbers) -> Any:
+    """Scores of a row → weights, by the largest so far. What older weights shrink by."""
     into = row * TILE
     highest = splat(NONE)
-    for v in range(begin, end):
+    for v in range(VECTORS):
         highest = larger(load(scores, into + v * LANES), highest)
-    before = maxima[row]
-    now = max(largest(highest), before)
-    maxima[row] = now
+    highest = multiply(highest, by_scale)
+    now, shrink = maxima[row], np.float32(1)
+    if is_any_above(highest, splat(now)):  # seldom after the first tiles
+        before, now = now, max(largest(highest), now)
+        maxima[row] = now
+        shrinks = exp2_below(splat(before), splat(now))
+        store(sums, row * LANES, multiply(load(sums, row * LANES), shrinks))
+        shrink = largest(shrinks)
     bound = splat(now if now > NONE else np.float32(0))
-    shrink = exp2_below(splat(before), bound)
-    weights = multiply(load(sums, row * LANES), shrink)
-    for v in range(begin, end):
-        weight = exp2_below(load(scores, into + v * LANES), bound)
-        store(scores, into + v * LANES, weight)
-        weights = add(weights, weight)
-    store(sums, row * LANES, weights)
-    return largest(shrink)
+    weight = load(sums, row * LANES)
+    for v in range(VECTORS):
+        weight = add(weight, weigh(weights, into + v * LANES, load(scores, into + v * LANES), by_scale, bound))
+    store(sums, row * LANES, weight)
+    return shrink
 
 
 @kernel
-def _mix(weights: Array, row: int, num_rows: int, shrinks: Array, values: Array, places: Array, begin: int, end: int,
-         head_dim: int, mixed: Array) -> None:  # fmt: skip
-    """Add the values of a tile's keys begin … end - 1, by their weights, to what up to four rows have so far."""
-    first = row * TILE
-    for h in range(0, head_dim, LANES):
-        into = row * head_dim + h
-        if num_rows == 4:
-            one = multiply(load(mixed, into), spread(shrinks, row))
-            two = multiply(load(mixed, into + head_dim), spread(shrinks, row + 1))
-            three = multiply(load(mixed, into + 2 * head_dim), spread(shrinks, row + 2))
-            four = multiply(load(mixed, into + 3 * head_dim), spread(shrinks, row + 3))
-            for v in range(begin // LANES, (end + LANES - 1) // LANES):
-                for j in range(max(begin, v * LANES), min(end, (v + 1) * LANES)):
-                    value = load(values, places[v] + (j - v * LANES) * head_dim + h)
-                    one = multiply_add(spread(weights, first + j), value, one)
-                    two = multiply_add(spread(weights, first + TILE + j), value, two)
-                    three = multiply_add(spread(weights, first + 2 * TILE + j), value, three)
-                    four = multiply_add(spread(weights, first + 3 * TILE + j), value, four)
-            store(mixed, into, one)
-            store(mixed, into + head_dim, two)
-            store(mixed, into + 2 * head_dim, three)
-            store(mixed, into + 3 * head_dim, four)
+def _mix(weights: Numbers, row: int, num_rows: int, shrinks: Numbers, values: Numbers, places: Numbers, begin: int,
+         end: int, head_dim: int, pair: int, mixed: Numbers, edge: Numbers, ahead: Numbers,
+         nothing: Numbers) -> None:  # fmt: skip
+    """Add the values of a tile's keys begin … end - 1, by their weights, to what one row or ROWS rows have so far."""
+    for r in range(row, row + num_rows):
+        if shrinks[r] != np.float32(1):
+            for h in range(r * head_dim, (r + 1) * head_dim, LANES):
+                store(mixed, h, multiply(load(mixed, h), spread(shrinks, r)))
+    columns = COLUMNS if head_dim % (COLUMNS * LANES) == 0 else 1
+    key = begin
+    while key < end:
+        # `num_parts` times `count` keys or pairs of keys, from `place` on or from all places.
+        source, its_places, place, num_parts, its_ahead = values, nothing, np.int64(0), 1, nothing
+        first = row * TILE + key // pair * pair
+        upto = min(end, (key // LANES + 1) * LANES)
+        count = (upto - key) // pair
+        if begin == 0 and end == TILE:
+            its_places, num_parts, its_ahead, upto = places, VECTORS, ahead, TILE
         else:
-            for r in range(num_rows):
-                sums = multiply(load(mixed, into + r * head_dim), spread(shrinks, row + r))
-                for v in range(begin // LANES, (end + LANES - 1) // LANES):
-                    for j in range(max(begin, v * LANES), min(end, (v + 1) * LANES)):
-                        value = load(values, places[v] + (j - v * LANES) * head_dim + h)
-                        sums = multiply_add(spread(weights, first + r * TILE + j), value, sums)
-                store(mixed, into + r * head_dim, sums)
+            place = places[key // LANES] + key % LANES // pair * pair * head_dim
+            if key % pair or count == 0:
+                # Half a pair: not even zero times what a row does not see.
+                for h in range(head_dim):
+                    edge[pair * h + key % pair] = values[place + pair * h + key % pair]
+                    edge[pair * h + 1 - key % pair] = 0
+                source, place, count, upto = edge, np.int64(0), 1, key + 1
+            else:
+                upto = key + count * pair
+        along = 0
+        for h in range(0, head_dim, columns * LANES):
+            add_products(num_rows, columns, weights, first, TILE, source, its_places, num_parts, place + h * pair,
+                         head_dim * pair, count, mixed, row * head_dim + h, head_dim, its_ahead, along)  # fmt: skip
+            along += num_parts * count
+        key = upto
 
 
 @kernel
-def _clear(num_rows: int, head_dim: int, maxima: Array, sums: Array, mixed: Array) -> None:
-    """Rows that have seen nothing. (Numba's assignment to a slice compiles for seconds: it can say what went wrong.)"""
+def _clear(num_rows: int, head_dim: int, maxima: Numbers, sums: Numbers, mixed: Numbers) -> None:
+    """Rows that have seen nothing."""
     zero = splat(np.float32(0))
     for row in range(num_rows):
         maxima[row] = NONE
@@ -190,10 +184,10 @@ def _clear(num_rows: int, head_dim: int, maxima: Array, sums: Array, mixed: Arra
 
 @kernel
 def _fold(
-    num_rows: int, head_dim: int, maxima: Array, sums: Array, mixed: Array, offset: int,
-    all_maxima: Array, all_sums: Array, all_mixed: Array,
+    num_rows: int, head_dim: int, maxima: Numbers, sums: Numbers, mixed: Numbers, offset: int,
+    all_maxima: Numbers, all_sums: Numbers, all_mixed: Numbers,
 ) -> None:  # fmt: skip
-    """Add what a split made of its rows, which are `offset` rows into its arrays, to what those before it made."""
+    """Add what a split made of its rows, which are `offset` rows into its numbers, to what those before it made."""
     for row in range(num_rows):
         before, of_split = all_maxima[row], maxima[offset + row]
         now = max(of_split, before)
@@ -208,135 +202,194 @@ def _fold(
 
 
 @kernel
-def _finish(num_rows: int, heads: int, head_dim: int, sums: Array, mixed: Array, output: Array, at: int,
-            stride: int) -> None:  # fmt: skip
-    """Write rows to the output: of `heads` heads each token's, tokens `stride` apart."""
-    for row in range(num_rows):
+def _finish(num_groups: int, num_tokens: int, heads: int, head_dim: int, sums: Numbers, mixed: Numbers, output: Numbers,
+            at: int, stride: int) -> None:  # fmt: skip
+    """Write rows to the output: tokens are `stride` apart there."""
+    for row in range(num_groups * num_tokens * heads):
         weight = splat(total(load(sums, row * LANES)))
-        into = at + (row // heads) * stride + (row % heads) * head_dim
+        group, token, head = row // (num_tokens * heads), row // heads % num_tokens, row % heads
+        into = at + token * stride + (group * heads + head) * head_dim
         for h in range(0, head_dim, LANES):
             store(output, into + h, divide(load(mixed, row * head_dim + h), weight))
 
 
 @kernel
-def _attend(task, number) -> None:  # type: ignore[no-untyped-def]
-    """Do units of work, for each key-value head, until none is left."""
-    step = _array(task[1], np.int64)
-    queries, query_stride = _array(task[2], number), task[3]  # rows of N · H numbers, so far apart
-    keys, values, output = _array(task[4], number), _array(task[5], number), _array(task[6], number)  # pages; [T, N, H]
+def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
+    """Do units of work until none is left. `factor`: what is multiplied with the cache's."""
+    step = numbers(task[1], np.int64)
+    queries, query_stride = numbers(task[2], number), task[3]  # rows of N · H numbers, so far apart
+    keys, values, output = numbers(task[4], number), numbers(task[5], number), numbers(task[6], number)  # [T, N, H]
     num_groups, heads, head_dim, block_size = step[GROUPS], step[HEADS], step[HEAD_DIM], step[BLOCK_SIZE]
-    window, most_rows, num_sequences = step[WINDOW], step[MOST_ROWS], step[NUM_SEQUENCES]
-    units = carray(pointer(step[UNITS]), (step[NUM_UNITS], UNIT_FIELDS), np.int64)
-    query_starts, context_lengths = _array(step[QUERY_STARTS], np.int32), _array(step[CONTEXT_LENGTHS], np.int32)
-    block_tables = carray(pointer(step[BLOCK_TABLES]), (num_sequences, step[NUM_BLOCKS]), np.int32)
-    partial_maxima, partial_sums = _array(step[PARTIAL_MAXIMA], np.float32), _array(step[PARTIAL_SUMS], np.float32)
-    partial_mixed = _array(step[PARTIAL_MIXED], np.float32)
-    wide, mixed = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * head_dim, np.float32)  # [R, H]
-    all_mixed, scores = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * TILE, np.float32)  # [R, TILE]
-    sums, all_sums = np.empty(most_rows * LANES, np.float32), np.empty(most_rows * LANES, np.float32)  # [R, LANES]
-    maxima, all_maxima = np.empty(most_rows, np.float32), np.empty(most_rows, np.float32)  # [R]
-    shrinks = np.empty(most_rows, np.float32)  # [R]
-    key_places, value_places = np.empty(VECTORS, np.int64), np.empty(VECTORS, np.int64)
-    seen_from, seen_to = np.empty(most_rows, np.int64), np.empty(most_rows, np.int64)  # keys of a tile, by row
-    by_scale = splat(from_bits(np.int32(step[SCALE])))
+    window, most_rows, pair = step[WINDOW], step[MOST_ROWS], pair_of(number)
+    group_size, page_size = head_dim * block_size, num_groups * head_dim * block_size
+    units = numbers(step[UNITS], np.int64)
+    query_starts, context_lengths = numbers(step[QUERY_STARTS], np.int32), numbers(step[CONTEXT_LENGTHS], np.int32)
+    partial_maxima, partial_sums = numbers(step[PARTIAL_MAXIMA], np.float32), numbers(step[PARTIAL_SUMS], np.float32)
+    partial_mixed = numbers(step[PARTIAL_MIXED], np.float32)
+    # All that is made on the way. Pointers into one array: to pass arrays on, numba counts who has them, and locks.
+    padded = (most_rows + LANES - 1) // LANES * LANES
+    size = 4 * (padded * (3 * head_dim + 2 * TILE + 2 * LANES + 3) + 2 * head_dim)
+    scratch = np.empty(size + 8 * (2 * padded + 16 + 9 * VECTORS), np.uint8)
+    at = (scratch.ctypes.data + 63) // 64 * 64
+    rows, mixed, all_mixed = (
+        numbers(at, factor),
+        numbers(at + 4 * padded * head_dim, np.float32),
+        numbers(at + 8 * padded * head_dim, np.float32),
+    )  # [R, H]
+    at += 12 * padded * head_dim
+    scores, weights = numbers(at, np.float32), numbers(at + 4 * padded * TILE, factor)  # [R, TILE]
+    at += 8 * padded * TILE
+    sums, all_sums = numbers(at, np.float32), numbers(at + 4 * padded * LANES, np.float32)  # [R, LANES]
+    at += 8 * padded * LANES
+    maxima, all_maxima, shrinks = (
+        numbers(at, np.float32),
+        numbers(at + 4 * padded, np.float32),
+        numbers(at + 8 * padded, np.float32),
+    )  # [R]
+    at += 12 * padded
+    edge = numbers(at, number)  # [H, pair]
+    at += 8 * head_dim
+    seen_from, seen_to = numbers(at, np.int64), numbers(at + 8 * padded, np.int64)  # keys of a tile, by row
+    at += 16 * padded
+    key_places, value_places = numbers(at, np.int64), numbers(at + 8 * VECTORS, np.int64)
+    next_keys, next_values = numbers(at + 16 * VECTORS, np.int64), numbers(at + 24 * VECTORS, np.int64)
+    keys_ahead, values_ahead = numbers(at + 32 * VECTORS, np.int64), numbers(at + 40 * VECTORS, np.int64)
+    tile_keys, tile_values = numbers(at + 48 * VECTORS, np.int64), numbers(at + 56 * VECTORS, np.int64)
+    nothing = numbers(at + 64 * VECTORS, np.int64)
+    for v in range(VECTORS):
+        nothing[v] = 0
+    scale, one = splat(from_bits(np.int32(step[SCALE]))), splat(np.float32(1))
+    # Queries in bf16 would be rounded once more.
+    by_query, by_score = (one, scale) if pair_of(factor) == 2 else (scale, one)
     while True:
         item = take(task)
-        if item >= len(units) * num_groups:
-            return
-        unit, group = units[item // num_groups], item % num_groups
-        sequence, num_tokens = unit[SEQUENCE], unit[LENGTH]
-        num_rows = num_tokens * heads
-        first_row = query_starts[sequence] + unit[FIRST]  # among the step's tokens
+        if item >= step[NUM_UNITS]:
+            break
+        unit = item * UNIT_FIELDS
+        sequence, num_tokens = units[unit + SEQUENCE], units[unit + LENGTH]
+        first_group, unit_groups = units[unit + FIRST_GROUP], units[unit + NUM_UNIT_GROUPS]
+        begin_split, end_split, partial = units[unit + BEGIN_SPLIT], units[unit + END_SPLIT], units[unit + PARTIAL]
+        rows_of_group = num_tokens * heads
+        num_rows = unit_groups * rows_of_group
+        first_row = query_starts[sequence] + units[unit + FIRST]  # among the step's tokens
         new_tokens = query_starts[sequence + 1] - query_starts[sequence]
-        first_position = context_lengths[sequence] - new_tokens + unit[FIRST]
+        first_position = context_lengths[sequence] - new_tokens + units[unit + FIRST]
         for row in range(num_rows):
-            at = (first_row + row // heads) * query_stride + (group * heads + row % heads) * head_dim
+            head = (first_group + row // rows_of_group) * heads + row % heads
+            at = (first_row + row // heads % num_tokens) * query_stride + head * head_dim
             for h in range(0, head_dim, LANES):
-                store(wide, row * head_dim + h, multiply(load(queries, at + h), by_scale))
+                store(rows, row * head_dim + h, multiply(load(queries, at + h), by_query))
         _clear(num_rows, head_dim, all_maxima, all_sums, all_mixed)
-        end_key = first_position + num_tokens
         begin_key = max(0, first_position + 1 - window) if window else 0
-        for split in range(unit[BEGIN_SPLIT], unit[END_SPLIT]):
+        begin_key, end_key = max(begin_key, begin_split * SPLIT), min(first_position + num_tokens, end_split * SPLIT)
+        blocks = numbers(step[BLOCK_TABLES] + 4 * sequence * step[NUM_BLOCKS], np.int32)
+        tile = begin_key // TILE * TILE
+        _locate(blocks, tile, begin_key - tile, min(end_key - tile, TILE), block_size, page_size, head_dim, pair,
+                next_keys, next_values)  # fmt: skip
+        for split in range(begin_split, end_split):
             _clear(num_rows, head_dim, maxima, sums, mixed)
             split_begin, split_end = max(begin_key, split * SPLIT), min(end_key, (split + 1) * SPLIT)
             for tile in range(split_begin // TILE * TILE, split_end, TILE):
                 begin, end = max(split_begin - tile, 0), min(split_end - tile, TILE)  # keys that any row sees
-                first_vector, end_vector = begin // LANES, (end + LANES - 1) // LANES
-                for v in range(first_vector, end_vector):
-                    position = tile + v * LANES
-                    page, slot = block_tables[sequence, position // block_size], position % block_size
-                    first = (page * num_groups + group) * head_dim * block_size
-                    key_places[v], value_places[v] = first + slot, first + slot * head_dim
-                for v in range(first_vector, end_vector):
-                    next_key, next_value = -1, -1
-                    position = tile + TILE + v * LANES
-                    if position < split_end:
-                        page, slot = block_tables[sequence, position // block_size], position % block_size
-                        first = (page * num_groups + group) * head_dim * block_size
-                        next_key, next_value = first + slot, first + slot * head_dim
-                    for row in range(0, num_rows, 4):
-                        _scores(wide, row, min(4, num_rows - row), keys, key_places[v], block_size, head_dim,
-                                scores, v * LANES, values, next_key, next_value)  # fmt: skip
-                        next_key = -1  # once is enough
-                for row in range(num_rows):
-                    position = first_position + row // heads
-                    seen_from[row] = max(begin, position + 1 - window - tile) if window else begin
-                    seen_to[row] = min(end, position + 1 - tile)
-                    for j in range(first_vector * LANES, min(seen_from[row], end_vector * LANES)):
-                        scores[row * TILE + j] = NONE
-                    for j in range(max(seen_to[row], first_vector * LANES), end_vector * LANES):
-                        scores[row * TILE + j] = NONE
-                    shrinks[row] = _soften(scores, row, first_vector, end_vector, maxima, sums)
-                row = 0
-                while row < num_rows:
-                    last = min(row + 4, num_rows) - 1
-                    if seen_from[last] != seen_from[row] or seen_to[last] != seen_to[row]:
-                        last = row  # not even zero times what a row does not see
-                    if seen_from[row] < seen_to[row]:
-                        _mix(scores, row, last + 1 - row, shrinks, values, value_places, seen_from[row], seen_to[row],
-                             head_dim, mixed)  # fmt: skip
-                    row = last + 1
-            if unit[PARTIAL] < 0:
+                tile_keys, next_keys = next_keys, tile_keys
+                tile_values, next_values = next_values, tile_values
+                has_next = tile + TILE < end_key
+                if has_next:
+                    _locate(blocks, tile + TILE, 0, min(end_key - tile - TILE, TILE), block_size, page_size, head_dim,
+                            pair, next_keys, next_values)  # fmt: skip
+                # All heads of a tile before the next tile: in memory they are beside each other.
+                for group in range(unit_groups):
+                    offset, offset_ahead = (first_group + group) * group_size, (first_group + group + 1) * group_size
+                    is_last = group + 1 == unit_groups
+                    keys_after, values_after = (next_keys, next_values) if is_last else (tile_keys, tile_values)
+                    if is_last:
+                        offset_ahead = first_group * group_size
+                    for v in range(VECTORS):
+                        key_places[v], value_places[v] = tile_keys[v] + offset, tile_values[v] + offset
+                        keys_ahead[v] = task[4] + (keys_after[v] + offset_ahead) * (4 // pair)
+                        values_ahead[v] = task[5] + (values_after[v] + offset_ahead) * (4 // pair)
+                    fetches = has_next or not is_last
+                    of_group = group * rows_of_group
+                    row = of_group
+                    while row < of_group + rows_of_group:
+                        together = ROWS if row + ROWS <= of_group + rows_of_group else 1
+                        products(together, rows, row * head_dim, head_dim, keys, key_places, block_size * pair,
+                                 head_dim // pair, scores, row * TILE,
+                                 keys_ahead if fetches and row == of_group else nothing)  # fmt: skip
+                        row += together
+                    row = of_group
+                    for token in range(num_tokens):
+                        position = first_position + token
+                        seen_begin = max(begin, position + 1 - window - tile) if window else begin
+                        seen_end = min(end, position + 1 - tile)
+                        for _ in range(heads):
+                            seen_from[row], seen_to[row] = seen_begin, seen_end
+                            for j in range(min(seen_begin, TILE)):
+                                scores[row * TILE + j] = NONE
+                            for j in range(max(seen_end, 0), TILE):
+                                scores[row * TILE + j] = NONE
+                            shrinks[row] = _soften(scores, row, by_score, weights, maxima, sums)
+                            row += 1
+                    row = of_group
+                    while row < of_group + rows_of_group:
+                        together, last = 1, row + ROWS - 1
+                        if (
+                            last < of_group + rows_of_group
+                            and seen_from[last] == seen_from[row]
+                            and seen_to[last] == seen_to[row]
+                        ):
+                            together = ROWS
+                        _mix(weights, row, together, shrinks, values, value_places, seen_from[row], seen_to[row],
+                             head_dim, pair, mixed, edge, values_ahead if fetches and row == of_group else nothing,
+                             nothing)  # fmt: skip
+                        row += together
+            if partial < 0:
                 _fold(num_rows, head_dim, maxima, sums, mixed, 0, all_maxima, all_sums, all_mixed)
             else:
-                at = ((unit[PARTIAL] + split - unit[BEGIN_SPLIT]) * num_groups + group) * most_rows
+                at = (partial + split - begin_split) * most_rows
                 for row in range(num_rows):
                     partial_maxima[at + row] = maxima[row]
                     store(partial_sums, (at + row) * LANES, load(sums, row * LANES))
                     for h in range(0, head_dim, LANES):
                         store(partial_mixed, (at + row) * head_dim + h, load(mixed, row * head_dim + h))
-        if unit[PARTIAL] < 0:
+        if partial < 0:
             stride = num_groups * heads * head_dim
-            _finish(num_rows, heads, head_dim, all_sums, all_mixed, output,
-                    first_row * stride + group * heads * head_dim, stride)  # fmt: skip
+            _finish(unit_groups, num_tokens, heads, head_dim, all_sums, all_mixed, output,
+                    first_row * stride + first_group * heads * head_dim, stride)  # fmt: skip
+    scratch[0] = 0  # it lives until here
 
 
 @kernel
 def _merge(task, number) -> None:  # type: ignore[no-untyped-def]
     """Add up the splits of each row in their order, as `_attend` does where it does them all."""
-    step = _array(task[1], np.int64)
-    output = _array(task[2], number)
+    step = numbers(task[1], np.int64)
+    output = numbers(task[2], number)
     num_groups, heads, head_dim, most_rows = step[GROUPS], step[HEADS], step[HEAD_DIM], step[MOST_ROWS]
-    units = carray(pointer(step[MERGED]), (step[NUM_MERGED], UNIT_FIELDS), np.int64)
-    query_starts = _array(step[QUERY_STARTS], np.int32)
-    partial_maxima, partial_sums = _array(step[PARTIAL_MAXIMA], np.float32), _array(step[PARTIAL_SUMS], np.float32)
-    partial_mixed = _array(step[PARTIAL_MIXED], np.float32)
-    all_mixed, all_sums = np.empty(most_rows * head_dim, np.float32), np.empty(most_rows * LANES, np.float32)
-    all_maxima = np.empty(most_rows, np.float32)
+    units, query_starts = numbers(step[MERGED], np.int64), numbers(step[QUERY_STARTS], np.int32)
+    partial_maxima, partial_sums = numbers(step[PARTIAL_MAXIMA], np.float32), numbers(step[PARTIAL_SUMS], np.float32)
+    partial_mixed = numbers(step[PARTIAL_MIXED], np.float32)
+    scratch = np.empty(most_rows * (head_dim + LANES + 1), np.float32)
+    at = scratch.ctypes.data
+    all_mixed, all_sums = numbers(at, np.float32), numbers(at + 4 * most_rows * head_dim, np.float32)
+    all_maxima = numbers(at + 4 * most_rows * (head_dim + LANES), np.float32)
     stride = num_groups * heads * head_dim
     while True:
         item = take(task)
-        if item >= len(units) * num_groups:
-            return
-        unit, group = units[item // num_groups], item % num_groups
-        num_rows = unit[LENGTH] * heads
+        if item >= step[NUM_MERGED]:
+            break
+        unit = item * UNIT_FIELDS
+        num_tokens, first_group, unit_groups = (
+            units[unit + LENGTH], units[unit + FIRST_GROUP], units[unit + NUM_UNIT_GROUPS]
+        )  # fmt: skip
+        num_rows = unit_groups * num_tokens * heads
         _clear(num_rows, head_dim, all_maxima, all_sums, all_mixed)
-        for split in range(unit[END_SPLIT]):
-            at = ((unit[PARTIAL] + split) * num_groups + group) * most_rows
+        for split in range(units[unit + END_SPLIT]):
+            at = (units[unit + PARTIAL] + split) * most_rows
             _fold(num_rows, head_dim, partial_maxima, partial_sums, partial_mixed, at, all_maxima, all_sums, all_mixed)
-        first_row = query_starts[unit[SEQUENCE]] + unit[FIRST]
-        _finish(num_rows, heads, head_dim, all_sums, all_mixed, output,
-                first_row * stride + group * heads * head_dim, stride)  # fmt: skip
+        first_row = query_starts[units[unit + SEQUENCE]] + units[unit + FIRST]
+        _finish(unit_groups, num_tokens, heads, head_dim, all_sums, all_mixed, output,
+                first_row * stride + first_group * heads * head_dim, stride)  # fmt: skip
+    scratch[0] = 0  # it lives until here
 
 
 # Their tasks: the step's fields, then keys and values of a layer and new ones with their strides; queries with their
@@ -357,14 +410,20 @@ def write_fp32(task):  # type: ignore[no-untyped-def]
 
 @Routine
 def attend_bf16(task):  # type: ignore[no-untyped-def]
-    """`_attend` in bf16, as its bits."""
-    _attend(task, np.uint16)
+    """`_attend` in bf16, as its bits; widened."""
+    _attend(task, np.uint16, np.float32)
+
+
+@Routine
+def attend_bf16_dot(task):  # type: ignore[no-untyped-def]
+    """`_attend` in bf16, with the CPU's dot product of it."""
+    _attend(task, np.uint16, np.uint16)
 
 
 @Routine
 def attend_fp32(task):  # type: ignore[no-untyped-def]
     """`_attend` in float32."""
-    _attend(task, np.float32)
+    _attend(task, np.float32, np.float32)
 
 
 @Routine
