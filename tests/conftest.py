@@ -29,6 +29,8 @@ __all__ = ["pytest_xdist_make_scheduler"]  # a hook
 
 START_TIMEOUT_S = 600  # ten times what is promised for the demo on two cores
 STOP_TIMEOUT_S = 60
+# Of tests that compare tokens while processes come and go. In bf16 a token hangs on each last bit.
+DTYPES = ["bfloat16", pytest.param("float32", marks=pytest.mark.long)]
 LONG_TIMEOUT_S = 3 * 3600  # of a test marked long; the soak takes MANTA_SOAK_S of it
 
 # Before a command: it gets Ctrl-C when this process dies, a worker that crashes for example. A dozen processes stayed.

@@ -1,6 +1,7 @@
 """One server that is asked for more than it can do, loses what it cannot replace, and is told to stop while it answers.
 
-A small model scales from one coordinator and one gateway; another one, `narrow`, cannot, and refuses what is too much.
+A small model scales from one coordinator and one gateway, in bf16; another one, `narrow`, cannot, and refuses what is
+too much.
 A third makes embeddings with two coordinators.
 """
 
@@ -42,7 +43,7 @@ def directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def elastic(directory) -> Iterator[Server]:
     for name, dense in (("wide", False), ("narrow", True)):
-        write_checkpoint(directory / name, vocab_size=2048, dense=dense)
+        write_checkpoint(directory / name, vocab_size=2048, head_dim=16, dense=dense)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (directory / name / file).write_bytes((DEMO / file).read_bytes())
     config = directory / "manta.yaml"
@@ -51,7 +52,7 @@ models:
   - name: wide
     path: {directory / "wide"}
     coordinator_scaling: {{{SCALING}}}
-    engine: {{max_num_seqs: 6, num_kv_blocks: 512, num_threads: 1}}
+    engine: {{dtype: bfloat16, batch_invariant: "on", max_num_seqs: 6, num_kv_blocks: 512, num_threads: 1}}
     experts: {{groups: [[0, 1, 2, 3]], num_threads: 1, expert_timeout_s: {EXPERT_TIMEOUT_S}}}
   - name: narrow
     path: {directory / "narrow"}

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from tests.conftest import Server, running_server
+from tests.conftest import DTYPES, Server, running_server
 from tests.processes import processes
 from tests.steady_streams import choices_of_stream
 from tests.waiting import wait_for
@@ -33,7 +33,7 @@ models:
   - name: demo
     path: {DEMO}
     num_coordinators: 2
-    engine: {{dtype: float32, max_model_len: 1024, kv_cache_gib: 0.1}}
+    engine: {{dtype: DTYPE, batch_invariant: "on", max_model_len: 1024, kv_cache_gib: 0.1}}
     experts: {{groups: [[0, 1, 2, 3], [4, 5, 6, 7]], scaling: {{min_replicas: 2, max_replicas: 2}}}}
 gateway: {{num_replicas: 2}}
 """
@@ -76,10 +76,10 @@ class Stream:
             self.finish_reasons[index] = choice["finish_reason"]
 
 
-@pytest.fixture(scope="module")
-def replicated() -> Iterator[Server]:
+@pytest.fixture(scope="module", params=DTYPES)
+def replicated(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Two gateways, two coordinators, and two replicas of each of two groups."""
-    with running_server(CONFIG) as server:
+    with running_server(CONFIG.replace("DTYPE", request.param)) as server:
         yield server
 
 

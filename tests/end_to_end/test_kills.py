@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import Server, running_server
+from tests.conftest import DTYPES, Server, running_server
 from tests.processes import processes
 from tests.steady_streams import SteadyStreams
 
@@ -21,7 +21,7 @@ CONFIG = f"""
 models:
   - name: demo
     path: {DEMO}
-    engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.1}}
+    engine: {{dtype: DTYPE, batch_invariant: "on", max_model_len: 512, kv_cache_gib: 0.1}}
     experts: {{groups: [[0, 1, 2, 3, 4, 5, 6, 7]], scaling: {{min_replicas: 2, max_replicas: 2}}}}
 """
 NUM_STREAMS, NUM_TOKENS = 16, 100
@@ -32,10 +32,10 @@ LONGEST_GAP_S = 10.0  # ten times what is promised
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Server]:
+@pytest.fixture(scope="module", params=DTYPES)
+def pair(request: pytest.FixtureRequest) -> Iterator[Server]:
     """One group with two replicas."""
-    with running_server(CONFIG) as server:
+    with running_server(CONFIG.replace("DTYPE", request.param)) as server:
         yield server
 
 

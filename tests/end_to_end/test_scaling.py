@@ -22,6 +22,7 @@ from cluster.config import GatewayConfig, ModelConfig
 from cluster.deploy.app import describe_cluster, model_application, plan_model
 from gateway.coordinators.client import ServeCoordinatorClient
 from tests.checkpoints import TINY, bias_gates, write_checkpoint
+from tests.conftest import DTYPES
 from tests.gateway.doubles import model_card
 from tests.router_service.requests import make_request
 from tests.waiting import wait_for
@@ -133,19 +134,21 @@ class Load:
         return (len(self.finished) - before) / seconds
 
 
-@pytest.fixture(scope="module")
-def skewed(ray_cluster, tmp_path_factory) -> Iterator[Skewed]:
+@pytest.fixture(scope="module", params=DTYPES)
+def skewed(ray_cluster, tmp_path_factory, request) -> Iterator[Skewed]:
     import ray
     from ray import serve
 
     directory = tmp_path_factory.mktemp("skewed")
-    write_checkpoint(directory)
+    write_checkpoint(directory, head_dim=16)  # whole vectors, as kernels want them
     bias_gates(directory)
     config = ModelConfig.model_validate(
         {
             "name": "skewed",
             "path": str(directory),
             "engine": {
+                "dtype": request.param,
+                "batch_invariant": "on",
                 "max_num_batched_tokens": NUM_PROMPTS * PROMPT_TOKENS,
                 "num_kv_blocks": 256,
                 "prefix_caching": False,
