@@ -44,6 +44,14 @@ class DtypeName(StrEnum):
     FLOAT32 = "float32"
 
 
+class QuantizationName(StrEnum):
+    """What weights of a plain checkpoint are rounded to, as `engine.quantization` has it."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Rival(StrEnum):
     """What `decode` can be compared with."""
 
@@ -125,6 +133,12 @@ def decode(
         list[GgufTypeName], typer.Option(help="For llama.cpp: of its weights; repeat for several.")
     ] = [GgufTypeName.BF16],  # noqa: B006
     dtype: Annotated[DtypeName, typer.Option(help="auto: the checkpoint's own.")] = DtypeName.AUTO,
+    quantization: Annotated[
+        list[QuantizationName],
+        typer.Option(
+            help="Round weights while they are read; an engine for each, all run in turn: repeat for several."
+        ),
+    ] = [QuantizationName.NONE],  # noqa: B006
     prefill: Annotated[
         list[str],
         typer.Option(
@@ -158,6 +172,7 @@ def decode(
             transformers=Rival.TRANSFORMERS in compare,
             gguf_types=tuple(gguf_type) if Rival.LLAMA_CPP in compare else (),
             dtype=dtype.value,
+            quantizations=tuple(dict.fromkeys(name.value for name in quantization)),
             prefills=prefills_named(prefill) if prefill or no_prefill or context else None,
         ),
     )

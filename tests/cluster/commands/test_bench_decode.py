@@ -28,6 +28,7 @@ from cluster.commands.bench.decode.figures import (
 )
 from cluster.commands.bench.memory import resident_memory
 from cluster.commands.bench.shapes import BENCH, num_parameters
+from cluster.planning.placement import WeightBytes
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -39,12 +40,15 @@ def run_of(step_ms: float, prefill_ms: float = 100.0, tokens: list[list[int]] | 
 
 def test_bytes_of_a_step_are_all_weights_but_idle_experts_and_embeddings() -> None:
     """459 MB at batch 1, which is the floor of 14.8 ms at 31 GB/s that the design reckons with."""
-    assert weight_bytes_per_step(BENCH, 2, 1, 8 * 2) / 31e9 == pytest.approx(14.8e-3, rel=0.01)
+    held = WeightBytes.of(BENCH, "bfloat16")
+    assert weight_bytes_per_step(BENCH, held, 2, 1, 8 * 2) / 31e9 == pytest.approx(14.8e-3, rel=0.01)
     everything = 2 * num_parameters(BENCH)
-    assert weight_bytes_per_step(BENCH, 2, 1, 8 * 8) == everything - 2 * (BENCH.vocab_size - 1) * BENCH.hidden_size
+    idle = 2 * (BENCH.vocab_size - 1) * BENCH.hidden_size
+    assert weight_bytes_per_step(BENCH, held, 2, 1, 8 * 8) == everything - idle
     tied = replace(BENCH, tie_word_embeddings=True)
     assert "lm_head.weight" not in all_tensors(tied)
-    assert weight_bytes_per_step(tied, 2, 1, 8 * 8) == 2 * num_parameters(tied)
+    held = WeightBytes.of(tied, "bfloat16")
+    assert weight_bytes_per_step(tied, held, 2, 1, 8 * 8) == 2 * num_parameters(tied)
 
 
 def test_keys_and_values_of_a_step_are_those_of_the_whole_context_or_window() -> None:
@@ -106,6 +110,24 @@ def test_a_context_is_in_the_cache_before_anything_runs(monkeypatch: pytest.Monk
     bytes_of_token = 2 * 4 * 2 * 32 * 2  # keys and values, 4 layers, 2 heads of 32, bf16
     assert short["kv_bytes_per_step"] == 2 * 32.5 * bytes_of_token
     assert long["kv_bytes_per_step"] == 2 * 302.5 * bytes_of_token
+
+
+@pytest.mark.long
+def test_quantised_weights_run_in_turn_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each, and each reads what its kernels hold."""
+    monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
+    options = "--batch 1 --output-tokens 3 --pairs 2 --prefill 2x8 --quantization none --quantization int8"
+    result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
+    assert result.exit_code == 0, result.output
+    line = json.loads(result.stdout.splitlines()[-1])
+    plain, rounded = line["results"]
+    assert (plain["weights"], rounded["weights"]) == ("bfloat16", "int8")
+    assert 0.5 < rounded["bytes_per_step"] / plain["bytes_per_step"] < 0.7  # the head stays in bf16
+    assert [len(row["ms_per_step_of_runs"]) for row in (plain, rounded)] == [2, 2]
+    assert [row["weights"] for row in line["prefill"]] == ["bfloat16", "int8"]
+    refused = CliRunner().invoke(app, ["bench", "decode", "--quantization", "int8", "--transport", "lane"])
+    assert refused.exit_code == 1
+    assert str(refused.exception) == "--quantization is measured with --transport local"
 
 
 @pytest.mark.long

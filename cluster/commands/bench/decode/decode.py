@@ -18,16 +18,15 @@ Tried, bench model, 4 expert processes on 2 cores, and not kept:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
 
-from cluster.checkpoint.architecture import Architecture, compute_dtype, coordinator_tensors
+from cluster.checkpoint.architecture import Architecture, compute_dtype
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
@@ -51,7 +50,9 @@ from cluster.commands.bench.machine import read_bandwidth, this_machine
 from cluster.commands.bench.output import Output
 from cluster.commands.bench.shapes import num_parameters
 from cluster.demo_model import DIRECTORY as DEMO
-from cluster.planning.placement import DTYPE_BYTES, kv_bytes_per_token
+from cluster.errors import ConfigError
+from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes_per_token
+from cluster.planning.weights import held_weights
 from router_service.assembly import resolve_device
 
 PREFILLS = (Workload(16, 64, 1), Workload(1, 2048, 1))
@@ -73,6 +74,7 @@ class Plan:
     transformers: bool  # whether to compare with it
     gguf_types: tuple[str, ...]  # of llama.cpp's weights; none: it is not compared with
     dtype: str
+    quantizations: tuple[str, ...]  # as `engine.quantization` has them; an engine each
     prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
 
     def decodes(self) -> list[Workload]:
@@ -93,9 +95,22 @@ def run(model: str | None, plan: Plan) -> None:
     decodes = plan.decodes()
     prefills = _usual_prefills(architecture) if plan.prefills is None else plan.prefills
     groups = even_groups(architecture, plan.transport, plan.num_groups)
-    config = config_for(checkpoint, groups, [*decodes, *prefills], transport=plan.transport, dtype=plan.dtype)
+    if plan.transport != "local" and plan.quantizations != ("none",):
+        raise ConfigError("--quantization is measured with --transport local")
+    configs = {
+        name: config_for(
+            checkpoint,
+            groups,
+            [*decodes, *prefills],
+            transport=plan.transport,
+            dtype=plan.dtype,
+            quantization=name,
+        )
+        for name in plan.quantizations
+    }
+    config = configs[plan.quantizations[0]]
     device, dtype = resolve_device(config.engine), compute_dtype(config.engine.dtype, architecture)
-    check_memory(architecture, dtype, device, [*decodes, *prefills])
+    check_memory(architecture, dtype, device, [*decodes, *prefills], engines=len(configs))
 
     machine, output = this_machine(), Output()
     name = checkpoint.directory.name
@@ -115,7 +130,6 @@ def run(model: str | None, plan: Plan) -> None:
     bandwidth = read_bandwidth(device.type)
     output.line(f"memory read by all cores: {bandwidth / 1e9:.1f} GB/s")
     bytes_of_token = kv_bytes_per_token(architecture, dtype)
-    resident = num_parameters(architecture) if plan.transport == "local" else _num_coordinator_parameters(architecture)
     with ExitStack() as stack:
         bars = stack.enter_context(output.progress())
         bar = bars.add_task("loading", total=(len(decodes) + len(prefills)) * (1 + plan.pairs))
@@ -123,13 +137,18 @@ def run(model: str | None, plan: Plan) -> None:
         def tell(text: str, done: int = 0) -> None:
             bars.update(bar, description=text, advance=done)
 
-        if plan.transport == "local":
-            transport = stack.enter_context(local_experts(checkpoint, groups, getattr(torch, dtype), device))
-        else:
-            transport = stack.enter_context(deployed_experts(checkpoint, config))
-        dispatcher = CountingDispatcher(groups, transport)
-        engine = stack.enter_context(EngineUnderTest(checkpoint, config.engine, dispatcher))
-        kernels = engine.kernels
+        engines: dict[str, EngineUnderTest] = {}
+        held: dict[str, WeightBytes] = {}
+        for quantization, of_one in configs.items():
+            rounded = checkpoint.rounded(of_one.engine.rounding)
+            held[quantization] = held_weights(rounded, dtype, device.type)
+            if plan.transport == "local":
+                transport = stack.enter_context(local_experts(rounded, groups, getattr(torch, dtype), device))
+            else:
+                transport = stack.enter_context(deployed_experts(rounded, of_one))
+            dispatcher = CountingDispatcher(groups, transport)
+            engines[quantization] = stack.enter_context(EngineUnderTest(rounded, of_one.engine, dispatcher))
+        kernels = engines[plan.quantizations[0]].kernels
         output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
         others: list[RivalProcess[Any]] = []
         if plan.transformers:
@@ -143,19 +162,26 @@ def run(model: str | None, plan: Plan) -> None:
         decode_results = []
         for workload in decodes:
             tell(f"batch {workload}: warming up")
-            reads = engine.count_expert_reads(workload)
-            weights = weight_bytes_per_step(architecture, DTYPE_BYTES[dtype], workload.num_sequences, reads)
             kv = kv_bytes_per_step(workload, bytes_of_token, architecture.sliding_window)
-            ours, rivals = _rounds(engine, others, workload, plan.pairs, tell)
-            decode_results.append(DecodeResult(workload, ours, weights, kv, bandwidth, rivals))
+            reads = {name: engine.count_expert_reads(workload) for name, engine in engines.items()}
+            ours, rivals = _rounds(engines, others, workload, plan.pairs, tell)
+            for name, runs in ours.items():
+                weights = weight_bytes_per_step(
+                    architecture, held[name], DTYPE_BYTES[dtype], workload.num_sequences, reads[name]
+                )
+                decode_results.append(DecodeResult(workload, runs, weights, kv, bandwidth, rivals, _named(name, dtype)))
         prefill_results = []
         for workload in prefills:
             tell(f"prefill {workload}: warming up")
-            engine.run(workload)
-            ours, rivals = _rounds(engine, others, workload, plan.pairs, tell)
-            weight_bytes = resident * DTYPE_BYTES[dtype]
+            for engine in engines.values():
+                engine.run(workload)
+            ours, rivals = _rounds(engines, others, workload, plan.pairs, tell)
             kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token
-            prefill_results.append(PrefillResult(workload, ours, weight_bytes, kv_bytes, rivals))
+            for name, runs in ours.items():
+                here = held[name].coordinator
+                if plan.transport == "local":
+                    here += architecture.num_experts * held[name].expert
+                prefill_results.append(PrefillResult(workload, runs, here, kv_bytes, rivals, _named(name, dtype)))
 
     rows = [result.to_json() for result in decode_results]
     prefill_rows = [result.to_json() for result in prefill_results]
@@ -184,8 +210,12 @@ def run(model: str | None, plan: Plan) -> None:
 
 
 def _rounds(
-    engine: EngineUnderTest, others: Sequence[RivalProcess[Any]], workload: Workload, rounds: int, tell: Tell
-) -> tuple[tuple[Run, ...], tuple[Rival, ...]]:
+    engines: Mapping[str, EngineUnderTest],
+    others: Sequence[RivalProcess[Any]],
+    workload: Workload,
+    rounds: int,
+    tell: Tell,
+) -> tuple[dict[str, tuple[Run, ...]], tuple[Rival, ...]]:
     """Runs of all, one after the other; in every other round in reverse."""
     what = f"batch {workload}" if workload.output_tokens > 1 else f"prefill {workload}"
     ways = []
@@ -195,7 +225,7 @@ def _rounds(
     calls: list[Callable[[], Run]] = [
         partial(other.run, workload, way) for other, way in zip(others, ways, strict=True)
     ]
-    calls.append(partial(engine.run, workload))
+    calls += [partial(engine.run, workload) for engine in engines.values()]
     runs: list[list[Run]] = [[] for _ in calls]
     for number in range(rounds):
         tell(f"{what}: run {number + 1}", 1)
@@ -203,15 +233,15 @@ def _rounds(
         for call, done in reversed(turns) if number % 2 else turns:
             done.append(call())
     tell(what, 1)
-    *theirs, ours = map(tuple, runs)
-    rivals = (Rival(o.name, done, str(way)) for o, done, way in zip(others, theirs, ways, strict=True))
-    return ours, tuple(rivals)
+    of_others, of_engines = runs[: len(others)], runs[len(others) :]
+    rivals = (Rival(o.name, tuple(done), str(way)) for o, done, way in zip(others, of_others, ways, strict=True))
+    return dict(zip(engines, map(tuple, of_engines), strict=True)), tuple(rivals)
+
+
+def _named(quantization: str, dtype: Dtype) -> str:
+    return dtype if quantization == "none" else quantization
 
 
 def _usual_prefills(architecture: Architecture) -> tuple[Workload, ...]:
     longest = architecture.max_position_embeddings - 1
     return tuple(replace(workload, prompt_tokens=min(workload.prompt_tokens, longest)) for workload in PREFILLS)
-
-
-def _num_coordinator_parameters(architecture: Architecture) -> int:
-    return sum(map(prod, coordinator_tensors(architecture).values()))

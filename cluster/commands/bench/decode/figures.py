@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from cluster.checkpoint.architecture import Architecture, coordinator_tensors, expert_tensors
+from cluster.checkpoint.architecture import Architecture
+from cluster.planning.placement import WeightBytes
 
 FIRST_ID = 5  # the ids below are control tokens
 
@@ -83,12 +83,14 @@ class DecodeResult:
     kv_bytes: float  # the same, of keys and values
     bandwidth: float  # bytes a second
     rivals: tuple[Rival, ...] = ()
+    weights: str = "bfloat16"  # what they are stored as
 
     def to_json(self) -> dict[str, Any]:
         step_ms = _median_ms(self.runs)
         bytes_per_step = self.weight_bytes + self.kv_bytes
         floor_ms = 1e3 * bytes_per_step / self.bandwidth
         return {
+            "weights": self.weights,
             "batch": self.workload.num_sequences,
             "prompt_tokens": self.workload.prompt_tokens,
             "context": self.workload.context,
@@ -125,11 +127,13 @@ class PrefillResult:
     weight_bytes: int  # in the engine's process
     kv_bytes: int  # of these prompts
     rivals: tuple[Rival, ...] = ()
+    weights: str = "bfloat16"
 
     def to_json(self) -> dict[str, Any]:
         tokens = self.workload.num_sequences * self.workload.prompt_tokens
         ms = _median_prefill_ms(self.runs)
         return {
+            "weights": self.weights,
             "sequences": self.workload.num_sequences,
             "prompt_tokens": self.workload.prompt_tokens,
             "ms": round(ms, 2),
@@ -158,17 +162,18 @@ def kv_bytes_per_step(workload: Workload, bytes_of_token: int, sliding_window: i
     return workload.num_sequences * bytes_of_token * seen
 
 
-def weight_bytes_per_step(architecture: Architecture, dtype_bytes: int, num_rows: int, expert_reads: float) -> float:
+def weight_bytes_per_step(
+    architecture: Architecture, held: WeightBytes, dtype_bytes: int, num_rows: int, expert_reads: float
+) -> float:
     """Bytes of weights that a step of `num_rows` reads once: `expert_reads` is (expert, layer) pairs with a row.
 
     Of the embeddings only the rows that are looked up, unless they are the output head too.
     """
     a = architecture
-    attention = sum(math.prod(shape) for shape in coordinator_tensors(a).values())
+    coordinator = held.coordinator
     if not a.tie_word_embeddings:
-        attention -= (a.vocab_size - min(num_rows, a.vocab_size)) * a.hidden_size
-    expert = sum(math.prod(shape) for shape in expert_tensors(a, 0, 0).values())
-    return dtype_bytes * (attention + expert_reads * expert)
+        coordinator -= dtype_bytes * (a.vocab_size - min(num_rows, a.vocab_size)) * a.hidden_size
+    return coordinator + expert_reads * held.expert / a.num_layers
 
 
 def equal_share(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

@@ -54,6 +54,7 @@ def config_for(
     *,
     transport: str = "local",
     dtype: str = "auto",
+    quantization: str = "none",
 ) -> ModelConfig:
     """What `manta serve` would be configured with, and a cache for the largest workload."""
     longest = max(w.num_tokens for w in workloads)
@@ -66,6 +67,7 @@ def config_for(
         engine = EngineConfig.model_validate(
             {
                 "dtype": dtype,
+                "quantization": quantization,
                 "max_model_len": longest,
                 "block_size": BLOCK_SIZE,
                 "num_kv_blocks": blocks + 1,  # and one for the request that holds the others back
@@ -84,10 +86,12 @@ def config_for(
     return ModelConfig(name="bench", path=str(checkpoint.directory), engine=engine, experts=experts)
 
 
-def check_memory(architecture: Architecture, dtype: Dtype, device: torch.device, workloads: Iterable[Workload]) -> None:
-    """Raises DoesNotFit where weights and the KV cache of a workload are more than the device has free."""
+def check_memory(
+    architecture: Architecture, dtype: Dtype, device: torch.device, workloads: Iterable[Workload], engines: int = 1
+) -> None:
+    """Raises DoesNotFit where each engine's weights and KV cache of a workload are more than the device has free."""
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    room = free - num_parameters(architecture) * DTYPE_BYTES[dtype]
+    room = free // engines - num_parameters(architecture) * DTYPE_BYTES[dtype]
     bytes_of_token = kv_bytes_per_token(architecture, dtype)
     for workload in workloads:
         bytes_of_sequence = workload.num_tokens * bytes_of_token

@@ -11,9 +11,20 @@ Rows = list[dict[str, Any]]
 
 def draw_decode(rows: Rows, output: Output) -> None:
     """A line for each batch and length, and one below it for each rival."""
-    columns = ["batch", "tokens before", "ms/step", "tokens/s", "MB/step", "of it KV", "floor ms", "of the floor"]
+    columns = [
+        "weights",
+        "batch",
+        "tokens before",
+        "ms/step",
+        "tokens/s",
+        "MB/step",
+        "of it KV",
+        "floor ms",
+        "of the floor",
+    ]
     cells = [
         [
+            row["weights"],
             f"{row['batch']}",
             f"{row['context'] or row['prompt_tokens']}",
             f"{row['ms_per_step']:.2f}",
@@ -29,7 +40,7 @@ def draw_decode(rows: Rows, output: Output) -> None:
     _draw_rivals(
         "decode, the others",
         [
-            (f"{row['batch']} × {row['context'] or row['prompt_tokens']}", rival, f"{rival['ms_per_step']:.2f}")
+            (_workload(row, row["batch"], row["context"] or row["prompt_tokens"]), rival, f"{rival['ms_per_step']:.2f}")
             for row in rows
             for rival in row["rivals"]
         ],
@@ -39,9 +50,10 @@ def draw_decode(rows: Rows, output: Output) -> None:
 
 def draw_prefill(rows: Rows, output: Output) -> None:
     """A line for each set of prompts."""
-    columns = ["prompts", "ms", "tokens/s", "weights MB", "KV MB", "peak MB", "grown by MB"]
+    columns = ["weights", "prompts", "ms", "tokens/s", "weights MB", "KV MB", "peak MB", "grown by MB"]
     cells = [
         [
+            row["weights"],
             f"{row['sequences']} × {row['prompt_tokens']}",
             f"{row['ms']:.1f}",
             f"{row['tokens_per_s']:.0f}",
@@ -53,7 +65,7 @@ def draw_prefill(rows: Rows, output: Output) -> None:
     _draw_rivals(
         "prefill, the others",
         [
-            (f"{row['sequences']} × {row['prompt_tokens']}", rival, f"{rival['ms']:.1f}")
+            (_workload(row, row["sequences"], row["prompt_tokens"]), rival, f"{rival['ms']:.1f}")
             for row in rows
             for rival in row["rivals"]
         ],
@@ -82,6 +94,10 @@ def _draw_rivals(title: str, rows: list[tuple[str, dict[str, Any], str]], output
             ]
         )
     output.table(title, columns, cells)
+
+
+def _workload(row: dict[str, Any], sequences: int, tokens: int) -> str:
+    return f"{row['weights']}, {sequences} × {tokens}"
 
 
 def _megabytes(nbytes: int | None) -> str:
