@@ -23,6 +23,7 @@ from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.local_ray import start_local_ray
+from cluster.commands.private_files import UMASK
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,
@@ -135,7 +136,14 @@ def _compiling(config: MantaConfig, checkpoints: Sequence[Checkpoint], *, here: 
         yield
         return
     command = [sys.executable, "-P", "-m", "router_service.compile_kernels", *sorted(dtypes)]
-    compiler = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    compiler = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        umask=UMASK,  # ours is set when Ray starts
+    )
+    threading.Thread(target=compiler.wait, daemon=True).start()  # else it is a zombie for as long as we run
     try:
         yield
     finally:

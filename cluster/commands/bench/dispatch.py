@@ -31,6 +31,8 @@ from experts_service.carriers.auto import AutoTransport
 from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
+from experts_service.kernels.kernel import Kernel
+from experts_service.kernels.selection import Selection
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import ExpertShard, ShardSpec
 from experts_service.transport import Flight, GroupRows, Transport
@@ -64,7 +66,9 @@ class IdentityShard(ExpertShard):
 
     def _load(self) -> Any:
         torch.set_num_threads(1)
-        return _Identity(getattr(torch, self._spec.dtype), int(self._spec.directory))
+        dtype = getattr(torch, self._spec.dtype)
+        self._kernels = Selection(Kernel.TORCH, {}).told(dtype, torch.device("cpu"))  # nothing is multiplied
+        return _Identity(dtype, int(self._spec.directory))
 
 
 class _LocalIdentity:
