@@ -111,6 +111,8 @@ def _find_cache_directory() -> Path | None:
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """numba's decorator of what is written as LLVM's instructions; kernels call it without the first argument."""
+    if not AVAILABLE:
+        return function
     return cast("Callable[..., Any]", _untyped_intrinsic(function))
 
 
@@ -146,94 +148,103 @@ if AVAILABLE:
             with suppress(RuntimeError):  # it cannot make a directory of its own in there
                 compiled._cache = _Cache(function)
 
-    @intrinsic
-    def widen(_context: Any, _bits: Any) -> Any:
-        """Bits of a bf16, uint16 → the same number in float32. Exact."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            wide = builder.zext(arguments[0], ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
-
-        return types.float32(types.uint16), build
-
-    @intrinsic
-    def narrow(_context: Any, _value: Any) -> Any:
-        """A float32 → bits of the nearest bf16, uint16, ties to even as torch does it. NaN stays NaN."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            bits = builder.bitcast(arguments[0], ir.IntType(32))
-
-            def constant(value: int) -> Any:
-                return ir.Constant(bits.type, value)
-
-            lowest_kept = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-            rounded = builder.lshr(builder.add(bits, builder.add(lowest_kept, constant(0x7FFF))), constant(16))
-            is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-            return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), ir.IntType(16))
-
-        return types.uint16(types.float32), build
-
-    @intrinsic
-    def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
-        """a · b + c of float32, rounded once."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.fma(*arguments)
-
-        return types.float32(types.float32, types.float32, types.float32), build
-
-    @intrinsic
-    def bits(_context: Any, _value: Any) -> Any:
-        """Bits of a float32, int32."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], ir.IntType(32))
-
-        return types.int32(types.float32), build
-
-    @intrinsic
-    def from_bits(_context: Any, _bits: Any) -> Any:
-        """The float32 with these bits, int32."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], ir.FloatType())
-
-        return types.float32(types.int32), build
-
-    @intrinsic
-    def pointer(_context: Any, _address: Any) -> Any:
-        """An address, int64, as what `numba.carray` takes."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-        return types.voidptr(types.int64), build
-
-    @intrinsic
-    def take(_context: Any, _counter: Any) -> Any:
-        """What an int64 counts, and one more for the next thread that asks."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-        return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]
-
-    @intrinsic
-    def take_several(_context: Any, _counter: Any, _number: Any) -> Any:
-        """What an int64 counts, and so many more for the next thread that asks, who sees what was written before."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.atomic_rmw("add", arguments[0], arguments[1], "acq_rel")
-
-        return types.int64(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
-
-    @intrinsic
-    def counter(_context: Any, _task: Any, _index: Any) -> Any:
-        """One of a task's numbers, to be counted up."""
-
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.gep(arguments[0], [arguments[1]])
-
-        return types.CPointer(types.int64)(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
-
     sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def widen(_context: Any, _bits: Any) -> Any:
+    """Bits of a bf16, uint16 → the same number in float32. Exact."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
+
+    return types.float32(types.uint16), build
+
+
+@intrinsic
+def narrow(_context: Any, _value: Any) -> Any:
+    """A float32 → bits of the nearest bf16, uint16, ties to even as torch does it. NaN stays NaN."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], ir.IntType(32))
+
+        def constant(value: int) -> Any:
+            return ir.Constant(bits.type, value)
+
+        lowest_kept = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(lowest_kept, constant(0x7FFF))), constant(16))
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), ir.IntType(16))
+
+    return types.uint16(types.float32), build
+
+
+@intrinsic
+def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
+    """a · b + c of float32, rounded once."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+@intrinsic
+def bits(_context: Any, _value: Any) -> Any:
+    """Bits of a float32, int32."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def from_bits(_context: Any, _bits: Any) -> Any:
+    """The float32 with these bits, int32."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
+def pointer(_context: Any, _address: Any) -> Any:
+    """An address, int64, as what `numba.carray` takes."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), build
+
+
+@intrinsic
+def take(_context: Any, _counter: Any) -> Any:
+    """What an int64 counts, and one more for the next thread that asks."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def take_several(_context: Any, _counter: Any, _number: Any) -> Any:
+    """What an int64 counts, and so many more for the next thread that asks, who sees what was written before."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], arguments[1], "acq_rel")
+
+    return types.int64(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def counter(_context: Any, _task: Any, _index: Any) -> Any:
+    """One of a task's numbers, to be counted up."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return types.CPointer(types.int64)(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]

@@ -52,100 +52,108 @@ if AVAILABLE:
     _BFloats = ir.VectorType(BFloat(), PAIR * _LANES)
     _VECTORS = WIDTH // _LANES
 
-    @intrinsic
-    def multiply_rows(
-        _context: Any, _arithmetic: Any, _height: Any, _panel: Any, _rows: Any, _row_pairs: Any, _pairs: Any, _sums: Any
-    ) -> Any:
-        """`sums` [height, 32] = `rows` [height, `row_pairs` · 2] times `panel` [`pairs`, 32, 2].
 
-        All are addresses, int64; `row_pairs` ≥ `pairs` ≥ 1 is how far rows are apart. `height` is one of HEIGHTS.
-        """
+@intrinsic
+def multiply_rows(
+    _context: Any, _arithmetic: Any, _height: Any, _panel: Any, _rows: Any, _row_pairs: Any, _pairs: Any, _sums: Any
+) -> Any:
+    """`sums` [height, 32] = `rows` [height, `row_pairs` · 2] times `panel` [`pairs`, 32, 2].
 
-        def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> None:
-            arithmetic, height, panel, rows, row_pairs, pairs, sums = arguments
-            done = builder.append_basic_block("done")
-            for of_dot in (False, True) if HAS_DOT else (False,):
-                wanted = builder.append_basic_block("arithmetic")
-                other = builder.append_basic_block("other_arithmetic")
-                builder.cbranch(builder.icmp_signed("==", arithmetic, _int(int(of_dot))), wanted, other)
-                builder.position_at_end(wanted)
-                for number in HEIGHTS:
-                    fits, next_height = (builder.append_basic_block(name) for name in ("height", "next_height"))
-                    builder.cbranch(builder.icmp_signed("==", height, _int(number)), fits, next_height)
-                    builder.position_at_end(fits)
-                    _loop(builder, of_dot, number, panel, rows, row_pairs, pairs, sums)
-                    builder.branch(done)
-                    builder.position_at_end(next_height)
+    All are addresses, int64; `row_pairs` ≥ `pairs` ≥ 1 is how far rows are apart. `height` is one of HEIGHTS.
+    """
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        arithmetic, height, panel, rows, row_pairs, pairs, sums = arguments
+        done = builder.append_basic_block("done")
+        for of_dot in (False, True) if HAS_DOT else (False,):
+            wanted = builder.append_basic_block("arithmetic")
+            other = builder.append_basic_block("other_arithmetic")
+            builder.cbranch(builder.icmp_signed("==", arithmetic, _int(int(of_dot))), wanted, other)
+            builder.position_at_end(wanted)
+            for number in HEIGHTS:
+                fits, next_height = (builder.append_basic_block(name) for name in ("height", "next_height"))
+                builder.cbranch(builder.icmp_signed("==", height, _int(number)), fits, next_height)
+                builder.position_at_end(fits)
+                _loop(builder, of_dot, number, panel, rows, row_pairs, pairs, sums)
                 builder.branch(done)
-                builder.position_at_end(other)
+                builder.position_at_end(next_height)
             builder.branch(done)
-            builder.position_at_end(done)
+            builder.position_at_end(other)
+        builder.branch(done)
+        builder.position_at_end(done)
 
-        return types.void(*[types.int64] * 7), build
+    return types.void(*[types.int64] * 7), build
 
-    def _loop(
-        builder: Any, of_dot: bool, height: int, panel: Any, rows: Any, row_pairs: Any, pairs: Any, sums: Any
-    ) -> None:
-        """One loop over k for so many rows: two vectors of weights are loaded, each row's pair meets both."""
-        before = builder.block
-        body, after = builder.append_basic_block("k"), builder.append_basic_block("sums")
-        weights_at = builder.inttoptr(panel, _Pairs.as_pointer())
-        row_at = [
-            builder.gep(builder.inttoptr(rows, _i32.as_pointer()), [builder.mul(row_pairs, _int(row))])
-            for row in range(height)
-        ]
-        builder.branch(body)
 
-        builder.position_at_end(body)
-        pair = builder.phi(_i64)
-        pair.add_incoming(_int(0), before)
-        totals = [[builder.phi(_Floats) for _ in range(_VECTORS)] for _ in range(height)]
-        first = builder.mul(pair, _int(_VECTORS))
-        weights = [
-            builder.load(builder.gep(weights_at, [builder.add(first, _int(vector))]), align=64)
-            for vector in range(_VECTORS)
-        ]
-        step = add_dot if of_dot else _add_fma
-        for row in range(height):
-            both = splat_bits(builder, builder.load(builder.gep(row_at[row], [pair]), align=4))
-            for vector in range(_VECTORS):
-                total = totals[row][vector]
-                total.add_incoming(ir.Constant(_Floats, [0.0] * _LANES), before)
-                total.add_incoming(step(builder, weights[vector], both, total), body)
-        following = builder.add(pair, _int(1))
-        pair.add_incoming(following, body)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), body, after)
+def _loop(
+    builder: Any, of_dot: bool, height: int, panel: Any, rows: Any, row_pairs: Any, pairs: Any, sums: Any
+) -> None:
+    """One loop over k for so many rows: two vectors of weights are loaded, each row's pair meets both."""
+    before = builder.block
+    body, after = builder.append_basic_block("k"), builder.append_basic_block("sums")
+    weights_at = builder.inttoptr(panel, _Pairs.as_pointer())
+    row_at = [
+        builder.gep(builder.inttoptr(rows, _i32.as_pointer()), [builder.mul(row_pairs, _int(row))])
+        for row in range(height)
+    ]
+    builder.branch(body)
 
-        builder.position_at_end(after)
-        sums_at = builder.inttoptr(sums, _Floats.as_pointer())
-        for index, total in enumerate(total for of_row in totals for total in of_row):
-            builder.store(total.incomings[1][0], builder.gep(sums_at, [_int(index)]), align=4)
+    builder.position_at_end(body)
+    pair = builder.phi(_i64)
+    pair.add_incoming(_int(0), before)
+    totals = [[builder.phi(_Floats) for _ in range(_VECTORS)] for _ in range(height)]
+    first = builder.mul(pair, _int(_VECTORS))
+    weights = [
+        builder.load(builder.gep(weights_at, [builder.add(first, _int(vector))]), align=64)
+        for vector in range(_VECTORS)
+    ]
+    step = add_dot if of_dot else _add_fma
+    for row in range(height):
+        both = splat_bits(builder, builder.load(builder.gep(row_at[row], [pair]), align=4))
+        for vector in range(_VECTORS):
+            total = totals[row][vector]
+            total.add_incoming(ir.Constant(_Floats, [0.0] * _LANES), before)
+            total.add_incoming(step(builder, weights[vector], both, total), body)
+    following = builder.add(pair, _int(1))
+    pair.add_incoming(following, body)
+    builder.cbranch(builder.icmp_signed("<", following, pairs), body, after)
 
-    def _add_fma(builder: Any, weights: Any, row: Any, total: Any) -> Any:
-        """total + both products of each pair, the lower k first."""
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_Floats, [_Floats] * 3), "llvm.fma.v16f32")
-        for half in (_lower, _upper):
-            total = builder.call(fma, [half(builder, weights), half(builder, row), total])
-        return total
+    builder.position_at_end(after)
+    sums_at = builder.inttoptr(sums, _Floats.as_pointer())
+    for index, total in enumerate(total for of_row in totals for total in of_row):
+        builder.store(total.incomings[1][0], builder.gep(sums_at, [_int(index)]), align=4)
 
-    def add_dot(builder: Any, weights: Any, row: Any, total: Any) -> Any:
-        """total + both products of each pair, by the CPU's own instruction."""
-        dot = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_Floats, [_Floats, _BFloats, _BFloats]), "llvm.x86.avx512bf16.dpbf16ps.512"
-        )
-        return builder.call(dot, [total, builder.bitcast(weights, _BFloats), builder.bitcast(row, _BFloats)])
 
-    def _lower(builder: Any, pairs: Any) -> Any:
-        """The first bf16 of each pair, widened."""
-        return builder.bitcast(builder.shl(pairs, ir.Constant(_Bits, [16] * _LANES)), _Floats)
+def _add_fma(builder: Any, weights: Any, row: Any, total: Any) -> Any:
+    """total + both products of each pair, the lower k first."""
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_Floats, [_Floats] * 3), "llvm.fma.v16f32")
+    for half in (_lower, _upper):
+        total = builder.call(fma, [half(builder, weights), half(builder, row), total])
+    return total
 
-    def _upper(builder: Any, pairs: Any) -> Any:
-        return builder.bitcast(builder.and_(pairs, ir.Constant(_Bits, [-(2**16)] * _LANES)), _Floats)
 
-    def splat_bits(builder: Any, value: Any) -> Any:
-        """The same value in all lanes."""
-        first = builder.insert_element(ir.Constant(_Bits, ir.Undefined), value, ir.Constant(_i32, 0))
-        return builder.shuffle_vector(first, first, ir.Constant(_Bits, [0] * _LANES))
+def add_dot(builder: Any, weights: Any, row: Any, total: Any) -> Any:
+    """total + both products of each pair, by the CPU's own instruction."""
+    dot = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_Floats, [_Floats, _BFloats, _BFloats]), "llvm.x86.avx512bf16.dpbf16ps.512"
+    )
+    return builder.call(dot, [total, builder.bitcast(weights, _BFloats), builder.bitcast(row, _BFloats)])
 
-    def _int(value: int) -> Any:
-        return ir.Constant(_i64, value)
+
+def _lower(builder: Any, pairs: Any) -> Any:
+    """The first bf16 of each pair, widened."""
+    return builder.bitcast(builder.shl(pairs, ir.Constant(_Bits, [16] * _LANES)), _Floats)
+
+
+def _upper(builder: Any, pairs: Any) -> Any:
+    return builder.bitcast(builder.and_(pairs, ir.Constant(_Bits, [-(2**16)] * _LANES)), _Floats)
+
+
+def splat_bits(builder: Any, value: Any) -> Any:
+    """The same value in all lanes."""
+    first = builder.insert_element(ir.Constant(_Bits, ir.Undefined), value, ir.Constant(_i32, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(_Bits, [0] * _LANES))
+
+
+def _int(value: int) -> Any:
+    return ir.Constant(_i64, value)

@@ -107,6 +107,25 @@ def test_a_numba_that_is_told_to_compile_nothing_is_as_good_as_none(tmp_path: Pa
     assert cache_directory(NUMBA_DISABLE_JIT="1", HOME=str(tmp_path)) == "False None"
 
 
+@pytest.mark.parametrize("how", ["numba cannot be imported", "it is told to compile nothing"])
+def test_what_serves_can_be_imported_without_compiled_code(tmp_path: Path, how: str) -> None:
+    """No process of a model came up: modules asked for operations that only a compiler has."""
+    environment = {"NUMBA_DISABLE_JIT": "1"}
+    if how == "numba cannot be imported":
+        (tmp_path / "numba.py").write_text("raise ImportError('hidden')\n")
+        environment = {}
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import router_service.coordinator, router_service.assembly, experts_service.shard.shard",
+        ],
+        env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path]), "HOME": str(tmp_path), **environment},
+        check=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize("broken", ["open", "flock"])
 def test_where_nothing_can_be_locked_all_compile(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home on a disk of the network refused to lock, and that ended every start."""
