@@ -162,15 +162,6 @@ def load_kernels() -> None:
 
 
 @kernel
-def _height(rows: int) -> int:
-    """The most of HEIGHTS that so many rows fill."""
-    height = _HIGHEST
-    while height > rows:
-        height //= 2
-    return height
-
-
-@kernel
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32: infinity above 88, next to nothing below -88. NaN stays NaN."""
     t = x
@@ -195,17 +186,41 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def height_of(rows: int, highest: int) -> int:
+    """How many of the rows are multiplied at once: a power of two, at most `highest`."""
+    height = highest
+    while height > rows:
+        height //= 2
+    return height
+
+
+@kernel
+def write_sums(sums, height, width, y, row, first):  # type: ignore[no-untyped-def]
+    """The first rows and columns of `sums` [H, 32], rounded, into `y` [R, out] from a row and a column on."""
+    for r in range(height):
+        for o in range(width):
+            y[row + r, first + o] = narrow(sums[r, o])
+
+
+@kernel
+def write_gated(gates, ups, height, width, y, row, first):  # type: ignore[no-untyped-def]
+    """The same of silu(gates) · ups; both, silu and the product are rounded to bf16, as in the reference."""
+    for r in range(height):
+        for o in range(width):
+            gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
+            y[row + r, first + o] = narrow(widen(narrow(silu(gate))) * up)  # type: ignore[no-untyped-call]
+
+
+@kernel
 def _multiply_panel(arithmetic, panel, weights_at, pairs, x_at, row, end, y, width, sums):  # type: ignore[no-untyped-def]
     """Rows row … end - 1 with one panel, as many at once as fit the registers, into columns of `y`, `width` in all."""
     first = panel * WIDTH
     width = min(WIDTH, width - first)
     while row < end:
-        height = _height(end - row)
+        height = height_of(end - row, _HIGHEST)
         rows_at = x_at + row * pairs * (PAIR * 2)
         multiply_rows(arithmetic, height, weights_at, rows_at, pairs, pairs, sums.ctypes.data)
-        for r in range(height):
-            for o in range(width):
-                y[row + r, first + o] = narrow(sums[r, o])
+        write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
@@ -218,14 +233,11 @@ def _gate_up_panel(  # type: ignore[no-untyped-def]
     width = min(WIDTH, width - first)
     up_at = gate_at + pairs * _PANEL_STEP_BYTES
     while row < end:
-        height = _height(end - row)
+        height = height_of(end - row, _HIGHEST)
         rows_at = x_at + row * pairs * (PAIR * 2)
         multiply_rows(arithmetic, height, gate_at, rows_at, pairs, pairs, gates.ctypes.data)
         multiply_rows(arithmetic, height, up_at, rows_at, pairs, pairs, ups.ctypes.data)
-        for r in range(height):
-            for o in range(width):
-                gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
-                y[row + r, first + o] = narrow(widen(narrow(silu(gate))) * up)  # type: ignore[no-untyped-call]
+        write_gated(gates, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 

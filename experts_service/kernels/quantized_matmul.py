@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts_service.kernels import quantized_rows
-from experts_service.kernels.jit import AVAILABLE, kernel, narrow, pointer, widen
-from experts_service.kernels.matmul import RUN_BYTES, silu
+from experts_service.kernels.jit import AVAILABLE, kernel, pointer
+from experts_service.kernels.matmul import RUN_BYTES, height_of, write_gated, write_sums
 from experts_service.kernels.quantized_rows import quantize_rows
 from experts_service.kernels.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
 from experts_service.kernels.routine import Routine, num_threads, take_run
@@ -112,7 +112,7 @@ def pack_alike(weights: Sequence[Weight], *, gate_up: bool = False) -> list[Quan
 
 def multiply(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
     """Write `y` [R, out]: the first counts[0] rows of `x` [R, in] times the first matrix, and so on."""
-    _run(_multiply, x, matrices, counts, y)
+    _run(x, matrices, counts, y, gated=False)
 
 
 def gate_up(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
@@ -120,7 +120,7 @@ def gate_up(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int
 
     Both products, silu and what is multiplied are rounded to bf16, as in the reference.
     """
-    _run(_gate_up, x, matrices, counts, y)
+    _run(x, matrices, counts, y, gated=True)
 
 
 def run_quantized(
@@ -135,8 +135,7 @@ def run_quantized(
 def load_kernels() -> None:
     """Compile them now, or read what was compiled: else the first step does."""
     quantized_rows.load_kernels()
-    _multiply.load()
-    _gate_up.load()
+    _products.load()
 
 
 def _blocks(weight: QuantizedWeight) -> tuple[int, int]:
@@ -180,7 +179,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return mapped(tensor.numel() * tensor.itemsize).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _run(routine: Routine, x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
+def _run(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor, *, gated: bool) -> None:
     jobs: list[int] = []
     row, nbytes, multiplications = 0, 0, 0
     of_jobs = []
@@ -206,7 +205,7 @@ def _run(routine: Routine, x: Tensor, matrices: Sequence[QuantizedPanels], count
     table = (ctypes.c_int64 * len(jobs))(*jobs)
     threads = num_threads(nbytes, multiplications)
     num_panels = -(-matrix.out_features // WIDTH)
-    routine.run(
+    _products.run(
         threads,
         ctypes.addressof(table),
         len(jobs) // _JOB,
@@ -218,6 +217,7 @@ def _run(routine: Routine, x: Tensor, matrices: Sequence[QuantizedPanels], count
         matrix.out_features,
         RUN_BYTES // (matrix.codes.nbytes // num_panels),
         threads,
+        gated,
     )
 
 
@@ -232,15 +232,6 @@ def _ordered(x: Tensor, jobs: Sequence[tuple[QuantizedPanels, int]]) -> Tensor:
             for part, (matrix, _) in zip(parts, jobs, strict=True)
         ]
     )
-
-
-@kernel
-def _height(rows: int) -> int:
-    """The most of HEIGHTS that so many rows fill."""
-    height = _HIGHEST
-    while height > rows:
-        height //= 2
-    return height
 
 
 @kernel
@@ -273,12 +264,10 @@ def _multiply_panel(job, panel, block, blocks, rows_at, y, sums):  # type: ignor
     first = panel * WIDTH
     width = min(WIDTH, y.shape[1] - first)
     while row < end:
-        height = _height(end - row)
+        height = height_of(end - row, _HIGHEST)
         at = rows_at + row * blocks * (block // 2 + 2) * 4
         _multiply_rows(job, panel, height, block, blocks, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
-        for r in range(height):
-            for o in range(width):
-                y[row + r, first + o] = narrow(sums[r, o])
+        write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
@@ -289,43 +278,22 @@ def _gate_up_panel(job, panel, block, blocks, rows_at, y, gates, ups):  # type: 
     first = panel * WIDTH
     width = min(WIDTH, y.shape[1] - first)
     while row < end:
-        height = _height(end - row)
+        height = height_of(end - row, _HIGHEST)
         at = rows_at + row * blocks * (block // 2 + 2) * 4
         _multiply_rows(job, 2 * panel, height, block, blocks, at, gates.ctypes.data)  # type: ignore[no-untyped-call]
         _multiply_rows(job, 2 * panel + 1, height, block, blocks, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
-        for r in range(height):
-            for o in range(width):
-                gate, up = widen(narrow(gates[r, o])), widen(narrow(ups[r, o]))
-                y[row + r, first + o] = narrow(widen(narrow(silu(gate))) * up)  # type: ignore[no-untyped-call]
+        write_gated(gates, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
 @Routine
-def _multiply(task):  # type: ignore[no-untyped-def]
-    """Panel by panel."""
+def _products(task):  # type: ignore[no-untyped-def]
+    """Panel by panel; where rows are gated, of w1 and w3 together."""
     jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
-    y_at, num_rows, width, most, threads = task[6], task[7], task[8], task[9], task[10]
+    y_at, num_rows, width, most, threads, gated = task[6], task[7], task[8], task[9], task[10], task[11]
     jobs = carray(pointer(jobs_at), (num_jobs, _JOB), np.int64)
     y = carray(pointer(y_at), (num_rows, width), np.uint16)
     sums = np.empty((_HIGHEST, WIDTH), np.float32)
-    panels = (width + WIDTH - 1) // WIDTH
-    while True:
-        item, end = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
-        if item >= end:
-            return
-        while item < end:
-            _multiply_panel(jobs[item // panels], item % panels, block, blocks, rows_at, y, sums)  # type: ignore[no-untyped-call]
-            item += 1
-
-
-@Routine
-def _gate_up(task):  # type: ignore[no-untyped-def]
-    """The same for panels of w1 and w3."""
-    jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
-    y_at, num_rows, width, most, threads = task[6], task[7], task[8], task[9], task[10]
-    jobs = carray(pointer(jobs_at), (num_jobs, _JOB), np.int64)
-    y = carray(pointer(y_at), (num_rows, width), np.uint16)
-    gates = np.empty((_HIGHEST, WIDTH), np.float32)
     ups = np.empty((_HIGHEST, WIDTH), np.float32)
     panels = (width + WIDTH - 1) // WIDTH
     while True:
@@ -333,5 +301,9 @@ def _gate_up(task):  # type: ignore[no-untyped-def]
         if item >= end:
             return
         while item < end:
-            _gate_up_panel(jobs[item // panels], item % panels, block, blocks, rows_at, y, gates, ups)  # type: ignore[no-untyped-call]
+            job, panel = jobs[item // panels], item % panels
+            if gated:
+                _gate_up_panel(job, panel, block, blocks, rows_at, y, sums, ups)  # type: ignore[no-untyped-call]
+            else:
+                _multiply_panel(job, panel, block, blocks, rows_at, y, sums)  # type: ignore[no-untyped-call]
             item += 1
