@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.errors import CheckpointError
 
 Layout = Literal["huggingface", "fused", "mistral", "mistral_early"]
 CausalLM = MixtralForCausalLM | MistralForCausalLM
@@ -222,3 +227,12 @@ def _stack_experts(tensors: dict[str, torch.Tensor], num_layers: int, num_expert
             parts = [tensors.pop(f"{old}.experts.{expert}.{matrix}.weight") for expert in range(num_experts)]
             tensors[f"{new}.{matrix}"] = torch.cat([part.t() if matrix == "w2" else part for part in parts])
     return tensors
+
+
+def refusal(directory: Path) -> str:
+    """What is said of a checkpoint that cannot be opened: a sentence, also after a journey between processes."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(directory)
+    assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
+    assert caught.value.message.endswith(".")
+    return caught.value.message

@@ -35,6 +35,7 @@ if AVAILABLE:
 
 _HIGHEST = HEIGHTS[-1]
 _CODES, _SCALES, _WIDE_SCALES, _ZEROS, _BITS, _BLOCKS_OF_GROUP, _FIRST_ROW, _NUM_ROWS, _JOB = range(9)  # of a job
+_MOST_PADDED = 2  # times the inputs: groups of very different sizes are not filled up to the largest
 _DIGITS = 2  # of each number of a row: it is multiplied twice
 
 
@@ -92,13 +93,14 @@ class QuantizedPanels:
 
 
 def is_multiplied_here(weight: Weight) -> TypeGuard[QuantizedWeight]:
-    """Whether kernels here take it as it is: integers, for rows of bf16, on a CPU."""
+    """Whether kernels here take it as it is: integers, for rows of bf16, on a CPU, in groups of about one size."""
     return (
         AVAILABLE
         and isinstance(weight, QuantizedWeight)
         and weight.codes.dtype is torch.int8
         and weight.dtype is torch.bfloat16
         and weight.device.type == "cpu"
+        and _padded_inputs(weight) <= max(_MOST_PADDED * weight.shape[1], STEP)
     )
 
 
@@ -140,9 +142,15 @@ def load_kernels() -> None:
 
 def _blocks(weight: QuantizedWeight) -> tuple[int, int]:
     """k of a block, blocks of a row: what rows are like that it is multiplied with."""
-    columns, group = _columns(weight)
+    _, group = _columns(weight)
     block = math.gcd(group, MAX_BLOCK)
-    return block, -(-(weight.shape[1] if columns is None else len(columns)) // block)
+    return block, -(-_padded_inputs(weight) // block)
+
+
+def _padded_inputs(weight: QuantizedWeight) -> int:
+    """k of a row once all groups are as large as the largest."""
+    columns, _ = _columns(weight)
+    return weight.shape[1] if columns is None else len(columns)
 
 
 def _columns(weight: QuantizedWeight) -> tuple[Tensor | None, int]:

@@ -19,7 +19,7 @@ from cluster.checkpoint.generation_config import GenerationConfig
 from cluster.checkpoint.safetensors_header import read_header as checked_header
 from cluster.errors import CheckpointError
 from cluster.messages import SamplingDefaults
-from tests.checkpoints import Layout, read_header, rewrite_header, write_checkpoint
+from tests.checkpoints import Layout, read_header, refusal, rewrite_header, write_checkpoint
 from tests.programs import said_by
 
 LAYOUTS: tuple[Layout, ...] = ("huggingface", "fused", "mistral", "mistral_early")
@@ -42,14 +42,6 @@ def copy(originals: Path, tmp_path: Path):
         return Path(shutil.copytree(originals / name, tmp_path / name))
 
     return copied
-
-
-def refusal(directory: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(directory)
-    assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
-    assert caught.value.message.endswith(".")
-    return caught.value.message
 
 
 def rewrite_json(file: Path, **changes: Any) -> None:

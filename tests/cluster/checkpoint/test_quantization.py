@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cluster.checkpoint.quantization.scheme import Awq, Gptq, Packed, Values
 from cluster.errors import CheckpointError, ConfigError
 from experts_service.quantization.weight import dense
 from experts_service.weights import read_tensors
-from tests.checkpoints import hub_state_dict
+from tests.checkpoints import hub_state_dict, refusal
 from tests.programs import said_by
 from tests.quantized_checkpoints import (
     Format,
@@ -46,14 +45,6 @@ def packed(**weights: Any) -> dict[str, Any]:
     """A quantization_config of compressed-tensors."""
     group = {"targets": ["Linear"], "weights": INT4 | weights}
     return compressed_tensors("pack-quantized", INT4).config | {"config_groups": {"group_0": group}}
-
-
-def refusal(directory: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(directory)
-    assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
-    assert caught.value.message.endswith(".")
-    return caught.value.message
 
 
 def change_config(directory: Path, **changes: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,6 +244,16 @@ def test_only_integers_for_rows_of_bf16_are_multiplied_as_they_are() -> None:
     assert not is_multiplied_here(fp8)
     assert torch.equal(Linear(fp8)(randn(3, 8)), Linear(dense(fp8))(randn(3, 8)))
     assert is_multiplied_here(weight_of(4, 8, 8))
+
+
+def test_a_file_whose_inputs_are_nearly_all_in_one_group_takes_no_memory_for_the_empty_ones() -> None:
+    """Each group was filled up to the largest: 64 groups of such a file took 64 times the matrix."""
+    weight = weight_of(32, 512, 4, 8)
+    groups = torch.zeros(512, dtype=torch.int32)
+    groups[:64] = torch.arange(64)
+    uneven = replace(weight, input_groups=groups)
+    assert not is_multiplied_here(uneven)
+    assert torch.equal(Linear(uneven)(randn(3, 512)), Linear(dense(uneven))(randn(3, 512)))
 
 
 @pytest.mark.parametrize(("bits", "scales_of", "bytes_of_32"), [(8, BF16, 34), (4, BF16, 18), (4, torch.float32, 20)])
