@@ -163,6 +163,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         gpus_per_coordinator=gpus_per_coordinator,
         local=config.experts.transport == "local",
         places=_places(config.experts, groups, checkpoint, dtype),
+        name=config.name if config.version is None else f"{config.name}-{config.version}",
     )
     return ModelPlan(
         config=config.model_copy(update={"engine": engine}),

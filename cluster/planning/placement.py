@@ -71,7 +71,7 @@ class Room:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.memory = [node.memory_bytes for node in nodes]
         self.gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] of each
-        self.num_models = 0  # that have found theirs
+        self.models: list[str] = []  # that have found theirs
 
     @property
     def gpu_bytes(self) -> list[float]:
@@ -156,13 +156,14 @@ def check_fit(
     gpus_per_coordinator: float = 0.0,
     local: bool = False,
     places: Mapping[int, ShardPlace] | None = None,
+    name: str | None = None,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
     coordinator holds all experts itself. `weights`: None where none is quantised. `places`: by position, of groups
-    that are not where the coordinators are.
+    that are not where the coordinators are. `name`: the model's, for the message, where it may be one of several.
     """
     weights = weights or WeightBytes.of(architecture, dtype)
     shards, beside_coordinators = [], ShardPlace(gpus_per_shard, weights.expert)
@@ -174,24 +175,26 @@ def check_fit(
         attention += architecture.num_experts * weights.expert
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
     memory, gpus = sum(room.memory), room.gpu_bytes
-    for name, held, share in sorted(processes, key=lambda process: -process[1]):
+    for process, held, share in sorted(processes, key=lambda process: -process[1]):
         host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
         if not room.place(share, held, host):
             needs = gib(sum(size for _, size, _ in processes))
-            beside = " beside the models before it" if room.num_models else ""
+            model = "the model" if name is None else repr(name)
+            beside = f" beside {' and '.join(map(repr, room.models))}" if room.models else ""
+            of = f" of {model}" if room.models else ""
             if share:
                 wanted = sum(asked for *_, asked in processes)
                 raise DoesNotFit(
-                    f"{name} needs {share:g} GPU with {gib(held)} free, and no node has one left: the model "
-                    f"needs {needs} on {wanted:g} GPUs in all, and the cluster has {gib(sum(gpus))} on "
-                    f"{len(gpus)} GPUs{beside}"
+                    f"{process}{of} needs {share:g} GPU with {gib(held)} free, and no node has one left: {model} "
+                    f"needs {needs} on {wanted:g} GPUs in all, and{beside} the cluster has {gib(sum(gpus))} on "
+                    f"{len(gpus)} GPUs"
                 )
             most = gib(max(room.memory, default=0))
             raise DoesNotFit(
-                f"{name} needs {gib(host)} of memory, and the most that a node has left is {most}: the model needs "
-                f"{needs} in all, and the cluster has {gib(memory)} free{beside}"
+                f"{process}{of} needs {gib(host)} of memory, and the most that a node has left is {most}: {model} "
+                f"needs {needs} in all, and{beside} the cluster has {gib(memory)} free"
             )
-    room.num_models += 1
+    room.models.append(name or "a model")
 
 
 def device_shares(

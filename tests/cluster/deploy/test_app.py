@@ -106,15 +106,28 @@ def test_a_model_that_is_too_large_is_refused_with_both_numbers():
         plan(machine(memory=GIB // 2))
 
 
-@pytest.mark.parametrize("machines", [[machine(memory=2 * GIB)], [machine(gpus=1), machine()]])
-def test_models_that_fit_one_by_one_must_fit_together(machines):
+@pytest.mark.parametrize(
+    ("machines", "room"),
+    [([machine(memory=2 * GIB)], "GiB free"), ([machine(gpus=1), machine()], "GiB on 0 GPUs")],
+    ids=["memory", "gpus"],
+)
+def test_models_that_fit_one_by_one_must_fit_together(machines, room):
     """Each was looked at alone, and the second one's processes then waited for a place for ever."""
     configs = [ModelConfig(name=name, path=str(DIRECTORY)) for name in ("first", "second")]
     checkpoints = [open_checkpoint(DIRECTORY)] * 2
     cluster = describe_cluster(machines)
-    plan_models(configs[:1], checkpoints[:1], cluster)
-    with pytest.raises(DoesNotFit, match="beside the models before it"):
+    for config in configs:
+        plan_models([config], checkpoints[:1], cluster)
+    said = rf"of 'second' needs .*: 'second' needs .* in all, and beside 'first' the cluster has .* {room}$"
+    with pytest.raises(DoesNotFit, match=said):
         plan_models(configs, checkpoints, cluster)
+
+
+def test_versions_of_one_model_that_do_not_fit_together_are_told_apart():
+    configs = [ModelConfig(name="m", version=version, path=str(DIRECTORY)) for version in ("1", "2", "3")]
+    cluster = describe_cluster([machine(memory=int(3.5 * GIB))])
+    with pytest.raises(DoesNotFit, match=r"'m-3' needs .* beside 'm-1' and 'm-2' the cluster has"):
+        plan_models(configs, [open_checkpoint(DIRECTORY)] * 3, cluster)
 
 
 def test_dead_nodes_do_not_count():
