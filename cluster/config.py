@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.checkpoint.quantization.rounding import Rounding
+from cluster.checkpoint.quantization.rounding import Parts, Rounding
 from cluster.errors import ConfigError
 from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
+Quantization = Literal["none", "int8", "int4"]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]  # other processes read it
 
 
@@ -76,7 +77,7 @@ class EngineConfig(_Frozen):
     `off`: by whatever is fastest. `auto`: on, unless it costs more than 10 %. A model on machines with different CPUs
     needs `on` and `kernels: fma`.
     """
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Quantization = "none"
     """What matrices of a plain checkpoint are rounded to while they are read, to the nearest. Gate, norms, embeddings
     and the output head stay as they are. A checkpoint that is quantised already needs `none`.
     """
@@ -97,15 +98,19 @@ class EngineConfig(_Frozen):
     @property
     def rounding(self) -> Rounding | None:
         """What is done to matrices while they are read."""
-        if self.quantization == "none":
-            return None
-        return Rounding(8 if self.quantization == "int8" else 4, self.quantization_group_size, self.quantized_parts)
+        return _rounding(self.quantization, self.quantization_group_size, self.quantized_parts)
 
     @model_validator(mode="after")
     def _a_library_is_not_batch_invariant(self) -> Self:
         if self.batch_invariant == "on" and self.kernels in ("onednn", "torch"):
             raise ValueError(f"batch_invariant: on needs kernels of our own, dot or fma, and not {self.kernels}")
         return self
+
+
+def _rounding(quantization: Quantization, group_size: int, parts: Parts) -> Rounding | None:
+    if quantization == "none":
+        return None
+    return Rounding(8 if quantization == "int8" else 4, group_size, parts)
 
 
 class ReplicaBounds(_Frozen):
@@ -155,11 +160,20 @@ class GatewayScalingConfig(ReplicaBounds):
     """Requests that one gateway answers. Above it more gateways."""
 
 
+class TierScalingConfig(ScalingConfig):
+    """How many replicas a group has on one tier, and what their load has to be for more or fewer."""
+
+    min_replicas: int = Field(1, ge=0)
+    """At least so many. 0, where the group has replicas on another tier: none at first."""
+
+
 class TierConfig(_Frozen):
-    """Hardware that some of the expert groups are on."""
+    """Hardware that some of the expert groups are on, and what their numbers are there."""
 
     groups: tuple[int, ...] | None = None
-    """These, by their position in `experts.groups`. None: those that no other tier names."""
+    """These, by their position in `experts.groups`. None: those that no other tier names. A group that several tiers
+    name has replicas on each of them.
+    """
     device: Literal["cpu", "cuda"] = "cpu"
     """What their shards compute on."""
     gpus_per_shard: float | None = Field(None, ge=0)
@@ -168,6 +182,12 @@ class TierConfig(_Frozen):
     """
     label_selector: dict[str, str] = {}
     """Ray's labels of the nodes that they may be on, beside those of `experts.label_selector`."""
+    quantization: Literal["auto"] | Quantization = "auto"
+    """What the matrices of experts are rounded to while shards of this tier read them. `auto`: as `engine` says."""
+    quantization_group_size: int | None = Field(None, ge=16, le=1024, multiple_of=8)
+    """Neighbouring inputs that share a scale. None: as `engine` says."""
+    scaling: TierScalingConfig | None = None
+    """Replicas of each of its groups on this tier. None: as `experts.scaling` and `experts.group_scaling` say."""
 
     @property
     def gpus(self) -> float:
@@ -196,6 +216,10 @@ class ExpertsConfig(_Frozen):
     """Which groups are on which hardware: busy ones on GPUs, the others in the memory of CPUs. Empty: all are on the
     coordinators' device.
     """
+    mixed_replicas: bool = False
+    """Replicas of one group may be on tiers with another device or another quantization. An answer may then hang on
+    which of them computed it.
+    """
     transport: Transport = "auto"
     """How rows travel. `auto`: lanes, and the object store to shards that have none."""
     lane_secret_file: str | None = None
@@ -217,13 +241,20 @@ class ExpertsConfig(_Frozen):
     load_timeout_s: float = Field(1800.0, gt=0)
     """Time for a shard to read its weights."""
 
-    def tier_of(self, group: int) -> TierConfig | None:
-        """Of the group at that position; None where there are no tiers."""
-        named = [tier for tier in self.tiers if tier.groups is not None and group in tier.groups]
-        return next(iter(named or (tier for tier in self.tiers if tier.groups is None)), None)
+    def tiers_of(self, group: int) -> dict[int, TierConfig]:
+        """Those that the group at that position is on, by their own positions; none where there are no tiers."""
+        tiers = dict(enumerate(self.tiers))
+        named = {index: tier for index, tier in tiers.items() if tier.groups is not None and group in tier.groups}
+        return named or {index: tier for index, tier in tiers.items() if tier.groups is None}
+
+    def scaling_of(self, group: int, tier: TierConfig | None) -> ScalingConfig:
+        """How many replicas a group has on a tier; None: where there are none."""
+        if tier is not None and tier.scaling is not None:
+            return tier.scaling
+        return self.group_scaling.get(group, self.scaling)
 
     @model_validator(mode="after")
-    def _each_group_is_on_one_tier(self) -> Self:
+    def _each_group_is_on_a_tier(self) -> Self:
         if not self.tiers:
             return self
         if self.groups == "auto":
@@ -234,15 +265,18 @@ class ExpertsConfig(_Frozen):
             raise ValueError("transport: local leaves no shard to put on a tier")
         if [tier.groups for tier in self.tiers].count(None) > 1:
             raise ValueError("tiers: two of them have no `groups`; one at most is for all others")
-        named = [group for tier in self.tiers for group in tier.groups or ()]
-        for group in named:
-            if not 0 <= group < len(self.groups):
-                raise ValueError(f"tiers: there is no group {group}; groups are 0 to {len(self.groups) - 1}")
-            if named.count(group) > 1:
-                raise ValueError(f"tiers: group {group} is named {named.count(group)} times")
+        for tier in self.tiers:
+            for group in tier.groups or ():
+                if not 0 <= group < len(self.groups):
+                    raise ValueError(f"tiers: there is no group {group}; groups are 0 to {len(self.groups) - 1}")
+                if (times := (tier.groups or ()).count(group)) > 1:
+                    raise ValueError(f"tiers: one of them names group {group} {times} times")
         for group in range(len(self.groups)):
-            if self.tier_of(group) is None:
+            tiers = self.tiers_of(group)
+            if not tiers:
                 raise ValueError(f"tiers: group {group} is on none; a tier without `groups` has all others")
+            if not any(self.scaling_of(group, tier).min_replicas for tier in tiers.values()):
+                raise ValueError(f"tiers: group {group} begins without a replica; one of its tiers needs min_replicas")
         return self
 
 
@@ -285,6 +319,32 @@ class ModelConfig(_Frozen):
         """How many coordinators there are."""
         number = self.num_coordinators
         return self.coordinator_scaling or CoordinatorScalingConfig(min_replicas=number, max_replicas=number)
+
+    def rounding_of(self, tier: TierConfig | None) -> Rounding | None:
+        """What is done to matrices of experts while shards of a tier read them: the engine's where that is the same."""
+        engine = self.engine
+        of_all = engine.rounding
+        if tier is None:
+            return of_all
+        as_all: Quantization = "none" if engine.quantized_parts == "attention" else engine.quantization
+        size = engine.quantization_group_size
+        quantization = as_all if tier.quantization == "auto" else tier.quantization
+        own = _rounding(quantization, tier.quantization_group_size or size, "experts")
+        return of_all if own == _rounding(as_all, size, "experts") else own
+
+    @model_validator(mode="after")
+    def _replicas_of_a_group_are_alike(self) -> Self:
+        experts = self.experts
+        for group in range(0 if experts.groups == "auto" else len(experts.groups)):
+            kinds = {
+                f"{self.rounding_of(tier) or 'as stored'} on {tier.device}" for tier in experts.tiers_of(group).values()
+            }
+            if len(kinds) > 1 and not experts.mixed_replicas:
+                raise ValueError(
+                    f"experts.tiers: replicas of group {group} are not alike ({'; '.join(sorted(kinds))}), and an "
+                    "answer may hang on which of them computed it: experts.mixed_replicas: true says that it may"
+                )
+        return self
 
     @model_validator(mode="after")
     def _number_or_scaling(self) -> Self:

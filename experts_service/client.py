@@ -1,6 +1,6 @@
 """The coordinator's side of the experts: knows who serves each group, and makes the transport that the config asks for.
 
-pool = ExpertPool(handles)                # {group: DeploymentHandle}
+pool = ExpertPool(handles)                # those of the groups' deployments, one for each tier of a group
 pool.connect(timeout_s=…)                 # blocks until each group has a replica
 transport = pool.transport(fingerprint, timeout_s)
 …
@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import ConfigError, MantaError
+from cluster.expert_deployments import first_deployment, group_of
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.auto import AutoTransport
 from experts_service.carriers.core_balance import CoreBalance
@@ -43,16 +44,20 @@ SIGN_OF_LIFE_S = 2.0
 
 
 class ExpertPool:
-    """Keeps one `attach` stream open to each group, on a thread and event loop of its own."""
+    """Keeps one `attach` stream open to each deployment, on a thread and event loop of its own."""
 
-    def __init__(self, handles: Mapping[int, Any], coordinator: str = "") -> None:
-        self._handles = dict(handles)
+    def __init__(self, handles: Sequence[Any], coordinator: str = "") -> None:
+        self._handles = {handle.deployment_name: handle for handle in handles}
         self._coordinator = coordinator
-        self.latency = {group: DispatchCounts() for group in self._handles}  # of dispatches, by group
         self._table = TABLE
-        self._deployments = {g: Deployment(h.app_name, h.deployment_name) for g, h in self._handles.items()}
-        self._attached: dict[int, str] = {}  # group → replica id at the other end of its stream
-        self._streams: dict[int, Any] = {}
+        self._deployments: dict[int, Deployment] = {}  # group → what identifies it in the table
+        for name, handle in self._handles.items():
+            group = group_of(name)
+            assert group is not None, f"{name} is no deployment of experts"
+            self._deployments[group] = Deployment(handle.app_name, first_deployment(name))
+        self.latency = {group: DispatchCounts() for group in self._deployments}  # of dispatches, by group
+        self._attached: dict[str, str] = {}  # deployment → replica id at the other end of its stream
+        self._streams: dict[str, Any] = {}
         self._tasks: list[Future[None]] = []
         self._stop_listening: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
@@ -63,8 +68,8 @@ class ExpertPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="expert-pool", daemon=True)
         self._thread.start()
         self._stop_listening = self._table.listen(self._on_change)
-        for group in self._handles:
-            task = asyncio.run_coroutine_threadsafe(self._stay_attached(group), self._loop)
+        for name, handle in self._handles.items():
+            task = asyncio.run_coroutine_threadsafe(self._stay_attached(name, handle), self._loop)
             task.add_done_callback(_report)
             self._tasks.append(task)
         looks = asyncio.run_coroutine_threadsafe(self._look_at_suspects(), self._loop)
@@ -78,15 +83,22 @@ class ExpertPool:
         timeout_s: float,
         *,
         name: str = "object_store",
+        of_tiers: Mapping[str, str] | None = None,
         lane_secret_file: str | None = None,
         spread_over_cores: bool = False,
     ) -> Transport:
         """The transport `auto`, `lane` or `object_store` to these groups. Raises ConfigError for a lane without secret.
 
-        `auto` is the object store on a node where the secret cannot be read.
+        `auto` is the object store on a node where the secret cannot be read. `of_tiers`: the fingerprints of
+        deployments that round the checkpoint otherwise than the others.
         """
         object_store = ObjectStoreTransport(
-            self._deployments, self._table, fingerprint=fingerprint, timeout_s=timeout_s, latency=self.latency
+            self._deployments,
+            self._table,
+            fingerprint=fingerprint,
+            of_tiers=of_tiers,
+            timeout_s=timeout_s,
+            latency=self.latency,
         )
         if name == "object_store":
             return object_store
@@ -100,7 +112,7 @@ class ExpertPool:
             logger.warning("rows go through the object store, not over lanes: %s", error)
             return object_store
         node_id = ray.get_runtime_context().get_node_id()
-        dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, node_id=node_id)
+        dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, of_tiers=of_tiers, node_id=node_id)
         lane = LaneTransport(
             self._deployments,
             self._table,
@@ -132,23 +144,24 @@ class ExpertPool:
             self._loop.close()
         self._thread = None
 
-    async def _stay_attached(self, group: int) -> None:
+    async def _stay_attached(self, name: str, handle: Any) -> None:
+        deployment = Deployment(handle.app_name, first_deployment(name))
         while True:
             try:
-                stream = self._handles[group].options(stream=True).attach.remote(self._coordinator)
-                self._streams[group] = stream
+                stream = handle.options(stream=True).attach.remote(self._coordinator)
+                self._streams[name] = stream
                 async for where in stream:
-                    self._attached[group] = where["replica_id"]
-                    self._table.trust(self._deployments[group], where["replica_id"])
+                    self._attached[name] = where["replica_id"]
+                    self._table.trust(deployment, where["replica_id"])
             except (RayError, RayServeException) as error:
-                logger.info("attach stream of expert group %d ended: %s", group, type(error).__name__)
+                logger.info("attach stream of %s ended: %s", name, type(error).__name__)
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # by close, not by its stream
                     raise
             finally:
-                if ended := self._streams.pop(group, None):
+                if ended := self._streams.pop(name, None):
                     ended.cancel()
-                self._attached.pop(group, None)
+                self._attached.pop(name, None)
             await asyncio.sleep(REATTACH_PAUSE_S)
 
     async def _look_at_suspects(self) -> None:
@@ -173,9 +186,10 @@ class ExpertPool:
 
     def _leave_the_departed(self) -> None:
         """End streams to replicas that Serve no longer lists: it waits for us before it stops them."""
-        for group, replica_id in list(self._attached.items()):
-            if all(r.replica_id != replica_id for r in self._table.replicas(self._deployments[group])):
-                self._streams[group].cancel()
+        known = {r.replica_id for one in self._deployments.values() for r in self._table.replicas(one)}
+        for name, replica_id in list(self._attached.items()):
+            if replica_id not in known:
+                self._streams[name].cancel()
 
 
 async def _lives(replica: Replica) -> bool:

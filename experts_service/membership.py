@@ -12,24 +12,21 @@ from typing import Any
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import RunningReplica
 
+from cluster import expert_deployments
 from experts_service import routing_table
 
 
 class ExpertRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
-    """Serve's stock choice of replicas; every update also goes into this process's table.
-
-    Except that nobody is left. Those who were there last have died, and are suspected as soon as they are asked; or
-    their application is being deleted, and they live until the streams that need them have ended.
-    """
+    """Serve's stock choice of replicas; every update also goes into this process's table."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        if not replicas:
-            return
-        routing_table.TABLE.publish(
-            routing_table.Deployment(self._deployment_id.app_name, self._deployment_id.name),
+        application, name = self._deployment_id.app_name, self._deployment_id.name
+        routing_table.TABLE.publish_tier(
+            routing_table.Deployment(application, expert_deployments.first_deployment(name)),
+            name,
             [
-                routing_table.Replica(replica_id=replica.replica_id.unique_id, **replica.replica_metadata)
+                routing_table.Replica(replica_id=replica.replica_id.unique_id, tier=name, **replica.replica_metadata)
                 for replica in replicas
             ],
         )

@@ -4,6 +4,8 @@
     epoch 8   expert-0 → (b, a?)       a dispatch to `a` failed: suspected, so chosen last (the fast truth)
     epoch 9   expert-0 → (a, b)        `a` announced a new incarnation, or answered: trusted again
 
+A group that is on several tiers has a Serve deployment on each. Their replicas stand together, under the first one.
+
 Every change raises the epoch. A suspicion carries the epoch at which the replica was chosen, and is ignored when the
 replica was published or trusted since: bad news of an earlier incarnation says nothing about this one.
 """
@@ -20,7 +22,7 @@ from cluster.errors import ExpertUnavailable
 
 @dataclass(frozen=True, slots=True, order=True)
 class Deployment:
-    """Identifies the Serve deployment of a group."""
+    """Identifies a group, by the Serve deployment of its replicas, or of those on its first tier."""
 
     application: str
     name: str
@@ -35,6 +37,7 @@ class Replica:
     namespace: str
     group: int
     fingerprint: str
+    tier: str = ""  # its Serve deployment's name: a group has one for each of its tiers
     epoch: int = 0  # of the table, when this replica was published or last trusted
     suspected: bool = False
 
@@ -43,7 +46,7 @@ class RoutingTable:
     """Replicas of each deployment, versioned by epoch. Thread-safe."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # re-entrant
         self._epoch = 0
         self._replicas: dict[Deployment, tuple[Replica, ...]] = {}
         self._turn = 0
@@ -63,6 +66,17 @@ class RoutingTable:
             known = {replica.replica_id: replica for replica in self.replicas(deployment)}
             fresh = self._epoch + 1
             self._set(deployment, [known.get(r.replica_id) or replace(r, epoch=fresh) for r in replicas])
+
+    def publish_tier(self, deployment: Deployment, tier: str, replicas: Iterable[Replica]) -> None:
+        """The same of those on one tier of the group. Those who were there last stay when nobody is left.
+
+        They have died, and are suspected as soon as they are asked; or their application is being deleted, and they
+        live until the streams that need them have ended.
+        """
+        with self._changed:
+            others = [replica for replica in self.replicas(deployment) if replica.tier != tier]
+            if together := [*others, *replicas]:
+                self.publish(deployment, together)
 
     def suspect(self, deployment: Deployment, replica_id: str, epoch: int) -> None:
         """A dispatch failed on a replica that was chosen at `epoch`: choose it last from now on."""

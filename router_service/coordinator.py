@@ -64,13 +64,15 @@ class Coordinator:
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
+        of_tiers: Mapping[str, str],
         shares: tuple[DeviceShare, ...],
         *handles: Any,
     ) -> None:
         """Returns once it can serve; Serve calls the replica ready then. Raises SetupError or ExpertUnavailable.
 
-        `handles` are those of the groups' deployments, in order; none with the transport `local`. `engine.dtype` is
-        resolved: the shards were told the same. `shares` says who may be on the same device.
+        `handles` are those of the groups' deployments; none with the transport `local`. `of_tiers` has fingerprints of
+        those that round the checkpoint otherwise than this process. `engine.dtype` is resolved: the shards were told
+        the same. `shares` says who may be on the same device.
         """
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Key, OutgoingTokens | PendingEmbedding] = {}
@@ -78,11 +80,11 @@ class Coordinator:
         context = serve.get_replica_context()
         self._replica = replica = context.replica_id.unique_id
         self._termination = Termination(context._deployment_config.graceful_shutdown_timeout_s)
-        self._pool = ExpertPool(dict(enumerate(handles)), coordinator=replica)
+        self._pool = ExpertPool(handles, coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         _log_where_serve_does()
-        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, shares)
+        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, of_tiers, shares)
         self._metrics.loop.start()  # loading holds the interpreter, and nobody waits for it
 
     def _load(
@@ -92,6 +94,7 @@ class Coordinator:
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
+        of_tiers: Mapping[str, str],
         shares: tuple[DeviceShare, ...],
     ) -> None:
         checkpoint = open_checkpoint(directory).rounded(engine.rounding)
@@ -125,6 +128,7 @@ class Coordinator:
                 fingerprint,
                 experts.expert_timeout_s,
                 name=experts.transport,
+                of_tiers=of_tiers,
                 lane_secret_file=experts.lane_secret_file,
                 spread_over_cores=experts.spread_over_cores,
             )

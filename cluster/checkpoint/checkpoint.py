@@ -52,20 +52,23 @@ class Checkpoint:
         snapshot = _SNAPSHOT.search(self.directory.as_posix())
         return None if snapshot is None else snapshot[1]
 
-    def rounded(self, rounding: Rounding | None) -> Checkpoint:
+    def rounded(self, rounding: Rounding | None, key: str = "engine.quantization") -> Checkpoint:
         """The same, some of its matrices rounded while they are read, with a fingerprint of its own.
 
-        Raises ConfigError where they are small numbers already.
+        What an earlier call said of them is forgotten. Raises ConfigError, which names `key`, where they are small
+        numbers already.
         """
-        if rounding is None:
-            return self
-        tensors = dict(self.tensors)
+        tensors: dict[str, Ref | RoundedRef] = {
+            name: ref.plain if isinstance(ref, RoundedRef) else ref for name, ref in self.tensors.items()
+        }
         for name, ref in tensors.items():
-            if not rounding.applies_to(name):
+            if rounding is None or not rounding.applies_to(name):
                 continue
             if not isinstance(ref, TensorRef):
-                raise ConfigError(f"engine.quantization: {self.directory} is quantised already; leave it out")
+                raise ConfigError(f"{key}: {self.directory} is quantised already; leave it out")
             tensors[name] = RoundedRef(ref, rounding)
+        if tensors == self.tensors:
+            return self
         return replace(self, tensors=tensors, fingerprint=fingerprint(self.architecture, tensors))
 
 

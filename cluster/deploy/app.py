@@ -1,7 +1,8 @@
 """The roof: composes the Serve applications of a configuration. Decides layout; starts nothing and shows nothing.
 
 gateway                HTTP and gRPC doors, the only application with a route
-<model>-<version>      one per model version: coordinator, expert-0 … expert-<G-1>, and a root without replicas
+<model>-<version>      one per model version: coordinator, expert-0 … expert-<G-1>, and a root without replicas;
+                       a group that is on several tiers has a deployment for each
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.generation_config import FILE as GENERATION_CONFIG
+from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.config import (
     EngineConfig,
     ExpertsConfig,
@@ -27,6 +29,7 @@ from cluster.config import (
     TierConfig,
 )
 from cluster.errors import ConfigError
+from cluster.expert_deployments import expert_deployment_name
 from cluster.messages import ModelCard
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
@@ -68,21 +71,27 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupOnTier:
+    """The replicas of one group on one tier: a Serve deployment."""
+
+    name: str
+    group: ExpertGroup
+    tier: TierConfig  # without tiers, what the coordinators are on
+    scaling: ScalingConfig
+    rounding: Rounding | None
+    fingerprint: str  # of the checkpoint, as its shards round it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelPlan:
     """One model, laid out on a cluster."""
 
     config: ModelConfig  # nothing in it is "auto" any more
     checkpoint: Checkpoint
     groups: tuple[ExpertGroup, ...]
+    experts: tuple[GroupOnTier, ...]  # none when the coordinator runs them itself, or the model is dense
     gpus_per_shard: float  # where there are no tiers
     gpus_per_coordinator: float
-
-    def tier_of(self, group: ExpertGroup) -> TierConfig:
-        """What the shards of a group are on: without tiers, what the coordinators are on."""
-        assert self.config.engine.device != "auto", "a plan has no open settings"
-        return self.config.experts.tier_of(group.index) or TierConfig(
-            device=self.config.engine.device, gpus_per_shard=self.gpus_per_shard
-        )
 
     @property
     def application(self) -> str:
@@ -91,10 +100,8 @@ class ModelPlan:
 
     @property
     def expert_deployments(self) -> tuple[str, ...]:
-        """Names of the experts' deployments: none when the coordinator runs them itself, or the model is dense."""
-        if self.config.experts.transport == "local":
-            return ()
-        return tuple(f"expert-{group.index}" for group in self.groups)
+        """Names of the experts' deployments."""
+        return tuple(one.name for one in self.experts)
 
 
 def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
@@ -138,9 +145,9 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     dtype = compute_dtype(config.engine.dtype, architecture)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
     check_scaled_groups(config.experts, len(groups))
-    at_start = tuple(group for group in groups for _ in range(scaling_of(config.experts, group).min_replicas))
     reserves = on_gpu or bool(config.experts.gpus_per_shard)
-    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, len(at_start), cluster.num_gpus) if reserves else (0, 0)
+    num_shards = sum(config.experts.scaling_of(group.index, None).min_replicas for group in groups)
+    gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, num_shards, cluster.num_gpus) if reserves else (0.0, 0.0)
     fewest_gpus = min([tier.gpus for tier in config.experts.tiers], default=gpus_per_shard)
     apart = fewest_gpus >= 1 and gpus_per_coordinator >= 1 and config.experts.transport != "local"
     engine = config.engine.model_copy(
@@ -151,36 +158,76 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
             "microbatches": (2 if apart else 1) if config.engine.microbatches == "auto" else config.engine.microbatches,
         }
     )
+    config = config.model_copy(update={"engine": engine})
+    experts = _groups_on_tiers(config, groups, checkpoint, gpus_per_shard)
+    at_start = [one for one in experts for _ in range(one.scaling.min_replicas)]
     check_fit(
         architecture,
         dtype,
-        at_start,
+        [one.group for one in at_start],
         room or Room(cluster.nodes),
         kv_tokens=max_model_len,
         weights=held_weights(checkpoint, dtype, engine.device),
         num_coordinators=config.coordinators.min_replicas,
-        gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
         local=config.experts.transport == "local",
-        places=_places(config.experts, groups, checkpoint, dtype),
+        places=_places(at_start, checkpoint, dtype),
         name=config.name if config.version is None else f"{config.name}-{config.version}",
     )
     return ModelPlan(
-        config=config.model_copy(update={"engine": engine}),
+        config=config,
         checkpoint=checkpoint,
         groups=groups,
+        experts=experts,
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
     )
 
 
-def _places(
-    experts: ExpertsConfig, groups: Sequence[ExpertGroup], checkpoint: Checkpoint, dtype: Dtype
-) -> dict[int, ShardPlace]:
-    """Of groups that are on tiers; what a device cannot multiply as it is stored is widened there."""
-    held = {tier.device: held_weights(checkpoint, dtype, tier.device).expert for tier in experts.tiers}
-    tiers = {group.index: experts.tier_of(group.index) for group in groups}
-    return {index: ShardPlace(tier.gpus, held[tier.device]) for index, tier in tiers.items() if tier is not None}
+def _groups_on_tiers(
+    config: ModelConfig, groups: Sequence[ExpertGroup], checkpoint: Checkpoint, gpus_per_shard: float
+) -> tuple[GroupOnTier, ...]:
+    """Of a model whose device is settled."""
+    device, experts = config.engine.device, config.experts
+    assert device != "auto", "a plan has no open settings"
+    if experts.transport == "local":
+        return ()
+    fingerprints = {config.engine.rounding: checkpoint.fingerprint}
+    found = []
+    for name, index, tier in named_deployments(experts, len(groups)):
+        rounding = config.rounding_of(tier)
+        if rounding not in fingerprints:
+            fingerprints[rounding] = checkpoint.rounded(rounding, "experts.tiers: quantization").fingerprint
+        found.append(
+            GroupOnTier(
+                name=name,
+                group=groups[index],
+                tier=tier or TierConfig(device=device, gpus_per_shard=gpus_per_shard),
+                scaling=experts.scaling_of(index, tier),
+                rounding=rounding,
+                fingerprint=fingerprints[rounding],
+            )
+        )
+    return tuple(found)
+
+
+def named_deployments(experts: ExpertsConfig, num_groups: int) -> Iterator[tuple[str, int, TierConfig | None]]:
+    """The experts' deployments: name, group, and its tier where there are any."""
+    for group in range(num_groups):
+        tiers = experts.tiers_of(group)
+        if not tiers:
+            yield expert_deployment_name(group), group, None
+        for number, (position, tier) in enumerate(tiers.items()):
+            yield expert_deployment_name(group, position if number else None), group, tier
+
+
+def _places(shards: Sequence[GroupOnTier], checkpoint: Checkpoint, dtype: Dtype) -> list[ShardPlace]:
+    """Of each; what a device cannot multiply as it is stored is widened there."""
+    held = {
+        kind: held_weights(checkpoint.rounded(kind[1]), dtype, kind[0]).expert
+        for kind in {(one.tier.device, one.rounding) for one in shards}
+    }
+    return [ShardPlace(one.tier.gpus, held[one.tier.device, one.rounding]) for one in shards]
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -188,11 +235,6 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     from gateway.text.tokenizer_files import load_tokenizer
 
     load_tokenizer(checkpoint.directory, checkpoint.layout, checkpoint.architecture.vocab_size)
-
-
-def scaling_of(experts: ExpertsConfig, group: ExpertGroup) -> ScalingConfig:
-    """How one group is scaled."""
-    return experts.group_scaling.get(group.index, experts.scaling)
 
 
 def check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
@@ -220,12 +262,12 @@ def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
     """Who may be on a coordinator's device."""
     engine = plan.config.engine
     assert engine.dtype != "auto", "a plan has no open settings"
-    beside = [group for group in plan.groups if plan.tier_of(group).gpus]
-    largest = max((len(group.experts) for group in beside), default=0)
-    shares = [plan.tier_of(group).gpus for group in beside]
+    beside = [one for one in plan.experts if one.tier.gpus]
+    largest = max((len(one.group.experts) for one in beside), default=0)
+    shares = [one.tier.gpus for one in beside]
     return device_shares(
         largest * held_weights(plan.checkpoint, engine.dtype, engine.device).expert,
-        gpus_per_shard=0.0 if plan.config.experts.transport == "local" else min(shares, default=0.0),
+        gpus_per_shard=min(shares, default=0.0),
         gpus_per_coordinator=plan.gpus_per_coordinator,
         max_coordinators=plan.config.coordinators.max_replicas,
     )
@@ -273,6 +315,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         engine,
         experts,
         plan.groups,
+        {one.name: one.fingerprint for one in plan.experts if one.fingerprint != checkpoint.fingerprint},
         _device_shares(plan),
         *expert_applications(plan, experts, gateway).values(),
         scaling=config.coordinators,
@@ -296,32 +339,33 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
 
     config, checkpoint = plan.config, plan.checkpoint
     assert config.engine.dtype != "auto", "a plan has no open settings"
-    tiers = {group.index: plan.tier_of(group) for group in plan.groups}
+    tiers = [one.tier for one in plan.experts]
     return {
-        name: expert_deployment(
+        one.name: expert_deployment(
             ShardSpec(
                 application=plan.application,
                 directory=str(checkpoint.directory),
-                fingerprint=checkpoint.fingerprint,
-                group=group.index,
-                experts=group.experts,
-                num_groups=list(tiers.values()).count(tiers[group.index]),  # that share a machine's cores
+                fingerprint=one.fingerprint,
+                group=one.group.index,
+                deployment=one.name,
+                experts=one.group.experts,
+                num_groups=tiers.count(one.tier),  # that share a machine's cores
                 dtype=config.engine.dtype,
-                device=tiers[group.index].device,
+                device=one.tier.device,
                 num_threads=experts.num_threads,
                 kernels=config.engine.kernels,
                 batch_invariant=config.engine.batch_invariant,
-                rounding=config.engine.rounding,
-                gpus=tiers[group.index].gpus,
+                rounding=one.rounding,
+                gpus=one.tier.gpus,
                 load_timeout_s=experts.load_timeout_s,
                 lane_secret_file=experts.lane_secret_file,
             ),
-            scaling_of(experts, group),
+            one.scaling,
             max_surge_percent=config.max_surge_percent,
-            label_selector=experts.label_selector | tiers[group.index].label_selector,
+            label_selector=experts.label_selector | one.tier.label_selector,
             request_timeout_s=gateway.request_timeout_s,
         )
-        for name, group in zip(plan.expert_deployments, plan.groups, strict=bool(plan.expert_deployments))
+        for one in plan.experts
     }
 
 

@@ -31,11 +31,11 @@ from cluster.deploy.app import (
     check_tokenizer,
     model_application,
     model_card,
+    named_deployments,
     plan_model,
-    scaling_of,
 )
 from cluster.errors import CheckpointError, ConfigError
-from cluster.planning.placement import ExpertGroup, Node
+from cluster.planning.placement import Node
 from cluster.planning.scaling_policy import replica_options
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def _settle(model: ModelConfig) -> ModelArguments:
     """What the model is, whoever builds it and on whatever cluster."""
     if model.engine.device == "auto":
         raise ConfigError(f"models: {model.name!r}: engine.device: say cpu or cuda; there is no cluster to look at")
-    experts = model.experts.model_copy(update={"scaling": ScalingConfig(), "group_scaling": {}})
+    tiers = tuple(tier.model_copy(update={"scaling": None}) for tier in model.experts.tiers)
+    experts = model.experts.model_copy(update={"scaling": ScalingConfig(), "group_scaling": {}, "tiers": tiers})
     settled = model.model_copy(update={"experts": experts, "num_coordinators": 1, "coordinator_scaling": None})
     if Path(model.path).expanduser().is_dir() or model.path in EMBEDDED:
         plan = _plan(ModelArguments(model=settled))
@@ -176,8 +177,8 @@ def _model_entry(gateway: GatewayConfig, arguments: ModelArguments, config: Mode
     )
     groups = () if model.experts.groups == "auto" or model.experts.transport == "local" else model.experts.groups
     experts = [
-        {"name": f"expert-{index}", **replica_options(scaling_of(config.experts, ExpertGroup(index, experts)))}
-        for index, experts in enumerate(groups)
+        {"name": name, **replica_options(config.experts.scaling_of(group, tier))}
+        for name, group, tier in named_deployments(config.experts, len(groups))
     ]
     return {
         "name": application_name(model.name, model.version),

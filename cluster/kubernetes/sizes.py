@@ -15,7 +15,6 @@ from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.config import MantaConfig, ModelConfig
-from cluster.deploy.app import scaling_of
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.kubernetes.names import Role
 from cluster.planning.gpus import gpu_memory_bytes
@@ -176,7 +175,7 @@ def _experts(models: list[ModelSize], cpus: int, cpu_pods: int) -> PodGroup:
     if not any(model.on_gpu for model in models):
         memory = NODE_BYTES + sum(
             model.shard_host_bytes(group)
-            * _with_surge(model.config, scaling_of(model.config.experts, group).max_replicas)
+            * _with_surge(model.config, model.config.experts.scaling_of(group.index, None).max_replicas)
             for model, group in shards
         )
         return PodGroup(PodSize(cpus, _mib(memory)), cpu_pods, cpu_pods)
@@ -184,7 +183,7 @@ def _experts(models: list[ModelSize], cpus: int, cpu_pods: int) -> PodGroup:
         model.shard_host_bytes(group) + (model.coordinator_host_bytes() if model.shares_gpu else 0)
         for model, group in shards
     )
-    scaling = [(model.config, scaling_of(model.config.experts, group)) for model, group in shards]
+    scaling = [(model.config, model.config.experts.scaling_of(group.index, None)) for model, group in shards]
     lowest = sum(bounds.min_replicas for _, bounds in scaling)
     highest = sum(_with_surge(model, bounds.max_replicas) for model, bounds in scaling)
     return PodGroup(PodSize(cpus, _mib(memory), 1), lowest, highest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,21 +155,24 @@ def check_fit(
     gpus_per_shard: float = 0.0,
     gpus_per_coordinator: float = 0.0,
     local: bool = False,
-    places: Mapping[int, ShardPlace] | None = None,
+    places: Sequence[ShardPlace] | None = None,
     name: str | None = None,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
     Largest first, each where most memory is free: on a GPU where it asks for one, else in a node's memory. A process
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
-    coordinator holds all experts itself. `weights`: None where none is quantised. `places`: by position, of groups
-    that are not where the coordinators are. `name`: the model's, for the message, where it may be one of several.
+    coordinator holds all experts itself. `weights`: None where none is quantised. `places`: that of each of `groups`;
+    None: all are where the coordinators are. `name`: the model's, for the message, where it may be one of several.
     """
     weights = weights or WeightBytes.of(architecture, dtype)
-    shards, beside_coordinators = [], ShardPlace(gpus_per_shard, weights.expert)
-    for group in () if local else groups:
-        place = (places or {}).get(group.index, beside_coordinators)
-        shards.append((f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus))
+    if places is None:
+        places = [ShardPlace(gpus_per_shard, weights.expert)] * len(groups)
+    shards = [
+        (f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus)
+        for group, place in zip(groups, places, strict=True)
+        if not local
+    ]
     attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
     if local:
         attention += architecture.num_experts * weights.expert

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from experts_service.carriers.link import LinkLost
@@ -31,10 +31,20 @@ class Dialled(NamedTuple):
 class LaneDialer:
     """Dials with one secret and for one checkpoint."""
 
-    def __init__(self, address_of: AddressOf, *, secret: bytes, fingerprint: str, node_id: str) -> None:
+    def __init__(
+        self,
+        address_of: AddressOf,
+        *,
+        secret: bytes,
+        fingerprint: str,
+        node_id: str,
+        of_tiers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`of_tiers`: the fingerprint of those that round the checkpoint otherwise than the others."""
         self._address_of = address_of
         self._secret = secret
         self._fingerprint = fingerprint
+        self._of_tiers = of_tiers or {}
         self._node_id = node_id  # of this process; shards there are reached by Unix socket
 
     def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
@@ -46,7 +56,8 @@ class LaneDialer:
         except OSError as error:
             raise LinkLost(f"it cannot be reached: {error}") from error
         try:
-            introduce(channel, self._secret, self._fingerprint, max(0.001, deadline - time.monotonic()))
+            fingerprint = self._of_tiers.get(replica.tier, self._fingerprint)
+            introduce(channel, self._secret, fingerprint, max(0.001, deadline - time.monotonic()))
         except (HandshakeRefused, OSError) as error:
             channel.close()
             logger.warning("no lane to %s: %s", replica.actor, error)

@@ -18,7 +18,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
-from cluster.errors import MantaError
+from cluster.errors import ExpertUnavailable, MantaError
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
@@ -34,10 +34,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(slots=True)
 class CallRows:
-    """A method of a shard, and what it is called with."""
+    """What a shard is called with."""
 
-    method: str
-    arguments: tuple[Any, ...]
+    layer: int
+    counts: tuple[int, ...]  # rows of each expert
+    inline: bytes | None  # the rows [R, D]; None: they are in the store
+    batch: Any  # there: the reference of [T, D],
+    row_indices: Array  # [R] of it
     place: Tensor  # [R, D] on the host
 
 
@@ -85,8 +88,10 @@ class CallRoutes:
 class CallCarrier:
     """Calls of actors, by the names that the table has for them."""
 
-    def __init__(self, routes: CallRoutes) -> None:
+    def __init__(self, routes: CallRoutes, fingerprint: str, of_tiers: Mapping[str, str]) -> None:
         self._routes = routes
+        self._fingerprint = fingerprint
+        self._of_tiers = of_tiers
         self._shards: dict[str, Any] = {}  # actor handles by name
 
     def post(
@@ -104,7 +109,7 @@ class CallCarrier:
             shard = self._shards.get(replica.actor)
             if shard is None:
                 shard = self._shards[replica.actor] = ray.get_actor(replica.actor, namespace=replica.namespace)
-            attempt.reference = getattr(shard, rows.method).remote(*rows.arguments)
+            attempt.reference = self._call(shard, rows, self._of_tiers.get(replica.tier, self._fingerprint))
             self._routes.calls[attempt.reference] = replica.replica_id
         except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
             attempt.fail(type(error).__name__)
@@ -134,6 +139,12 @@ class CallCarrier:
     def close(self) -> None:
         self._shards.clear()
 
+    def _call(self, shard: Any, rows: CallRows, fingerprint: str) -> Any:
+        """Rows travel inside the call, or as the batch that all groups share and the indices of this one's."""
+        if rows.inline is None:
+            return shard.run.remote(fingerprint, rows.layer, rows.counts, rows.batch, rows.row_indices)
+        return shard.run_inline.remote(pickle.dumps((fingerprint, rows.layer, rows.counts, rows.inline)))
+
 
 class ObjectStoreTransport:
     """Calls the shards of the replicas that the routing table names."""
@@ -145,14 +156,15 @@ class ObjectStoreTransport:
         *,
         fingerprint: str,
         timeout_s: float,
+        of_tiers: Mapping[str, str] | None = None,
         latency: Mapping[int, DispatchCounts] | None = None,
     ) -> None:
+        """`of_tiers`: the fingerprint of those that round the checkpoint otherwise than the others."""
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.latency = latency or {group: DispatchCounts() for group in self.deployments}
-        self._fingerprint = fingerprint
         self._routes = CallRoutes(self.deployments, table)
-        self._carrier = CallCarrier(self._routes)
+        self._carrier = CallCarrier(self._routes, fingerprint, of_tiers or {})
         self.deliveries: Deliveries[CallRows, CallAttempt] = Deliveries(
             self._carrier, self._routes, table, self.deployments, timeout_s, self.latency
         )
@@ -163,13 +175,14 @@ class ObjectStoreTransport:
         if flight.received is None:
             return flight
         batch = as_array(rows)  # [T, D]
-        inline = max(sum(part.counts) for part in parts) * batch[:1].nbytes <= INLINE_BYTES
-        shared = None if inline else ray.put(batch)
+        small = max(sum(part.counts) for part in parts) * batch[:1].nbytes <= INLINE_BYTES
+        shared = None if small else ray.put(batch)
         parts = pieces(parts, self._routes, self.deliveries.loads)
         try:
             for part in parts:
                 place = flight.received[part.start : part.start + len(part.row_indices)]
-                flight.post(part, self._call(layer, part, batch, shared, place))
+                inline = batch.take(part.row_indices, axis=0).tobytes() if shared is None else None
+                flight.post(part, CallRows(layer, part.counts, inline, shared, part.row_indices, place))
         except BaseException:
             flight.close()
             raise
@@ -177,14 +190,6 @@ class ObjectStoreTransport:
 
     def close(self) -> None:
         self._carrier.close()
-
-    def _call(self, layer: int, part: GroupRows, batch: Array, shared: Any, place: Tensor) -> CallRows:
-        """Rows travel inside the call, or as the batch that all groups share and the indices of this one's."""
-        if shared is not None:
-            return CallRows("run", (self._fingerprint, layer, part.counts, shared, part.row_indices), place)
-        rows_of_group = batch.take(part.row_indices, axis=0)  # [R, D]
-        packed = pickle.dumps((self._fingerprint, layer, part.counts, rows_of_group.tobytes()))
-        return CallRows("run_inline", (packed,), place)
 
 
 def forget_ended(calls: dict[Any, str]) -> None:
@@ -203,7 +208,8 @@ def _finish(attempt: CallAttempt) -> None:
         cause = failure.cause
         attempt.fail(f"{type(cause).__name__}: {cause}"[:MAX_MESSAGE_CHARS])
         attempt.raised = True
-        attempt.error = cause if isinstance(cause, MantaError) else None
+        # Of one that has another checkpoint, or other numbers of it, no more is to be had; its neighbours may answer.
+        attempt.error = cause if isinstance(cause, MantaError) and not isinstance(cause, ExpertUnavailable) else None
     except RayError as failure:
         attempt.fail(type(failure).__name__)
     else:

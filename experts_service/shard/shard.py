@@ -28,6 +28,7 @@ import ray.util
 
 from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
+from cluster.expert_deployments import expert_deployment_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,7 @@ class ShardSpec:
     kernels: str = "auto"  # as in EngineConfig
     batch_invariant: str = "auto"  # the same
     rounding: Rounding | None = None
+    deployment: str | None = None  # the Serve deployment's name, where the group has several
     gpus: float = 0.0
     load_timeout_s: float = 1800.0
     lane_secret_file: str | None = None  # None: no lanes
@@ -63,7 +65,7 @@ class ShardSpec:
     @property
     def name(self) -> str:
         """Of the Serve deployment."""
-        return f"expert-{self.group}"
+        return self.deployment or expert_deployment_name(self.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
         *(expert_deployment(shard_spec(checkpoint, group, APPLICATION, dtype="float32")) for group in GROUPS)
     )
     serve.run(application, name=APPLICATION, route_prefix=None)
-    pool = ExpertPool({g.index: serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS})
+    pool = ExpertPool([serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS])
     pool.connect(timeout_s=30.0)
     yield pool
     pool.close()

@@ -5,7 +5,17 @@ import json
 import pytest
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, ModelConfig, TierConfig, parse_config
+from cluster.checkpoint.quantization.rounding import Rounding
+from cluster.config import (
+    EngineConfig,
+    ExpertsConfig,
+    GatewayConfig,
+    ModelConfig,
+    ScalingConfig,
+    TierConfig,
+    TierScalingConfig,
+    parse_config,
+)
 from cluster.demo_model import DIRECTORY
 from cluster.deploy.app import (
     Cluster,
@@ -17,8 +27,9 @@ from cluster.deploy.app import (
     plan_models,
 )
 from cluster.errors import ConfigError, DoesNotFit
+from cluster.expert_deployments import group_of
 from cluster.messages import SamplingDefaults
-from cluster.planning.placement import Node
+from cluster.planning.placement import Node, kv_bytes_per_token
 from cluster.planning.weights import held_weights
 from tests.checkpoints import write_checkpoint
 from tests.quantized_checkpoints import gptq, write_quantized
@@ -215,12 +226,98 @@ def test_a_tier_holds_what_its_device_computes_with(tmp_path):
             plan_model(model, checkpoint, Cluster(2, (Node("a", memory, (gpu,)),)))
 
 
+def test_a_tier_has_numbers_of_its_own():
+    """Of two on GPUs and six on CPUs only all together could be rounded."""
+    tiers = (TierConfig(groups=(2, 5), quantization="none"), TierConfig(quantization_group_size=32))
+    experts = ExpertsConfig(groups=ONE_EACH, tiers=tiers)
+    engine = EngineConfig(dtype="bfloat16", quantization="int8", quantized_parts="attention")
+    laid_out = plan(machine(cpus=12), experts=experts, engine=engine)
+    assert {one.rounding for one in laid_out.experts} == {engine.rounding}, "attention's alone, on both"
+    assert {one.fingerprint for one in laid_out.experts} == {laid_out.checkpoint.fingerprint}
+
+    model = ModelConfig(name="m", path=str(DIRECTORY), experts=experts, engine=EngineConfig(quantization="int8"))
+    checkpoint = open_checkpoint(DIRECTORY).rounded(model.engine.rounding)
+    laid_out = plan_model(model, checkpoint, describe_cluster([machine(cpus=12)]))
+    plain, small = None, Rounding(8, 32, "experts")
+    assert [one.rounding for one in laid_out.experts] == [small, small, plain, small, small, plain, small, small]
+    prints = {rounding: open_checkpoint(DIRECTORY).rounded(rounding).fingerprint for rounding in (plain, small)}
+    assert checkpoint.fingerprint not in prints.values()
+    for application in expert_applications(laid_out, experts, GatewayConfig()).values():
+        [spec] = application._bound_deployment.init_args
+        assert spec.fingerprint == prints[spec.rounding]
+
+
+def test_a_group_on_two_tiers_has_a_deployment_for_each():
+    tiers = (
+        TierConfig(groups=(2,), device="cuda", label_selector={"tier": "gpu"}),
+        TierConfig(groups=(0, 1, 2, 3, 4, 5, 6, 7), quantization="int8", scaling=TierScalingConfig(max_replicas=3)),
+    )
+    experts = ExpertsConfig(
+        groups=ONE_EACH, tiers=tiers, mixed_replicas=True, group_scaling={2: ScalingConfig(max_replicas=2)}
+    )
+    laid_out = plan(machine(gpus=2, cpus=12), experts=experts, engine=EngineConfig(device="cpu", dtype="bfloat16"))
+    names = laid_out.expert_deployments
+    assert names == ("expert-0", "expert-1", "expert-2", "expert-2-tier1", *(f"expert-{n}" for n in range(3, 8)))
+    assert [group_of(name) for name in names] == [0, 1, 2, 2, 3, 4, 5, 6, 7]
+    assert {one.scaling.max_replicas for one in laid_out.experts if one.tier.device == "cpu"} == {3}
+    on_gpu, on_cpu = laid_out.experts[2:4]
+    assert (on_gpu.tier.device, on_gpu.scaling.max_replicas, on_gpu.rounding) == ("cuda", 2, None)
+    assert (on_cpu.tier.device, on_cpu.group, on_cpu.rounding) == ("cpu", on_gpu.group, Rounding(8, 128, "experts"))
+    assert on_gpu.fingerprint == laid_out.checkpoint.fingerprint != on_cpu.fingerprint
+    specs = [a._bound_deployment for a in expert_applications(laid_out, experts, GatewayConfig()).values()]
+    assert [one.name for one in specs] == list(names) == [one.init_args[0].name for one in specs]
+
+
+def test_memory_of_every_tier_is_counted_in_its_own_format(tmp_path):
+    write_checkpoint(tmp_path, num_hidden_layers=4, hidden_size=256, intermediate_size=1024)
+    checkpoint = open_checkpoint(tmp_path)
+    number = checkpoint.architecture.num_experts
+    groups = tuple((expert,) for expert in range(number))
+    tiers = (TierConfig(groups=(0,)), TierConfig(groups=tuple(range(number)), quantization="int4"))
+    model = ModelConfig(
+        name="m",
+        path=str(tmp_path),
+        engine=EngineConfig(device="cpu", dtype="bfloat16", max_model_len=16),
+        experts=ExpertsConfig(groups=groups, tiers=tiers, mixed_replicas=True),
+    )
+    plain, small = (
+        held_weights(checkpoint.rounded(rounding), "bfloat16", "cpu").expert
+        for rounding in (None, Rounding(4, 128, "experts"))
+    )
+    assert small < plain / 3
+    weights = held_weights(checkpoint, "bfloat16", "cpu").coordinator + plain + number * small
+    needed = weights + (number + 2) * 460 * 10**6 + 16 * kv_bytes_per_token(checkpoint.architecture, "bfloat16")
+    plan_model(model, checkpoint, Cluster(2, (Node("a", needed),)))
+    with pytest.raises(DoesNotFit, match="the most that a node has left"):
+        plan_model(model, checkpoint, Cluster(2, (Node("a", needed - 1),)))
+
+
+def test_a_checkpoint_that_is_quantised_is_not_rounded_by_a_tier(tmp_path):
+    write_quantized(tmp_path, gptq(4))
+    tiers = (TierConfig(groups=(0,), quantization="int8"), TierConfig())
+    config = ModelConfig(name="m", path=str(tmp_path), experts=ExpertsConfig(groups=((0, 1), (2, 3)), tiers=tiers))
+    with pytest.raises(ConfigError, match=r"experts\.tiers: quantization: .* is quantised already"):
+        plan_model(config, open_checkpoint(tmp_path), describe_cluster([machine()]))
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
         ({"tiers": [{}]}, "say which groups there are, in `groups`"),
         ({"groups": [[0], [1]], "tiers": [{"groups": [0]}]}, "group 1 is on none"),
-        ({"groups": [[0], [1]], "tiers": [{"groups": [0]}, {"groups": [0, 1]}]}, "group 0 is named 2 times"),
+        ({"groups": [[0], [1]], "tiers": [{"groups": [0, 0]}, {}]}, "one of them names group 0 2 times"),
+        (
+            {"groups": [[0], [1]], "tiers": [{"groups": [0], "scaling": {"min_replicas": 0}}, {}]},
+            "group 0 begins without a replica",
+        ),
+        (
+            {"groups": [[0], [1]], "tiers": [{"groups": [0]}, {"groups": [0, 1], "quantization": "int8"}]},
+            r"group 0 are not alike \(INT8, groups of 128 on cpu; as stored on cpu\).*mixed_replicas: true",
+        ),
+        (
+            {"groups": [[0]], "tiers": [{"groups": [0]}, {"groups": [0], "device": "cuda"}]},
+            r"group 0 are not alike \(as stored on cpu; as stored on cuda\)",
+        ),
         ({"groups": [[0], [1]], "tiers": [{"groups": [2]}, {}]}, "there is no group 2; groups are 0 to 1"),
         ({"groups": [[0], [1]], "tiers": [{}, {}]}, "two of them have no `groups`"),
         ({"groups": [[0], [1]], "tiers": [{}], "gpus_per_shard": 1}, "each of the tiers has its own"),
@@ -230,5 +327,5 @@ def test_a_tier_holds_what_its_device_computes_with(tmp_path):
     ],
 )
 def test_tiers_that_cannot_be_are_refused_by_key(experts, message):
-    with pytest.raises(ConfigError, match=r"models\.0\.experts.*" + message):
+    with pytest.raises(ConfigError, match=r"models\.0.*experts.*" + message):
         parse_config({"models": [{"name": "m", "path": "demo", "experts": experts}]})

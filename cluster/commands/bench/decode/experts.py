@@ -60,12 +60,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
         ]
         started = [target.name for target in targets]
         serve.run_many(targets)
-        pool = ExpertPool(
-            {
-                group.index: serve.get_deployment_handle(name, f"bench-{name}")
-                for group, name in zip(plan.groups, plan.expert_deployments, strict=True)
-            }
-        )
+        pool = ExpertPool([serve.get_deployment_handle(name, f"bench-{name}") for name in plan.expert_deployments])
         pool.connect(settings.load_timeout_s)
         yield pool.transport(
             checkpoint.fingerprint,
