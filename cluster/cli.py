@@ -7,6 +7,7 @@ shown as one line.
 from __future__ import annotations
 
 import importlib.metadata
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -117,6 +118,41 @@ def fetch(
     from cluster.commands.fetch import run
 
     run(models, revision, wait=wait, timeout_s=timeout)
+
+
+class _Numbers(StrEnum):
+    INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
+
+
+class _Parts(StrEnum):
+    ALL = "all"
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or a hub id, in bf16, fp16 or fp32.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write: a new or an empty directory.")],
+    to: Annotated[_Numbers, typer.Option(help="What weights are rounded to.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=16, max=1024, help="Inputs that share a scale, of int8 and int4. [default: 128]")
+    ] = None,
+    parts: Annotated[_Parts, typer.Option(help="Whose matrices; the others stay as they are.")] = _Parts.ALL,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub id: a commit, a branch or a tag. [default: main]")
+    ] = None,
+) -> None:
+    """Write a checkpoint rounded to 8 or 4 bits, in compressed-tensors' layout."""
+    from cluster.checkpoint.quantization.rounding import Rounding
+    from cluster.commands.quantize import run
+
+    if group_size is not None and (to is _Numbers.FP8 or group_size % 8):
+        why = "fp8 has a scale for each output" if to is _Numbers.FP8 else "expected a multiple of 8"
+        raise typer.BadParameter(why, param_hint="--group-size")
+    run(model, revision, directory, Rounding.to(to.value, group_size or 128, parts.value))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from cluster.errors import ConfigError
 from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]  # other processes read it
 
 
@@ -82,7 +82,7 @@ class EngineConfig(_Frozen):
     and the output head stay as they are. A checkpoint that is quantised already needs `none`.
     """
     quantization_group_size: int = Field(128, ge=16, le=1024, multiple_of=8)
-    """Neighbouring inputs that share a scale."""
+    """Neighbouring inputs that share a scale of integers. FP8 has one for each output."""
     quantized_parts: Literal["all", "experts", "attention"] = "all"
     """Whose matrices. A dense layer's feed-forward network counts as experts."""
     num_threads: int | None = Field(None, ge=1)
@@ -110,7 +110,7 @@ class EngineConfig(_Frozen):
 def _rounding(quantization: Quantization, group_size: int, parts: Parts) -> Rounding | None:
     if quantization == "none":
         return None
-    return Rounding(8 if quantization == "int8" else 4, group_size, parts)
+    return Rounding.to(quantization, group_size, parts)
 
 
 class ReplicaBounds(_Frozen):

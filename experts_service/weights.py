@@ -68,8 +68,7 @@ def read_tensors(
                 continue
             tensor = read(ref.stored[0])
             if isinstance(ref, RoundedRef):
-                how = ref.rounding
-                tensors[name] = rounded(tensor, how.bits, how.group_size, dtype).to(device)
+                tensors[name] = rounded(tensor, ref.rounding.scheme, dtype).to(device)
                 continue
             if tensor.dtype is not dtype or not tensor.is_contiguous():
                 tensor = mapped(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape).copy_(tensor)

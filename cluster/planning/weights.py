@@ -35,9 +35,10 @@ def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightByt
 
 def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     """Of one tensor."""
-    if isinstance(ref, RoundedRef) and device == "cpu" and dtype == "bfloat16":
-        groups = ref.shape[0] * num_groups(ref.rounding.group_size, ref.shape[1])
-        return math.ceil(math.prod(ref.shape) * ref.rounding.bits / 8) + groups * ROUNDED_SCALE_BYTES
+    if isinstance(ref, RoundedRef) and stays_as_it_is(ref.rounding.scheme, dtype, device):
+        scheme = ref.rounding.scheme
+        groups = ref.shape[0] * num_groups(scheme.group_size, ref.shape[1])
+        return math.ceil(math.prod(ref.shape) * scheme.bits / 8) + groups * ROUNDED_SCALE_BYTES
     if not isinstance(ref, QuantizedRef) or not stays_as_it_is(ref.scheme, dtype, device):
         return math.prod(ref.shape) * DTYPE_BYTES[dtype]
     return matrix_bytes(ref.shape, ref.scheme, has_zero_points=ref.has_zero_points)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.checkpoint.architecture import Shape
+from cluster.checkpoint.quantization.scheme import Packed, Values
 from cluster.checkpoint.tensor_ref import TensorRef
 
+Numbers = Literal["int8", "int4", "fp8"]
 Parts = Literal["all", "experts", "attention"]
 
 # A dense layer's feed-forward network counts as experts.
@@ -23,11 +25,24 @@ _MATRICES = {
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """To integers of 8 or 4 bits, each group of neighbouring inputs with a scale."""
+    """To integers of 8 or 4 bits, each group of neighbouring inputs with a scale, or to FP8 with a scale an output."""
 
-    bits: int
-    group_size: int
+    numbers: Numbers
+    group_size: int | None  # None: all inputs, as of FP8
     parts: Parts
+
+    @classmethod
+    def to(cls, numbers: Numbers, group_size: int, parts: Parts) -> Rounding:
+        """`group_size` is that of integers."""
+        return cls(numbers, None if numbers == "fp8" else group_size, parts)
+
+    @property
+    def scheme(self) -> Packed | Values:
+        """How a file stores such a matrix."""
+        block = (1, self.group_size)
+        if self.numbers == "fp8":
+            return Values(8, is_float=True, block=block)
+        return Packed(8 if self.numbers == "int8" else 4, block, zero_points=False, act_order=False)
 
     def applies_to(self, name: str) -> bool:
         """Whether a tensor is rounded, by the hub's name."""
@@ -36,7 +51,8 @@ class Rounding:
         )
 
     def __str__(self) -> str:
-        return f"INT{self.bits}, groups of {self.group_size}"
+        of = "a scale for each output" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.numbers.upper()}, {of}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,7 @@ def test_a_tier_has_numbers_of_its_own():
     model = ModelConfig(name="m", path=str(DIRECTORY), experts=experts, engine=EngineConfig(quantization="int8"))
     checkpoint = open_checkpoint(DIRECTORY).rounded(model.engine.rounding)
     laid_out = plan_model(model, checkpoint, describe_cluster([machine(cpus=12)]))
-    plain, small = None, Rounding(8, 32, "experts")
+    plain, small = None, Rounding.to("int8", 32, "experts")
     assert [one.rounding for one in laid_out.experts] == [small, small, plain, small, small, plain, small, small]
     prints = {rounding: open_checkpoint(DIRECTORY).rounded(rounding).fingerprint for rounding in (plain, small)}
     assert checkpoint.fingerprint not in prints.values()
@@ -262,7 +262,11 @@ def test_a_group_on_two_tiers_has_a_deployment_for_each():
     assert {one.scaling.max_replicas for one in laid_out.experts if one.tier.device == "cpu"} == {3}
     on_gpu, on_cpu = laid_out.experts[2:4]
     assert (on_gpu.tier.device, on_gpu.scaling.max_replicas, on_gpu.rounding) == ("cuda", 2, None)
-    assert (on_cpu.tier.device, on_cpu.group, on_cpu.rounding) == ("cpu", on_gpu.group, Rounding(8, 128, "experts"))
+    assert (on_cpu.tier.device, on_cpu.group, on_cpu.rounding) == (
+        "cpu",
+        on_gpu.group,
+        Rounding.to("int8", 128, "experts"),
+    )
     assert on_gpu.fingerprint == laid_out.checkpoint.fingerprint != on_cpu.fingerprint
     specs = [a._bound_deployment for a in expert_applications(laid_out, experts, GatewayConfig()).values()]
     assert [one.name for one in specs] == list(names) == [one.init_args[0].name for one in specs]
@@ -282,7 +286,7 @@ def test_memory_of_every_tier_is_counted_in_its_own_format(tmp_path):
     )
     plain, small = (
         held_weights(checkpoint.rounded(rounding), "bfloat16", "cpu").expert
-        for rounding in (None, Rounding(4, 128, "experts"))
+        for rounding in (None, Rounding.to("int4", 128, "experts"))
     )
     assert small < plain / 3
     weights = held_weights(checkpoint, "bfloat16", "cpu").coordinator + plain + number * small
