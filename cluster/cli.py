@@ -190,15 +190,22 @@ def plan(
     milliseconds: Annotated[
         float | None, typer.Option(min=0.001, help="A token of each, at most: the fewest GPUs that reach it.")
     ] = None,
-    link: Annotated[float, typer.Option(min=0.001, help="GB/s between processes, in each direction.")] = 12.5,
+    link: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s between processes, in each direction. [default: as measured of lanes]"),
+    ] = None,
     dispatch: Annotated[
-        float | None, typer.Option(min=0, help="Microseconds of one layer's dispatch. [default: as measured on CPUs]")
+        float | None, typer.Option(min=0, help="Microseconds of one layer's dispatch. [default: as measured of lanes]")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(help="What engine.quantization takes. [default: as the configuration says]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """Show the processes a model needs on GPUs of one type, their memory, and the speed to expect."""
     from cluster.commands import plan as command
+    from cluster.planning.costs import LANES
     from cluster.planning.plan import Target
     from cluster.planning.roofline import Link, Load
 
@@ -206,8 +213,11 @@ def plan(
         raise typer.BadParameter("expected auto, bfloat16 or float32", param_hint="--dtype")
     step_s = float("inf") if milliseconds is None else milliseconds / 1e3
     target = Target(Load(sequences, context), step_s, gpus)
-    times = (command.DISPATCH_S, command.GROUP_S) if dispatch is None else (dispatch / 1e6, 0.0)
-    question = command.Question(gpu, target, Link(link * 1e9, *times), dtype)
+    lanes = None
+    if link is not None or dispatch is not None:
+        times = (LANES.dispatch_s, LANES.group_s) if dispatch is None else (dispatch / 1e6, 0.0)
+        lanes = Link(LANES.bandwidth if link is None else link * 1e9, *times)
+    question = command.Question(gpu, target, lanes, dtype, quantization)
     command.run(model, config, question, as_json)
 
 

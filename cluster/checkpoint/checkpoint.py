@@ -43,7 +43,7 @@ class Checkpoint:
     layout: Layout
     architecture: Architecture
     tensors: Mapping[str, Ref | RoundedRef]
-    fingerprint: str  # hex; the same weights at another path have the same
+    fingerprint: str  # hex; the same weights at another path have the same; empty where the files are not here
     generation: GenerationConfig
 
     @property
@@ -69,7 +69,8 @@ class Checkpoint:
             tensors[name] = RoundedRef(ref, rounding)
         if tensors == self.tensors:
             return self
-        return replace(self, tensors=tensors, fingerprint=fingerprint(self.architecture, tensors))
+        known = fingerprint(self.architecture, tensors) if self.fingerprint else ""
+        return replace(self, tensors=tensors, fingerprint=known)
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:

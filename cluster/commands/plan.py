@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint.architecture import Architecture, compute_dtype
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import compute_dtype
+from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED
-from cluster.checkpoint.known_models import KNOWN_MODELS
+from cluster.checkpoint.known_models import KNOWN_MODELS, MIXTRAL_8X22B
+from cluster.checkpoint.outline import outline
 from cluster.commands.bench.shapes import SHAPES
-from cluster.config import ModelConfig, load_config
+from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
+from cluster.planning.costs import LANES, OF_COPIES, OF_GPUS, OF_LANES, Figure
 from cluster.planning.gpus import gpu_type
 from cluster.planning.placement import ExpertGroup, plan_groups
 from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
 from cluster.planning.roofline import Link, Model
+from cluster.planning.weights import held_weights
 
-# One layer's dispatch and combine over lanes, measured with 2 and with 8 groups on 2 CPU cores (README, Benchmarks).
-DISPATCH_S, GROUP_S = 130e-6, 56e-6
+NAMED_SHAPES = {**SHAPES, "mixtral-8x22b": MIXTRAL_8X22B}
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Question:
 
     gpu: str
     target: Target
-    link: Link
+    lanes: Link | None = None  # None: as measured
     dtype: str = "auto"
+    quantization: str | None = None  # None: as the configuration says
 
 
 def run(model: str | None, config_file: Path | None, question: Question, as_json: bool) -> None:
@@ -45,40 +49,60 @@ def run(model: str | None, config_file: Path | None, question: Question, as_json
         return
     from rich.console import Console
 
-    from cluster.commands.plan_tables import draw
+    from cluster.commands.plan_tables import draw, draw_figures
 
+    console = Console(highlight=False)
     for config, planner, plan in plans:
-        draw(config.name, question.target, planner, plan, Console(highlight=False))
+        draw(config.name, question.target, planner, plan, console)
+        draw_figures(figures(question, plan), console)
 
 
 def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[Planner, Plan]:
     """The best layout, or with `chosen` the one that the configuration says where it says one."""
-    architecture = shape_of(config.path)
-    setting = config.engine.dtype if question.dtype == "auto" else question.dtype
-    dtype = compute_dtype(setting, architecture)  # type: ignore[arg-type]
-    planner = Planner(Model(architecture, dtype), gpu_type(question.gpu), question.link)
-    experts = config.experts
+    checkpoint, engine = checkpoint_of(config.path), engine_of(config, question)
+    dtype = compute_dtype(engine.dtype, checkpoint.architecture)
+    weights = held_weights(checkpoint.rounded(engine.rounding), dtype, "cuda")
+    model = Model(checkpoint.architecture, dtype, weights)
+    planner = Planner(model, gpu_type(question.gpu), question.lanes or LANES)
+    experts, coordinators = config.experts, config.coordinators.min_replicas
     if experts.tiers:
         raise ConfigError(f"models: {config.name!r}: experts.tiers: `manta plan` knows GPUs only, leave them out")
-    if not chosen or experts.groups == "auto" or experts.transport == "local":
+    if chosen and experts.transport == "local":
+        return planner, planner.evaluate(Layout((), coordinators), question.target)
+    if not chosen or experts.groups == "auto":
         return planner, planner.plan(question.target)
-    groups: tuple[ExpertGroup, ...] = plan_groups(experts.groups, architecture.num_experts, 1, 1)
+    groups: tuple[ExpertGroup, ...] = plan_groups(experts.groups, checkpoint.architecture.num_experts, 1, 1)
     shared = experts.gpus_per_shard is not None and experts.gpus_per_shard < 1
-    layout = Layout(groups, config.coordinators.min_replicas, shared)
-    return planner, planner.evaluate(layout, question.target)
+    return planner, planner.evaluate(Layout(groups, coordinators, shared), question.target)
 
 
-def shape_of(path: str) -> Architecture:
-    """Of a directory, an embedded model, a model of the hub that is known, or a named shape."""
+def engine_of(config: ModelConfig, question: Question) -> EngineConfig:
+    """As configured, or as the command says instead. Raises ConfigError."""
+    changes = {"dtype": question.dtype} if question.dtype != "auto" else {}
+    if question.quantization is not None:
+        changes["quantization"] = question.quantization
+    document = {"name": config.name, "path": config.path, "engine": config.engine.model_dump() | changes}
+    return parse_config({"models": [document]}, source="manta plan").models[0].engine
+
+
+def checkpoint_of(path: str) -> Checkpoint:
+    """Of a directory or an embedded model; an outline of a model of the hub that is known, or of a named shape."""
     if Path(path).expanduser().is_dir():
-        return open_checkpoint(Path(path).expanduser()).architecture
+        return open_checkpoint(Path(path).expanduser())
     if path in EMBEDDED:
-        return open_checkpoint(EMBEDDED[path]).architecture
-    shapes = {**SHAPES, **KNOWN_MODELS}
-    try:
-        return shapes[path]
-    except KeyError:
-        raise ConfigError(f"{path!r} is no directory; shapes that are known by name: {', '.join(shapes)}") from None
+        return open_checkpoint(EMBEDDED[path])
+    if path in KNOWN_MODELS:
+        return outline(path, KNOWN_MODELS[path].architecture, KNOWN_MODELS[path].scheme)
+    if path in NAMED_SHAPES:
+        return outline(path, NAMED_SHAPES[path])
+    known = ", ".join((*NAMED_SHAPES, *KNOWN_MODELS))
+    raise ConfigError(f"{path!r} is no directory; shapes that are known by name: {known}")
+
+
+def figures(question: Question, plan: Plan) -> tuple[Figure, ...]:
+    """What the plan is made of, beside the data sheet."""
+    lanes: Iterable[Figure] = () if plan.layout.local else (*(OF_LANES if question.lanes is None else ()), *OF_COPIES)
+    return (*OF_GPUS, *lanes)
 
 
 def document(name: str, question: Question, planner: Planner, plan: Plan) -> dict[str, Any]:
@@ -91,11 +115,13 @@ def document(name: str, question: Question, planner: Planner, plan: Plan) -> dic
         "gpu": asdict(planner.gpu),
         "dtype": planner.model.dtype,
         "target": target,
-        "link": asdict(planner.link),
+        "weight_bytes": planner.model.all_bytes,
+        "lanes": asdict(planner.lanes),
         "layout": {
             "groups": group_list(plan.layout.groups),
             "coordinators": plan.layout.coordinators,
             "shared": plan.layout.shared,
+            "local": plan.layout.local,
             "gpus": plan.layout.gpus,
         },
         "processes": [asdict(process) for process in plan.processes],
@@ -103,9 +129,14 @@ def document(name: str, question: Question, planner: Planner, plan: Plan) -> dic
         "step_s": plan.step_s,
         "attention_s": plan.attention_s,
         "experts_s": plan.experts_s,
+        "wire_s": plan.wire_s,
+        "host_s": plan.host_s,
+        "first_token_s": plan.first_token_s,
         "meets_target": plan.meets_target,
         "attention_per_expert_gpu": None if ratio == inf else ratio,
-        "replica_gpus": plan.replica_gpus,
-        "loses_until": plan.loses_until,
+        "rival": plan.rival,
+        "rival_gpus": plan.rival_gpus,
+        "loses_at": plan.loses_at,
         "comparisons": [asdict(one) for one in plan.comparisons],
+        "figures": [one.document() for one in figures(question, plan)],
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.planning.placement import gib
-from cluster.planning.plan import USABLE, Plan, Planner, Target
+from cluster.planning.costs import Figure
+from cluster.planning.placement import WeightBytes, gib
+from cluster.planning.plan import Plan, Planner, Target
 
 
 def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Console) -> None:
@@ -16,12 +18,34 @@ def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Conso
     gpu, load = planner.gpu, target.load
     console.print(
         f"[bold]{name}[/bold], {planner.model.dtype}, for {load.sequences:g} sequences of {load.context} tokens on "
-        f"{plan.layout.gpus} × {gpu.name} ({gib(USABLE * gpu.memory_bytes)} of each to use)\n"
+        f"{plan.layout.gpus} × {gpu.name} ({gib(planner.usable_bytes)} of each to use)\n"
     )
+    if plan.rival_gpus > 1:
+        console.print(
+            f"One {gpu.name} does not hold the whole model. {planner.what_holds_it(load.context)}."
+            f"{_unchanged(planner)} With `--ram` some of the experts are in a CPU's memory.\n"
+        )
     console.print(_processes(plan))
     console.print(_expectation(target, plan))
-    console.print(_comparison(plan))
-    console.print(_verdict(plan))
+    if plan.rival is not None:
+        console.print(_comparison(plan))
+        console.print(_verdict(plan))
+
+
+def draw_figures(figures: Sequence[Figure], console: Console) -> None:
+    """What was measured, and what is assumed."""
+    for title, measured in (("Measured (docs/benchmarks.md, 2 CPU cores)", True), ("Assumed", False)):
+        lines = [f"{one.what} ({one.source})" for one in figures if one.measured is measured]
+        if lines:
+            console.print(f"{title}: {'; '.join(lines)}.")
+
+
+def _unchanged(planner: Planner) -> str:
+    """Where a smaller format would be no help."""
+    model = planner.model
+    if model.weights != WeightBytes.of(model.architecture, model.dtype):
+        return ""
+    return f" GPUs hold quantised weights in {model.dtype}, so no format makes them smaller there."
 
 
 def _processes(plan: Plan) -> Table:
@@ -42,9 +66,15 @@ def _expectation(target: Target, plan: Plan) -> str:
         where = "on the GPUs of the experts" if plan.layout.shared else "GPUs for attention for each with experts"
         lines.append(f"{plan.layout.coordinators if plan.layout.shared else f'{ratio:.2f}'} {_plural(plan)}{where}")
     lines.append(f"Floor: {_ms(plan.floor_s)} a token for one sequence, by the memory's bandwidth alone.")
+    wire = "" if plan.layout.local else f", rows on their way {_ms(plan.wire_s)}"
+    name = "experts" if plan.layout.local else "the slowest shard"
+    experts = f", {name} {_ms(plan.experts_s)}" if plan.experts_s else ""
     lines.append(
         f"Expected: {_ms(plan.step_s)} a token for all, {target.load.sequences / plan.step_s:.0f} tokens a second; "
-        f"attention {_ms(plan.attention_s)}, the slowest shard {_ms(plan.experts_s)}."
+        f"attention {_ms(plan.attention_s)}{experts}{wire}, Python {_ms(plan.host_s)}."
+    )
+    lines.append(
+        f"First token of a prompt of {target.load.context} tokens: {_ms(plan.first_token_s)}, when nothing else runs."
     )
     if target.step_s != inf and not plan.meets_target:
         lines.append(f"No layout makes a token in {_ms(target.step_s)}; this one is the nearest.")
@@ -57,26 +87,32 @@ def _plural(plan: Plan) -> str:
     return "coordinator " if plan.layout.coordinators == 1 else "coordinators "
 
 
+def _rival(plan: Plan) -> str:
+    if plan.rival == "local":
+        return "local coordinators, each with all experts on its GPU (experts.transport: local)"
+    return f"tensor parallelism over {plan.rival_gpus} GPUs, as vLLM and SGLang have it and Manta does not"
+
+
 def _comparison(plan: Plan) -> Table:
-    table = Table(title=f"Against fat replicas of {plan.replica_gpus} GPU(s), on as many GPUs", title_justify="left")
-    for column in ("sequences", "ms a token", "tokens/s/GPU", "replica: ms", "replica: tokens/s/GPU"):
+    table = Table(title=f"Against {_rival(plan)}, on as many GPUs", title_justify="left")
+    for column in ("sequences", "ms a token", "tokens/s/GPU", "the other: ms", "the other: tokens/s/GPU"):
         table.add_column(column, justify="right")
     for one in plan.comparisons:
-        if one.step_s is None and one.replica_step_s is None:
+        if one.step_s is None and one.rival_step_s is None:
             continue
-        numbers = (one.tokens_per_gpu, one.replica_tokens_per_gpu)
+        numbers = (one.tokens_per_gpu, one.rival_tokens_per_gpu)
         own, rival = ("" if number is None else f"{number:.0f}" for number in numbers)
-        table.add_row(str(one.sequences), _ms(one.step_s), own, _ms(one.replica_step_s), rival)
+        table.add_row(str(one.sequences), _ms(one.step_s), own, _ms(one.rival_step_s), rival)
     return table
 
 
 def _verdict(plan: Plan) -> str:
-    if plan.loses_until is None:
+    name = "Local coordinators" if plan.rival == "local" else "Tensor parallelism, at no cost of its own,"
+    if not plan.loses_at:
         return "Splitting attention from experts never makes fewer tokens per GPU here."
-    fits = [one.sequences for one in plan.comparisons if one.tokens_per_gpu is not None]
-    if plan.loses_until >= max(fits, default=0):
-        return "Fat replicas make more tokens per GPU at every number of sequences that fits."
-    return f"Up to {plan.loses_until} sequences fat replicas make more tokens per GPU."
+    if set(plan.loses_at) >= {one.sequences for one in plan.comparisons if one.tokens_per_gpu is not None}:
+        return f"{name} would make more tokens per GPU at every number of sequences that fits."
+    return f"{name} would make more tokens per GPU for {', '.join(map(str, plan.loses_at))} sequences."
 
 
 def _ms(seconds: float | None) -> str:

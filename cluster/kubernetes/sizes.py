@@ -14,6 +14,7 @@ from cluster.checkpoint.architecture import Architecture, compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
+from cluster.checkpoint.outline import outline
 from cluster.config import MantaConfig, ModelConfig
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.kubernetes.names import Role
@@ -65,9 +66,12 @@ class ModelSize:
     """One model, as far as sizes go."""
 
     config: ModelConfig
-    architecture: Architecture
+    checkpoint: Checkpoint  # an outline where its files are not here
     groups: tuple[ExpertGroup, ...]  # none where the coordinator has all experts itself
-    checkpoint: Checkpoint | None = None  # where its files are here
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
 
     @property
     def on_gpu(self) -> bool:
@@ -89,19 +93,13 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the checkpoint's files; of one that is not here, in the dtype that it says."""
-        if self.checkpoint is not None:
-            return sum(ref.nbytes for ref in self.checkpoint.tensors.values())
-        a = self.architecture
-        weights = WeightBytes.of(a, "float32" if a.dtype == "float32" else "bfloat16")
-        return weights.coordinator + a.num_experts * weights.expert
+        """Of the checkpoint's files; of one that is not here, as its config says."""
+        return sum(ref.nbytes for ref in self.checkpoint.tensors.values())
 
     @property
     def held(self) -> WeightBytes:
         """What weights take in the memory of processes."""
         dtype = compute_dtype(self.config.engine.dtype, self.architecture)
-        if self.checkpoint is None:
-            return WeightBytes.of(self.architecture, dtype)
         return held_weights(self.checkpoint, dtype, "cuda" if self.on_gpu else "cpu")
 
     def coordinator_host_bytes(self) -> int:
@@ -123,19 +121,20 @@ class ModelSize:
 
 def model_size(model: ModelConfig) -> ModelSize:
     """Raises ConfigError for a model whose sizes cannot be known here."""
-    architecture, checkpoint = _known(model.path, model.revision)
+    checkpoint = _known(model.path, model.revision).rounded(model.engine.rounding)
+    architecture = checkpoint.architecture
     local = architecture.is_dense or model.experts.transport == "local"
     groups = () if local else plan_groups(model.experts.groups, architecture.num_experts, 0, 1)
-    return ModelSize(model, architecture, groups, checkpoint)
+    return ModelSize(model, checkpoint, groups)
 
 
-def _known(path: str, revision: str | None) -> tuple[Architecture, Checkpoint | None]:
+def _known(path: str, revision: str | None) -> Checkpoint:
     """Of a directory, an embedded model, or a hub id that is known. Raises ConfigError for others."""
     if path in KNOWN_MODELS:
-        return KNOWN_MODELS[path], None
+        known_model = KNOWN_MODELS[path]
+        return outline(path, known_model.architecture, known_model.scheme)
     if path in EMBEDDED or Path(path).expanduser().is_dir():
-        checkpoint = open_checkpoint(resolve_model(path, revision))
-        return checkpoint.architecture, checkpoint
+        return open_checkpoint(resolve_model(path, revision))
     known = ", ".join(KNOWN_MODELS)
     raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
 

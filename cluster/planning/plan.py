@@ -1,21 +1,34 @@
 """Which processes a model should have on GPUs of one type, and what they would do. Arithmetic over `roofline`.
 
 A layout is groups of experts and a number of coordinators, each on a GPU of its own or, shared, the coordinators on
-the shards'. Of all that fit, the one with the fewest GPUs that reach the target is taken, or without a target the one
-with the most tokens per GPU. The rival is one fat replica: the fewest GPUs that hold the whole model in one process,
-split over them evenly and at no cost, which is better than any real one.
+the shards'; or, local, coordinators alone, each with all experts. Of all that fit, the one with the fewest GPUs that
+reach the target is taken, or without a target the one with the most tokens per GPU. The rival is local coordinators
+where one GPU holds the whole model. Elsewhere it is none of ours: tensor parallelism over the fewest GPUs that hold it,
+split evenly and at no cost, which is better than any real one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
+from typing import Literal
 
 from cluster.errors import DoesNotFit
-from cluster.planning.gpus import GpuType
+from cluster.planning.costs import GPU_LAYER_S, LANES, between_devices, reached
+from cluster.planning.gpus import GPUS, GpuType
 from cluster.planning.placement import ExpertGroup, gib, kv_bytes_per_token, plan_groups
-from cluster.planning.roofline import Link, Load, Model, attention_s, disaggregated_s, experts_s, replica_s
+from cluster.planning.roofline import (
+    Link,
+    Load,
+    Model,
+    attention_s,
+    disaggregated_s,
+    experts_s,
+    local_s,
+    prefill_s,
+    wire_s,
+)
 
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA itself, activations and the allocator's gaps
 MAX_COORDINATORS = 64
@@ -40,6 +53,11 @@ class Layout:
     shared: bool = False  # coordinators are on the shards' GPUs
 
     @property
+    def local(self) -> bool:
+        """Whether each coordinator has all experts itself, or is all of a dense model."""
+        return not self.groups
+
+    @property
     def gpus(self) -> int:
         """Of all processes."""
         return len(self.groups) if self.shared else len(self.groups) + self.coordinators
@@ -62,13 +80,13 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One number of sequences, on the layout and on as many GPUs of fat replicas. None: it does not fit."""
+    """One number of sequences, on the layout and on as many GPUs of the rival. None: it does not fit."""
 
     sequences: int
     step_s: float | None
-    replica_step_s: float | None
+    rival_step_s: float | None
     tokens_per_gpu: float | None  # a second
-    replica_tokens_per_gpu: float | None
+    rival_tokens_per_gpu: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +99,12 @@ class Plan:
     step_s: float  # the target's sequences
     attention_s: float  # a coordinator's part of that
     experts_s: float  # the slowest shard's
+    wire_s: float  # of rows on their way
+    host_s: float  # Python and launches
+    first_token_s: float  # of a prompt as long as the target's context, when nothing else runs
     meets_target: bool
-    replica_gpus: int
+    rival: Literal["local", "tensor parallelism"] | None  # None: the layout is the rival
+    rival_gpus: int
     comparisons: tuple[Comparison, ...]
 
     @property
@@ -91,14 +113,11 @@ class Plan:
         return self.layout.coordinators / len(self.layout.groups) if self.layout.groups else inf
 
     @property
-    def loses_until(self) -> int | None:
-        """The largest number of sequences at which fat replicas make more tokens per GPU. None: at no one."""
-        lost = [
-            one.sequences
-            for one in self.comparisons
-            if (one.replica_tokens_per_gpu or 0.0) > (one.tokens_per_gpu or 0.0)
-        ]
-        return max(lost, default=None)
+    def loses_at(self) -> tuple[int, ...]:
+        """The numbers of sequences at which the rival makes more tokens per GPU."""
+        return tuple(
+            one.sequences for one in self.comparisons if (one.rival_tokens_per_gpu or 0.0) > (one.tokens_per_gpu or 0.0)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +125,24 @@ class Planner:
     """What does not change from layout to layout."""
 
     model: Model
-    gpu: GpuType
-    link: Link
+    gpu: GpuType  # as its data sheet has it
+    lanes: Link = LANES  # between processes, without copies to and from GPUs
+    layer_s: float = GPU_LAYER_S.value  # Python and launches
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of a GPU."""
+        return USABLE * self.gpu.memory_bytes
+
+    @property
+    def host_s(self) -> float:
+        """Python and launches of a step."""
+        return self.layer_s * self.model.architecture.num_layers
+
+    @property
+    def link(self) -> Link:
+        """Between rows on two GPUs."""
+        return between_devices(self.lanes, gpus=2)
 
     def plan(self, target: Target) -> Plan:
         """The best of all layouts. Raises DoesNotFit when none does."""
@@ -115,40 +150,75 @@ class Planner:
         if not layouts:
             on = f"{target.gpus} of them" if target.gpus else "any number of them"
             raise DoesNotFit(
-                f"{self.gpu.name} has {gib(USABLE * self.gpu.memory_bytes)} to use: no layout for "
-                f"{target.load.sequences:g} sequences of {target.load.context} tokens fits {on}"
+                f"{self.gpu.name} has {gib(self.usable_bytes)} to use: no layout for "
+                f"{target.load.sequences:g} sequences of {target.load.context} tokens fits {on}. "
+                f"{self.what_holds_it(target.load.context)}. With --ram some experts are in a CPU's memory"
             )
         return self.evaluate(min(layouts, key=lambda layout: self._rank(layout, target)), target)
+
+    def what_holds_it(self, context: int) -> str:
+        """How much the weights are, and the fewest GPUs of each type that hold them and one sequence."""
+        fewest = {name: replace(self, gpu=gpu).fewest_gpus(context) for name, gpu in GPUS.items()}
+        fits = ", ".join(f"{number} × {name}" for name, number in fewest.items() if number is not None)
+        return (
+            f"The weights are {gib(self.model.all_bytes)} there ({self.model.all_bytes / 1e9:.0f} GB); with one "
+            f"sequence they fit {fits or 'no number of GPUs of any type'}"
+        )
+
+    def fewest_gpus(self, context: int) -> int | None:
+        """That hold the model and one sequence of so many tokens."""
+        load, num_experts = Load(1, context), self.model.architecture.num_experts
+        layouts = [Layout((), 1)]
+        for number in range(1, num_experts + 1):
+            groups = plan_groups("auto", num_experts, number, 1)
+            layouts += [Layout(groups, 1, shared=True), Layout(groups, 1)]
+        return min((layout.gpus for layout in layouts if self._fits(layout, load)), default=None)
 
     def evaluate(self, layout: Layout, target: Target) -> Plan:
         """What one layout would do. Raises DoesNotFit."""
         processes = tuple(self._processes(layout, target.load))
         for gpu in range(layout.gpus):
             used = sum(one.weight_bytes + one.cache_bytes for one in processes if one.gpu == gpu)
-            if used > USABLE * self.gpu.memory_bytes:
+            if used > self.usable_bytes:
                 names = " and ".join(one.name for one in processes if one.gpu == gpu)
                 raise DoesNotFit(
-                    f"{names} need {gib(used)}, and {self.gpu.name} has {gib(USABLE * self.gpu.memory_bytes)} to use"
+                    f"{names} need {gib(used)}, and {self.gpu.name} has {gib(self.usable_bytes)} to use. "
+                    f"{self.what_holds_it(target.load.context)}"
                 )
-        one, load = Load(1, target.load.context), target.load
-        step_s = self._step_s(layout, load)
+        load = target.load
+        own = Load(load.sequences / layout.coordinators, load.context)
+        step_s, groups = self._step_s(layout, load), self._sizes(layout)
+        rows = own.sequences if layout.local else load.sequences
         return Plan(
             layout=layout,
             processes=processes,
-            floor_s=attention_s(self.model, self.gpu, one) + self._experts_s(layout, 1),
+            floor_s=attention_s(self.model, self.gpu, Load(1, load.context))
+            + max((experts_s(self.model, self.gpu, 1, size) for size in groups), default=0.0),
             step_s=step_s,
-            attention_s=attention_s(self.model, self.gpu, Load(load.sequences / layout.coordinators, load.context)),
-            experts_s=self._experts_s(layout, load.sequences),
+            attention_s=attention_s(self.model, reached(self.gpu), own),
+            experts_s=self._experts_s(layout, rows),
+            wire_s=0.0 if layout.local else wire_s(self.model, self.link, own.sequences, groups),
+            host_s=self.host_s,
+            first_token_s=prefill_s(
+                self.model,
+                reached(self.gpu),
+                None if layout.local else self.link,
+                load.context,
+                groups,
+                self.host_s,
+            ),
             meets_target=step_s <= target.step_s,
-            replica_gpus=self._replica_gpus(load.context),
-            comparisons=tuple(self._compare(layout, sequences, load.context) for sequences in SWEEP),
+            rival=None if layout.local else "local" if self._rival_gpus(load.context) == 1 else "tensor parallelism",
+            rival_gpus=self._rival_gpus(load.context),
+            comparisons=() if layout.local else tuple(self._compare(layout, one, load.context) for one in SWEEP),
         )
 
     def _layouts(self, target: Target) -> Iterator[Layout]:
         """Every one whose processes fit, with no more coordinators than shorten a step."""
         num_experts = self.model.architecture.num_experts
         most = int(min(MAX_COORDINATORS, max(1, target.load.sequences)))
-        for number in range(1, num_experts + 1) if num_experts else (0,):
+        yield from (one for one in (Layout((), n) for n in range(1, most + 1)) if self._fits(one, target.load))
+        for number in range(1, num_experts + 1):
             groups = plan_groups("auto", num_experts, number, 1)
             for shared in (False, True):
                 for coordinators in range(1, min(most, number) + 1 if shared else most + 1):
@@ -157,7 +227,9 @@ class Planner:
                         continue
                     yield layout
                     own = Load(target.load.sequences / coordinators, target.load.context)
-                    if attention_s(self.model, self.gpu, own) <= self._experts_s(layout, target.load.sequences):
+                    if attention_s(self.model, reached(self.gpu), own) <= self._experts_s(
+                        layout, target.load.sequences
+                    ):
                         break  # the experts are what a step waits for
 
     def _rank(self, layout: Layout, target: Target) -> tuple[float, ...]:
@@ -173,41 +245,59 @@ class Planner:
         cache = ceil(self._cache_bytes(load) / layout.coordinators)
         first = 0 if layout.shared else len(layout.groups)
         for index in range(layout.coordinators):
-            yield Process(f"coordinator {index}", first + index, self.model.coordinator_bytes, cache)
+            yield Process(f"coordinator {index}", first + index, self._coordinator_bytes(layout), cache)
+
+    def _coordinator_bytes(self, layout: Layout) -> int:
+        """Weights of one."""
+        return self.model.all_bytes if layout.local else self.model.coordinator_bytes
 
     def _fits(self, layout: Layout, load: Load) -> bool:
-        usable = USABLE * self.gpu.memory_bytes
         shard = max(layout.sizes, default=0) * self.model.one_expert_bytes
-        coordinator = self.model.coordinator_bytes + self._cache_bytes(load) / layout.coordinators
-        return shard + coordinator <= usable if layout.shared else max(shard, coordinator) <= usable
+        coordinator = self._coordinator_bytes(layout) + self._cache_bytes(load) / layout.coordinators
+        return (shard + coordinator if layout.shared else max(shard, coordinator)) <= self.usable_bytes
 
     def _cache_bytes(self, load: Load) -> float:
         return load.sequences * load.context * kv_bytes_per_token(self.model.architecture, self.model.dtype)
 
+    def _sizes(self, layout: Layout) -> tuple[int, ...]:
+        """Experts of each process that has some."""
+        return layout.sizes or (self.model.architecture.num_experts,)
+
     def _step_s(self, layout: Layout, load: Load) -> float:
+        gpu = reached(self.gpu)
+        if layout.local:
+            return local_s(self.model, gpu, Load(load.sequences / layout.coordinators, load.context), self.host_s)
         return disaggregated_s(
-            self.model, self.gpu, self.link, load, layout.sizes, layout.coordinators, shared=layout.shared
+            self.model,
+            gpu,
+            self.link,
+            load,
+            layout.sizes,
+            layout.coordinators,
+            shared=layout.shared,
+            host_s=self.host_s,
         )
 
     def _experts_s(self, layout: Layout, rows: float) -> float:
-        return max((experts_s(self.model, self.gpu, rows, size) for size in set(layout.sizes)), default=0.0)
+        gpu = reached(self.gpu)
+        return max(experts_s(self.model, gpu, rows, size) for size in self._sizes(layout))
 
-    def _replica_gpus(self, context: int) -> int:
-        """The fewest that hold everything and one sequence."""
-        return ceil((self.model.all_bytes + self._cache_bytes(Load(1, context))) / (USABLE * self.gpu.memory_bytes))
+    def _rival_gpus(self, context: int) -> int:
+        """The fewest that hold everything and one sequence, split evenly."""
+        return ceil((self.model.all_bytes + self._cache_bytes(Load(1, context))) / self.usable_bytes)
 
     def _compare(self, layout: Layout, sequences: int, context: int) -> Comparison:
-        load, gpus = Load(sequences, context), self._replica_gpus(context)
-        own = Load(max(1.0, sequences * gpus / layout.gpus), context)  # a replica's part, on as many GPUs in all
+        load, gpus = Load(sequences, context), self._rival_gpus(context)
+        own = Load(max(1.0, sequences * gpus / layout.gpus), context)  # a rival's part, on as many GPUs in all
         step_s = self._step_s(layout, load) if self._fits(layout, load) else None
-        fits = self.model.all_bytes + self._cache_bytes(own) <= gpus * USABLE * self.gpu.memory_bytes
-        replica_step_s = replica_s(self.model, self.gpu, own, gpus) if fits else None
+        fits = self.model.all_bytes + self._cache_bytes(own) <= gpus * self.usable_bytes
+        rival_step_s = local_s(self.model, reached(self.gpu), own, self.host_s, gpus) if fits else None
         return Comparison(
             sequences,
             step_s,
-            replica_step_s,
+            rival_step_s,
             None if step_s is None else sequences / step_s / layout.gpus,
-            None if replica_step_s is None else sequences / replica_step_s / layout.gpus,
+            None if rival_step_s is None else sequences / rival_step_s / layout.gpus,
         )
 
 

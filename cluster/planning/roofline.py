@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
 
-from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.architecture import Architecture, coordinator_tensors
 from cluster.planning.gpus import GpuType
-from cluster.planning.placement import DTYPE_BYTES, Dtype, coordinator_bytes, expert_bytes, kv_bytes_per_token
+from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes_per_token
+
+CHUNK = 2048  # tokens of a prompt in one step: the default of engine.max_num_batched_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,12 @@ class Model:
 
     architecture: Architecture
     dtype: Dtype
+    weights: WeightBytes  # as the device holds them
+
+    @classmethod
+    def plain(cls, architecture: Architecture, dtype: Dtype) -> Model:
+        """One that is not quantised."""
+        return cls(architecture, dtype, WeightBytes.of(architecture, dtype))
 
     @property
     def attention_bytes(self) -> int:
@@ -40,9 +48,21 @@ class Model:
         return self.coordinator_bytes - table
 
     @property
+    def attention_parameters(self) -> int:
+        """That a coordinator multiplies each row with."""
+        a = self.architecture
+        table = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size
+        return sum(prod(shape) for shape in coordinator_tensors(a).values()) - table
+
+    @property
+    def one_expert_parameters(self) -> int:
+        """In all layers."""
+        return self.architecture.num_layers * 3 * self.architecture.hidden_size * self.architecture.intermediate_size
+
+    @property
     def coordinator_bytes(self) -> int:
         """What a coordinator holds, without its cache."""
-        return coordinator_bytes(self.architecture, self.dtype, kv_tokens=0)
+        return self.weights.coordinator
 
     @property
     def all_bytes(self) -> int:
@@ -52,7 +72,7 @@ class Model:
     @property
     def one_expert_bytes(self) -> int:
         """In all layers; 0 of a dense model."""
-        return expert_bytes(self.architecture, self.dtype) if self.architecture.num_experts else 0
+        return self.weights.expert
 
     def touched(self, rows: float, experts: int) -> float:
         """How many of so many experts are asked for by at least one of the rows, in each layer."""
@@ -94,9 +114,8 @@ def attention_s(model: Model, gpu: GpuType, load: Load, gpus: float = 1.0) -> fl
     """A coordinator's part of a step for `load`, its own sequences."""
     a = model.architecture
     cache = load.sequences * load.context * kv_bytes_per_token(a, model.dtype)
-    parameters = model.attention_bytes / DTYPE_BYTES[model.dtype]
     scores = 4 * a.num_layers * a.num_heads * a.head_dim * load.context  # q·k and p·v, of one token
-    operations = load.sequences * (2 * parameters + scores)
+    operations = load.sequences * (2 * model.attention_parameters + scores)
     return max((model.attention_bytes + cache) / gpu.bandwidth, operations / gpu.flops) / gpus
 
 
@@ -110,7 +129,7 @@ def experts_s(model: Model, gpu: GpuType, rows: float, experts: int, gpus: float
         return 0.0
     touched = max(model.touched(rows, experts), 1.0)
     here = rows * a.top_k * experts / a.num_experts
-    operations = 2 * here * model.one_expert_bytes / DTYPE_BYTES[model.dtype]
+    operations = 2 * here * model.one_expert_parameters
     return max(touched * model.one_expert_bytes / gpu.bandwidth, operations / gpu.flops) / gpus
 
 
@@ -132,16 +151,18 @@ def disaggregated_s(
     coordinators: int,
     *,
     shared: bool = False,
+    host_s: float = 0.0,
 ) -> float:
     """A step, whole or in two halves that take turns, whichever is sooner.
 
     Every process has a GPU of its own, or, `shared`, each coordinator is on one of the shards': nothing can overlap.
+    `host_s`: Python and launches of the coordinator, in all layers, for the whole or for each half.
     """
 
     def parts(load: Load) -> tuple[float, float]:
         own = Load(load.sequences / coordinators, load.context)
         there = max((experts_s(model, gpu, load.sequences, size) for size in groups), default=0.0)
-        return attention_s(model, gpu, own), there + wire_s(model, link, own.sequences, groups)
+        return host_s + attention_s(model, gpu, own), there + wire_s(model, link, own.sequences, groups)
 
     whole = sum(parts(load))
     if shared or load.sequences < 2 * coordinators:
@@ -150,8 +171,23 @@ def disaggregated_s(
     return min(whole, max(2 * near, 2 * far, near + far))
 
 
-def replica_s(model: Model, gpu: GpuType, load: Load, gpus: int) -> float:
-    """A step of one process that holds everything, on so many GPUs that split it evenly and talk in no time."""
-    return attention_s(model, gpu, load, gpus) + experts_s(
-        model, gpu, load.sequences, model.architecture.num_experts, gpus
-    )
+def local_s(model: Model, gpu: GpuType, load: Load, host_s: float = 0.0, gpus: int = 1) -> float:
+    """A step of one process that holds everything, on a GPU, or on several that split it evenly and talk in no time."""
+    experts = experts_s(model, gpu, load.sequences, model.architecture.num_experts, gpus)
+    return host_s + attention_s(model, gpu, load, gpus) + experts
+
+
+def prefill_s(
+    model: Model, gpu: GpuType, link: Link | None, tokens: int, groups: Sequence[int], host_s: float = 0.0
+) -> float:
+    """A prompt of so many tokens that nothing else delays, in chunks. Without `link` the experts are local."""
+    a, kv = model.architecture, kv_bytes_per_token(model.architecture, model.dtype)
+    seconds = 0.0
+    for start in range(0, tokens, CHUNK):
+        rows = min(CHUNK, tokens - start)
+        scores = 4 * a.num_layers * a.num_heads * a.head_dim * (start + rows / 2)
+        read = model.attention_bytes + (start + rows) * kv
+        seconds += max(read / gpu.bandwidth, rows * (2 * model.attention_parameters + scores) / gpu.flops)
+        seconds += max((experts_s(model, gpu, rows, size) for size in groups), default=0.0)
+        seconds += host_s + (0.0 if link is None else wire_s(model, link, rows, groups))
+    return seconds

@@ -90,7 +90,7 @@ def from_params(**changes: Any) -> Architecture:
 
 def test_mixtral_8x7b_is_read_the_same_from_both_files():
     assert from_config() == from_params()
-    assert from_config() == KNOWN_MODELS["mistralai/Mixtral-8x7B-v0.1"]
+    assert from_config() == KNOWN_MODELS["mistralai/Mixtral-8x7B-v0.1"].architecture
 
 
 @pytest.mark.parametrize("changes", [{}, V3], ids=["v0.1", "v0.3"])
@@ -98,6 +98,7 @@ def test_mistral_7b_is_dense_and_read_the_same_from_both_files(changes: dict[str
     config = architecture_from_config(JsonDocument(Path("config.json"), MISTRAL_7B | changes))
     params = architecture_from_params(JsonDocument(Path("params.json"), PARAMS_7B | changes), "bfloat16")
     assert config == params
+    assert config == KNOWN_MODELS[f"mistralai/Mistral-7B-{'v0.3' if changes else 'v0.1'}"].architecture
     assert (config.is_dense, config.num_experts, config.top_k) == (True, 0, 0)
     assert not from_config().is_dense
     parameters = sum(math.prod(shape) for shape in all_tensors(config).values())

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.checkpoint.known_models import MIXTRAL_8X7B
-from cluster.planning.formats import FORMATS, fewest_cards, stored_bytes, table
+import pytest
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.known_models import KNOWN_MODELS, MIXTRAL_8X7B
+from cluster.checkpoint.outline import outline
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
+from cluster.config import EngineConfig
+from cluster.planning.formats import CONTEXT, FORMATS, on_gpus, stored_bytes, table
 from cluster.planning.gpus import gpu_type
+from cluster.planning.plan import Planner
+from cluster.planning.weights import held_weights
+from tests.checkpoints import write_checkpoint
+from tests.quantized_checkpoints import compressed_tensors, fine_grained_fp8, gptq, write_quantized
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def test_the_page_says_what_the_arithmetic_says() -> None:
@@ -24,6 +36,44 @@ def test_fewer_bits_take_less_and_act_order_a_little_more() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("model", "gigabytes"),
+    [
+        ("casperhansen/mixtral-instruct-awq", 24.65),
+        ("TheBloke/Mistral-7B-Instruct-v0.1-AWQ", 4.15),
+        ("TheBloke/Mistral-7B-Instruct-v0.2-GPTQ", 4.16),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 14.5),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 93.4),
+    ],
+)
+def test_models_of_the_hub_are_as_large_as_the_hub_says(model: str, gigabytes: float) -> None:
+    known = KNOWN_MODELS[model]
+    assert stored_bytes(known.architecture, known.scheme) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_an_outline_holds_what_the_same_checkpoint_on_disk_holds(tmp_path: Path) -> None:
+    """Plans for models that are not here, and for those that are, come from the same figures."""
+    for index, of in enumerate((None, gptq(4), compressed_tensors("pack-quantized", INT4), fine_grained_fp8((32, 32)))):
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        if of is None:
+            write_checkpoint(directory)
+        else:
+            write_quantized(directory, of)
+        here = open_checkpoint(directory)
+        [scheme] = {ref.scheme for ref in here.tensors.values() if isinstance(ref, QuantizedRef)} or {None}
+        elsewhere = outline("acme/model", here.architecture, scheme)
+        assert set(elsewhere.tensors) == set(here.tensors)
+        for device in ("cpu", "cuda"):
+            assert held_weights(elsewhere, "bfloat16", device) == held_weights(here, "bfloat16", device)
+        if scheme is None:
+            rounding = EngineConfig(quantization="int4", quantization_group_size=32).rounding
+            rounded = held_weights(elsewhere.rounded(rounding), "bfloat16", "cpu")
+            assert rounded == held_weights(here.rounded(rounding), "bfloat16", "cpu")
+            assert rounded.expert < held_weights(here, "bfloat16", "cpu").expert / 3
+
+
 def test_a_card_more_or_less() -> None:
-    assert fewest_cards(MIXTRAL_8X7B, gpu_type("H200")) == 1
-    assert fewest_cards(MIXTRAL_8X7B, gpu_type("H100")) == 2
+    model = on_gpus(MIXTRAL_8X7B, None)
+    assert Planner(model, gpu_type("H200")).fewest_gpus(CONTEXT) == 1
+    assert Planner(model, gpu_type("H100")).fewest_gpus(CONTEXT) == 2

@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.errors import ConfigError
 from cluster.planning.gpus import GPUS, gpu_memory_bytes, gpu_type
-from cluster.planning.roofline import Link, Load, Model, attention_s, disaggregated_s, experts_s, replica_s, wire_s
+from cluster.planning.roofline import (
+    Link,
+    Load,
+    Model,
+    attention_s,
+    disaggregated_s,
+    experts_s,
+    local_s,
+    prefill_s,
+    wire_s,
+)
 
-MIXTRAL = Model(MIXTRAL_8X7B, "bfloat16")
+MIXTRAL = Model.plain(MIXTRAL_8X7B, "bfloat16")
 H100 = gpu_type("h100")
 LINK = Link(12.5e9, 100e-6)
 ONE_EXPERT = 32 * 3 * 4096 * 14336 * 2  # layers × matrices × D × F × bytes
@@ -70,15 +80,47 @@ def test_more_sequences_never_make_a_step_shorter(
 
 
 @given(sequences=st.integers(1, 4096), context=st.integers(1, 32768), gpus=st.integers(1, 8))
-def test_a_fat_replica_on_ideal_gpus_is_as_much_faster_as_there_are(sequences: int, context: int, gpus: int) -> None:
+def test_a_model_on_ideal_gpus_is_as_much_faster_as_there_are(sequences: int, context: int, gpus: int) -> None:
     load = Load(sequences, context)
-    assert replica_s(MIXTRAL, H100, load, gpus) * gpus == pytest.approx(replica_s(MIXTRAL, H100, load, 1))
+    assert local_s(MIXTRAL, H100, load, gpus=gpus) * gpus == pytest.approx(local_s(MIXTRAL, H100, load))
     alone = disaggregated_s(MIXTRAL, H100, Link(1e30, 0), load, [8], 1, shared=True)
-    assert alone == pytest.approx(replica_s(MIXTRAL, H100, load, 1)), "one of everything, and a wire that costs nothing"
+    assert alone == pytest.approx(local_s(MIXTRAL, H100, load)), "one of everything, and a wire that costs nothing"
+
+
+def test_python_and_launches_are_added_once_to_a_step_and_once_to_each_half() -> None:
+    load, host_s = Load(64, 1024), 0.01
+    arguments = MIXTRAL, H100, LINK, load, [1] * 8, 1
+    whole = disaggregated_s(*arguments, shared=True, host_s=host_s)
+    assert whole == pytest.approx(disaggregated_s(*arguments, shared=True) + host_s)
+    assert disaggregated_s(*arguments, host_s=1.0) == pytest.approx(disaggregated_s(*arguments, shared=True) + 1.0), (
+        "halves would take it twice"
+    )
+    assert local_s(MIXTRAL, H100, load, host_s) == pytest.approx(local_s(MIXTRAL, H100, load) + host_s)
+
+
+def test_small_numbers_are_fewer_bytes_and_as_many_operations() -> None:
+    weights = replace(MIXTRAL.weights, expert=ONE_EXPERT // 4)
+    small = replace(MIXTRAL, weights=weights)
+    assert experts_s(small, H100, 100, 8) == pytest.approx(experts_s(MIXTRAL, H100, 100, 8) / 4)
+    assert experts_s(small, H100, 10_000, 8) == pytest.approx(experts_s(MIXTRAL, H100, 10_000, 8))
+
+
+def test_a_prompt_is_computed_in_chunks_and_its_rows_cross_the_wire() -> None:
+    """Of a long one operations count, 2 for each parameter that a token meets; of each chunk, Python and the wire."""
+    fast = Link(1e30, 0)
+    met = MIXTRAL.attention_parameters + 2 * MIXTRAL.one_expert_parameters
+    scores = 4 * 32 * 32 * 128 * (4096 / 2)
+    computed = 4096 * (2 * met + scores) / H100.flops
+    assert prefill_s(MIXTRAL, H100, None, 4096, [8]) == pytest.approx(computed, rel=1e-3)
+    assert prefill_s(MIXTRAL, H100, fast, 4096, [8], 0.5) == pytest.approx(computed + 2 * 0.5, rel=1e-3)
+    wire = 2 * wire_s(MIXTRAL, LINK, 2048, [8])
+    assert prefill_s(MIXTRAL, H100, LINK, 4096, [8]) == pytest.approx(computed + wire, rel=1e-3)
+    one = prefill_s(MIXTRAL, H100, None, 1, [8])
+    assert one == pytest.approx(local_s(MIXTRAL, H100, Load(1, 1)), rel=1e-3), "a prompt of one token is a step"
 
 
 def test_a_dense_model_is_attention_alone() -> None:
-    dense = Model(replace(MIXTRAL_8X7B, num_experts=0, top_k=0), "bfloat16")
+    dense = Model.plain(replace(MIXTRAL_8X7B, num_experts=0, top_k=0), "bfloat16")
     load = Load(4, 100)
     assert disaggregated_s(dense, H100, LINK, load, [], 1) == attention_s(dense, H100, load)
 
