@@ -18,6 +18,8 @@ Kind = Literal["chat", "embedding"]
 Pooling = Literal["mean", "last"]
 Key = tuple[str, int]  # (request id, choice index)
 
+MIN_REPETITION_PENALTY = 0.01  # logits are divided by it, and must stay finite in float32, over any temperature
+
 HEARTBEAT_S = 1.0  # the longest pause between two items of a TokenStream
 
 

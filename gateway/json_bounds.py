@@ -22,22 +22,22 @@ _PARTS = tuple(b"[{:.eE")  # each begins one or is in one; strings are counted b
 _VALUES = tuple(b",[{")
 
 
-def check_bounds(data: bytes) -> None:
+def check_bounds(data: bytes, what: str = "the body") -> None:
     """Raises InvalidRequest for JSON that is deeper or larger than the bounds; what is no JSON may pass or not."""
     if len(data) <= MAX_PARTS and data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     text = data.replace(rb"\\", b"").replace(rb"\"", b"")  # now every quote begins or ends a string
     num_strings = text.count(b'"') // 2
-    _check_parts(num_strings)
+    _check_parts(num_strings, what)
     plain = b"".join(text.split(b'"')[::2])  # what is outside of strings
     if sum(map(plain.count, _VALUES)) > MAX_VALUES:
-        raise InvalidRequest(f"the body has more than {MAX_VALUES} values")
-    _check_parts(num_strings + sum(map(plain.count, _PARTS)))
+        raise InvalidRequest(f"{what} has more than {MAX_VALUES} values")
+    _check_parts(num_strings + sum(map(plain.count, _PARTS)), what)
     steps = np.frombuffer(b"[" + plain.translate(None, _NO_STEPS), np.uint8)
     if np.cumsum(_STEP[steps], dtype=np.int32).max() > MAX_DEPTH + 1:
-        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels")
+        raise InvalidRequest(f"{what} is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_parts(num_parts: int) -> None:
+def _check_parts(num_parts: int, what: str) -> None:
     if num_parts > MAX_PARTS:
-        raise InvalidRequest(f"the body has more than {MAX_PARTS} objects, lists, members and strings in all")
+        raise InvalidRequest(f"{what} has more than {MAX_PARTS} objects, lists, members and strings in all")

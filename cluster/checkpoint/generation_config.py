@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.json_document import JsonDocument
-from cluster.messages import SamplingDefaults
+from cluster.messages import MIN_REPETITION_PENALTY, SamplingDefaults
 
 FILE = "generation_config.json"
 
@@ -55,7 +55,9 @@ def read_generation_config(directory: Path, vocab_size: int) -> GenerationConfig
         top_p=document.number("top_p", default=1.0, maximum=1.0),
         top_k=max(0, document.integer("top_k", default=0, minimum=-1)),
         min_p=_from_zero(document, "min_p", 0.0, 1.0),
-        repetition_penalty=document.number("repetition_penalty", default=1.0, maximum=10.0),
+        repetition_penalty=document.number(
+            "repetition_penalty", default=1.0, minimum=MIN_REPETITION_PENALTY, maximum=10.0
+        ),
     )
     not_followed = tuple(
         key

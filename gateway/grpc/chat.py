@@ -11,7 +11,7 @@ from typing import Any
 from cluster.errors import InvalidRequest
 from gateway.answer.tools_reader import ToolCall
 from gateway.grpc.proto import chat_pb2
-from gateway.http.body import parse_object
+from gateway.json_object import parse_object
 
 _CHOICES = ("none", "auto", "any", "required")
 
@@ -112,6 +112,6 @@ def _schema(text: str, path: str) -> dict[str, Any]:
 
 def _object(text: str, path: str, expected: str) -> dict[str, Any]:
     try:
-        return parse_object(text.encode())
+        return parse_object(text.encode(), "it")
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}: expected {expected}: {error.message}", param=path) from None

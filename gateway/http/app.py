@@ -24,7 +24,7 @@ from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
 from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings_body, vectors
 from gateway.frontend import Frontend
 from gateway.http.authentication import Authentication
-from gateway.http.body import parse_object, read_body
+from gateway.http.body import read_body
 from gateway.http.errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
 from gateway.http.log import HttpLog
 from gateway.http.openapi import openapi_document
@@ -32,6 +32,7 @@ from gateway.http.page import page_response
 from gateway.http.receiving import BoundedReceiving
 from gateway.http.responses import ResponsesDoor
 from gateway.http.sse import DONE, EventStream, begun, event, json_bytes, unless_disconnected
+from gateway.json_object import parse_object
 from gateway.request.protocol import (
     Body,
     ChatCompletionRequest,

@@ -1,18 +1,14 @@
-"""Reads a JSON object from an HTTP request, whatever the client sends instead. Knows bytes and JSON, no fields.
+"""Reads the body of an HTTP request that is said to be JSON, whatever the client sends instead. Parses nothing.
 
 Everything wrong is an InvalidRequest or PayloadTooLarge; nothing larger than the limit is ever held.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import orjson
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled, UnsupportedEncoding
-from gateway.json_bounds import check_bounds
 
 
 async def read_body(request: HttpRequest, max_bytes: int) -> bytes:
@@ -27,21 +23,6 @@ async def read_body(request: HttpRequest, max_bytes: int) -> bytes:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise InvalidRequest(f"Content-Type: expected application/json, got {media_type!r}", param="Content-Type")
     return await _read(request, max_bytes)
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Strict JSON in UTF-8: no NaN, no lone surrogates, within `gateway.json_bounds`. Raises InvalidRequest.
-
-    A whole number of more than 64 bits is the nearest fraction's, as in JavaScript.
-    """
-    check_bounds(data)
-    try:
-        document = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return document
 
 
 async def _read(request: HttpRequest, max_bytes: int) -> bytes:

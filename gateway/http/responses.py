@@ -13,9 +13,10 @@ from cluster.errors import InvalidRequest
 from gateway.answer.chat import num_bytes
 from gateway.answer.choice import Usage
 from gateway.frontend import Frontend
-from gateway.http.body import parse_object, read_body
+from gateway.http.body import read_body
 from gateway.http.errors import REQUEST_ID_HEADER, error_body, json_response
 from gateway.http.sse import EventStream, begun, event, unless_disconnected
+from gateway.json_object import parse_object
 from gateway.request.protocol import ChatCompletionRequest
 from gateway.request.validator import Generation
 from gateway.responses.fields import Json, ResponsesRequest, parse_responses_body, renamed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from cluster.messages import ModelCard
+from cluster.messages import MIN_REPETITION_PENALTY, ModelCard
 from gateway.request.protocol import SamplingFields
 
 MAX_TOP_LOGPROBS = 20
@@ -21,9 +21,7 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
     if top_p == 0:  # leaves the most likely token, as temperature 0 does
         temperature, top_p = 0, 1
     repetition_penalty = _default(body.repetition_penalty, defaults.repetition_penalty)
-    between("repetition_penalty", repetition_penalty, 0, 10)
-    if repetition_penalty == 0:
-        raise InvalidRequest("repetition_penalty: must be over 0, got 0", param="repetition_penalty")
+    between("repetition_penalty", repetition_penalty, MIN_REPETITION_PENALTY, 10)
     if body.prompt_logprobs is not None:
         between("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     if body.n is not None:

@@ -6,14 +6,13 @@ nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.messages import Answer, JsonSchema
-from gateway.json_bounds import check_bounds
+from gateway.json_object import parse_object
 from gateway.request.protocol import AnswerFields
 from gateway.request.structured_schema import MAX_BYTES, checked_schema
 from gateway.request.text_grammar import checked_choice, checked_regex, checked_rules
@@ -105,10 +104,9 @@ def _schema(schema: Any, param: str) -> Answer:
     if len(data) > MAX_BYTES:
         raise InvalidRequest(f"{param}: at most {MAX_BYTES} bytes, got {len(data)}", param=param)
     try:
-        check_bounds(data)
-        document = json.loads(schema)
-    except (InvalidRequest, ValueError) as error:
-        raise InvalidRequest(f"{param}: expected a JSON Schema, an object: {error}", param=param) from None
+        document = parse_object(data, "it")
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{param}: expected a JSON Schema, an object: {error.message}", param=param) from None
     return checked_schema(document, param)
 
 

@@ -140,7 +140,7 @@ def _calls(calls: Any, path: str) -> list[_Call]:
 def _check_json(text: str, path: str) -> None:
     """JSON within a string was neither bounded nor looked at with the body that it came in. Raises InvalidRequest."""
     try:
-        check_bounds(text.encode())
+        check_bounds(text.encode(), "it")
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}: {error.message}", param=path) from None
     if is_json_of_no_text(text):

@@ -122,16 +122,21 @@ class ChatTemplate:
         return environment
 
 
+def refusal(error: Exception) -> str:
+    """What the template says by `raise_exception`; of any other error the kind: its words are of our insides."""
+    return str(error) if type(error) is TemplateError else type(error).__name__
+
+
 def _tagged(chat: Conversation, tag: str) -> Conversation:
     """The same with its last text marked at the end, as transformers marks one that is continued."""
     return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + tag}]
 
 
 def _cut(rendered: str, tag: str, content: str) -> str:
-    """Up to the mark, without what a template that trimmed the text had taken away. Raises ValueError."""
+    """Up to the mark, without what a template that trimmed the text had taken away. Raises TemplateError."""
     at = rendered.rfind(tag.rstrip())
     if at < 0 or content.strip() not in rendered:
-        raise ValueError("it changes the last message, which cannot be continued then")
+        raise TemplateError("it changes the last message, which cannot be continued then")
     return rendered[:at] if rendered.startswith(tag, at) else rendered[:at].rstrip()
 
 

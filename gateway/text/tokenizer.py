@@ -16,7 +16,7 @@ from cluster.checkpoint.vocabulary import byte_level_alphabet, is_byte_level, pi
 from cluster.errors import InvalidRequest
 from cluster.messages import ToolTokens
 from gateway.json_bounds import check_bounds
-from gateway.text.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering
+from gateway.text.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering, refusal
 from gateway.text.control_tokens import ControlTokens
 from gateway.text.unlocked_tokenizer import UnlockedTokenizer
 
@@ -127,7 +127,8 @@ class HuggingFaceTokenizer:
         try:
             text, own = self._render(chat, definitions, how)
         except REFUSALS as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+            message = f"the model's chat template refuses these messages: {refusal(error)}"
+            raise InvalidRequest(message, "messages") from error
         if self._can_trace and own is not None:
             return tuple(self._control_tokens.encode(text, own))
         self._control_tokens.refuse([{**message, "role": ""} for message in chat], "messages")
@@ -245,8 +246,9 @@ class MistralTokenizer:
                 chat, tools=list(tools) or None, continue_final_message=continues
             )
             return tuple(self._reader.encode_chat_completion(request).tokens)
-        except (MistralCommonException, ValueError) as error:
-            raise InvalidRequest(f"the model's chat format refuses these messages: {error}", "messages") from error
+        except (MistralCommonException, ValueError) as error:  # the latter is pydantic's, say, and of our insides
+            said = error.message if isinstance(error, MistralCommonException) else type(error).__name__
+            raise InvalidRequest(f"the model's chat format refuses these messages: {said}", "messages") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._raw.decode(list(token_ids), special_token_policy=self._ignore))
@@ -326,7 +328,7 @@ def _check_result(content: str) -> None:
     """Mistral's tokenizers parse a tool's result that may be JSON, whatever it holds. Raises InvalidRequest."""
     if content.lstrip()[:1] in ("[", "{"):
         try:
-            check_bounds(content.encode())
+            check_bounds(content.encode(), "it")
         except InvalidRequest as error:
             raise InvalidRequest(f"messages: a tool's content: {error.message}", param="messages") from None
     if is_json_of_no_text(content):

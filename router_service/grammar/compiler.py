@@ -1,8 +1,8 @@
 """Compiles the grammars of one model off the engine's thread, and keeps them. Knows event loop, threads and the trial.
 
-A schema of few and plain words, or few texts to choose from, is compiled at once, in a thread of low priority. Any
-other grammar is spelled and compiled on trial first, in a process that can be killed, and only if it passes compiled in
-a thread here: the second time costs what the first did. The two kinds have a thread each, so a hostile one delays only
+A schema of few and plain words, or a list of texts, is compiled at once, in a thread of low priority. Any other
+grammar is spelled and compiled on trial first, in a process that can be killed, and only if it passes compiled in a
+thread here: the second time costs what the first did. The two kinds have a thread each, so a hostile one delays only
 other costly ones, each by the time limit at most; and tenants take turns in both.
 """
 
@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from cluster.errors import InvalidRequest, MantaError, Overloaded
 from cluster.fairness import is_refused
-from cluster.messages import Grammar, Request, ToolCallGrammar
+from cluster.messages import Grammar, JsonSchema, Request, ToolCallGrammar
 from router_service.grammar.cost import begins, is_plain, is_program
 from router_service.grammar.format import part_tag, parts, structural_tag
 from router_service.grammar.grammar import GrammarState, param
@@ -97,7 +97,7 @@ class GrammarCompiler:
     async def _compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar | MantaError:
         """The compiled grammar, or what is wrong with it; both are kept, an error of our own is not."""
         plain = not any(map(is_program, parts(grammar))) and is_plain(
-            [json.loads(part.text) for part in parts(grammar)]
+            [json.loads(part.text) for part in parts(grammar) if isinstance(part, JsonSchema)]
         )
         async with self._turn(tenant, plain):
             result = await asyncio.get_running_loop().run_in_executor(

@@ -27,7 +27,7 @@ _MAX_TOKEN_S = 0.25  # CPU time
 
 
 def is_plain(schemas: list[Any]) -> bool:
-    """Whether schemas have no word whose cost grows out of proportion, and few words in all. A choice is a list."""
+    """Whether schemas have no word whose cost grows out of proportion, and few words in all."""
     found = [one for schema in schemas for one in subschemas(schema) if isinstance(one, dict)]
     names = sum(len(one.get("properties", ())) for one in found if one.get("additionalProperties") is not False)
     return (
@@ -39,7 +39,7 @@ def is_plain(schemas: list[Any]) -> bool:
 
 
 def is_program(part: Answer) -> bool:
-    """Whether it is an expression or rules, whose cost nobody knows beforehand, and no JSON."""
+    """Whether it is an expression or rules, whose cost nobody knows beforehand; a choice's grows with its bytes."""
     return isinstance(part, TextGrammar) and part.kind != "choice"
 
 

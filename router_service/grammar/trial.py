@@ -4,8 +4,9 @@
                 ◀── verdicts, JSON lines ──               ◀── pipe ──
 
 The child has read the vocabulary already when it forks, so a trial costs milliseconds besides its own work, and what it
-allocates goes with it. A trial that runs past its time or memory is killed, and nothing else is. Spelling is Python,
-which would keep the coordinator's other threads from theirs.
+allocates goes with it. A trial that runs past its CPU time or memory is killed, and nothing else is: what a grammar
+costs does not depend on what else the machine has to do. Spelling is Python, which would keep the coordinator's other
+threads from theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.errors import InvalidRequest, Unavailable
+from cluster.errors import InvalidRequest, Overloaded, Unavailable
 from cluster.messages import Grammar
 from router_service.grammar.cost import walk
 from router_service.grammar.format import part_tag, parts, pattern_tags, structural_tag
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from xgrammar import TokenizerInfo
 
 _START_TIMEOUT_S = 120.0  # to import xgrammar and read the vocabulary
-_GRACE_S = 30.0  # beyond a trial's own time, for a busy machine
+_GRACE_S = 30.0  # beyond a trial's own CPU time, on a busy machine
+_ANSWER_S = 10.0  # and for the child to say that it took longer
 _MAX_BYTES = 2 * 2**30  # that one trial may allocate
 
 
@@ -44,13 +46,18 @@ class TrialProcess:
     """The coordinator's end: starts the child when it is first needed. Not thread-safe."""
 
     def __init__(self, vocabulary: GrammarVocabulary, timeout_s: float) -> None:
+        """`timeout_s` of CPU time is for one trial."""
         self._vocabulary = vocabulary
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, grammar: Grammar) -> str:
-        """The structural tag. Raises InvalidRequest, which names the part, or Unavailable if no trial can be held."""
+        """The structural tag. Raises InvalidRequest, which names the part; Overloaded if the machine is too busy for a
+        trial; or Unavailable if none can be held.
+        """
         verdict = self._ask(grammar)
+        if verdict["is_late"]:
+            raise Overloaded("the machine is too busy to compile a grammar; try again later")
         if verdict["error"] is not None:
             at = verdict["at"]
             field = parts(grammar)[at].param if at is not None else param(grammar)
@@ -75,7 +82,7 @@ class TrialProcess:
             assert process.stdin is not None
             pickle.dump((grammar, self._timeout_s), process.stdin)
             process.stdin.flush()
-            verdict: dict[str, Any] = json.loads(_read_line(process, self._timeout_s + _GRACE_S))
+            verdict: dict[str, Any] = json.loads(_read_line(process, self._timeout_s + _GRACE_S + _ANSWER_S))
         except (OSError, TimeoutError, EOFError) as error:
             self.close()
             raise Unavailable("the grammar compiler does not answer") from error
@@ -123,7 +130,10 @@ def _main() -> None:
 
 
 def _trial(info: TokenizerInfo, grammar: Grammar, timeout_s: float) -> dict[str, Any]:
-    """A verdict: `error`, or None and the `tag`; `at`: the index of the part it concerns, or None for the whole."""
+    """A verdict: `error`, or None and the `tag`; `at`: the index of the part it concerns, or None for the whole.
+
+    `is_late`: the trial did not get the CPU time that it was to have.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -134,28 +144,31 @@ def _trial(info: TokenizerInfo, grammar: Grammar, timeout_s: float) -> dict[str,
             os._exit(0)
     os.close(writer)
     report = b""
-    deadline = time.monotonic() + timeout_s
-    error = "it needs too much memory to compile"  # unless the trial says how it ended
+    deadline = time.monotonic() + timeout_s + _GRACE_S
+    is_late = False
     while True:
         if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            error = f"it takes longer than {timeout_s:g} s to compile"
+            is_late = True
             break
         data = os.read(reader, 65536)
         if not data:
             break
         report += data
     os.close(reader)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    os.kill(pid, signal.SIGKILL)  # of one that has ended the first signal counts
+    status = os.waitpid(pid, 0)[1]
+    error = "it needs too much memory to compile"  # unless the trial says how it ended
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        error = f"it takes longer than {timeout_s:g} s to compile"
     said = [json.loads(line) for line in report.splitlines() if line.endswith(b"}")]
     last = said[-1] if said else {"at": None}
-    return {"at": last["at"], "error": last.get("verdict", error), "tag": last.get("tag")}
+    return {"at": last["at"], "error": last.get("verdict", error), "tag": last.get("tag"), "is_late": is_late}
 
 
 def _hold(info: TokenizerInfo, grammar: Grammar, timeout_s: float, writer: int) -> None:
     """The trial itself, in a process of its own: says what it is at, and in the end its verdict."""
-    seconds = int(timeout_s) + 2  # of CPU, in case nobody is left to kill it
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)  # of CPU time, then the signal ends it
     with contextlib.suppress(ValueError, OSError):  # not every system limits the address space
         used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + _MAX_BYTES, used + _MAX_BYTES))

@@ -42,16 +42,13 @@ def new_compiler(info: TokenizerInfo) -> GrammarCompiler:
 
 
 def compile_tag(compiler: GrammarCompiler, tag: str) -> CompiledGrammar:
-    """Compile a structural tag. Raises ValueError with what is wrong with it, in one line."""
+    """Compile a structural tag. Raises ValueError, or MemoryError.
+
+    xgrammar's own words are of what we spelled, with names and places that no client wrote; no client reads them.
+    """
     try:
         return compiler.compile_structural_tag(tag)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(_reason(str(error))) from None
-
-
-def _reason(message: str) -> str:
-    """xgrammar's own message without its time stamp and source line."""
-    text = message.strip().splitlines()[0] if message.strip() else "unknown reason"
-    if text.startswith("[") and ": " in text:
-        text = text.split(": ", 1)[1]
-    return text[:300]
+        if "bad_alloc" in str(error):
+            raise MemoryError from error
+        raise ValueError("no grammar can be made of it") from error

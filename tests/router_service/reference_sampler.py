@@ -8,8 +8,8 @@ from router_service.sampling.draw import uniform
 from router_service.scheduling.sequence import Sequence
 
 
-def reference_token(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:
-    """The token of `logits` [V]: penalties, biases, `min_tokens`, temperature, min_p, top_k, top_p, in this order."""
+def adjusted(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> torch.Tensor:
+    """`logits` [V] with penalties, biases and `min_tokens`, in this order."""
     sampling = sequence.request.sampling
     logits = logits.clone()
     if sampling.repetition_penalty != 1.0:
@@ -24,6 +24,13 @@ def reference_token(logits: torch.Tensor, sequence: Sequence, eos_token_ids: fro
         logits[token_id] += bias
     if sequence.num_output_tokens < sampling.min_tokens:
         logits[[*eos_token_ids, *sampling.stop_token_ids]] = float("-inf")
+    return logits
+
+
+def reference_token(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:
+    """The token of `logits` [V]: what is adjusted, then temperature, min_p, top_k, top_p, in this order."""
+    sampling = sequence.request.sampling
+    logits = adjusted(logits, sequence, eos_token_ids)
     if sampling.temperature < 1e-5:
         return int(logits.argmax())
     probabilities = (logits / torch.tensor(sampling.temperature)).softmax(-1).nan_to_num(0.0)

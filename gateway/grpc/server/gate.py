@@ -161,5 +161,5 @@ def _checked(method: str, deserialize: Callable[[bytes], Any], data: bytes) -> A
 def _parsed(deserialize: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return deserialize(data)
-    except DecodeError as error:
-        raise InvalidRequest(f"the message cannot be decoded: {error}") from None
+    except DecodeError:
+        raise InvalidRequest("the message cannot be decoded: it is none of the type that this method takes") from None

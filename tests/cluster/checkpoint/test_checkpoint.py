@@ -157,6 +157,7 @@ def test_generation_config_gives_defaults_of_requests_and_more_end_ids(copy):
         ("top_k", -2),
         ("min_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
     ],
 )
 def test_a_default_that_no_request_could_have_is_refused(copy, key: str, value: Any):

@@ -96,8 +96,8 @@ def test_what_cannot_be_decoded_is_an_invalid_argument(
             with pytest.raises(grpc.RpcError) as refused:
                 list(make(f"/{SERVICE.full_name}/{rpc.name}")(data, timeout=10))
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT, rpc.name
-            assert refused.value.details().startswith("the message cannot be decoded")
-            assert "Traceback" not in refused.value.details()
+            told = {"it is cut short", "it is none of the type that this method takes"}
+            assert refused.value.details().removeprefix("the message cannot be decoded: ") in told
         with pytest.raises(grpc.RpcError) as refused:
             channel.unary_unary("/grpc.health.v1.Health/Check")(data, timeout=10)
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -17,6 +17,7 @@ from gateway.http.app import BODIES
 from gateway.request.foreign_fields import IGNORED, REFUSED
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.gateway.test_error_texts import OF_LIBRARIES
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
@@ -79,6 +80,7 @@ def test_http(http: httpx.Client, frontend: Frontend, data: st.DataObject, path:
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     if answer.status_code != 200:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert not OF_LIBRARIES.search(answer.json()["error"]["message"]), answer.text
     elif answer.headers["content-type"].startswith("text/event-stream"):
         assert answer.text.endswith("\n\n")
         assert '"error":{' not in answer.text
@@ -130,11 +132,12 @@ CALLS = st.one_of(
 def test_grpc(channel: grpc.Channel, call: tuple[str, Any]) -> None:
     rpc, request = call
     stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
-    code = None
+    code, details = None, ""
     try:
         answer = getattr(stub, rpc)(request, timeout=60)
         if rpc.endswith("Stream"):
             assert list(answer)[-1].HasField("usage")
     except grpc.RpcError as error:
-        code = error.code()
+        code, details = error.code(), error.details()
     assert code is None or code in CODES
+    assert not OF_LIBRARIES.search(details)

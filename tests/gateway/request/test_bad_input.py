@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cluster.config import GatewayConfig
 from cluster.errors import ContextTooLong, InvalidRequest, MantaError
-from gateway.http.body import parse_object
 from gateway.http.errors import status_of
+from gateway.json_object import parse_object
 from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from gateway.request.validator import Validator
 from gateway.text.tokenizer import HuggingFaceTokenizer
@@ -89,6 +89,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_k": 1.5}, "top_k"),
     (CHAT, {"min_p": 2}, "min_p"),
     (CHAT, {"repetition_penalty": 0}, "repetition_penalty"),
+    (CHAT, {"repetition_penalty": 1e-30}, "repetition_penalty"),
     (CHAT, {"presence_penalty": 3}, "presence_penalty"),
     (CHAT, {"frequency_penalty": -3}, "frequency_penalty"),
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias.x"),

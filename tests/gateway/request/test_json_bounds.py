@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from gateway import json_bounds
-from gateway.http.body import parse_object
 from gateway.json_bounds import check_bounds
+from gateway.json_object import parse_object
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.sampled_from([0.5, 20.25]) | st.text('a"\\[{,:1e'),

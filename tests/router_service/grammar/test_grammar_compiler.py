@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 import time
 
 import psutil
@@ -10,10 +12,12 @@ import pytest
 
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.messages import ToolCallGrammar
+from gateway.request.text_grammar import MAX_BYTES, MAX_CHOICES, checked_choice
+from router_service.grammar import trial
 from router_service.grammar.compiler import GrammarCompiler
 from router_service.grammar.cost import is_plain
 from router_service.grammar.schema import schema_grammar
-from router_service.grammar.vocabulary import GrammarVocabulary
+from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import LIKE_WORDS, WEATHER, as_schema
@@ -100,6 +104,62 @@ def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
     assert time.process_time() - started < 4
     assert is_plain([{"prefixItems": [{"minimum": 1.5}] * 20}])
     assert not is_plain([{"prefixItems": [{"minimum": 1.5}] * 21}])
+
+
+def test_a_busy_machine_makes_no_grammar_too_costly(compiler, monkeypatch):
+    """The limit was of the clock: what takes half a second was refused for good where the machine was busy for ten."""
+    multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 97}
+    fine = as_schema({"prefixItems": [multiples] * 6})
+
+    monkeypatch.setattr(compiler._trial, "_timeout_s", 1.0)
+
+    async def scenario():
+        await state(compiler, as_schema({"type": "string", "pattern": "^[a-f]{2}$"}))  # starts the process
+        compiling = asyncio.create_task(state(compiler, fine))
+        process = psutil.Process(compiler._trial._process.pid)
+        while not (trials := process.children()):
+            assert not compiling.done(), "the test came too late"
+            await asyncio.sleep(0.001)
+        trials[0].suspend()
+        await asyncio.sleep(1.2)
+        trials[0].resume()
+        assert await compiling is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_that_gets_no_time_says_nothing_of_its_grammar(compiler, monkeypatch):
+    monkeypatch.setattr(trial, "_GRACE_S", 0.2)
+    monkeypatch.setattr(trial, "_hold", lambda *_: time.sleep(LONG_S))
+    verdict = trial._trial(None, as_schema({}), 0.1)
+    assert verdict["is_late"]
+    monkeypatch.setattr(compiler._trial, "_ask", lambda _: verdict)
+    starved = as_schema({"type": "string", "pattern": "^[g-k]{2}$"})
+    with pytest.raises(Overloaded, match="too busy"):
+        asyncio.run(state(compiler, starved))
+    monkeypatch.undo()
+    assert asyncio.run(state(compiler, starved)) is not None, "it is not kept"
+
+
+def test_as_many_texts_as_may_be_are_compiled_without_a_trial(compiler, monkeypatch):
+    """2,000 timed out on a busy machine: they were tried as an expression is. What they cost grows with their bytes."""
+    monkeypatch.setattr(compiler._trial, "run", lambda _: pytest.fail("it was on trial"))
+    draw = random.Random(0)
+    for texts in (
+        ["".join(draw.choices("abcdefghij ", k=32)) for _ in range(MAX_CHOICES)],
+        ["a" * i for i in range(1, 360)],
+        ["ab" * (MAX_BYTES // 2)],
+    ):
+        started = time.process_time()
+        assert asyncio.run(state(compiler, checked_choice(texts, "guided_choice"))) is not None
+        assert time.process_time() - started < 10, "it takes half a second"
+
+
+def test_no_client_reads_the_words_of_the_library(vocabulary):
+    """`Failed to build the automaton for rule root_0 …`: of names and places that are ours."""
+    tag = json.dumps({"type": "structural_tag", "format": {"type": "grammar", "grammar": 'root ::= Regex("(")'}})
+    with pytest.raises(ValueError, match=r"^no grammar can be made of it$"):
+        compile_tag(new_compiler(vocabulary.tokenizer_info()), tag)
 
 
 def test_a_long_name_costs_a_grammar_no_more_than_a_short_one():
