@@ -109,8 +109,8 @@ def select_kernel(config: EngineConfig, dtype: torch.dtype, device: torch.device
     return select(dtype, device, kernels=config.kernels, batch_invariant=config.batch_invariant)
 
 
-def process_kernels(engine: Engine, selection: Selection) -> ProcessKernels:
-    """What computes in a coordinator's process."""
+def process_kernels(engine: Engine, selection: Selection, weights: str = "") -> ProcessKernels:
+    """What computes in a coordinator's process; `weights`: what its matrices were rounded to."""
     decoder, attention = engine.model_runner.decoder, engine.model_runner.attention
     return selection.told(
         decoder.dtype,
@@ -118,6 +118,7 @@ def process_kernels(engine: Engine, selection: Selection) -> ProcessKernels:
         attention=attention.name,
         sampling="numba" if AVAILABLE and decoder.device.type == "cpu" else "torch",
         batch_invariant=not attention.gathers,
+        weights=weights,
     )
 
 

@@ -145,7 +145,8 @@ class Coordinator:
             local_experts=local,
             selection=selection,
         )
-        self._kernels = process_kernels(self._engine, selection)
+        rounds = engine.rounding is not None and (local or engine.rounding.parts != "experts")
+        self._kernels = process_kernels(self._engine, selection, str(engine.rounding) if rounds else "")
         for handler in logging.getLogger("router_service").handlers:
             handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start
         blocks = self._engine.scheduler.block_manager

@@ -1,7 +1,7 @@
 """Which kernels compute in a model's processes, as those say it. Knows names; knows neither torch nor what one does.
 
 They decide the last bits of what a model computes, and so now and then a token. Replicas of one deployment are to have
-the same ones, or a token hangs on who computed it.
+the same ones, or a token hangs on who computed it. So it does where a group has replicas on tiers that are not alike.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
+
+from cluster.expert_deployments import first_deployment
 
 OWN = ("dot", "fma")  # whose bits hang on no CPU
 
@@ -30,6 +32,12 @@ class ProcessKernels:
     sampling: str = ""  # the same
     speeds: tuple[tuple[str, tuple[float, ...]], ...] = ()  # what was measured: seconds of a matmul, for each of `rows`
     rows: tuple[int, ...] = ()
+    weights: str = ""  # what its matrices were rounded to while they were read; none: they are as they are stored
+
+    @property
+    def format(self) -> str:
+        """What its numbers are."""
+        return self.weights or self.dtype
 
     @property
     def names(self) -> dict[str, str]:
@@ -40,13 +48,15 @@ class ProcessKernels:
             "sampling": self.sampling,
             "dtype": self.dtype,
             "device": self.device,
+            "weights": self.weights,
         }
 
     @property
     def identity(self) -> tuple[str, ...]:
         """What decides bits. A library multiplies in a way of its own on each kind of CPU; ours do not."""
         device = "" if self.matmuls in OWN else self.device
-        return (self.dtype, self.matmuls, self.attention, self.sampling, self.vectors, device)
+        rounded = (self.weights,) if self.weights else ()
+        return (self.dtype, self.matmuls, self.attention, self.sampling, self.vectors, device, *rounded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +67,17 @@ class ModelKernels:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether all of them are, those of every deployment."""
+        """Whether all of them are, those of every deployment, and no bit hangs on which replica computed it."""
         told = self.deployments.values()
-        return all(told) and all(one.batch_invariant for kernels in told for one in kernels)
+        return all(told) and all(one.batch_invariant for kernels in told for one in kernels) and not self.mixed
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """Deployments whose replicas compute by different kernels."""
-        return tuple(name for name in self.deployments if len(self.distinct(name)) > 1)
+        """Deployments whose replicas compute by different kernels; those of a group on several tiers count as one."""
+        identities: dict[str, set[tuple[str, ...]]] = {}
+        for name, told in self.deployments.items():
+            identities.setdefault(first_deployment(name), set()).update(one.identity for one in told)
+        return tuple(name for name, kinds in identities.items() if len(kinds) > 1)
 
     @property
     def digest(self) -> str:
@@ -76,6 +89,11 @@ class ModelKernels:
         """One of each kind that its replicas have, in the order of what decides bits."""
         kinds = {one.identity: one for one in self.deployments[deployment]}
         return [kinds[identity] for identity in sorted(kinds)]
+
+    def formats(self, deployment: str) -> tuple[str, ...]:
+        """What the numbers of a deployment's replicas are, on all tiers of its group."""
+        told = [one for name, told in self.deployments.items() if first_deployment(name) == deployment for one in told]
+        return tuple(sorted({one.format for one in told}))
 
 
 def kernels_family(kernels: ProcessKernels) -> Metric:

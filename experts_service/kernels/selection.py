@@ -45,8 +45,12 @@ class Selection:
         attention: str = "",
         sampling: str = "",
         batch_invariant: bool = True,
+        weights: str = "",
     ) -> ProcessKernels:
-        """What a process says of itself, a coordinator also of what else computes there, and whether that is."""
+        """What a process says of itself, a coordinator also of what else computes there, and whether that is.
+
+        `weights`: what its matrices were rounded to.
+        """
         on_cpu = device.type == "cpu"
         return ProcessKernels(
             dtype=str(dtype).removeprefix("torch."),
@@ -58,6 +62,7 @@ class Selection:
             sampling=sampling,
             speeds=tuple((str(kernel), tuple(seconds)) for kernel, seconds in self.speeds.items()),
             rows=ROWS if self.speeds else (),
+            weights=weights,
         )
 
     def __str__(self) -> str:

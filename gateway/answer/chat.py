@@ -225,6 +225,7 @@ def model_body(card: ModelCard, name: str, system_fingerprint: str, kernels: Mod
         "num_experts_per_tok": card.top_k,
         "system_fingerprint": system_fingerprint,  # ours: that of answers, and the kernels that it is made of
         "batch_invariant": None if kernels is None else kernels.batch_invariant,
+        "mixed_replicas": None if kernels is None else list(kernels.mixed),
         "kernels": None if kernels is None else _kernels_body(kernels),
     }
 

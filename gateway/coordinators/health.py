@@ -1,9 +1,9 @@
 """Whether a model can answer, and how far it is with loading. Asks Serve, at most twice a second; knows no request.
 
-A model is ready when each of its deployments has a running replica, which is also true during a rolling update, and
-when its coordinator believes that each group of experts answers: what Serve knows of are the processes that watch the
-shards, and a shard that is being restarted is missed by coordinators only. Of several versions of a model, the first
-that is ready answers.
+A model is ready when each of its deployments has a running replica (of a group of experts: on one of its tiers), which
+is also true during a rolling update, and when its coordinator believes that each group of experts answers: what Serve
+knows of are the processes that watch the shards, and a shard that is being restarted is missed by coordinators only. Of
+several versions of a model, the first that is ready answers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.errors import MantaError, ModelLoading
+from cluster.expert_deployments import first_deployment
 from cluster.messages import ModelCard
 
 MAX_AGE_S = 0.5
@@ -159,7 +160,8 @@ def probe_serve(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
             for name, deployment in application["deployments"].items()
         }
         wanted = card.deployments or tuple(running)
-        missing = tuple(name for name in wanted if not running.get(name))
+        living = {first_deployment(name) for name, up in running.items() if up}
+        missing = tuple(name for name in dict.fromkeys(map(first_deployment, wanted)) if name not in living)
         if wanted and not missing:
             found[card.application] = ModelHealth("ready")
             continue

@@ -93,7 +93,7 @@ def kernel_fields(kernels: ModelKernels | None) -> dict[str, Any]:
         for deployment in kernels.deployments
         for one in kernels.distinct(deployment)
     ]
-    return {"batch_invariant": kernels.batch_invariant, "kernels": told}
+    return {"batch_invariant": kernels.batch_invariant, "kernels": told, "mixed_replicas": kernels.mixed}
 
 
 def choice(index: int, piece: ChoiceText | Delta, echoed: Echoed | None = None) -> chat_pb2.Choice:

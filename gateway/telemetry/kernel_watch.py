@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from cluster.expert_deployments import first_deployment
 from cluster.messages import ModelCard
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 from gateway.telemetry.metrics_page import Ask, Source
@@ -30,7 +31,7 @@ class KernelWatch:
         self._looked_at: dict[str, float] = {}
 
     def of(self, card: ModelCard) -> ModelKernels | None:
-        """None until all its deployments have told theirs."""
+        """None until the coordinators and every group of experts have told theirs."""
         return self._known.get(card.application)
 
     def system_fingerprint(self, card: ModelCard) -> str:
@@ -48,27 +49,37 @@ class KernelWatch:
         if self._ask is None or not card.deployments:
             return
         answers = await asyncio.gather(*(self._told_by(card, deployment) for deployment in card.deployments))
-        told = dict(zip(card.deployments, answers, strict=True))
-        if not all(told.values()):
+        told = {name: kernels for name, kernels in zip(card.deployments, answers, strict=True) if kernels}
+        if {first_deployment(name) for name in told} != {first_deployment(name) for name in card.deployments}:
             return
         before, kernels = self.of(card), ModelKernels(told)
         self._known[card.application], self._looked_at[card.application] = kernels, time.monotonic()
         if kernels.mixed and (before is None or before.digest != kernels.digest):
-            logger.warning(
-                "%s: replicas of %s compute by different kernels, so a token may hang on which one computed it; "
-                "`manta status --kernels` shows them, and with engine.kernels: fma they have the same bits",
-                card.name,
-                ", ".join(kernels.mixed),
-            )
+            _warn(card, kernels)
 
     async def _told_by(self, card: ModelCard, deployment: str) -> tuple[ProcessKernels, ...]:
         """What all of a deployment's replicas say; where one is silent, what was known before."""
         assert self._ask is not None
         before = self.of(card)
-        known = () if before is None else before.deployments[deployment]
+        known = () if before is None else before.deployments.get(deployment, ())
         try:
             told, silent = await self._ask(Source(card.application, deployment, card.name), TIMEOUT_S)
         except Exception:
             logger.debug("no kernels of %s of %s", deployment, card.application, exc_info=True)
             return known
         return known if silent and known else tuple(told)
+
+
+def _warn(card: ModelCard, kernels: ModelKernels) -> None:
+    """Of replicas of one group that do not compute the same."""
+    for name in kernels.mixed:
+        formats = kernels.formats(name)
+        logger.warning(
+            "%s: replicas of %s compute by different kernels, so a token may hang on which one computed it; "
+            "`manta status --kernels` shows them, and %s",
+            card.name,
+            name,
+            f"their numbers are {' and '.join(formats)}"
+            if len(formats) > 1
+            else "on CPUs they have the same bits with engine.kernels: fma",
+        )

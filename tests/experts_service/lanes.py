@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,6 +60,7 @@ class Shards:
     node: str = HERE  # where coordinators believe that the servers are: their own node, or another
     dtype: torch.dtype = torch.float32
     servers: dict[str, LaneServer] = field(default_factory=dict)
+    tiers: dict[str, str] = field(default_factory=dict)  # by replica id, of groups that are on several
     table: RoutingTable = field(default_factory=RoutingTable)
     dialled: list[str] = field(default_factory=list)
     transports: list[LaneTransport] = field(default_factory=list)
@@ -79,7 +80,9 @@ class Shards:
     def publish(self) -> None:
         for group in (0, 1):
             names = [name for name in self.servers if name.startswith(f"{group}")]
-            replicas = [Replica(name, f"shard-{name}", "test", group, FINGERPRINT) for name in names]
+            replicas = [
+                Replica(name, f"shard-{name}", "test", group, FINGERPRINT, self.tiers.get(name, "")) for name in names
+            ]
             self.table.publish(Deployment("model", f"expert-{group}"), replicas)
 
     def address(self, replica: Replica, timeout_s: float) -> LaneAddress:
@@ -88,9 +91,13 @@ class Shards:
         return LaneAddress(str(server.path), "127.0.0.1", server.port, self.node, "first")
 
     def transport(
-        self, timeout_s: float = 5.0, secret: bytes = SECRET, fingerprint: str = FINGERPRINT
+        self,
+        timeout_s: float = 5.0,
+        secret: bytes = SECRET,
+        fingerprint: str = FINGERPRINT,
+        of_tiers: Mapping[str, str] | None = None,
     ) -> LaneTransport:
-        dialer = LaneDialer(self.address, secret=secret, fingerprint=fingerprint, node_id=HERE)
+        dialer = LaneDialer(self.address, secret=secret, fingerprint=fingerprint, node_id=HERE, of_tiers=of_tiers)
         deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
         transport = LaneTransport(deployments, self.table, dialer, timeout_s=timeout_s)
         self.transports.append(transport)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,24 @@ def test_publishing_keeps_what_is_known_of_replicas_that_stay() -> None:
     assert {r.replica_id: r.suspected for r in routes.replicas(DEPLOYMENT)} == {"b": True, "c": False}
     routes.publish(DEPLOYMENT, [])
     assert routes.choose(DEPLOYMENT) is None
+
+
+def test_replicas_of_several_tiers_stand_together_and_the_last_tier_is_kept() -> None:
+    """When all replicas of one tier are gone the other serves on; when nobody is left, the last ones are asked."""
+    routes = RoutingTable()
+
+    def publish(tier: str, *names: str) -> set[str]:
+        routes.publish_tier(DEPLOYMENT, tier, [replace(replica(name), tier=tier) for name in names])
+        return {one.replica_id for one in routes.replicas(DEPLOYMENT)}
+
+    assert publish("expert-0-tier1") == set()
+    assert publish("expert-0", "a") == {"a"}
+    assert publish("expert-0-tier1", "b", "c") == {"a", "b", "c"}
+    assert publish("expert-0-tier1", "c") == {"a", "c"}
+    assert publish("expert-0") == {"c"}
+    assert publish("expert-0-tier1") == {"c"}
+    assert publish("expert-0", "d") == {"c", "d"}
+    assert publish("expert-0-tier1") == {"d"}
 
 
 def test_waiting_ends_when_every_deployment_has_a_replica_and_names_those_without() -> None:

@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.expert_deployments import group_of
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels
 
 COORDINATOR, ROOT = "coordinator", "root"
-_EXPERT_GROUP = re.compile(r"expert-(\d+)")
 _MODEL_APPLICATION = re.compile(r"(.+)-([A-Za-z0-9_.]+)")
 
 
@@ -27,9 +27,8 @@ class DeploymentStatus:
 
     @property
     def group(self) -> int | None:
-        """The index of the expert group that this deployment is, if it is one."""
-        match = _EXPERT_GROUP.fullmatch(self.name)
-        return int(match[1]) if match else None
+        """The index of the expert group that this deployment has replicas of, if it has."""
+        return group_of(self.name)
 
     @property
     def running(self) -> int:
@@ -61,10 +60,9 @@ class ApplicationStatus:
         return next((stats.revision for stats in self.coordinators if stats.revision), None)
 
     @property
-    def groups(self) -> tuple[DeploymentStatus, ...]:
-        """The expert groups in the order of their indices."""
-        groups = [(d.group, d) for d in self.deployments if d.group is not None]
-        return tuple(deployment for _, deployment in sorted(groups, key=lambda pair: pair[0]))
+    def groups(self) -> tuple[int, ...]:
+        """The indices of the expert groups."""
+        return tuple(sorted({d.group for d in self.deployments if d.group is not None}))
 
     @property
     def rows_per_expert(self) -> tuple[int, ...]:

@@ -36,7 +36,17 @@ def _draw_model(application: ApplicationStatus, console: Console) -> None:
 
 def _processes(kernels: ModelKernels) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("process", "replicas", "matmuls", "dtype", "attention", "sampling", "device", "batch-invariant"):
+    for column in (
+        "process",
+        "replicas",
+        "matmuls",
+        "dtype",
+        "weights",
+        "attention",
+        "sampling",
+        "device",
+        "batch-invariant",
+    ):
         table.add_column(column, justify="right" if column == "replicas" else "left", no_wrap=column != "attention")
     for deployment, replicas in kernels.deployments.items():
         for one in kernels.distinct(deployment):
@@ -46,6 +56,7 @@ def _processes(kernels: ModelKernels) -> Table:
                 str(number),
                 one.matmuls,
                 one.dtype,
+                one.weights or "-",
                 one.attention or "-",
                 one.sampling or "-",
                 " ".join(filter(None, (one.device, one.vectors))),

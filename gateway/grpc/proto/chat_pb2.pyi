@@ -378,7 +378,7 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "aliases", "fingerprint", "max_model_len", "created", "ready", "kind", "revision", "system_fingerprint", "batch_invariant", "kernels")
+    __slots__ = ("name", "aliases", "fingerprint", "max_model_len", "created", "ready", "kind", "revision", "system_fingerprint", "batch_invariant", "kernels", "mixed_replicas")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +390,7 @@ class Model(_message.Message):
     SYSTEM_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
+    MIXED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     name: str
     aliases: _containers.RepeatedScalarFieldContainer[str]
     fingerprint: str
@@ -401,10 +402,11 @@ class Model(_message.Message):
     system_fingerprint: str
     batch_invariant: bool
     kernels: _containers.RepeatedCompositeFieldContainer[Kernels]
-    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., created: _Optional[int] = ..., ready: _Optional[bool] = ..., kind: _Optional[str] = ..., revision: _Optional[str] = ..., system_fingerprint: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., kernels: _Optional[_Iterable[_Union[Kernels, _Mapping]]] = ...) -> None: ...
+    mixed_replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., created: _Optional[int] = ..., ready: _Optional[bool] = ..., kind: _Optional[str] = ..., revision: _Optional[str] = ..., system_fingerprint: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., kernels: _Optional[_Iterable[_Union[Kernels, _Mapping]]] = ..., mixed_replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Kernels(_message.Message):
-    __slots__ = ("deployment", "matmuls", "attention", "sampling", "dtype", "device", "batch_invariant")
+    __slots__ = ("deployment", "matmuls", "attention", "sampling", "dtype", "device", "batch_invariant", "weights")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MATMULS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +414,7 @@ class Kernels(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     matmuls: str
     attention: str
@@ -419,7 +422,8 @@ class Kernels(_message.Message):
     dtype: str
     device: str
     batch_invariant: bool
-    def __init__(self, deployment: _Optional[str] = ..., matmuls: _Optional[str] = ..., attention: _Optional[str] = ..., sampling: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
+    weights: str
+    def __init__(self, deployment: _Optional[str] = ..., matmuls: _Optional[str] = ..., attention: _Optional[str] = ..., sampling: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -63,7 +63,9 @@ def rows_of(lines: list[str], *first_cells: str) -> list[list[str]]:
 def test_names_say_model_and_group() -> None:
     assert MODEL.model == ("mixtral-8x7b", "0123abcd")
     assert GATEWAY.model is None
-    assert [group.group for group in MODEL.groups] == [2, 10]
+    assert MODEL.groups == (2, 10)
+    tiers = replace(MODEL, deployments=(*MODEL.deployments, deployment("expert-2-tier1")))
+    assert tiers.groups == (2, 10), "a group on two tiers is one"
     assert MODEL.rows_per_expert == (20, 0, 40)
 
 
@@ -145,9 +147,9 @@ def test_kernels_are_drawn_by_process_with_what_was_measured_and_what_differs() 
     lines = drawn_kernels(snapshot)
     assert "model mixtral-8x7b · 0123abcd" in lines
     assert [line.split() for line in lines if line.startswith(("coordinator ", "expert-2 "))] == [
-        ["coordinator", "2", "dot", "bfloat16", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "dot", "bfloat16", "-", "-", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "torch", "bfloat16", "-", "-", "znver2", "AVX2", "no"],
+        ["coordinator", "2", "dot", "bfloat16", "-", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "dot", "bfloat16", "-", "-", "-", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "torch", "bfloat16", "-", "-", "-", "znver2", "AVX2", "no"],
     ]
     assert "znver4, ms of 1, 4 rows on one thread: dot 0.42 0.50; torch 1.10 2.00" in lines
     assert any(line.startswith("expert-2: its replicas compute by different kernels") for line in lines)

@@ -45,6 +45,25 @@ def test_our_kernels_are_the_same_on_other_cpus_and_a_librarys_are_not() -> None
     assert model(by_torch, elsewhere).mixed == ("coordinator",)
 
 
+def test_what_matrices_were_rounded_to_changes_the_digest() -> None:
+    rounded = replace(SHARD, weights="INT8, groups of 128")
+    assert model(OURS, shard=rounded).digest != model(OURS).digest
+    assert (rounded.format, SHARD.format) == ("INT8, groups of 128", "bfloat16")
+
+
+def test_replicas_of_a_group_on_two_tiers_are_those_of_one_group() -> None:
+    """Each deployment's were alike, so nothing told that one group answered from two tiers in two formats."""
+    rounded = replace(SHARD, weights="INT8, groups of 128")
+    groups = {"coordinator": (OURS,), "expert-0": (SHARD,), "expert-1": (rounded,)}
+    assert ModelKernels(groups).mixed == (), "each group has a format of its own"
+    alike = ModelKernels(groups | {"expert-0-tier1": (SHARD, SHARD)})
+    assert (alike.mixed, alike.batch_invariant) == ((), True)
+    unlike = ModelKernels(groups | {"expert-0-tier1": (rounded,)})
+    assert (unlike.mixed, unlike.batch_invariant) == (("expert-0",), False)
+    assert unlike.formats("expert-0") == ("INT8, groups of 128", "bfloat16")
+    assert unlike.digest != alike.digest
+
+
 def test_a_model_is_batch_invariant_when_every_process_is_and_has_said_so() -> None:
     assert model(OURS).batch_invariant
     assert not model(OURS, replace(OURS, batch_invariant=False)).batch_invariant

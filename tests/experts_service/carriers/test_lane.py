@@ -335,6 +335,32 @@ def test_a_stranger_gets_no_lane(
         assert sum(server.stats().refused for server in running.servers.values()) >= 1
 
 
+def test_replicas_of_two_tiers_serve_one_group_and_each_shows_its_own_tiers_format(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One that rounds otherwise than its tier was to is refused, and the other tier has its rows."""
+    rounded, tier = "0" * 64, "expert-0-tier1"
+    with shards() as running, caplog.at_level(logging.WARNING):
+        running.tiers = {"0b": tier, "0c": tier}
+        running.start("0a", 0)
+        running.start("0b", 0, fingerprint=rounded)
+        running.start("0c", 0, fingerprint=FINGERPRINT)
+        running.start("1a", 1)
+        remote = Dispatcher(GROUPS, running.transport(of_tiers={tier: rounded}))
+        rows, experts = batch(9)
+        for _ in range(8):
+            assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+        served = {name: server.stats().frames for name, server in running.servers.items()}
+        assert served["0a"] > 0
+        assert served["0b"] > 0
+        assert served["0c"] == 0
+        assert "no lane to shard-0c" in caplog.text
+        running.servers["0b"].close()
+        for _ in range(4):
+            assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+        assert running.servers["0a"].stats().frames > served["0a"]
+
+
 def test_slow_and_stalled_peers_delay_nobody() -> None:
     with shards() as running:
         remote = both(running)

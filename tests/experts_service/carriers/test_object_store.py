@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import ray
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.errors import ExpertUnavailable
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
@@ -104,6 +106,43 @@ def test_another_checkpoint_is_refused_by_the_shard(checkpoint: Checkpoint, tabl
     other = remote(table, "0123456789abcdef")
     with pytest.raises(ExpertUnavailable, match=r"expert group \d serves the checkpoint .*asked for 01234567"):
         other.combine(other.dispatch(0, rows, experts), weights)
+
+
+@pytest.mark.usefixtures("shards")
+def test_a_shard_that_rounds_otherwise_than_its_tier_is_refused_and_the_other_tier_answers(
+    checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any]
+) -> None:
+    """The first refusal ended the step, whoever else could have answered."""
+    rounding = Rounding(8, 16, "experts")
+    rounded = checkpoint.rounded(rounding)
+    spec = shard_spec(rounded, GROUPS[1], "model", rounding=rounding)
+    second = start_shard(spec, "rounded", namespace=NAMESPACE)
+    other = dataclasses.replace(replica(1, "rounded", rounded.fingerprint), tier="expert-1-tier1")
+    rows, experts, weights = random_batch(checkpoint, 20)
+
+    def answers(of_tiers: dict[str, str]) -> tuple[list[torch.Tensor], int]:
+        table.publish(DEPLOYMENTS[1], [other, replica(1, "shard-1", checkpoint.fingerprint)])
+        there = ObjectStoreTransport(
+            DEPLOYMENTS, table, fingerprint=checkpoint.fingerprint, of_tiers=of_tiers, timeout_s=60.0
+        )
+        dispatcher = Dispatcher(GROUPS, there)
+        found = [dispatcher.combine(dispatcher.dispatch(0, rows, experts), weights) for _ in range(6)]
+        return found, sum(ray.get(second.stats.remote(), timeout=60).rows_per_expert)
+
+    try:
+        here = local(checkpoint)
+        plain = here.combine(here.dispatch(0, rows, experts), weights)
+        refused, rows_of_second = answers({})
+        assert all(torch.equal(answer, plain) for answer in refused)
+        assert rows_of_second == 0
+        table.publish(DEPLOYMENTS[1], [])
+        mixed, rows_of_second = answers({"expert-1-tier1": rounded.fingerprint})
+        assert rows_of_second > 0
+        kinds = {answer.numpy(force=True).tobytes() for answer in map(torch.Tensor.float, mixed)}
+        assert len(kinds) == 2, "of plain weights and of rounded ones"
+        assert all(torch.allclose(answer, plain, atol=0.05) for answer in mixed)
+    finally:
+        ray.kill(second)
 
 
 @pytest.mark.usefixtures("shards")

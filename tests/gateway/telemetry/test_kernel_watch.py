@@ -12,8 +12,10 @@ import pytest
 
 from cluster.messages import ModelCard
 from cluster.telemetry.kernels import ProcessKernels
+from gateway.answer.chat import model_body
 from gateway.coordinators.health import Health
 from gateway.frontend import Frontend
+from gateway.grpc.messages import kernel_fields
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.telemetry import kernel_watch
 from gateway.telemetry.kernel_watch import KernelWatch
@@ -104,6 +106,41 @@ def test_replicas_that_differ_are_told_once_and_change_the_fingerprint(
         asyncio.run(run())
     [record] = caplog.records
     assert "replicas of expert-0 compute by different kernels" in record.getMessage()
+
+
+def test_a_group_on_two_tiers_is_told_as_one_and_a_tier_without_replicas_hides_nothing(
+    frontend: Frontend, processes: Processes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with a tier that had no replica nothing was said at all."""
+    monkeypatch.setattr(kernel_watch, "MAX_AGE_S", 0.0)
+    [card] = frontend.cards
+    card = replace(card, deployments=(*card.deployments, "expert-0-tier1"))
+    rounded = replace(SHARD, weights="INT8, groups of 128")
+
+    async def look(*told: ProcessKernels) -> str:
+        processes.told["expert-0-tier1"] = list(told)
+        await frontend.kernels.look([card])
+        return frontend.kernels.system_fingerprint(card)
+
+    none, alike = asyncio.run(look()), asyncio.run(look(SHARD))
+    assert none.startswith("fp_01234567_")
+    kernels = frontend.kernels.of(card)
+    assert kernels is not None
+    assert model_body(card, "tiny", alike, kernels)["mixed_replicas"] == []
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "gateway"):
+        unlike = asyncio.run(look(rounded))
+    assert len({none, alike, unlike}) == 3
+    assert "replicas of expert-0 compute by different kernels" in caplog.text
+    assert "their numbers are INT8, groups of 128 and bfloat16" in caplog.text
+    kernels = frontend.kernels.of(card)
+    assert kernels is not None
+    body = model_body(card, "tiny", unlike, kernels)
+    assert (body["mixed_replicas"], body["batch_invariant"]) == (["expert-0"], False)
+    assert [one["weights"] for one in body["kernels"]["expert-0-tier1"]] == [rounded.weights]
+    fields = kernel_fields(kernels)
+    assert list(chat_pb2.Model(**fields).mixed_replicas) == ["expert-0"]
+    assert [one.weights for one in fields["kernels"]] == ["", "", rounded.weights]
 
 
 def test_a_replica_that_is_silent_for_once_changes_nothing(
