@@ -12,6 +12,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.planning.placement import DeviceShare
 from cluster.telemetry.kernels import ProcessKernels
+from experts_service.device import FEW_THREADS, give_back_unused
 from experts_service.kernels.cores import cores
 from experts_service.kernels.jit import AVAILABLE
 from experts_service.kernels.selection import Selection, select
@@ -53,12 +54,14 @@ def build_engine(
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
     dtype: torch.dtype = getattr(torch, dtype_name)
     # Said aloud in any case: Ray gives a worker that reserves no whole CPU one thread.
-    torch.set_num_threads(config.num_threads or cores())
+    torch.set_num_threads(config.num_threads or (cores() if device.type == "cpu" else min(cores(), FEW_THREADS)))
     weights = read_tensors(
         checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
     )
     selection = selection or select_kernel(config, dtype, device)
     decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
+    del weights
+    give_back_unused(device)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
     attention = attention_backend(
         architecture, block_size=config.block_size, dtype=dtype, device=device, kernel=selection.kernel

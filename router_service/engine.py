@@ -33,6 +33,7 @@ from cluster.errors import (
 )
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenLogprobs
+from experts_service.device import check_device, is_out_of_memory
 from router_service.adjustments import Adjustments
 from router_service.grammar.grammar import GrammarState
 from router_service.model.model_runner import ModelRunner
@@ -40,7 +41,7 @@ from router_service.outputs.pooling import embedding
 from router_service.sampling.sampler import NOT_FINITE, NOT_READY, Sampler
 from router_service.scheduling.scheduler import Batch, Scheduler
 from router_service.scheduling.sequence import Sequence
-from router_service.step_failures import check_device, is_out_of_memory, not_finite, told
+from router_service.step_failures import not_finite, told
 
 logger = logging.getLogger(__name__)
 

@@ -140,22 +140,30 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         if config.experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
             raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
         config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})
-    groups = plan_groups(config.experts.groups, architecture.num_experts, cluster.num_gpus, cluster.num_cpus)
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
+    if on_gpu and cluster.num_gpus == 1 and config.experts == ExpertsConfig():
+        config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})  # nothing to gain from lanes
+    local = config.experts.transport == "local"
+    # In one process the experts of a layer are one call, where they are one group.
+    workers = (1, 1) if local else (cluster.num_gpus, cluster.num_cpus)
+    groups = plan_groups(config.experts.groups, architecture.num_experts, *workers)
     dtype = compute_dtype(config.engine.dtype, architecture)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
     check_scaled_groups(config.experts, len(groups))
     reserves = on_gpu or bool(config.experts.gpus_per_shard)
     num_shards = sum(config.experts.scaling_of(group.index, None).min_replicas for group in groups)
     gpus_per_shard, gpus_per_coordinator = _gpu_shares(config, num_shards, cluster.num_gpus) if reserves else (0.0, 0.0)
-    fewest_gpus = min([tier.gpus for tier in config.experts.tiers], default=gpus_per_shard)
-    apart = fewest_gpus >= 1 and gpus_per_coordinator >= 1 and config.experts.transport != "local"
+    if on_gpu and groups and not (local or config.experts.tiers or gpus_per_shard):
+        raise ConfigError(
+            f"models: {config.name!r}: experts.gpus_per_shard: a shard on cuda needs a part of a GPU; "
+            "leave the key out, or put groups on CPUs with experts.tiers"
+        )
     engine = config.engine.model_copy(
         update={
             "dtype": dtype,
             "device": "cuda" if on_gpu else "cpu",
             "max_model_len": max_model_len,
-            "microbatches": (2 if apart else 1) if config.engine.microbatches == "auto" else config.engine.microbatches,
+            "microbatches": 1 if config.engine.microbatches == "auto" else config.engine.microbatches,
         }
     )
     config = config.model_copy(update={"engine": engine})
@@ -170,7 +178,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         weights=held_weights(checkpoint, dtype, engine.device),
         num_coordinators=config.coordinators.min_replicas,
         gpus_per_coordinator=gpus_per_coordinator,
-        local=config.experts.transport == "local",
+        local=local,
         places=_places(at_start, checkpoint, dtype),
         name=config.name if config.version is None else f"{config.name}-{config.version}",
     )

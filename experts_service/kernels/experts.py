@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from experts_service.device import has_grouped_matmul
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU, Weights
 from experts_service.quantization.weight import Weight, dense, stacked
@@ -66,7 +67,7 @@ class Experts:
     ) -> None:
         """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`.
 
-        `grouped`: one grouped matmul for all experts; None: where that is faster, bf16 on a GPU. `kernel`: what
+        `grouped`: one grouped matmul for all experts; None: where that is one kernel, in bf16. `kernel`: what
         multiplies bf16 on a CPU.
         """
         self.experts = tuple(experts)
@@ -78,7 +79,7 @@ class Experts:
                 of_experts.append((w1, w2, w3))
             self.dtype, self.device, self.hidden = w2.dtype, w2.device, w2.shape[0]
             if grouped is None:
-                grouped = self.device.type == "cuda" and self.dtype is torch.bfloat16
+                grouped = self.dtype is torch.bfloat16 and has_grouped_matmul(self.device)
             kernel = kernel_for(self.dtype, self.device, kernel)
             if grouped:
                 self._layers.append(_Grouped(of_experts))

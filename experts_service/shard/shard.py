@@ -12,6 +12,7 @@ Torch is imported in the actor's own process only: the Serve replica that starts
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import threading
 import time
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from experts_service.wire.address import LaneAddress
 
 logger = logging.getLogger(__name__)
+
+DEVICE_IS_GONE = 3  # the exit code of a process that ends for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +157,36 @@ class ExpertShard:
         return self._run(layer, rows, counts)
 
     def _run(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        from experts_service.device import on_host
+
         with self._one_at_a_time:
             started = time.perf_counter()
-            answer = self._experts(layer, rows.to(self._experts.device), counts).cpu()  # [R, D]
+            try:
+                # The rows stay where they are until the answer is there.
+                rows = rows.to(self._experts.device, non_blocking=True)
+                answer = on_host(self._experts(layer, rows, counts))  # [R, D]
+            except Exception:
+                self._end_without_a_device()
+                raise
             self._rows = [total + count for total, count in zip(self._rows, counts, strict=True)]
             self._calls += 1
             self._busy_s += time.perf_counter() - started
         return answer
+
+    def _end_without_a_device(self) -> None:
+        """After an error: end the process where its device does not work any more.
+
+        A CUDA context that has failed once fails for ever. Ray starts the process again, and coordinators see their
+        connections close; a shard that only said that it failed would be asked again and again.
+        """
+        from experts_service.device import check_device
+
+        try:
+            check_device(self._experts.device)
+        except Exception:
+            logger.critical("%s ends: its device is gone", self._spec.name, exc_info=True)
+            logging.shutdown()
+            os._exit(DEVICE_IS_GONE)
 
     def _open_lanes(self) -> LaneServer | None:
         """Serve lanes, unless this node has no secret for them: object_store works without."""
@@ -221,6 +247,7 @@ class ExpertShard:
         from cluster.checkpoint.architecture import expert_tensors
         from cluster.checkpoint.checkpoint import open_checkpoint
         from cluster.telemetry.progress import LoadingProgress
+        from experts_service.device import give_back_unused
         from experts_service.kernels.cores import cores
         from experts_service.kernels.experts import Experts
         from experts_service.kernels.selection import select
@@ -241,7 +268,7 @@ class ExpertShard:
             for expert in spec.experts
             for name in expert_tensors(checkpoint.architecture, layer, expert)
         )
-        return Experts.load(
+        experts = Experts.load(
             checkpoint,
             spec.experts,
             dtype=dtype,
@@ -249,6 +276,8 @@ class ExpertShard:
             kernel=selection.kernel,
             on_bytes=LoadingProgress(spec.application, spec.name, total),
         )
+        give_back_unused(device)
+        return experts
 
 
 def start_shard(spec: ShardSpec, name: str, **options: Any) -> Any:

@@ -33,4 +33,6 @@ def attention_backend(
 
         if varlen.is_served(architecture, block_size, dtype, device):
             return varlen.VarlenAttention(architecture, device=device)
+        # cuDNN's makes a plan for every new length, 23 ms and more a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device)

@@ -63,7 +63,7 @@ def test_two_cores_get_two_groups_and_nothing_is_left_open():
 
 @pytest.mark.parametrize(
     ("gpus", "groups", "shares"),
-    [(9, 8, (1.0, 1.0)), (8, 8, (0.9, 0.1)), (4, 4, (0.9, 0.1)), (1, 1, (0.9, 0.1))],
+    [(9, 8, (1.0, 1.0)), (8, 8, (0.9, 0.1)), (4, 4, (0.9, 0.1)), (2, 2, (0.9, 0.1))],
 )
 def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
     laid_out = plan(machine(gpus=gpus, memory=64 * GIB))
@@ -81,9 +81,31 @@ def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordin
     assert (reserved.gpus_per_shard, reserved.config.engine.device) == (given, "cpu")
 
 
-def test_local_experts_have_no_deployments():
-    laid_out = plan(machine(), experts=ExpertsConfig(transport="local"))
-    assert laid_out.expert_deployments == ()
+def test_local_experts_have_no_deployments_and_are_one_group():
+    """As several they were run in turn, on one device."""
+    for cores, gpus in ((2, 0), (16, 0), (8, 4)):
+        laid_out = plan(machine(cpus=cores, gpus=gpus, memory=64 * GIB), experts=ExpertsConfig(transport="local"))
+        assert laid_out.expert_deployments == ()
+        assert [group.experts for group in laid_out.groups] == [tuple(range(8))]
+
+
+def test_one_gpu_has_everything_in_one_process_unless_more_is_asked_for():
+    """A step would travel between two processes that share the GPU."""
+    laid_out = plan(machine(gpus=1))
+    assert (laid_out.config.experts.transport, laid_out.gpus_per_coordinator) == ("local", 1)
+    assert plan(machine(), engine=EngineConfig(device="cpu")).config.experts.transport == "auto"
+    apart = plan(machine(gpus=1), experts=ExpertsConfig(transport="lane"))
+    assert (apart.expert_deployments, apart.gpus_per_shard) == (("expert-0",), 0.9)
+
+
+def test_a_shard_on_cuda_without_a_gpu_is_refused():
+    """Ray hides no GPU from a process that reserves none: all shards were on the first one."""
+    with pytest.raises(ConfigError, match=r"'a/model': experts\.gpus_per_shard: a shard on cuda needs a part of a GPU"):
+        plan(machine(gpus=4), experts=ExpertsConfig(gpus_per_shard=0))
+
+
+def test_a_step_is_cut_nowhere_unless_that_is_asked_for():
+    assert plan(machine(gpus=9, memory=64 * GIB)).config.engine.microbatches == 1
 
 
 @pytest.mark.parametrize(("gpus", "share"), [(0, 0.0), (1, 1.0)])
@@ -106,7 +128,7 @@ def test_the_demo_has_the_names_of_mistrals_endpoints():
     cluster = describe_cluster([machine(gpus=1)])
     plans = plan_models(models.values(), [open_checkpoint(model.path) for model in models.values()], cluster)
     assert len({plan.application for plan in plans}) == 3
-    shares = [plan.gpus_per_coordinator + len(plan.groups) * plan.gpus_per_shard for plan in plans]
+    shares = [plan.gpus_per_coordinator + len(plan.expert_deployments) * plan.gpus_per_shard for plan in plans]
     assert sum(shares) <= 1, "all of it runs beside one GPU"
     card = model_card(plans[2])
     assert (card.kind, card.pooling, card.hidden_size) == ("embedding", "mean", 128)

@@ -1,0 +1,55 @@
+"""The device that a process computes on: whether it is of use after an error, and the way from it to the host.
+
+Knows torch only: neither experts nor engines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PROBE_BYTES = 16 * 2**20  # a device that has not even these left cannot run a step of one token
+FEW_THREADS = 4  # beside a GPU the host moves and counts, and multiplies nothing
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work might have gone well."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's CPU allocator, and CUDA's for pinned memory, raise what they raise for everything else.
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def check_device(device: torch.device, *, memory: bool = False) -> None:
+    """Raises what the device raises when it is gone, or with `memory` when it has none left.
+
+    After an error that sticks, everything that is asked of a CUDA context fails.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    if memory:
+        torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device).fill_(1)
+
+
+def give_back_unused(device: torch.device) -> None:
+    """After loading: what conversions took is kept by torch's allocator, and a GPU's neighbours need it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The same, contiguous in host memory; what is on a GPU in pinned memory, by one copy that is waited for."""
+    if tensor.device.type == "cpu":
+        return tensor.contiguous()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def has_grouped_matmul(device: torch.device) -> bool:
+    """Whether `F.grouped_mm` is one kernel there: Hopper and Blackwell.
+
+    Elsewhere torch 2.13 copies the offsets to the host, waits for them, and multiplies group by group
+    (aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_fallback`).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

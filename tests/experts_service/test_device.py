@@ -1,0 +1,54 @@
+"""What a process does with its device, where a fake driver stands for a GPU's."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from experts_service.device import has_grouped_matmul, on_host
+from experts_service.shard.shard import DEVICE_IS_GONE
+from router_service.attention import varlen
+from router_service.attention.choice import attention_backend
+from tests.programs import REPOSITORY, program
+
+
+@pytest.mark.parametrize(("lost", "code", "said"), [("lost", DEVICE_IS_GONE, ""), ("short", 0, "goes on\n")])
+def test_a_shard_whose_device_is_gone_ends_and_one_that_is_short_of_memory_goes_on(lost, code, said):
+    """A CUDA error sticks: the shard answered "failed" for ever, and was asked again and again."""
+    done = subprocess.run(
+        program("lose_device", lost), cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, said), done.stderr
+    if lost == "lost":
+        assert "expert-0 ends: its device is gone" in done.stderr
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_one_grouped_kernel_is_used_where_there_is_one(monkeypatch, capability, grouped):
+    """Elsewhere torch copies its offsets to the host and waits, in every layer."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert has_grouped_matmul(torch.device("cuda")) is grouped
+    assert not has_grouped_matmul(torch.device("cpu"))
+
+
+def test_cudnn_makes_no_plan_for_every_length(monkeypatch, checkpoint):
+    monkeypatch.setattr(varlen, "is_served", lambda *_: False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    attention_backend(checkpoint.architecture, block_size=16, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_what_is_on_the_host_already_is_not_copied():
+    rows = torch.arange(6.0).view(3, 2)
+    assert on_host(rows).data_ptr() == rows.data_ptr()
+    assert on_host(rows.t()).is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_of_a_gpu_come_through_pinned_memory():
+    rows = torch.arange(6.0, device="cuda").view(3, 2)
+    assert on_host(rows.t()).is_pinned()
+    assert on_host(rows.t()).tolist() == rows.t().tolist()
