@@ -40,7 +40,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; N ≥ 0: the chosen token's and the N most likely
-    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, which is then computed whole
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, which is computed whole: choice 0's
     routed_experts: bool = False  # tell which experts the row that each token was sampled from went to
 
 

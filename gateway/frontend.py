@@ -25,6 +25,7 @@ from gateway.admission.limits import Limiter
 from gateway.admission.prompt_bill import PromptBill
 from gateway.admission.recent_refusals import RecentRefusals
 from gateway.answer.choice import Choice, Delta, Usage
+from gateway.answer.prompt_scores import PromptScores
 from gateway.coordinators import resumption
 from gateway.coordinators.client import CoordinatorClient
 from gateway.coordinators.health import Health
@@ -191,8 +192,13 @@ class Frontend:
             if span:
                 requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(requests)]
+            scores = {r.request_id: PromptScores() for r in requests if r.sampling.prompt_logprobs is not None}
             streams = [
-                _one(choice, resumption.generate(model.coordinator, choice.request, self.config.resume_timeout_s))
+                _one(
+                    choice,
+                    resumption.generate(model.coordinator, choice.request, self.config.resume_timeout_s),
+                    scores.get(choice.request.request_id),
+                )
                 for choice in choices
             ]
             merged = streams[0] if len(streams) == 1 else _merge(streams)
@@ -295,11 +301,16 @@ def _num_tokens(requests: Sequence[Request]) -> int:
     return sum(len(request.prompt_token_ids) for request in requests)
 
 
-async def _one(choice: Choice, chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[Delta, None]:
-    """The deltas of one choice until it is finished."""
+async def _one(
+    choice: Choice, chunks: AsyncGenerator[TokenChunk, None], scores: PromptScores | None
+) -> AsyncGenerator[Delta, None]:
+    """The deltas of one choice until it is finished; the first with the prompt's scores, if there are to be some."""
     async with aclosing(chunks):
         async for chunk in chunks:
-            yield choice.push(chunk)
+            delta = choice.push(chunk)
+            if scores is not None:
+                delta, scores = await scores.shared(delta, is_first=choice.request.choice_index == 0), None
+            yield delta
             if choice.finished:
                 return
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -173,18 +173,19 @@ class Validator:
                 raise InvalidRequest(
                     f"min_tokens: must not be over max_tokens ({max_tokens}), got {options['min_tokens']}", "min_tokens"
                 )
-            sampling = SamplingParams(
+            first = SamplingParams(
                 max_tokens=max(1, max_tokens),
                 logprobs=asked.logprobs,
                 prompt_logprobs=scores,
                 **options,
             )
+            others = replace(first, prompt_logprobs=None)  # they get the scores of the first, and share its prompt
             requests += [
                 Request(
                     # A seeded prompt gets the same answer alone and in a list: each counts its choices from 0.
                     request_id=asked.id if len(asked.prompts) == 1 else f"{asked.id}-{i}",
                     prompt_token_ids=prompt,
-                    sampling=sampling,
+                    sampling=others if choice else first,
                     seed=seed & (2**63 - 1),
                     choice_index=choice,
                     deadline=deadline,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,15 @@ def test_they_are_those_of_each_alone(directory, alone, config):
         assert stats.preemptions_total > 0, "the test is meant to preempt"
     else:
         assert stats.prompt_tokens_total == COMPUTED_ONCE
+
+
+def test_a_prompt_that_is_scored_for_the_first_is_computed_once_as_well(directory, alone):
+    bench = Bench(directory, block_size=16)
+    first, *others = choices()
+    scored = replace(first, sampling=replace(first.sampling, prompt_logprobs=2))
+    assert bench.run(scored, *others) == alone
+    assert len(bench.chunks[scored.key][0].prompt_logprobs) == len(PROMPT)
+    assert bench.engine.stats().prompt_tokens_total == COMPUTED_ONCE
 
 
 def test_without_a_prefix_cache_nothing_is_shared(directory, alone):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 
+from cluster.errors import Overloaded
+from cluster.messages import Request, TokenChunk
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.gateway.http.test_http import sse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hello, my name is Manta."}
@@ -64,6 +68,62 @@ def test_log_probabilities_of_a_prompt_are_told_by_token_id(doors: Doors, tokeni
     assert doors.coordinator.requests[-1].sampling.prompt_logprobs is None
     by_id = doors.post(COMPLETIONS, prompt="Hello", prompt_logprobs=0, return_tokens_as_token_ids=True).json()
     assert by_id["choices"][0]["prompt_logprobs"][1]["5"]["decoded_token"] == "token_id:5"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_once_for_all_of_its_choices(
+    doors: Doors, tokenizer: HuggingFaceTokenizer, stream: bool
+) -> None:
+    """Each choice had it computed whole, past the prefix cache: 128 times for `n: 128`."""
+    doors.coordinator.requests.clear()
+    fields = {"prompt": ["Hello", "STOP here"], "n": 3, "echo": True, "logprobs": 1, "stream": stream}
+    answer = doors.post(COMPLETIONS, **fields)
+    asked = [request.sampling.prompt_logprobs for request in doors.coordinator.requests]
+    assert sorted(asked, key=str) == [1, 1, None, None, None, None]
+    assert {r.choice_index for r in doors.coordinator.requests if r.sampling.prompt_logprobs is not None} == {0}
+    bodies = sse(answer.text) if stream else [answer.json()]
+    for index, text in enumerate(["Hello"] * 3 + ["STOP here"] * 3):
+        told = [choice for body in bodies for choice in body["choices"] if choice["index"] == index]
+        num_scores = len(tokenizer.encode(text)) - 1
+        scores = told[0]["logprobs"]["token_logprobs"][: num_scores + 1]
+        assert scores == [None, *(-float(place) for place in range(1, num_scores + 1))]
+    sampling = chat_pb2.Sampling(prompt_logprobs=1, max_tokens=2, n=3)
+    request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling)
+    for choice in doors.stub.Generate(request, timeout=30).choices:
+        assert len(choice.prompt_logprobs) == len(tokenizer.encode("Hello")) - 1
+
+
+def test_choices_that_are_ahead_of_their_prompts_scores_wait_for_them(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tokens_script([40, 41])
+
+    async def first_is_last(request: Request) -> AsyncIterator[TokenChunk]:
+        if request.choice_index == 0:
+            await asyncio.sleep(0.3)
+        async for chunk in script(request):
+            yield chunk
+
+    monkeypatch.setattr(doors.coordinator, "_script", first_is_last)
+    answer = doors.post(COMPLETIONS, prompt="Hello", n=3, echo=True, logprobs=1).json()
+    assert all(choice["logprobs"]["token_logprobs"][1] == -1.0 for choice in answer["choices"])
+
+
+def test_an_error_of_the_choice_that_is_scored_ends_those_that_wait_for_it(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tokens_script([40, 41])
+
+    async def first_fails(request: Request) -> AsyncIterator[TokenChunk]:
+        if request.choice_index == 0:
+            await asyncio.sleep(0.2)
+            raise Overloaded("no room")
+        async for chunk in script(request):
+            yield chunk
+
+    monkeypatch.setattr(doors.coordinator, "_script", first_fails)
+    assert doors.post(COMPLETIONS, prompt="Hello", n=3, echo=True, logprobs=1).status_code == 429
+    assert doors.coordinator.running == 0
 
 
 def test_nothing_is_generated_where_only_the_prompt_is_scored(doors: Doors) -> None:
