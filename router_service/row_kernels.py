@@ -99,41 +99,45 @@ def rotate(task):  # type: ignore[no-untyped-def]
 def choose(task):  # type: ignore[no-untyped-def]
     """Softmax of `scores` [T, E] → `probabilities` [T, E]; the K highest → `experts` [T, K], `weights` [T, K].
 
-    `doubts` [1] counts rows whose choice is torch's: not finite, or one that is chosen has its like among all.
+    `doubts` [1] is 1 where a row's choice is torch's: not finite, or one that is chosen has its like among all.
     """
     num_rows, num_experts, top_k = task[1], task[2], task[3]
     scores, probabilities = _array(task[4], np.uint16), _array(task[5], np.float32)
     weights, experts, doubts = _array(task[6], np.float32), _array(task[7], np.int64), _array(task[8], np.int64)
-    for row in range(num_rows):
-        at = row * num_experts
-        highest = widen(scores[at])
-        for e in range(num_experts):
-            highest = max(highest, widen(scores[at + e]))
-        whole = _ZERO
-        for e in range(num_experts):
-            probabilities[at + e] = exp(widen(scores[at + e]) - highest)  # type: ignore[no-untyped-call]
-            whole += probabilities[at + e]
-        for e in range(num_experts):
-            probabilities[at + e] /= whole
-        if not whole > _ZERO:  # NaN
-            doubts[0] += 1
-        before = np.float32(np.inf)
-        chosen = _ZERO
-        for k in range(top_k):
-            best, number, index = -_ONE, 0, 0
+    while True:
+        begin = take(task) * ROWS
+        if begin >= num_rows:
+            return
+        for row in range(begin, min(begin + ROWS, num_rows)):
+            at = row * num_experts
+            highest = widen(scores[at])
             for e in range(num_experts):
-                probability = probabilities[at + e]
-                if probability < before and probability >= best:
-                    number = number + 1 if probability == best else 1
-                    if number == 1:
-                        best, index = probability, e
-            if number != 1:
-                doubts[0] += 1
-            before = best
-            experts[row * top_k + k], weights[row * top_k + k] = index, best
-            chosen += best
-        for k in range(top_k):
-            weights[row * top_k + k] /= chosen
+                highest = max(highest, widen(scores[at + e]))
+            whole = _ZERO
+            for e in range(num_experts):
+                probabilities[at + e] = exp(widen(scores[at + e]) - highest)  # type: ignore[no-untyped-call]
+                whole += probabilities[at + e]
+            for e in range(num_experts):
+                probabilities[at + e] /= whole
+            if not whole > _ZERO:  # NaN
+                doubts[0] = 1
+            before = np.float32(np.inf)
+            chosen = _ZERO
+            for k in range(top_k):
+                best, number, index = -_ONE, 0, 0
+                for e in range(num_experts):
+                    probability = probabilities[at + e]
+                    if probability < before and probability >= best:
+                        number = number + 1 if probability == best else 1
+                        if number == 1:
+                            best, index = probability, e
+                if number != 1:
+                    doubts[0] = 1
+                before = best
+                experts[row * top_k + k], weights[row * top_k + k] = index, best
+                chosen += best
+            for k in range(top_k):
+                weights[row * top_k + k] /= chosen
 
 
 @Routine

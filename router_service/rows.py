@@ -9,12 +9,13 @@ Shapes: T tokens, D hidden size, N heads, H head_dim, K experts per token, E exp
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from experts_service.kernels.jit import AVAILABLE
-from experts_service.kernels.routine import num_threads
+from experts_service.kernels.routine import Task, num_threads
 
 if AVAILABLE:
     from experts_service.kernels.vectors import LANES
@@ -46,17 +47,25 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, delta: torch.Ten
     assert x.is_contiguous(), "it is written to"
     rows = torch.empty_like(x)
     delta = None if delta is None else delta.contiguous()
-    row_kernels.norm.run(
-        _num_threads(len(x), x.shape[1]),
-        len(x),
-        x.shape[1],
-        int(np.float32(epsilon).view(np.int32)),
+    norm_task(x, weight, epsilon, delta, rows).run()
+    return rows
+
+
+def norm_task(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, delta: torch.Tensor | None, rows: torch.Tensor
+) -> Task:
+    """What writes `rows` [T, D], where `is_compiled`. None of them has gaps."""
+    num_rows, width = x.shape
+    arguments = (
+        num_rows,
+        width,
+        _bits(epsilon),
         x.data_ptr(),
         0 if delta is None else delta.data_ptr(),
         weight.data_ptr(),
         rows.data_ptr(),
     )
-    return rows
+    return Task(row_kernels.norm, _num_threads(num_rows, width), arguments)
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -64,22 +73,20 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 
     Rotary position embedding, arXiv 2104.09864; both halves of the angles are the same, laid out as on the hub.
     """
-    num_heads, head_dim = x.shape[1:]
+    head_dim = x.shape[2]
     if not is_compiled(x, head_dim // 2) or x.stride(1) != head_dim or x.stride(2) != 1:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return x * cosines[:, None] + turned * sines[:, None]
-    row_kernels.rotate.run(
-        _num_threads(len(x), num_heads * head_dim),
-        len(x),
-        num_heads,
-        head_dim,
-        x.stride(0),
-        x.data_ptr(),
-        cosines.data_ptr(),
-        sines.data_ptr(),
-    )
+    rotate_task(x, cosines, sines).run()
     return x
+
+
+def rotate_task(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> Task:
+    """What rotates `x` itself, where `is_compiled`, whose rows alone may be apart."""
+    num_rows, num_heads, head_dim = x.shape
+    arguments = (num_rows, num_heads, head_dim, x.stride(0), x.data_ptr(), cosines.data_ptr(), sines.data_ptr())
+    return Task(row_kernels.rotate, _num_threads(num_rows, num_heads * head_dim), arguments)
 
 
 def choose(scores: torch.Tensor, top_k: int) -> Pair:
@@ -91,24 +98,42 @@ def choose(scores: torch.Tensor, top_k: int) -> Pair:
         probabilities = scores.float().softmax(dim=-1)  # [T, E]
         weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], [T, K]
         return weights / weights.sum(dim=-1, keepdim=True), experts
-    num_rows, num_experts = scores.shape
-    scores = scores.contiguous()
-    probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
-    weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
-    experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
-    doubts = ctypes.c_int64(0)
-    row_kernels.choose.run(
-        1,
-        num_rows,
-        num_experts,
-        top_k,
-        scores.data_ptr(),
-        probabilities.data_ptr(),
-        weights.data_ptr(),
-        experts.data_ptr(),
-        ctypes.addressof(doubts),
-    )
-    return _choose_like_torch(probabilities, top_k) if doubts.value else (weights, experts)
+    choice = Choice(scores.contiguous(), top_k)
+    choice.task.run()
+    return choice.chosen()
+
+
+class Choice:
+    """The same as a task, where `is_compiled`: what it wrote is there when it has run."""
+
+    def __init__(self, scores: torch.Tensor, top_k: int) -> None:
+        """`scores` [T, E] without gaps."""
+        num_rows, num_experts = scores.shape
+        self._top_k = top_k
+        self._probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
+        self._weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
+        self._experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
+        self._doubts = ctypes.c_int64(0)
+        arguments = (
+            num_rows,
+            num_experts,
+            top_k,
+            scores.data_ptr(),
+            self._probabilities.data_ptr(),
+            self._weights.data_ptr(),
+            self._experts.data_ptr(),
+            ctypes.addressof(self._doubts),
+        )
+        self.task = Task(row_kernels.choose, 1, arguments, (scores,))
+
+    def chosen(self) -> Pair:
+        """Weights and indices."""
+        if self._doubts.value:
+            self._doubts.value = 0
+            weights, experts = _choose_like_torch(self._probabilities, self._top_k)
+            self._weights.copy_(weights)
+            self._experts.copy_(experts)
+        return self._weights, self._experts
 
 
 def combine(
@@ -125,7 +150,7 @@ def combine(
     weights = weights.contiguous()
     places, pairs = (None if indices is None else indices.contiguous() for indices in (places, pairs))
     row_kernels.combine.run(
-        _num_threads(len(answers), width),
+        _num_threads(num_rows * top_k, width),
         num_rows,
         top_k,
         width,
@@ -150,6 +175,12 @@ def _choose_like_torch(probabilities: torch.Tensor, top_k: int) -> Pair:
     for k in range(1, top_k):  # in the kernel's order: a row's bits do not hang on its neighbours
         whole = whole + chosen[:, k]
     return chosen / whole[:, None], experts
+
+
+@lru_cache
+def _bits(number: float) -> int:
+    """Of the nearest float32."""
+    return int(np.float32(number).view(np.int32))
 
 
 def _num_threads(num_rows: int, width: int) -> int:

@@ -222,10 +222,10 @@ def pointer(_context: Any, _address: Any) -> Any:
 
 @intrinsic
 def take(_context: Any, _counter: Any) -> Any:
-    """What an int64 counts, and one more for the next thread that asks."""
+    """What an int64 counts, and one more for the next thread that asks, who sees what was written before."""
 
     def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]
 
@@ -248,3 +248,25 @@ def counter(_context: Any, _task: Any, _index: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
 
     return types.CPointer(types.int64)(types.CPointer(types.int64), types.int64), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def seen(_context: Any, _counter: Any) -> Any:
+    """What an int64 counts; what was written before it was counted is seen from here on."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(arguments[0], "acquire", align=8)
+
+    return types.int64(types.CPointer(types.int64)), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def call(_context: Any, _function: Any, _task: Any) -> Any:
+    """Call the C function `void (int64_t *)` at an address."""
+
+    def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64).as_pointer()])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.CPointer(types.int64)), build  # type: ignore[attr-defined]

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from experts_service.kernels import quantized_matmul
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.matmul import Panels, multiply
+from experts_service.kernels.matmul import Panels, multiply, multiply_task
 from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here
+from experts_service.kernels.routine import Task
+from experts_service.kernels.tile import PAIR
 from experts_service.quantization.weight import Weight, dense
 
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
@@ -64,3 +66,24 @@ class Linear:
         padded = torch.cat((x,) * math.ceil(_FASTEST_ROWS / len(x))) if len(x) < _FASTEST_ROWS else x
         of_padded: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self._weight, None, "none", [], "")
         return of_padded[: len(x)]
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether `tasks` can be asked for: kernels of our own multiply rows as they come."""
+        if self._quantized is not None:
+            return self._quantized.columns is None
+        return self._kernel.is_own and self.in_features % PAIR == 0
+
+    @property
+    def integers(self) -> int:
+        """How many int32 its tasks need for a row."""
+        return 0 if self._quantized is None else self._quantized.row_words
+
+    def tasks(self, x: Tensor, y: Tensor, integers: Tensor) -> list[Task]:
+        """What writes `y` [R, out], of `x` [R, in], for a chain. Neither has gaps, and all stay where they are.
+
+        Nobody else needs `integers` meanwhile.
+        """
+        if self._quantized is not None:
+            return quantized_matmul.tasks(x, (self._quantized,), (x.shape[0],), y, integers=integers)
+        return [multiply_task(self._kernel.arithmetic, x, self._panels, y)]

@@ -33,7 +33,7 @@ from experts_service.kernels.jit import (
     take_several,
     widen,
 )
-from experts_service.kernels.routine import Routine, num_threads, take_run, wait_for
+from experts_service.kernels.routine import Routine, Task, num_threads, take_run, wait_for
 from experts_service.kernels.tile import HEIGHTS, PAIR, WIDTH, multiply_rows
 from experts_service.memory import mapped
 
@@ -73,13 +73,16 @@ class Panels:
 
 def multiply(arithmetic: int, x: Tensor, matrix: Panels, y: Tensor) -> None:
     """Write `y` [R, out] = `x` [R, in] times the matrix."""
-    num_rows, num_weights = len(x), matrix.weights.numel()
-    if not num_rows:
-        return
-    x = _paired(x)
+    if x.shape[0]:
+        x = _paired(x)
+        multiply_task(arithmetic, x, matrix, y).run()
+
+
+def multiply_task(arithmetic: int, x: Tensor, matrix: Panels, y: Tensor) -> Task:
+    """What does that. Neither has gaps, and `x` an even number of columns, zeros beyond those of the matrix."""
+    num_rows, num_weights = x.shape[0], matrix.weights.numel()
     threads = num_threads(2 * num_weights, num_rows * num_weights)
-    _multiply.run(
-        threads,
+    arguments = (
         arithmetic,
         matrix.weights.data_ptr(),
         matrix.weights.shape[1],
@@ -89,6 +92,7 @@ def multiply(arithmetic: int, x: Tensor, matrix: Panels, y: Tensor) -> None:
         matrix.out_features,
         threads,
     )
+    return Task(_multiply, threads, arguments)
 
 
 def run_networks(

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts_service.kernels import quantized_rows
+from experts_service.kernels.chain import Chain
 from experts_service.kernels.jit import AVAILABLE, kernel, pointer
 from experts_service.kernels.matmul import RUN_BYTES, height_of, write_gated, write_sums
-from experts_service.kernels.quantized_rows import quantize_rows
+from experts_service.kernels.quantized_rows import quantize_task, row_words
 from experts_service.kernels.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
-from experts_service.kernels.routine import Routine, num_threads, take_run
+from experts_service.kernels.routine import Routine, Task, num_threads, take_run
 from experts_service.memory import mapped
 from experts_service.quantization.weight import QuantizedWeight, Weight
 
@@ -53,6 +54,11 @@ class QuantizedPanels:
     columns: Tensor | None  # [K] int64: the input of each k, where groups are not neighbours; `in_features`: none
     out_features: int
     in_features: int
+
+    @property
+    def row_words(self) -> int:
+        """Of a row that is multiplied with it."""
+        return row_words(self.block, self.blocks)
 
     @classmethod
     def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False) -> QuantizedPanels:
@@ -114,7 +120,8 @@ def pack_alike(weights: Sequence[Weight], *, gate_up: bool = False) -> list[Quan
 
 def multiply(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
     """Write `y` [R, out]: the first counts[0] rows of `x` [R, in] times the first matrix, and so on."""
-    _run(x, matrices, counts, y, gated=False)
+    if any(counts):
+        Chain(tasks(_ordered(x, matrices, counts), matrices, counts, y)).run()
 
 
 def gate_up(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
@@ -122,22 +129,30 @@ def gate_up(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int
 
     Both products, silu and what is multiplied are rounded to bf16, as in the reference.
     """
-    _run(x, matrices, counts, y, gated=True)
+    if any(counts):
+        Chain(tasks(_ordered(x, matrices, counts), matrices, counts, y, gated=True)).run()
 
 
 def run_quantized(
     w1_w3: Sequence[QuantizedPanels], w2: Sequence[QuantizedPanels], x: Tensor, counts: Sequence[int], y: Tensor
 ) -> None:
     """Write `y` [R, D] = w2 (silu(w1 x) · (w3 x)): the first counts[0] rows through the first network, and so on."""
-    hidden = x.new_empty(len(x), w1_w3[0].out_features)  # [R, F]
-    gate_up(x, w1_w3, counts, hidden)
-    multiply(hidden, w2, counts, y)
+    hidden = x.new_empty(x.shape[0], w1_w3[0].out_features)  # [R, F]
+    if not any(counts):
+        return
+    if _are_ordered(w2, counts):
+        of_gate = tasks(_ordered(x, w1_w3, counts), w1_w3, counts, hidden, gated=True)
+        Chain([*of_gate, *tasks(hidden, w2, counts, y)]).run()
+    else:
+        gate_up(x, w1_w3, counts, hidden)
+        multiply(hidden, w2, counts, y)
 
 
 def load_kernels() -> None:
     """Compile them now, or read what was compiled: else the first step does."""
     quantized_rows.load_kernels()
     _products.load()
+    Chain.load()
 
 
 def _blocks(weight: QuantizedWeight) -> tuple[int, int]:
@@ -187,10 +202,22 @@ def _copy(tensor: Tensor) -> Tensor:
     return mapped(tensor.numel() * tensor.itemsize).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _run(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor, *, gated: bool) -> None:
+def tasks(
+    x: Tensor,
+    matrices: Sequence[QuantizedPanels],
+    counts: Sequence[int],
+    y: Tensor,
+    *,
+    gated: bool = False,
+    integers: Tensor | None = None,
+) -> list[Task]:
+    """What writes `y`, for a chain: rows become integers, which are multiplied. Not all counts are 0.
+
+    Neither has gaps, and the inputs of each row of `x` are in the order of its matrix. `integers`: room for as many
+    rows of int32, or more, which nobody else needs meanwhile.
+    """
     jobs: list[int] = []
     row, nbytes, multiplications = 0, 0, 0
-    of_jobs = []
     for matrix, count in zip(matrices, counts, strict=True):
         if count:
             jobs += (
@@ -206,15 +233,12 @@ def _run(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], 
             row += count
             nbytes += matrix.codes.nbytes + matrix.scales.nbytes
             multiplications += _DIGITS * count * matrix.codes.numel() * 8 // matrix.bits
-            of_jobs.append((matrix, count))
-    if not jobs:
-        return
-    rows = quantize_rows(_ordered(x, of_jobs), matrix.block, matrix.blocks)
+    rows = torch.empty(row * matrix.row_words, dtype=torch.int32) if integers is None else integers
+    quantize = quantize_task(x, matrix.block, matrix.blocks, rows)
     table = (ctypes.c_int64 * len(jobs))(*jobs)
     threads = num_threads(nbytes, multiplications)
     num_panels = -(-matrix.out_features // WIDTH)
-    _products.run(
-        threads,
+    arguments = (
         ctypes.addressof(table),
         len(jobs) // _JOB,
         matrix.block,
@@ -227,17 +251,24 @@ def _run(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], 
         threads,
         gated,
     )
+    return [quantize, Task(_products, threads, arguments, (table, rows))]
 
 
-def _ordered(x: Tensor, jobs: Sequence[tuple[QuantizedPanels, int]]) -> Tensor:
+def _are_ordered(matrices: Sequence[QuantizedPanels], counts: Sequence[int]) -> bool:
+    """Whether rows can be taken as they come."""
+    return all(matrix.columns is None for matrix, count in zip(matrices, counts, strict=True) if count)
+
+
+def _ordered(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int]) -> Tensor:
     """The rows of each matrix with their inputs in its order."""
-    if all(matrix.columns is None for matrix, _ in jobs):
+    if _are_ordered(matrices, counts):
         return x.contiguous()
-    parts = F.pad(x, (0, 1)).split([count for _, count in jobs])
+    parts = F.pad(x, (0, 1)).split(list(counts))
     return torch.cat(
         [
             part[:, :-1] if matrix.columns is None else part[:, matrix.columns]
-            for part, (matrix, _) in zip(parts, jobs, strict=True)
+            for part, matrix, count in zip(parts, matrices, counts, strict=True)
+            if count
         ]
     )
 

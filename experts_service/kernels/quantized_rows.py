@@ -13,12 +13,11 @@ of that number at most. bf16 itself rounds the largest to a 512th.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from experts_service.kernels.jit import AVAILABLE, bits, from_bits, pointer, take, widen
 from experts_service.kernels.quantized_tile import DIGITS
-from experts_service.kernels.routine import Routine, num_threads
+from experts_service.kernels.routine import Routine, Task, num_threads
 
 if AVAILABLE:
     from numba import carray
@@ -39,13 +38,11 @@ def row_words(block: int, blocks: int) -> int:
     return blocks * (block // 2 + 2)
 
 
-def quantize_rows(x: Tensor, block: int, blocks: int) -> Tensor:
-    """`x` [R, K] bf16, contiguous → [R, row_words] int32; blocks that reach past K are made up with zeros."""
-    words = row_words(block, blocks)
-    rows = torch.empty(len(x), words, dtype=torch.int32)
+def quantize_task(x: Tensor, block: int, blocks: int, rows: Tensor) -> Task:
+    """What writes `rows` [R, row_words] int32 of `x` [R, K] bf16, without gaps; zeros make up the last block."""
     threads = num_threads(2 * x.numel(), _PASSES * x.numel())
-    _quantize.run(threads, x.data_ptr(), len(x), x.shape[1], block, blocks, rows.data_ptr(), words)
-    return rows
+    arguments = (x.data_ptr(), *x.shape, block, blocks, rows.data_ptr(), row_words(block, blocks))
+    return Task(_quantize, threads, arguments, (x, rows))
 
 
 def load_kernels() -> None:

@@ -14,11 +14,11 @@ import ctypes
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from experts_service.kernels.jit import AVAILABLE, compile_routine, kernel, take_several
+from experts_service.kernels.jit import AVAILABLE, compile_routine, kernel, seen, take_several
 
 if AVAILABLE:
     from experts_service.kernels.jit import sched_yield
@@ -29,7 +29,7 @@ MULTIPLICATIONS_S = 50e9  # of one thread
 
 _LOOKS = 1000  # at a counter, before a thread gives its core to whoever it may be waiting for
 
-_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _openmp() -> Any:
@@ -51,12 +51,13 @@ class Routine:
         self._function = function
 
     @cached_property
-    def _address(self) -> int:
+    def address(self) -> int:
+        """Of its machine code."""
         return compile_routine(self._function)
 
     @cached_property
     def _alone(self) -> Any:
-        return _Task(self._address)
+        return _Function(self.address)
 
     def load(self) -> None:
         """Compile it now, or read what was compiled."""
@@ -65,10 +66,27 @@ class Routine:
     def run(self, num_threads: int, *arguments: int) -> None:
         """Return when all items are done. The GIL is free meanwhile."""
         task = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
+        self.run_at(ctypes.addressof(task), num_threads)
+
+    def run_at(self, task: int, num_threads: int) -> None:
+        """The same of a counter and arguments that are at an address."""
         if num_threads > 1 and _gomp_parallel is not None:
-            _gomp_parallel(self._address, task, num_threads, 0)
+            _gomp_parallel(self.address, task, num_threads, 0)
         else:
             self._alone(task)
+
+
+class Task(NamedTuple):
+    """What a routine is run with."""
+
+    routine: Routine
+    num_threads: int
+    arguments: tuple[int, ...]
+    keeps: tuple[object, ...] = ()  # what the arguments are addresses of, where nobody else has it
+
+    def run(self) -> None:
+        """Now, alone."""
+        self.routine.run(self.num_threads, *self.arguments)
 
 
 @kernel
@@ -87,7 +105,17 @@ def take_run(task, number, most, threads):  # type: ignore[no-untyped-def]
 def wait_for(counted, number):  # type: ignore[no-untyped-def]
     """Return when `number` is counted: what was done before it was is seen from here on."""
     looks = 0
-    while take_several(counted, 0) < number:
+    while seen(counted) < number:
+        looks += 1
+        if looks % _LOOKS == 0:
+            sched_yield()
+
+
+@kernel
+def wait_for_none(counted):  # type: ignore[no-untyped-def]
+    """Return when nothing is counted any more: the same."""
+    looks = 0
+    while seen(counted) != 0:
         looks += 1
         if looks % _LOOKS == 0:
             sched_yield()

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture
+from experts_service.kernels.chain import Chain
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import SwiGLU
@@ -23,18 +23,10 @@ from experts_service.quantization.weight import Weight, dense, stacked
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
+from router_service.model.decode_chains import KEPT, MOST_ROWS, DecodeChains, Layer, are_served
 from router_service.model.gate import Gate
 from router_service.model.step_threads import StepThreads
 from router_service.rows import norm, rotate, warm_up
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    input_norm: torch.Tensor  # [D]
-    qkv: Linear  # D → (N + 2G)·H
-    o: Linear  # N·H → D
-    post_attention_norm: torch.Tensor  # [D]
-    feed_forward: Gate | SwiGLU  # who computes it, or what
 
 
 class Decoder:
@@ -67,6 +59,10 @@ class Decoder:
             * (2 * architecture.num_heads + 2 * architecture.num_kv_heads)
         )
         warm_up(self.dtype, self.device)
+        self._has_chains = are_served(self.layers, architecture, self.embeddings)
+        self._chains: list[DecodeChains] = []  # that nobody uses now, the last used at last
+        if self._has_chains:
+            Chain.load()
         self._threads = StepThreads(choose=not self.kernel.is_own)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
@@ -93,9 +89,12 @@ class Decoder:
         A row of it is finite only if all that was computed for it is, in every layer, what the cache holds of it and
         what it saw of earlier tokens included: it is a sum, each token sees itself, and NaN stays NaN.
         """
-        work = len(token_ids) * self._multiplications
+        num_rows = token_ids.shape[0]
         rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
+        if self._has_chains and 0 < num_rows <= MOST_ROWS:
+            return (yield from self._decode(x, rotary, attention, kv_cache, routed))
+        work = num_rows * self._multiplications
         delta = None  # [T, D]; what the feed-forward before adds to x
         for index, layer in enumerate(self.layers):
             with self._threads.for_work(work):
@@ -114,6 +113,42 @@ class Decoder:
                 delta = self.dispatcher.combine(dispatch, weights)
         return x if delta is None else x.add_(delta)
 
+    def _decode(
+        self,
+        x: torch.Tensor,  # [T, D]
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+        routed: list[torch.Tensor] | None,
+    ) -> Generator[None, None, torch.Tensor]:
+        """The same in chains, with the same bits."""
+        num_rows = x.shape[0]
+        chains = next((chains for chains in self._chains if chains.num_rows == num_rows), None)
+        if chains is None:
+            chains = DecodeChains(self.layers, self.architecture, num_rows)
+        else:
+            self._chains.remove(chains)
+        chains.x.copy_(x)
+        chains.cosines.copy_(rotary[0])
+        chains.sines.copy_(rotary[1])
+        for index, layer in enumerate(self.layers):
+            chains.before_attention(index)
+            attended = attention.attend(index, chains.queries, chains.keys, chains.values, kv_cache)
+            chains.attended.copy_(attended.flatten(1))
+            chains.after_attention(index)
+            if isinstance(layer.feed_forward, SwiGLU):
+                chains.delta.copy_(layer.feed_forward(chains.rows))
+                continue
+            weights, experts = chains.chosen(index)
+            if routed is not None:
+                routed.append(experts.clone())
+            with closing(self.dispatcher.dispatch(index, chains.rows, experts)) as dispatch:
+                yield
+                chains.delta.copy_(self.dispatcher.combine(dispatch, weights))
+        x = chains.x + chains.delta
+        self._chains = [*self._chains, chains][-KEPT:]
+        return x
+
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""
         return self._norm(x, self.norm)
@@ -125,7 +160,7 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         rows: torch.Tensor,  # [T, D]
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionPlan,
@@ -133,11 +168,11 @@ class Decoder:
     ) -> torch.Tensor:
         """Self-attention of one layer [T, D]."""
         query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = layer.qkv(rows).view(len(rows), query_heads + 2 * kv_heads, self.architecture.head_dim)
+        qkv = layer.qkv(rows).view(-1, query_heads + 2 * kv_heads, self.architecture.head_dim)
         rotated = rotate(qkv[:, : query_heads + kv_heads], *rotary)
         queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
         attended = attention.attend(index, queries, keys, qkv[:, query_heads + kv_heads :], kv_cache)
-        return layer.o(attended.view(len(rows), -1))
+        return layer.o(attended.flatten(1))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Of `x` [T, D], to which `delta` [T, D] is added in place before."""
@@ -150,7 +185,7 @@ class Decoder:
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
 
-def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> _Layer:
+def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> Layer:
     prefix = f"model.layers.{index}"
     feed_forward: Gate | SwiGLU
     if architecture.is_dense:
@@ -158,7 +193,7 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         feed_forward = SwiGLU(w1, w2, w3, fused=True, kernel=kernel)
     else:
         feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
-    return _Layer(
+    return Layer(
         input_norm=dense(weights[f"{prefix}.input_layernorm.weight"]),
         qkv=Linear(stacked([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),

@@ -18,7 +18,7 @@ from experts_service.kernels import jit
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here, multiply, pack_alike
-from experts_service.kernels.quantized_rows import quantize_rows
+from experts_service.kernels.quantized_rows import quantize_task, row_words
 from experts_service.kernels.quantized_tile import DIGITS
 from experts_service.kernels.routine import num_threads
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
@@ -105,7 +105,8 @@ def test_whole_numbers_add_up_exactly(bits: int, group_size: int | None) -> None
 
 def test_rows_keep_all_digits_of_what_is_more_than_a_128th_of_the_largest() -> None:
     x = torch.cat([randn(1, 60, seed=3), torch.tensor([[255.0, -255.0, 2.0, -254.0]], dtype=BF16)], dim=1)
-    words = quantize_rows(x, 32, 2)[0]
+    words = torch.empty(row_words(32, 2), dtype=torch.int32)
+    quantize_task(x, 32, 2, words).run()
     scales, sums = words[32:34].view(torch.float32), words[34:]
     numbers = integers_of(words[:32], 32)
     assert torch.equal(numbers.sum(1), sums.long())

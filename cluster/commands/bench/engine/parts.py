@@ -21,7 +21,6 @@ from router_service.attention.backend import AttentionPlan
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine
 from router_service.model.decoder import Decoder
-from router_service.model.gate import Gate
 from router_service.model.model_runner import ModelRunner
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.scheduler import Scheduler
@@ -30,9 +29,8 @@ BENCHMARK = "the benchmark itself"
 METHODS: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "schedule", "schedule"),
     (ModelRunner, "forward", "metadata"),  # all of it that is in no other part: tensors and plans before the decoder
-    (Decoder, "forward", "projections, norms"),
+    (Decoder, "forward", "projections, norms, gate"),
     (AttentionPlan, "attend", "attention"),
-    (Gate, "__call__", "gate"),
     (Dispatcher, "dispatch", "experts"),
     (Dispatcher, "combine", "experts"),
     (SwiGLU, "__call__", "experts"),  # of a dense model's layer

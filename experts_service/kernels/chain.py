@@ -1,0 +1,80 @@
+"""Routines one after the other, in one call. Knows tasks; knows no kernel.
+
+Between two calls a thread is sent to sleep and woken again, and the interpreter finds cold caches after weights have
+been read.
+
+Each begins when all items of the one before are done, and nobody is waited for who has none of them:
+
+    threads inside     +1 →  a routine takes items and does them, until none is left  → -1, then wait for 0
+
+1.  Who comes back from a routine found no item left, so each was taken, by somebody who was counted as inside before
+    and is until it is done. Counters are added to in one order that all threads agree on, with all that was written
+    before. So where nobody is inside any more all items are done, and what they wrote is seen.
+2.  A thread that comes late finds nothing to take, and those that went on do not look back.
+3.  No wait is for ever. A thread waits for those that are inside one routine. They wait for nobody outside it, and
+    inside, if at all, for items that were taken by others inside (as `_networks` does), who do them without waiting. So
+    the thread that is furthest behind never waits for one that waits for it. Each thread enters each routine once, so
+    nobody keeps coming back.
+4.  Who waits gives its core away now and then, so more threads than cores get on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experts_service.kernels.jit import call, counter, take_several
+from experts_service.kernels.routine import Routine, Task, wait_for_none
+
+_HEADER = 2  # of the memory of all: a counter that is not used, how many there are; then of each its address and place
+_LINE = 8  # int64 of a cache line: a task begins with one, so that counters of two are not in the same
+
+
+class Chain:
+    """Tasks that are run one after the other, once or again and again: threads are woken once for all."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        """What their arguments are the addresses of has to stay where it is; what a task keeps does."""
+        self._tasks = tuple(tasks)
+        self._threads = max(task.num_threads for task in tasks)
+        header: list[int] = [0, len(tasks)]
+        rest: list[int] = []
+        start = _lines(_HEADER + 2 * len(tasks))
+        for task in tasks:
+            header += (task.routine.address, start + len(rest))
+            of_task = (0, 0, *task.arguments)  # who is inside, and the counter that each task begins with
+            rest += of_task
+            rest += [0] * (_lines(len(of_task)) - len(of_task))
+        self._fresh = np.array([*header, *[0] * (start - len(header)), *rest], np.int64)
+        memory = np.empty(len(self._fresh) + _LINE, np.int64)
+        begin = -memory.ctypes.data // memory.itemsize % _LINE
+        self._memory = memory[begin : begin + len(self._fresh)]
+        self._address = self._memory.ctypes.data
+
+    def run(self) -> None:
+        """Return when all are done. One caller at a time."""
+        self._memory[:] = self._fresh
+        _run_all.run_at(self._address, self._threads)
+
+    @staticmethod
+    def load() -> None:
+        """Compile what runs them, or read what was compiled."""
+        _run_all.load()
+
+
+def _lines(numbers: int) -> int:
+    """As many, or more: whole cache lines."""
+    return -(-numbers // _LINE) * _LINE
+
+
+@Routine
+def _run_all(task):  # type: ignore[no-untyped-def]
+    """Function after function, each with its own task."""
+    for index in range(task[1]):
+        function, place = task[2 + 2 * index], task[3 + 2 * index]
+        inside = counter(task, place)
+        take_several(inside, 1)
+        call(function, counter(task, place + 1))
+        take_several(inside, -1)
+        wait_for_none(inside)  # type: ignore[no-untyped-call]

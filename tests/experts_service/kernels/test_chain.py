@@ -1,0 +1,74 @@
+"""Routines in a chain: each begins when the one before is done, whatever threads there are and whenever they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from experts_service.kernels import jit
+from experts_service.kernels.chain import Chain
+from experts_service.kernels.routine import Routine, Task
+
+if jit.AVAILABLE:
+    from numba import carray
+
+    from experts_service.kernels.jit import pointer, take
+
+pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
+
+SIZE = 5000
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    yield
+    torch.set_num_threads(before)
+
+
+@Routine
+def _reverse_and_add(task):
+    """out[i] = one more than x[n - 1 - i]; an item is one number, and the first ones take long."""
+    n = task[1]
+    x, out = carray(pointer(task[2]), n, np.int64), carray(pointer(task[3]), n, np.int64)
+    while True:
+        i = take(task)
+        if i >= n:
+            return
+        value = x[n - 1 - i]
+        for _ in range(2000 if i % 1000 == 0 else 1):
+            value = value * 3 // 3
+        out[i] = value + 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 6])
+def test_each_begins_when_all_of_the_one_before_is_done(threads: int) -> None:
+    """An item reads what another thread wrote last in the stage before; more threads than cores, so some come late."""
+    buffers = [np.zeros(SIZE, np.int64) for _ in range(8)]
+    chain = Chain(
+        [Task(_reverse_and_add, threads, (SIZE, x.ctypes.data, out.ctypes.data)) for x, out in pairwise(buffers)]
+    )
+    for turn in range(60):
+        buffers[0][:] = np.arange(SIZE) * turn
+        for buffer in buffers[1:]:
+            buffer[:] = -1
+        chain.run()
+        expected = buffers[0] if len(buffers) % 2 else buffers[0][::-1]
+        assert np.array_equal(buffers[-1], expected + len(buffers) - 1)
+
+
+def test_tasks_of_several_lengths_and_one_alone() -> None:
+    x, out, last = (np.arange(7) for _ in range(3))
+    Chain([Task(_reverse_and_add, 1, (7, x.ctypes.data, out.ctypes.data))]).run()
+    assert out.tolist() == [7, 6, 5, 4, 3, 2, 1]
+    tasks = [
+        Task(_reverse_and_add, 2, (7, x.ctypes.data, out.ctypes.data, 0, 0)),
+        Task(_reverse_and_add, 1, (3, out.ctypes.data, last.ctypes.data)),
+    ]
+    Chain(tasks).run()
+    assert last.tolist() == [6, 7, 8, 3, 4, 5, 6]
