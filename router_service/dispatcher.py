@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.local import LocalTransport
+from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows, Transport
 from router_service.rows import combine, is_compiled
 
@@ -62,6 +64,7 @@ class Dispatcher:
             (group, int(self._rank[group.experts[0]])) for group in self._groups for _ in group.experts
         ]  # [E]; by rank: the group, and its first rank
         self._rows_per_expert = [0] * len(self._order)
+        self._here = transport if isinstance(transport, LocalTransport) else None
         self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
         self._identity = list(range(len(self._order)))
         self._permutations: dict[tuple[int, ...], Tensor] = {}
@@ -70,6 +73,15 @@ class Dispatcher:
     def rows_per_expert(self) -> tuple[int, ...]:
         """Rows sent to each expert since the start, summed over layers."""
         return tuple(self._rows_per_expert)
+
+    def chained(self, layer: int) -> Chained | None:
+        """How the coordinator runs the experts of a layer itself, without dispatching, if it can."""
+        return None if self._here is None else self._here.chained(layer)
+
+    def count(self, rows: Tensor) -> None:
+        """Of the experts that it ran itself in a step, of each layer: `rows` [L, E]."""
+        for expert, number in enumerate(rows.sum(0).tolist()):
+            self._rows_per_expert[expert] += number
 
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait."""

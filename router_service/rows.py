@@ -100,7 +100,8 @@ def choose(scores: torch.Tensor, top_k: int) -> Pair:
         return weights / weights.sum(dim=-1, keepdim=True), experts
     choice = Choice(scores.contiguous(), top_k)
     choice.task.run()
-    return choice.chosen()
+    choice.settle()
+    return choice.weights, choice.experts
 
 
 class Choice:
@@ -111,8 +112,8 @@ class Choice:
         num_rows, num_experts = scores.shape
         self._top_k = top_k
         self._probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
-        self._weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
-        self._experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
+        self.weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
+        self.experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
         self._doubts = ctypes.c_int64(0)
         arguments = (
             num_rows,
@@ -120,20 +121,21 @@ class Choice:
             top_k,
             scores.data_ptr(),
             self._probabilities.data_ptr(),
-            self._weights.data_ptr(),
-            self._experts.data_ptr(),
+            self.weights.data_ptr(),
+            self.experts.data_ptr(),
             ctypes.addressof(self._doubts),
         )
-        self.task = Task(row_kernels.choose, 1, arguments, (scores,))
+        self.task = Task(row_kernels.choose, 1, arguments, (scores,), ctypes.addressof(self._doubts))
 
-    def chosen(self) -> Pair:
-        """Weights and indices."""
-        if self._doubts.value:
-            self._doubts.value = 0
-            weights, experts = _choose_like_torch(self._probabilities, self._top_k)
-            self._weights.copy_(weights)
-            self._experts.copy_(experts)
-        return self._weights, self._experts
+    def settle(self) -> bool:
+        """Let torch choose where it is in doubt. Whether it was: a chain halted then."""
+        if not self._doubts.value:
+            return False
+        self._doubts.value = 0
+        weights, experts = _choose_like_torch(self._probabilities, self._top_k)
+        self.weights.copy_(weights)
+        self.experts.copy_(experts)
+        return True
 
 
 def combine(
@@ -144,13 +146,24 @@ def combine(
     In the order of `places` [K, T], where the answers are, and `pairs` [K, T], where the weights are, choice · T + row.
     None: one row's, as they stand. Only where `is_compiled`.
     """
-    num_rows, top_k = weights.shape
-    width = answers.shape[-1]
-    totals = answers.new_empty(num_rows, width)
+    totals = answers.new_empty(weights.shape[0], answers.shape[-1])
     weights = weights.contiguous()
     places, pairs = (None if indices is None else indices.contiguous() for indices in (places, pairs))
-    row_kernels.combine.run(
-        _num_threads(num_rows * top_k, width),
+    combine_task(answers, weights, places, pairs, totals).run()
+    return totals
+
+
+def combine_task(
+    answers: torch.Tensor,
+    weights: torch.Tensor,
+    places: torch.Tensor | None,
+    pairs: torch.Tensor | None,
+    totals: torch.Tensor,
+) -> Task:
+    """What writes `totals` [T, D]. None of them has gaps."""
+    num_rows, top_k = weights.shape
+    width = answers.shape[-1]
+    arguments = (
         num_rows,
         top_k,
         width,
@@ -160,7 +173,7 @@ def combine(
         0 if pairs is None else pairs.data_ptr(),
         totals.data_ptr(),
     )
-    return totals
+    return Task(row_kernels.combine, _num_threads(num_rows * top_k, width), arguments)
 
 
 def is_compiled(x: torch.Tensor, width: int) -> bool:

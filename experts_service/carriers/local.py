@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from experts_service.kernels.experts import Experts
+from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows
 
 
@@ -32,6 +34,16 @@ class LocalTransport:
             own_rows = rows.index_select(0, indices)  # [R, D]
             self._groups[part.group](layer, own_rows, part.counts, part.answer)
         return _Answered()
+
+    def chained(self, layer: int) -> Chained | None:
+        """How a chain runs all experts of a layer, in their order, if one can."""
+        of_groups = [(experts.experts, experts.chained(layer)) for experts in self._groups.values()]
+        first = of_groups[0][1] if of_groups else None
+        if first is None or any(one is None or not one.is_like(first) for _, one in of_groups):
+            return None
+        order = torch.tensor([expert for experts, _ in of_groups for expert in experts]).argsort()
+        tables = [torch.cat(parts)[order] for parts in zip(*(one.tables for _, one in of_groups if one), strict=True)]
+        return replace(first, tables=tuple(tables))
 
     def close(self) -> None:
         self._groups.clear()

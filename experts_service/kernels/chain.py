@@ -15,7 +15,8 @@ Each begins when all items of the one before are done, and nobody is waited for 
     inside, if at all, for items that were taken by others inside (as `_networks` does), who do them without waiting. So
     the thread that is furthest behind never waits for one that waits for it. Each thread enters each routine once, so
     nobody keeps coming back.
-4.  Who waits gives its core away now and then, so more threads than cores get on.
+4.  What halts a chain is written inside the routine that does, and by nobody later: all threads see the same.
+5.  Who waits gives its core away now and then, so more threads than cores get on.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experts_service.kernels.jit import call, counter, take_several
+from experts_service.kernels.jit import AVAILABLE, call, counter, pointer, take_several
 from experts_service.kernels.routine import Routine, Task, wait_for_none
 
-_HEADER = 2  # of the memory of all: a counter that is not used, how many there are; then of each its address and place
+if AVAILABLE:
+    from numba import carray
+
+# The memory of all begins with a counter that is not used, the first that is run, how many there are, which of them
+# halts and where it says so; then come the address and the place of each.
+_FIRST, _HEADER = 1, 5
 _LINE = 8  # int64 of a cache line: a task begins with one, so that counters of two are not in the same
 
 
@@ -38,7 +44,8 @@ class Chain:
         """What their arguments are the addresses of has to stay where it is; what a task keeps does."""
         self._tasks = tuple(tasks)
         self._threads = max(task.num_threads for task in tasks)
-        header: list[int] = [0, len(tasks)]
+        self._halting = next((index for index, task in enumerate(tasks) if task.halts), -1)
+        header: list[int] = [0, 0, len(tasks), self._halting, tasks[self._halting].halts]
         rest: list[int] = []
         start = _lines(_HEADER + 2 * len(tasks))
         for task in tasks:
@@ -53,8 +60,16 @@ class Chain:
         self._address = self._memory.ctypes.data
 
     def run(self) -> None:
-        """Return when all are done. One caller at a time."""
+        """Return when all are done, or at the one that halts. One caller at a time."""
+        self._run_from(0)
+
+    def go_on(self) -> None:
+        """Do what comes after the one that halts."""
+        self._run_from(self._halting + 1)
+
+    def _run_from(self, first: int) -> None:
         self._memory[:] = self._fresh
+        self._memory[_FIRST] = first
         _run_all.run_at(self._address, self._threads)
 
     @staticmethod
@@ -71,10 +86,12 @@ def _lines(numbers: int) -> int:
 @Routine
 def _run_all(task):  # type: ignore[no-untyped-def]
     """Function after function, each with its own task."""
-    for index in range(task[1]):
-        function, place = task[2 + 2 * index], task[3 + 2 * index]
+    for index in range(task[_FIRST], task[2]):
+        function, place = task[_HEADER + 2 * index], task[_HEADER + 1 + 2 * index]
         inside = counter(task, place)
         take_several(inside, 1)
         call(function, counter(task, place + 1))
         take_several(inside, -1)
         wait_for_none(inside)  # type: ignore[no-untyped-call]
+        if index == task[3] and carray(pointer(task[4]), 1, np.int64)[0] != 0:
+            return

@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.device import has_grouped_matmul
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU, Weights
+from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
 from experts_service.quantization.weight import Weight, dense, stacked
 from experts_service.weights import read_tensors
 
@@ -110,6 +110,11 @@ class Experts:
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    def chained(self, layer: int) -> Chained | None:
+        """How a chain runs those of a layer, if one can."""
+        networks = self._layers[layer]
+        return networks.chained if isinstance(networks, PackedSwiGLUs) else None
 
     @torch.inference_mode()
     def __call__(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:

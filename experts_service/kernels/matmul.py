@@ -11,7 +11,6 @@ several side by side: two that read every other panel got 40 GB/s, where runs of
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from experts_service.memory import mapped
 if AVAILABLE:
     from numba import carray
 
+JOB = 4  # fields
 _PANEL_STEP_BYTES = WIDTH * PAIR * 2
 RUN_BYTES = 1 << 20  # of weights that a thread reads in one go; from 256 KB on no more is faster
 _HIGHEST = HEIGHTS[-1]
@@ -116,18 +116,28 @@ def run_networks(
     if not jobs:
         return
     x = _paired(x)
-    num_jobs, num_weights = len(jobs) // 4, w1_w3.weights.numel() + w2.weights.numel()
-    table = (ctypes.c_int64 * len(jobs))(*jobs)
-    hidden_pairs = w2.weights.shape[1]
-    hidden = x.new_empty(row, PAIR * hidden_pairs)  # [R, F]
+    table = torch.tensor(jobs).view(-1, JOB)
+    hidden = x.new_empty(row, PAIR * w2.weights.shape[1])  # [R, F]
     if w2.in_features % PAIR:
         hidden[:, -1] = 0
+    networks_task(arithmetic, x, (w1_w3, w2), table, hidden, y).run()
+
+
+def networks_task(
+    arithmetic: int, x: Tensor, network: tuple[Panels, Panels], jobs: Tensor, hidden: Tensor, y: Tensor
+) -> Task:
+    """What does that for `jobs` [J, 4], whose networks are of the size of `network`.
+
+    As for `multiply_task` of `x`, and of `hidden` [R, F], which nobody else needs meanwhile.
+    """
+    w1_w3, w2 = network
+    num_jobs, row, num_weights = len(jobs), x.shape[0], w1_w3.weights.numel() + w2.weights.numel()
+    hidden_pairs = w2.weights.shape[1]
     threads = num_threads(2 * num_jobs * num_weights, row * num_weights)
-    _networks.run(
-        threads,
+    arguments = (
         *(0, 0),  # counters
         arithmetic,
-        ctypes.addressof(table),
+        jobs.data_ptr(),
         num_jobs,
         w1_w3.weights.shape[1],
         hidden_pairs,
@@ -139,6 +149,7 @@ def run_networks(
         w2.out_features,
         threads,
     )
+    return Task(_networks, threads, arguments, (jobs, hidden))
 
 
 def _paired(x: Tensor) -> Tensor:

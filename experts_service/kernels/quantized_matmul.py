@@ -10,7 +10,6 @@ the same bits in any batch.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ if AVAILABLE:
     from numba import carray
 
 _HIGHEST = HEIGHTS[-1]
-_CODES, _SCALES, _WIDE_SCALES, _ZEROS, _BITS, _BLOCKS_OF_GROUP, _FIRST_ROW, _NUM_ROWS, _JOB = range(9)  # of a job
+_CODES, _SCALES, _WIDE_SCALES, _ZEROS, _BITS, _BLOCKS_OF_GROUP, _FIRST_ROW, _NUM_ROWS, JOB = range(9)  # of a job
 _MOST_PADDED = 2  # times the inputs: groups of very different sizes are not filled up to the largest
 _DIGITS = 2  # of each number of a row: it is multiplied twice
 
@@ -54,6 +53,18 @@ class QuantizedPanels:
     columns: Tensor | None  # [K] int64: the input of each k, where groups are not neighbours; `in_features`: none
     out_features: int
     in_features: int
+
+    @property
+    def job(self) -> tuple[int, ...]:
+        """The first six fields of one with this matrix."""
+        return (
+            self.codes.data_ptr(),
+            self.scales.data_ptr(),
+            self.scales.dtype is torch.float32,
+            0 if self.zeros is None else self.zeros.data_ptr(),
+            self.bits,
+            self.blocks_of_group,
+        )
 
     @property
     def row_words(self) -> int:
@@ -217,41 +228,39 @@ def tasks(
     rows of int32, or more, which nobody else needs meanwhile.
     """
     jobs: list[int] = []
-    row, nbytes, multiplications = 0, 0, 0
+    row = 0
     for matrix, count in zip(matrices, counts, strict=True):
         if count:
-            jobs += (
-                matrix.codes.data_ptr(),
-                matrix.scales.data_ptr(),
-                matrix.scales.dtype is torch.float32,
-                0 if matrix.zeros is None else matrix.zeros.data_ptr(),
-                matrix.bits,
-                matrix.blocks_of_group,
-                row,
-                count,
-            )
+            jobs += (*matrix.job, row, count)
             row += count
-            nbytes += matrix.codes.nbytes + matrix.scales.nbytes
-            multiplications += _DIGITS * count * matrix.codes.numel() * 8 // matrix.bits
-    rows = torch.empty(row * matrix.row_words, dtype=torch.int32) if integers is None else integers
+    table = torch.tensor(jobs).view(-1, JOB)
+    return product_tasks(x, matrix, table, y, gated=gated, integers=integers)
+
+
+def product_tasks(
+    x: Tensor, matrix: QuantizedPanels, jobs: Tensor, y: Tensor, *, gated: bool = False, integers: Tensor | None = None
+) -> list[Task]:
+    """The same for `jobs` [J, 8] of matrices that are like `matrix`."""
+    num_rows, num_jobs = x.shape[0], len(jobs)
+    rows = torch.empty(num_rows * matrix.row_words, dtype=torch.int32) if integers is None else integers
     quantize = quantize_task(x, matrix.block, matrix.blocks, rows)
-    table = (ctypes.c_int64 * len(jobs))(*jobs)
-    threads = num_threads(nbytes, multiplications)
+    nbytes = num_jobs * (matrix.codes.nbytes + matrix.scales.nbytes)
+    threads = num_threads(nbytes, _DIGITS * num_rows * matrix.codes.numel() * 8 // matrix.bits)
     num_panels = -(-matrix.out_features // WIDTH)
     arguments = (
-        ctypes.addressof(table),
-        len(jobs) // _JOB,
+        jobs.data_ptr(),
+        num_jobs,
         matrix.block,
         matrix.blocks,
         rows.data_ptr(),
         y.data_ptr(),
-        row,
+        num_rows,
         matrix.out_features,
         RUN_BYTES // (matrix.codes.nbytes // num_panels),
         threads,
         gated,
     )
-    return [quantize, Task(_products, threads, arguments, (table, rows))]
+    return [quantize, Task(_products, threads, arguments, (jobs, rows))]
 
 
 def _are_ordered(matrices: Sequence[QuantizedPanels], counts: Sequence[int]) -> bool:
@@ -330,7 +339,7 @@ def _products(task):  # type: ignore[no-untyped-def]
     """Panel by panel; where rows are gated, of w1 and w3 together."""
     jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
     y_at, num_rows, width, most, threads, gated = task[6], task[7], task[8], task[9], task[10], task[11]
-    jobs = carray(pointer(jobs_at), (num_jobs, _JOB), np.int64)
+    jobs = carray(pointer(jobs_at), (num_jobs, JOB), np.int64)
     y = carray(pointer(y_at), (num_rows, width), np.uint16)
     sums = np.empty((_HIGHEST, WIDTH), np.float32)
     ups = np.empty((_HIGHEST, WIDTH), np.float32)

@@ -83,6 +83,7 @@ class Task(NamedTuple):
     num_threads: int
     arguments: tuple[int, ...]
     keeps: tuple[object, ...] = ()  # what the arguments are addresses of, where nobody else has it
+    halts: int = 0  # address of an int64: unless that is 0 afterwards, a chain ends here
 
     def run(self) -> None:
         """Now, alone."""

@@ -8,6 +8,7 @@ Shapes: R rows, D hidden size, F intermediate size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -17,12 +18,22 @@ from torch import Tensor
 
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.matmul import Panels, pack_gate_up, run_networks
-from experts_service.kernels.quantized_matmul import is_multiplied_here, pack_alike, run_quantized
+from experts_service.kernels.matmul import Panels, networks_task, pack_gate_up, run_networks
+from experts_service.kernels.quantized_matmul import (
+    QuantizedPanels,
+    is_multiplied_here,
+    pack_alike,
+    product_tasks,
+    run_quantized,
+)
+from experts_service.kernels.routine import Task
+from experts_service.kernels.tile import PAIR
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
 
 Weights = tuple[Weight, Weight, Weight]  # w1 [F, D], w2 [D, F], w3 [F, D]
 _Run = Callable[[Tensor, Sequence[int], Tensor], None]  # rows, how many of each network, answers
+# jobs of each table, rows [R, D], room for R · F numbers and for R · integers, answers [R, D]
+_MakeTasks = partial[list[Task]]
 
 
 class SwiGLU:
@@ -46,12 +57,31 @@ class SwiGLU:
         return self._w2(F.silu(gate) * up)
 
 
+@dataclass(frozen=True, slots=True)
+class Chained:
+    """How networks of one size are run in a chain, whichever of them have rows."""
+
+    tables: tuple[Tensor, ...]  # [E, fields] each; jobs are rows of them (see route.py)
+    intermediate: int  # F
+    integers: int  # int32 that a row needs meanwhile
+    make_tasks: _MakeTasks
+
+    def is_like(self, other: Chained) -> bool:
+        """Whether their networks can be run together."""
+        return self.make_tasks.func is other.make_tasks.func and self._sizes == other._sizes
+
+    @property
+    def _sizes(self) -> tuple[object, ...]:
+        return (self.intermediate, self.integers, [table.shape[1] for table in self.tables])
+
+
 class PackedSwiGLUs:
     """Several networks of one size, run by our own kernels: the threads share the panels of all."""
 
-    def __init__(self, run: _Run) -> None:
-        """`pack` makes it."""
+    def __init__(self, run: _Run, chained: Chained | None = None) -> None:
+        """`pack` makes it. `chained`: where their rows need no more than kernels of our own."""
         self._run = run
+        self.chained = chained
 
     @classmethod
     def pack(cls, weights: Sequence[Weights], kernel: Kernel) -> PackedSwiGLUs | None:
@@ -60,16 +90,60 @@ class PackedSwiGLUs:
             w1_w3 = pack_alike([stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True)
             w2 = pack_alike([w2 for _, w2, _ in weights])
             if w1_w3 is not None and w2 is not None:
-                return cls(partial(run_quantized, w1_w3, w2))
+                return cls(partial(run_quantized, w1_w3, w2), _chained_quantized(w1_w3, w2))
             if any(map(is_multiplied_here, chain.from_iterable(weights))):
                 return None
         if not kernel.is_own:
             return None
         networks = [(pack_gate_up(dense(w1), dense(w3)), Panels.pack(dense(w2))) for w1, w2, w3 in weights]
         arithmetic = kernel.arithmetic
-        return cls(lambda rows, counts, answers: run_networks(arithmetic, rows, networks, counts, answers))
+        return cls(
+            lambda rows, counts, answers: run_networks(arithmetic, rows, networks, counts, answers),
+            _chained_networks(arithmetic, networks),
+        )
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Tensor:
         """`answers` [R, D], written: the first counts[0] of `rows` [R, D] through the first network, and so on."""
         self._run(rows, counts, answers)
         return answers
+
+
+def _chained_networks(arithmetic: int, networks: Sequence[tuple[Panels, Panels]]) -> Chained | None:
+    first, second = networks[0]
+    if first.in_features % PAIR or second.in_features % PAIR:
+        return None  # a zero has to follow each row
+    table = torch.tensor([(w1_w3.weights.data_ptr(), w2.weights.data_ptr(), 0, 0) for w1_w3, w2 in networks])
+    return Chained((table,), second.in_features, 0, partial(_network_tasks, arithmetic, networks[0]))
+
+
+def _network_tasks(
+    arithmetic: int,
+    network: tuple[Panels, Panels],
+    jobs: Sequence[Tensor],
+    x: Tensor,
+    hidden: Tensor,
+    _integers: Tensor,
+    y: Tensor,
+) -> list[Task]:
+    return [networks_task(arithmetic, x, network, jobs[0], hidden, y)]
+
+
+def _chained_quantized(w1_w3: Sequence[QuantizedPanels], w2: Sequence[QuantizedPanels]) -> Chained | None:
+    if any(matrix.columns is not None for matrix in chain(w1_w3, w2)):
+        return None  # numbers of a row would have to be put in order
+    tables = tuple(torch.tensor([(*matrix.job, 0, 0) for matrix in matrices]) for matrices in (w1_w3, w2))
+    integers = max(w1_w3[0].row_words, w2[0].row_words)
+    return Chained(tables, w2[0].in_features, integers, partial(_quantized_tasks, w1_w3[0], w2[0]))
+
+
+def _quantized_tasks(
+    w1_w3: QuantizedPanels,
+    w2: QuantizedPanels,
+    jobs: Sequence[Tensor],
+    x: Tensor,
+    hidden: Tensor,
+    integers: Tensor,
+    y: Tensor,
+) -> list[Task]:
+    of_gate = product_tasks(x, w1_w3, jobs[0], hidden, gated=True, integers=integers)
+    return [*of_gate, *product_tasks(hidden, w2, jobs[1], y, integers=integers)]

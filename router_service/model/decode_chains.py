@@ -1,17 +1,18 @@
-"""What a layer does beside attention and experts as two calls, put together once for a number of rows.
+"""The layers of a step of few rows as calls that are put together once for a number of rows.
 
-    before: norm of x + what came last → q, k, v → rotated
-    after:  o → norm of x + that → the gate's choice
+    begin                  norm of x → q, k, v → rotated                                             of the first layer
+    choose_experts, next   o → norm of x + that → the gate's choice;   norm of x + what experts say → q, k, v → rotated
+    feed_forward           all of both, and between them rows by expert → experts → combined, where experts are here too
 
-For few rows, in bf16 on a CPU, with the bits of the same calls one by one. The buffers stay where they are, so nothing
-is made anew in a step. Knows neither cache nor experts.
+Attention comes before `choose_experts` or `feed_forward`. In bf16 on a CPU, with the bits of the same calls one by one.
+The buffers stay where they are, so nothing is made anew in a step. Knows neither cache nor dispatcher.
 
-Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, E experts, K experts per token.
+Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, E experts, K experts per token, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,16 @@ import torch
 from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.chain import Chain
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.swiglu import SwiGLU
+from experts_service.kernels.route import Route
+from experts_service.kernels.routine import Task
+from experts_service.kernels.swiglu import Chained, SwiGLU
 from router_service.model.gate import Gate
-from router_service.rows import Choice, Pair, is_compiled, norm_task, rotate_task
+from router_service.rows import Choice, combine_task, is_compiled, norm_task, rotate_task
 
 MOST_ROWS = 64  # of more the calls are not what takes the time
 KEPT = 8  # of them, for the numbers of rows of the last steps
+
+_ExpertTasks = Callable[[int, Choice], list[Task]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,55 +59,110 @@ def are_served(layers: Sequence[Layer], architecture: Architecture, embeddings: 
 class DecodeChains:
     """For `num_rows` rows, one step at a time: who uses them has them to itself."""
 
-    def __init__(self, layers: Sequence[Layer], architecture: Architecture, num_rows: int) -> None:
-        def rows(*shape: int) -> torch.Tensor:
-            return torch.empty((num_rows, *shape), dtype=torch.bfloat16)
-
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        architecture: Architecture,
+        num_rows: int,
+        experts: Sequence[Chained] | None = None,
+    ) -> None:
+        """`experts`: those of each layer, where they are in this process."""
         self.num_rows = num_rows
-        hidden, head_dim, epsilon = architecture.hidden_size, architecture.head_dim, architecture.rms_norm_eps
+        hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
-        qkv = rows(query_heads + 2 * kv_heads, head_dim)
-        self.x = rows(hidden)  # the residual stream
-        self.delta = rows(hidden)  # what is to be added to it: of the feed-forward before, then of attention
-        self.rows = rows(hidden)  # for the feed-forward
+        qkv = self._rows(query_heads + 2 * kv_heads, head_dim)
+        self.x = self._rows(hidden)  # the residual stream
+        self.delta = self._rows(hidden)  # what is to be added to it: of the feed-forward before, then of attention
+        self.rows = self._rows(hidden)  # for the feed-forward
         self.queries, self.keys, self.values = qkv.split([query_heads, kv_heads, kv_heads], dim=1)  # [T, N or G, H]
-        self.attended = rows(query_heads * head_dim)
-        self.cosines, self.sines = rows(head_dim), rows(head_dim)
-        integers = torch.empty(
+        self.attended = self._rows(query_heads * head_dim)
+        self.cosines, self.sines = self._rows(head_dim), self._rows(head_dim)
+        self.choices: list[Choice] = []  # of each layer, as they are until it chooses again
+        self.counts = torch.zeros(len(layers), architecture.num_experts, dtype=torch.int64)  # rows of experts here
+        self._qkv, self._rotated = qkv.flatten(1), qkv[:, : query_heads + kv_heads]
+        self._epsilon = architecture.rms_norm_eps
+        self._integers = torch.empty(
             num_rows * max(linear.integers for layer in layers for linear in layer.linears), dtype=torch.int32
         )
-        self._before: list[Chain] = []
-        self._after: list[Chain] = []
-        self._choices: list[Choice] = []
-        rotated = qkv[:, : query_heads + kv_heads]
-        for index, layer in enumerate(layers):
-            delta = self.delta if index else None
-            before = [
-                norm_task(self.x, layer.input_norm, epsilon, delta, self.rows),
-                *layer.qkv.tasks(self.rows, qkv.flatten(1), integers),
-                rotate_task(rotated, self.cosines, self.sines),
+        before = [self._before(layer, has_delta=index > 0) for index, layer in enumerate(layers)]
+        after = [self._after(layer) for layer in layers]
+        self._begin = Chain(before[0])
+        self._choose = [Chain(of_layer) for of_layer in after]
+        self._next = [Chain(of_layer) for of_layer in before[1:]]
+        self._feed_forward: list[Chain] = []
+        if experts is not None:
+            of_experts = self._expert_tasks(experts, architecture)
+            for index, following in enumerate([*before[1:], []]):
+                middle = of_experts(index, self.choices[index])
+                self._feed_forward.append(Chain([*after[index], *middle, *following]))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether `feed_forward` can be called."""
+        return bool(self._feed_forward)
+
+    def begin(self) -> None:
+        """From `x` to `queries`, `keys` and `values` of the first layer."""
+        self._begin.run()
+
+    def choose_experts(self, layer: int) -> None:
+        """From `attended` to `rows`, and to the gate's choice."""
+        self._choose[layer].run()
+        if self.choices:
+            self.choices[layer].settle()
+
+    def next(self, layer: int) -> None:
+        """From `delta` to `queries`, `keys` and `values` of the layer after this one, if there is one."""
+        if layer < len(self._next):
+            self._next[layer].run()
+
+    def feed_forward(self, layer: int) -> None:
+        """From `attended` to `queries`, `keys` and `values` of the next layer, or after the last one to `delta`."""
+        chain = self._feed_forward[layer]
+        chain.run()
+        if self.choices[layer].settle():
+            chain.go_on()
+
+    def _rows(self, *shape: int) -> torch.Tensor:
+        return torch.empty((self.num_rows, *shape), dtype=torch.bfloat16)
+
+    def _before(self, layer: Layer, *, has_delta: bool) -> list[Task]:
+        return [
+            norm_task(self.x, layer.input_norm, self._epsilon, self.delta if has_delta else None, self.rows),
+            *layer.qkv.tasks(self.rows, self._qkv, self._integers),
+            rotate_task(self._rotated, self.cosines, self.sines),
+        ]
+
+    def _after(self, layer: Layer) -> list[Task]:
+        tasks = [
+            *layer.o.tasks(self.attended, self.delta, self._integers),
+            norm_task(self.x, layer.post_attention_norm, self._epsilon, self.delta, self.rows),
+        ]
+        if isinstance(layer.feed_forward, Gate):
+            gate = layer.feed_forward
+            scores = self._rows(gate.scores.out_features)
+            choice = Choice(scores, gate.top_k)
+            self.choices.append(choice)
+            tasks += (*gate.scores.tasks(self.rows, scores, self._integers), choice.task)
+        return tasks
+
+    def _expert_tasks(self, experts: Sequence[Chained], architecture: Architecture) -> _ExpertTasks:
+        """What makes those of a layer. All layers use the same buffers."""
+        top_k, num_experts, hidden = architecture.top_k, architecture.num_experts, architecture.hidden_size
+        route = Route(self.num_rows, top_k, num_experts, hidden)
+        pairs = top_k * self.num_rows
+        jobs = [torch.empty(route.num_jobs, table.shape[1], dtype=torch.int64) for table in experts[0].tables]
+        of_hidden = torch.empty(pairs, experts[0].intermediate, dtype=torch.bfloat16)
+        integers = torch.empty(pairs * max(of_layer.integers for of_layer in experts), dtype=torch.int32)
+        answers = torch.empty(pairs, hidden, dtype=torch.bfloat16)
+        self._keeps = (route, of_hidden, answers)
+
+        def of_layer(layer: int, choice: Choice) -> list[Task]:
+            chained = experts[layer]
+            return [
+                route.task(self.rows, choice.experts, self.counts[layer], chained.tables, jobs),
+                *chained.make_tasks(jobs, route.sorted, of_hidden, integers, answers),
+                combine_task(answers, choice.weights, route.places, route.pairs, self.delta),
             ]
-            after = [
-                *layer.o.tasks(self.attended, self.delta, integers),
-                norm_task(self.x, layer.post_attention_norm, epsilon, self.delta, self.rows),
-            ]
-            if isinstance(layer.feed_forward, Gate):
-                gate = layer.feed_forward
-                scores = rows(gate.scores.out_features)
-                choice = Choice(scores, gate.top_k)
-                after += (*gate.scores.tasks(self.rows, scores, integers), choice.task)
-                self._choices.append(choice)
-            self._before.append(Chain(before))
-            self._after.append(Chain(after))
 
-    def before_attention(self, layer: int) -> None:
-        """From `x`, and from the second layer on `delta`: to `queries`, `keys` and `values`."""
-        self._before[layer].run()
-
-    def after_attention(self, layer: int) -> None:
-        """From `attended` to `rows`."""
-        self._after[layer].run()
-
-    def chosen(self, layer: int) -> Pair:
-        """What its gate chose after that: weights and experts [T, K], as they are until it chooses again."""
-        return self._choices[layer].chosen()
+        return of_layer

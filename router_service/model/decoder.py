@@ -18,7 +18,8 @@ from cluster.checkpoint.architecture import Architecture
 from experts_service.kernels.chain import Chain
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.swiglu import SwiGLU
+from experts_service.kernels.route import Route
+from experts_service.kernels.swiglu import Chained, SwiGLU
 from experts_service.quantization.weight import Weight, dense, stacked
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
@@ -61,8 +62,13 @@ class Decoder:
         warm_up(self.dtype, self.device)
         self._has_chains = are_served(self.layers, architecture, self.embeddings)
         self._chains: list[DecodeChains] = []  # that nobody uses now, the last used at last
+        self._experts: list[Chained] | None = None  # those of each layer, where chains run them
         if self._has_chains:
             Chain.load()
+            here = [dispatcher.chained(layer) for layer in range(architecture.num_layers)]
+            if all(here):
+                Route.load()
+                self._experts = [experts for experts in here if experts is not None]
         self._threads = StepThreads(choose=not self.kernel.is_own)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
 
@@ -125,26 +131,32 @@ class Decoder:
         num_rows = x.shape[0]
         chains = next((chains for chains in self._chains if chains.num_rows == num_rows), None)
         if chains is None:
-            chains = DecodeChains(self.layers, self.architecture, num_rows)
+            chains = DecodeChains(self.layers, self.architecture, num_rows, self._experts)
         else:
             self._chains.remove(chains)
         chains.x.copy_(x)
         chains.cosines.copy_(rotary[0])
         chains.sines.copy_(rotary[1])
+        chains.begin()
         for index, layer in enumerate(self.layers):
-            chains.before_attention(index)
             attended = attention.attend(index, chains.queries, chains.keys, chains.values, kv_cache)
             chains.attended.copy_(attended.flatten(1))
-            chains.after_attention(index)
+            if chains.has_experts:
+                chains.feed_forward(index)
+                continue
+            chains.choose_experts(index)
             if isinstance(layer.feed_forward, SwiGLU):
                 chains.delta.copy_(layer.feed_forward(chains.rows))
-                continue
-            weights, experts = chains.chosen(index)
-            if routed is not None:
-                routed.append(experts.clone())
-            with closing(self.dispatcher.dispatch(index, chains.rows, experts)) as dispatch:
-                yield
-                chains.delta.copy_(self.dispatcher.combine(dispatch, weights))
+            else:
+                choice = chains.choices[index]
+                with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
+                    yield
+                    chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
+            chains.next(index)
+        if chains.has_experts:
+            self.dispatcher.count(chains.counts)
+        if routed is not None:
+            routed += (choice.experts.clone() for choice in chains.choices)
         x = chains.x + chains.delta
         self._chains = [*self._chains, chains][-KEPT:]
         return x

@@ -39,6 +39,11 @@ class CountingDispatcher(Dispatcher):
         self.counting = False
         self.expert_reads = 0
 
+    def count(self, rows: Tensor) -> None:
+        if self.counting:
+            self.expert_reads += int(rows.count_nonzero())
+        super().count(rows)
+
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
         if self.counting:
             self.expert_reads += experts.unique().numel()
