@@ -14,7 +14,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from experts_service.kernels.chain import Chain
 from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.route import Route
 from experts_service.kernels.routine import Task, num_threads
 
 if AVAILABLE:
@@ -31,6 +33,8 @@ def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     if is_compiled(torch.empty(0, dtype=dtype, device=device), 0):
         for routine in (row_kernels.norm, row_kernels.rotate, row_kernels.choose, row_kernels.combine):
             routine.load()
+        Chain.load()
+        Route.load()
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, delta: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture
-from experts_service.kernels.chain import Chain
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.route import Route
 from experts_service.kernels.swiglu import Chained, SwiGLU
 from experts_service.quantization.weight import Weight, dense, stacked
 from router_service.attention.backend import AttentionPlan
@@ -64,10 +62,8 @@ class Decoder:
         self._chains: list[DecodeChains] = []  # that nobody uses now, the last used at last
         self._experts: list[Chained] | None = None  # those of each layer, where chains run them
         if self._has_chains:
-            Chain.load()
             here = [dispatcher.chained(layer) for layer in range(architecture.num_layers)]
             if all(here):
-                Route.load()
                 self._experts = [experts for experts in here if experts is not None]
         self._threads = StepThreads(choose=not self.kernel.is_own)
         self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
@@ -127,7 +123,7 @@ class Decoder:
         kv_cache: KVCache,
         routed: list[torch.Tensor] | None,
     ) -> Generator[None, None, torch.Tensor]:
-        """The same in chains, with the same bits."""
+        """The same in chains, with the same bits. It waits for nobody where the experts are here."""
         num_rows = x.shape[0]
         chains = next((chains for chains in self._chains if chains.num_rows == num_rows), None)
         if chains is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -46,20 +47,42 @@ def _reverse_and_add(task):
         out[i] = value + 1
 
 
-@pytest.mark.parametrize("threads", [1, 2, 6])
-def test_each_begins_when_all_of_the_one_before_is_done(threads: int) -> None:
+@pytest.mark.parametrize(
+    ("threads", "turns"), [(1, 10), (2, 60), (6, 60), pytest.param(16, 3000, marks=pytest.mark.long)]
+)
+def test_each_begins_when_all_of_the_one_before_is_done(threads: int, turns: int) -> None:
     """An item reads what another thread wrote last in the stage before; more threads than cores, so some come late."""
     buffers = [np.zeros(SIZE, np.int64) for _ in range(8)]
     chain = Chain(
         [Task(_reverse_and_add, threads, (SIZE, x.ctypes.data, out.ctypes.data)) for x, out in pairwise(buffers)]
     )
-    for turn in range(60):
+    for turn in range(turns):
         buffers[0][:] = np.arange(SIZE) * turn
         for buffer in buffers[1:]:
             buffer[:] = -1
         chain.run()
         expected = buffers[0] if len(buffers) % 2 else buffers[0][::-1]
         assert np.array_equal(buffers[-1], expected + len(buffers) - 1)
+
+
+@pytest.mark.parametrize("threads", [1, 6])
+def test_one_ends_where_a_task_says_so_and_goes_on_behind_it(threads: int) -> None:
+    """All threads leave at the same place: one that went on would wait for those that had gone."""
+    buffers = [np.zeros(SIZE, np.int64) for _ in range(4)]
+    halts = ctypes.c_int64(1)
+    tasks = [Task(_reverse_and_add, threads, (SIZE, x.ctypes.data, out.ctypes.data)) for x, out in pairwise(buffers)]
+    tasks[1] = tasks[1]._replace(halts=ctypes.addressof(halts))
+    chain = Chain(tasks)
+    for _ in range(50):
+        buffers[3][:] = halts.value = 1
+        chain.run()
+        assert (buffers[2] == 2).all()
+        assert (buffers[3] == 1).all()
+        chain.go_on()
+        assert (buffers[3] == 3).all()
+        buffers[3][:] = halts.value = 0
+        chain.run()
+        assert (buffers[3] == 3).all()
 
 
 def test_tasks_of_several_lengths_and_one_alone() -> None:

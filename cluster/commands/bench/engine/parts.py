@@ -16,9 +16,7 @@ from functools import wraps
 from typing import Any
 
 from cluster.commands.bench.decode.engine import EngineUnderTest
-from experts_service.kernels.swiglu import SwiGLU
 from router_service.attention.backend import AttentionPlan
-from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine
 from router_service.model.decoder import Decoder
 from router_service.model.model_runner import ModelRunner
@@ -29,11 +27,8 @@ BENCHMARK = "the benchmark itself"
 METHODS: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "schedule", "schedule"),
     (ModelRunner, "forward", "metadata"),  # all of it that is in no other part: tensors and plans before the decoder
-    (Decoder, "forward", "projections, norms, gate"),
+    (Decoder, "forward", "the rest of the layers"),  # experts as well: a step may do them in one call with others
     (AttentionPlan, "attend", "attention"),
-    (Dispatcher, "dispatch", "experts"),
-    (Dispatcher, "combine", "experts"),
-    (SwiGLU, "__call__", "experts"),  # of a dense model's layer
     (Decoder, "hidden_states", "head"),
     (Decoder, "logits", "head"),
     (Sampler, "__call__", "sample"),
