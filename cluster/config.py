@@ -164,7 +164,9 @@ class TierScalingConfig(ScalingConfig):
     """How many replicas a group has on one tier, and what their load has to be for more or fewer."""
 
     min_replicas: int = Field(1, ge=0)
-    """At least so many. 0, where the group has replicas on another tier: none at first."""
+    """At least so many. 0, where the group has another tier: one comes when the tier before has as many as it may
+    have, and needs more, or when it has lost all.
+    """
 
 
 class TierConfig(_Frozen):
@@ -172,7 +174,7 @@ class TierConfig(_Frozen):
 
     groups: tuple[int, ...] | None = None
     """These, by their position in `experts.groups`. None: those that no other tier names. A group that several tiers
-    name has replicas on each of them.
+    name has replicas on each of them; the first one is preferred where others begin with none.
     """
     device: Literal["cpu", "cuda"] = "cpu"
     """What their shards compute on."""
@@ -275,8 +277,8 @@ class ExpertsConfig(_Frozen):
             tiers = self.tiers_of(group)
             if not tiers:
                 raise ValueError(f"tiers: group {group} is on none; a tier without `groups` has all others")
-            if not any(self.scaling_of(group, tier).min_replicas for tier in tiers.values()):
-                raise ValueError(f"tiers: group {group} begins without a replica; one of its tiers needs min_replicas")
+            if not self.scaling_of(group, next(iter(tiers.values()))).min_replicas:
+                raise ValueError(f"tiers: group {group} begins without a replica; its first tier needs min_replicas: 1")
         return self
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -183,6 +183,7 @@ def expert_deployment(
     spec: ShardSpec,
     scaling: ScalingConfig | None = None,
     *,
+    tiers: Sequence[str] = (),
     max_surge_percent: int = 100,
     label_selector: Mapping[str, str] | None = None,
     request_timeout_s: float = 0.0,
@@ -190,14 +191,14 @@ def expert_deployment(
     """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded.
 
     A replica that is the last of its group, because its application is deleted, ends after the longest request. Without
-    a surge the last one makes room for its successor, for which steps wait.
+    a surge the last one makes room for its successor, for which steps wait. `tiers`: as in `replica_options`.
     """
     drain_s = LEAVING_S + (request_timeout_s if max_surge_percent else 0.0)
     scaling = scaling or ScalingConfig()
     shard_bundle = {"CPU": SHARD_CPUS} | ({"GPU": spec.gpus} if spec.gpus else {})
     deployment = serve.deployment(ExpertService).options(
         name=spec.name,
-        **replica_options(scaling),
+        **replica_options(scaling, tiers),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         placement_group_bundles=[{"CPU": REPLICA_CPUS}, shard_bundle],
         placement_group_strategy="STRICT_PACK",

@@ -36,7 +36,7 @@ models:
       label_selector: {{role: experts}}
 gateway: {{http_port: {PORT}, grpc_port: {GRPC_PORT}, label_selector: {{role: front}}}}
 """
-_REPLICA = re.compile(r"ray::ServeReplica:demo-\w+:(expert-\d+)")  # a process's title
+_REPLICA = re.compile(r"ray::ServeReplica:demo-\w+:(expert-[-\w]+)")  # a process's title
 
 
 @dataclass

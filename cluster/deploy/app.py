@@ -78,6 +78,7 @@ class GroupOnTier:
     group: ExpertGroup
     tier: TierConfig  # without tiers, what the coordinators are on
     scaling: ScalingConfig
+    tiers: tuple[str, ...]  # the deployments of its group, where one of them begins without a replica
     rounding: Rounding | None
     fingerprint: str  # of the checkpoint, as its shards round it
 
@@ -202,7 +203,7 @@ def _groups_on_tiers(
         return ()
     fingerprints = {config.engine.rounding: checkpoint.fingerprint}
     found = []
-    for name, index, tier in named_deployments(experts, len(groups)):
+    for name, index, tier, tiers in named_deployments(experts, len(groups)):
         rounding = config.rounding_of(tier)
         if rounding not in fingerprints:
             fingerprints[rounding] = checkpoint.rounded(rounding, "experts.tiers: quantization").fingerprint
@@ -212,6 +213,7 @@ def _groups_on_tiers(
                 group=groups[index],
                 tier=tier or TierConfig(device=device, gpus_per_shard=gpus_per_shard),
                 scaling=experts.scaling_of(index, tier),
+                tiers=tiers,
                 rounding=rounding,
                 fingerprint=fingerprints[rounding],
             )
@@ -219,14 +221,21 @@ def _groups_on_tiers(
     return tuple(found)
 
 
-def named_deployments(experts: ExpertsConfig, num_groups: int) -> Iterator[tuple[str, int, TierConfig | None]]:
-    """The experts' deployments: name, group, and its tier where there are any."""
+def named_deployments(
+    experts: ExpertsConfig, num_groups: int
+) -> Iterator[tuple[str, int, TierConfig | None, tuple[str, ...]]]:
+    """The experts' deployments: name, group, its tier where there are any, and as `GroupOnTier.tiers`."""
     for group in range(num_groups):
         tiers = experts.tiers_of(group)
         if not tiers:
-            yield expert_deployment_name(group), group, None
-        for number, (position, tier) in enumerate(tiers.items()):
-            yield expert_deployment_name(group, position if number else None), group, tier
+            yield expert_deployment_name(group), group, None, ()
+        named = {
+            expert_deployment_name(group, position if number else None): tier
+            for number, (position, tier) in enumerate(tiers.items())
+        }
+        waits = any(not experts.scaling_of(group, tier).min_replicas for tier in tiers.values())
+        for name, tier in named.items():
+            yield name, group, tier, tuple(named) if waits else ()
 
 
 def _places(shards: Sequence[GroupOnTier], checkpoint: Checkpoint, dtype: Dtype) -> list[ShardPlace]:
@@ -369,6 +378,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 lane_secret_file=experts.lane_secret_file,
             ),
             one.scaling,
+            tiers=one.tiers,
             max_surge_percent=config.max_surge_percent,
             label_selector=experts.label_selector | one.tier.label_selector,
             request_timeout_s=gateway.request_timeout_s,

@@ -177,8 +177,8 @@ def _model_entry(gateway: GatewayConfig, arguments: ModelArguments, config: Mode
     )
     groups = () if model.experts.groups == "auto" or model.experts.transport == "local" else model.experts.groups
     experts = [
-        {"name": name, **replica_options(config.experts.scaling_of(group, tier))}
-        for name, group, tier in named_deployments(config.experts, len(groups))
+        {"name": name, **replica_options(config.experts.scaling_of(group, tier), tiers)}
+        for name, group, tier, tiers in named_deployments(config.experts, len(groups))
     ]
     return {
         "name": application_name(model.name, model.version),

@@ -12,7 +12,7 @@ coordinator's requests differ by a thousand times in what they cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from cluster.config import CoordinatorScalingConfig, GatewayScalingConfig, ScalingConfig
@@ -46,34 +46,70 @@ def desired_replicas(
 class Reports(Protocol):
     """What Serve's AutoscalingContext has of it."""
 
+    app_name: str | None
+    deployment_name: str
     current_num_replicas: int
+    capacity_adjusted_max_replicas: int
     aggregated_metrics: Mapping[str, Mapping[Any, float]] | None  # name → replica → its average
+    current_time: float | None  # seconds
+    config: Any  # AutoscalingConfig
 
 
 class ScalingPolicy:
     """`desired_replicas` as Serve calls it; a class, because only those are given arguments."""
 
-    def __init__(self, target_load: float, max_waiting: float) -> None:
+    def __init__(self, target_load: float, max_waiting: float, tiers: Sequence[str] = ()) -> None:
+        """`tiers`: the deployments of this one's expert group, where one of them begins without a replica."""
         self._target_load = target_load
         self._max_waiting = max_waiting
+        self._tiers = list(tiers)
 
     def __call__(self, context: Reports) -> tuple[int, dict[str, Any]]:
         reported = context.aggregated_metrics or {}
-        return desired_replicas(
+        loads = reported.get(LOAD, {}).values()
+        wanted = desired_replicas(
             context.current_num_replicas,
-            reported.get(LOAD, {}).values(),
+            loads,
             reported.get(WAITING, {}).values(),
             target_load=self._target_load,
             max_waiting=self._max_waiting,
-        ), {}
+        )
+        return self._beside_other_tiers(context, wanted, sum(loads)) if self._tiers else wanted, {}
+
+    def _beside_other_tiers(self, context: Reports, wanted: int, load: float) -> int:
+        """The same where the tier before this one is preferred; the bound of this one keeps what it has at least."""
+        from cluster.planning import tier_loads
+
+        loads = tier_loads.LOADS
+        now, application = context.current_time or 0.0, context.app_name or ""
+        place = self._tiers.index(context.deployment_name)
+        if place:
+            before = application, self._tiers[place - 1]
+            if not context.current_num_replicas:
+                wanted = int(loads.lacks(before, context.config.upscale_delay_s, now))
+            elif context.current_num_replicas == 1 == wanted and loads.can_take(
+                before, load, SLACK * self._target_load
+            ):
+                wanted = 0
+        loads.tell(
+            (application, context.deployment_name),
+            load=load,
+            replicas=context.current_num_replicas,
+            has_enough=wanted <= context.capacity_adjusted_max_replicas,
+            now=now,
+        )
+        return wanted
 
 
-def replica_options(scaling: ScalingConfig | CoordinatorScalingConfig | GatewayScalingConfig) -> dict[str, Any]:
+def replica_options(
+    scaling: ScalingConfig | CoordinatorScalingConfig | GatewayScalingConfig, tiers: Sequence[str] = ()
+) -> dict[str, Any]:
     """Serve's options for the number of a deployment's replicas, as plain data: fixed, or by this policy.
 
-    Serve begins with `min_replicas`; without a word on that, one edited number is enough to have more.
+    Serve begins with `min_replicas`; without a word on that, one edited number is enough to have more. `tiers`: as the
+    policy has them; those that may have no more replicas say whether they lack one.
     """
-    if scaling.min_replicas == scaling.max_replicas:
+    if scaling.min_replicas == scaling.max_replicas and not tiers:
         return {"num_replicas": scaling.min_replicas}
     match scaling:
         case CoordinatorScalingConfig():
@@ -82,9 +118,10 @@ def replica_options(scaling: ScalingConfig | CoordinatorScalingConfig | GatewayS
             target_load, max_waiting = scaling.target_requests, 0.0
         case ScalingConfig():
             target_load, max_waiting = scaling.target_busy_fraction, scaling.max_queue_s
+    arguments: dict[str, Any] = {"target_load": target_load, "max_waiting": max_waiting}
     policy = {
         "policy_function": "cluster.planning.scaling_policy:ScalingPolicy",
-        "policy_kwargs": {"target_load": target_load, "max_waiting": max_waiting},
+        "policy_kwargs": arguments | ({"tiers": list(tiers)} if tiers else {}),
     }
     return {
         "autoscaling_config": {

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from cluster.expert_deployments import first_deployment
 from cluster.messages import ModelCard
 from cluster.telemetry.metrics import ProcessFigures, exposition, labelled
 from gateway.telemetry.metrics import GatewayMetrics
@@ -106,12 +107,19 @@ class ServeProcesses:
         self._handles: dict[Source, Any] = {}
 
     async def __call__(self, source: Source, timeout_s: float) -> tuple[list[Any], int]:
+        from ray.serve.exceptions import RayServeException
+
         async with asyncio.timeout(timeout_s):
             handle = self._handles.get(source)
             if handle is None:
                 handle = self._handles[source] = await asyncio.to_thread(_handle, source)
-            # `results_async` would fail as a whole when one replica is silent, so each is waited for by itself.
-            replicas = await handle.broadcast(self._method)._fetch_replica_results_async()
+            try:
+                # `results_async` would fail as a whole when one replica is silent, so each is waited for by itself.
+                replicas = await handle.broadcast(self._method)._fetch_replica_results_async()
+            except RayServeException:
+                if first_deployment(source.deployment) == source.deployment:
+                    raise
+                return [], 0  # a group's other tier, which may have no replica
         asked = [asyncio.ensure_future(replica.get_async()) for replica in replicas]
         answered, silent = await asyncio.wait(asked, timeout=timeout_s)
         for one in silent:

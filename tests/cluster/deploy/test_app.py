@@ -1,10 +1,13 @@
 """How a model is laid out on clusters of several kinds; nothing is started."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.config import (
     EngineConfig,
@@ -23,14 +26,25 @@ from cluster.deploy.app import (
     describe_cluster,
     expert_applications,
     model_card,
+    named_deployments,
     plan_model,
     plan_models,
 )
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.expert_deployments import group_of
 from cluster.messages import SamplingDefaults
-from cluster.planning.placement import Node, kv_bytes_per_token
+from cluster.planning.gpus import gpu_memory_bytes
+from cluster.planning.placement import (
+    ExpertGroup,
+    Node,
+    Room,
+    ShardPlace,
+    WeightBytes,
+    check_fit,
+    kv_bytes_per_token,
+)
 from cluster.planning.weights import held_weights
+from cluster.yaml_document import parse_yaml
 from tests.checkpoints import write_checkpoint
 from tests.quantized_checkpoints import gptq, write_quantized
 
@@ -292,6 +306,28 @@ def test_a_group_on_two_tiers_has_a_deployment_for_each():
     assert on_gpu.fingerprint == laid_out.checkpoint.fingerprint != on_cpu.fingerprint
     specs = [a._bound_deployment for a in expert_applications(laid_out, experts, GatewayConfig()).values()]
     assert [one.name for one in specs] == list(names) == [one.init_args[0].name for one in specs]
+
+
+def test_the_tiers_of_the_page_on_quantisation_are_what_it_says():
+    page = Path(__file__).parents[3] / "docs" / "quantization.md"
+    [text] = re.findall(r"```yaml\n(# manta serve --config.*?)```", page.read_text(), re.DOTALL)
+    [model] = parse_config(parse_yaml(text.encode(), str(page)).value).models
+    found = list(named_deployments(model.experts, 8))
+    kinds = {name: (tier.device, model.rounding_of(tier)) for name, _, tier, _ in found}
+    small = ("cpu", Rounding("int8", 128, "experts"))
+    assert kinds == {f"expert-{group}": small for group in range(8)} | {
+        "expert-2": ("cuda", None),
+        "expert-2-tier2": small,
+    }
+    assert [tiers for _, _, _, tiers in found if tiers] == [("expert-2", "expert-2-tier2")] * 2
+    architecture, share = MIXTRAL_8X7B, model.experts.tiers[0].gpus
+    plain = WeightBytes.of(architecture, "bfloat16").expert
+    places = [ShardPlace(share, plain), *[ShardPlace(0.0, plain // 2 + plain // 128)] * 7]
+    room = Room([Node("the machine", 56 * GIB, (gpu_memory_bytes("L4"),))])
+    groups = [ExpertGroup(group, (group,)) for group in range(8)]
+    check_fit(
+        architecture, "bfloat16", groups, room, kv_tokens=8192, gpus_per_coordinator=1 - share, places=places
+    )  # or it raises
 
 
 def test_memory_of_every_tier_is_counted_in_its_own_format(tmp_path):

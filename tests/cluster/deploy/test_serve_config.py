@@ -56,6 +56,29 @@ def test_numbers_of_replicas_are_no_reason_to_restart_anything() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")  # it has no successor per group
+def test_each_tier_of_a_group_has_numbers_that_are_no_reason_to_restart_anything() -> None:
+    """Those of a tier went into what its processes are made of."""
+
+    def tiered(**scaling: int) -> dict[str, Any]:
+        tiers = [{"groups": [1]}, {}, {"groups": [1], "scaling": scaling}]
+        return DEMO | {"experts": {"groups": GROUPS, "tiers": tiers}}
+
+    fixed, before, after = (
+        applications(config(tiered(**bounds)))["demo-a96ccdcd"]
+        for bounds in ({}, {"min_replicas": 0, "max_replicas": 3}, {"min_replicas": 0})
+    )
+    names = ["coordinator", "expert-0", "expert-1", "expert-1-tier2", "expert-2", "expert-3"]
+    assert [one.name for one in after.deployments] == [one.name for one in fixed.deployments] == names
+    assert get_app_code_version(before) == get_app_code_version(after)
+    numbers = {one.name: one.num_replicas for one in after.deployments if one.name not in names[2:4]}
+    assert set(numbers.values()) == {1}
+    bounds = [one.autoscaling_config for one in after.deployments[2:4]]
+    assert [(one["min_replicas"], one["max_replicas"]) for one in bounds] == [(1, 1), (0, 1)]
+    assert {tuple(one["policy"]["policy_kwargs"]["tiers"]) for one in bounds} == {("expert-1", "expert-1-tier2")}
+    assert {one.num_replicas for one in fixed.deployments} == {1}
+
+
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")  # it has no successor per group
 def test_an_autoscaled_group_grows_by_one_edited_number() -> None:
     scaled = DEMO | {"experts": {"groups": GROUPS, "scaling": {"max_replicas": 3}}}
     document = serve_config(config(scaled))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 from ray.serve.config import AutoscalingConfig
 
-from cluster.config import CoordinatorScalingConfig, ScalingConfig
+from cluster.config import CoordinatorScalingConfig, ScalingConfig, TierScalingConfig
+from cluster.planning import tier_loads
 from cluster.planning.scaling_policy import LOAD, WAITING, ScalingPolicy, desired_replicas, replica_options
 
 EXPERTS = {"target_load": 0.7, "max_waiting": 0.01}
@@ -54,13 +57,90 @@ def test_the_number_it_asks_for_is_stable(loads, target):
 
 
 def test_serve_calls_it_with_what_replicas_report():
-    class Context:
+    class Context(Reported):
         current_num_replicas = 1
         aggregated_metrics = {LOAD: {"a": 0.9}, WAITING: {"a": 0.0}}  # noqa: RUF012
 
     assert ScalingPolicy(**EXPERTS)(Context()) == (2, {})
     Context.aggregated_metrics = {}
     assert ScalingPolicy(**EXPERTS)(Context()) == (1, {})
+
+
+class Tiers:
+    """Group 2 on two tiers, as Serve's controller calls their policies, which have travelled there by value."""
+
+    def __init__(self, monkeypatch, **bounds):
+        monkeypatch.setattr(tier_loads, "LOADS", tier_loads.TierLoads())
+        names = ["expert-2", "expert-2-tier1"]
+        self.now, self.running = 0.0, dict.fromkeys(names, 0)
+        self.bounds = {"expert-2": (1, 1), "expert-2-tier1": (0, 2)} | bounds
+        policy = AutoscalingConfig(**replica_options(ScalingConfig(), names)["autoscaling_config"]).policy
+        by_value = cloudpickle.loads(policy.get_serialized_policy_def())
+        assert by_value is not ScalingPolicy
+        self.policies = {name: by_value(**policy.policy_kwargs) for name in names}
+
+    def after(self, seconds, **busy):
+        """What they ask for in the end; `busy` is that of each replica, `on_first` and `on_second`."""
+        busy = {"expert-2": busy.get("on_first", 0.0), "expert-2-tier1": busy.get("on_second", 0.0)}
+        wanted = {}
+        for _ in range(seconds):
+            self.now += 1.0
+            for name, policy in self.policies.items():
+                context = Reported()
+                context.deployment_name, context.current_num_replicas = name, self.running[name]
+                context.capacity_adjusted_max_replicas, context.current_time = self.bounds[name][1], self.now
+                replicas = range(self.running[name])
+                context.aggregated_metrics = {LOAD: dict.fromkeys(replicas, busy[name]), WAITING: {}}
+                number, _ = policy(context)
+                wanted[name] = min(max(number, self.bounds[name][0]), self.bounds[name][1])
+        return wanted["expert-2"], wanted["expert-2-tier1"]
+
+
+class Reported:
+    app_name, deployment_name, capacity_adjusted_max_replicas, current_time = "mixtral", "expert-2", 1, 0.0
+    config = SimpleNamespace(upscale_delay_s=10.0)
+
+
+def test_a_tier_that_begins_with_none_gets_one_when_the_tier_before_needs_more_than_it_may_have(monkeypatch):
+    tiers = Tiers(monkeypatch)
+    assert tiers.after(60) == (1, 0), "the first one is still loading"
+    tiers.running["expert-2"] = 1
+    assert tiers.after(60, on_first=0.6) == (1, 0)
+    assert tiers.after(9, on_first=0.9) == (1, 0), "not for a moment's load"
+    assert tiers.after(1, on_first=0.6) == (1, 0)
+    assert tiers.after(10, on_first=0.9) == (1, 0)
+    assert tiers.after(1, on_first=0.9) == (1, 1)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_first=0.5, on_second=0.5) == (1, 1), "one alone could not carry it"
+    assert tiers.after(60, on_first=0.9, on_second=0.9) == (1, 2)
+    tiers.running["expert-2-tier1"] = 2
+    assert tiers.after(60, on_first=0.2, on_second=0.1) == (1, 1), "one at a time"
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_first=0.2, on_second=0.2) == (1, 0)
+    tiers.running["expert-2-tier1"] = 0
+    assert tiers.after(60, on_first=0.4) == (1, 0), "it does not come and go"
+
+
+def test_a_tier_that_begins_with_none_stands_in_for_one_that_has_lost_all(monkeypatch):
+    tiers = Tiers(monkeypatch)
+    tiers.running["expert-2"] = 1
+    tiers.after(5)
+    tiers.running["expert-2"] = 0
+    assert tiers.after(10)[1] == 0, "Serve may have another one soon"
+    assert tiers.after(1)[1] == 1
+    tiers.running = dict.fromkeys(tiers.running, 1)
+    assert tiers.after(1) == (1, 0)
+
+
+def test_only_groups_with_such_a_tier_look_at_their_other_tiers():
+    one = ScalingConfig()
+    assert replica_options(one) == {"num_replicas": 1}
+    options = replica_options(one, ("expert-2", "expert-2-tier1"))["autoscaling_config"]
+    config = AutoscalingConfig(**options)
+    assert (config.min_replicas, config.max_replicas) == (1, 1)
+    assert config.policy.policy_kwargs["tiers"] == ["expert-2", "expert-2-tier1"]
+    none = replica_options(TierScalingConfig(min_replicas=0, max_replicas=2), ("expert-2", "expert-2-tier1"))
+    assert AutoscalingConfig(**none["autoscaling_config"]).min_replicas == 0
 
 
 def test_the_options_are_what_serve_takes():
@@ -73,4 +153,6 @@ def test_the_options_are_what_serve_takes():
     config = AutoscalingConfig(**options["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas, config.upscale_delay_s) == (1, 3, 2.0)
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
-    assert policy(type("Context", (), {"current_num_replicas": 1, "aggregated_metrics": {LOAD: {"a": 1.2}}})) == (3, {})
+    assert policy(
+        type("Context", (Reported,), {"current_num_replicas": 1, "aggregated_metrics": {LOAD: {"a": 1.2}}})
+    ) == (3, {})

@@ -113,7 +113,7 @@ def test_a_shard_that_rounds_otherwise_than_its_tier_is_refused_and_the_other_ti
     checkpoint: Checkpoint, table: RoutingTable, shards: dict[int, Any]
 ) -> None:
     """The first refusal ended the step, whoever else could have answered."""
-    rounding = Rounding(8, 16, "experts")
+    rounding = Rounding("int8", 16, "experts")
     rounded = checkpoint.rounded(rounding)
     spec = shard_spec(rounded, GROUPS[1], "model", rounding=rounding)
     second = start_shard(spec, "rounded", namespace=NAMESPACE)

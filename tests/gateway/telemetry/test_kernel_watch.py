@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.messages import ModelCard
 from cluster.telemetry.kernels import ProcessKernels
@@ -17,7 +19,7 @@ from gateway.coordinators.health import Health
 from gateway.frontend import Frontend
 from gateway.grpc.messages import kernel_fields
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from gateway.telemetry import kernel_watch
+from gateway.telemetry import kernel_watch, metrics_page
 from gateway.telemetry.kernel_watch import KernelWatch
 from gateway.telemetry.metrics_page import Source
 from gateway.text.tokenizer import HuggingFaceTokenizer
@@ -141,6 +143,24 @@ def test_a_group_on_two_tiers_is_told_as_one_and_a_tier_without_replicas_hides_n
     fields = kernel_fields(kernels)
     assert list(chat_pb2.Model(**fields).mixed_replicas) == ["expert-0"]
     assert [one.weights for one in fields["kernels"]] == ["", "", rounded.weights]
+
+
+def test_only_another_tier_of_a_group_may_have_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was known of it stayed known when its last replica had left."""
+
+    class Deserted:
+        def broadcast(self, method: str) -> Deserted:
+            assert method == "kernels"
+            return self
+
+        async def _fetch_replica_results_async(self) -> list[object]:
+            raise DeploymentUnavailableError(DeploymentID("expert-0", "tiny-1"))
+
+    monkeypatch.setattr(metrics_page, "_handle", lambda _: Deserted())
+    ask = metrics_page.ServeProcesses("kernels")
+    assert asyncio.run(ask(Source("tiny-1", "expert-0-tier1"), 5.0)) == ([], 0)
+    with pytest.raises(DeploymentUnavailableError):
+        asyncio.run(ask(Source("tiny-1", "expert-0"), 5.0))
 
 
 def test_a_replica_that_is_silent_for_once_changes_nothing(
