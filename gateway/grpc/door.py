@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from gateway.answer.chat import ChoiceText, num_bytes
+from gateway.answer.chat import num_bytes
 from gateway.answer.choice import Delta, Usage
 from gateway.embeddings import EmbeddingJob, vectors
 from gateway.frontend import Frontend
@@ -136,10 +136,7 @@ class GrpcDoor(HealthRpcs, TokenizationRpcs):
 
     async def _whole(self, response_type: Callable[..., _MessageT], generation: Generation) -> _MessageT:
         usage = Usage(generation.num_prompt_tokens)
-        choices = [ChoiceText() for _ in generation.requests]
-        async with aclosing(self.frontend.generate(generation, usage)) as deltas:
-            async for delta in deltas:
-                choices[delta.index].add(delta)
+        choices = await self.frontend.whole(generation, usage)
 
         def response() -> _MessageT:
             return response_type(

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cluster.messages import ModelCard
-from gateway.answer.chat import ChatShape, ChoiceText, Json, model_body, num_bytes, usage_body
+from gateway.answer.chat import ChatShape, Json, model_body, num_bytes, usage_body
 from gateway.answer.choice import Delta, Usage
 from gateway.answer.completions import CompletionShape
 from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
@@ -217,10 +217,7 @@ class HttpDoor:
         self, parsed: SamplingFields, generation: Generation, shape: ChatShape | CompletionShape
     ) -> Response:
         usage = Usage(generation.num_prompt_tokens)
-        choices = [ChoiceText() for _ in generation.requests]
-        async with aclosing(self._frontend.generate(generation, usage)) as deltas:
-            async for delta in deltas:
-                choices[delta.index].add(delta)
+        choices = await self._frontend.whole(generation, usage)
         has_prompt = shape.return_token_ids or generation.echo
         size = (parsed.num_bytes if has_prompt else 0) + sum(map(num_bytes, choices))
 

@@ -57,6 +57,18 @@ def test_the_usage_so_far_comes_with_every_chunk_where_it_is_asked_for(
     assert [bool(chunk.get("usage")) for chunk in chunks] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_stream_options_without_stream_are_400(door: tuple[str, ScriptedCoordinator], path: str) -> None:
+    """As OpenAI has it: whoever asks for the usage of a stream forgot to ask for the stream."""
+    for fields in ({}, {"stream": False}, {"stream": None}):
+        for options in ({}, {"include_usage": True}, {"include_usage": False}):
+            body = CHAT | {"prompt": "Hi", "stream_options": options, **fields}
+            answer = httpx.post(door[0] + path, json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream_options")
+            assert answer.json()["error"]["message"] == "stream_options: only with stream"
+    assert httpx.post(door[0] + path, json=CHAT | {"prompt": "Hi", "stream_options": None}).status_code == 200
+
+
 def test_mistrals_client_learns_the_usage_of_a_stream(door: tuple[str, ScriptedCoordinator]) -> None:
     """It cannot send `stream_options`, and got none."""
     with (

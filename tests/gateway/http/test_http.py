@@ -91,6 +91,24 @@ def test_token_ids_and_logprobs_cover_every_token(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_have_no_bytes_in_log_probabilities(
+    door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer, stream: bool
+) -> None:
+    """They had those of their spelling, and the bytes of all tokens were no longer those of the text."""
+    fields = {"model": "tiny", "messages": USER, "logprobs": True, "top_logprobs": 3, "stream": stream}
+    answer = httpx.post(door[0] + "/v1/chat/completions", json=fields)
+    choices = [body["choices"][0] for body in (sse(answer.text) if stream else [answer.json()])]
+    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    assert b"".join(bytes(entry["bytes"] or ()) for entry in entries).decode() == ANSWER
+    assert {(entry["token"], entry["bytes"] is None) for entry in entries[-1:]} == {("</s>", True)}
+    for entry in entries:  # <s> and </s> are among the candidates, as is a token of one byte
+        assert [top["bytes"] is None for top in entry["top_logprobs"]] == [True, True, False]
+    asked = {"model": "tiny", "input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 3}
+    told = httpx.post(door[0] + "/v1/responses", json=asked).json()["output"][0]["content"][0]["logprobs"]
+    assert all([top["bytes"] for top in entry["top_logprobs"]][:2] == [[], []] for entry in told)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_tokens_are_called_by_their_ids_where_that_is_asked_for(
     door: tuple[str, ScriptedCoordinator], tokenizer: HuggingFaceTokenizer, stream: bool
 ) -> None:

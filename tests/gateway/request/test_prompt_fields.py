@@ -237,6 +237,25 @@ def test_grpc_names_it_as_well(doors: Doors) -> None:
         doors.stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling), timeout=30)
 
 
+def test_scores_of_an_answer_that_would_fill_a_gateway_are_streamed_or_refused(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`n: 128` with 20 candidates a token was held until it was whole: gigabytes."""
+    monkeypatch.setattr("gateway.frontend.MAX_ANSWER_SCORES", 2 * 2 * (1 + 3))
+    fields = {"messages": [USER], "logprobs": True, "top_logprobs": 3}
+    assert doors.post(CHAT, n=2, **fields).status_code == 200
+    refused = doors.post(CHAT, n=3, **fields)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert "ask for a stream" in refused.json()["error"]["message"]
+    assert doors.coordinator.running == 0
+    assert len(sse(doors.post(CHAT, n=3, stream=True, **fields).text)) == 6
+    sampling = chat_pb2.Sampling(logprobs=3, max_tokens=2, n=3)
+    request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=sampling)
+    with pytest.raises(grpc.RpcError, match="logprobs: at most 16 scores"):
+        doors.stub.Generate(request, timeout=30)
+    assert len(list(doors.stub.GenerateStream(request, timeout=30))) == 6
+
+
 def test_scores_that_would_fill_a_gateway_are_refused(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred choices each had the scores of a long prompt: 150 KB of body asked for ten gigabytes."""
     monkeypatch.setattr("gateway.request.validator.MAX_PROMPT_SCORES", 100)
