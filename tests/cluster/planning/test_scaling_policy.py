@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray import cloudpickle
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import CoordinatorScalingConfig, ScalingConfig, TierScalingConfig
@@ -67,17 +66,14 @@ def test_serve_calls_it_with_what_replicas_report():
 
 
 class Tiers:
-    """Group 2 on two tiers, as Serve's controller calls their policies, which have travelled there by value."""
+    """Group 2 on two tiers, as Serve's controller calls their policies, one after the other, every second."""
 
     def __init__(self, monkeypatch, **bounds):
         monkeypatch.setattr(tier_loads, "LOADS", tier_loads.TierLoads())
         names = ["expert-2", "expert-2-tier1"]
         self.now, self.running = 0.0, dict.fromkeys(names, 0)
         self.bounds = {"expert-2": (1, 1), "expert-2-tier1": (0, 2)} | bounds
-        policy = AutoscalingConfig(**replica_options(ScalingConfig(), names)["autoscaling_config"]).policy
-        by_value = cloudpickle.loads(policy.get_serialized_policy_def())
-        assert by_value is not ScalingPolicy
-        self.policies = {name: by_value(**policy.policy_kwargs) for name in names}
+        self.policies = {name: ScalingPolicy(**EXPERTS, tiers=names) for name in names}
 
     def after(self, seconds, **busy):
         """What they ask for in the end; `busy` is that of each replica, `on_first` and `on_second`."""
