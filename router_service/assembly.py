@@ -10,7 +10,7 @@ import torch
 from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
-from cluster.planning.placement import DeviceShare
+from cluster.planning.placement import DeviceShare, kv_dtype
 from cluster.telemetry.kernels import ProcessKernels
 from experts_service.device import FEW_THREADS, give_back_unused
 from experts_service.kernels.cores import cores
@@ -45,7 +45,8 @@ def build_engine(
     local_experts: bool = False,
     selection: Selection | None = None,
 ) -> Engine:
-    """An engine, not started yet. Raises CheckpointError, or DoesNotFit when the cache cannot hold one sequence.
+    """An engine, not started yet. Raises CheckpointError, ConfigError, or DoesNotFit when one sequence does not
+    fit the cache.
 
     `shares` says who may be on the same device, `local_experts` that they are in this process, loaded already.
     `selection` is what multiplies, where that has been chosen.
@@ -53,6 +54,7 @@ def build_engine(
     architecture = checkpoint.architecture
     device, dtype_name = resolve_device(config), compute_dtype(config.dtype, architecture)
     dtype: torch.dtype = getattr(torch, dtype_name)
+    kept_in = kv_dtype(config.kv_cache_dtype, dtype_name, device.type)
     # Said aloud in any case: Ray gives a worker that reserves no whole CPU one thread.
     torch.set_num_threads(config.num_threads or (cores() if device.type == "cpu" else min(cores(), FEW_THREADS)))
     weights = read_tensors(
@@ -64,7 +66,12 @@ def build_engine(
     give_back_unused(device)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
     attention = attention_backend(
-        architecture, block_size=config.block_size, dtype=dtype, device=device, kernel=selection.kernel
+        architecture,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+        kernel=selection.kernel,
+        of_codes=kept_in == "int8",
     )
     cache = cache_size(
         architecture,
@@ -75,6 +82,7 @@ def build_engine(
         max_model_len=max_model_len,
         local_experts=local_experts,
         gathers=attention.gathers,
+        kv_dtype=kept_in,
     )
     logger.info("%s; attention: %s; %s", cache, attention.name, selection)
     eos_token_ids = frozenset(architecture.eos_token_ids)

@@ -1,6 +1,6 @@
 """A process that compiles what a model's steps call on a CPU, so that those that serve it need not. Knows no model.
 
-    python -m router_service.compile_kernels bfloat16
+    python -m router_service.compile_kernels bfloat16 float32:int8
 
 `manta serve` starts it before Ray, whose start mostly waits. It needs no answer: a process that comes to a kernel which
 is being compiled waits for it, and compiles what is missing itself.
@@ -26,7 +26,10 @@ _SOURCES = (
 
 
 def compile_kernels(dtypes: Sequence[str]) -> None:
-    """Those of models of these dtypes, unless that was done before. Nothing where what is compiled is not kept."""
+    """Those of models of these dtypes, with keys and values in what stands behind a colon.
+
+    Nothing is done where that was done before, or what is compiled is not kept.
+    """
     directory = cache_directory()
     if not AVAILABLE or directory is None:
         return
@@ -43,10 +46,11 @@ def compile_kernels(dtypes: Sequence[str]) -> None:
     from router_service.sampling.sampler import Sampler
 
     cpu = torch.device("cpu")
-    for dtype in (getattr(torch, name) for name in dtypes):
+    for name, _, kept_in in (named.partition(":") for named in dtypes):
+        dtype = getattr(torch, name)
         if dtype is torch.bfloat16:
             load_kernels()
-        paged.warm_up(dtype)
+        paged.warm_up(dtype, of_codes=kept_in == "int8")
         rows.warm_up(dtype, cpu)
     Sampler(frozenset()).warm_up()
     with suppress(OSError):

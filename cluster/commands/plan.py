@@ -19,7 +19,7 @@ from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
 from cluster.planning.costs import LANES, OF_COPIES, OF_GPUS, OF_LANES, Figure
 from cluster.planning.gpus import gpu_type
-from cluster.planning.placement import ExpertGroup, plan_groups
+from cluster.planning.placement import ExpertGroup, check_kv_dtype, plan_groups
 from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
 from cluster.planning.roofline import Link, Model
 from cluster.planning.weights import held_weights
@@ -61,6 +61,7 @@ def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[
     """The best layout, or with `chosen` the one that the configuration says where it says one."""
     checkpoint, engine = checkpoint_of(config.path), engine_of(config, question)
     dtype = compute_dtype(engine.dtype, checkpoint.architecture)
+    check_kv_dtype(engine.kv_cache_dtype, "cuda")
     weights = held_weights(checkpoint.rounded(engine.rounding), dtype, "cuda")
     model = Model(checkpoint.architecture, dtype, weights)
     planner = Planner(model, gpu_type(question.gpu), question.lanes or LANES)

@@ -129,6 +129,7 @@ def _compiling(config: MantaConfig, checkpoints: Sequence[Checkpoint], *, here: 
     """Meanwhile a process compiles what the models will run on a CPU of this machine, if they may run `here`."""
     dtypes = {
         compute_dtype(model.engine.dtype, checkpoint.architecture)
+        + ("" if model.engine.kv_cache_dtype == "auto" else f":{model.engine.kv_cache_dtype}")
         for model, checkpoint in zip(config.models, checkpoints, strict=True)
         if model.engine.device != "cuda"
     }

@@ -41,6 +41,7 @@ from cluster.planning.placement import (
     ShardPlace,
     check_fit,
     device_shares,
+    kv_dtype,
     plan_groups,
 )
 from cluster.planning.weights import held_weights
@@ -176,6 +177,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         [one.group for one in at_start],
         room or Room(cluster.nodes),
         kv_tokens=max_model_len,
+        kv_dtype=kv_dtype(engine.kv_cache_dtype, dtype, engine.device),
         weights=held_weights(checkpoint, dtype, engine.device),
         num_coordinators=config.coordinators.min_replicas,
         gpus_per_coordinator=gpus_per_coordinator,

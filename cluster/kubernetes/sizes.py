@@ -23,11 +23,13 @@ from cluster.planning.placement import (
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,
     ExpertGroup,
+    KvDtype,
     Node,
     Room,
     WeightBytes,
     check_fit,
     kv_bytes_per_token,
+    kv_dtype,
     plan_groups,
 )
 from cluster.planning.weights import held_weights
@@ -84,11 +86,17 @@ class ModelSize:
         return self.on_gpu and bool(self.groups) and share is not None and share < 1
 
     @property
+    def kv_dtype(self) -> KvDtype:
+        """What keys and values are kept in. Raises ConfigError for a GPU's in int8."""
+        engine = self.config.engine
+        return kv_dtype(engine.kv_cache_dtype, compute_dtype(engine.dtype, self.architecture), engine.device)
+
+    @property
     def kv_tokens(self) -> int:
         """That a coordinator's cache has to hold: what is configured, and one sequence of full length at least."""
         engine, a = self.config.engine, self.architecture
         longest = engine.max_model_len or a.max_position_embeddings
-        token_bytes = kv_bytes_per_token(a, compute_dtype(engine.dtype, a))
+        token_bytes = kv_bytes_per_token(a, self.kv_dtype)
         return max(longest, int((engine.kv_cache_gib or 0) * 2**30 / token_bytes))
 
     @property
@@ -211,6 +219,7 @@ def _check_gpus(model: ModelSize, gpu_type: str | None) -> None:
             model.groups,
             Room([Node(f"pod {index}", 2**50, (memory,)) for index in range(pods)]),
             kv_tokens=model.kv_tokens,
+            kv_dtype=model.kv_dtype,
             weights=model.held,
             num_coordinators=num_coordinators,
             gpus_per_shard=share,

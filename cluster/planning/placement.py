@@ -12,6 +12,8 @@ from cluster.errors import ConfigError, DoesNotFit
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+KvDtype = Literal["float32", "bfloat16", "int8"]  # of keys and values in the cache
+KV_SCALE_BYTES = 4  # in int8, of a token's keys in one head, and of its values
 
 # Resident memory of a process before it holds a weight, measured with Ray 2.60 and torch 2.13 on Linux.
 SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
@@ -133,9 +135,26 @@ def expert_bytes(architecture: Architecture, dtype: Dtype, num_experts: int = 1)
     return num_experts * architecture.num_layers * one_layer * DTYPE_BYTES[dtype]
 
 
-def kv_bytes_per_token(architecture: Architecture, dtype: Dtype) -> int:
+def check_kv_dtype(setting: Literal["auto", "int8"], device: str) -> None:
+    """Raises ConfigError where keys and values cannot be kept so."""
+    if setting != "auto" and device == "cuda":
+        raise ConfigError(
+            f"engine.kv_cache_dtype: {setting} is for CPUs; on a GPU keys and values are kept in what the model "
+            "computes in, auto"
+        )
+
+
+def kv_dtype(setting: Literal["auto", "int8"], dtype: Dtype, device: str) -> KvDtype:
+    """What keys and values are kept in by a model that computes in `dtype`. Raises ConfigError where it cannot be."""
+    check_kv_dtype(setting, device)
+    return dtype if setting == "auto" else setting
+
+
+def kv_bytes_per_token(architecture: Architecture, dtype: KvDtype) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * DTYPE_BYTES[dtype]
+    a = architecture
+    bytes_of_head = a.head_dim + KV_SCALE_BYTES if dtype == "int8" else a.head_dim * DTYPE_BYTES[dtype]
+    return 2 * a.num_layers * a.num_kv_heads * bytes_of_head
 
 
 def coordinator_bytes(architecture: Architecture, dtype: Dtype, *, kv_tokens: int) -> int:
@@ -150,6 +169,7 @@ def check_fit(
     room: Room,
     *,
     kv_tokens: int,
+    kv_dtype: KvDtype | None = None,
     weights: WeightBytes | None = None,
     num_coordinators: int = 1,
     gpus_per_shard: float = 0.0,
@@ -164,6 +184,7 @@ def check_fit(
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
     coordinator holds all experts itself. `weights`: None where none is quantised. `places`: that of each of `groups`;
     None: all are where the coordinators are. `name`: the model's, for the message, where it may be one of several.
+    `kv_dtype`: what the cache is kept in; None: `dtype`.
     """
     weights = weights or WeightBytes.of(architecture, dtype)
     if places is None:
@@ -173,7 +194,7 @@ def check_fit(
         for group, place in zip(groups, places, strict=True)
         if not local
     ]
-    attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
+    attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, kv_dtype or dtype)
     if local:
         attention += architecture.num_experts * weights.expert
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards

@@ -7,7 +7,7 @@ heads, H head_dim, K experts per token, F width of a feed-forward network.
 from __future__ import annotations
 
 from cluster.checkpoint.architecture import Architecture
-from cluster.planning.placement import DTYPE_BYTES, Dtype, kv_bytes_per_token
+from cluster.planning.placement import DTYPE_BYTES, Dtype, KvDtype, kv_bytes_per_token
 
 GATHER_BYTES = 2**30  # of keys and values that decoding sequences read at once, if one context alone is not longer
 PARTIAL_BYTES = 2**24  # of what splits of long contexts make before it is added up
@@ -25,6 +25,7 @@ def step_bytes(
     architecture: Architecture,
     dtype: Dtype,
     *,
+    kv_dtype: KvDtype | None = None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_model_len: int,
@@ -33,7 +34,8 @@ def step_bytes(
 ) -> int:
     """The most that a step allocates. `local_experts`: they are computed in the same process.
 
-    `gathers`: attention copies what it reads of the cache; else it reads the pages where they lie.
+    `gathers`: attention copies what it reads of the cache; else it reads the pages where they lie. `kv_dtype`: what the
+    cache is kept in; None: `dtype`.
     """
     a, item = architecture, DTYPE_BYTES[dtype]
     sequences, tokens, context = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens, max_model_len
@@ -43,6 +45,9 @@ def step_bytes(
         seen = min(context, a.sliding_window or context)
         gathered = max(seen, min(sequences * seen, max_gathered_tokens(a, item)))
         attention += gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
+        if kv_dtype == "int8":  # as they are kept, and made numbers of
+            each = kv_bytes_per_token(a, kv_dtype) + 2 * kv_bytes_per_token(a, "float32")
+            attention += gathered * each // a.num_layers
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
         attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
     else:

@@ -173,7 +173,7 @@ class _Loop:
         with builder.if_then(has_lines):
             along = builder.add(line, builder.mul(k, line_step))
             for address in ahead:
-                _fetch(builder, builder.inttoptr(builder.add(address, along), _BYTE.as_pointer()))
+                fetch_line(builder, builder.inttoptr(builder.add(address, along), _BYTE.as_pointer()))
         following = builder.add(k, _int(1))
         k.add_incoming(following, builder.block)
         for r, c in places:
@@ -224,7 +224,7 @@ def _half(builder: Any, pairs: Any, half: int) -> Any:
     return builder.bitcast(builder.and_(pairs, ir.Constant(_PAIRS, [-(2**16)] * LANES)), FLOATS)
 
 
-def _fetch(builder: Any, address: Any) -> None:
+def fetch_line(builder: Any, address: Any) -> None:
     """To the second level; nothing waits for it, and any address will do."""
     kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), *[_I32] * 3])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")

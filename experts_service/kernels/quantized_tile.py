@@ -199,10 +199,10 @@ class _Loops:
                     lower = lower_sums[row][vector]
                     if DIGITS:
                         upper = upper_sums[row][vector]
-                        upper_sums[row][vector] = self._dot_bytes(upper, weights[vector], one)
-                        lower_sums[row][vector] = self._dot_bytes(lower, weights[vector], two)
+                        upper_sums[row][vector] = dot_bytes(b, upper, weights[vector], one)
+                        lower_sums[row][vector] = dot_bytes(b, lower, weights[vector], two)
                     else:
-                        lower_sums[row][vector] = self._dot_shorts(lower, weights[vector], one, two)
+                        lower_sums[row][vector] = dot_shorts(b, lower, weights[vector], one, two)
         here = b.block
         for phi, end in zip(_flat(uppers + lowers), _flat(upper_sums[: len(uppers)] + lower_sums), strict=True):
             phi.add_incoming(end, here)
@@ -232,42 +232,6 @@ class _Loops:
         both = [load(b.mul(step, _int(_VECTORS)), vector) for vector in range(_VECTORS)]
         half, four = (ir.Constant(_Ints, [value] * _LANES) for value in (0x0F0F0F0F, 4))
         return [[b.and_(one, half) for one in both], [b.and_(b.lshr(one, four), half) for one in both]]
-
-    def _dot_bytes(self, total: Any, weights: Any, row: Any) -> Any:
-        """Each int32 of total + four bytes without a sign times four with one."""
-        kind = ir.FunctionType(_Ints, [_Ints] * 3)
-        dot = cgutils.get_or_insert_function(self.function.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-        return self.builder.call(dot, [total, weights, row])
-
-    def _dot_shorts(self, total: Any, weights: Any, even: Any, odd: Any) -> Any:
-        """The same, the row being pairs of int16: of the first and third byte, and of the others."""
-        b = self.builder
-        low, eight = (ir.Constant(_Ints, [value] * _LANES) for value in (0x00FF00FF, 8))
-        evens, odds = b.and_(weights, low), b.and_(b.lshr(weights, eight), low)
-        return b.add(b.add(total, self._pairs(evens, even)), self._pairs(odds, odd))
-
-    def _pairs(self, weights: Any, row: Any) -> Any:
-        """Products of both int16 of each int32, added."""
-        b = self.builder
-        if cpu_has("avx512bw"):
-            return self._multiply_pairs("llvm.x86.avx512.pmaddw.d.512", [weights, row], _LANES)
-        if cpu_has("avx2"):
-            halves = []
-            for first in (0, _LANES // 2):
-                lanes = ir.Constant(ir.VectorType(_i32, 8), list(range(first, first + 8)))
-                parts = [b.shuffle_vector(one, one, lanes) for one in (weights, row)]
-                halves.append(self._multiply_pairs("llvm.x86.avx2.pmadd.wd", parts, 8))
-            return b.shuffle_vector(*halves, ir.Constant(_Ints, list(range(_LANES))))
-        sixteen = ir.Constant(_Ints, [16] * _LANES)
-        lower = [b.ashr(b.shl(one, sixteen), sixteen) for one in (weights, row)]
-        upper = [b.ashr(one, sixteen) for one in (weights, row)]
-        return b.add(b.mul(*lower), b.mul(*upper))
-
-    def _multiply_pairs(self, name: str, factors: list[Any], lanes: int) -> Any:
-        shorts, ints = ir.VectorType(_i16, 2 * lanes), ir.VectorType(_i32, lanes)
-        kind = ir.FunctionType(ints, [shorts, shorts])
-        multiply = cgutils.get_or_insert_function(self.function.module, kind, name)
-        return self.builder.call(multiply, [self.builder.bitcast(one, shorts) for one in factors])
 
     def _vectors(self, flag: Any, group: Any, if_set: Any, otherwise: Any) -> list[Any]:
         """The vectors of a group that either of two makes, as a flag says when it runs."""
@@ -321,6 +285,44 @@ class _Loops:
 
     def _pointer(self, address: Any, kind: Any) -> Any:
         return self.builder.inttoptr(address, kind.as_pointer())
+
+
+def dot_bytes(builder: Any, total: Any, weights: Any, row: Any) -> Any:
+    """Each int32 of total + four bytes without a sign times four with one."""
+    kind = ir.FunctionType(_Ints, [_Ints] * 3)
+    dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(dot, [total, weights, row])
+
+
+def dot_shorts(builder: Any, total: Any, weights: Any, even: Any, odd: Any) -> Any:
+    """The same, the row being pairs of int16: of the first and third byte, and of the others."""
+    low, eight = (ir.Constant(_Ints, [value] * _LANES) for value in (0x00FF00FF, 8))
+    evens, odds = builder.and_(weights, low), builder.and_(builder.lshr(weights, eight), low)
+    return builder.add(builder.add(total, _pairs(builder, evens, even)), _pairs(builder, odds, odd))
+
+
+def _pairs(builder: Any, weights: Any, row: Any) -> Any:
+    """Products of both int16 of each int32, added."""
+    if cpu_has("avx512bw"):
+        return _multiply_pairs(builder, "llvm.x86.avx512.pmaddw.d.512", [weights, row], _LANES)
+    if cpu_has("avx2"):
+        halves = []
+        for first in (0, _LANES // 2):
+            lanes = ir.Constant(ir.VectorType(_i32, 8), list(range(first, first + 8)))
+            parts = [builder.shuffle_vector(one, one, lanes) for one in (weights, row)]
+            halves.append(_multiply_pairs(builder, "llvm.x86.avx2.pmadd.wd", parts, 8))
+        return builder.shuffle_vector(*halves, ir.Constant(_Ints, list(range(_LANES))))
+    sixteen = ir.Constant(_Ints, [16] * _LANES)
+    lower = [builder.ashr(builder.shl(one, sixteen), sixteen) for one in (weights, row)]
+    upper = [builder.ashr(one, sixteen) for one in (weights, row)]
+    return builder.add(builder.mul(*lower), builder.mul(*upper))
+
+
+def _multiply_pairs(builder: Any, name: str, factors: list[Any], lanes: int) -> Any:
+    shorts, ints = ir.VectorType(_i16, 2 * lanes), ir.VectorType(_i32, lanes)
+    kind = ir.FunctionType(ints, [shorts, shorts])
+    multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(multiply, [builder.bitcast(one, shorts) for one in factors])
 
 
 def _flat(of_rows: list[list[Any]]) -> list[Any]:

@@ -36,7 +36,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, FLOATS)
 
 
-_vector = _Vector()
+VECTOR = _vector = _Vector()  # numba's type of one
 
 
 def _all(value: float) -> Any:
@@ -88,6 +88,16 @@ def numbers(_context: Any, _address: Any, kind: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def address_of(_context: Any, at: Any) -> Any:
+    """Where `numbers` begin, int64."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(at), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def pair_of(_context: Any, kind: Any) -> Any:
     """How many numbers of a kind are 32 bits."""
 
@@ -106,6 +116,17 @@ def load(_context: Any, at: Any, _offset: Any) -> Any:
         if at.dtype == types.float32:
             return builder.load(builder.bitcast(address, FLOATS.as_pointer()), align=4)
         return _widened(builder, builder.load(builder.bitcast(address, _SHORTS.as_pointer()), align=2))
+
+    return _vector(at, types.intp), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_integers(_context: Any, at: Any, _offset: Any) -> Any:
+    """Sixteen int32, which lie where float32 are kept, as float32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        return builder.sitofp(builder.load(builder.bitcast(address, _INTS.as_pointer()), align=4), FLOATS)
 
     return _vector(at, types.intp), build
 

@@ -39,7 +39,7 @@ class AttentionPlan(ABC):
 class AttentionBackend(ABC):
     """One way to attend."""
 
-    name: str  # as benchmarks and the log call it
+    name: str  # as the log, benchmarks, metrics and `system_fingerprint` have it
     layout: PageLayout
     gathers: bool  # copies what it reads
 

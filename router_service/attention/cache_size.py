@@ -11,7 +11,7 @@ import torch
 from cluster.checkpoint.architecture import Architecture
 from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
-from cluster.planning.placement import DeviceShare, Dtype, gib, kv_bytes_per_token
+from cluster.planning.placement import DeviceShare, Dtype, KvDtype, gib, kv_bytes_per_token
 from cluster.planning.step_memory import step_bytes
 
 _CPU_FRACTION = 0.2  # of the memory that is free at start: experts and other processes share the rest
@@ -49,13 +49,16 @@ def cache_size(
     max_model_len: int,
     local_experts: bool,
     gathers: bool,
+    kv_dtype: KvDtype | None = None,
 ) -> CacheSize:
     """As many blocks as the config says, or as the device has room for, and never more than can be used at once.
 
     Weights are on the device already. `shares`: who else may be there, in every way that may come about. `gathers`:
-    attention copies what it reads. Raises DoesNotFit when not even one sequence fits.
+    attention copies what it reads. `kv_dtype`: what the cache is kept in; None: `dtype`.
+
+    Raises DoesNotFit when not even one sequence fits.
     """
-    block_bytes = config.block_size * kv_bytes_per_token(architecture, dtype)
+    block_bytes = config.block_size * kv_bytes_per_token(architecture, kv_dtype or dtype)
     blocks_of_one = -(-max_model_len // config.block_size)
     of_steps = step_bytes(
         architecture,
@@ -65,6 +68,7 @@ def cache_size(
         max_model_len=max_model_len,
         local_experts=local_experts,
         gathers=gathers,
+        kv_dtype=kv_dtype,
     )
     left_by = f"what is configured leaves {gib(of_steps)} for steps"
     if config.num_kv_blocks is not None:

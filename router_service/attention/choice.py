@@ -19,15 +19,19 @@ def attention_backend(
     dtype: torch.dtype,
     device: torch.device,
     kernel: Kernel | None = None,
+    of_codes: bool = False,
 ) -> AttentionBackend:
-    """The fastest that can serve this model here. With `kernel` FMA its bits are the same on every CPU, as there."""
+    """The fastest that can serve this model here. With `kernel` FMA its bits are the same on every CPU, as there.
+
+    `of_codes`: keys and values are kept in 8 bits, which is for CPUs.
+    """
     if AVAILABLE:
         from router_service.attention.paged import BEST, PagedAttention, is_served, warm_up
 
-        if is_served(architecture, block_size, dtype, device):
+        if is_served(architecture, block_size, dtype, device, of_codes=of_codes):
             arithmetic = FMA if kernel is Kernel.FMA else BEST
-            warm_up(dtype, arithmetic)
-            return PagedAttention(architecture, block_size=block_size, arithmetic=arithmetic)
+            warm_up(dtype, arithmetic, of_codes=of_codes)
+            return PagedAttention(architecture, block_size=block_size, arithmetic=arithmetic, of_codes=of_codes)
     if device.type == "cuda":  # torch imports its compiler for this one, which takes a second
         from router_service.attention import varlen
 
@@ -35,4 +39,4 @@ def attention_backend(
             return varlen.VarlenAttention(architecture, device=device)
         # cuDNN's makes a plan for every new length, 23 ms and more a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device)
+    return ReferenceAttention(architecture, block_size=block_size, dtype=dtype, device=device, of_codes=of_codes)

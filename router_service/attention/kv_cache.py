@@ -16,12 +16,19 @@ from experts_service.memory import mapped
 Shape = tuple[int, ...]
 
 
+IN_8_BITS = ", keys and values in 8 bits"  # what names of backends end with that keep them so
+
+
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """How the attention backend wants a page, as shapes of which both are G · block_size · H numbers."""
+    """How the attention backend wants a page, as shapes of which both are G · block_size · H numbers.
+
+    Or as many codes and their scales: what they are of, and where, is the backend's.
+    """
 
     keys: Shape
     values: Shape
+    dtype: torch.dtype | None = None  # None: what the model computes in
 
 
 class KVCache:
@@ -30,7 +37,8 @@ class KVCache:
     def __init__(
         self, num_layers: int, num_blocks: int, layout: PageLayout, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Room for `num_blocks` and the null block."""
+        """Room for `num_blocks` and the null block; `dtype` is what the model computes in."""
+        dtype = layout.dtype or dtype
         self.keys = _zeros((num_layers, 1 + num_blocks, *layout.keys), dtype, device)  # [L, P, …]
         self.values = _zeros((num_layers, 1 + num_blocks, *layout.values), dtype, device)  # [L, P, …]
 

@@ -21,19 +21,24 @@ from experts_service.kernels.routine import Routine, num_threads
 from experts_service.kernels.tile import DOT, FMA, HAS_DOT
 from experts_service.kernels.vectors import LANES
 from router_service.attention.backend import AttentionBackend, AttentionPlan
-from router_service.attention.kv_cache import KVCache, PageLayout
+from router_service.attention.kv_cache import IN_8_BITS, KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata
 from router_service.attention.paged_kernels import (
+    SCALE_CODES,
     SPLIT,
     STEP_FIELDS,
     UNIT_FIELDS,
     attend_bf16,
+    attend_bf16_codes,
     attend_bf16_dot,
     attend_fp32,
+    attend_fp32_codes,
     merge_bf16,
     merge_fp32,
     write_bf16,
+    write_bf16_codes,
     write_fp32,
+    write_fp32_codes,
 )
 
 _ROWS = 64  # of a tile of queries: tokens times the heads that share a key-value head
@@ -46,40 +51,67 @@ _ATTEND: dict[tuple[torch.dtype, int], Routine] = {
     (torch.float32, FMA): attend_fp32,
     (torch.float32, DOT): attend_fp32,
 }
+# With codes there is one way to multiply: sums of integers are the same whichever instruction makes them.
+_WRITE_CODES: dict[torch.dtype, Routine] = {torch.bfloat16: write_bf16_codes, torch.float32: write_fp32_codes}
+_ATTEND_CODES: dict[torch.dtype, Routine] = {torch.bfloat16: attend_bf16_codes, torch.float32: attend_fp32_codes}
 _MERGE: dict[torch.dtype, Routine] = {torch.bfloat16: merge_bf16, torch.float32: merge_fp32}
+_MAX_HEAD_DIM_OF_CODES = 256  # more products of 24 bits than that may not fit 32
 
 
 BEST = DOT if HAS_DOT else FMA
 
 
-def warm_up(dtype: torch.dtype, arithmetic: int = BEST) -> None:
+def warm_up(dtype: torch.dtype, arithmetic: int = BEST, *, of_codes: bool = False) -> None:
     """Have all kernels compiled, or read from where they are kept: a step does not wait for that."""
-    for routine in (_WRITE[dtype], _ATTEND[dtype, arithmetic], _MERGE[dtype]):
+    for routine in (_writer(dtype, of_codes), _attender(dtype, arithmetic, of_codes), _MERGE[dtype]):
         routine.load()
 
 
-def is_served(architecture: Architecture, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _writer(dtype: torch.dtype, of_codes: bool) -> Routine:
+    return _WRITE_CODES[dtype] if of_codes else _WRITE[dtype]
+
+
+def _attender(dtype: torch.dtype, arithmetic: int, of_codes: bool) -> Routine:
+    return _ATTEND_CODES[dtype] if of_codes else _ATTEND[dtype, arithmetic]
+
+
+def is_served(
+    architecture: Architecture, block_size: int, dtype: torch.dtype, device: torch.device, *, of_codes: bool = False
+) -> bool:
     """Whether the kernels can do this model: whole vectors in heads and in pages."""
-    return device.type == "cpu" and dtype in _WRITE and architecture.head_dim % LANES == 0 and block_size % LANES == 0
+    return (
+        device.type == "cpu"
+        and dtype in _WRITE
+        and architecture.head_dim % LANES == 0
+        and block_size % LANES == 0
+        and not (of_codes and architecture.head_dim > _MAX_HEAD_DIM_OF_CODES)
+    )
 
 
 class PagedAttention(AttentionBackend):
     """Kernels of our own, compiled by numba."""
 
-    name = "pages in place, numba"
     gathers = False
 
-    def __init__(self, architecture: Architecture, *, block_size: int, arithmetic: int = BEST) -> None:
-        """`arithmetic`: how bf16 is multiplied, as in tile.py."""
+    def __init__(
+        self, architecture: Architecture, *, block_size: int, arithmetic: int = BEST, of_codes: bool = False
+    ) -> None:
+        """`arithmetic`: how bf16 is multiplied, as in tile.py. `of_codes`: keys and values are kept in 8 bits."""
+        self.name = "pages in place, numba" + (IN_8_BITS if of_codes else "")
         groups, head_dim = architecture.num_kv_heads, architecture.head_dim
-        # In bf16 two of head_dim stand together in keys, and two slots in values.
-        self.layout = PageLayout(keys=(groups, head_dim, block_size), values=(groups, block_size, head_dim))
+        self.slot_size = head_dim + (SCALE_CODES if of_codes else 0)
+        # In bf16 two of head_dim stand together in keys, and two slots in values; of codes four do.
+        self.layout = PageLayout(
+            keys=(groups, self.slot_size, block_size),
+            values=(groups, block_size, self.slot_size),
+            dtype=torch.uint8 if of_codes else None,
+        )
         self.groups, self.head_dim, self.block_size = groups, head_dim, block_size
         self.heads = architecture.num_heads // groups  # that share a key-value head
         self.window = architecture.sliding_window or 0
         scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))  # powers of 2 are taken instead of e
         self.scale = int(scale.view(np.int32))
-        self.arithmetic = arithmetic
+        self.arithmetic, self.of_codes = arithmetic, of_codes
 
     def plan(self, metadata: AttentionMetadata) -> PagedPlan:
         """Units of work of the step."""
@@ -106,7 +138,8 @@ class PagedPlan(AttentionPlan):
         total = sum(tile.cost for tile in tiles)
         numbers = 2 * backend.groups * backend.head_dim  # of a token's keys and values
         read = sum(tile.cost // tile.length for tile in tiles) // backend.heads * numbers
-        self._num_threads = num_threads(torch.bfloat16.itemsize * read, total * numbers)
+        item_bytes = (torch.uint8 if backend.of_codes else torch.bfloat16).itemsize
+        self._num_threads = num_threads(item_bytes * read, total * numbers)
         # Tiles that would keep one thread busy long after the others are cut into runs of splits, and by heads.
         most = total * backend.groups // (self._num_threads * _UNITS_PER_THREAD) if self._num_threads > 1 else None
         units: list[tuple[int, ...]] = []
@@ -143,7 +176,8 @@ class PagedPlan(AttentionPlan):
         slots, starts, contexts, blocks, done, to_merge, *partial = (array.ctypes.data for array in self._arrays)
         self._step = np.array(
             [
-                *(backend.groups, backend.heads, backend.head_dim, backend.block_size, backend.window, backend.scale),
+                *(backend.groups, backend.heads, backend.head_dim, backend.block_size, backend.slot_size),
+                *(backend.window, backend.scale),
                 *(slots, len(metadata.write_slots)),
                 *(starts, contexts, blocks, *metadata.block_tables.shape),
                 *(done, len(units), to_merge, len(merged)),
@@ -182,7 +216,7 @@ class PagedPlan(AttentionPlan):
         """Store the step's keys and values [T, G, H]."""
         keys, key_stride = _rows(keys)
         values, value_stride = _rows(values)
-        _WRITE[keys.dtype].run(
+        _writer(keys.dtype, self._backend.of_codes).run(
             1,
             self._fields,
             kv_cache.keys[layer].data_ptr(),
@@ -197,7 +231,7 @@ class PagedPlan(AttentionPlan):
         """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
         queries, stride = _rows(queries)
         output = torch.empty(queries.shape, dtype=queries.dtype)
-        _ATTEND[queries.dtype, self._backend.arithmetic].run(
+        _attender(queries.dtype, self._backend.arithmetic, self._backend.of_codes).run(
             self._num_threads,
             self._fields,
             queries.data_ptr(),

@@ -8,6 +8,10 @@ work in other ways changes no bit.
 A page's keys are [G, H, slot]: the scores of sixteen tokens are sixteen lanes, which need no sums across. Its values
 are [G, slot, H]. The rows of a unit of work are the queries of some tokens times the heads that share a key-value head.
 
+Keys and values are kept as numbers, float32 or bits of bf16, or as codes: bytes, of which one scale, float32, makes a
+token's numbers in a head. Four codes stand together, as two of bf16 do. Scales are behind the codes of a head's keys,
+and behind those of sixteen tokens' values. What is multiplied with codes, queries and weights, is integers of 16 bits.
+
 Shapes: N query heads, G key-value heads, H head_dim, R rows, P blocks of the longest context, B sequences.
 """
 
@@ -16,19 +20,32 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.core import types
+from numba.extending import overload
 
-from experts_service.kernels.jit import from_bits, kernel, take
+from experts_service.kernels.byte_products import COLUMNS as BYTE_COLUMNS
+from experts_service.kernels.byte_products import (
+    OFFSET,
+    fetch,
+    make_row,
+    multiply_columns,
+    multiply_parts,
+    scale_of,
+)
+from experts_service.kernels.jit import bits, fma, from_bits, kernel, take
 from experts_service.kernels.products import COLUMNS, ROWS, add_products, products
 from experts_service.kernels.routine import Routine
 from experts_service.kernels.vectors import (
     LANES,
     add,
+    address_of,
     divide,
     exp2_below,
     is_any_above,
     larger,
     largest,
     load,
+    load_integers,
     multiply,
     multiply_add,
     numbers,
@@ -47,20 +64,26 @@ SPLIT = 1024  # keys
 VECTORS = TILE // LANES
 NONE = np.float32(-np.inf)
 
+LARGEST_CODE = np.float32(127)
+SCALE_CODES = 4  # that a scale takes the room of
+_ROUNDER, _ROUNDER_BITS = np.float32(12582912.0), np.int32(0x4B400000)  # 1.5 · 2**23: added to round to an integer
+_MAGNITUDE, _INFINITY, _LEAST = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(0x0D800000)  # bits; 2**-100
+
 # Columns of a unit of work
 SEQUENCE, FIRST, LENGTH, FIRST_GROUP, NUM_UNIT_GROUPS = 0, 1, 2, 3, 4
 BEGIN_SPLIT, END_SPLIT, PARTIAL, UNIT_FIELDS = 5, 6, 7, 8
 
 # Fields of a step, int64: what all its layers share, addresses of arrays among them.
 GROUPS, HEADS, HEAD_DIM, BLOCK_SIZE = 0, 1, 2, 3  # heads: N / G
-WINDOW = 4  # tokens that a token sees, itself included; 0: all before it
-SCALE = 5  # bits of a float32
-SLOTS, NUM_TOKENS = 6, 7  # where each new token goes
-QUERY_STARTS, CONTEXT_LENGTHS, BLOCK_TABLES, NUM_SEQUENCES, NUM_BLOCKS = 8, 9, 10, 11, 12  # [B + 1], [B], [B, P], B, P
-UNITS, NUM_UNITS, MERGED, NUM_MERGED = 13, 14, 15, 16  # [U, UNIT_FIELDS] each; those to merge were cut into splits
-MOST_ROWS = 17  # of a unit
+SLOT_SIZE = 4  # numbers or codes of a slot in a head's keys, and as many in its values: H and what a scale takes
+WINDOW = 5  # tokens that a token sees, itself included; 0: all before it
+SCALE = 6  # bits of a float32
+SLOTS, NUM_TOKENS = 7, 8  # where each new token goes
+QUERY_STARTS, CONTEXT_LENGTHS, BLOCK_TABLES, NUM_SEQUENCES, NUM_BLOCKS = 9, 10, 11, 12, 13  # [B + 1], [B], [B, P], B, P
+UNITS, NUM_UNITS, MERGED, NUM_MERGED = 14, 15, 16, 17  # [U, UNIT_FIELDS] each; those to merge were cut into splits
+MOST_ROWS = 18  # of a unit
 # What was made of splits, of so many rows each: [1], [LANES] and [H] float32 a row
-PARTIAL_MAXIMA, PARTIAL_SUMS, PARTIAL_MIXED, STEP_FIELDS = 18, 19, 20, 21
+PARTIAL_MAXIMA, PARTIAL_SUMS, PARTIAL_MIXED, STEP_FIELDS = 19, 20, 21, 22
 
 
 @kernel
@@ -91,8 +114,57 @@ def _write(task, number) -> None:  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _write_codes(task, number) -> None:  # type: ignore[no-untyped-def]
+    """The same, as codes."""
+    step = numbers(task[1], np.int64)
+    new_keys, key_stride, new_values, value_stride = (
+        numbers(task[4], number),
+        task[5],
+        numbers(task[6], number),
+        task[7],
+    )
+    slots = numbers(step[SLOTS], np.int64)
+    num_groups, head_dim, block_size, slot_size = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE], step[SLOT_SIZE]
+    head = np.empty(head_dim, np.float32)
+    wide = numbers(head.ctypes.data, np.float32)
+    for token in range(step[NUM_TOKENS]):
+        page, slot = slots[token] // block_size, slots[token] % block_size
+        for group in range(num_groups):
+            page_at = (page * num_groups + group) * slot_size * block_size
+            for h in range(0, head_dim, LANES):
+                store(wide, h, load(new_keys, token * key_stride + group * head_dim + h))
+            into = task[2] + page_at
+            _write_head(wide, head_dim, into + 4 * slot, 4 * block_size, into + head_dim * block_size + 4 * slot)
+            for h in range(0, head_dim, LANES):
+                store(wide, h, load(new_values, token * value_stride + group * head_dim + h))
+            into, lane = task[3] + page_at + slot // LANES * LANES * slot_size, slot % LANES
+            _write_head(
+                wide, head_dim, into + lane // 4 * 4 * head_dim + lane % 4, 0, into + LANES * head_dim + 4 * lane
+            )
+    head[0] = 0  # it lives until here
+
+
+@kernel
+def _write_head(x: Numbers, head_dim: int, at: int, step: int, scale_at: int) -> None:
+    """Codes of the numbers of one head to an address: four together, `step` bytes apart; 0: each four bytes on."""
+    codes = numbers(at, np.uint8)
+    largest_bits = np.int32(0)
+    for h in range(head_dim):
+        largest_bits = max(largest_bits, bits(x[h]) & _MAGNITUDE)
+    scale, inverse = np.float32(0), np.float32(0)
+    if largest_bits >= _INFINITY:
+        scale = np.float32(np.nan)
+    elif largest_bits > _LEAST:
+        scale, inverse = from_bits(largest_bits) / LARGEST_CODE, LARGEST_CODE / from_bits(largest_bits)
+    numbers(scale_at, np.float32)[0] = scale
+    for h in range(head_dim):
+        code = bits(fma(x[h], inverse, _ROUNDER)) - _ROUNDER_BITS if inverse else np.int32(0)
+        codes[h // 4 * step + h % 4 if step else 4 * h] = np.uint8(code + OFFSET)
+
+
+@kernel
 def _locate(
-    blocks: Numbers, tile: int, begin: int, end: int, block_size: int, page_size: int, head_dim: int, pair: int,
+    blocks: Numbers, tile: int, begin: int, end: int, block_size: int, page_size: int, slot_size: int, pair: int,
     key_places: Numbers, value_places: Numbers,
 ) -> None:  # fmt: skip
     """Where the vectors of a tile begin that hold its keys begin … end - 1; in place of the others the last of them.
@@ -104,7 +176,7 @@ def _locate(
     block, slot = position // block_size, position % block_size
     for v in range(VECTORS):
         page_at = blocks[block] * page_size
-        key_places[v], value_places[v] = page_at + slot * pair, page_at + slot * head_dim
+        key_places[v], value_places[v] = page_at + slot * pair, page_at + slot * slot_size
         if first <= v < last - 1:
             slot += LANES
             if slot == block_size:
@@ -135,10 +207,107 @@ def _soften(scores: Numbers, row: int, by_scale: Any, weights: Numbers, maxima: 
 
 
 @kernel
-def _mix(weights: Numbers, row: int, num_rows: int, shrinks: Numbers, values: Numbers, places: Numbers, begin: int,
-         end: int, head_dim: int, pair: int, mixed: Numbers, edge: Numbers, ahead: Numbers,
-         nothing: Numbers) -> None:  # fmt: skip
+def _take_numbers(_stored: Any, queries: Numbers, at: int, scale: Any, head_dim: int, rows: Numbers, row: int,
+                  _spare: Numbers) -> None:  # fmt: skip
+    """A query, scaled, as what is multiplied with the cache."""
+    for h in range(0, head_dim, LANES):
+        store(rows, row * head_dim + h, multiply(load(queries, at + h), scale))
+
+
+@kernel
+def _take_codes(_stored: Any, queries: Numbers, at: int, scale: Any, head_dim: int, rows: Numbers, row: int,
+                spare: Numbers) -> None:  # fmt: skip
+    """The same as integers. `spare`: [H] float32."""
+    for h in range(0, head_dim, LANES):
+        store(spare, h, multiply(load(queries, at + h), scale))
+    make_row(spare, 0, head_dim, address_of(rows) + 4 * head_dim * row)
+
+
+@kernel
+def _score_numbers(
+    stored: Any, num_rows: int, rows: Numbers, row: int, head_dim: int, block_size: int, keys_at: int, places: Numbers,
+    scores: Numbers, ahead: Numbers, _spare: Numbers,
+) -> None:  # fmt: skip
+    """Scores [R, TILE] of one row or ROWS rows, which are not scaled where `_soften` does it."""
+    pair = pair_of(stored)
+    products(num_rows, rows, row * head_dim, head_dim, numbers(keys_at, stored), places, block_size * pair,
+             head_dim // pair, scores, row * TILE, ahead)  # fmt: skip
+
+
+@kernel
+def _score_codes(
+    _stored: Any, num_rows: int, rows: Numbers, row: int, head_dim: int, block_size: int, keys_at: int, places: Numbers,
+    scores: Numbers, ahead: Numbers, spare: Numbers,
+) -> None:  # fmt: skip
+    """The same with codes; of a token whose scale is NaN the score is NaN."""
+    at, bytes_of_row = address_of(rows) + 4 * head_dim * row, 4 * head_dim
+    columns, sums, lines = address_of(spare), address_of(scores) + 4 * row * TILE, address_of(ahead)
+    for v in range(VECTORS):
+        spare[v] = keys_at + places[v]
+    for v in range(0, VECTORS, BYTE_COLUMNS):
+        multiply_columns(num_rows, at, bytes_of_row, head_dim // 4, columns + 8 * v, 4 * block_size,
+                         sums + 4 * v * LANES, 4 * TILE, lines + 8 * v)  # fmt: skip
+    to_scales = head_dim * block_size
+    for r in range(num_rows):
+        scale = splat(scale_of(at + r * bytes_of_row, head_dim))
+        for v in range(VECTORS):
+            into, scales = (row + r) * TILE + v * LANES, numbers(spare[v] + to_scales, np.float32)
+            store(scores, into, multiply(multiply(load_integers(scores, into), load(scales, 0)), scale))
+    if ahead[0]:
+        for v in range(VECTORS):
+            fetch(ahead[v] + to_scales)
+
+
+@kernel
+def _mix_codes(
+    _stored: Any, weights: Numbers, row: int, num_rows: int, shrinks: Numbers, values_at: int, places: Numbers,
+    begin: int, end: int, head_dim: int, mixed: Numbers, edge: int, scores: Numbers, ahead: Numbers, _nothing: Numbers,
+    spare: Numbers,
+) -> None:  # fmt: skip
+    """The same with codes. What rows are made of, weights times scales, is written over `scores`."""
+    sums, rows_at, bytes_of_row = numbers(edge, np.float32), address_of(scores) + 4 * row * TILE, 4 * TILE
+    for v in range(VECTORS):
+        spare[v] = values_at + places[v]
+    for r in range(num_rows):
+        first = (row + r) * TILE
+        for v in range(VECTORS):
+            scales = numbers(spare[v] + LANES * head_dim, np.float32)
+            store(weights, first + v * LANES, multiply(load(weights, first + v * LANES), load(scales, 0)))
+        for j in range(min(begin, TILE)):  # not even zero times a scale that a row does not see
+            weights[first + j] = 0
+        for j in range(max(end, 0), TILE):
+            weights[first + j] = 0
+        make_row(weights, first, TILE, rows_at + r * bytes_of_row)
+    columns = BYTE_COLUMNS if head_dim % (BYTE_COLUMNS * LANES) == 0 else 1
+    lines, line, half = head_dim // 4, 0, 0
+    for h in range(0, head_dim, columns * LANES):
+        spare[VECTORS], spare[VECTORS + 1] = 0, 0
+        if ahead[0] and half < VECTORS:
+            spare[VECTORS], spare[VECTORS + 1] = ahead[half] + 64 * line, ahead[half + 1] + 64 * line
+        multiply_parts(num_rows, columns, rows_at, bytes_of_row, TILE // 4, address_of(spare), 4 * h, 4 * head_dim,
+                       edge + 4 * h, 4 * head_dim, address_of(spare) + 8 * VECTORS)  # fmt: skip
+        line += TILE // 4
+        if line >= lines:
+            line, half = line - lines, half + 2
+    if ahead[0]:
+        for v in range(VECTORS):
+            fetch(ahead[v] + 64 * lines)
+    for r in range(num_rows):
+        scale, shrink = splat(scale_of(rows_at + r * bytes_of_row, TILE)), splat(shrinks[row + r])
+        for h in range(0, head_dim, LANES):
+            into = (row + r) * head_dim + h
+            older = multiply(load(mixed, into), shrink)
+            store(mixed, into, multiply_add(load_integers(sums, r * head_dim + h), scale, older))
+
+
+@kernel
+def _mix_numbers(
+    stored: Any, weights: Numbers, row: int, num_rows: int, shrinks: Numbers, values_at: int, places: Numbers,
+    begin: int, end: int, head_dim: int, mixed: Numbers, edge_at: int, _scores: Numbers, ahead: Numbers,
+    nothing: Numbers, _spare: Numbers,
+) -> None:  # fmt: skip
     """Add the values of a tile's keys begin … end - 1, by their weights, to what one row or ROWS rows have so far."""
+    values, edge, pair = numbers(values_at, stored), numbers(edge_at, stored), pair_of(stored)
     for r in range(row, row + num_rows):
         if shrinks[r] != np.float32(1):
             for h in range(r * head_dim, (r + 1) * head_dim, LANES):
@@ -169,6 +338,25 @@ def _mix(weights: Numbers, row: int, num_rows: int, shrinks: Numbers, values: Nu
                          head_dim * pair, count, mixed, row * head_dim + h, head_dim, its_ahead, along)  # fmt: skip
             along += num_parts * count
         key = upto
+
+
+def _either(of_numbers: Any, of_codes: Any) -> Any:
+    """One of two kernels, by what is stored, their first argument, when what calls it is compiled."""
+
+    def either(stored: Any, *arguments: Any) -> None:
+        raise NotImplementedError(stored, arguments)
+
+    @overload(either)
+    def _choose(stored, *arguments):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        chosen = of_codes if stored.dtype == types.uint8 else of_numbers
+        return lambda stored, *arguments: chosen(stored, *arguments)
+
+    return either
+
+
+_take = _either(_take_numbers, _take_codes)
+_score = _either(_score_numbers, _score_codes)
+_mix = _either(_mix_numbers, _mix_codes)
 
 
 @kernel
@@ -214,22 +402,26 @@ def _finish(num_groups: int, num_tokens: int, heads: int, head_dim: int, sums: N
 
 
 @kernel
-def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
-    """Do units of work until none is left. `factor`: what is multiplied with the cache's."""
+def _attend(task, number, stored, factor, weight) -> None:  # type: ignore[no-untyped-def]
+    """Do units of work until none is left.
+
+    `number`: of queries and output. `stored`: of the cache. `factor` and `weight`: what is multiplied with its keys and
+    values; with codes rows of integers are, and are made of weights in float32.
+    """
     step = numbers(task[1], np.int64)
     queries, query_stride = numbers(task[2], number), task[3]  # rows of N · H numbers, so far apart
-    keys, values, output = numbers(task[4], number), numbers(task[5], number), numbers(task[6], number)  # [T, N, H]
+    output = numbers(task[6], number)  # [T, N, H]
     num_groups, heads, head_dim, block_size = step[GROUPS], step[HEADS], step[HEAD_DIM], step[BLOCK_SIZE]
-    window, most_rows, pair = step[WINDOW], step[MOST_ROWS], pair_of(number)
-    group_size, page_size = head_dim * block_size, num_groups * head_dim * block_size
+    window, most_rows, pair, slot_size = step[WINDOW], step[MOST_ROWS], pair_of(stored), step[SLOT_SIZE]
+    group_size, page_size = slot_size * block_size, num_groups * slot_size * block_size
     units = numbers(step[UNITS], np.int64)
     query_starts, context_lengths = numbers(step[QUERY_STARTS], np.int32), numbers(step[CONTEXT_LENGTHS], np.int32)
     partial_maxima, partial_sums = numbers(step[PARTIAL_MAXIMA], np.float32), numbers(step[PARTIAL_SUMS], np.float32)
     partial_mixed = numbers(step[PARTIAL_MIXED], np.float32)
     # All that is made on the way. Pointers into one array: to pass arrays on, numba counts who has them, and locks.
     padded = (most_rows + LANES - 1) // LANES * LANES
-    size = 4 * (padded * (3 * head_dim + 2 * TILE + 2 * LANES + 3) + 2 * head_dim)
-    scratch = np.empty(size + 8 * (2 * padded + 16 + 9 * VECTORS), np.uint8)
+    size = 4 * (padded * (3 * head_dim + 2 * TILE + 2 * LANES + 3) + ROWS * head_dim)
+    scratch = np.empty(size + 8 * (2 * padded + 16 + 11 * VECTORS), np.uint8)
     at = (scratch.ctypes.data + 63) // 64 * 64
     rows, mixed, all_mixed = (
         numbers(at, factor),
@@ -237,7 +429,7 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
         numbers(at + 8 * padded * head_dim, np.float32),
     )  # [R, H]
     at += 12 * padded * head_dim
-    scores, weights = numbers(at, np.float32), numbers(at + 4 * padded * TILE, factor)  # [R, TILE]
+    scores, weights = numbers(at, np.float32), numbers(at + 4 * padded * TILE, weight)  # [R, TILE]
     at += 8 * padded * TILE
     sums, all_sums = numbers(at, np.float32), numbers(at + 4 * padded * LANES, np.float32)  # [R, LANES]
     at += 8 * padded * LANES
@@ -247,15 +439,15 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
         numbers(at + 8 * padded, np.float32),
     )  # [R]
     at += 12 * padded
-    edge = numbers(at, number)  # [H, pair]
-    at += 8 * head_dim
+    edge = at  # [H, pair], or [ROWS, H] of sums
+    at += 4 * ROWS * head_dim
     seen_from, seen_to = numbers(at, np.int64), numbers(at + 8 * padded, np.int64)  # keys of a tile, by row
     at += 16 * padded
     key_places, value_places = numbers(at, np.int64), numbers(at + 8 * VECTORS, np.int64)
     next_keys, next_values = numbers(at + 16 * VECTORS, np.int64), numbers(at + 24 * VECTORS, np.int64)
     keys_ahead, values_ahead = numbers(at + 32 * VECTORS, np.int64), numbers(at + 40 * VECTORS, np.int64)
     tile_keys, tile_values = numbers(at + 48 * VECTORS, np.int64), numbers(at + 56 * VECTORS, np.int64)
-    nothing = numbers(at + 64 * VECTORS, np.int64)
+    nothing, spare = numbers(at + 64 * VECTORS, np.int64), numbers(at + 72 * VECTORS, np.int64)
     for v in range(VECTORS):
         nothing[v] = 0
     scale, one = splat(from_bits(np.int32(step[SCALE]))), splat(np.float32(1))
@@ -277,14 +469,13 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
         for row in range(num_rows):
             head = (first_group + row // rows_of_group) * heads + row % heads
             at = (first_row + row // heads % num_tokens) * query_stride + head * head_dim
-            for h in range(0, head_dim, LANES):
-                store(rows, row * head_dim + h, multiply(load(queries, at + h), by_query))
+            _take(stored, queries, at, by_query, head_dim, rows, row, mixed)
         _clear(num_rows, head_dim, all_maxima, all_sums, all_mixed)
         begin_key = max(0, first_position + 1 - window) if window else 0
         begin_key, end_key = max(begin_key, begin_split * SPLIT), min(first_position + num_tokens, end_split * SPLIT)
         blocks = numbers(step[BLOCK_TABLES] + 4 * sequence * step[NUM_BLOCKS], np.int32)
         tile = begin_key // TILE * TILE
-        _locate(blocks, tile, begin_key - tile, min(end_key - tile, TILE), block_size, page_size, head_dim, pair,
+        _locate(blocks, tile, begin_key - tile, min(end_key - tile, TILE), block_size, page_size, slot_size, pair,
                 next_keys, next_values)  # fmt: skip
         for split in range(begin_split, end_split):
             _clear(num_rows, head_dim, maxima, sums, mixed)
@@ -295,7 +486,7 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
                 tile_values, next_values = next_values, tile_values
                 has_next = tile + TILE < end_key
                 if has_next:
-                    _locate(blocks, tile + TILE, 0, min(end_key - tile - TILE, TILE), block_size, page_size, head_dim,
+                    _locate(blocks, tile + TILE, 0, min(end_key - tile - TILE, TILE), block_size, page_size, slot_size,
                             pair, next_keys, next_values)  # fmt: skip
                 # All heads of a tile before the next tile: in memory they are beside each other.
                 for group in range(unit_groups):
@@ -313,9 +504,8 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
                     row = of_group
                     while row < of_group + rows_of_group:
                         together = ROWS if row + ROWS <= of_group + rows_of_group else 1
-                        products(together, rows, row * head_dim, head_dim, keys, key_places, block_size * pair,
-                                 head_dim // pair, scores, row * TILE,
-                                 keys_ahead if fetches and row == of_group else nothing)  # fmt: skip
+                        _score(stored, together, rows, row, head_dim, block_size, task[4], key_places, scores,
+                               keys_ahead if fetches and row == of_group else nothing, spare)  # fmt: skip
                         row += together
                     row = of_group
                     for token in range(num_tokens):
@@ -339,9 +529,9 @@ def _attend(task, number, factor) -> None:  # type: ignore[no-untyped-def]
                             and seen_to[last] == seen_to[row]
                         ):
                             together = ROWS
-                        _mix(weights, row, together, shrinks, values, value_places, seen_from[row], seen_to[row],
-                             head_dim, pair, mixed, edge, values_ahead if fetches and row == of_group else nothing,
-                             nothing)  # fmt: skip
+                        _mix(stored, weights, row, together, shrinks, task[5], value_places, seen_from[row],
+                             seen_to[row], head_dim, mixed, edge, scores,
+                             values_ahead if fetches and row == of_group else nothing, nothing, spare)  # fmt: skip
                         row += together
             if partial < 0:
                 _fold(num_rows, head_dim, maxima, sums, mixed, 0, all_maxima, all_sums, all_mixed)
@@ -409,21 +599,45 @@ def write_fp32(task):  # type: ignore[no-untyped-def]
 
 
 @Routine
+def write_bf16_codes(task):  # type: ignore[no-untyped-def]
+    """`_write_codes` of bf16."""
+    _write_codes(task, np.uint16)
+
+
+@Routine
+def write_fp32_codes(task):  # type: ignore[no-untyped-def]
+    """`_write_codes` of float32."""
+    _write_codes(task, np.float32)
+
+
+@Routine
 def attend_bf16(task):  # type: ignore[no-untyped-def]
     """`_attend` in bf16, as its bits; widened."""
-    _attend(task, np.uint16, np.float32)
+    _attend(task, np.uint16, np.uint16, np.float32, np.float32)
 
 
 @Routine
 def attend_bf16_dot(task):  # type: ignore[no-untyped-def]
     """`_attend` in bf16, with the CPU's dot product of it."""
-    _attend(task, np.uint16, np.uint16)
+    _attend(task, np.uint16, np.uint16, np.uint16, np.uint16)
 
 
 @Routine
 def attend_fp32(task):  # type: ignore[no-untyped-def]
     """`_attend` in float32."""
-    _attend(task, np.float32, np.float32)
+    _attend(task, np.float32, np.float32, np.float32, np.float32)
+
+
+@Routine
+def attend_bf16_codes(task):  # type: ignore[no-untyped-def]
+    """`_attend` of queries in bf16 over codes."""
+    _attend(task, np.uint16, np.uint8, np.uint8, np.float32)
+
+
+@Routine
+def attend_fp32_codes(task):  # type: ignore[no-untyped-def]
+    """`_attend` of queries in float32 over codes."""
+    _attend(task, np.float32, np.uint8, np.uint8, np.float32)
 
 
 @Routine

@@ -5,6 +5,8 @@ would take too much memory; chunks of prompts run one by one. A page is [slot, G
 b · block_size + s of a layer. Padding reads the null block, which is zero: masked values are read as well, and 0 · NaN
 would not be 0.
 
+In 8 bits a slot is [G, H + 4] bytes: codes, and the float32 that they are times. Copies are made numbers.
+
 Shapes: T tokens of the step, N query heads, G key-value heads, H head_dim, B decoding sequences, S longest context.
 """
 
@@ -20,14 +22,17 @@ import torch.nn.functional as F
 from cluster.checkpoint.architecture import Architecture
 from cluster.planning.step_memory import max_gathered_tokens
 from router_service.attention.backend import AttentionBackend, AttentionPlan
-from router_service.attention.kv_cache import KVCache, PageLayout
+from router_service.attention.kv_cache import IN_8_BITS, KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata
+
+LARGEST_CODE = 127
+LEAST = 2.0**-100  # of a head's largest number: below it all are zero
+SCALE_BYTES = torch.float32.itemsize
 
 
 class ReferenceAttention(AttentionBackend):
     """Gather and SDPA."""
 
-    name = "copies of the context, SDPA"  # as benchmarks call it
     gathers = True
 
     def __init__(
@@ -38,12 +43,16 @@ class ReferenceAttention(AttentionBackend):
         dtype: torch.dtype,
         device: torch.device,
         most_gathered: int | None = None,
+        of_codes: bool = False,
     ) -> None:
         """`most_gathered`: tokens of decoding sequences, padding included, that are read at once; None: what the
-        memory kept for steps allows.
+        memory kept for steps allows. `of_codes`: keys and values are kept in 8 bits.
         """
-        page = (block_size, architecture.num_kv_heads, architecture.head_dim)
-        self.layout = PageLayout(page, page)
+        self.name = "copies of the context, SDPA" + (IN_8_BITS if of_codes else "")
+        slot = architecture.head_dim + (torch.float32.itemsize if of_codes else 0)
+        page = (block_size, architecture.num_kv_heads, slot)
+        self.layout = PageLayout(page, page, torch.int8 if of_codes else None)
+        self.of_codes = of_codes
         self.sliding_window = architecture.sliding_window
         self.max_gathered_tokens = most_gathered or max_gathered_tokens(architecture, dtype.itemsize)
         self.dtype = dtype
@@ -77,6 +86,7 @@ class ReferencePlan(AttentionPlan):
 
     def __init__(self, metadata: AttentionMetadata, backend: ReferenceAttention) -> None:
         window, device = backend.sliding_window, backend.device
+        self._of_codes = backend.of_codes
         self._write_slots = torch.from_numpy(metadata.write_slots).to(device)  # [T]
         self._prefills: list[_Prefill] = []
         rows: list[int] = []
@@ -101,6 +111,8 @@ class ReferencePlan(AttentionPlan):
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, kv_cache: KVCache) -> None:
         """Store the step's keys and values [T, G, H]."""
+        if self._of_codes:
+            keys, values = _coded(keys), _coded(values)
         kv_cache.keys[layer].flatten(0, 1).index_copy_(0, self._write_slots, keys)
         kv_cache.values[layer].flatten(0, 1).index_copy_(0, self._write_slots, values)
 
@@ -123,8 +135,8 @@ def _attend_prefill(
     """Attention of a chunk's tokens `queries` [length, N, H]. Returns the same shape."""
     attended = F.scaled_dot_product_attention(
         queries.transpose(0, 1)[None],  # [1, N, length, H]
-        all_keys.index_select(0, prefill.slots).transpose(0, 1)[None],  # [1, G, S, H]
-        all_values.index_select(0, prefill.slots).transpose(0, 1)[None],
+        _gathered(all_keys, prefill.slots, queries.dtype).transpose(0, 1)[None],  # [1, G, S, H]
+        _gathered(all_values, prefill.slots, queries.dtype).transpose(0, 1)[None],
         attn_mask=prefill.mask,
         is_causal=prefill.mask is None,
         enable_gqa=True,
@@ -137,9 +149,9 @@ def _attend_decodes(
 ) -> torch.Tensor:
     """Attention of the last tokens `queries` [B, N, H] over their contexts. Returns [B, N, H]."""
     batch, context = decodes.slots.shape
-    _, groups, head_dim = all_keys.shape
+    groups, head_dim = all_keys.shape[1], queries.shape[2]
     keys, values = (
-        memory.index_select(0, decodes.slots.view(-1)).view(batch, context, groups, head_dim)
+        _gathered(memory, decodes.slots.view(-1), queries.dtype).view(batch, context, groups, head_dim)
         for memory in (all_keys, all_values)
     )
     # The N / G query heads that share a key head stand where query positions would: no key is repeated.
@@ -148,6 +160,28 @@ def _attend_decodes(
         grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decodes.mask
     )
     return attended.reshape(batch, -1, head_dim)
+
+
+def _gathered(memory: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of these slots [slots, G, H] of a layer's keys or values, as numbers."""
+    copied = memory.index_select(0, slots)
+    if copied.dtype != torch.int8:
+        return copied
+    codes, scales = copied[..., :-SCALE_BYTES], copied[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (codes * scales).to(dtype)
+
+
+def _coded(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [T, G, H] as codes and scales [T, G, H + 4], the same to the bit as the kernels'."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True)  # NaN where a number is
+    is_any = largest > LEAST
+    inverse = torch.full_like(largest, LARGEST_CODE) / largest  # a number over a tensor is rounded twice
+    products = wide.double() * inverse.double()  # exact, so that they are rounded once
+    codes = torch.where(is_any & largest.isfinite(), products.round(), 0).to(torch.int8)
+    scales = torch.where(is_any | largest.isnan(), largest / LARGEST_CODE, 0)
+    scales = torch.where(largest.isfinite(), scales, torch.nan)
+    return torch.cat([codes, scales.view(torch.int8)], dim=-1)
 
 
 def _runs(lengths: Seq[int], max_padded: int) -> list[slice]:

@@ -39,6 +39,11 @@ from cluster.yaml_document import parse_yaml
             r"gateway.scaling: .* max_replicas: must be at least min_replicas \(2\)",
         ),
         ("models: [{name: a, path: b, revision: ''}]", "models.0.revision"),
+        (
+            "models: [{name: a, path: b, engine: {kv_cache_dtype: fp8_e4m3}}]",
+            "models.0.engine.kv_cache_dtype: .*no kernel here takes keys and values in fp8_e4m3; on a CPU int8",
+        ),
+        ("models: [{name: a, path: b, engine: {kv_cache_dtype: int4}}]", "models.0.engine.kv_cache_dtype: .*int8"),
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),

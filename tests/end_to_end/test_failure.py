@@ -37,6 +37,7 @@ models:
     experts: {{groups: [[0, 1, 2, 3], [4, 5, 6, 7]], scaling: {{min_replicas: 2, max_replicas: 2}}}}
 gateway: {{num_replicas: 2}}
 """
+IN_8_BITS = pytest.param("bfloat16, kv_cache_dtype: int8", marks=pytest.mark.long)
 GATEWAY = "ServeReplica:gateway:gateway"
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 RECOVERY_S = 120  # for a replaced process to serve again
@@ -76,7 +77,7 @@ class Stream:
             self.finish_reasons[index] = choice["finish_reason"]
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=[*DTYPES, IN_8_BITS])
 def replicated(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Two gateways, two coordinators, and two replicas of each of two groups."""
     with running_server(CONFIG.replace("DTYPE", request.param)) as server:

@@ -52,6 +52,13 @@ class QuantizationName(StrEnum):
     INT4 = "int4"
 
 
+class KvCacheDtypeName(StrEnum):
+    """What keys and values are kept in, as `engine.kv_cache_dtype` has it."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+
+
 class Rival(StrEnum):
     """What `decode` can be compared with."""
 
@@ -139,6 +146,9 @@ def decode(
             help="Round weights while they are read; an engine for each, all run in turn: repeat for several."
         ),
     ] = [QuantizationName.NONE],  # noqa: B006
+    kv_cache_dtype: Annotated[
+        list[KvCacheDtypeName], typer.Option(help="What keys and values are kept in; an engine for each, as above.")
+    ] = [KvCacheDtypeName.AUTO],  # noqa: B006
     prefill: Annotated[
         list[str],
         typer.Option(
@@ -173,6 +183,7 @@ def decode(
             gguf_types=tuple(gguf_type) if Rival.LLAMA_CPP in compare else (),
             dtype=dtype.value,
             quantizations=tuple(dict.fromkeys(name.value for name in quantization)),
+            kv_cache_dtypes=tuple(dict.fromkeys(name.value for name in kv_cache_dtype)),
             prefills=prefills_named(prefill) if prefill or no_prefill or context else None,
         ),
     )
@@ -210,6 +221,9 @@ def divergence(
     output_tokens: Annotated[int, typer.Option(min=1, help="Generated after each.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences side by side, where they are not alone.")] = 8,
     dtype: Annotated[DtypeName, typer.Option(help="Compared with fp32. auto: the checkpoint's own.")] = DtypeName.AUTO,
+    kv_cache_dtype: Annotated[
+        KvCacheDtypeName, typer.Option(help="int8: compared with the cache in the dtype as well.")
+    ] = KvCacheDtypeName.AUTO,
 ) -> None:
     """Compare greedy tokens with those of transformers in the same dtype and in fp32, alone and in a batch."""
     from cluster.commands.bench.openmp import load_torch
@@ -218,7 +232,7 @@ def divergence(
     load_torch(EngineConfig().openmp_spin_count)
     from cluster.commands.bench.divergence import run
 
-    run(model, prompts, prompt_tokens, output_tokens, batch, dtype.value)
+    run(model, prompts, prompt_tokens, output_tokens, batch, dtype.value, kv_cache_dtype.value)
 
 
 @app.command()

@@ -73,13 +73,21 @@ class Comparison:
         }
 
 
-def run(model: str | None, num_prompts: int, prompt_tokens: int, output_tokens: int, batch: int, dtype: str) -> None:
+def run(
+    model: str | None,
+    num_prompts: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch: int,
+    dtype: str,
+    kv_cache_dtype: str = "auto",
+) -> None:
     """Raises MantaError for whatever a user can mend."""
     checkpoint = open_checkpoint(resolve_model(model) if model else DEMO)
     architecture = checkpoint.architecture
     workload = Workload(num_prompts, prompt_tokens, output_tokens)
     groups = even_groups(architecture, "local", None)
-    config = config_for(checkpoint, groups, [workload], dtype=dtype)
+    config = config_for(checkpoint, groups, [workload], dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     device, dtype_name = resolve_device(config.engine), compute_dtype(config.engine.dtype, architecture)
     check_memory(architecture, dtype_name, device, [workload])
     machine, output = this_machine(), Output()
@@ -91,6 +99,7 @@ def run(model: str | None, num_prompts: int, prompt_tokens: int, output_tokens: 
         ],
     )
     prompts = workload.prompts(architecture.vocab_size)
+    exact_cache: Tokens | None = None  # ours, where keys and values are not kept in the dtype
     theirs: dict[str, tuple[Tokens, Tokens]] = {}  # by dtype: alone, in batches
     with output.progress() as bars:
         bar = bars.add_task("", total=3)
@@ -112,13 +121,22 @@ def run(model: str | None, num_prompts: int, prompt_tokens: int, output_tokens: 
             uneven = _uneven(prompts)
             uneven_alone = _in_batches(lambda part: engine.generate(part, output_tokens), uneven, 1)
             together = _in_batches(lambda part: engine.generate(part, output_tokens), uneven, batch)
+        if config.engine.kv_cache_dtype != "auto":
+            plain = config.engine.model_copy(update={"kv_cache_dtype": "auto"})
+            with (
+                local_experts(checkpoint, groups, getattr(torch, dtype_name), device) as transport,
+                EngineUnderTest(checkpoint, plain, CountingDispatcher(groups, transport)) as engine,
+            ):
+                exact_cache = _in_batches(lambda part: engine.generate(part, output_tokens), prompts, 1)
     output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
     exact, (rounded, rounded_together) = theirs["float32"][0], theirs[dtype_name]
-    ours, reference_name = f"Manta {dtype_name}", f"transformers {dtype_name}"
+    plain_name, reference_name = f"Manta {dtype_name}", f"transformers {dtype_name}"
+    ours = plain_name if exact_cache is None else f"{plain_name}, keys and values {kv_cache_dtype}"
     comparisons = [
         Comparison.of(ours, alone, "transformers float32", exact),
         Comparison.of(reference_name, rounded, "transformers float32", exact),
         Comparison.of(ours, alone, reference_name, rounded),
+        *([] if exact_cache is None else [Comparison.of(ours, alone, plain_name, exact_cache)]),
         Comparison.of(f"{ours}, {batch} at a time, of several lengths", together, f"{ours} alone", uneven_alone),
         Comparison.of(f"{reference_name}, {batch} at a time", rounded_together, f"{reference_name} alone", rounded),
     ]
@@ -128,6 +146,7 @@ def run(model: str | None, num_prompts: int, prompt_tokens: int, output_tokens: 
             "bench": "divergence",
             "model": checkpoint.directory.name,
             "dtype": dtype_name,
+            "kv_cache_dtype": kv_cache_dtype,
             "device": device.type,
             "batch": batch,
             "prompt_tokens": prompt_tokens,

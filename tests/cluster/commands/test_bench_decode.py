@@ -120,6 +120,7 @@ def test_quantised_weights_run_in_turn_with_plain_ones(monkeypatch: pytest.Monke
     result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
     assert result.exit_code == 0, result.output
     line = json.loads(result.stdout.splitlines()[-1])
+    assert line["model"] == "demo_model", "it was the name of what its weights are"
     plain, rounded = line["results"]
     assert (plain["weights"], rounded["weights"]) == ("bfloat16", "int8")
     assert 0.5 < rounded["bytes_per_step"] / plain["bytes_per_step"] < 0.7  # the head stays in bf16
@@ -128,6 +129,19 @@ def test_quantised_weights_run_in_turn_with_plain_ones(monkeypatch: pytest.Monke
     refused = CliRunner().invoke(app, ["bench", "decode", "--quantization", "int8", "--transport", "lane"])
     assert refused.exit_code == 1
     assert str(refused.exception) == "--quantization is measured with --transport local"
+
+
+def test_keys_and_values_in_8_bits_run_in_turn_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the floor counts what each reads: 32 bytes and a scale of four for a head's 32 numbers of two."""
+    monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
+    options = "--batch 2 --context 300 --output-tokens 3 --pairs 1 --kv-cache-dtype auto --kv-cache-dtype int8"
+    result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
+    assert result.exit_code == 0, result.output
+    line = json.loads(result.stdout.splitlines()[-1])
+    plain, narrow = line["results"]
+    assert [row["weights"] for row in (plain, narrow)] == ["bfloat16", "bfloat16, keys and values int8"]
+    assert narrow["kv_bytes_per_step"] / plain["kv_bytes_per_step"] == 36 / 64
+    assert narrow["ms_per_step"] > 0
 
 
 @pytest.mark.long

@@ -21,6 +21,17 @@ def test_a_text_counts_up_to_its_first_difference() -> None:
 
 
 @pytest.mark.long
+def test_keys_and_values_in_8_bits_are_compared_with_plain_ones() -> None:
+    options = "--prompts 2 --prompt-tokens 8 --output-tokens 6 --batch 2 --kv-cache-dtype int8"
+    result = CliRunner().invoke(app, ["bench", "divergence", *options.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    line = json.loads(result.stdout.splitlines()[-1])
+    against = {(row["name"], row["against"]) for row in line["results"]}
+    assert ("Manta bfloat16, keys and values int8", "Manta bfloat16") in against
+    assert ("Manta bfloat16, keys and values int8", "transformers float32") in against
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_on_the_demo_model(dtype: str) -> None:
     options = f"--prompts 3 --prompt-tokens 8 --output-tokens 6 --batch 2 --dtype {dtype}"

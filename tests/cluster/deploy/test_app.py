@@ -95,6 +95,13 @@ def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordin
     assert (reserved.gpus_per_shard, reserved.config.engine.device) == (given, "cpu")
 
 
+def test_keys_and_values_in_8_bits_are_refused_on_a_gpu_before_anything_starts():
+    engine = EngineConfig(kv_cache_dtype="int8")
+    assert plan(machine(), engine=engine).config.engine.kv_cache_dtype == "int8"
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_dtype: int8 is for CPUs"):
+        plan(machine(gpus=9, memory=64 * GIB), engine=engine)
+
+
 def test_local_experts_have_no_deployments_and_are_one_group():
     """As several they were run in turn, on one device."""
     for cores, gpus in ((2, 0), (16, 0), (8, 4)):

@@ -22,6 +22,7 @@ from cluster.planning.placement import (
     device_shares,
     expert_bytes,
     kv_bytes_per_token,
+    kv_dtype,
     plan_groups,
 )
 
@@ -100,6 +101,7 @@ def test_all_processes_together_hold_each_parameter_once() -> None:
         == 2 * parameters
     )
     assert kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16") == 128 * 1024
+    assert kv_bytes_per_token(MIXTRAL_8X7B, "int8") == 66 * 1024  # and four bytes of scale for 128 of codes
 
 
 def test_mixtral_fits_nine_gpus_of_24_gib_and_not_three() -> None:
@@ -110,6 +112,21 @@ def test_mixtral_fits_nine_gpus_of_24_gib_and_not_three() -> None:
         check_fit(
             MIXTRAL_8X7B, "bfloat16", groups, Room(nodes[:1]), kv_tokens=32768, gpus_per_shard=1, gpus_per_coordinator=1
         )
+
+
+def test_keys_and_values_in_8_bits_are_counted_as_such() -> None:
+    groups, nodes = plan_groups("auto", 8, num_gpus=0, num_cpus=8), [Node(f"node-{i}", 16 * GIB) for i in range(9)]
+    tokens = 112 * 1024  # 14 GiB in bf16, 7.2 in 8 bits, beside 3 GiB of weights
+    check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=tokens, kv_dtype="int8")
+    with pytest.raises(DoesNotFit, match=r"coordinator 0 needs 1[5-9]"):
+        check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=tokens)
+
+
+def test_of_a_gpu_they_are_not_kept_so() -> None:
+    assert kv_dtype("auto", "bfloat16", "cuda") == kv_dtype("auto", "bfloat16", "cpu") == "bfloat16"
+    assert kv_dtype("int8", "float32", "cpu") == "int8"
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_dtype: int8 is for CPUs; on a GPU .* auto"):
+        kv_dtype("int8", "bfloat16", "cuda")
 
 
 def test_shares_of_one_gpu_fit_a_large_one_only() -> None:

@@ -37,6 +37,17 @@ class Tokens:
         heads = (architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads)
         return cls(*(torch.randn(length, number, architecture.head_dim).to(device, dtype) for number in heads))
 
+    def rounded(self) -> Tokens:
+        """With keys and values as 8 bits have them: 127 is the largest of a token's in a head."""
+
+        def of(x: torch.Tensor) -> torch.Tensor:
+            largest = x.float().abs().amax(-1, keepdim=True)
+            inverse = torch.full_like(largest, 127) / largest
+            codes = (x.double() * inverse.double()).round().float()
+            return torch.where(largest > 0, codes * (largest / 127), 0.0)
+
+        return Tokens(self.queries, of(self.keys), of(self.values))
+
     def expected(self, window: int | None) -> torch.Tensor:
         """Attention of every position in float64, by the formula."""
         length, num_heads, head_dim = self.queries.shape
@@ -49,6 +60,11 @@ class Tokens:
             seen &= positions[None] > positions[:, None] - window
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return torch.einsum("nqk,knh->qnh", weights, values)
+
+
+def nan(memory: torch.Tensor) -> float:
+    """What makes every number of a cache NaN: of codes all bits of the scales are set."""
+    return {torch.uint8: 255, torch.int8: -1}.get(memory.dtype, float("nan"))
 
 
 class Pages:
@@ -67,7 +83,7 @@ class Pages:
         self.backend, self.block_size = backend, block_size
         self.cache = KVCache(2, num_blocks, backend.layout, dtype=dtype, device=device)
         for memory in (self.cache.keys, self.cache.values):
-            memory[:, 1:] = float("nan")
+            memory[:, 1:] = nan(memory)
         self._free = iter(order.tolist())
         self._tables: list[array[int]] = []
 
@@ -97,4 +113,5 @@ class Pages:
             block = self._tables[number][index]
             self._tables[number][index] = 0
             if block:
-                self.cache.keys[:, block] = self.cache.values[:, block] = float("nan")
+                for memory in (self.cache.keys, self.cache.values):
+                    memory[:, block] = nan(memory)

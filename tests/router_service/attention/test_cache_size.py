@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def sized(monkeypatch, available, *shares, architecture: Architecture = MIXTRAL_8X7B, **config) -> CacheSize:
+def sized(
+    monkeypatch, available, *shares, architecture: Architecture = MIXTRAL_8X7B, kv_dtype="bfloat16", **config
+) -> CacheSize:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
     settings = EngineConfig(**config)
     return cache_size(
@@ -38,6 +40,7 @@ def sized(monkeypatch, available, *shares, architecture: Architecture = MIXTRAL_
         max_model_len=4096,
         local_experts=False,
         gathers=True,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -91,6 +94,12 @@ def test_what_is_configured_is_taken(monkeypatch):
     assert sized(monkeypatch, GIB, kv_cache_gib=1.0).num_blocks == GIB // (16 * 128 * 1024)
 
 
+def test_8_bits_hold_nearly_twice_the_tokens(monkeypatch):
+    wide, narrow = (sized(monkeypatch, GIB, kv_cache_gib=1.0, kv_dtype=dtype) for dtype in ("bfloat16", "int8"))
+    assert narrow.num_blocks / wide.num_blocks == pytest.approx(256 / 132, rel=1e-3)
+    assert narrow.num_blocks * narrow.block_bytes <= GIB
+
+
 def test_too_little_for_one_sequence_says_where_the_memory_goes(monkeypatch):
     with pytest.raises(DoesNotFit, match=r"of 2.00 GiB beside the weights a step may take 1\.\d\d GiB"):
         sized(monkeypatch, 10 * GIB)
@@ -105,8 +114,9 @@ def test_one_line_says_what_fits(tmp_path, caplog):
     assert re.search(r"a step takes up to 0\.\d\d GiB beside it", line)
 
 
+@pytest.mark.parametrize("kept_in", ["auto", "int8"])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind):
+def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind, kept_in):
     """Sixteen sequences of full length that are sampled from in every way, or the end of a long prompt with scores."""
     context, sequences, tokens = 4096, 16, 1024
     write_checkpoint(
@@ -120,12 +130,16 @@ def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind):
         max_position_embeddings=context,
     )
     sizes = {"max_num_seqs": sequences, "max_num_batched_tokens": tokens, "max_model_len": context}
-    bench = Bench(tmp_path, dtype="float32", block_size=64, num_kv_blocks=sequences * context // 64, **sizes)
+    blocks_of_all = sequences * context // 64
+    bench = Bench(
+        tmp_path, dtype="float32", kv_cache_dtype=kept_in, block_size=64, num_kv_blocks=blocks_of_all, **sizes
+    )
     runner, blocks = bench.engine.model_runner, bench.engine.scheduler.block_manager
     for memory in (runner.kv_cache.keys, runner.kv_cache.values):
-        memory.fill_(0.5)
-    architecture = runner.decoder.architecture
-    bound = step_bytes(architecture, "float32", local_experts=True, gathers=runner.attention.gathers, **sizes)
+        memory.view(torch.uint8).fill_(0x3C)  # numbers near 0.01, of codes the scales as well
+    architecture, gathers = runner.decoder.architecture, runner.attention.gathers
+    kv_dtype = "int8" if kept_in == "int8" else None
+    bound = step_bytes(architecture, "float32", local_experts=True, gathers=gathers, kv_dtype=kv_dtype, **sizes)
     if kind == "decode":
         batch = [
             ScheduledSequence(make_sequence(range(3, context + 2), temperature=1.0, top_p=0.9, logprobs=5), 4094, 1)

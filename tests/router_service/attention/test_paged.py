@@ -30,11 +30,15 @@ from router_service.attention.paged import PagedAttention
 from router_service.attention.paged_kernels import SPLIT, TILE
 
 CPU = torch.device("cpu")
-CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-WAYS = [(torch.float32, tile.FMA), (torch.bfloat16, tile.FMA)]  # dtypes, and how they are multiplied
-if tile.HAS_DOT:
-    WAYS.append((torch.bfloat16, tile.DOT))
-in_every_way = pytest.mark.parametrize(("dtype", "arithmetic"), WAYS, ids=["fp32", "bf16", "bf16-dot"][: len(WAYS)])
+CODES = -1  # instead of an arithmetic: keys and values are kept in 8 bits
+WAYS = {
+    "fp32": (torch.float32, tile.FMA),
+    "bf16": (torch.bfloat16, tile.FMA),
+    **({"bf16-dot": (torch.bfloat16, tile.DOT)} if tile.HAS_DOT else {}),
+    "fp32-int8": (torch.float32, CODES),
+    "bf16-int8": (torch.bfloat16, CODES),
+}  # dtypes, and how they are multiplied
+in_every_way = pytest.mark.parametrize(("dtype", "arithmetic"), WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,21 @@ def restore_threads():
 
 def paged(architecture, block_size, threads=1, arithmetic=tile.FMA):
     torch.set_num_threads(threads)
+    if arithmetic == CODES:
+        return PagedAttention(architecture, block_size=block_size, of_codes=True)
     return PagedAttention(architecture, block_size=block_size, arithmetic=arithmetic)
+
+
+def expected(tokens, window, arithmetic):
+    """In float64. Of codes: what they stand for."""
+    return (tokens.rounded() if arithmetic == CODES else tokens).expected(window)
+
+
+def close(dtype, arithmetic):
+    """How near it has to be. With codes queries and weights are integers of 16 bits, the largest of them 32,512."""
+    if dtype == torch.bfloat16:
+        return 1e-2
+    return 5e-4 if arithmetic == CODES else 2e-6
 
 
 def in_chunks(backend, block_size, tokens, chunks, order=None):
@@ -61,7 +79,7 @@ def in_chunks(backend, block_size, tokens, chunks, order=None):
 
 @settings(max_examples=36, deadline=None)
 @given(
-    way=st.sampled_from(WAYS),
+    way=st.sampled_from([*WAYS.values()]),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (8, 2), (6, 1), (10, 2), (9, 1)]),
     head_dim=st.sampled_from([16, 48, 64, 128]),
     block_size=st.sampled_from([16, 48, 64, 256]),
@@ -100,8 +118,9 @@ def test_it_is_attention(way, heads, head_dim, block_size, window, lengths, thre
                 pages.release(number, end - window + 1)
     for (number, tokens), pieces in zip(sequences, got, strict=True):
         assert number < len(sequences)
+        near = close(dtype, arithmetic)
         torch.testing.assert_close(
-            torch.cat(pieces).double(), tokens.expected(window), atol=CLOSE[dtype], rtol=CLOSE[dtype]
+            torch.cat(pieces).double(), expected(tokens, window, arithmetic), atol=near, rtol=near
         )
 
 
@@ -131,7 +150,8 @@ def test_and_the_same_as_the_last_of_a_prompt_or_decoded(dtype, arithmetic, leng
     if length > 1:
         decoded = in_chunks(paged(architecture, 64, threads=4, arithmetic=arithmetic), 64, tokens, [length - 1, 1])
         assert torch.equal(decoded[-1], whole[-1])
-    torch.testing.assert_close(whole.double(), tokens.expected(None), atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    near = close(dtype, arithmetic)
+    torch.testing.assert_close(whole.double(), expected(tokens, None, arithmetic), atol=near, rtol=near)
 
 
 @in_every_way
@@ -156,8 +176,8 @@ def test_neighbours_threads_and_block_sizes_change_no_bit(dtype, arithmetic):
             if lengths[number] > 1:
                 pages.step([(number, tokens, 0, lengths[number] - 1)])
         together = pages.step([(n, t, lengths[n] - 1, lengths[n]) for n, t in zip(numbers, sequences, strict=True)])
-        for expected, got in zip(alone, together, strict=True):
-            assert torch.equal(got[0], expected[-1])
+        for one, got in zip(alone, together, strict=True):
+            assert torch.equal(got[0], one[-1])
 
 
 @pytest.mark.parametrize("length", [1, 256])
@@ -201,18 +221,34 @@ def test_long_contexts_are_as_close_as_rounding_lets_them(dtype, arithmetic, win
     architecture = sized(num_heads=8, num_kv_heads=2, head_dim=64, sliding_window=window)
     tokens = Tokens.random(architecture, 3001, dtype)
     tokens.queries *= 3
-    expected = tokens.expected(window)[-1:]
+    exact = expected(tokens, window, arithmetic)[-1:]
     got = in_chunks(paged(architecture, 16, arithmetic=arithmetic), 16, tokens, [3000, 1])[-1:].double()
-    nearest = (expected.to(dtype).double() - expected).norm()
-    error = (got - expected).norm()
-    assert error < (2 * nearest if dtype == torch.bfloat16 else 2e-6 * expected.norm())
+    nearest = (exact.to(dtype).double() - exact).norm()
+    error = (got - exact).norm()
+    assert error < (2 * nearest if dtype == torch.bfloat16 else close(dtype, arithmetic) * exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinity_in_8_bits_is_nan(dtype):
+    """No scale makes it a code, and the sequence is to be found and ended, as it is without codes."""
+    position, architecture = 7, sized(num_heads=4, num_kv_heads=2, head_dim=16)
+    for name in ("keys", "values"):
+        tokens = Tokens.random(architecture, 40, dtype)
+        getattr(tokens, name)[position, :, 3] = float("-inf")
+        got = in_chunks(paged(architecture, 16, arithmetic=CODES), 16, tokens, [40])
+        assert torch.isfinite(got[:position]).all()
+        assert torch.isnan(got[position:]).all()
 
 
 def test_what_the_kernels_cannot_do_the_reference_does():
-    def chosen(dtype=torch.float32, block_size=16, head_dim=64, device="cpu"):
+    def chosen(dtype=torch.float32, block_size=16, head_dim=64, device="cpu", of_codes=False):
         architecture = sized(num_heads=4, num_kv_heads=2, head_dim=head_dim)
         device = torch.device(device)
-        return type(attention_backend(architecture, block_size=block_size, dtype=dtype, device=device))
+        return type(
+            attention_backend(architecture, block_size=block_size, dtype=dtype, device=device, of_codes=of_codes)
+        )
 
     assert chosen() is chosen(torch.bfloat16) is PagedAttention
+    assert chosen(head_dim=512) is chosen(of_codes=True) is PagedAttention
+    assert chosen(head_dim=512, of_codes=True) is chosen(block_size=1, of_codes=True) is ReferenceAttention
     assert chosen(torch.float16) is chosen(block_size=1) is chosen(head_dim=8) is ReferenceAttention

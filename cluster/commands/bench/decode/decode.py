@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ from cluster.commands.bench.decode.tables import draw_decode, draw_prefill
 from cluster.commands.bench.machine import read_bandwidth, this_machine
 from cluster.commands.bench.output import Output
 from cluster.commands.bench.shapes import num_parameters
+from cluster.config import ModelConfig
 from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import ConfigError
-from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes_per_token
+from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes_per_token, kv_dtype
 from cluster.planning.weights import held_weights
 from router_service.assembly import resolve_device
 
@@ -75,6 +77,7 @@ class Plan:
     gguf_types: tuple[str, ...]  # of llama.cpp's weights; none: it is not compared with
     dtype: str
     quantizations: tuple[str, ...]  # as `engine.quantization` has them; an engine each
+    kv_cache_dtypes: tuple[str, ...]  # as `engine.kv_cache_dtype` has them; an engine each, with each quantization
     prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
 
     def decodes(self) -> list[Workload]:
@@ -95,25 +98,30 @@ def run(model: str | None, plan: Plan) -> None:
     decodes = plan.decodes()
     prefills = _usual_prefills(architecture) if plan.prefills is None else plan.prefills
     groups = even_groups(architecture, plan.transport, plan.num_groups)
+    if plan.transport != "local" and len(plan.quantizations) * len(plan.kv_cache_dtypes) > 1:
+        raise ConfigError("several engines are measured with --transport local")
     if plan.transport != "local" and plan.quantizations != ("none",):
         raise ConfigError("--quantization is measured with --transport local")
-    configs = {
-        name: config_for(
+    configs = [
+        config_for(
             checkpoint,
             groups,
             [*decodes, *prefills],
             transport=plan.transport,
             dtype=plan.dtype,
-            quantization=name,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
         )
-        for name in plan.quantizations
-    }
-    config = configs[plan.quantizations[0]]
-    device, dtype = resolve_device(config.engine), compute_dtype(config.engine.dtype, architecture)
-    check_memory(architecture, dtype, device, [*decodes, *prefills], engines=len(configs))
+        for quantization, kv_cache_dtype in product(plan.quantizations, plan.kv_cache_dtypes)
+    ]
+    settings = configs[0].engine
+    device, dtype = resolve_device(settings), compute_dtype(settings.dtype, architecture)
+    kept_in = {_named(one, dtype): kv_dtype(one.engine.kv_cache_dtype, dtype, device.type) for one in configs}
+    for one in kept_in.values():
+        check_memory(architecture, dtype, device, [*decodes, *prefills], engines=len(configs), kv_dtype=one)
 
     machine, output = this_machine(), Output()
-    name = checkpoint.directory.name
+    model_name = checkpoint.directory.name
     lengths = (
         f"{', '.join(map(str, plan.contexts))} tokens in the cache, random"
         if plan.contexts
@@ -122,14 +130,14 @@ def run(model: str | None, plan: Plan) -> None:
     output.header(
         machine,
         [
-            f"{name}: {num_parameters(architecture) / 1e9:.3g} B parameters, {dtype} on {device.type}, "
+            f"{model_name}: {num_parameters(architecture) / 1e9:.3g} B parameters, {dtype} on {device.type}, "
             f"{plan.transport}, {len(groups)} expert groups",
             f"{lengths} and {plan.output_tokens} output tokens, {plan.pairs} runs",
         ],
     )
     bandwidth = read_bandwidth(device.type)
     output.line(f"memory read by all cores: {bandwidth / 1e9:.1f} GB/s")
-    bytes_of_token = kv_bytes_per_token(architecture, dtype)
+    bytes_of_token = {name: kv_bytes_per_token(architecture, kept) for name, kept in kept_in.items()}
     with ExitStack() as stack:
         bars = stack.enter_context(output.progress())
         bar = bars.add_task("loading", total=(len(decodes) + len(prefills)) * (1 + plan.pairs))
@@ -139,16 +147,16 @@ def run(model: str | None, plan: Plan) -> None:
 
         engines: dict[str, EngineUnderTest] = {}
         held: dict[str, WeightBytes] = {}
-        for quantization, of_one in configs.items():
-            rounded = checkpoint.rounded(of_one.engine.rounding)
-            held[quantization] = held_weights(rounded, dtype, device.type)
+        for of_one in configs:
+            name, rounded = _named(of_one, dtype), checkpoint.rounded(of_one.engine.rounding)
+            held[name] = held_weights(rounded, dtype, device.type)
             if plan.transport == "local":
                 transport = stack.enter_context(local_experts(rounded, groups, getattr(torch, dtype), device))
             else:
                 transport = stack.enter_context(deployed_experts(rounded, of_one))
             dispatcher = CountingDispatcher(groups, transport)
-            engines[quantization] = stack.enter_context(EngineUnderTest(rounded, of_one.engine, dispatcher))
-        kernels = engines[plan.quantizations[0]].kernels
+            engines[name] = stack.enter_context(EngineUnderTest(rounded, of_one.engine, dispatcher))
+        kernels = engines[_named(configs[0], dtype)].kernels
         output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
         others: list[RivalProcess[Any]] = []
         if plan.transformers:
@@ -162,26 +170,26 @@ def run(model: str | None, plan: Plan) -> None:
         decode_results = []
         for workload in decodes:
             tell(f"batch {workload}: warming up")
-            kv = kv_bytes_per_step(workload, bytes_of_token, architecture.sliding_window)
             reads = {name: engine.count_expert_reads(workload) for name, engine in engines.items()}
             ours, rivals = _rounds(engines, others, workload, plan.pairs, tell)
             for name, runs in ours.items():
                 weights = weight_bytes_per_step(
                     architecture, held[name], DTYPE_BYTES[dtype], workload.num_sequences, reads[name]
                 )
-                decode_results.append(DecodeResult(workload, runs, weights, kv, bandwidth, rivals, _named(name, dtype)))
+                kv = kv_bytes_per_step(workload, bytes_of_token[name], architecture.sliding_window)
+                decode_results.append(DecodeResult(workload, runs, weights, kv, bandwidth, rivals, name))
         prefill_results = []
         for workload in prefills:
             tell(f"prefill {workload}: warming up")
             for engine in engines.values():
                 engine.run(workload)
             ours, rivals = _rounds(engines, others, workload, plan.pairs, tell)
-            kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token
             for name, runs in ours.items():
                 here = held[name].coordinator
                 if plan.transport == "local":
                     here += architecture.num_experts * held[name].expert
-                prefill_results.append(PrefillResult(workload, runs, here, kv_bytes, rivals, _named(name, dtype)))
+                kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token[name]
+                prefill_results.append(PrefillResult(workload, runs, here, kv_bytes, rivals, name))
 
     rows = [result.to_json() for result in decode_results]
     prefill_rows = [result.to_json() for result in prefill_results]
@@ -190,7 +198,7 @@ def run(model: str | None, plan: Plan) -> None:
         draw_prefill(prefill_rows, output)
     document = {
         "bench": "decode",
-        "model": name,
+        "model": model_name,
         "fingerprint": checkpoint.fingerprint[:8],
         "dtype": dtype,
         "device": device.type,
@@ -238,8 +246,11 @@ def _rounds(
     return dict(zip(engines, map(tuple, of_engines), strict=True)), tuple(rivals)
 
 
-def _named(quantization: str, dtype: Dtype) -> str:
-    return dtype if quantization == "none" else quantization
+def _named(config: ModelConfig, dtype: Dtype) -> str:
+    """`int8, keys and values int8`: what weights are kept in, and what is in the cache where that is another dtype."""
+    engine = config.engine
+    weights = dtype if engine.quantization == "none" else engine.quantization
+    return weights if engine.kv_cache_dtype == "auto" else f"{weights}, keys and values {engine.kv_cache_dtype}"
 
 
 def _usual_prefills(architecture: Architecture) -> tuple[Workload, ...]:

@@ -17,7 +17,7 @@ from cluster.commands.bench.decode.figures import Workload
 from cluster.commands.bench.shapes import num_parameters
 from cluster.config import EngineConfig, ExpertsConfig, ModelConfig
 from cluster.errors import ConfigError, DoesNotFit
-from cluster.planning.placement import DTYPE_BYTES, Dtype, ExpertGroup, gib, kv_bytes_per_token, plan_groups
+from cluster.planning.placement import DTYPE_BYTES, Dtype, ExpertGroup, KvDtype, gib, kv_bytes_per_token, plan_groups
 
 BLOCK_SIZE = EngineConfig().block_size
 DEFAULT_GROUPS = 4
@@ -55,6 +55,7 @@ def config_for(
     transport: str = "local",
     dtype: str = "auto",
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> ModelConfig:
     """What `manta serve` would be configured with, and a cache for the largest workload."""
     longest = max(w.num_tokens for w in workloads)
@@ -68,6 +69,7 @@ def config_for(
             {
                 "dtype": dtype,
                 "quantization": quantization,
+                "kv_cache_dtype": kv_cache_dtype,
                 "max_model_len": longest,
                 "block_size": BLOCK_SIZE,
                 "num_kv_blocks": blocks + 1,  # and one for the request that holds the others back
@@ -87,12 +89,17 @@ def config_for(
 
 
 def check_memory(
-    architecture: Architecture, dtype: Dtype, device: torch.device, workloads: Iterable[Workload], engines: int = 1
+    architecture: Architecture,
+    dtype: Dtype,
+    device: torch.device,
+    workloads: Iterable[Workload],
+    engines: int = 1,
+    kv_dtype: KvDtype | None = None,
 ) -> None:
     """Raises DoesNotFit where each engine's weights and KV cache of a workload are more than the device has free."""
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     room = free // engines - num_parameters(architecture) * DTYPE_BYTES[dtype]
-    bytes_of_token = kv_bytes_per_token(architecture, dtype)
+    bytes_of_token = kv_bytes_per_token(architecture, kv_dtype or dtype)
     for workload in workloads:
         bytes_of_sequence = workload.num_tokens * bytes_of_token
         needed = workload.num_sequences * bytes_of_sequence
