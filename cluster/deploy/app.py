@@ -358,7 +358,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
 
     config, checkpoint = plan.config, plan.checkpoint
     assert config.engine.dtype != "auto", "a plan has no open settings"
-    tiers = [one.tier for one in plan.experts]
+    machines = [(one.tier.device, one.tier.label_selector) for one in plan.experts]  # as far as can be known
     return {
         one.name: expert_deployment(
             ShardSpec(
@@ -368,7 +368,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 group=one.group.index,
                 deployment=one.name,
                 experts=one.group.experts,
-                num_groups=tiers.count(one.tier),  # that share a machine's cores
+                num_groups=machines.count((one.tier.device, one.tier.label_selector)),  # that share a machine's cores
                 dtype=config.engine.dtype,
                 device=one.tier.device,
                 num_threads=experts.num_threads,

@@ -159,7 +159,6 @@ def test_busy_groups_are_on_gpus_the_others_on_cpus_and_a_hot_one_on_both() -> N
             wait_for(lambda: served.model()["mixed_replicas"] == ["expert-5"], PATIENCE_S, "two formats to be told")
             after = served.model()
             assert served.formats()["expert-5-tier4"] == {FORMAT}
-            assert (before["batch_invariant"], after["batch_invariant"]) == (False, False), "fp32 is torch's"
             assert after["system_fingerprint"] != before["system_fingerprint"]
             assert after["fingerprint"] == before["fingerprint"]
             assert served.tokens(), "whatever they are"

@@ -313,6 +313,16 @@ def test_a_group_on_two_tiers_has_a_deployment_for_each():
     assert on_gpu.fingerprint == laid_out.checkpoint.fingerprint != on_cpu.fingerprint
     specs = [a._bound_deployment for a in expert_applications(laid_out, experts, GatewayConfig()).values()]
     assert [one.name for one in specs] == list(names) == [one.init_args[0].name for one in specs]
+    assert {one.name: one.init_args[0].num_groups for one in specs} == dict.fromkeys(names, 8) | {"expert-2": 1}
+
+
+def test_tiers_of_one_kind_of_machine_share_its_cores():
+    """The shard of a tier that had one group took all cores, beside six of another tier on the same machine."""
+    tiers = (TierConfig(groups=(2, 5)), TierConfig(quantization="int8"))
+    experts = ExpertsConfig(groups=ONE_EACH, tiers=tiers)
+    laid_out = plan(machine(cpus=12), experts=experts)
+    applications = expert_applications(laid_out, experts, GatewayConfig()).values()
+    assert {one._bound_deployment.init_args[0].num_groups for one in applications} == {8}
 
 
 def test_the_tiers_of_the_page_on_quantisation_are_what_it_says():
