@@ -183,9 +183,30 @@ def plan(
         str | None, typer.Argument(help="A checkpoint directory, demo, mixtral-8x7b, or a hub id that is known.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
-    gpu: Annotated[str, typer.Option(help="The GPUs' type, by Ray's name for it.")] = "H100",
-    gpus: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="How many are decoded at once.")] = 64,
+    gpu: Annotated[str | None, typer.Option(help="The GPUs' type, by Ray's name for it. [default: H100]")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="At most so many. With --ram: so many cards.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --ram: of a card, 24GB, where --gpu does not say it.")
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Propose experts.tiers: some experts on the cards, the others in 64GB."),
+    ] = None,
+    ram_bandwidth: Annotated[
+        float | None, typer.Option(min=0.1, help="GB/s of that memory. [default: 40, which is assumed]")
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores beside that memory. [default: 8, which is assumed]")
+    ] = None,
+    observed: Annotated[
+        str | None, typer.Option(metavar="URL", help="A running server's /metrics: which experts are asked for most.")
+    ] = None,
+    observed_token_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its first line opens that /metrics.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="How many are decoded at once. [default: 64; with tiers 1]")
+    ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each in the cache.")] = 4096,
     milliseconds: Annotated[
         float | None, typer.Option(min=0.001, help="A token of each, at most: the fewest GPUs that reach it.")
@@ -212,12 +233,25 @@ def plan(
     if dtype not in ("auto", "bfloat16", "float32"):
         raise typer.BadParameter("expected auto, bfloat16 or float32", param_hint="--dtype")
     step_s = float("inf") if milliseconds is None else milliseconds / 1e3
-    target = Target(Load(sequences, context), step_s, gpus)
+    target = Target(Load(sequences or 64, context), step_s, gpus)
     lanes = None
     if link is not None or dispatch is not None:
         times = (LANES.dispatch_s, LANES.group_s) if dispatch is None else (dispatch / 1e6, 0.0)
         lanes = Link(LANES.bandwidth if link is None else link * 1e9, *times)
-    question = command.Question(gpu, target, lanes, dtype, quantization)
+    question = command.Question(
+        gpu,
+        target,
+        lanes,
+        sequences is None,
+        dtype,
+        quantization,
+        gpu_memory,
+        ram,
+        None if ram_bandwidth is None else ram_bandwidth * 1e9,
+        cores,
+        observed,
+        observed_token_file,
+    )
     command.run(model, config, question, as_json)
 
 

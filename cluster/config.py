@@ -460,7 +460,11 @@ class KubernetesConfig(_Frozen):
     expert_cpus: int = Field(2, ge=1)
     """CPUs of an expert's pod."""
     cpu_expert_pods: int = Field(1, ge=1)
-    """Pods for experts, where there are no GPUs. Each can hold all shards."""
+    """Pods for experts on CPUs. Each can hold all of those shards."""
+    cpu_expert_cpus: int | None = Field(None, ge=1)
+    """CPUs of such a pod, where other experts are on GPUs. None: `expert_cpus`."""
+    cpu_expert_node_selector: dict[str, str] = {}
+    """Kubernetes' labels of the machines for such pods, where other experts are on GPUs."""
     storage_class: str | None = None
     """Of the models' volume; it has to offer ReadWriteMany and ReadOnlyMany. None: the cluster's default."""
     idle_timeout_s: int = Field(300, ge=1)

@@ -3,58 +3,130 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED
-from cluster.checkpoint.known_models import KNOWN_MODELS, MIXTRAL_8X22B
+from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
 from cluster.commands.bench.shapes import SHAPES
+from cluster.commands.observed import observe
+from cluster.commands.plan_machine import machine_of
+from cluster.commands.plan_tiers import look_at, propose
 from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
-from cluster.planning.costs import LANES, OF_COPIES, OF_GPUS, OF_LANES, Figure
+from cluster.planning.costs import LANES, OF_COPIES, OF_CPUS, OF_GPUS, OF_LANES, Figure
 from cluster.planning.gpus import gpu_type
 from cluster.planning.placement import ExpertGroup, check_kv_dtype, plan_groups
 from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
-from cluster.planning.roofline import Link, Model
+from cluster.planning.roofline import Link, Load, Model
 from cluster.planning.weights import held_weights
 
-NAMED_SHAPES = {**SHAPES, "mixtral-8x22b": MIXTRAL_8X22B}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HUB_IDS = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
+}
 
 
 @dataclass(frozen=True)
 class Question:
     """What the command was asked."""
 
-    gpu: str
+    gpu: str | None  # None: H100, or what --gpu-memory says
     target: Target
     lanes: Link | None = None  # None: as measured
+    any_load: bool = False  # nobody said how many sequences
     dtype: str = "auto"
     quantization: str | None = None  # None: as the configuration says
+    gpu_memory: str | None = None
+    ram: str | None = None
+    ram_bandwidth: float | None = None  # bytes a second
+    cores: int | None = None
+    observed: str | None = None  # URL
+    observed_token_file: Path | None = None
 
 
 def run(model: str | None, config_file: Path | None, question: Question, as_json: bool) -> None:
     """Plan the one model, or every model of a configuration. Raises ConfigError or DoesNotFit."""
     if (model is None) == (config_file is None):
         raise ConfigError("give either MODEL or --config")
-    configs = load_config(config_file).models if config_file else (ModelConfig(name=str(model), path=str(model)),)
-    plans = [(config, *plan_one(config, question, chosen=config_file is not None)) for config in configs]
+    configs = load_config(config_file).models if config_file else (_of_name(str(model)),)
+    shown = [_plan(config, question, chosen=config_file is not None) for config in configs]
     if as_json:
-        print(json.dumps([document(config.name, question, planner, plan) for config, planner, plan in plans]))
+        print(json.dumps([json_document for json_document, _ in shown]))
         return
     from rich.console import Console
 
-    from cluster.commands.plan_tables import draw, draw_figures
-
     console = Console(highlight=False)
-    for config, planner, plan in plans:
-        draw(config.name, question.target, planner, plan, console)
-        draw_figures(figures(question, plan), console)
+    for _, draw_on in shown:
+        draw_on(console)
+
+
+def _of_name(model: str) -> ModelConfig:
+    path = HUB_IDS.get(model, model)
+    return ModelConfig(name=model.rstrip("/").rsplit("/", 1)[-1], path=path)
+
+
+def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    """As JSON, and what draws it."""
+    from cluster.commands import plan_tables
+
+    if question.ram is not None or question.gpu_memory is not None or (chosen and config.experts.tiers):
+        return _plan_tiers(config, question, chosen=chosen)
+    if question.observed is not None:
+        raise ConfigError("--observed: it says which experts are on the GPU, beside those in --ram")
+    planner, plan = plan_one(config, question, chosen=chosen)
+
+    def draw(console: Console) -> None:
+        plan_tables.draw(config.name, question.target, planner, plan, console)
+        plan_tables.draw_figures(figures(question, plan), console)
+
+    return document(config.name, question, planner, plan), draw
+
+
+def _plan_tiers(
+    config: ModelConfig, question: Question, *, chosen: bool
+) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    from cluster.commands import plan_tiers_tables
+
+    has_tiers = chosen and bool(config.experts.tiers)
+    if question.ram is None and not has_tiers:
+        raise ConfigError("--gpu-memory: how much memory is beside the card? Give --ram (64GB)")
+    checkpoint, load = checkpoint_of(config.path), question.target.load
+    if question.any_load:
+        load = Load(1, load.context)
+    observed = None
+    if question.observed is not None:
+        experts = checkpoint.architecture.num_experts
+        observed = observe(question.observed, question.observed_token_file, config.name, experts)
+    shards = sum(tier.device == "cuda" for group in range(99) for tier in config.experts.tiers_of(group).values())
+    machine = machine_of(
+        gpu_type(question.gpu or "H100") if question.gpu or (has_tiers and question.gpu_memory is None) else None,
+        question.gpu_memory,
+        question.ram,
+        cards=question.target.gpus or (shards + config.coordinators.min_replicas if has_tiers else 1),
+        ram_bandwidth=question.ram_bandwidth,
+        cores=question.cores,
+    )
+    engine = engine_of(config, question)
+    config = config.model_copy(update={"engine": engine})
+    if has_tiers:
+        planned = look_at(config, checkpoint, machine, load, question.lanes, observed)
+    else:
+        wanted = None if engine.quantization == "none" else engine.quantization
+        planned = propose(config, checkpoint, machine, load, wanted, question.lanes, observed)
+    lanes: Iterable[Figure] = () if planned.local else (*(OF_LANES if question.lanes is None else ()), *OF_COPIES)
+    on_cpus = planned.times.cpu_s > 0
+    used = (*OF_GPUS, *lanes, *(OF_CPUS if on_cpus else ()), *machine.assumed(on_cpus=on_cpus))
+    return plan_tiers_tables.document(planned, used), lambda console: plan_tiers_tables.draw(planned, used, console)
 
 
 def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[Planner, Plan]:
@@ -64,10 +136,8 @@ def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[
     check_kv_dtype(engine.kv_cache_dtype, "cuda")
     weights = held_weights(checkpoint.rounded(engine.rounding), dtype, "cuda")
     model = Model(checkpoint.architecture, dtype, weights)
-    planner = Planner(model, gpu_type(question.gpu), question.lanes or LANES)
+    planner = Planner(model, gpu_type(question.gpu or "H100"), question.lanes or LANES)
     experts, coordinators = config.experts, config.coordinators.min_replicas
-    if experts.tiers:
-        raise ConfigError(f"models: {config.name!r}: experts.tiers: `manta plan` knows GPUs only, leave them out")
     if chosen and experts.transport == "local":
         return planner, planner.evaluate(Layout((), coordinators), question.target)
     if not chosen or experts.groups == "auto":
@@ -94,9 +164,9 @@ def checkpoint_of(path: str) -> Checkpoint:
         return open_checkpoint(EMBEDDED[path])
     if path in KNOWN_MODELS:
         return outline(path, KNOWN_MODELS[path].architecture, KNOWN_MODELS[path].scheme)
-    if path in NAMED_SHAPES:
-        return outline(path, NAMED_SHAPES[path])
-    known = ", ".join((*NAMED_SHAPES, *KNOWN_MODELS))
+    if path in SHAPES:
+        return outline(path, SHAPES[path])
+    known = ", ".join(dict.fromkeys((*SHAPES, *HUB_IDS, *KNOWN_MODELS)))
     raise ConfigError(f"{path!r} is no directory; shapes that are known by name: {known}")
 
 

@@ -1,4 +1,4 @@
-"""PodDisruptionBudgets: how many pods of a role a drained machine may take at once.
+"""PodDisruptionBudgets: how many pods of a kind a drained machine may take at once.
 
 A number of pods that stay, never a percentage or `maxUnavailable`: pods of a RayCluster have no scale subresource, so
 Kubernetes cannot know how many there should be.
@@ -14,19 +14,21 @@ from cluster.kubernetes.sizes import pod_groups
 
 
 def disruption_budgets(config: MantaConfig) -> list[dict[str, Any]]:
-    """One at a time. The head stays until somebody says otherwise; a role with one pod lets it go."""
-    stay = {"head": 1} | {role: group.min_pods - 1 for role, group in pod_groups(config).items()}
+    """One at a time. The head stays until somebody says otherwise; a kind with one pod lets it go."""
+    groups = pod_groups(config)
+    stay = {"head": 1} | {name: group.min_pods - 1 for name, group in groups.items()}
+    labels = {"head": {names.ROLE: "head"}} | {name: group.labels for name, group in groups.items()}
     return [
         {
             "apiVersion": "policy/v1",
             "kind": "PodDisruptionBudget",
-            "metadata": {"name": f"manta-{role}", "labels": {"app.kubernetes.io/part-of": "manta"}},
+            "metadata": {"name": f"manta-{name}", "labels": {"app.kubernetes.io/part-of": "manta"}},
             "spec": {
                 "minAvailable": count,
                 "unhealthyPodEvictionPolicy": "AlwaysAllow",
-                "selector": {"matchLabels": {names.ROLE: role}},
+                "selector": {"matchLabels": labels[name]},
             },
         }
-        for role, count in stay.items()
+        for name, count in stay.items()
         if count
     ]

@@ -8,6 +8,7 @@ Role = Literal["head", "gateway", "coordinator", "expert"]
 
 # A label of the pods and, as KubeRay hands it on, of the Ray nodes in them.
 ROLE = "manta/role"
+TIER = "manta/tier"  # of pods with experts, where some are on GPUs and some on CPUs: "gpu", "cpu"
 JOB = "manta/job"  # of the pods of a Job, instead of a role
 ASKS_API_SERVER = "manta/api-server"  # "yes": the pod may talk to the API server
 

@@ -39,14 +39,10 @@ def _gateway(gateway: GatewayConfig) -> GatewayConfig:
 
 def _model(model: ModelConfig, config: MantaConfig) -> ModelConfig:
     engine, size = model.engine, model_size(model)
-    if model.experts.tiers:
-        raise ConfigError(
-            f"models: {model.name!r}: experts.tiers: pods of one role are alike, so there are no tiers among them yet; "
-            "on nodes of your own `manta serve --address` places them"
-        )
     if engine.device == "auto":
         raise ConfigError(f"models: {model.name!r}: engine.device: say cpu or cuda; there is no machine to look at")
-    update = {"label_selector": {names.ROLE: "expert" if size.shares_gpu else "coordinator"}}
+    on_gpus = {} if not _has_tiers(config) else {names.TIER: "gpu"}
+    update = {"label_selector": {names.ROLE: "expert", **on_gpus} if size.shares_gpu else {names.ROLE: "coordinator"}}
     if engine.device == "cpu":
         if engine.kv_cache_gib is None:
             raise ConfigError(
@@ -58,11 +54,27 @@ def _model(model: ModelConfig, config: MantaConfig) -> ModelConfig:
     experts = model.experts
     if size.groups:
         changes: dict[str, object] = {"label_selector": {names.ROLE: "expert"}}
+        if experts.tiers:
+            changes["tiers"] = tuple(
+                tier.model_copy(update={"label_selector": {names.TIER: _kind(tier.device), **tier.label_selector}})
+                for tier in experts.tiers
+            )
+        elif _has_tiers(config):
+            changes["label_selector"] = {names.ROLE: "expert", names.TIER: _kind(engine.device)}
         if experts.transport in ("auto", "lane"):
             changes["lane_secret_file"] = names.LANE_SECRET_FILE
-        if engine.device == "cuda" and experts.gpus_per_shard is None:
+        if engine.device == "cuda" and experts.gpus_per_shard is None and not experts.tiers:
             changes["gpus_per_shard"] = 1.0
-        if engine.device == "cpu" and experts.num_threads is None:
+        if engine.device == "cpu" and experts.num_threads is None and not experts.tiers:
             changes["num_threads"] = 1
         experts = experts.model_copy(update=changes)
     return model.model_copy(update={**update, "engine": engine, "experts": experts})
+
+
+def _has_tiers(config: MantaConfig) -> bool:
+    """Whether there are pods of both kinds for experts."""
+    return any(model.experts.tiers for model in config.models)
+
+
+def _kind(device: str) -> str:
+    return "gpu" if device == "cuda" else "cpu"

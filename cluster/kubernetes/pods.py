@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import KubernetesConfig, MantaConfig
@@ -17,9 +18,19 @@ API_ACCESS = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def pod_template(
-    role: Role, size: PodSize, config: MantaConfig, *, stream_s: int, load_s: int, models: tuple[str, ...]
+    role: Role,
+    labels: Mapping[str, str],
+    size: PodSize,
+    config: MantaConfig,
+    *,
+    stream_s: int,
+    load_s: int,
+    models: tuple[str, ...],
 ) -> Document:
-    """Of one role. `models` are those on the volume. Streams get `stream_s` to end, the pod some seconds more."""
+    """Of one role, or with more `labels` of one kind of its pods. `models` are those on the volume.
+
+    Streams get `stream_s` to end, the pod some seconds more.
+    """
     has_models = bool(models)
     settings = config.kubernetes
     container = ray_container(
@@ -39,15 +50,15 @@ def pod_template(
         "terminationGracePeriodSeconds": stream_s + 60,
         "securityContext": dict(POD_SECURITY),
         "topologySpreadConstraints": [
-            _spread(role, "kubernetes.io/hostname"),
-            _spread(role, "topology.kubernetes.io/zone"),
+            _spread(labels, "kubernetes.io/hostname"),
+            _spread(labels, "topology.kubernetes.io/zone"),
         ],
         "containers": [container],
         "volumes": volumes(size.shared_memory_mib, has_models=has_models),
     }
-    labels = {names.ROLE: role, "app.kubernetes.io/part-of": "manta"}
+    of_pod = {**labels, "app.kubernetes.io/part-of": "manta"}
     if role == "head":
-        labels[names.ASKS_API_SERVER] = "yes"
+        of_pod[names.ASKS_API_SERVER] = "yes"
         spec["volumes"].append(_api_access())  # mounted by the autoscaler's container only
         if has_models:
             spec["initContainers"] = [_wait_for_models(container, models)]
@@ -56,7 +67,9 @@ def pod_template(
     if size.gpus:
         spec["nodeSelector"] = dict(settings.gpu_node_selector)
         spec["tolerations"] = [{"key": settings.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
-    return {"metadata": {"labels": labels}, "spec": spec}
+    elif names.TIER in labels and settings.cpu_expert_node_selector:
+        spec["nodeSelector"] = dict(settings.cpu_expert_node_selector)
+    return {"metadata": {"labels": of_pod}, "spec": spec}
 
 
 def autoscaler_options(settings: KubernetesConfig) -> Document:
@@ -78,13 +91,13 @@ def autoscaler_options(settings: KubernetesConfig) -> Document:
     }
 
 
-def _spread(role: Role, topology_key: str) -> Document:
+def _spread(labels: Mapping[str, str], topology_key: str) -> Document:
     """Over machines and zones as far as there are any: eight experts may well share one machine with eight GPUs."""
     return {
         "maxSkew": 1,
         "topologyKey": topology_key,
         "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": {names.ROLE: role}},
+        "labelSelector": {"matchLabels": dict(labels)},
     }
 
 

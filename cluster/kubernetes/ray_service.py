@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -42,7 +43,7 @@ def ray_service(config: MantaConfig) -> Document:
                 "autoscalerOptions": autoscaler_options(config.kubernetes),
                 "authOptions": {"mode": "token", "secretName": names.RAY_TOKEN_SECRET},
                 "headGroupSpec": _head(config),
-                "workerGroupSpecs": [_worker_group(role, groups[role], config) for role in groups],
+                "workerGroupSpecs": [_worker_group(name, group, config) for name, group in groups.items()],
             },
         },
     }
@@ -78,27 +79,28 @@ def _head(config: MantaConfig) -> Document:
             "dashboard-host": "0.0.0.0",  # the operator asks it; Ray's token guards it
             "object-store-memory": str(OBJECT_STORE_MIB * 2**20),
         },
-        "template": _template("head", head_size(config.kubernetes.head_cpus), config),
+        "template": _template("head", {names.ROLE: "head"}, head_size(config.kubernetes.head_cpus), config),
     }
 
 
-def _worker_group(role: Role, group: PodGroup, config: MantaConfig) -> Document:
+def _worker_group(name: str, group: PodGroup, config: MantaConfig) -> Document:
     return {
-        "groupName": role,
+        "groupName": name,
         "replicas": group.min_pods,
         "minReplicas": group.min_pods,
         "maxReplicas": group.max_pods,
         "idleTimeoutSeconds": config.kubernetes.idle_timeout_s,
-        "labels": {names.ROLE: role},  # of the pods, and of the Ray nodes: what label_selector asks for
+        "labels": group.labels,  # of the pods, and of the Ray nodes: what label_selector asks for
         "rayStartParams": {"object-store-memory": str(OBJECT_STORE_MIB * 2**20)},
-        "template": _template(role, group.size, config),
+        "template": _template(group.role, group.labels, group.size, config),
     }
 
 
-def _template(role: Role, size: PodSize, config: MantaConfig) -> Document:
+def _template(role: Role, labels: Mapping[str, str], size: PodSize, config: MantaConfig) -> Document:
     load_s = max(int(model.experts.load_timeout_s) for model in config.models) + LOAD_MARGIN_S
     return pod_template(
         role,
+        labels,
         size,
         config,
         stream_s=stream_s(config),

@@ -1,13 +1,15 @@
 """How many pods of each role a configuration needs, and how large they are. By cluster.planning.placement's arithmetic.
 
 A pod is one Ray node. With GPUs every shard has a pod with one GPU, and a coordinator too, unless it shares a shard's.
-Without, each expert pod can hold all the shards: Ray packs them as it likes, and no CPU is reserved for them.
+Without, each expert pod can hold all the shards: Ray packs them as it likes, and no CPU is reserved for them. Where a
+model has tiers there are both kinds of pods for experts, and as many kinds as there are labels that tiers ask for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.checkpoint.architecture import Architecture, compute_dtype
@@ -15,9 +17,10 @@ from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
-from cluster.config import MantaConfig, ModelConfig
+from cluster.config import KubernetesConfig, MantaConfig, ModelConfig, ScalingConfig
+from cluster.deploy.app import named_deployments
 from cluster.errors import ConfigError, DoesNotFit
-from cluster.kubernetes.names import Role
+from cluster.kubernetes.names import ROLE, TIER, Role
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
     SERVICE_PROCESS_BYTES,
@@ -26,6 +29,7 @@ from cluster.planning.placement import (
     KvDtype,
     Node,
     Room,
+    ShardPlace,
     WeightBytes,
     check_fit,
     kv_bytes_per_token,
@@ -56,11 +60,36 @@ class PodSize:
 
 @dataclass(frozen=True, slots=True)
 class PodGroup:
-    """Pods of one role."""
+    """Pods that are alike."""
 
+    role: Role
     size: PodSize
     min_pods: int
     max_pods: int
+    tier_labels: Mapping[str, str] = field(default_factory=dict)  # beside the role's
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of the pods, and of the Ray nodes in them."""
+        return {ROLE: self.role, **self.tier_labels}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSize:
+    """A group of one model on one tier."""
+
+    group: ExpertGroup
+    on_gpu: bool
+    gpus: float  # of each replica
+    labels: Mapping[str, str]  # that its tier asks for
+    expert_bytes: int  # of one expert, as the device holds it
+    scaling: ScalingConfig
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory, with the replica that supervises it."""
+        process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES
+        return process + (CUDA_PROCESS_BYTES if self.on_gpu else len(self.group.experts) * self.expert_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +111,31 @@ class ModelSize:
     @property
     def shares_gpu(self) -> bool:
         """Whether coordinators are on the shards' GPUs."""
-        share = self.config.experts.gpus_per_shard
-        return self.on_gpu and bool(self.groups) and share is not None and share < 1
+        return self.on_gpu and any(0 < shard.gpus < 1 for shard in self.shards)
+
+    @property
+    def shards(self) -> tuple[ShardSize, ...]:
+        """Of all groups, on each of their tiers."""
+        experts, on_gpu = self.config.experts, self.on_gpu
+        dtype = compute_dtype(self.config.engine.dtype, self.architecture)
+        whole = 1.0 if experts.gpus_per_shard is None else experts.gpus_per_shard
+        found, held = [], {}
+        for _, index, tier, _ in named_deployments(experts, len(self.groups)):
+            device = tier.device if tier is not None else "cuda" if on_gpu else "cpu"
+            rounding = self.config.rounding_of(tier)
+            if (rounding, device) not in held:
+                held[rounding, device] = held_weights(self.checkpoint.rounded(rounding), dtype, device).expert
+            found.append(
+                ShardSize(
+                    self.groups[index],
+                    device == "cuda",
+                    tier.gpus if tier is not None else whole if on_gpu else 0.0,
+                    {} if tier is None else tier.label_selector,
+                    held[rounding, device],
+                    experts.scaling_of(index, tier),
+                )
+            )
+        return tuple(found)
 
     @property
     def kv_dtype(self) -> KvDtype:
@@ -119,13 +171,6 @@ class ModelSize:
         weights = held.coordinator + (0 if self.groups else self.architecture.num_experts * held.expert)
         return process + weights + int((self.config.engine.kv_cache_gib or 0) * 2**30)
 
-    def shard_host_bytes(self, group: ExpertGroup) -> int:
-        """Of host memory, with the replica that supervises it."""
-        process = SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES
-        if self.on_gpu:
-            return process + CUDA_PROCESS_BYTES
-        return process + len(group.experts) * self.held.expert
-
 
 def model_size(model: ModelConfig) -> ModelSize:
     """Raises ConfigError for a model whose sizes cannot be known here."""
@@ -147,22 +192,44 @@ def _known(path: str, revision: str | None) -> Checkpoint:
     raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
 
 
-def pod_groups(config: MantaConfig) -> dict[Role, PodGroup]:
-    """By role, without roles that have no pod. Raises DoesNotFit where a GPU is too small."""
+def pod_groups(config: MantaConfig) -> dict[str, PodGroup]:
+    """By name, without those that have no pod. Raises DoesNotFit where a GPU is too small."""
     settings, models = config.kubernetes, [model_size(model) for model in config.models]
     for model in models:
         _check_gpus(model, settings.gpu_type)
-    groups: dict[Role, PodGroup] = {"gateway": _gateways(config)}
+    groups: dict[str, PodGroup] = {"gateway": _gateways(config)}
     if coordinators := [model for model in models if not model.shares_gpu]:
         lowest = sum(model.config.coordinators.min_replicas for model in coordinators)
         highest = sum(_with_surge(model.config, model.config.coordinators.max_replicas) for model in coordinators)
         largest = max(model.coordinator_host_bytes() for model in coordinators)
         gpus = int(any(model.on_gpu for model in coordinators))
         size = PodSize(settings.coordinator_cpus, _mib(NODE_BYTES + largest), gpus)
-        groups["coordinator"] = PodGroup(size, lowest, highest)
-    if experts := [model for model in models if model.groups]:
-        groups["expert"] = _experts(experts, settings.expert_cpus, settings.cpu_expert_pods)
+        groups["coordinator"] = PodGroup("coordinator", size, lowest, highest)
+    for name, labels in expert_kinds(config).items():
+        shards = [(model, one) for model in models for one in model.shards if tier_labels(config, one) == labels]
+        groups[name] = _experts(shards, settings, labels)
     return groups
+
+
+def expert_kinds(config: MantaConfig) -> dict[str, Mapping[str, str]]:
+    """Names of pods for experts, and the labels that tell them apart: none where no model has tiers."""
+    kinds: dict[str, Mapping[str, str]] = {}
+    for model in config.models:
+        for shard in model_size(model).shards:
+            labels = tier_labels(config, shard)
+            if labels not in kinds.values():
+                tier = labels.get(TIER)
+                name = "expert" if tier is None else f"expert-{tier}"
+                alike = sum(other == name or other.startswith(f"{name}-") for other in kinds)
+                kinds[name if not alike else f"{name}-{alike + 1}"] = labels
+    return kinds
+
+
+def tier_labels(config: MantaConfig, shard: ShardSize) -> dict[str, str]:
+    """Of the pods that a shard may be in, beside the role's."""
+    if not any(model.experts.tiers for model in config.models):
+        return {}
+    return {TIER: "gpu" if shard.on_gpu else "cpu", **shard.labels}
 
 
 def head_size(cpus: int) -> PodSize:
@@ -174,26 +241,41 @@ def _gateways(config: MantaConfig) -> PodGroup:
     gateway = config.gateway
     memory = NODE_BYTES + 2 * SERVICE_PROCESS_BYTES + gateway.max_bytes_received
     size = PodSize(config.kubernetes.gateway_cpus, _mib(memory))
-    return PodGroup(size, gateway.replicas.min_replicas, 2 * gateway.replicas.max_replicas)
+    return PodGroup("gateway", size, gateway.replicas.min_replicas, 2 * gateway.replicas.max_replicas)
 
 
-def _experts(models: list[ModelSize], cpus: int, cpu_pods: int) -> PodGroup:
-    shards = [(model, group) for model in models for group in model.groups]
-    if not any(model.on_gpu for model in models):
+def _experts(
+    shards: Sequence[tuple[ModelSize, ShardSize]], settings: KubernetesConfig, labels: Mapping[str, str]
+) -> PodGroup:
+    """The pods of one kind, for those shards and for coordinators on their GPUs."""
+    if not any(shard.on_gpu for _, shard in shards):
         memory = NODE_BYTES + sum(
-            model.shard_host_bytes(group)
-            * _with_surge(model.config, model.config.experts.scaling_of(group.index, None).max_replicas)
-            for model, group in shards
+            shard.host_bytes * _with_surge(model.config, shard.scaling.max_replicas) for model, shard in shards
         )
-        return PodGroup(PodSize(cpus, _mib(memory)), cpu_pods, cpu_pods)
+        cpus = settings.cpu_expert_cpus if labels and settings.cpu_expert_cpus else settings.expert_cpus
+        size = PodSize(cpus, _mib(memory))
+        return PodGroup("expert", size, settings.cpu_expert_pods, settings.cpu_expert_pods, labels)
     memory = NODE_BYTES + max(
-        model.shard_host_bytes(group) + (model.coordinator_host_bytes() if model.shares_gpu else 0)
-        for model, group in shards
+        int(1 / shard.gpus + 1e-9 if 0 < shard.gpus < 1 else 1) * shard.host_bytes
+        + (model.coordinator_host_bytes() if model.shares_gpu else 0)
+        for model, shard in shards
     )
-    scaling = [(model.config, model.config.experts.scaling_of(group.index, None)) for model, group in shards]
-    lowest = sum(bounds.min_replicas for _, bounds in scaling)
-    highest = sum(_with_surge(model, bounds.max_replicas) for model, bounds in scaling)
-    return PodGroup(PodSize(cpus, _mib(memory), 1), lowest, highest)
+    lowest = _pods([shard.gpus for _, shard in shards for _ in range(shard.scaling.min_replicas)])
+    most = [_with_surge(model.config, shard.scaling.max_replicas) for model, shard in shards]
+    highest = _pods([shard.gpus for (_, shard), number in zip(shards, most, strict=True) for _ in range(number)])
+    return PodGroup("expert", PodSize(settings.expert_cpus, _mib(memory), 1), lowest, highest, labels)
+
+
+def _pods(shares: Sequence[float]) -> int:
+    """With one GPU each, that hold processes with such shares of one."""
+    free: list[float] = []
+    for share in sorted(shares, reverse=True):
+        place = next((index for index, left in enumerate(free) if left >= share - 1e-9), None)
+        if place is None:
+            free.append(1.0)
+            place = len(free) - 1
+        free[place] -= share
+    return len(free)
 
 
 def _with_surge(model: ModelConfig, replicas: int) -> int:
@@ -203,28 +285,30 @@ def _with_surge(model: ModelConfig, replicas: int) -> int:
 
 def _check_gpus(model: ModelSize, gpu_type: str | None) -> None:
     """Raises DoesNotFit unless every process of the model fits the GPU of its pod."""
-    if not model.on_gpu:
+    shards = [shard for shard in model.shards if shard.on_gpu for _ in range(shard.scaling.min_replicas)]
+    num_coordinators = model.config.coordinators.min_replicas if model.on_gpu else 0
+    if not shards and not num_coordinators:
         return
     if model.config.engine.kv_cache_gib is None and model.shares_gpu:
         raise ConfigError("engine.kv_cache_gib: say how much; the coordinator shares its GPU with a shard")
-    share = model.config.experts.gpus_per_shard if model.config.experts.gpus_per_shard is not None else 1.0
     memory = gpu_memory_bytes(gpu_type or "")
-    num_coordinators = model.config.coordinators.min_replicas
-    pods = len(model.groups) + (0 if model.shares_gpu else num_coordinators)
+    fractions = [shard.gpus for shard in shards if 0 < shard.gpus < 1]
+    share = 1 - max(fractions) if fractions else 1.0
+    pods = _pods([shard.gpus for shard in shards] + [share] * num_coordinators)
     dtype = compute_dtype(model.config.engine.dtype, model.architecture)
     try:
         check_fit(
             model.architecture,
             dtype,
-            model.groups,
+            [shard.group for shard in shards],
             Room([Node(f"pod {index}", 2**50, (memory,)) for index in range(pods)]),
             kv_tokens=model.kv_tokens,
             kv_dtype=model.kv_dtype,
             weights=model.held,
             num_coordinators=num_coordinators,
-            gpus_per_shard=share,
-            gpus_per_coordinator=1 - share if model.shares_gpu else 1.0,
+            gpus_per_coordinator=share,
             local=not model.groups,
+            places=[ShardPlace(shard.gpus, shard.expert_bytes) for shard in shards],
         )
     except DoesNotFit as error:
         raise DoesNotFit(f"models: {model.config.name!r} on {gpu_type} GPUs: {error.message}") from error

@@ -44,6 +44,14 @@ def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     return matrix_bytes(ref.shape, ref.scheme, has_zero_points=ref.has_zero_points)
 
 
+def held_bits(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
+    """Of each number of one tensor."""
+    scheme = ref.rounding.scheme if isinstance(ref, RoundedRef) else getattr(ref, "scheme", None)
+    if scheme is None or not stays_as_it_is(scheme, dtype, device):
+        return 8 * DTYPE_BYTES[dtype]
+    return scheme.bits
+
+
 def matrix_bytes(shape: Shape, scheme: Scheme, *, has_zero_points: bool) -> int:
     """Of one matrix [out, in] in small numbers, as kernels hold it."""
     groups = shape[0] * num_groups(scheme.group_size, shape[1])

@@ -23,6 +23,8 @@ OVERLAY = {path.name: load_config(path / "manta.yaml") for path in RENDERED}
         ("mixtral-8x7b-8gpu", "gateway", (2, 8), 0),
         ("mixtral-8x7b-4x40gb", "expert", (4, 4), 1),
         ("mixtral-1gpu", "coordinator", (1, 1), 1),
+        ("mixtral-8x7b-tiers", "expert-gpu", (1, 1), 1),
+        ("mixtral-8x7b-tiers", "expert-cpu", (1, 1), 0),
         ("autoscaling", "expert", (8, 48), 1),
         ("autoscaling", "coordinator", (1, 6), 1),
     ],
@@ -36,6 +38,88 @@ def test_pods_of_a_role(overlay: str, role: str, pods: tuple[int, int], gpus: in
 def test_roles_without_processes_have_no_pods() -> None:
     assert "coordinator" not in pod_groups(OVERLAY["mixtral-8x7b-4x40gb"])  # it shares a shard's GPU
     assert "expert" not in pod_groups(OVERLAY["mixtral-1gpu"])  # the coordinator has them all
+
+
+def tiered(**experts: object) -> dict[str, object]:
+    """The overlay with tiers, its experts otherwise."""
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/mixtral-8x7b-tiers/manta.yaml").read_text())
+    document["models"][0]["experts"] |= experts
+    return document
+
+
+def test_pods_with_experts_on_cpus_are_as_large_as_their_format() -> None:
+    """Tiers were refused: all pods with experts were alike."""
+    groups = pod_groups(OVERLAY["mixtral-8x7b-tiers"])
+    assert "coordinator" not in groups, "it shares the GPU"
+    assert "expert" not in groups
+    gpu, cpu = groups["expert-gpu"], groups["expert-cpu"]
+    assert (gpu.labels, cpu.labels) == tuple({"manta/role": "expert", "manta/tier": kind} for kind in ("gpu", "cpu"))
+    assert cpu.size.cpus == 16
+    assert 7 * 5.33 < cpu.size.memory_mib / 2**10 < 7 * 5.33 + 2.5
+    tiers = [{"groups": [0], "device": "cuda", "gpus_per_shard": 0.9}, {"groups": [1], "device": "cpu"}]
+    plain = pod_groups(parse_config(tiered(tiers=tiers)))["expert-cpu"]
+    assert plain.size.memory_mib - cpu.size.memory_mib == pytest.approx(7 * (10.5 - 5.33) * 2**10, abs=300)
+
+
+def test_pods_are_as_large_as_what_the_engine_rounds_to() -> None:
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/cpu-demo/manta.yaml").read_text())
+    document["models"][0] |= {"path": "mistralai/Mixtral-8x7B-v0.1", "version": "1"}
+    document["models"][0]["engine"] |= {"kv_cache_gib": 5}
+    plain, int4 = (
+        pod_groups(parse_config({**document, "models": [document["models"][0] | {"engine": engine}]}))["expert"]
+        for engine in (
+            document["models"][0]["engine"],
+            document["models"][0]["engine"] | {"quantization": "int4"},
+        )
+    )
+    assert int4.size.memory_mib < 0.3 * plain.size.memory_mib
+
+
+def test_each_set_of_labels_that_tiers_ask_for_has_pods_of_its_own() -> None:
+    tiers = [
+        {"groups": [0], "device": "cuda", "gpus_per_shard": 0.9},
+        {"groups": [1], "device": "cpu", "quantization": "int8", "label_selector": {"memory": "fast"}},
+        {"groups": [2], "device": "cpu", "quantization": "int4", "label_selector": {"memory": "slow"}},
+    ]
+    config = parse_config(tiered(groups=[[0], [1, 2, 3], [4, 5, 6, 7]], tiers=tiers))
+    groups = pod_groups(config)
+    assert [name for name in groups if name.startswith("expert")] == ["expert-gpu", "expert-cpu", "expert-cpu-2"]
+    [service] = [one for one in manifests(config) if one["kind"] == "RayService"]
+    workers = {one["groupName"]: one["labels"] for one in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert workers["expert-cpu-2"] == {"manta/role": "expert", "manta/tier": "cpu", "memory": "slow"}
+    model = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][1]["args"]["model"]
+    asked = [tier["label_selector"] for tier in model["experts"]["tiers"]]
+    assert asked[2] == {"manta/tier": "cpu", "memory": "slow"}
+    assert model["experts"]["label_selector"] == {"manta/role": "expert"}
+    assert model["label_selector"] == {"manta/role": "expert", "manta/tier": "gpu"}
+    budgets = {one["metadata"]["name"]: one for one in manifests(config) if one["kind"] == "PodDisruptionBudget"}
+    assert "manta-head" in budgets
+
+
+def test_a_model_without_tiers_beside_one_with_them_finds_its_own_kind() -> None:
+    document = tiered()
+    whole = document["models"][0] | {
+        "name": "whole",
+        "aliases": [],
+        "experts": {"groups": [[0, 1], [2, 3], [4, 5, 6, 7]]},
+    }
+    whole["engine"] = {"device": "cpu", "dtype": "bfloat16", "kv_cache_gib": 5}
+    config = parse_config(document | {"models": [document["models"][0], whole]})
+    [service] = [one for one in manifests(config) if one["kind"] == "RayService"]
+    model = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][2]["args"]["model"]
+    assert model["experts"]["label_selector"] == {"manta/role": "expert", "manta/tier": "cpu"}
+    alone = pod_groups(parse_config(tiered()))["expert-cpu"].size.memory_mib
+    assert pod_groups(config)["expert-cpu"].size.memory_mib - alone > 80 * 2**10, "the pods hold both models' shards"
+
+
+def test_a_gpu_that_is_too_small_for_a_tier_is_refused() -> None:
+    tiers = [{"groups": [0], "device": "cuda", "gpus_per_shard": 0.9}, {"device": "cpu", "quantization": "int8"}]
+    document = tiered(groups=[[0, 1, 2], [3, 4, 5, 6, 7]], tiers=tiers)
+    with pytest.raises(DoesNotFit, match=r"'mixtral' on L4 GPUs: expert group 0 needs 0\.9 GPU with 31\.50 GiB free"):
+        manifests(parse_config(document))
+    document["models"][0]["engine"] |= {"device": "cpu"}  # the coordinator is not there, the shard is
+    with pytest.raises(DoesNotFit, match=r"expert group 0 needs 0\.9 GPU"):
+        manifests(parse_config(document))
 
 
 def test_the_volume_holds_the_weights() -> None:
