@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +107,11 @@ def _plan_tiers(
     if question.observed is not None:
         experts = checkpoint.architecture.num_experts
         observed = observe(question.observed, question.observed_token_file, config.name, experts)
-    shards = sum(tier.device == "cuda" for group in range(99) for tier in config.experts.tiers_of(group).values())
     machine = machine_of(
         gpu_type(question.gpu or "H100") if question.gpu or (has_tiers and question.gpu_memory is None) else None,
         question.gpu_memory,
         question.ram,
-        cards=question.target.gpus or (shards + config.coordinators.min_replicas if has_tiers else 1),
+        cards=question.target.gpus or (_cards(config) if has_tiers else 1),
         ram_bandwidth=question.ram_bandwidth,
         cores=question.cores,
     )
@@ -127,6 +126,20 @@ def _plan_tiers(
     on_cpus = planned.times.cpu_s > 0
     used = (*OF_GPUS, *lanes, *(OF_CPUS if on_cpus else ()), *machine.assumed(on_cpus=on_cpus))
     return plan_tiers_tables.document(planned, used), lambda console: plan_tiers_tables.draw(planned, used, console)
+
+
+def _cards(config: ModelConfig) -> int:
+    """That a configuration with tiers begins on, full ones."""
+    experts = config.experts
+    shares = [
+        tier.gpus
+        for group in range(len(experts.groups))
+        for tier in experts.tiers_of(group).values()
+        if experts.scaling_of(group, tier).min_replicas
+    ]
+    left = [1 - share for share in shares if 0 < share < 1]
+    of_coordinator = 0.0 if config.engine.device == "cpu" else min(left, default=1.0)
+    return max(1, ceil(sum(shares) + config.coordinators.min_replicas * of_coordinator - 1e-9))
 
 
 def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[Planner, Plan]:

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import yaml
 
+from cluster.commands.observed import Observed, observe
 from tests.gateway.telemetry.test_metrics import samples, value
 from tests.waiting import wait_for
 
@@ -66,6 +67,8 @@ def test_every_process_is_in_the_page(server, engine_stats):
     text, stats = page(server), engine_stats()
     assert value(text, "vllm:generation_tokens_total", model=MODEL) == stats.generation_tokens_total
     assert value(text, "manta_expert_rows_total", model=MODEL) == sum(stats.rows_per_expert)
+    observed = observe(server.url, None, MODEL, len(stats.rows_per_expert))
+    assert observed == Observed(MODEL, tuple(stats.rows_per_expert)), "what `manta plan --observed` goes by"
     assert value(text, "manta_step_seconds_count", model=MODEL) > 0
     assert 0 < value(text, "manta_longest_step_seconds", model=MODEL) < 60
     assert value(text, "manta_failed_steps_total", model=MODEL) == 0

@@ -242,6 +242,17 @@ def test_a_configuration_with_tiers_is_planned_and_each_tier_is_counted_as_its_d
     assert "# The configuration" not in shown, "it is there already"
 
 
+def test_the_configuration_on_the_page_fits_the_card_and_the_memory_that_it_names(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text()
+    file = tmp_path / "manta.yaml"
+    file.write_text(
+        page.split("Mixtral 8x7B on one card of 24 GB and 64 GB of memory.")[1].split("```")[1].removeprefix("yaml")
+    )
+    found = plan("--config", file, *CARD)
+    assert found["machine"]["cards"] == 1, "shard and coordinator share it"
+    assert [one["device"] for one in found["shards"]].count("cuda") == 1
+
+
 def test_a_quantised_directory_is_planned_as_it_is_stored(tmp_path: Path) -> None:
     write_quantized(tmp_path, gptq(4), num_hidden_layers=2, hidden_size=256, intermediate_size=1024)
     found = plan(tmp_path, *CARD, "--dtype", "bfloat16", "--context", "64", "--gpu-memory", "0.6GB")
