@@ -98,7 +98,7 @@ def test_a_gpu_pod_has_one_gpu_and_no_work_is_on_the_head(overlay: Path) -> None
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in cluster["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        on_gpu = overlay.name != "cpu-demo" and group["groupName"] != "gateway"
+        on_gpu = overlay.name != "cpu-demo" and group["groupName"] not in ("gateway", "expert-cpu")
         assert limits.get("nvidia.com/gpu") == ("1" if on_gpu else None)
 
 
