@@ -22,6 +22,7 @@ from cluster.planning.placement import (
     WeightBytes,
     gib,
     kv_bytes_per_token,
+    kv_dtype,
 )
 from cluster.planning.plan import USABLE
 from cluster.planning.roofline import Link, Load, Model
@@ -75,6 +76,8 @@ def look_at(
     plan = plan_model(config, rounded, Cluster(1, (machine.node,)))
     engine, dtype = plan.config.engine, compute_dtype(config.engine.dtype, architecture)
     assert engine.max_model_len is not None, "a plan has no open settings"
+    assert engine.device != "auto", "a plan has no open settings"
+    kept_in = kv_dtype(engine.kv_cache_dtype, dtype, engine.device)
     weights = held_weights(rounded, dtype, engine.device)
     local = not plan.experts
     tiered = TieredModel(
@@ -95,7 +98,7 @@ def look_at(
         load=load,
         times=tiered.step(load),
         first_token_s=tiered.first_token_s(load.context),
-        cache_bytes=tokens * kv_bytes_per_token(architecture, dtype),
+        cache_bytes=tokens * kv_bytes_per_token(architecture, kept_in),
         step_bytes=_step_bytes(plan.config, checkpoint, dtype),
         observed=observed,
     )

@@ -253,6 +253,25 @@ def test_the_configuration_on_the_page_fits_the_card_and_the_memory_that_it_name
     assert [one["device"] for one in found["shards"]].count("cuda") == 1
 
 
+def test_a_cache_of_small_numbers_is_counted_as_such_where_the_coordinator_is_on_a_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "manta.yaml"
+    file.write_text(TIERS.replace("device: cuda, dtype", "device: cpu, kv_cache_dtype: int8, dtype", 1))
+    small = plan("--config", file, "--gpu", "L4")
+    file.write_text(TIERS.replace("device: cuda, dtype", "device: cpu, dtype", 1))
+    plain = plan("--config", file, "--gpu", "L4")
+    assert 1.8 < plain["coordinator"]["cache_bytes"] / small["coordinator"]["cache_bytes"] < 2
+    assert plain["machine"]["cards"] == 2, "the coordinator is on none"
+    assert plain["attention_s"] > 5 * plan("--config", _tiers(tmp_path), "--gpu", "L4")["attention_s"]
+    file.write_text(TIERS.replace("device: cuda, dtype", "device: cuda, kv_cache_dtype: int8, dtype", 1))
+    assert "engine.kv_cache_dtype: int8 is for CPUs" in refusal("--config", file, "--gpu", "L4")
+
+
+def _tiers(directory: Path) -> Path:
+    file = directory / "tiers.yaml"
+    file.write_text(TIERS)
+    return file
+
+
 def test_a_quantised_directory_is_planned_as_it_is_stored(tmp_path: Path) -> None:
     write_quantized(tmp_path, gptq(4), num_hidden_layers=2, hidden_size=256, intermediate_size=1024)
     found = plan(tmp_path, *CARD, "--dtype", "bfloat16", "--context", "64", "--gpu-memory", "0.6GB")
