@@ -16,7 +16,7 @@ import torch
 from cluster.errors import ConfigError
 from cluster.telemetry.kernels import ProcessKernels
 from experts_service.kernels.jit import AVAILABLE, cpu_features
-from experts_service.kernels.kernel import Kernel, available, kernel_for
+from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.matmul import load_kernels
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
 
@@ -92,7 +92,13 @@ def select(
 
 
 def _select(dtype: torch.dtype, device: torch.device, kernels: str, batch_invariant: str) -> Selection:
-    if kernel_for(dtype, device, None) is Kernel.TORCH and (device.type != "cpu" or dtype is not torch.bfloat16):
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        if batch_invariant == "on":
+            logger.warning(
+                "engine.batch_invariant: on has no effect: torch multiplies %s on %s, and rounds by the number of rows",
+                str(dtype).removeprefix("torch."),
+                device.type,
+            )
         return Selection(Kernel.TORCH, {})
     here = available()
     if kernels != "auto":

@@ -241,7 +241,7 @@ def sampling(
     vocabulary: Annotated[int, typer.Option(min=128, help="Logits of a row.")] = 32_000,
     rounds: Annotated[int, typer.Option(min=1, help="Of all measurements in turn; the least counts.")] = 50,
 ) -> None:
-    """Time what each wish of a caller adds to choosing a step's tokens, on one thread."""
+    """Time what each wish of a caller adds to choosing a step's tokens."""
     from cluster.commands.bench.sampling import run
 
     run(rows, vocabulary, rounds)

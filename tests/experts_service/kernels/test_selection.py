@@ -65,6 +65,21 @@ def test_on_measures_nothing_and_what_is_said_is_taken(monkeypatch: pytest.Monke
     assert select(torch.float32, CPU).kernel is Kernel.TORCH  # bitwise what it was
 
 
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+def test_where_torch_multiplies_it_is_said_that_batch_invariance_cannot_be_had(
+    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`on` was taken and nobody told: in fp32 a row alone and beside another differed in most of its numbers."""
+    for setting in ("auto", "off", "on"):
+        assert not caplog.messages
+        selection = select(dtype, torch.device(device), batch_invariant=setting)
+        assert selection.kernel is Kernel.TORCH
+        assert not selection.batch_invariant
+    (message,) = caplog.messages
+    name = str(dtype).removeprefix("torch.")
+    assert message.startswith(f"engine.batch_invariant: on has no effect: torch multiplies {name} on {device}")
+
+
 def test_what_this_cpu_cannot_do_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "available", lambda: (Kernel.TORCH,))  # numba cannot be imported
     with pytest.raises(ConfigError, match=r"engine.kernels: dot does not run here; torch do"):
