@@ -127,7 +127,7 @@ class _Numbers(StrEnum):
 
 
 class _Parts(StrEnum):
-    ALL = "all"
+    LAYERS = "layers"
     EXPERTS = "experts"
     ATTENTION = "attention"
 
@@ -140,7 +140,7 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(min=16, max=1024, help="Inputs that share a scale, of int8 and int4. [default: 128]")
     ] = None,
-    parts: Annotated[_Parts, typer.Option(help="Whose matrices; the others stay as they are.")] = _Parts.ALL,
+    parts: Annotated[_Parts, typer.Option(help="Whose matrices; the others stay as they are.")] = _Parts.LAYERS,
     revision: Annotated[
         str | None, typer.Option(help="Of a hub id: a commit, a branch or a tag. [default: main]")
     ] = None,

@@ -83,13 +83,15 @@ class EngineConfig(_Frozen):
     effect there: the log warns of `on`, and `/v1/models` says what is.
     """
     quantization: Quantization = "none"
-    """What matrices of a plain checkpoint are rounded to while they are read, to the nearest. Gate, norms, embeddings
-    and the output head stay as they are. A checkpoint that is quantised already needs `none`.
+    """What matrices of a plain checkpoint are rounded to while they are read, to the nearest. Gate, norms and
+    embeddings stay as they are. A checkpoint that is quantised already needs `none`.
     """
     quantization_group_size: int = Field(128, ge=16, le=1024, multiple_of=8)
     """Neighbouring inputs that share a scale of integers. FP8 has one for each output."""
-    quantized_parts: Literal["all", "experts", "attention"] = "all"
-    """Whose matrices. A dense layer's feed-forward network counts as experts."""
+    quantized_parts: Parts = "all"
+    """Whose matrices: of `experts`, `attention`, both (`layers`), or the output head as well (`all`), in 8 bits where
+    the others are integers, else as it is. A dense layer's feed-forward network counts as experts.
+    """
     num_threads: int | None = Field(None, ge=1)
     """Threads of one operation in the coordinator, at most. None: one for each core that the process has, by its
     affinity and its container's quota.

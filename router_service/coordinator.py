@@ -145,7 +145,7 @@ class Coordinator:
             local_experts=local,
             selection=selection,
         )
-        rounds = engine.rounding is not None and (local or engine.rounding.parts != "experts")
+        rounds = engine.rounding is not None and (local or engine.rounding.has("attention"))
         self._kernels = process_kernels(self._engine, selection, str(engine.rounding) if rounds else "")
         for handler in logging.getLogger("router_service").handlers:
             handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start

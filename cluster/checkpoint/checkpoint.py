@@ -62,11 +62,12 @@ class Checkpoint:
             name: ref.plain if isinstance(ref, RoundedRef) else ref for name, ref in self.tensors.items()
         }
         for name, ref in tensors.items():
-            if rounding is None or not rounding.applies_to(name):
+            of_name = None if rounding is None else rounding.of(name)
+            if of_name is None:
                 continue
             if not isinstance(ref, TensorRef):
                 raise ConfigError(f"{key}: {self.directory} is quantised already; leave it out")
-            tensors[name] = RoundedRef(ref, rounding)
+            tensors[name] = RoundedRef(ref, of_name)
         if tensors == self.tensors:
             return self
         known = fingerprint(self.architecture, tensors) if self.fingerprint else ""

@@ -46,8 +46,8 @@ def quantization_config(architecture: Architecture, rounding: Rounding) -> dict[
         "output_activations": None,
         "format": layout,
     }
-    ignored = [pattern for part, pattern in _IGNORED.items() if rounding.parts not in ("all", part)]
-    if not architecture.is_dense and rounding.parts != "attention":
+    ignored = [pattern for part, pattern in _IGNORED.items() if not rounding.has(part)]
+    if not architecture.is_dense and rounding.has("experts"):
         ignored.append(_GATES)
     return {
         "quant_method": "compressed-tensors",

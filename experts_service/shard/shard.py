@@ -256,7 +256,7 @@ class ExpertShard:
         torch.set_num_threads(spec.num_threads or max(1, cores() // spec.num_groups))
         dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
         selection = select(dtype, device, kernels=spec.kernels, batch_invariant=spec.batch_invariant)
-        rounded = spec.rounding is not None and spec.rounding.parts != "attention"
+        rounded = spec.rounding is not None and spec.rounding.has("experts")
         self._kernels = selection.told(dtype, device, weights=str(spec.rounding) if rounded else "")
         logger.info("%s: %s", spec.name, selection)
         checkpoint = open_checkpoint(spec.directory).rounded(spec.rounding)

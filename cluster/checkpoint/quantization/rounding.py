@@ -1,12 +1,13 @@
 """Which matrices of a plain checkpoint are rounded to small numbers while they are read, and to which. Rounds nothing.
 
-The gate, norms, embeddings and the output head stay as they are.
+The gate, norms and embeddings stay as they are. The output head, which is read whole in each step, is of 8 bits where
+experts and attention are integers: 4 would move the choice among tokens.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.checkpoint.architecture import Shape
@@ -14,8 +15,9 @@ from cluster.checkpoint.quantization.scheme import Packed, Values
 from cluster.checkpoint.tensor_ref import TensorRef
 
 Numbers = Literal["int8", "int4", "fp8"]
-Parts = Literal["all", "experts", "attention"]
+Parts = Literal["all", "layers", "experts", "attention"]  # layers: experts and attention; all: the output head as well
 
+_HEAD = "lm_head.weight"
 # A dense layer's feed-forward network counts as experts.
 _MATRICES = {
     "experts": re.compile(r"model\.layers\.\d+\.(block_sparse_moe\.experts\.\d+\.w[123]|mlp\.\w+_proj)\.weight"),
@@ -44,11 +46,16 @@ class Rounding:
             return Values(8, is_float=True, block=block)
         return Packed(8 if self.numbers == "int8" else 4, block, zero_points=False, act_order=False)
 
-    def applies_to(self, name: str) -> bool:
-        """Whether a tensor is rounded, by the hub's name."""
-        return any(
-            matrices.fullmatch(name) is not None for part, matrices in _MATRICES.items() if self.parts in ("all", part)
-        )
+    def of(self, name: str) -> Rounding | None:
+        """What a tensor is rounded to, by the hub's name; None: it stays as it is."""
+        if name == _HEAD:
+            return replace(self, numbers="int8") if self.parts == "all" and self.numbers != "fp8" else None
+        matrices = (names for part, names in _MATRICES.items() if self.has(part))
+        return self if any(names.fullmatch(name) for names in matrices) else None
+
+    def has(self, part: str) -> bool:
+        """Whether matrices of `experts` or of `attention` are rounded."""
+        return self.parts in ("all", "layers", part)
 
     def __str__(self) -> str:
         of = "a scale for each output" if self.group_size is None else f"groups of {self.group_size}"

@@ -42,18 +42,18 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from compressed_tensors.quantization.utils import is_module_quantized
 
 FORMATS: list[tuple[Numbers, Parts]] = [
-    ("int8", "all"),
-    ("int4", "all"),
+    ("int8", "layers"),
+    ("int4", "layers"),
     ("int4", "experts"),
     ("int8", "attention"),
-    ("fp8", "all"),
+    ("fp8", "layers"),
     ("fp8", "experts"),
 ]
 DEQUANTIZED = CompressedTensorsConfig(dequantize=True)  # experts are no Linears in transformers 5
 PROMPT = [5, 17, 60, 33, 8, 71, 2]
 
 
-def write(plain: Path, directory: Path, numbers: Numbers = "int4", parts: Parts = "all", **how: Any) -> Rounding:
+def write(plain: Path, directory: Path, numbers: Numbers = "int4", parts: Parts = "layers", **how: Any) -> Rounding:
     rounding = Rounding.to(numbers, 32, parts)
     quantize(open_checkpoint(plain), directory, rounding, **how)
     return rounding
@@ -140,7 +140,7 @@ def test_the_demo_model_is_smaller_and_keeps_all_its_other_files(tmp_path: Path,
     for name in ("LICENSE", "tokenizer.model", "pytorch_model.bin", "consolidated.safetensors", ".gitattributes"):
         (plain / name).write_text(name)
     checkpoint = open_checkpoint(plain)
-    small = quantize(checkpoint, directory, Rounding.to(numbers, 32, "all"))
+    small = quantize(checkpoint, directory, Rounding.to(numbers, 32, "layers"))
     kept = {file.name for file in directory.iterdir()} - {"config.json"}
     assert kept == {
         "LICENSE",
@@ -157,7 +157,7 @@ def test_the_demo_model_is_smaller_and_keeps_all_its_other_files(tmp_path: Path,
     config = json.loads((directory / "config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == json.loads((plain / "config.json").read_text())
-    matrices = [name for name in checkpoint.tensors if Rounding.to(numbers, 32, "all").applies_to(name)]
+    matrices = [name for name in checkpoint.tensors if Rounding.to(numbers, 32, "layers").of(name)]
     sizes = [sum(one.tensors[name].nbytes for name in matrices) for one in (small, checkpoint)]
     assert sizes[0] / sizes[1] < most
     index = json.loads((directory / "model.safetensors.index.json").read_text())
@@ -182,7 +182,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
         (plain, tmp_path / "new", 40, ConfigError, "--group-size: 40 does not divide the 64 inputs of model.layers.0"),
     ):
         with pytest.raises(error, match=message):
-            quantize(open_checkpoint(source), target, Rounding.to("int4", group_size, "all"))
+            quantize(open_checkpoint(source), target, Rounding.to("int4", group_size, "layers"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mistral", "plain", "quantised", "used"]
     assert [path.name for path in used.iterdir()] == ["notes"]
 
@@ -196,7 +196,7 @@ def test_memory_holds_one_matrix_and_not_the_model(tmp_path: Path, numbers: Numb
     assert largest == 4 * 2**20 < sum(ref.nbytes for ref in checkpoint.tensors.values()) / 20
     warm_up = Rounding.to(numbers, 32, "attention")
     quantize(checkpoint, tmp_path / "small", warm_up)
-    taken = peak_bytes(lambda: quantize(checkpoint, tmp_path / "again", Rounding.to(numbers, 32, "all")))
+    taken = peak_bytes(lambda: quantize(checkpoint, tmp_path / "again", Rounding.to(numbers, 32, "layers")))
     assert taken < 2 * largest + 16 * 2**20
 
 

@@ -21,7 +21,8 @@ from tests.checkpoints import write_checkpoint
 from tests.quantized_checkpoints import gptq, write_quantized
 
 Q, W1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.block_sparse_moe.experts.0.w1.weight"
-PLAIN = ["model.layers.0.block_sparse_moe.gate.weight", "lm_head.weight", "model.embed_tokens.weight"]
+PLAIN = ["model.layers.0.block_sparse_moe.gate.weight", "model.embed_tokens.weight"]
+HEAD = "lm_head.weight"
 
 
 def to(numbers: Numbers, group_size: int = 32) -> Packed | Values:
@@ -57,17 +58,32 @@ def test_codes_and_scales_are_what_kernels_hold(bits: int) -> None:
     assert (widened - weight).abs().max() < weight.abs().max() / 2 ** (bits - 2)
 
 
-@pytest.mark.parametrize(("parts", "are_rounded"), [("all", {Q, W1}), ("experts", {W1}), ("attention", {Q})])
-def test_gate_embeddings_and_head_stay_as_they_are(tmp_path: Path, parts: str, are_rounded: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "are_rounded"),
+    [("all", {Q, W1, HEAD}), ("layers", {Q, W1}), ("experts", {W1}), ("attention", {Q})],
+)
+def test_gate_and_embeddings_stay_as_they_are_and_the_head_if_it_is_not_asked_for(
+    tmp_path: Path, parts: str, are_rounded: set[str]
+) -> None:
     write_checkpoint(tmp_path)
     config = EngineConfig.model_validate(
         {"quantization": "int4", "quantization_group_size": 32, "quantized_parts": parts}
     )
     checkpoint = open_checkpoint(tmp_path).rounded(config.rounding)
-    tensors = read_tensors(checkpoint, [Q, W1, *PLAIN], dtype=torch.bfloat16)
+    tensors = read_tensors(checkpoint, [Q, W1, HEAD, *PLAIN], dtype=torch.bfloat16)
     assert {name for name, weight in tensors.items() if isinstance(weight, QuantizedWeight)} == are_rounded
     plain = read_tensors(open_checkpoint(tmp_path), PLAIN, dtype=torch.bfloat16)
     assert all(torch.equal(tensors[name], plain[name]) for name in PLAIN)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("numbers", "bits"), [("int8", 8), ("int4", 8), ("fp8", None)])
+def test_a_head_has_eight_bits_where_others_have_four_and_stays_beside_fp8(
+    tmp_path: Path, numbers: Numbers, bits: int | None
+) -> None:
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path).rounded(Rounding.to(numbers, 32, "all"))
+    head = read_tensors(checkpoint, [HEAD], dtype=torch.bfloat16)[HEAD]
+    assert (head.bits if isinstance(head, QuantizedWeight) else None) == bits
 
 
 def test_processes_that_round_differently_do_not_take_each_other_for_the_same_model(tmp_path: Path) -> None:
@@ -77,6 +93,7 @@ def test_processes_that_round_differently_do_not_take_each_other_for_the_same_mo
         None,
         *(Rounding.to(numbers, 128, "all") for numbers in get_args(Numbers)),
         Rounding.to("int4", 32, "all"),
+        Rounding.to("int4", 32, "layers"),
         Rounding.to("int4", 32, "experts"),
     ]
     prints = [checkpoint.rounded(way).fingerprint for way in ways]
