@@ -22,7 +22,7 @@ from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import LIKE_WORDS, WEATHER, as_schema
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 1.0  # of CPU time
 LONG_S = 120.0  # a test of ours waits no longer; the machine may be busy
 
 
@@ -106,12 +106,10 @@ def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
     assert not is_plain([{"prefixItems": [{"minimum": 1.5}] * 21}])
 
 
-def test_a_busy_machine_makes_no_grammar_too_costly(compiler, monkeypatch):
+def test_a_busy_machine_makes_no_grammar_too_costly(compiler):
     """The limit was of the clock: what takes half a second was refused for good where the machine was busy for ten."""
     multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 97}
     fine = as_schema({"prefixItems": [multiples] * 6})
-
-    monkeypatch.setattr(compiler._trial, "_timeout_s", 1.0)
 
     async def scenario():
         await state(compiler, as_schema({"type": "string", "pattern": "^[a-f]{2}$"}))  # starts the process
@@ -121,7 +119,7 @@ def test_a_busy_machine_makes_no_grammar_too_costly(compiler, monkeypatch):
             assert not compiling.done(), "the test came too late"
             await asyncio.sleep(0.001)
         trials[0].suspend()
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(TIMEOUT_S + 0.2)
         trials[0].resume()
         assert await compiling is not None
 

@@ -242,7 +242,7 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def compiler(bench: Bench) -> Any:
     vocabulary: GrammarVocabulary = bench.vocabulary
-    compiler = GrammarCompiler(vocabulary, timeout_s=3.0, token_timeout_s=1.0, cache_bytes=2**24)
+    compiler = GrammarCompiler(vocabulary, timeout_s=1.0, token_timeout_s=1.0, cache_bytes=2**24)
     yield compiler
     compiler.close()
 
