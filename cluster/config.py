@@ -62,7 +62,7 @@ class EngineConfig(_Frozen):
     prefix_caching: bool = True
     """Prompts of one key that begin alike share the blocks of their beginning."""
     grammar_timeout_s: float = Field(10.0, gt=0)
-    """CPU time to compile a schema that may be costly. Past it 400."""
+    """Time to compile a schema that may be costly, longer until it had a quarter of that as CPU time. Past it 400."""
     grammar_token_timeout_s: float = Field(1.0, gt=0)
     """CPU time to find which tokens may come next. Past it 400."""
     grammar_cache_mib: int = Field(256, ge=1)

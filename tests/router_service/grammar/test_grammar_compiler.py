@@ -22,7 +22,7 @@ from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import LIKE_WORDS, WEATHER, as_schema
 
-TIMEOUT_S = 1.0  # of CPU time
+TIMEOUT_S = 1.0
 LONG_S = 120.0  # a test of ours waits no longer; the machine may be busy
 
 
@@ -107,9 +107,9 @@ def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
 
 
 def test_a_busy_machine_makes_no_grammar_too_costly(compiler):
-    """The limit was of the clock: what takes half a second was refused for good where the machine was busy for ten."""
+    """The limit was of the clock alone: what takes a tenth of it was refused for good where the machine was busy."""
     multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 97}
-    fine = as_schema({"prefixItems": [multiples] * 6})
+    fine = as_schema({"prefixItems": [multiples] * 3})
 
     async def scenario():
         await state(compiler, as_schema({"type": "string", "pattern": "^[a-f]{2}$"}))  # starts the process
@@ -129,7 +129,7 @@ def test_a_busy_machine_makes_no_grammar_too_costly(compiler):
 def test_a_trial_that_gets_no_time_says_nothing_of_its_grammar(compiler, monkeypatch):
     monkeypatch.setattr(trial, "_GRACE_S", 0.2)
     monkeypatch.setattr(trial, "_hold", lambda *_: time.sleep(LONG_S))
-    verdict = trial._trial(None, as_schema({}), 0.1)
+    verdict = trial._trial(None, as_schema({}), 0.4)
     assert verdict["is_late"]
     monkeypatch.setattr(compiler._trial, "_ask", lambda _: verdict)
     starved = as_schema({"type": "string", "pattern": "^[g-k]{2}$"})
