@@ -157,11 +157,6 @@ def kv_bytes_per_token(architecture: Architecture, dtype: KvDtype) -> int:
     return 2 * a.num_layers * a.num_kv_heads * bytes_of_head
 
 
-def coordinator_bytes(architecture: Architecture, dtype: Dtype, *, kv_tokens: int) -> int:
-    """Weights of the half that is not experts, and a KV cache of that many tokens."""
-    return WeightBytes.of(architecture, dtype).coordinator + kv_tokens * kv_bytes_per_token(architecture, dtype)
-
-
 def check_fit(
     architecture: Architecture,
     dtype: Dtype,

@@ -181,13 +181,18 @@ def prefill_s(
     model: Model, gpu: GpuType, link: Link | None, tokens: int, groups: Sequence[int], host_s: float = 0.0
 ) -> float:
     """A prompt of so many tokens that nothing else delays, in chunks. Without `link` the experts are local."""
-    a, kv = model.architecture, kv_bytes_per_token(model.architecture, model.dtype)
     seconds = 0.0
     for start in range(0, tokens, CHUNK):
         rows = min(CHUNK, tokens - start)
-        scores = 4 * a.num_layers * a.num_heads * a.head_dim * (start + rows / 2)
-        read = model.attention_bytes + (start + rows) * kv
-        seconds += max(read / gpu.bandwidth, rows * (2 * model.attention_parameters + scores) / gpu.flops)
+        seconds += chunk_attention_s(model, gpu, start, rows)
         seconds += max((experts_s(model, gpu, rows, size) for size in groups), default=0.0)
         seconds += host_s + (0.0 if link is None else wire_s(model, link, rows, groups))
     return seconds
+
+
+def chunk_attention_s(model: Model, gpu: GpuType, start: int, rows: int) -> float:
+    """A coordinator's part of so many tokens of a prompt, those after its first `start`."""
+    a = model.architecture
+    read = model.attention_bytes + (start + rows) * kv_bytes_per_token(a, model.dtype)
+    scores = 4 * a.num_layers * a.num_heads * a.head_dim * (start + rows / 2)  # of a token in the middle
+    return max(read / gpu.bandwidth, rows * (2 * model.attention_parameters + scores) / gpu.flops)

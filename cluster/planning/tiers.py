@@ -15,8 +15,8 @@ from typing import Literal
 
 from cluster.planning.costs import COPY_S, GPU_LAYER_S, LANES, between_devices, kernel_speed, reached
 from cluster.planning.gpus import GpuType
-from cluster.planning.placement import DTYPE_BYTES, kv_bytes_per_token
-from cluster.planning.roofline import CHUNK, Link, Load, Model, attention_s
+from cluster.planning.placement import DTYPE_BYTES
+from cluster.planning.roofline import CHUNK, Link, Load, Model, attention_s, chunk_attention_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +94,10 @@ class TieredModel:
 
     def first_token_s(self, tokens: int) -> float:
         """Of a prompt of so many, when nothing else runs."""
-        a, near = self.model.architecture, self._near
-        kv, seconds = kv_bytes_per_token(a, self.model.dtype), 0.0
+        seconds = 0.0
         for start in range(0, tokens, CHUNK):
             rows = min(CHUNK, tokens - start)
-            scores = 4 * a.num_layers * a.num_heads * a.head_dim * (start + rows / 2)
-            read = self.model.attention_bytes + (start + rows) * kv
-            computed = rows * (2 * self.model.attention_parameters + scores)
-            seconds += self._times(max(read / near.bandwidth, computed / near.flops), rows).all_s
+            seconds += self._times(chunk_attention_s(self.model, self._near, start, rows), rows).all_s
         return seconds
 
     def _times(self, attention: float, rows: float) -> Times:

@@ -17,8 +17,8 @@ from cluster.planning.placement import (
     ExpertGroup,
     Node,
     Room,
+    WeightBytes,
     check_fit,
-    coordinator_bytes,
     device_shares,
     expert_bytes,
     kv_bytes_per_token,
@@ -97,7 +97,7 @@ def test_all_processes_together_hold_each_parameter_once() -> None:
     parameters = sum(math.prod(shape) for shape in all_tensors(MIXTRAL_8X7B).values())
     assert parameters == 46_702_792_704  # as the model's card has it: 46.7 B
     assert (
-        coordinator_bytes(MIXTRAL_8X7B, "bfloat16", kv_tokens=0) + expert_bytes(MIXTRAL_8X7B, "bfloat16", 8)
+        WeightBytes.of(MIXTRAL_8X7B, "bfloat16").coordinator + expert_bytes(MIXTRAL_8X7B, "bfloat16", 8)
         == 2 * parameters
     )
     assert kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16") == 128 * 1024
