@@ -1,12 +1,14 @@
 """The device that a process computes on: whether it is of use after an error, and the way from it to the host.
 
-Knows torch only: neither experts nor engines.
+Knows torch and memory: neither experts nor engines.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from experts_service.memory import give_back_freed
 
 PROBE_BYTES = 16 * 2**20  # a device that has not even these left cannot run a step of one token
 FEW_THREADS = 4  # beside a GPU the host moves and counts, and multiplies nothing
@@ -34,9 +36,10 @@ def check_device(device: torch.device, *, memory: bool = False) -> None:
 
 
 def give_back_unused(device: torch.device) -> None:
-    """After loading: what conversions took is kept by torch's allocator, and a GPU's neighbours need it."""
+    """After loading: what conversions took is kept by torch's allocator, and by malloc; neighbours need it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    give_back_freed()
 
 
 def on_host(tensor: Tensor) -> Tensor:

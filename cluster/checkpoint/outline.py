@@ -13,7 +13,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.generation_config import GenerationConfig
 from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
-from cluster.checkpoint.quantization.scheme import READ, Scheme
+from cluster.checkpoint.quantization.scheme import READ, Awq, Gptq, Scheme, Values
 from cluster.checkpoint.safetensors_header import ITEM_BYTES
 from cluster.checkpoint.tensor_ref import TensorRef
 
@@ -33,11 +33,18 @@ def _ref(name: str, shape: Shape, architecture: Architecture, scheme: Scheme | N
     if scheme is None or not (".experts." in name or ".self_attn." in name or ".mlp." in name):
         return _plain(name, _DTYPES[architecture.dtype], shape)
     parts = {
-        part.role: _plain(name, "BF16" if part.role == "scales" else part.dtypes[0], part.shapes[0])
+        part.role: _plain(name, _scale_dtype(scheme) if part.role == "scales" else part.dtypes[0], part.shapes[0])
         for part in scheme.parts(*shape)
         if part.needed and part.role in READ
     }
     return QuantizedRef(name, shape, scheme, parts)
+
+
+def _scale_dtype(scheme: Scheme) -> str:
+    """As who makes such checkpoints stores them."""
+    if isinstance(scheme, Gptq | Awq):
+        return "F16"
+    return "F32" if isinstance(scheme, Values) and scheme.block[1] is not None else "BF16"
 
 
 def _plain(name: str, dtype: str, shape: Shape) -> TensorRef:

@@ -1,6 +1,6 @@
 """How many bytes weights take in the memory of a process. Plain arithmetic; no torch.
 
-Quantised ones stay as they are where kernels multiply with them, integers in bf16 on a CPU. Elsewhere they are widened.
+Quantised ones stay as they are where kernels multiply with them, in bf16 on a CPU. Elsewhere they are widened.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.quantization.scheme import Scheme, Values, num_groups
+from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes
 
-SCALE_BYTES, ZERO_POINT_BYTES = 4, 2  # of each group of each output
-ROUNDED_SCALE_BYTES = 2  # of a matrix that was rounded while it was read
+ZERO_POINT_BYTES = 2  # of each group of each output
+SCALE_BYTES, NARROW_SCALE_BYTES = 4, 2  # the same, and where bf16 holds them exactly
+NARROW_SCALES = ("BF16", "F8_E8M0")  # as they are stored; of others nobody knows before they are read
 
 
 def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightBytes:
@@ -35,31 +37,33 @@ def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightByt
 
 def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     """Of one tensor."""
-    if isinstance(ref, RoundedRef) and stays_as_it_is(ref.rounding.scheme, dtype, device):
-        scheme = ref.rounding.scheme
-        groups = ref.shape[0] * num_groups(scheme.group_size, ref.shape[1])
-        return math.ceil(math.prod(ref.shape) * scheme.bits / 8) + groups * ROUNDED_SCALE_BYTES
-    if not isinstance(ref, QuantizedRef) or not stays_as_it_is(ref.scheme, dtype, device):
+    scheme: Scheme
+    if isinstance(ref, RoundedRef):
+        scheme, has_zero_points = ref.rounding.scheme, False
+        has_narrow_scales = not isinstance(scheme, Values)
+    elif isinstance(ref, QuantizedRef):
+        scheme, has_zero_points = ref.scheme, ref.has_zero_points
+        has_narrow_scales = ref.parts["scales"].dtype in NARROW_SCALES
+    if isinstance(ref, TensorRef) or not _stays_as_it_is(ref.shape, scheme, dtype, device):
         return math.prod(ref.shape) * DTYPE_BYTES[dtype]
-    return matrix_bytes(ref.shape, ref.scheme, has_zero_points=ref.has_zero_points)
+    of_group = NARROW_SCALE_BYTES if has_narrow_scales else SCALE_BYTES
+    if has_zero_points:
+        of_group += ZERO_POINT_BYTES
+    groups = ref.shape[0] * num_groups(scheme.group_size, ref.shape[1])
+    return math.ceil(math.prod(ref.shape) * scheme.bits / 8) + groups * of_group
 
 
 def held_bits(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     """Of each number of one tensor."""
     scheme = ref.rounding.scheme if isinstance(ref, RoundedRef) else getattr(ref, "scheme", None)
-    if scheme is None or not stays_as_it_is(scheme, dtype, device):
+    if scheme is None or not _stays_as_it_is(ref.shape, scheme, dtype, device):
         return 8 * DTYPE_BYTES[dtype]
-    return scheme.bits
+    return int(scheme.bits)
 
 
-def matrix_bytes(shape: Shape, scheme: Scheme, *, has_zero_points: bool) -> int:
-    """Of one matrix [out, in] in small numbers, as kernels hold it."""
-    groups = shape[0] * num_groups(scheme.group_size, shape[1])
-    zero_points = ZERO_POINT_BYTES if has_zero_points else 0
-    return math.ceil(math.prod(shape) * scheme.bits / 8) + groups * (SCALE_BYTES + zero_points)
-
-
-def stays_as_it_is(scheme: Scheme, dtype: Dtype, device: str) -> bool:
+def _stays_as_it_is(shape: Shape, scheme: Scheme, dtype: Dtype, device: str) -> bool:
     """Whether kernels there multiply with the small numbers; else the matrix is widened while it loads."""
-    is_float = isinstance(scheme, Values) and scheme.is_float
-    return device == "cpu" and dtype == "bfloat16" and not is_float
+    if device != "cpu" or dtype != "bfloat16":
+        return False
+    block = min(scheme.group_size or shape[1], shape[1])
+    return not isinstance(scheme, Values) or not scheme.is_float or (block % 2 == 0 and shape[1] % block == 0)

@@ -13,6 +13,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.device import has_grouped_matmul
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
+from experts_service.memory import give_back_freed
 from experts_service.quantization.weight import Weight, dense, stacked
 from experts_service.weights import read_tensors
 
@@ -104,6 +105,7 @@ class Experts:
             for layer in range(checkpoint.architecture.num_layers):
                 names = [name for expert in experts for name in expert_tensor_names(layer, expert)]
                 yield read_tensors(checkpoint, names, dtype=dtype, device=device, on_bytes=on_bytes)
+                give_back_freed()
 
         return cls(experts, layers(), kernel=kernel)
 

@@ -39,7 +39,7 @@ class Linear:
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)
         self._quantized = None
         if is_multiplied_here(weight):
-            self._quantized = QuantizedPanels.pack(weight)
+            self._quantized = QuantizedPanels.pack(weight, kernel=self._kernel)
             return
         weight = dense(weight)
         if self._kernel.is_own:

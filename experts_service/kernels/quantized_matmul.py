@@ -1,11 +1,11 @@
 """Matmuls of bf16 rows with packed weights of 8 or 4 bits, on a CPU. Knows panels and rows; knows no layer.
 
     jobs    [J, 8]    of each matrix: see `_Job`
-    rows    [R]       integers (see quantized_rows.py)
+    rows    [R]       integers (see quantized_rows.py) for integers; for FP8 as they are
     y       [R, out]  bf16, each sum is rounded once
 
 Many rows are multiplied as few are: bytes are multiplied as fast as bf16, so nothing is widened for them, and a row has
-the same bits in any batch.
+the same bits in any batch. FP8 is widened in registers (see float8_tile.py), for up to eight rows at once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels import quantized_rows
+from experts_service.kernels import quantized_rows, tile
 from experts_service.kernels.chain import Chain
+from experts_service.kernels.float8_tile import (
+    FLOAT8_ARITHMETICS,
+    HAS_FLOAT8,
+    NOT_A_NUMBER,
+    ORDER,
+    SCALE_FACTOR,
+    multiply_float_rows,
+)
 from experts_service.kernels.jit import AVAILABLE, kernel, pointer
+from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.matmul import RUN_BYTES, height_of, write_gated, write_sums
 from experts_service.kernels.quantized_rows import quantize_task, row_words
 from experts_service.kernels.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
@@ -33,7 +42,8 @@ from experts_service.quantization.weight import QuantizedWeight, Weight
 if AVAILABLE:
     from numba import carray
 
-_HIGHEST = HEIGHTS[-1]
+_HIGHEST, _HIGHEST_OF_FLOATS = HEIGHTS[-1], tile.HEIGHTS[-1]
+_FLOAT8 = -8  # in place of bits of integers
 _CODES, _SCALES, _WIDE_SCALES, _ZEROS, _BITS, _BLOCKS_OF_GROUP, _FIRST_ROW, _NUM_ROWS, JOB = range(9)  # of a job
 _MOST_PADDED = 2  # times the inputs: groups of very different sizes are not filled up to the largest
 _DIGITS = 2  # of each number of a row: it is multiplied twice
@@ -46,13 +56,24 @@ class QuantizedPanels:
     codes: Tensor  # [P, bytes] uint8
     scales: Tensor  # [P, G, 32] bf16 where that is exact, else fp32
     zeros: Tensor | None  # [P, G, 32] int16, what stands for 0 in `codes`; None: OFFSETS
-    bits: int
-    block: int  # k that are summed as integers
+    bits: int  # of integers, or _FLOAT8
+    block: int  # k that are summed as integers, or without scales
     blocks: int  # of a row
     blocks_of_group: int
     columns: Tensor | None  # [K] int64: the input of each k, where groups are not neighbours; `in_features`: none
     out_features: int
     in_features: int
+    arithmetic: int = tile.FMA  # of FP8
+
+    @property
+    def layout(self) -> tuple[int, int, bool]:
+        """What matrices of one call have alike: how rows are cut, and whether these are the rows of FP8."""
+        return self.block, self.blocks, self.bits == _FLOAT8
+
+    @property
+    def row_words(self) -> int:
+        """How many int32 a row takes that is multiplied with it."""
+        return self.block * self.blocks // 2 if self.bits == _FLOAT8 else row_words(self.block, self.blocks)
 
     @property
     def job(self) -> tuple[int, ...]:
@@ -66,18 +87,15 @@ class QuantizedPanels:
             self.blocks_of_group,
         )
 
-    @property
-    def row_words(self) -> int:
-        """Of a row that is multiplied with it."""
-        return row_words(self.block, self.blocks)
-
     @classmethod
-    def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False) -> QuantizedPanels:
+    def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False, kernel: Kernel | None = None) -> QuantizedPanels:
         """A copy of `weight` [out, in], which `is_multiplied_here`.
 
-        `gate_up`: it is w1 above w3, and their panels take turns.
+        `gate_up`: it is w1 above w3, and their panels take turns. `kernel`: what multiplies bf16, as FP8 is then.
         """
         load_kernels()  # here: a model that is not quantised does without them
+        if weight.codes.dtype is not torch.int8:
+            return cls._pack_floats(weight, gate_up, kernel)
         columns, group = _columns(weight)
         block, blocks = _blocks(weight)
         codes = weight.codes if columns is None else F.pad(weight.codes, (0, 1))[:, columns]
@@ -108,25 +126,50 @@ class QuantizedPanels:
             in_features=weight.shape[1],
         )
 
+    @classmethod
+    def _pack_floats(cls, weight: QuantizedWeight, gate_up: bool, kernel: Kernel | None) -> QuantizedPanels:
+        octets = weight.codes.view(torch.uint8)
+        block, blocks = _blocks(weight)
+        pairs = _panels(octets, gate_up).view(-1, WIDTH, block * blocks // 2, 2)
+        is_number = (octets & NOT_A_NUMBER != NOT_A_NUMBER).view(len(octets), blocks, block).all(2)
+        scales = torch.where(is_number, weight.scales * SCALE_FACTOR, torch.nan)
+        is_exact = torch.equal(scales.bfloat16().float(), scales)
+        return cls(
+            codes=_copy(pairs[:, ORDER].transpose(1, 2)).flatten(1),
+            scales=_of_groups(scales.bfloat16() if is_exact else scales, gate_up),
+            zeros=None,
+            bits=_FLOAT8,
+            block=block,
+            blocks=blocks,
+            blocks_of_group=1,
+            columns=None,
+            out_features=len(octets) // (2 if gate_up else 1),
+            in_features=weight.shape[1],
+            arithmetic=_arithmetic_of_floats(kernel),
+        )
+
 
 def is_multiplied_here(weight: Weight) -> TypeGuard[QuantizedWeight]:
-    """Whether kernels here take it as it is: integers, for rows of bf16, on a CPU, in groups of about one size."""
-    return (
-        AVAILABLE
-        and isinstance(weight, QuantizedWeight)
-        and weight.codes.dtype is torch.int8
-        and weight.dtype is torch.bfloat16
-        and weight.device.type == "cpu"
-        and _padded_inputs(weight) <= max(_MOST_PADDED * weight.shape[1], STEP)
-    )
+    """Whether kernels here take it as it is, for rows of bf16, on a CPU: integers in groups of about one size, or FP8
+    whose rows are whole groups.
+    """
+    if not isinstance(weight, QuantizedWeight) or weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    if weight.codes.dtype is torch.int8:
+        return AVAILABLE and _padded_inputs(weight) <= max(_MOST_PADDED * weight.shape[1], STEP)
+    block, blocks = _blocks(weight)
+    is_plain = weight.zero_points is None and weight.input_groups is None
+    return HAS_FLOAT8 and is_plain and block % 2 == 0 and block * blocks == weight.shape[1]
 
 
-def pack_alike(weights: Sequence[Weight], *, gate_up: bool = False) -> list[QuantizedPanels] | None:
+def pack_alike(
+    weights: Sequence[Weight], *, gate_up: bool = False, kernel: Kernel | None = None
+) -> list[QuantizedPanels] | None:
     """Panels of all, for one call; None where they are not multiplied here, or not with the same rows."""
     quantized = [weight for weight in weights if is_multiplied_here(weight)]
-    if len(quantized) < len(weights) or len({_blocks(weight) for weight in quantized}) != 1:
+    if len(quantized) < len(weights) or len({(_blocks(one), one.codes.dtype) for one in quantized}) != 1:
         return None
-    return [QuantizedPanels.pack(weight, gate_up=gate_up) for weight in quantized]
+    return [QuantizedPanels.pack(weight, gate_up=gate_up, kernel=kernel) for weight in quantized]
 
 
 def multiply(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
@@ -166,8 +209,17 @@ def load_kernels() -> None:
     Chain.load()
 
 
+def _arithmetic_of_floats(kernel: Kernel | None) -> int:
+    """That of the kernel, if it is ours and can be; a library's place is taken by the fastest."""
+    if kernel is not None and kernel.is_own and kernel.arithmetic in FLOAT8_ARITHMETICS:
+        return kernel.arithmetic
+    return tile.FMA if kernel is Kernel.DOT else FLOAT8_ARITHMETICS[-1]
+
+
 def _blocks(weight: QuantizedWeight) -> tuple[int, int]:
     """k of a block, blocks of a row: what rows are like that it is multiplied with."""
+    if weight.codes.dtype is not torch.int8:
+        return min(weight.group_size, weight.shape[1]), weight.num_groups
     _, group = _columns(weight)
     block = math.gcd(group, MAX_BLOCK)
     return block, -(-_padded_inputs(weight) // block)
@@ -222,7 +274,7 @@ def tasks(
     gated: bool = False,
     integers: Tensor | None = None,
 ) -> list[Task]:
-    """What writes `y`, for a chain: rows become integers, which are multiplied. Not all counts are 0.
+    """What writes `y`, for a chain: rows become integers, unless for FP8, and are multiplied. Not all counts are 0.
 
     Neither has gaps, and the inputs of each row of `x` are in the order of its matrix. `integers`: room for as many
     rows of int32, or more, which nobody else needs meanwhile.
@@ -242,16 +294,24 @@ def product_tasks(
 ) -> list[Task]:
     """The same for `jobs` [J, 8] of matrices that are like `matrix`."""
     num_rows, num_jobs = x.shape[0], len(jobs)
-    rows = torch.empty(num_rows * matrix.row_words, dtype=torch.int32) if integers is None else integers
-    quantize = quantize_task(x, matrix.block, matrix.blocks, rows)
     nbytes = num_jobs * (matrix.codes.nbytes + matrix.scales.nbytes)
-    threads = num_threads(nbytes, _DIGITS * num_rows * matrix.codes.numel() * 8 // matrix.bits)
+    multiplications = num_rows * matrix.codes.numel() * 8 // abs(matrix.bits)
+    before = []
+    if matrix.bits == _FLOAT8:
+        rows = x
+    else:
+        rows = torch.empty(num_rows * matrix.row_words, dtype=torch.int32) if integers is None else integers
+        before = [quantize_task(x, matrix.block, matrix.blocks, rows)]
+        multiplications *= _DIGITS
+    threads = num_threads(nbytes, multiplications)
     num_panels = -(-matrix.out_features // WIDTH)
     arguments = (
         jobs.data_ptr(),
         num_jobs,
         matrix.block,
         matrix.blocks,
+        matrix.row_words,
+        matrix.arithmetic,
         rows.data_ptr(),
         y.data_ptr(),
         num_rows,
@@ -260,7 +320,7 @@ def product_tasks(
         threads,
         gated,
     )
-    return [quantize, Task(_products, threads, arguments, (jobs, rows))]
+    return [*before, Task(_products, threads, arguments, (jobs, rows))]
 
 
 def _are_ordered(matrices: Sequence[QuantizedPanels], counts: Sequence[int]) -> bool:
@@ -283,12 +343,16 @@ def _ordered(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[in
 
 
 @kernel
-def _multiply_rows(job, panel, height, block, blocks, rows_at, sums_at):  # type: ignore[no-untyped-def]
+def _multiply_rows(job, panel, height, block, blocks, words, arithmetic, rows_at, sums_at):  # type: ignore[no-untyped-def]
     """`sums` [height, 32]: so many rows times one panel of a job's matrix."""
     groups = (blocks + job[_BLOCKS_OF_GROUP] - 1) // job[_BLOCKS_OF_GROUP]
     scales_at = job[_SCALES] + panel * groups * WIDTH * (4 if job[_WIDE_SCALES] else 2)
+    codes_at = job[_CODES] + panel * blocks * block * WIDTH * abs(job[_BITS]) // 8
+    if job[_BITS] == _FLOAT8:
+        wide_scales = job[_WIDE_SCALES]
+        multiply_float_rows(arithmetic, height, codes_at, scales_at, wide_scales, blocks, block, rows_at, sums_at)
+        return
     zeros_at = job[_ZEROS] + panel * groups * WIDTH * 2 if job[_ZEROS] else 0
-    codes_at = job[_CODES] + panel * blocks * block * WIDTH * job[_BITS] // 8
     multiply_rows(
         job[_BITS],
         height,
@@ -300,36 +364,38 @@ def _multiply_rows(job, panel, height, block, blocks, rows_at, sums_at):  # type
         block,
         job[_BLOCKS_OF_GROUP],
         rows_at,
-        blocks * (block // 2 + 2),
+        words,
         sums_at,
     )
 
 
 @kernel
-def _multiply_panel(job, panel, block, blocks, rows_at, y, sums):  # type: ignore[no-untyped-def]
+def _multiply_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums):  # type: ignore[no-untyped-def]
     """All rows of a job with one panel, as many at once as fit the registers."""
     row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
     first = panel * WIDTH
     width = min(WIDTH, y.shape[1] - first)
+    highest = _HIGHEST_OF_FLOATS if job[_BITS] == _FLOAT8 else _HIGHEST
     while row < end:
-        height = height_of(end - row, _HIGHEST)
-        at = rows_at + row * blocks * (block // 2 + 2) * 4
-        _multiply_rows(job, panel, height, block, blocks, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
+        height = height_of(end - row, highest)
+        at = rows_at + row * words * 4
+        _multiply_rows(job, panel, height, block, blocks, words, arithmetic, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
         write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
 @kernel
-def _gate_up_panel(job, panel, block, blocks, rows_at, y, gates, ups):  # type: ignore[no-untyped-def]
+def _gate_up_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, gates, ups):  # type: ignore[no-untyped-def]
     """The same with a panel of w1 and the one of w3 that follows it: both products, then what is made of them."""
     row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
     first = panel * WIDTH
     width = min(WIDTH, y.shape[1] - first)
+    highest = _HIGHEST_OF_FLOATS if job[_BITS] == _FLOAT8 else _HIGHEST
     while row < end:
-        height = height_of(end - row, _HIGHEST)
-        at = rows_at + row * blocks * (block // 2 + 2) * 4
-        _multiply_rows(job, 2 * panel, height, block, blocks, at, gates.ctypes.data)  # type: ignore[no-untyped-call]
-        _multiply_rows(job, 2 * panel + 1, height, block, blocks, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
+        height = height_of(end - row, highest)
+        at = rows_at + row * words * 4
+        _multiply_rows(job, 2 * panel, height, block, blocks, words, arithmetic, at, gates.ctypes.data)  # type: ignore[no-untyped-call]
+        _multiply_rows(job, 2 * panel + 1, height, block, blocks, words, arithmetic, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
         write_gated(gates, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
@@ -337,12 +403,14 @@ def _gate_up_panel(job, panel, block, blocks, rows_at, y, gates, ups):  # type: 
 @Routine
 def _products(task):  # type: ignore[no-untyped-def]
     """Panel by panel; where rows are gated, of w1 and w3 together."""
-    jobs_at, num_jobs, block, blocks, rows_at = task[1], task[2], task[3], task[4], task[5]
-    y_at, num_rows, width, most, threads, gated = task[6], task[7], task[8], task[9], task[10], task[11]
+    jobs_at, num_jobs, block, blocks, words, arithmetic = task[1], task[2], task[3], task[4], task[5], task[6]
+    rows_at, y_at, num_rows, width, most, threads, gated = (
+        task[7], task[8], task[9], task[10], task[11], task[12], task[13]
+    )  # fmt: skip
     jobs = carray(pointer(jobs_at), (num_jobs, JOB), np.int64)
     y = carray(pointer(y_at), (num_rows, width), np.uint16)
-    sums = np.empty((_HIGHEST, WIDTH), np.float32)
-    ups = np.empty((_HIGHEST, WIDTH), np.float32)
+    sums = np.empty((_HIGHEST_OF_FLOATS, WIDTH), np.float32)
+    ups = np.empty((_HIGHEST_OF_FLOATS, WIDTH), np.float32)
     panels = (width + WIDTH - 1) // WIDTH
     while True:
         item, end = take_run(task, num_jobs * panels, most, threads)  # type: ignore[no-untyped-call]
@@ -351,7 +419,7 @@ def _products(task):  # type: ignore[no-untyped-def]
         while item < end:
             job, panel = jobs[item // panels], item % panels
             if gated:
-                _gate_up_panel(job, panel, block, blocks, rows_at, y, sums, ups)  # type: ignore[no-untyped-call]
+                _gate_up_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums, ups)  # type: ignore[no-untyped-call]
             else:
-                _multiply_panel(job, panel, block, blocks, rows_at, y, sums)  # type: ignore[no-untyped-call]
+                _multiply_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums)  # type: ignore[no-untyped-call]
             item += 1

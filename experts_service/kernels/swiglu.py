@@ -64,6 +64,7 @@ class Chained:
     tables: tuple[Tensor, ...]  # [E, fields] each; jobs are rows of them (see route.py)
     intermediate: int  # F
     integers: int  # int32 that a row needs meanwhile
+    layouts: tuple[object, ...]  # of quantised matrices
     make_tasks: _MakeTasks
 
     def is_like(self, other: Chained) -> bool:
@@ -72,7 +73,7 @@ class Chained:
 
     @property
     def _sizes(self) -> tuple[object, ...]:
-        return (self.intermediate, self.integers, [table.shape[1] for table in self.tables])
+        return (self.intermediate, self.integers, self.layouts, [table.shape[1] for table in self.tables])
 
 
 class PackedSwiGLUs:
@@ -87,8 +88,8 @@ class PackedSwiGLUs:
     def pack(cls, weights: Sequence[Weights], kernel: Kernel) -> PackedSwiGLUs | None:
         """None where kernels of our own do not run all of them together: some quantised, some not, or unlike."""
         if any(isinstance(weight, QuantizedWeight) for network in weights for weight in network):
-            w1_w3 = pack_alike([stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True)
-            w2 = pack_alike([w2 for _, w2, _ in weights])
+            w1_w3 = pack_alike([stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True, kernel=kernel)
+            w2 = pack_alike([w2 for _, w2, _ in weights], kernel=kernel)
             if w1_w3 is not None and w2 is not None:
                 return cls(partial(run_quantized, w1_w3, w2), _chained_quantized(w1_w3, w2))
             if any(map(is_multiplied_here, chain.from_iterable(weights))):
@@ -113,7 +114,7 @@ def _chained_networks(arithmetic: int, networks: Sequence[tuple[Panels, Panels]]
     if first.in_features % PAIR or second.in_features % PAIR:
         return None  # a zero has to follow each row
     table = torch.tensor([(w1_w3.weights.data_ptr(), w2.weights.data_ptr(), 0, 0) for w1_w3, w2 in networks])
-    return Chained((table,), second.in_features, 0, partial(_network_tasks, arithmetic, networks[0]))
+    return Chained((table,), second.in_features, 0, (), partial(_network_tasks, arithmetic, networks[0]))
 
 
 def _network_tasks(
@@ -133,7 +134,8 @@ def _chained_quantized(w1_w3: Sequence[QuantizedPanels], w2: Sequence[QuantizedP
         return None  # numbers of a row would have to be put in order
     tables = tuple(torch.tensor([(*matrix.job, 0, 0) for matrix in matrices]) for matrices in (w1_w3, w2))
     integers = max(w1_w3[0].row_words, w2[0].row_words)
-    return Chained(tables, w2[0].in_features, integers, partial(_quantized_tasks, w1_w3[0], w2[0]))
+    layouts = (w1_w3[0].layout, w2[0].layout)
+    return Chained(tables, w2[0].in_features, integers, layouts, partial(_quantized_tasks, w1_w3[0], w2[0]))
 
 
 def _quantized_tasks(

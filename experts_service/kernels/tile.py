@@ -107,7 +107,7 @@ def _loop(
         builder.load(builder.gep(weights_at, [builder.add(first, _int(vector))]), align=64)
         for vector in range(_VECTORS)
     ]
-    step = add_dot if of_dot else _add_fma
+    step = add_dot if of_dot else add_fma
     for row in range(height):
         both = splat_bits(builder, builder.load(builder.gep(row_at[row], [pair]), align=4))
         for vector in range(_VECTORS):
@@ -124,11 +124,11 @@ def _loop(
         builder.store(total.incomings[1][0], builder.gep(sums_at, [_int(index)]), align=4)
 
 
-def _add_fma(builder: Any, weights: Any, row: Any, total: Any) -> Any:
+def add_fma(builder: Any, weights: Any, row: Any, total: Any) -> Any:
     """total + both products of each pair, the lower k first."""
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_Floats, [_Floats] * 3), "llvm.fma.v16f32")
-    for half in (_lower, _upper):
-        total = builder.call(fma, [half(builder, weights), half(builder, row), total])
+    for weight, number in zip(halves_of(builder, weights), halves_of(builder, row), strict=True):
+        total = builder.call(fma, [weight, number, total])
     return total
 
 
@@ -140,13 +140,11 @@ def add_dot(builder: Any, weights: Any, row: Any, total: Any) -> Any:
     return builder.call(dot, [total, builder.bitcast(weights, _BFloats), builder.bitcast(row, _BFloats)])
 
 
-def _lower(builder: Any, pairs: Any) -> Any:
-    """The first bf16 of each pair, widened."""
-    return builder.bitcast(builder.shl(pairs, ir.Constant(_Bits, [16] * _LANES)), _Floats)
-
-
-def _upper(builder: Any, pairs: Any) -> Any:
-    return builder.bitcast(builder.and_(pairs, ir.Constant(_Bits, [-(2**16)] * _LANES)), _Floats)
+def halves_of(builder: Any, pairs: Any) -> tuple[Any, Any]:
+    """The first and the second bf16 of each pair, widened."""
+    first = builder.shl(pairs, ir.Constant(_Bits, [16] * _LANES))
+    second = builder.and_(pairs, ir.Constant(_Bits, [-(2**16)] * _LANES))
+    return builder.bitcast(first, _Floats), builder.bitcast(second, _Floats)
 
 
 def splat_bits(builder: Any, value: Any) -> Any:

@@ -7,6 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.quantization.rounding import Numbers, Rounding
+from cluster.planning.weights import held_weights
+from experts_service.kernels import jit
 from tests.checkpoints import write_checkpoint
 from tests.programs import said_by
 
@@ -21,3 +25,15 @@ def test_what_is_read_and_dropped_while_experts_load_goes_back(tmp_path: Path, s
     nbytes = 2 * sum(tensor.numel() for name, tensor in tensors.items() if "experts" in name)  # in bf16
     told = json.loads(said_by("load_experts", tmp_path))
     assert nbytes < told["grown_by"] < 1.3 * nbytes + 2**24
+
+
+@pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported: weights are widened")
+@pytest.mark.parametrize("numbers", ["int8", "int4", "fp8"])
+def test_what_rounding_and_packing_need_for_a_moment_goes_back(tmp_path: Path, numbers: Numbers) -> None:
+    """Half as much again as the weights of 8 bits stayed with malloc until the process ended."""
+    write_checkpoint(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=3, num_local_experts=8)
+    checkpoint = open_checkpoint(tmp_path).rounded(Rounding.to(numbers, 128, "experts"))
+    held = 8 * held_weights(checkpoint, "bfloat16", "cpu").expert
+    assert held < checkpoint.architecture.num_layers * 8 * 3 * 512 * 2048 * 1.1
+    told = json.loads(said_by("load_experts", tmp_path, numbers))
+    assert held < told["grown_by"] < 1.15 * held + 2**24

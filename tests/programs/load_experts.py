@@ -1,21 +1,27 @@
-"""Loads all experts of the bf16 checkpoint in a directory, and says as JSON how many bytes of memory that took."""
+"""Loads all experts of a checkpoint in bf16, rounded where that is said, and says as JSON how many bytes that took."""
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import cast
 
 import psutil
 import torch
 
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.quantization.rounding import Numbers, Rounding
+from experts_service.kernels import quantized_matmul
 from experts_service.kernels.experts import Experts
 from experts_service.kernels.matmul import load_kernels
 
 
 def main() -> None:
-    checkpoint = open_checkpoint(sys.argv[1])
+    directory, *numbers = sys.argv[1:]
+    rounding = Rounding.to(cast("Numbers", numbers[0]), 128, "experts") if numbers else None
+    checkpoint = open_checkpoint(directory).rounded(rounding)
     load_kernels()
+    quantized_matmul.load_kernels()
     torch.ones(1).add_(1)  # what starts with the first tensor
     before = psutil.Process().memory_info().rss
     experts = Experts.load(

@@ -116,10 +116,20 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.float() - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("name", ["packed-4-group-asymmetric", "gptq-4-act-order", "int-8-channel-dynamic", "mixed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed-4-group-asymmetric",
+        "gptq-4-act-order",
+        "int-8-channel-dynamic",
+        "mixed",
+        "float-tensor-static",
+        "fp8-blocks",
+    ],
+)
 @pytest.mark.parametrize("is_dense", [False, True], ids=["mixtral", "mistral"])
 def test_in_bf16_logits_are_as_near_as_transformers_are(tmp_path: Path, name: str, is_dense: bool):
-    """Integers are multiplied as they are stored there, FP8 is widened: both against fp32 with the same numbers."""
+    """Numbers are multiplied as they are stored there, against fp32 with the same numbers."""
     of = FORMATS[name]
     model = write_quantized(tmp_path, of, dense=is_dense, num_hidden_layers=1, dtype="bfloat16")
     assert model.dtype is torch.float32

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping
 
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
-from cluster.checkpoint.quantization.scheme import NEIGHBOURS, num_groups
+from cluster.checkpoint.quantization.scheme import NEIGHBOURS, WORD_BITS, Gptq, num_groups
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 
@@ -16,7 +16,9 @@ _TYPE_CODES = {"I32": "i", "I64": "q"}
 
 
 def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
-    """Raises CheckpointError, naming file and tensor: a group of inputs that is not there, another shape, a bias."""
+    """Raises CheckpointError, naming file and tensor: a group of inputs that is not there, another shape, a bias, zero
+    points where there are said to be none.
+    """
     for ref in refs.values():
         if not isinstance(ref, QuantizedRef):
             continue
@@ -29,6 +31,24 @@ def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
             raise CheckpointError(f"{bias.file}: tensor {bias.name!r} is not zero; this architecture has no biases.")
         if (groups := ref.parts.get("input_groups")) is not None:
             _check_groups(ref, groups)
+        if isinstance(ref.scheme, Gptq) and ref.scheme.symmetric:
+            _check_zero_points(ref.scheme, ref.shape[0], ref.parts["zero_points"])
+
+
+def _check_zero_points(scheme: Gptq, out_features: int, zero_points: TensorRef) -> None:
+    """Those of the first group: of a file with the wrong label they differ everywhere. Whoever reads all checks all."""
+    middle = 2 ** (scheme.bits - 1)
+    whole_words = out_features * scheme.bits // WORD_BITS
+    found = _bytes(zero_points, whole_words * WORD_BITS // 8)
+    # As `gptq` stores them, and as newer writers do that say so.
+    for stored in (middle - 1, middle) if scheme.stored_less_one else (middle,):
+        octet = stored << 4 | stored if scheme.bits == 4 else stored
+        if found == bytes([octet]) * len(found):
+            return
+    raise CheckpointError(
+        f"{zero_points.file}: tensor {zero_points.name!r} has zero points other than {middle}; quantization_config "
+        "says sym: true."
+    )
 
 
 def _check_groups(ref: QuantizedRef, groups: TensorRef) -> None:
@@ -52,9 +72,9 @@ def _numbers(ref: TensorRef) -> array[int]:
     return numbers
 
 
-def _bytes(ref: TensorRef) -> bytes:
+def _bytes(ref: TensorRef, most: int | None = None) -> bytes:
     try:
         with ref.file.open("rb") as file:
-            return os.pread(file.fileno(), ref.nbytes, ref.offset)
+            return os.pread(file.fileno(), ref.nbytes if most is None else most, ref.offset)
     except OSError as error:
         raise CheckpointError(f"{ref.file}, which holds {ref.name!r}, cannot be read: {error.strerror}.") from error

@@ -452,12 +452,27 @@ def test_a_config_that_says_otherwise_than_the_files(tmp_path: Path, of: Format,
     assert str(tmp_path) in said
 
 
-def test_symmetric_zero_points_that_are_not_in_the_middle_are_told_when_they_are_read(tmp_path: Path):
-    write_quantized(tmp_path, gptq(sym=False), num_hidden_layers=1)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_zero_points_where_there_are_said_to_be_none_are_told_before_anything_is_read(
+    tmp_path: Path, bits: int, layout: str
+):
+    write_quantized(tmp_path, gptq(bits, sym=False, layout=layout), num_hidden_layers=1)
     change_config(tmp_path, sym=True)
-    checkpoint = open_checkpoint(tmp_path)
+    said = refusal(tmp_path)
+    assert said.startswith(f"{tmp_path}/model.safetensors: tensor '{Q}.qzeros' has zero points other than ")
+    assert "sym: true" in said
+
+
+def test_zero_points_of_a_later_group_are_told_when_they_are_read(tmp_path: Path):
+    """Of large files only the first group's are looked at before."""
+    write_quantized(tmp_path, gptq(), num_hidden_layers=1)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{Q}.qzeros"][1, 0] += 1
+    save_file(tensors, file)
     with pytest.raises(CheckpointError, match="are not 8 throughout, as quantization_config says with sym: true"):
-        read_tensors(checkpoint, [f"{Q}.weight"], dtype=torch.float32)
+        read_tensors(open_checkpoint(tmp_path), [f"{Q}.weight"], dtype=torch.float32)
 
 
 def test_a_checkpoint_that_is_quantised_and_does_not_say_so(tmp_path: Path):

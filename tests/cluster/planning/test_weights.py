@@ -35,9 +35,10 @@ def test_of_a_plain_checkpoint_it_is_the_arithmetic_of_its_sizes(tmp_path: Path,
         (compressed_tensors("pack-quantized", INT4 | {"symmetric": False}), 0.5 + 6 / 32),
         (gptq(8), 1 + 4 / 32),
         (gptq(sym=False), 0.5 + 6 / 32),
-        (fine_grained_fp8((32, 32)), 2),  # which no kernel multiplies with on a CPU
+        (fine_grained_fp8((32, 32)), 1 + 4 / 32),
+        (fine_grained_fp8((32, 40)), 2),  # rows are not whole groups
     ],
-    ids=["int4", "int4-asymmetric", "gptq-8", "gptq-4-asymmetric", "fp8"],
+    ids=["int4", "int4-asymmetric", "gptq-8", "gptq-4-asymmetric", "fp8", "fp8-of-other-groups"],
 )
 def test_of_a_quantised_one_it_is_what_kernels_hold(tmp_path: Path, of: Format, bytes_of_a_weight: float):
     write_quantized(tmp_path, of, **SIZES)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts_service.kernels import jit
+from experts_service.kernels.float8_tile import HAS_FLOAT8
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here, multiply, pack_alike
@@ -57,6 +58,23 @@ def weight_of(
         group_size=group_size or in_features,
         dtype=BF16,
         input_groups=(order // group_size).int() if shuffled and group_size else None,
+    )
+
+
+def floats_of(out_features: int, in_features: int, group_size: int | None = None, *, seed: int = 0) -> QuantizedWeight:
+    """A random one of FP8, whose codes are of all sizes."""
+    draw = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size is None else -(-in_features // group_size)
+    numbers = torch.randn(out_features, in_features, generator=draw) * 2.0 ** torch.randint(
+        -9, 7, (out_features, in_features), generator=draw
+    )
+    return QuantizedWeight(
+        codes=numbers.clamp(-448, 448).to(torch.float8_e4m3fn),
+        scales=torch.rand(out_features, groups, generator=draw) + 0.5,
+        zero_points=None,
+        bits=8,
+        group_size=group_size or in_features,
+        dtype=BF16,
     )
 
 
@@ -197,6 +215,76 @@ def test_a_network_rounds_where_the_reference_does(bits: int, hidden: int, inter
     assert torch.equal(answers, torch.cat([network(row[None]) for row in x]))
 
 
+FLOAT8 = pytest.mark.skipif(not HAS_FLOAT8, reason="this CPU does not widen float16")
+OWN = [kernel for kernel in available() if kernel.is_own]
+
+
+@FLOAT8
+@pytest.mark.parametrize("kernel", available())
+@pytest.mark.parametrize("group_size", [None, 32, 50])
+def test_sums_of_fp8_are_those_of_the_widened_weights(kernel: Kernel, group_size: int | None) -> None:
+    """Nothing is rounded but products and sums in float32, and the end."""
+    for out_features, in_features in (64, 800), (33, 1600), (300, 3200):
+        weight = floats_of(out_features, in_features, group_size)
+        assert is_multiplied_here(weight)
+        linear, widened = (
+            Linear(weight, kernel),
+            weight.codes.double() * weight.scales.double().repeat_interleave(weight.group_size, dim=1),
+        )
+        for rows in (0, 1, 3, 8, 19):
+            x = randn(rows, in_features, seed=rows)
+            exact = F.linear(x.double(), widened)
+            bound = F.linear(x.double().abs(), widened.abs()) * (in_features + 8) * 2.0**-24
+            assert ((linear(x).double() - exact).abs() <= bound + 2.0**-8 * exact.abs()).all()
+
+
+@FLOAT8
+@pytest.mark.parametrize("kernel", OWN)
+def test_every_code_of_fp8_is_widened_exactly(kernel: Kernel) -> None:
+    """Normal, subnormal, zero, and of either sign: 254 numbers. What is none makes its output none, and no other."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 2)
+    y = Linear(QuantizedWeight(codes, torch.ones(256, 1), None, 8, 2, BF16), kernel)(
+        torch.tensor([[1.0, 0.0]], dtype=BF16)
+    )
+    assert torch.equal(y[0].float().nan_to_num(1e9), codes[:, 0].float().nan_to_num(1e9))
+    assert y[0].isnan().sum() == 2
+
+
+@FLOAT8
+@pytest.mark.parametrize("kernel", OWN)
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.usefixtures("threads")
+def test_a_row_times_fp8_is_the_same_alone_and_in_any_batch(kernel: Kernel, group_size: int | None) -> None:
+    linear, x = Linear(floats_of(300, 128, group_size), kernel), randn(40, 128, seed=1)
+    torch.set_num_threads(1)
+    alone = torch.cat([linear(row[None]) for row in x])
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for rows in range(1, 41):
+            assert torch.equal(linear(x[:rows]), alone[:rows])
+        assert torch.equal(linear(x[3:20]), alone[3:20])
+
+
+@FLOAT8
+@pytest.mark.parametrize("kernel", available())
+def test_a_network_of_fp8_rounds_where_the_reference_does(kernel: Kernel) -> None:
+    w1, w2, w3 = (floats_of(*shape, 32, seed=i) for i, shape in enumerate([(96, 64), (64, 96), (96, 64)]))
+    x = randn(20, 64, seed=3) / 64
+    expected = Linear(w2, kernel)(F.silu(Linear(w1, kernel)(x)) * Linear(w3, kernel)(x))
+    packed = PackedSwiGLUs.pack([(w1, w2, w3), (w3, w2, w1)], kernel)
+    assert packed is not None
+    answers = packed(x, (20, 0), torch.empty_like(x))
+    assert (answers != expected).double().mean() < 0.01
+    torch.testing.assert_close(answers.float(), expected.float(), rtol=2**-7, atol=expected.abs().max().item() * 2**-7)
+    assert PackedSwiGLUs.pack([(w1, w2, w3), networks((True,) * 3)[0]], kernel) is None
+
+
+@FLOAT8
+def test_fp8_takes_a_byte_a_weight() -> None:
+    panels = QuantizedPanels.pack(floats_of(64, 256))
+    assert (panels.codes.nbytes, panels.scales.nbytes) == (64 * 256, 64 * 4)
+
+
 def networks(*of_each: Sequence[bool]) -> list[tuple[Tensor | QuantizedWeight, ...]]:
     """w1, w2 and w3 of each, quantised or not."""
     shapes = [(48, 32), (32, 48), (48, 32)]
@@ -240,11 +328,14 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     assert torch.equal(broken[[0, 1, 3, 4, 5]], intact[[0, 1, 3, 4, 5]])
 
 
-def test_only_integers_for_rows_of_bf16_are_multiplied_as_they_are() -> None:
-    fp8 = QuantizedWeight(randn(4, 8).to(torch.float8_e4m3fn), torch.ones(4, 1), None, 8, 8, BF16)
-    assert not is_multiplied_here(fp8)
-    assert torch.equal(Linear(fp8)(randn(3, 8)), Linear(dense(fp8))(randn(3, 8)))
+def test_what_is_multiplied_as_it_is() -> None:
     assert is_multiplied_here(weight_of(4, 8, 8))
+    assert not is_multiplied_here(replace(weight_of(4, 8, 8), dtype=torch.float32))
+    assert is_multiplied_here(floats_of(4, 8)) is HAS_FLOAT8
+    for rest in floats_of(4, 9), floats_of(4, 8, 6), floats_of(4, 15, 5):  # pairs of inputs, whole groups
+        assert not is_multiplied_here(rest)
+        x = randn(3, rest.shape[1])
+        assert torch.equal(Linear(rest)(x), Linear(dense(rest))(x))
 
 
 def test_a_file_whose_inputs_are_nearly_all_in_one_group_takes_no_memory_for_the_empty_ones() -> None:
@@ -267,7 +358,7 @@ def test_packed_weights_are_as_small_as_they_were(bits: int, scales_of: torch.dt
 @pytest.mark.parametrize(
     ("cpu", "features"),
     [
-        ("haswell", "+avx2,+fma,+avx,+sse2"),
+        ("haswell", "+avx2,+fma,+f16c,+avx,+sse2"),
         pytest.param("nehalem", "+sse4.2,+sse2", marks=pytest.mark.long),  # the way of any other CPU
     ],
 )
@@ -276,13 +367,18 @@ def test_a_row_has_the_same_bits_on_a_cpu_that_multiplies_in_another_way(cpu: st
     program = """
 import torch
 from experts_service.kernels import quantized_tile
+from experts_service.kernels.float8_tile import HAS_FLOAT8
+from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
-from tests.experts_service.kernels.test_quantized_matmul import randn, weight_of
+from tests.experts_service.kernels.test_quantized_matmul import floats_of, randn, weight_of
 x = randn(7, 200, seed=3)
 x[1] *= 2.0**-125
 print(quantized_tile.DIGITS)
 for how in (8, None), (8, 32), (4, 32), (4, 20):
     print(Linear(weight_of(40, 200, *how, zero_points=how[1] == 32))(x).view(torch.int16).tolist())
+if HAS_FLOAT8:
+    for group_size in None, 40:
+        print(Linear(floats_of(40, 200, group_size), Kernel.FMA)(x).view(torch.int16).tolist())
 """
 
     def run(**variables: str) -> list[str]:
@@ -295,4 +391,5 @@ for how in (8, None), (8, 32), (4, 32), (4, 20):
     here = run()
     older = run(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features)
     assert older[0] == "False"
-    assert older[1:] == here[1:]
+    assert older[1:] == here[1 : len(older)]
+    assert len(older) == 5 + 2 * ("f16c" in features)
