@@ -65,14 +65,14 @@ def test_pods_are_as_large_as_what_the_engine_rounds_to() -> None:
     document = yaml.safe_load((REPOSITORY / "k8s/overlays/cpu-demo/manta.yaml").read_text())
     document["models"][0] |= {"path": "mistralai/Mixtral-8x7B-v0.1", "version": "1"}
     document["models"][0]["engine"] |= {"kv_cache_gib": 5}
+    engine = document["models"][0]["engine"]
     plain, int4 = (
-        pod_groups(parse_config({**document, "models": [document["models"][0] | {"engine": engine}]}))["expert"]
-        for engine in (
-            document["models"][0]["engine"],
-            document["models"][0]["engine"] | {"quantization": "int4"},
-        )
+        pod_groups(parse_config(document | {"models": [document["models"][0] | {"engine": engine | of}]}))
+        for of in ({}, {"quantization": "int4"})
     )
-    assert int4.size.memory_mib < 0.3 * plain.size.memory_mib
+    assert int4["expert"].size.memory_mib < 0.3 * plain["expert"].size.memory_mib
+    attention = plain["coordinator"].size.memory_mib - int4["coordinator"].size.memory_mib
+    assert attention > 1.5 * 2**10, "its projections are rounded as well"
 
 
 def test_each_set_of_labels_that_tiers_ask_for_has_pods_of_its_own() -> None:
