@@ -28,7 +28,7 @@ def test_what_is_read_and_dropped_while_experts_load_goes_back(tmp_path: Path, s
 
 
 @pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported: weights are widened")
-@pytest.mark.parametrize("numbers", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("numbers", ["int8", *(pytest.param(name, marks=pytest.mark.long) for name in ("int4", "fp8"))])
 def test_what_rounding_and_packing_need_for_a_moment_goes_back(tmp_path: Path, numbers: Numbers) -> None:
     """Half as much again as the weights of 8 bits stayed with malloc until the process ended."""
     write_checkpoint(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=3, num_local_experts=8)
