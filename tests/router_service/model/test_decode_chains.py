@@ -70,6 +70,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"microbatches": 3},
     {"num_groups": 4},
     {"quantization": "int8"},
+    {"quantization": "fp8"},
     {"quantization": "int4", "quantized_parts": "attention"},
     {"quantization": "int4", "quantization_group_size": 32, "num_groups": 2},
 ]
