@@ -119,10 +119,10 @@ def test_a_gpu_is_refused_by_the_engine_as_well(directory: Path, monkeypatch: py
 
 @needs_numba
 def test_a_few_questions_are_answered_word_for_word() -> None:
-    assert wrong("none", [*entries()[::150]], kv_cache_dtype="int8") == []
+    assert wrong([*entries()[::150]], kv_cache_dtype="int8") == []
 
 
 @needs_numba
 @pytest.mark.long
 def test_all_questions_are_answered_word_for_word() -> None:
-    assert wrong("none", list(entries()), kv_cache_dtype="int8") == []
+    assert wrong(list(entries()), kv_cache_dtype="int8") == []
