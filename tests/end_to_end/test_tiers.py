@@ -28,15 +28,18 @@ pytestmark = [pytest.mark.root, pytest.mark.long]
 PROMPT, NUM_TOKENS = "What is the best French cheese?", 40
 BODY = {"model": "demo", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "return_token_ids": True}
 PLAIN, ROUNDED = (2, 5), (0, 1, 3, 4, 6, 7)
-# The GPUs are reserved, and the maths runs on the CPU. Group 2 is hot: it is never idle enough. Its second tier has its
-# numbers, that of group 5 has not.
+# The GPUs are reserved, and the maths runs on the CPU. Group 2 is hot: it is never idle enough, and group 5 always is.
+# The second tier of group 2 has its numbers, that of group 5 has not.
 TIERS = """    experts:
       groups: [[0], [1], [2], [3], [4], [5], [6], [7]]
       expert_timeout_s: 300
       mixed_replicas: true
       tiers:
         - {groups: [2], gpus_per_shard: 1, label_selector: {tier: gpu}, scaling: {target_busy_fraction: 0.001}}
-        - {groups: [5], gpus_per_shard: 1, label_selector: {tier: gpu}, scaling: {max_queue_s: 100}}
+        - groups: [5]
+          gpus_per_shard: 1
+          label_selector: {tier: gpu}
+          scaling: {target_busy_fraction: 1, max_queue_s: 100}
         - {label_selector: {tier: cpu}, quantization: int8, quantization_group_size: 64}
         - {groups: [2], label_selector: {tier: cpu}, scaling: {min_replicas: 0, upscale_delay_s: 2}}
         - groups: [5]
