@@ -68,8 +68,8 @@ class EngineConfig(_Frozen):
     grammar_cache_mib: int = Field(256, ge=1)
     """Memory for compiled grammars. The least recently used leave first."""
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=3)] = "auto"
-    """Parts of a step that take turns computing and waiting. `auto`: 1; nowhere has more been
-    measured to be faster.
+    """Parts of a step that take turns computing and waiting. `auto`: 1: more was measured to be faster
+    nowhere yet.
     """
     kernels: Literal["auto", "dot", "fma", "onednn", "torch"] = "auto"
     """What multiplies bf16 on a CPU, in coordinators and shards. `dot`: our own, where it has AVX512-BF16. `fma`: our
