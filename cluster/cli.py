@@ -225,7 +225,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """Show the processes a model needs on GPUs of one type, their memory, and the speed to expect."""
-    from cluster.commands import plan as command
+    from cluster.commands.plan import command
     from cluster.planning.costs import LANES
     from cluster.planning.plan import Target
     from cluster.planning.roofline import Link, Load

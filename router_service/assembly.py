@@ -13,8 +13,8 @@ from cluster.config import EngineConfig
 from cluster.planning.placement import DeviceShare, kv_dtype
 from cluster.telemetry.kernels import ProcessKernels
 from experts_service.device import FEW_THREADS, give_back_unused
+from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.cores import cores
-from experts_service.kernels.jit import AVAILABLE
 from experts_service.kernels.selection import Selection, select
 from experts_service.weights import read_tensors
 from router_service.attention.cache_size import cache_size

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from experts_service.kernels.jit import AVAILABLE, cache_directory, cpu_features
+from experts_service.kernels.compiled.jit import AVAILABLE, cache_directory, cpu_features
 
 _SOURCES = (
     "row_kernels.py",
@@ -40,7 +40,7 @@ def compile_kernels(dtypes: Sequence[str]) -> None:
 
     if torch.cuda.is_available():
         return
-    from experts_service.kernels.matmul import load_kernels
+    from experts_service.kernels.compiled.matmul import load_kernels
     from router_service import rows
     from router_service.attention import paged
     from router_service.sampling.sampler import Sampler

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from experts_service.kernels.jit import from_bits, kernel, pointer, take, widen
-from experts_service.kernels.matmul import exp
-from experts_service.kernels.routine import Routine
-from experts_service.kernels.vectors import (
+from experts_service.kernels.compiled.jit import from_bits, kernel, pointer, take, widen
+from experts_service.kernels.compiled.matmul import exp
+from experts_service.kernels.compiled.routine import Routine
+from experts_service.kernels.compiled.vectors import (
     LANES,
     add,
     load,

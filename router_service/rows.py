@@ -14,13 +14,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from experts_service.kernels.chain import Chain
-from experts_service.kernels.jit import AVAILABLE
-from experts_service.kernels.route import Route
-from experts_service.kernels.routine import Task, num_threads
+from experts_service.kernels.compiled.chain import Chain
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.compiled.route import Route
+from experts_service.kernels.compiled.routine import Task, num_threads
 
 if AVAILABLE:
-    from experts_service.kernels.vectors import LANES
+    from experts_service.kernels.compiled.vectors import LANES
     from router_service import row_kernels
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -6,8 +6,8 @@ from enum import StrEnum
 
 import torch
 
-from experts_service.kernels import tile
-from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.compiled import tile
+from experts_service.kernels.compiled.jit import AVAILABLE
 
 
 class Kernel(StrEnum):
@@ -27,6 +27,11 @@ class Kernel(StrEnum):
     def arithmetic(self) -> int:
         """Of one of ours, for tile.py."""
         return {Kernel.DOT: tile.DOT, Kernel.FMA: tile.FMA}[self]
+
+    @property
+    def own_arithmetic(self) -> int | None:
+        """The same; None: it is a library's."""
+        return self.arithmetic if self.is_own else None
 
 
 def available() -> tuple[Kernel, ...]:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels import quantized_matmul
+from experts_service.kernels.compiled import quantized_matmul
+from experts_service.kernels.compiled.matmul import Panels, multiply, multiply_task
+from experts_service.kernels.compiled.quantized_matmul import QuantizedPanels, is_multiplied_here
+from experts_service.kernels.compiled.routine import Task
+from experts_service.kernels.compiled.tile import PAIR
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.matmul import Panels, multiply, multiply_task
-from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here
-from experts_service.kernels.routine import Task
-from experts_service.kernels.tile import PAIR
 from experts_service.quantization.weight import Weight, dense
 
 _ROWS_HINT = 16  # what oneDNN picks the blocks for; they serve any number of rows
@@ -39,7 +39,7 @@ class Linear:
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)
         self._quantized = None
         if is_multiplied_here(weight):
-            self._quantized = QuantizedPanels.pack(weight, kernel=self._kernel)
+            self._quantized = QuantizedPanels.pack(weight, arithmetic=self._kernel.own_arithmetic)
             return
         weight = dense(weight)
         if self._kernel.is_own:

@@ -15,9 +15,9 @@ import torch
 
 from cluster.errors import ConfigError
 from cluster.telemetry.kernels import ProcessKernels
-from experts_service.kernels.jit import AVAILABLE, cpu_features
+from experts_service.kernels.compiled.jit import AVAILABLE, cpu_features
+from experts_service.kernels.compiled.matmul import load_kernels
 from experts_service.kernels.kernel import Kernel, available
-from experts_service.kernels.matmul import load_kernels
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
 
 MAX_COST = 1.1  # times the time of the fastest: what batch invariance may cost by itself

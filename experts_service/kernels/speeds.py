@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from experts_service.kernels.jit import cache_directory, cpu_features, one_process
+from experts_service.kernels.compiled.jit import cache_directory, cpu_features, one_process
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
 

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.linear import Linear
-from experts_service.kernels.matmul import Panels, networks_task, pack_gate_up, run_networks
-from experts_service.kernels.quantized_matmul import (
+from experts_service.kernels.compiled.matmul import Panels, networks_task, pack_gate_up, run_networks
+from experts_service.kernels.compiled.quantized_matmul import (
     QuantizedPanels,
     is_multiplied_here,
     pack_alike,
     product_tasks,
     run_quantized,
 )
-from experts_service.kernels.routine import Task
-from experts_service.kernels.tile import PAIR
+from experts_service.kernels.compiled.routine import Task
+from experts_service.kernels.compiled.tile import PAIR
+from experts_service.kernels.kernel import Kernel, kernel_for
+from experts_service.kernels.linear import Linear
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
 
 Weights = tuple[Weight, Weight, Weight]  # w1 [F, D], w2 [D, F], w3 [F, D]
@@ -88,8 +88,10 @@ class PackedSwiGLUs:
     def pack(cls, weights: Sequence[Weights], kernel: Kernel) -> PackedSwiGLUs | None:
         """None where kernels of our own do not run all of them together: some quantised, some not, or unlike."""
         if any(isinstance(weight, QuantizedWeight) for network in weights for weight in network):
-            w1_w3 = pack_alike([stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True, kernel=kernel)
-            w2 = pack_alike([w2 for _, w2, _ in weights], kernel=kernel)
+            w1_w3 = pack_alike(
+                [stacked((w1, w3)) for w1, _, w3 in weights], gate_up=True, arithmetic=kernel.own_arithmetic
+            )
+            w2 = pack_alike([w2 for _, w2, _ in weights], arithmetic=kernel.own_arithmetic)
             if w1_w3 is not None and w2 is not None:
                 return cls(partial(run_quantized, w1_w3, w2), _chained_quantized(w1_w3, w2))
             if any(map(is_multiplied_here, chain.from_iterable(weights))):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from cluster.checkpoint.architecture import Architecture
-from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.compiled.tile import FMA
 from experts_service.kernels.kernel import Kernel
-from experts_service.kernels.tile import FMA
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.reference import ReferenceAttention
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.planning.step_memory import PARTIAL_BYTES
-from experts_service.kernels.routine import Routine, num_threads
-from experts_service.kernels.tile import DOT, FMA, HAS_DOT
-from experts_service.kernels.vectors import LANES
+from experts_service.kernels.compiled.routine import Routine, num_threads
+from experts_service.kernels.compiled.tile import DOT, FMA, HAS_DOT
+from experts_service.kernels.compiled.vectors import LANES
 from router_service.attention.backend import AttentionBackend, AttentionPlan
 from router_service.attention.kv_cache import IN_8_BITS, KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata

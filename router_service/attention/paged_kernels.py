@@ -23,8 +23,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from experts_service.kernels.byte_products import COLUMNS as BYTE_COLUMNS
-from experts_service.kernels.byte_products import (
+from experts_service.kernels.compiled.byte_products import COLUMNS as BYTE_COLUMNS
+from experts_service.kernels.compiled.byte_products import (
     OFFSET,
     fetch,
     make_row,
@@ -32,10 +32,10 @@ from experts_service.kernels.byte_products import (
     multiply_parts,
     scale_of,
 )
-from experts_service.kernels.jit import bits, fma, from_bits, kernel, take
-from experts_service.kernels.products import COLUMNS, ROWS, add_products, products
-from experts_service.kernels.routine import Routine
-from experts_service.kernels.vectors import (
+from experts_service.kernels.compiled.jit import bits, fma, from_bits, kernel, take
+from experts_service.kernels.compiled.products import COLUMNS, ROWS, add_products, products
+from experts_service.kernels.compiled.routine import Routine
+from experts_service.kernels.compiled.vectors import (
     LANES,
     add,
     address_of,

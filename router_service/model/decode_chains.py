@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from cluster.checkpoint.architecture import Architecture
-from experts_service.kernels.chain import Chain
+from experts_service.kernels.compiled.chain import Chain
+from experts_service.kernels.compiled.route import Route
+from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.route import Route
-from experts_service.kernels.routine import Task
 from experts_service.kernels.swiglu import Chained, SwiGLU
 from router_service.model.gate import Gate
 from router_service.rows import Choice, combine_task, is_compiled, norm_task, rotate_task

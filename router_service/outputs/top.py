@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experts_service.kernels import jit
-from experts_service.kernels.jit import kernel, pointer, take
-from experts_service.kernels.routine import Routine, num_threads
+from experts_service.kernels.compiled import jit
+from experts_service.kernels.compiled.jit import kernel, pointer, take
+from experts_service.kernels.compiled.routine import Routine, num_threads
 
 if jit.AVAILABLE:
     from numba import carray

@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from experts_service.kernels.jit import AVAILABLE, kernel, pointer, take
-from experts_service.kernels.routine import Routine, num_threads
+from experts_service.kernels.compiled.jit import AVAILABLE, kernel, pointer, take
+from experts_service.kernels.compiled.routine import Routine, num_threads
 
 if AVAILABLE:
     from numba import carray

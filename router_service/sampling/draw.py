@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.messages import SamplingParams
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from router_service.sampling.compiled_draw import IN_DOUBT, draw_rows
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.messages import Request, SamplingParams, TokenLogprobs
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.outputs.logprobs import token_logprobs
 from router_service.sampling.compiled_adjust import Wishes, adjust

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import yaml
 
-from cluster.commands.observed import Observed, observe
+from cluster.commands.plan.observed import Observed, observe
 from tests.gateway.telemetry.test_metrics import samples, value
 from tests.waiting import wait_for
 

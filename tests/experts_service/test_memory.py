@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.quantization.rounding import Numbers, Rounding
 from cluster.planning.weights import held_weights
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from tests.checkpoints import write_checkpoint
 from tests.programs import said_by
 

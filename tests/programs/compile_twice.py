@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 
 COMPILE = [sys.executable, "-m", "router_service.compile_kernels", "bfloat16"]
 NO_TORCH = """
@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
     import torch
 
-    from experts_service.kernels.matmul import load_kernels
+    from experts_service.kernels.compiled.matmul import load_kernels
     from router_service import rows
     from router_service.attention import paged
     from router_service.sampling.sampler import Sampler

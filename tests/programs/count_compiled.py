@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experts_service.kernels.jit import kernel
+from experts_service.kernels.compiled.jit import kernel
 
 
 @kernel

@@ -11,9 +11,9 @@ import torch
 
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.quantization.rounding import Numbers, Rounding
-from experts_service.kernels import quantized_matmul
+from experts_service.kernels.compiled import quantized_matmul
+from experts_service.kernels.compiled.matmul import load_kernels
 from experts_service.kernels.experts import Experts
-from experts_service.kernels.matmul import load_kernels
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.messages import Request
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from experts_service.kernels.kernel import Kernel, available
 from router_service.scheduling.scheduler import Batch
 from tests.checkpoints import random_mistral, random_mixtral

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from tests.programs import said_by
 
 pytestmark = [

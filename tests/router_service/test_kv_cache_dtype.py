@@ -12,7 +12,7 @@ from cluster.config import EngineConfig
 from cluster.demo_model.training.corpus import entries
 from cluster.errors import ConfigError
 from cluster.telemetry.kernels import ModelKernels
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from experts_service.kernels.kernel import Kernel, available
 from router_service.assembly import process_kernels, select_kernel
 from tests.checkpoints import random_mixtral

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.demo_model import DIRECTORY
 from cluster.demo_model.training.corpus import Entry, entries
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 

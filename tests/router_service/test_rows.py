@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from router_service import rows
 from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.rows import choose, combine, norm, rotate

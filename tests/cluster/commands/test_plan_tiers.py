@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.commands.plan import checkpoint_of
-from cluster.commands.plan_machine import parse_memory
+from cluster.commands.plan.command import checkpoint_of
+from cluster.commands.plan.machine import parse_memory
 from cluster.config import parse_config
 from cluster.deploy.app import Cluster, plan_models
 from cluster.errors import ConfigError, MantaError

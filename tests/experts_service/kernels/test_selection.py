@@ -11,9 +11,9 @@ import torch
 from cluster.config import parse_config
 from cluster.errors import ConfigError
 from experts_service.kernels import cores, matmul, selection, speeds
+from experts_service.kernels.compiled.routine import Routine
 from experts_service.kernels.cores import cores as count_cores
 from experts_service.kernels.kernel import Kernel, available
-from experts_service.kernels.routine import Routine
 from experts_service.kernels.selection import choose, select
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from experts_service.kernels.jit import AVAILABLE
+from experts_service.kernels.compiled.jit import AVAILABLE
 from router_service.attention.reference import ReferenceAttention
 from tests.router_service.attention.pages import CPU, Pages, Tokens, sized
 
@@ -18,7 +18,7 @@ LENGTH, BLOCK_SIZE = 100, 16
 # What the kernels make of one sequence that comes in two chunks and one by one.
 ATTEND = """
 import torch
-from experts_service.kernels import quantized_tile
+from experts_service.kernels.compiled import quantized_tile
 from router_service.attention.paged import PagedAttention
 from tests.router_service.attention.pages import Pages, Tokens, sized
 print(quantized_tile.DIGITS)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts_service.kernels import tile
-from experts_service.kernels.jit import AVAILABLE
-from experts_service.kernels.routine import num_threads
+from experts_service.kernels.compiled import tile
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.compiled.routine import num_threads
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span

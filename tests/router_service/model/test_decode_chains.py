@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from router_service.dispatcher import Dispatcher
 from router_service.model import decoder
 from router_service.model.decode_chains import KEPT, MOST_ROWS, DecodeChains

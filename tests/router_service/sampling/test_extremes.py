@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from cluster.messages import SamplingParams
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from gateway.request.protocol import CompletionRequest, parse_body
 from gateway.request.sampling_options import sampling_options
 from router_service.sampling.sampler import Sampler

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from cluster.errors import InvalidRequest
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
 from router_service.outputs.logprobs import token_logprobs
 from router_service.outputs.top import top
 from router_service.sampling import sampler as sampler_module

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experts_service.kernels.jit import AVAILABLE, cpu_has, intrinsic
+from experts_service.kernels.compiled.jit import AVAILABLE, cpu_has, intrinsic
 
 FMA, DOT = 0, 1
 WIDTH = 32  # outputs of a panel

@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experts_service.kernels import jit
+from experts_service.kernels.compiled import jit
+from experts_service.kernels.compiled.routine import Routine, num_threads, take_run
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.routine import Routine, num_threads, take_run
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
 
 if jit.AVAILABLE:
     from numba import carray
 
-    from experts_service.kernels.jit import pointer
+    from experts_service.kernels.compiled.jit import pointer
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -152,7 +152,7 @@ def test_fma_has_the_same_bits_on_a_cpu_with_shorter_vectors_and_fewer_registers
     """Shards of one group may be on machines of different age."""
     program = """
 import torch
-from experts_service.kernels import tile
+from experts_service.kernels.compiled import tile
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.swiglu import SwiGLU
 def randn(*shape, seed): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()

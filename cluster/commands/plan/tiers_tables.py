@@ -9,8 +9,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.plan_tables import draw_figures
-from cluster.commands.plan_tiers import TieredPlan
+from cluster.commands.plan.tables import draw_figures
+from cluster.commands.plan.tiers import TieredPlan
 from cluster.config import ModelConfig
 from cluster.planning.costs import Figure
 from cluster.planning.placement import gib

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts_service.kernels.jit import AVAILABLE, pointer, take
-from experts_service.kernels.routine import Routine, Task
+from experts_service.kernels.compiled.jit import AVAILABLE, pointer, take
+from experts_service.kernels.compiled.routine import Routine, Task
 
 if AVAILABLE:
     from numba import carray

@@ -19,10 +19,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from experts_service.kernels.jit import kernel
-from experts_service.kernels.products import fetch_line
-from experts_service.kernels.quantized_tile import DIGITS, dot_bytes, dot_shorts
-from experts_service.kernels.vectors import (
+from experts_service.kernels.compiled.jit import kernel
+from experts_service.kernels.compiled.products import fetch_line
+from experts_service.kernels.compiled.quantized_tile import DIGITS, dot_bytes, dot_shorts
+from experts_service.kernels.compiled.vectors import (
     FLOATS,
     LANES,
     VECTOR,

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels import quantized_rows, tile
-from experts_service.kernels.chain import Chain
-from experts_service.kernels.float8_tile import (
+from experts_service.kernels.compiled import quantized_rows, tile
+from experts_service.kernels.compiled.chain import Chain
+from experts_service.kernels.compiled.float8_tile import (
     FLOAT8_ARITHMETICS,
     HAS_FLOAT8,
     NOT_A_NUMBER,
@@ -30,12 +30,11 @@ from experts_service.kernels.float8_tile import (
     SCALE_FACTOR,
     multiply_float_rows,
 )
-from experts_service.kernels.jit import AVAILABLE, kernel, pointer
-from experts_service.kernels.kernel import Kernel
-from experts_service.kernels.matmul import RUN_BYTES, height_of, write_gated, write_sums
-from experts_service.kernels.quantized_rows import quantize_task, row_words
-from experts_service.kernels.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
-from experts_service.kernels.routine import Routine, Task, num_threads, take_run
+from experts_service.kernels.compiled.jit import AVAILABLE, kernel, pointer
+from experts_service.kernels.compiled.matmul import RUN_BYTES, height_of, write_gated, write_sums
+from experts_service.kernels.compiled.quantized_rows import quantize_task, row_words
+from experts_service.kernels.compiled.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
+from experts_service.kernels.compiled.routine import Routine, Task, num_threads, take_run
 from experts_service.memory import mapped
 from experts_service.quantization.weight import QuantizedWeight, Weight
 
@@ -88,14 +87,15 @@ class QuantizedPanels:
         )
 
     @classmethod
-    def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False, kernel: Kernel | None = None) -> QuantizedPanels:
+    def pack(cls, weight: QuantizedWeight, *, gate_up: bool = False, arithmetic: int | None = None) -> QuantizedPanels:
         """A copy of `weight` [out, in], which `is_multiplied_here`.
 
-        `gate_up`: it is w1 above w3, and their panels take turns. `kernel`: what multiplies bf16, as FP8 is then.
+        `gate_up`: it is w1 above w3, and their panels take turns. `arithmetic`: tile.py's, of
+        bf16 and so of FP8; None: a library multiplies bf16.
         """
         load_kernels()  # here: a model that is not quantised does without them
         if weight.codes.dtype is not torch.int8:
-            return cls._pack_floats(weight, gate_up, kernel)
+            return cls._pack_floats(weight, gate_up, arithmetic)
         columns, group = _columns(weight)
         block, blocks = _blocks(weight)
         codes = weight.codes if columns is None else F.pad(weight.codes, (0, 1))[:, columns]
@@ -127,7 +127,7 @@ class QuantizedPanels:
         )
 
     @classmethod
-    def _pack_floats(cls, weight: QuantizedWeight, gate_up: bool, kernel: Kernel | None) -> QuantizedPanels:
+    def _pack_floats(cls, weight: QuantizedWeight, gate_up: bool, arithmetic: int | None) -> QuantizedPanels:
         octets = weight.codes.view(torch.uint8)
         block, blocks = _blocks(weight)
         pairs = _panels(octets, gate_up).view(-1, WIDTH, block * blocks // 2, 2)
@@ -145,7 +145,7 @@ class QuantizedPanels:
             columns=None,
             out_features=len(octets) // (2 if gate_up else 1),
             in_features=weight.shape[1],
-            arithmetic=_arithmetic_of_floats(kernel),
+            arithmetic=_arithmetic_of_floats(arithmetic),
         )
 
 
@@ -163,13 +163,13 @@ def is_multiplied_here(weight: Weight) -> TypeGuard[QuantizedWeight]:
 
 
 def pack_alike(
-    weights: Sequence[Weight], *, gate_up: bool = False, kernel: Kernel | None = None
+    weights: Sequence[Weight], *, gate_up: bool = False, arithmetic: int | None = None
 ) -> list[QuantizedPanels] | None:
     """Panels of all, for one call; None where they are not multiplied here, or not with the same rows."""
     quantized = [weight for weight in weights if is_multiplied_here(weight)]
     if len(quantized) < len(weights) or len({(_blocks(one), one.codes.dtype) for one in quantized}) != 1:
         return None
-    return [QuantizedPanels.pack(weight, gate_up=gate_up, kernel=kernel) for weight in quantized]
+    return [QuantizedPanels.pack(weight, gate_up=gate_up, arithmetic=arithmetic) for weight in quantized]
 
 
 def multiply(x: Tensor, matrices: Sequence[QuantizedPanels], counts: Sequence[int], y: Tensor) -> None:
@@ -209,11 +209,11 @@ def load_kernels() -> None:
     Chain.load()
 
 
-def _arithmetic_of_floats(kernel: Kernel | None) -> int:
-    """That of the kernel, if it is ours and can be; a library's place is taken by the fastest."""
-    if kernel is not None and kernel.is_own and kernel.arithmetic in FLOAT8_ARITHMETICS:
-        return kernel.arithmetic
-    return tile.FMA if kernel is Kernel.DOT else FLOAT8_ARITHMETICS[-1]
+def _arithmetic_of_floats(arithmetic: int | None) -> int:
+    """The same, if FP8 can be multiplied so; a library's place is taken by the fastest."""
+    if arithmetic in FLOAT8_ARITHMETICS:
+        return arithmetic
+    return tile.FMA if arithmetic == tile.DOT else FLOAT8_ARITHMETICS[-1]
 
 
 def _blocks(weight: QuantizedWeight) -> tuple[int, int]:

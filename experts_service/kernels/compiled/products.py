@@ -23,8 +23,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from experts_service.kernels.tile import add_dot, splat_bits
-from experts_service.kernels.vectors import FLOATS, LANES, fma_of, spread_of
+from experts_service.kernels.compiled.tile import add_dot, splat_bits
+from experts_service.kernels.compiled.vectors import FLOATS, LANES, fma_of, spread_of
 
 ROWS = 4  # at once; a Zen 4 begins a dot product in each cycle and has its sum after six, so four sums are too few
 COLUMNS = 4  # blocks of LANES

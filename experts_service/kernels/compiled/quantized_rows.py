@@ -15,9 +15,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from experts_service.kernels.jit import AVAILABLE, bits, from_bits, pointer, take, widen
-from experts_service.kernels.quantized_tile import DIGITS
-from experts_service.kernels.routine import Routine, Task, num_threads
+from experts_service.kernels.compiled.jit import AVAILABLE, bits, from_bits, pointer, take, widen
+from experts_service.kernels.compiled.quantized_tile import DIGITS
+from experts_service.kernels.compiled.routine import Routine, Task, num_threads
 
 if AVAILABLE:
     from numba import carray

@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 from numba.core.datamodel import register_default
 from numba.extending import intrinsic, models
 
-from experts_service.kernels.tile import BFloat
+from experts_service.kernels.compiled.tile import BFloat
 
 LANES = 16
 

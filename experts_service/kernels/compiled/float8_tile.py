@@ -22,8 +22,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experts_service.kernels.jit import AVAILABLE, cpu_has, intrinsic
-from experts_service.kernels.tile import (
+from experts_service.kernels.compiled.jit import AVAILABLE, cpu_has, intrinsic
+from experts_service.kernels.compiled.tile import (
     DOT,
     FMA,
     HAS_DOT,

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experts_service.kernels.jit import AVAILABLE, compile_routine, kernel, seen, take_several
+from experts_service.kernels.compiled.jit import AVAILABLE, compile_routine, kernel, seen, take_several
 
 if AVAILABLE:
-    from experts_service.kernels.jit import sched_yield
+    from experts_service.kernels.compiled.jit import sched_yield
 
 WAKE_S = 20e-6  # a thread that saves less than this is not woken
 READ_BYTES_S = 20e9  # of one thread that reads weights; measured 16 to 29

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from experts_service.kernels import jit
-from experts_service.kernels.jit import fma, kernel, narrow, widen
+from experts_service.kernels.compiled import jit
+from experts_service.kernels.compiled.jit import fma, kernel, narrow, widen
 from tests.programs import said_by
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels import jit
-from experts_service.kernels.float8_tile import HAS_FLOAT8
+from experts_service.kernels.compiled import jit
+from experts_service.kernels.compiled.float8_tile import HAS_FLOAT8
+from experts_service.kernels.compiled.quantized_matmul import QuantizedPanels, is_multiplied_here, multiply, pack_alike
+from experts_service.kernels.compiled.quantized_rows import quantize_task, row_words
+from experts_service.kernels.compiled.quantized_tile import DIGITS
+from experts_service.kernels.compiled.routine import num_threads
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
-from experts_service.kernels.quantized_matmul import QuantizedPanels, is_multiplied_here, multiply, pack_alike
-from experts_service.kernels.quantized_rows import quantize_task, row_words
-from experts_service.kernels.quantized_tile import DIGITS
-from experts_service.kernels.routine import num_threads
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
 from experts_service.quantization.weight import QuantizedWeight, dense
 
@@ -366,11 +366,11 @@ def test_a_row_has_the_same_bits_on_a_cpu_that_multiplies_in_another_way(cpu: st
     """Shards of one group may be on machines of different age."""
     program = """
 import torch
-from experts_service.kernels import quantized_tile
-from experts_service.kernels.float8_tile import HAS_FLOAT8
+from experts_service.kernels.compiled import quantized_tile
+from experts_service.kernels.compiled.float8_tile import HAS_FLOAT8
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
-from tests.experts_service.kernels.test_quantized_matmul import floats_of, randn, weight_of
+from tests.experts_service.kernels.compiled.test_quantized_matmul import floats_of, randn, weight_of
 x = randn(7, 200, seed=3)
 x[1] *= 2.0**-125
 print(quantized_tile.DIGITS)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experts_service.kernels.jit import AVAILABLE, cpu_has, intrinsic
+from experts_service.kernels.compiled.jit import AVAILABLE, cpu_has, intrinsic
 
 WIDTH = 32  # outputs of a panel
 STEP = 8  # k that are read at once: blocks are multiples of it

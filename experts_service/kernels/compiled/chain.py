@@ -25,8 +25,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experts_service.kernels.jit import AVAILABLE, call, counter, pointer, take_several
-from experts_service.kernels.routine import Routine, Task, wait_for_none
+from experts_service.kernels.compiled.jit import AVAILABLE, call, counter, pointer, take_several
+from experts_service.kernels.compiled.routine import Routine, Task, wait_for_none
 
 if AVAILABLE:
     from numba import carray

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts_service.kernels.jit import (
+from experts_service.kernels.compiled.jit import (
     AVAILABLE,
     bits,
     counter,
@@ -32,8 +32,8 @@ from experts_service.kernels.jit import (
     take_several,
     widen,
 )
-from experts_service.kernels.routine import Routine, Task, num_threads, take_run, wait_for
-from experts_service.kernels.tile import HEIGHTS, PAIR, WIDTH, multiply_rows
+from experts_service.kernels.compiled.routine import Routine, Task, num_threads, take_run, wait_for
+from experts_service.kernels.compiled.tile import HEIGHTS, PAIR, WIDTH, multiply_rows
 from experts_service.memory import mapped
 
 if AVAILABLE:

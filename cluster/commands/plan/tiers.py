@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from cluster.checkpoint.architecture import compute_dtype, expert_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.commands.observed import Observed
-from cluster.commands.plan_machine import Machine
+from cluster.commands.plan.machine import Machine
+from cluster.commands.plan.observed import Observed
 from cluster.config import ModelConfig, Quantization, parse_config
 from cluster.deploy.app import Cluster, ModelPlan, plan_model
 from cluster.errors import ConfigError, DoesNotFit

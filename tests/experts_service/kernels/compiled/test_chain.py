@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from experts_service.kernels import jit
-from experts_service.kernels.chain import Chain
-from experts_service.kernels.routine import Routine, Task
+from experts_service.kernels.compiled import jit
+from experts_service.kernels.compiled.chain import Chain
+from experts_service.kernels.compiled.routine import Routine, Task
 
 if jit.AVAILABLE:
     from numba import carray
 
-    from experts_service.kernels.jit import pointer, take
+    from experts_service.kernels.compiled.jit import pointer, take
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 

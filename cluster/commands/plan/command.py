@@ -15,9 +15,9 @@ from cluster.checkpoint.hub import EMBEDDED
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
 from cluster.commands.bench.shapes import SHAPES
-from cluster.commands.observed import observe
-from cluster.commands.plan_machine import machine_of
-from cluster.commands.plan_tiers import look_at, propose
+from cluster.commands.plan.machine import machine_of
+from cluster.commands.plan.observed import observe
+from cluster.commands.plan.tiers import look_at, propose
 from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
 from cluster.planning.costs import LANES, OF_COPIES, OF_CPUS, OF_GPUS, OF_LANES, Figure
@@ -77,7 +77,7 @@ def _of_name(model: str) -> ModelConfig:
 
 def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dict[str, Any], Callable[[Console], None]]:
     """As JSON, and what draws it."""
-    from cluster.commands import plan_tables
+    from cluster.commands.plan import tables
 
     if question.ram is not None or question.gpu_memory is not None or (chosen and config.experts.tiers):
         return _plan_tiers(config, question, chosen=chosen)
@@ -86,8 +86,8 @@ def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dic
     planner, plan = plan_one(config, question, chosen=chosen)
 
     def draw(console: Console) -> None:
-        plan_tables.draw(config.name, question.target, planner, plan, console)
-        plan_tables.draw_figures(figures(question, plan), console)
+        tables.draw(config.name, question.target, planner, plan, console)
+        tables.draw_figures(figures(question, plan), console)
 
     return document(config.name, question, planner, plan), draw
 
@@ -95,7 +95,7 @@ def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dic
 def _plan_tiers(
     config: ModelConfig, question: Question, *, chosen: bool
 ) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    from cluster.commands import plan_tiers_tables
+    from cluster.commands.plan import tiers_tables
 
     has_tiers = chosen and bool(config.experts.tiers)
     if question.ram is None and not has_tiers:
@@ -125,7 +125,7 @@ def _plan_tiers(
     lanes: Iterable[Figure] = () if planned.local else (*(OF_LANES if question.lanes is None else ()), *OF_COPIES)
     on_cpus = planned.times.cpu_s > 0
     used = (*OF_GPUS, *lanes, *(OF_CPUS if on_cpus else ()), *machine.assumed(on_cpus=on_cpus))
-    return plan_tiers_tables.document(planned, used), lambda console: plan_tiers_tables.draw(planned, used, console)
+    return tiers_tables.document(planned, used), lambda console: tiers_tables.draw(planned, used, console)
 
 
 def _cards(config: ModelConfig) -> int:

@@ -1,0 +1,1 @@
+"""`manta plan`: what a model takes on which hardware. Knows the arithmetic of cluster.planning; starts nothing."""

@@ -1,0 +1,1 @@
+"""What numba compiles for CPUs, and what holds it together: registers, panels, threads. Knows rows; knows no layer."""
