@@ -146,9 +146,13 @@ class ExpertPool:
 
     async def _stay_attached(self, name: str, handle: Any) -> None:
         deployment = Deployment(handle.app_name, first_deployment(name))
+        streaming = handle.options(stream=True)  # has Serve build the router here, which fills the table
         while True:
+            # Serve adds a replica for a call that waits for one, so a tier that may have none is not asked before.
+            while deployment.name != name and all(one.tier != name for one in self._table.replicas(deployment)):
+                await asyncio.sleep(REATTACH_PAUSE_S)
             try:
-                stream = handle.options(stream=True).attach.remote(self._coordinator)
+                stream = streaming.attach.remote(self._coordinator)
                 self._streams[name] = stream
                 async for where in stream:
                     self._attached[name] = where["replica_id"]
