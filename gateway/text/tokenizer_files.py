@@ -125,7 +125,7 @@ def _least_chat(tokenizer: Tokenizer, directory: Path) -> Sequence[int]:
     try:
         return tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     except InvalidRequest as error:
-        logger.warning("%s: a plain chat is refused: %s", directory, error.message)
+        logger.warning("%s: a plain chat is refused: %s", directory, error.__cause__ or error.message)
         return ()
 
 

@@ -35,19 +35,17 @@ def _draw_model(application: ApplicationStatus, console: Console) -> None:
 
 
 def _processes(kernels: ModelKernels) -> Table:
+    """A line for each kind of process; the column of weights where any were rounded: a terminal is narrow."""
+    rounded = any(one.weights for replicas in kernels.deployments.values() for one in replicas)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in (
-        "process",
-        "replicas",
-        "matmuls",
-        "dtype",
-        "weights",
-        "attention",
-        "sampling",
-        "device",
-        "batch-invariant",
-    ):
-        table.add_column(column, justify="right" if column == "replicas" else "left", no_wrap=column != "attention")
+    table.add_column("process", no_wrap=True)
+    table.add_column("replicas", justify="right", no_wrap=True)
+    for column in ("matmuls", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in (*(["weights"] if rounded else []), "attention"):
+        table.add_column(column)
+    for column in ("sampling", "device", "batch-invariant"):
+        table.add_column(column, no_wrap=True)
     for deployment, replicas in kernels.deployments.items():
         for one in kernels.distinct(deployment):
             number = sum(other.identity == one.identity for other in replicas)
@@ -56,7 +54,7 @@ def _processes(kernels: ModelKernels) -> Table:
                 str(number),
                 one.matmuls,
                 one.dtype,
-                one.weights or "-",
+                *([one.weights or "-"] if rounded else []),
                 one.attention or "-",
                 one.sampling or "-",
                 " ".join(filter(None, (one.device, one.vectors))),

@@ -147,11 +147,14 @@ def test_kernels_are_drawn_by_process_with_what_was_measured_and_what_differs() 
     lines = drawn_kernels(snapshot)
     assert "model mixtral-8x7b · 0123abcd" in lines
     assert [line.split() for line in lines if line.startswith(("coordinator ", "expert-2 "))] == [
-        ["coordinator", "2", "dot", "bfloat16", "-", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "dot", "bfloat16", "-", "-", "-", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "torch", "bfloat16", "-", "-", "-", "znver2", "AVX2", "no"],
+        ["coordinator", "2", "dot", "bfloat16", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "dot", "bfloat16", "-", "-", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "torch", "bfloat16", "-", "-", "znver2", "AVX2", "no"],
     ]
     assert "znver4, ms of 1, 4 rows on one thread: dot 0.42 0.50; torch 1.10 2.00" in lines
+    rounded = ModelKernels({"expert-2": (replace(shard, weights="INT8"), older)})
+    of_rounded = drawn_kernels(replace(snapshot, applications=(GATEWAY, replace(MODEL, kernels=rounded))))
+    assert ["expert-2", "1", "dot", "bfloat16", "INT8"] in [line.split()[:5] for line in of_rounded]
     assert any(line.startswith("expert-2: its replicas compute by different kernels") for line in lines)
     assert "expert-10: no replica answered" in lines
     gateway, model = json.loads(snapshot.to_json())["applications"]

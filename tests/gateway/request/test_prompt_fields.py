@@ -10,7 +10,7 @@ import grpc
 import httpx
 import pytest
 
-from cluster.errors import Overloaded
+from cluster.errors import Unavailable
 from cluster.messages import Request, TokenChunk
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.text.tokenizer import HuggingFaceTokenizer
@@ -117,12 +117,12 @@ def test_an_error_of_the_choice_that_is_scored_ends_those_that_wait_for_it(
     async def first_fails(request: Request) -> AsyncIterator[TokenChunk]:
         if request.choice_index == 0:
             await asyncio.sleep(0.2)
-            raise Overloaded("no room")
+            raise Unavailable("no expert")
         async for chunk in script(request):
             yield chunk
 
     monkeypatch.setattr(doors.coordinator, "_script", first_fails)
-    assert doors.post(COMPLETIONS, prompt="Hello", n=3, echo=True, logprobs=1).status_code == 429
+    assert doors.post(COMPLETIONS, prompt="Hello", n=3, echo=True, logprobs=1).status_code == 503
     assert doors.coordinator.running == 0
 
 

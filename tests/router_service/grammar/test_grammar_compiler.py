@@ -109,7 +109,7 @@ def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
 def test_a_busy_machine_makes_no_grammar_too_costly(compiler):
     """The limit was of the clock alone: what takes a tenth of it was refused for good where the machine was busy."""
     multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 97}
-    fine = as_schema({"prefixItems": [multiples] * 3})
+    fine = as_schema({"prefixItems": [multiples]})
 
     async def scenario():
         await state(compiler, as_schema({"type": "string", "pattern": "^[a-f]{2}$"}))  # starts the process
