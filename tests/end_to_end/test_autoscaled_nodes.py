@@ -49,6 +49,6 @@ def test_a_pending_replica_adds_a_node_and_lands_there(tmp_path: Path) -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     assert script.returncode == 0, output
-    seen = json.loads(output.splitlines()[-1])
+    seen = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))  # Ray talks, too
     assert len(seen["nodes"]) == 2
     assert sorted(seen["replicas"]) == sorted(seen["nodes"]), "one on each"

@@ -10,7 +10,8 @@ import torch
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError
-from experts_service.kernels import cores, matmul, selection, speeds
+from experts_service.kernels import cores, selection, speeds
+from experts_service.kernels.compiled import matmul
 from experts_service.kernels.compiled.routine import Routine
 from experts_service.kernels.cores import cores as count_cores
 from experts_service.kernels.kernel import Kernel, available

@@ -64,7 +64,7 @@ def test_a_product_is_not_rounded_before_the_sum() -> None:
 
 
 def test_machine_code_lies_where_only_its_user_can_write(tmp_path: Path) -> None:
-    program = "from experts_service.kernels import jit; import numba; print(numba.config.CACHE_DIR)"
+    program = "from experts_service.kernels.compiled import jit; import numba; print(numba.config.CACHE_DIR)"
 
     def cache_directory() -> Path:
         run = subprocess.run(
@@ -85,7 +85,7 @@ def test_machine_code_lies_where_only_its_user_can_write(tmp_path: Path) -> None
 
 def cache_directory(**environment: str) -> str:
     """What a process with this environment says."""
-    program = "from experts_service.kernels import jit; print(jit.AVAILABLE, jit.cache_directory())"
+    program = "from experts_service.kernels.compiled import jit; print(jit.AVAILABLE, jit.cache_directory())"
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONPATH": ":".join(sys.path), **environment},
