@@ -52,8 +52,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # As coordinators have it. Threads that spin while they wait for work take the cores from the other worker: what two
 # processes did on two threads each took eight times the CPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "200")
-# Ray's workers give way to all else, here to what the other worker of pytest computes: streams took minutes, until the
-# HAProxy before the last one (hard-stop-after 120s) cut them.
+# Ray's workers give way to all else, here to what the other worker of pytest computes: streams took minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # A server is a dozen processes and more: without bytecode each compiles what it imports of ours.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

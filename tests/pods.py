@@ -139,6 +139,7 @@ def _environment(directory: Path) -> dict[str, str]:
         **haproxy(str(Path(sys.executable).with_name("manta-haproxy"))),
         "RAY_TMPDIR": str(directory),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",  # in pods 30; HAProxy took 7 s on a machine at load 24
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "720",  # as pods have it; Ray's 120 s cut streams on a busy machine
     }
 
 
