@@ -20,7 +20,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from experts_service.kernels.compiled.jit import kernel
-from experts_service.kernels.compiled.products import fetch_line
+from experts_service.kernels.compiled.products import fetch_line, several_or_one
 from experts_service.kernels.compiled.quantized_tile import DIGITS, dot_bytes, dot_shorts
 from experts_service.kernels.compiled.vectors import (
     FLOATS,
@@ -135,7 +135,7 @@ def multiply_columns(
             loop = _Loop(builder, number, COLUMNS, rows, row_bytes, words)
             loop.run(vectors, next_firsts[0], lines, sums, sums_bytes)
 
-        _for_rows(builder, num_rows, of_rows)
+        several_or_one(builder, num_rows, ROWS, of_rows)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), build
@@ -171,11 +171,9 @@ def multiply_parts(
 
             return of_rows
 
-        with builder.if_else(builder.icmp_signed("==", num_columns, _int(COLUMNS))) as (all_of_them, one):
-            with all_of_them:
-                _for_rows(builder, num_rows, of_columns(COLUMNS))
-            with one:
-                _for_rows(builder, num_rows, of_columns(1))
+        several_or_one(
+            builder, num_columns, COLUMNS, lambda number: several_or_one(builder, num_rows, ROWS, of_columns(number))
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 11), build
@@ -244,14 +242,6 @@ class _Loop:
         b, undefined = self._builder, ir.Constant(_INTS, ir.Undefined)
         word = b.insert_element(undefined, b.load(b.gep(row, [index]), align=4), ir.Constant(_I32, 0))
         return b.shuffle_vector(word, undefined, _ints(0))
-
-
-def _for_rows(builder: Any, num_rows: Any, of_rows: Callable[[int], None]) -> None:
-    with builder.if_else(builder.icmp_signed("==", num_rows, _int(ROWS))) as (all_of_them, one):
-        with all_of_them:
-            of_rows(ROWS)
-        with one:
-            of_rows(1)
 
 
 def _two(builder: Any, addresses: Any) -> list[Any]:

@@ -55,7 +55,7 @@ def products(
             totals = loop.run([[_ZERO] * COLUMNS] * rows, _int(0), w_at, count, ahead_at, _int(0), step_bytes)
             loop.store(totals, _at(builder, sums, sums_at), _int(COLUMNS * LANES))
 
-        _for_rows(builder, num_rows, of_rows)
+        several_or_one(builder, num_rows, ROWS, of_rows)
         return context.get_dummy_value()
 
     return types.void(types.intp, x, types.intp, types.intp, w, _places, types.intp, types.intp, _sums, types.intp,
@@ -110,11 +110,9 @@ def add_products(
 
             return of_rows
 
-        with builder.if_else(builder.icmp_signed("==", num_columns, _int(COLUMNS))) as (all_of_them, one):
-            with all_of_them:
-                _for_rows(builder, num_rows, of_columns(COLUMNS))
-            with one:
-                _for_rows(builder, num_rows, of_columns(1))
+        several_or_one(
+            builder, num_columns, COLUMNS, lambda number: several_or_one(builder, num_rows, ROWS, of_columns(number))
+        )
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, x, types.intp, types.intp, w, _places, types.intp, types.intp, types.intp,
@@ -129,12 +127,13 @@ def _four(builder: Any, integers: Any) -> list[Any]:
     return [builder.load(_at(builder, integers, _int(i))) for i in range(4)]
 
 
-def _for_rows(builder: Any, num_rows: Any, of_rows: Callable[[int], None]) -> None:
-    with builder.if_else(builder.icmp_signed("==", num_rows, _int(ROWS))) as (all_of_them, one):
+def several_or_one(builder: Any, number: Any, several: int, compute: Callable[[int], None]) -> None:
+    """Code for so many at once, and code for one: `number` says which is run."""
+    with builder.if_else(builder.icmp_signed("==", number, _int(several))) as (all_of_them, one):
         with all_of_them:
-            of_rows(ROWS)
+            compute(several)
         with one:
-            of_rows(1)
+            compute(1)
 
 
 class _Loop:
