@@ -54,6 +54,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("GOMP_SPINCOUNT", "200")
 # Ray's workers give way to all else, here to what the other worker of pytest computes: streams took minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Without a GPU, kernels for one are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A server is a dozen processes and more: without bytecode each compiles what it imports of ours.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -1,0 +1,1 @@
+"""What Triton compiles for GPUs, and what starts it. Knows tensors on a device; knows no layer, and never the host."""

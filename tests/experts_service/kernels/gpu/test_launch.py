@@ -1,0 +1,42 @@
+"""Kernels for GPUs are started by one function, here through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import tests.triton_interpreter  # noqa: F401
+from experts_service.kernels.gpu import launch as launching
+from experts_service.kernels.gpu.launch import can_compile, launch
+
+SIZE = 32
+
+
+@triton.jit
+def _product(a, b, total, size: tl.constexpr) -> None:  # type: ignore[no-untyped-def]  # Triton's pointers
+    row = tl.arange(0, size)
+    at = row[:, None] * size + row[None, :]
+    tl.store(total + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_kernel_multiplies_matrices(device: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(SIZE, SIZE, generator=generator).to(dtype).to(device) for _ in range(2))
+    total = torch.empty(SIZE, SIZE, device=device)
+    launch(_product, (1,), a, b, total, SIZE)
+    torch.testing.assert_close(total, a.float() @ b.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("compiler", "expected"), [(None, False), ("/usr/bin/gcc", True)])
+def test_without_a_compiler_no_kernel_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, compiler: str | None, expected: bool
+) -> None:
+    can_compile.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(launching.shutil, "which", lambda name: compiler if name == "gcc" else None)
+    assert can_compile() is expected
+    can_compile.cache_clear()
