@@ -1,6 +1,7 @@
-"""Makes Triton's interpreter multiply what a GPU multiplies. Imported for its effect, by the tests of kernels.
+"""Makes Triton's interpreter compute in bf16 what a GPU does. Imported for its effect, by the tests of kernels.
 
-Its numbers in bf16 are their 16 bits as integers (Triton 3.7): products of them are products of those.
+Its numbers in bf16 are their 16 bits as integers (Triton 3.7): products of them are products of those. And it cuts off
+what float32 has more, where a GPU rounds to the nearest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    _create_dot = InterpreterBuilder.create_dot
+    _create_dot, _create_fp_trunc = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
     def _widened(handle: TensorHandle) -> TensorHandle:
         if handle.dtype.scalar != tl.bfloat16:
@@ -23,4 +24,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     def _dot_of_widened(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
         return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
 
+    def _rounded(self, src, dst_type):  # type: ignore[no-untyped-def]
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return _create_fp_trunc(self, src, dst_type)
+        numbers = np.ascontiguousarray(src.data)
+        bits = numbers.view(np.uint32).astype(np.uint64)
+        to_even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return TensorHandle(np.where(np.isnan(numbers), 0x7FC0, to_even).astype(np.uint16), tl.bfloat16)
+
     InterpreterBuilder.create_dot = _dot_of_widened
+    InterpreterBuilder.create_fp_trunc = _rounded

@@ -30,6 +30,22 @@ def test_a_kernel_multiplies_matrices(device: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, a.float() @ b.float(), rtol=1e-5, atol=1e-4)
 
 
+@triton.jit
+def _copy(numbers, copies, size: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    at = tl.arange(0, size)
+    tl.store(copies + at, tl.load(numbers + at).to(copies.dtype.element_ty))
+
+
+def test_a_kernel_rounds_to_bf16_as_torch_does(device: str) -> None:
+    """The interpreter cut off what did not fit."""
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.randn(4096, generator=draw) * 2.0 ** torch.randint(-40, 40, (4096,), generator=draw)
+    numbers[:3] = torch.tensor([float("nan"), float("inf"), torch.finfo(torch.float32).max])
+    copies = torch.empty(4096, dtype=torch.bfloat16, device=device)
+    launch(_copy, (1,), numbers.to(device), copies, 4096)
+    torch.testing.assert_close(copies.cpu(), numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("compiler", "expected"), [(None, False), ("/usr/bin/gcc", True)])
 def test_without_a_compiler_no_kernel_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, compiler: str | None, expected: bool
