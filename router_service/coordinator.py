@@ -21,7 +21,7 @@ from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
-from cluster.planning.placement import DeviceShare, ExpertGroup
+from cluster.planning.placement import DeviceShare, ExpertGroup, as_one
 from cluster.planning.scaling_policy import LOAD, WAITING, replica_options
 from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import ProcessFigures
@@ -108,6 +108,8 @@ class Coordinator:
         )
         selection = select_kernel(engine, dtype, device)
         transport: Transport
+        if local and device.type == "cuda":
+            groups = as_one(groups)  # whose rows nobody on the host has to count
         if local:
             transport = LocalTransport(
                 {

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 from cluster.planning.placement import ExpertGroup
-from experts_service.carriers.local import LocalTransport
+from experts_service.carriers.local import ANSWERED, LocalTransport
+from experts_service.device import on_host
+from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows, Transport
+from router_service import routing
+from router_service.routing import Routing
 from router_service.rows import combine, is_compiled
 
 Indices = npt.NDArray[np.int64]
@@ -40,6 +44,7 @@ class Dispatch:
     pairs: Tensor | None  # the same shape; where their weights are, choice * T + row; None: as they stand
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
+    routing: Routing | None = None  # in place of `take` and `pairs`, where it was worked out on a device
 
     def close(self) -> None:
         """Nobody waits for what has not come. On the thread that sent it, before it is dropped."""
@@ -52,6 +57,8 @@ class Dispatcher:
     Indices are worked out in numpy: for a few rows it takes a third of the time of the same tensor operations, and on a
     GPU one copy of `experts` to the host is the only wait. One row, a decode step of one sequence, needs no arrays: it
     is worked out in plain Python, in a third of that again.
+
+    Where the experts are here and take what they are told by tensors, nothing is worked out on the host.
     """
 
     def __init__(self, groups: Sequence[ExpertGroup], transport: Transport) -> None:
@@ -68,11 +75,24 @@ class Dispatcher:
         self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
         self._identity = list(range(len(self._order)))
         self._permutations: dict[tuple[int, ...], Tensor] = {}
+        self._grouped = None if self._here is None else self._here.grouped
+        if self._grouped is not None:
+            self._device_ranks = torch.from_numpy(self._rank).to(self._grouped.device)
+            self._device_ends = torch.zeros_like(self._device_ranks)  # [E] of all dispatches, summed; by rank
+            self._ends = on_host(self._device_ends)  # as they were a step ago
 
     @property
     def rows_per_expert(self) -> tuple[int, ...]:
-        """Rows sent to each expert since the start, summed over layers."""
-        return tuple(self._rows_per_expert)
+        """Rows sent to each expert since the start, summed over layers. From any thread; on a GPU a step late."""
+        if self._grouped is None:
+            return tuple(self._rows_per_expert)
+        counts = np.diff(self._ends.numpy(), prepend=0)
+        return tuple(counts[self._rank].tolist())
+
+    def end_step(self) -> None:
+        """All layers have been dispatched: what was counted on a device is copied to the host, and not waited for."""
+        if self._grouped is not None:
+            self._ends.copy_(self._device_ends, non_blocking=True)
 
     def chained(self, layer: int) -> Chained | None:
         """How the coordinator runs the experts of a layer itself, without dispatching, if it can."""
@@ -85,6 +105,8 @@ class Dispatcher:
 
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait."""
+        if self._grouped is not None:
+            return self._dispatch_here(self._grouped, layer, rows, experts)
         num_rows, top_k = experts.shape
         if num_rows == 1:
             return self._dispatch_row(layer, rows, experts.tolist()[0])
@@ -119,6 +141,9 @@ class Dispatcher:
 
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
+        if dispatch.routing is not None:
+            dispatch.flight.wait()
+            return routing.combine(dispatch.answers, weights, dispatch.routing)
         answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
         if is_compiled(answers, answers.shape[-1]):
             dispatch.flight.wait()
@@ -145,6 +170,13 @@ class Dispatcher:
             term = (answers.index_select(0, rows_of_choice) * weights[choice]).to(answers.dtype)  # [T, D]
             total = total.add_(term) if choice else term
         return total
+
+    def _dispatch_here(self, grouped: Experts, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
+        """The same for experts that are here, without a look at any number."""
+        routed = routing.route(experts, self._device_ranks, self._device_ends)
+        answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
+        grouped.run(layer, rows.index_select(0, routed.row_indices), routed.ends, answers)
+        return Dispatch(layer, len(rows), None, None, answers, ANSWERED, routed)
 
     def _dispatch_row(self, layer: int, row: Tensor, experts: list[int]) -> Dispatch:
         """The same for one row [1, D] and its `experts` [K]."""

@@ -98,6 +98,12 @@ class Room:
         return False
 
 
+def as_one(groups: Sequence[ExpertGroup]) -> tuple[ExpertGroup, ...]:
+    """All experts in one group, in the same order: what one process can compute in one call."""
+    experts = tuple(expert for group in groups for expert in group.experts)
+    return (ExpertGroup(0, experts),) if experts else ()
+
+
 def plan_groups(
     setting: Literal["auto"] | Sequence[Sequence[int]], num_experts: int, num_gpus: int, num_cpus: int
 ) -> tuple[ExpertGroup, ...]:

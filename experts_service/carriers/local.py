@@ -21,6 +21,9 @@ class _Answered:
         """Nothing is under way."""
 
 
+ANSWERED = _Answered()
+
+
 class LocalTransport:
     """Runs the experts where it is called."""
 
@@ -33,7 +36,13 @@ class LocalTransport:
             indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
             own_rows = rows.index_select(0, indices)  # [R, D]
             self._groups[part.group](layer, own_rows, part.counts, part.answer)
-        return _Answered()
+        return ANSWERED
+
+    @property
+    def grouped(self) -> Experts | None:
+        """All experts as one group that nobody has to tell counts on the host, if they are that."""
+        experts = next(iter(self._groups.values())) if len(self._groups) == 1 else None
+        return experts if experts is not None and experts.takes_ends else None
 
     def chained(self, layer: int) -> Chained | None:
         """How a chain runs all experts of a layer, in their order, if one can."""

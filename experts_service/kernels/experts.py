@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.device import has_grouped_matmul
+from experts_service.device import has_grouped_matmul, to_device
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
 from experts_service.memory import give_back_freed
@@ -43,14 +43,14 @@ class _OneByOne:
 
 
 class _Grouped:
-    """The experts of a layer as one grouped matmul, which a GPU runs in one kernel."""
+    """The experts of a layer as one grouped matmul, which a GPU runs in one kernel without asking the host."""
 
     def __init__(self, weights: Sequence[Weights]) -> None:
         self._w13 = torch.stack([dense(stacked((w1, w3))) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
         self._w2 = torch.stack([dense(w2) for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
 
-    def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)  # [E]
+    def __call__(self, rows: Tensor, ends: Tensor, answers: Tensor) -> None:
+        """The rows of expert e end before `ends` [E] (int32, where the rows are)."""
         gate, up = F.grouped_mm(rows, self._w13, offs=ends).chunk(2, dim=-1)  # [R, F], [R, F]
         answers.copy_(F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends))  # [R, D]
 
@@ -113,6 +113,18 @@ class Experts:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def takes_ends(self) -> bool:
+        """Whether `run` can be called: nobody on the host has to know how many rows each expert has."""
+        return all(isinstance(networks, _Grouped) for networks in self._layers)
+
+    @torch.inference_mode()
+    def run(self, layer: int, rows: Tensor, ends: Tensor, answers: Tensor) -> None:
+        """`rows` [R, D], those of expert e before `ends` [E] (int32, where the rows are) → `answers` [R, D]."""
+        networks = self._layers[layer]
+        assert isinstance(networks, _Grouped), "`takes_ends` was asked"
+        networks(rows, ends, answers)
+
     def chained(self, layer: int) -> Chained | None:
         """How a chain runs those of a layer, if one can."""
         networks = self._layers[layer]
@@ -123,5 +135,9 @@ class Experts:
         """`rows` [R, D], the first counts[0] for the first expert and so on → `answers` [R, D], new unless given."""
         if answers is None:
             answers = torch.empty_like(rows)
-        self._layers[layer](rows, counts, answers)
+        networks = self._layers[layer]
+        if isinstance(networks, _Grouped):
+            networks(rows, to_device(torch.tensor(list(accumulate(counts)), dtype=torch.int32), rows.device), answers)
+        else:
+            networks(rows, counts, answers)
         return answers

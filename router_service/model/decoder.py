@@ -113,6 +113,7 @@ class Decoder:
             with closing(self.dispatcher.dispatch(index, rows, experts)) as dispatch:
                 yield
                 delta = self.dispatcher.combine(dispatch, weights)
+        self.dispatcher.end_step()
         return x if delta is None else x.add_(delta)
 
     def _decode(
@@ -188,7 +189,7 @@ class Decoder:
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
-        angles = positions[:, None].float() * self._inverse_frequencies  # [T, H / 2]
+        angles = positions.unsqueeze(1).float() * self._inverse_frequencies  # [T, H / 2]
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 

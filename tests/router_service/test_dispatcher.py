@@ -70,6 +70,9 @@ def test_every_packing_gives_the_bits_of_transformers(
             torch.testing.assert_close(answer, expected, atol=3e-2, rtol=3e-2)
         else:
             assert torch.equal(answer, expected), name
+        remote.end_step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         assert remote.rows_per_expert == tuple(experts.flatten().bincount(minlength=NUM_EXPERTS).tolist())
 
 

@@ -53,7 +53,7 @@ from cluster.commands.bench.shapes import num_parameters
 from cluster.config import ModelConfig
 from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import ConfigError
-from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes_per_token, kv_dtype
+from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, as_one, kv_bytes_per_token, kv_dtype
 from cluster.planning.weights import held_weights
 from router_service.assembly import resolve_device
 
@@ -138,6 +138,8 @@ def run(model: str | None, plan: Plan) -> None:
     bandwidth = read_bandwidth(device.type)
     output.line(f"memory read by all cores: {bandwidth / 1e9:.1f} GB/s")
     bytes_of_token = {name: kv_bytes_per_token(architecture, kept) for name, kept in kept_in.items()}
+    if plan.transport == "local" and device.type == "cuda":
+        groups = as_one(groups)
     with ExitStack() as stack:
         bars = stack.enter_context(output.progress())
         bar = bars.add_task("loading", total=(len(decodes) + len(prefills)) * (1 + plan.pairs))
