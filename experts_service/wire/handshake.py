@@ -3,7 +3,7 @@
     coordinator → shard    hello: magic, version, role, nonce [32]
     shard → coordinator    hello
     coordinator → shard    proof: HMAC of the transcript [32], HMAC of transcript and fingerprint [32]
-    shard → coordinator    proof
+    shard → coordinator    proof, and to a coordinator that asked for memory: slots, bytes of one, a descriptor
 
 The transcript is both hellos, so a proof covers both roles, both nonces and the version, and begins with the role that
 gives it: neither side's proof serves for the other. Whoever does not like what it reads closes the connection without a
@@ -18,14 +18,17 @@ import socket
 import time
 from struct import Struct
 
+from experts_service.wire.shared_memory import DESCRIPTION, MemoryRefused, SharedMemory, accept, receive
+
 MAGIC = b"MNTA-HI\n"
-VERSION = 1
+VERSION = 2
 COORDINATOR, SHARD = 1, 2  # roles
 TIMEOUT_S = 5.0
 
 _HELLO = Struct("<8sHBB32s")
 HELLO_BYTES = _HELLO.size
 PROOF_BYTES = 64
+NO_MEMORY = DESCRIPTION.pack(0, 0)
 _ROLE_NAMES = {COORDINATOR: "coordinator", SHARD: "shard"}
 
 
@@ -33,20 +36,21 @@ class HandshakeRefused(Exception):
     """The peer may not talk to us. The message is for the log of this side only."""
 
 
-def hello(role: int) -> bytes:
-    """The first message of either side, with a fresh nonce."""
-    return _HELLO.pack(MAGIC, VERSION, role, 0, os.urandom(32))
+def hello(role: int, *, memory: bool = False) -> bytes:
+    """The first message of either side, with a fresh nonce. `memory`: a coordinator asks for some to share."""
+    return _HELLO.pack(MAGIC, VERSION, role, memory, os.urandom(32))
 
 
-def check_hello(message: bytes, role: int) -> None:
-    """Raises HandshakeRefused unless the peer speaks our version in the role that we expect."""
-    magic, version, theirs, reserved, _ = _HELLO.unpack(message)
-    if magic != MAGIC or reserved:
+def check_hello(message: bytes, role: int) -> bool:
+    """Whether the peer asks for memory. Raises HandshakeRefused unless it speaks our version in the role we expect."""
+    magic, version, theirs, memory, _ = _HELLO.unpack(message)
+    if magic != MAGIC or memory > (role == COORDINATOR):
         raise HandshakeRefused("the peer does not speak Manta's lanes")
     if version != VERSION:
         raise HandshakeRefused(f"the peer speaks lane version {version}, this side {VERSION}")
     if theirs != role:
         raise HandshakeRefused(f"the peer came as {_ROLE_NAMES.get(theirs, theirs)!r}, not as {_ROLE_NAMES[role]!r}")
+    return bool(memory)
 
 
 def proof(secret: bytes, fingerprint: str, role: int, transcript: bytes) -> bytes:
@@ -74,12 +78,13 @@ class ShardHandshake:
         self._fingerprint = fingerprint
         self._transcript = b""
         self.wants = HELLO_BYTES  # bytes of the next message; 0 once the peer has proved itself
+        self.wants_memory = False
         self.deadline = time.monotonic() + TIMEOUT_S
 
     def receive(self, message: bytes) -> bytes:
         """Take a message of `wants` bytes; returns the reply. Raises HandshakeRefused."""
         if self.wants == HELLO_BYTES:
-            check_hello(message, COORDINATOR)
+            self.wants_memory = check_hello(message, COORDINATOR)
             reply = hello(SHARD)
             self._transcript = message + reply
             self.wants = PROOF_BYTES
@@ -89,26 +94,42 @@ class ShardHandshake:
         return proof(self._secret, self._fingerprint, SHARD, self._transcript)
 
 
-def introduce(connection: socket.socket, secret: bytes, fingerprint: str, timeout_s: float = TIMEOUT_S) -> None:
-    """The coordinator's side, on a connected socket. Raises HandshakeRefused, or OSError; changes its timeout."""
+def introduce(
+    connection: socket.socket, secret: bytes, fingerprint: str, timeout_s: float = TIMEOUT_S, *, memory: bool = False
+) -> SharedMemory | None:
+    """The coordinator's side, on a connected socket; what the shard shares, if we ask for `memory` and it can.
+
+    Raises HandshakeRefused, or OSError; changes the socket's timeout.
+    """
     deadline = time.monotonic() + timeout_s
-    ours = hello(COORDINATOR)
+    ours = hello(COORDINATOR, memory=memory)
     connection.settimeout(timeout_s)
     connection.sendall(ours)
     theirs = _receive(connection, HELLO_BYTES, deadline)
     check_hello(theirs, SHARD)
     connection.sendall(proof(secret, fingerprint, COORDINATOR, ours + theirs))
-    check_proof(_receive(connection, PROOF_BYTES, deadline), secret, fingerprint, SHARD, ours + theirs)
+    descriptors: list[int] = []
+    try:
+        last = _receive(connection, PROOF_BYTES + (DESCRIPTION.size if memory else 0), deadline, descriptors)
+        check_proof(last[:PROOF_BYTES], secret, fingerprint, SHARD, ours + theirs)
+        given, descriptors = descriptors, []
+        return accept(last[PROOF_BYTES:], given) if memory else None
+    except MemoryRefused as error:
+        raise HandshakeRefused(str(error)) from error
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
-def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
+def _receive(connection: socket.socket, count: int, deadline: float, descriptors: list[int] | None = None) -> bytes:
     received = b""
     while len(received) < count:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the peer took too long to introduce itself")
         connection.settimeout(remaining)
-        piece = connection.recv(count - len(received))
+        missing = count - len(received)
+        piece = connection.recv(missing) if descriptors is None else receive(connection, missing, descriptors)
         if not piece:
             raise HandshakeRefused("the peer closed the connection: its log says why")
         received += piece

@@ -1,0 +1,99 @@
+"""Memory that both ends of a Unix-socket lane map: a memfd that the shard makes. Knows bytes; knows no frame.
+
+    requests    slot 0 · slot 1 · …     the coordinator writes rows, the shard reads them
+    answers     slot 0 · slot 1 · …     the shard writes answers, the coordinator reads them
+
+A slot holds ROWS_PER_SLOT rows, in both halves at the same place. No file system has a name of it: it is gone with the
+last process that maps it, however that one ends. Its size is sealed, so a peer that shrinks it cannot have the other
+one killed for touching what is not there any more.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import mmap
+import os
+import socket
+from contextlib import suppress
+from struct import Struct
+
+import torch
+
+NUM_SLOTS, ROWS_PER_SLOT = 64, 32  # 2,048 rows in all, a prefill's; 256 KiB a slot for rows of 4096 in bf16
+MAX_BYTES = 2**30
+DESCRIPTION = Struct("<II")  # number of slots, bytes of one; both 0: there is no memory
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_DESCRIPTOR_BYTES = array.array("i").itemsize
+
+
+class MemoryRefused(Exception):
+    """What the peer gave cannot be mapped safely."""
+
+
+def memory_bytes(row_bytes: int) -> int:
+    """Of one connection's memory, for rows of so many bytes."""
+    return 2 * NUM_SLOTS * ROWS_PER_SLOT * row_bytes
+
+
+class SharedMemory:
+    """One mapping. It lasts as long as something refers to it or to its tensors."""
+
+    def __init__(self, descriptor: int, num_slots: int, slot_bytes: int) -> None:
+        """Map `descriptor`, which stays the caller's. Raises OSError."""
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        memory = mmap.mmap(descriptor, 2 * num_slots * slot_bytes)
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_DONTFORK)  # a child of this process has nothing to do with it
+        halves = torch.frombuffer(memory, dtype=torch.uint8).view(2, -1)
+        self.requests, self.answers = halves[0], halves[1]  # [slots · bytes], uint8
+
+
+def create(row_bytes: int) -> tuple[SharedMemory, int]:
+    """New memory for rows of so many bytes, and the descriptor to send. Raises OSError where that cannot be had.
+
+    All of it is reserved now: a process that touched what cannot be had any more would be killed.
+    """
+    slot_bytes = ROWS_PER_SLOT * row_bytes
+    if memory_bytes(row_bytes) > MAX_BYTES:
+        raise OSError(f"{memory_bytes(row_bytes)} bytes for one connection; the limit is {MAX_BYTES}")
+    descriptor = os.memfd_create("manta-rows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(descriptor, 0, memory_bytes(row_bytes))
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return SharedMemory(descriptor, NUM_SLOTS, slot_bytes), descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
+    """What a shard gave: None where it gave none. Closes the descriptors. Raises MemoryRefused."""
+    try:
+        num_slots, slot_bytes = DESCRIPTION.unpack(description)
+        if not num_slots:
+            return None
+        size = 2 * num_slots * slot_bytes
+        if len(descriptors) != 1 or not 0 < size <= MAX_BYTES or num_slots > NUM_SLOTS:
+            raise MemoryRefused(f"{num_slots} slots of {slot_bytes} bytes, {len(descriptors)} descriptors")
+        seals = fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS)
+        if seals & _SEALS != _SEALS or os.fstat(descriptors[0]).st_size != size:
+            raise MemoryRefused("its memory is not of the size that it says, or not sealed")
+        if os.fstatvfs(descriptors[0]).f_bsize != mmap.PAGESIZE:
+            raise MemoryRefused("its memory is of huge pages, of which there may be none left when it is touched")
+        return SharedMemory(descriptors[0], num_slots, slot_bytes)
+    except OSError as error:
+        raise MemoryRefused(f"its memory cannot be mapped: {error}") from error
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def receive(channel: socket.socket, count: int, descriptors: list[int]) -> bytes:
+    """At most `count` bytes, and the descriptor that came with them, if one did."""
+    data, ancillary, *_ = channel.recvmsg(count, socket.CMSG_LEN(_DESCRIPTOR_BYTES), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.extend(array.array("i", content[: len(content) // _DESCRIPTOR_BYTES * _DESCRIPTOR_BYTES]))
+    return data
