@@ -273,5 +273,16 @@ def status(
         run(address, as_json=as_json, kernels=kernels)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Look whether this machine can serve: versions, memory, sockets, kernels, a whole model beside transformers."""
+    from cluster.commands.doctor.command import run
+
+    if not run(as_json=as_json):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()
