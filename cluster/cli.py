@@ -218,6 +218,12 @@ def plan(
     dispatch: Annotated[
         float | None, typer.Option(min=0, help="Microseconds of one layer's dispatch. [default: as measured of lanes]")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="What manta doctor --profile measured, in place of assumptions."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     quantization: Annotated[
         str | None, typer.Option(help="What engine.quantization takes. [default: as the configuration says]")
@@ -226,8 +232,9 @@ def plan(
 ) -> None:
     """Show the processes a model needs on GPUs of one type, their memory, and the speed to expect."""
     from cluster.commands.plan import command
-    from cluster.planning.costs import LANES
+    from cluster.planning.costs import ASSUMED
     from cluster.planning.plan import Target
+    from cluster.planning.profile import read_profile
     from cluster.planning.roofline import Link, Load
 
     if dtype not in ("auto", "bfloat16", "float32"):
@@ -235,9 +242,11 @@ def plan(
     step_s = float("inf") if milliseconds is None else milliseconds / 1e3
     target = Target(Load(sequences or 64, context), step_s, gpus)
     lanes = None
+    measured = None if profile is None else read_profile(profile)
     if link is not None or dispatch is not None:
-        times = (LANES.dispatch_s, LANES.group_s) if dispatch is None else (dispatch / 1e6, 0.0)
-        lanes = Link(LANES.bandwidth if link is None else link * 1e9, *times)
+        known = (ASSUMED if measured is None else measured.costs()).lanes
+        times = (known.dispatch_s, known.group_s) if dispatch is None else (dispatch / 1e6, 0.0)
+        lanes = Link(known.bandwidth if link is None else link * 1e9, *times)
     question = command.Question(
         gpu,
         target,
@@ -251,6 +260,7 @@ def plan(
         cores,
         observed,
         observed_token_file,
+        measured,
     )
     command.run(model, config, question, as_json)
 

@@ -1,7 +1,7 @@
 """What a step takes beside the bytes and operations of a data sheet: each figure says where it is from. Numbers only.
 
 No GPU has run this code, so what is of GPUs is assumed. What is of lanes, Python and CPU kernels was measured on the
-two CPU cores of docs/benchmarks.md.
+two CPU cores of docs/benchmarks.md. A profile of the user's own machine (profile.py) takes the place of either.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ LAYER_S = Figure(
     0.31e-3, "0.31 ms of Python and calls for a layer", True, "Where a step's time goes, next to no weights"
 )
 
-GPU_EFFICIENCY = Figure(0.7, "kernels reach 0.7 of the data sheet's bandwidth and speed", False, "no GPU was timed")
-GPU_LAYER_S = Figure(
-    LAYER_S.value, "a GPU's layer takes as much Python and calls as a CPU's", False, "no GPU was timed"
-)
+GPU_BANDWIDTH = Figure(0.7, "kernels reach 0.7 of the data sheet's bandwidth", False, "no GPU was timed")
+GPU_SPEED = Figure(0.7, "kernels reach 0.7 of the data sheet's speed", False, "no GPU was timed")
+GPU_PYTHON_S = Figure(LAYER_S.value, "a GPU's layer takes as much Python as a CPU's", False, "no GPU was timed")
+LAUNCHES = Figure(20, "20 launches in a layer", False, "what is aimed at; no GPU has run them")
+LAUNCH_S = Figure(5e-6, "5 µs of the host for a launch", False, "no GPU was timed")
 COPY_S = Figure(10e-6, "10 µs for a copy between GPU and host", False, "no GPU was timed")
-COPY_BANDWIDTH = Figure(20e9, "20 GB/s for such copies", False, "PCIe 4.0 x16 has 32 in each direction")
+COPY_SHARE = Figure(0.6, "copies between GPU and host reach 0.6 of its PCIe link", False, "no GPU was timed")
+HOP_S = Figure(10e-6, "10 µs for each of the 2 exchanges of tensor parallelism in a layer", False, "no GPU was timed")
 
 KERNELS = Figure(
     2.76, "one row is multiplied 1.77 times as fast with int8 and 2.76 with int4 as with bf16", True, "Matmuls on a CPU"
@@ -51,10 +53,6 @@ CPU_CORES = Figure(8, "8 cores", False, "give --cores")
 # How much faster than bf16 the kernels of 8 and 4 bits in groups of 128 are: by rows of an expert, on two threads.
 _KERNEL_SPEED = {8: {1: 1.77, 4: 1.47, 16: 0.99}, 4: {1: 2.76, 4: 1.79, 16: 1.01}}
 
-LANES = Link(LANE_BANDWIDTH.value, LANE_DISPATCH_S.value, LANE_GROUP_S.value)
-OF_LANES = (LANE_DISPATCH_S, LANE_GROUP_S, LANE_BANDWIDTH)
-OF_GPUS = (GPU_EFFICIENCY, GPU_LAYER_S)
-OF_COPIES = (COPY_S, COPY_BANDWIDTH)
 OF_CPUS = (KERNELS, CORE_FLOPS)
 
 
@@ -66,15 +64,67 @@ def kernel_speed(bits: int, rows: float) -> float:
     return measured[max((number for number in measured if number <= rows), default=1)]
 
 
-def reached(gpu: GpuType) -> GpuType:
-    """What kernels make of it."""
-    return replace(gpu, bandwidth=gpu.bandwidth * GPU_EFFICIENCY.value, flops=gpu.flops * GPU_EFFICIENCY.value)
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What GPUs, lanes and the host between them take, as far as nobody has measured it elsewhere."""
+
+    lane_dispatch: Figure = LANE_DISPATCH_S
+    lane_group: Figure = LANE_GROUP_S
+    lane_bandwidth: Figure = LANE_BANDWIDTH
+    gpu_bandwidth: Figure = GPU_BANDWIDTH  # of the data sheet's
+    gpu_speed: Figure = GPU_SPEED  # the same
+    python: Figure = GPU_PYTHON_S  # of a layer, without launches
+    launches: Figure = LAUNCHES  # of a layer
+    launch: Figure = LAUNCH_S
+    copy: Figure = COPY_S
+    copy_share: Figure = COPY_SHARE  # of the data sheet's
+    hop: Figure = HOP_S
+
+    @property
+    def lanes(self) -> Link:
+        """Between two processes, without copies to and from GPUs."""
+        return Link(self.lane_bandwidth.value, self.lane_dispatch.value, self.lane_group.value)
+
+    @property
+    def layer_s(self) -> float:
+        """Of the host, Python and launches."""
+        return self.python.value + self.launches.value * self.launch.value
+
+    @property
+    def of_lanes(self) -> tuple[Figure, ...]:
+        """What rows between processes cost, where nobody says otherwise."""
+        return (self.lane_dispatch, self.lane_group, self.lane_bandwidth)
+
+    @property
+    def of_gpus(self) -> tuple[Figure, ...]:
+        """What a step on a GPU costs beside its bytes and operations."""
+        of_launches = (self.launches, self.launch) if self.launches.value else ()
+        return (self.gpu_bandwidth, self.gpu_speed, self.python, *of_launches)
+
+    @property
+    def of_copies(self) -> tuple[Figure, ...]:
+        """What rows cost on their way from and to a GPU."""
+        return (self.copy, self.copy_share)
+
+    def reached(self, gpu: GpuType) -> GpuType:
+        """What kernels make of it."""
+        return replace(gpu, bandwidth=gpu.bandwidth * self.gpu_bandwidth.value, flops=gpu.flops * self.gpu_speed.value)
+
+    def between_devices(self, link: Link, gpu: GpuType, gpus: int) -> Link:
+        """The same where rows lie on GPUs at so many of its two ends: they are copied to the host and back again."""
+        return Link(
+            1 / (1 / link.bandwidth + gpus / (self.copy_share.value * gpu.host_bandwidth)),
+            link.dispatch_s + 2 * gpus * self.copy.value,
+            link.group_s,
+        )
+
+    def hops_s(self, gpu: GpuType, layers: int, row_bytes: float, gpus: int) -> float:
+        """What tensor parallelism over so many GPUs sends in a step, two sums a layer, each twice through a ring."""
+        if gpus == 1:
+            return 0.0
+        sent = 2 * (gpus - 1) / gpus * row_bytes / (self.copy_share.value * gpu.peer_bandwidth)
+        return 2 * layers * (self.hop.value + sent)
 
 
-def between_devices(link: Link, gpus: int) -> Link:
-    """The same where rows lie on GPUs at so many of its two ends: they are copied to the host and back again."""
-    return Link(
-        1 / (1 / link.bandwidth + gpus / COPY_BANDWIDTH.value),
-        link.dispatch_s + 2 * gpus * COPY_S.value,
-        link.group_s,
-    )
+ASSUMED = Costs()
+LANES = ASSUMED.lanes

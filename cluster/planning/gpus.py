@@ -1,7 +1,8 @@
 """GPU types by the names that Ray gives them: memory, bandwidth and speed, from NVIDIA's data sheets. Numbers only.
 
 Bandwidth is that of the memory, speed that of bf16 matrices without sparsity; the data sheets give twice as much where
-they count sparse ones. A type without both is known by its memory alone: `manta plan` does not plan for it.
+they count sparse ones. Links are of one direction, half of what the sheets tell of both: PCIe 4.0 or 5.0 with 16 lanes,
+and NVLink. A type without all of these is known by its memory alone: `manta plan` does not plan for it.
 
     A10G           its data sheet; 125 is the A10's speed    A100        nvidia-a100-datasheet, SXM
     L4, L40S       their product briefs                      H100, H200  h100-datasheet, h200-datasheet, SXM
@@ -25,18 +26,25 @@ class GpuType:
     memory_bytes: int
     bandwidth: float  # bytes a second
     flops: float  # bf16, a second
+    host_bandwidth: float = 32e9  # bytes a second in each direction: PCIe
+    nvlink_bandwidth: float = 0.0  # the same to its neighbours; 0: it has none
+
+    @property
+    def peer_bandwidth(self) -> float:
+        """To a neighbour, the best way there is."""
+        return self.nvlink_bandwidth or self.host_bandwidth
 
 
-# name: (10^9 bytes, 10^9 bytes a second, 10^12 operations a second)
+# name: (10^9 bytes, 10^9 bytes a second, 10^12 operations a second, 10^9 bytes a second by PCIe, by NVLink)
 _PLANNED = {
-    "A10G": (24, 600, 70),
-    "A100-40G": (40, 1555, 312),
-    "A100-80G": (80, 2039, 312),
-    "H100": (80, 3350, 989),
-    "H200": (141, 4800, 989),
-    "L4": (24, 300, 121),
-    "L40S": (48, 864, 362),
-    "B200": (180, 8000, 2250),
+    "A10G": (24, 600, 70, 32, 0),
+    "A100-40G": (40, 1555, 312, 32, 300),
+    "A100-80G": (80, 2039, 312, 32, 300),
+    "H100": (80, 3350, 989, 64, 450),
+    "H200": (141, 4800, 989, 64, 450),
+    "L4": (24, 300, 121, 32, 0),
+    "L40S": (48, 864, 362, 32, 0),
+    "B200": (180, 8000, 2250, 64, 900),
 }
 
 # 10^9 bytes, of those that Ray knows as well.
@@ -46,8 +54,8 @@ _MEMORY_ONLY = {
 _UNKNOWN_GPU_BYTES = 2**50  # taken to be large enough: the process itself will say when it is not
 
 GPUS = {
-    name: GpuType(name, gigabytes * 10**9, bandwidth * 1e9, flops * 1e12)
-    for name, (gigabytes, bandwidth, flops) in _PLANNED.items()
+    name: GpuType(name, gigabytes * 10**9, bandwidth * 1e9, flops * 1e12, pcie * 1e9, nvlink * 1e9)
+    for name, (gigabytes, bandwidth, flops, pcie, nvlink) in _PLANNED.items()
 }
 
 

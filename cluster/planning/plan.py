@@ -4,7 +4,7 @@ A layout is groups of experts and a number of coordinators, each on a GPU of its
 the shards'; or, local, coordinators alone, each with all experts. Of all that fit, the one with the fewest GPUs that
 reach the target is taken, or without a target the one with the most tokens per GPU. The rival is local coordinators
 where one GPU holds the whole model. Elsewhere it is none of ours: tensor parallelism over the fewest GPUs that hold it,
-split evenly and at no cost, which is better than any real one.
+split evenly, with two sums a layer over NVLink where the GPUs have it. Ours pass rows through the host, by PCIe.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from math import ceil, inf
 from typing import Literal
 
 from cluster.errors import DoesNotFit
-from cluster.planning.costs import GPU_LAYER_S, LANES, between_devices, reached
+from cluster.planning.costs import ASSUMED, LANES, Costs
 from cluster.planning.gpus import GPUS, GpuType
-from cluster.planning.placement import ExpertGroup, gib, kv_bytes_per_token, plan_groups
+from cluster.planning.placement import DTYPE_BYTES, ExpertGroup, gib, kv_bytes_per_token, plan_groups
 from cluster.planning.roofline import (
     Link,
     Load,
@@ -127,7 +127,7 @@ class Planner:
     model: Model
     gpu: GpuType  # as its data sheet has it
     lanes: Link = LANES  # between processes, without copies to and from GPUs
-    layer_s: float = GPU_LAYER_S.value  # Python and launches
+    costs: Costs = ASSUMED
 
     @property
     def usable_bytes(self) -> float:
@@ -137,12 +137,17 @@ class Planner:
     @property
     def host_s(self) -> float:
         """Python and launches of a step."""
-        return self.layer_s * self.model.architecture.num_layers
+        return self.costs.layer_s * self.model.architecture.num_layers
 
     @property
     def link(self) -> Link:
-        """Between rows on two GPUs."""
-        return between_devices(self.lanes, gpus=2)
+        """Between rows on two GPUs: through the host, whether they have NVLink or not."""
+        return self.costs.between_devices(self.lanes, self.gpu, gpus=2)
+
+    @property
+    def _reached(self) -> GpuType:
+        """What kernels make of a GPU."""
+        return self.costs.reached(self.gpu)
 
     def plan(self, target: Target) -> Plan:
         """The best of all layouts. Raises DoesNotFit when none does."""
@@ -195,13 +200,13 @@ class Planner:
             floor_s=attention_s(self.model, self.gpu, Load(1, load.context))
             + max((experts_s(self.model, self.gpu, 1, size) for size in groups), default=0.0),
             step_s=step_s,
-            attention_s=attention_s(self.model, reached(self.gpu), own),
+            attention_s=attention_s(self.model, self._reached, own),
             experts_s=self._experts_s(layout, rows),
             wire_s=0.0 if layout.local else wire_s(self.model, self.link, own.sequences, groups),
             host_s=self.host_s,
             first_token_s=prefill_s(
                 self.model,
-                reached(self.gpu),
+                self._reached,
                 None if layout.local else self.link,
                 load.context,
                 groups,
@@ -227,9 +232,7 @@ class Planner:
                         continue
                     yield layout
                     own = Load(target.load.sequences / coordinators, target.load.context)
-                    if attention_s(self.model, reached(self.gpu), own) <= self._experts_s(
-                        layout, target.load.sequences
-                    ):
+                    if attention_s(self.model, self._reached, own) <= self._experts_s(layout, target.load.sequences):
                         break  # the experts are what a step waits for
 
     def _rank(self, layout: Layout, target: Target) -> tuple[float, ...]:
@@ -264,7 +267,7 @@ class Planner:
         return layout.sizes or (self.model.architecture.num_experts,)
 
     def _step_s(self, layout: Layout, load: Load) -> float:
-        gpu = reached(self.gpu)
+        gpu = self._reached
         if layout.local:
             return local_s(self.model, gpu, Load(load.sequences / layout.coordinators, load.context), self.host_s)
         return disaggregated_s(
@@ -279,7 +282,7 @@ class Planner:
         )
 
     def _experts_s(self, layout: Layout, rows: float) -> float:
-        gpu = reached(self.gpu)
+        gpu = self._reached
         return max(experts_s(self.model, gpu, rows, size) for size in self._sizes(layout))
 
     def _rival_gpus(self, context: int) -> int:
@@ -291,7 +294,12 @@ class Planner:
         own = Load(max(1.0, sequences * gpus / layout.gpus), context)  # a rival's part, on as many GPUs in all
         step_s = self._step_s(layout, load) if self._fits(layout, load) else None
         fits = self.model.all_bytes + self._cache_bytes(own) <= gpus * self.usable_bytes
-        rival_step_s = local_s(self.model, reached(self.gpu), own, self.host_s, gpus) if fits else None
+        rival_step_s = None
+        if fits:
+            a = self.model.architecture
+            row_bytes = own.sequences * a.hidden_size * DTYPE_BYTES[self.model.dtype]
+            hops_s = self.costs.hops_s(self.gpu, a.num_layers, row_bytes, gpus)
+            rival_step_s = local_s(self.model, self._reached, own, self.host_s, gpus) + hops_s
         return Comparison(
             sequences,
             step_s,

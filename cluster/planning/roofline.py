@@ -172,7 +172,7 @@ def disaggregated_s(
 
 
 def local_s(model: Model, gpu: GpuType, load: Load, host_s: float = 0.0, gpus: int = 1) -> float:
-    """A step of one process that holds everything, on a GPU, or on several that split it evenly and talk in no time."""
+    """A step of one process that holds everything, on a GPU, or on several that split it evenly."""
     experts = experts_s(model, gpu, load.sequences, model.architecture.num_experts, gpus)
     return host_s + attention_s(model, gpu, load, gpus) + experts
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cluster.planning.costs import COPY_S, GPU_LAYER_S, LANES, between_devices, kernel_speed, reached
+from cluster.planning.costs import ASSUMED, LANES, Costs, kernel_speed
 from cluster.planning.gpus import GpuType
 from cluster.planning.placement import DTYPE_BYTES
 from cluster.planning.roofline import CHUNK, Link, Load, Model, attention_s, chunk_attention_s
@@ -75,18 +75,19 @@ class TieredModel:
     shards: Sequence[Shard]
     chances: Sequence[float]  # that a row asks for each expert
     lanes: Link | None = field(default=LANES)  # None: all experts are in the coordinator
+    costs: Costs = ASSUMED
 
     @property
     def _near(self) -> GpuType:
         """What the coordinator computes on."""
         if self.on_gpu:
-            return reached(self.gpu)
+            return self.costs.reached(self.gpu)
         return replace(self.gpu, bandwidth=self.cpus.bandwidth, flops=self.cpus.flops)
 
     @property
     def host_s(self) -> float:
         """Python and launches of a step."""
-        return GPU_LAYER_S.value * self.model.architecture.num_layers
+        return self.costs.layer_s * self.model.architecture.num_layers
 
     def step(self, load: Load) -> Times:
         """One token for each sequence."""
@@ -122,7 +123,7 @@ class TieredModel:
         return sum(1 - (1 - chance) ** rows for chance in mine), rows * sum(mine)
 
     def _gpu_s(self, shard: Shard, rows: float) -> float:
-        gpu, (touched, asked) = reached(self.gpu), self._asked(shard, rows)
+        gpu, (touched, asked) = self.costs.reached(self.gpu), self._asked(shard, rows)
         computed = 2 * asked * self.model.one_expert_parameters
         return max(touched * shard.expert_bytes / gpu.bandwidth, computed / gpu.flops)
 
@@ -138,13 +139,13 @@ class TieredModel:
         """Rows and answers, all layers. A row goes once to a group, whichever of its experts it asks for."""
         if self.lanes is None:
             return 0.0
-        a, copies = self.model.architecture, 2 * COPY_S.value
+        a, copies = self.model.architecture, 2 * self.costs.copy.value
         row_bytes = a.hidden_size * DTYPE_BYTES[self.model.dtype]
         layer = self.lanes.dispatch_s + copies * self.on_gpu
         for shard in self.shards:
             chance = shard.share * min(1.0, sum(self.chances[expert] for expert in shard.experts))
             on_gpu = shard.device == "cuda"
-            bandwidth = between_devices(self.lanes, gpus=self.on_gpu + on_gpu).bandwidth
+            bandwidth = self.costs.between_devices(self.lanes, self.gpu, self.on_gpu + on_gpu).bandwidth
             layer += (1 - (1 - chance) ** rows) * (self.lanes.group_s + copies * on_gpu)
             layer += 2 * rows * chance * row_bytes / bandwidth
         return a.num_layers * layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -20,16 +20,18 @@ from cluster.commands.plan.observed import observe
 from cluster.commands.plan.tiers import look_at, propose
 from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
-from cluster.planning.costs import LANES, OF_COPIES, OF_CPUS, OF_GPUS, OF_LANES, Figure
-from cluster.planning.gpus import gpu_type
+from cluster.planning.costs import ASSUMED, OF_CPUS, Costs, Figure
+from cluster.planning.gpus import GpuType, gpu_type
 from cluster.planning.placement import ExpertGroup, check_kv_dtype, plan_groups
 from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
+from cluster.planning.profile import Profile
 from cluster.planning.roofline import Link, Load, Model
 from cluster.planning.weights import held_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEFAULT_GPU = "H100"
 HUB_IDS = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
@@ -52,6 +54,19 @@ class Question:
     cores: int | None = None
     observed: str | None = None  # URL
     observed_token_file: Path | None = None
+    profile: Profile | None = None
+
+    @property
+    def costs(self) -> Costs:
+        """Measured on the user's machine as far as there is a profile of it."""
+        return ASSUMED if self.profile is None else self.profile.costs()
+
+    @property
+    def card(self) -> GpuType | None:
+        """That was asked for, or of the profile. Raises ConfigError."""
+        if self.gpu is not None:
+            return gpu_type(self.gpu)
+        return None if self.profile is None else self.profile.gpu
 
 
 def run(model: str | None, config_file: Path | None, question: Question, as_json: bool) -> None:
@@ -107,24 +122,33 @@ def _plan_tiers(
     if question.observed is not None:
         experts = checkpoint.architecture.num_experts
         observed = observe(question.observed, question.observed_token_file, config.name, experts)
+    card = question.card
+    if card is None and has_tiers and question.gpu_memory is None:
+        card = gpu_type(DEFAULT_GPU)
+    of_profile = None if question.profile is None else question.profile.measured("cpu_bandwidth")
     machine = machine_of(
-        gpu_type(question.gpu or "H100") if question.gpu or (has_tiers and question.gpu_memory is None) else None,
+        card,
         question.gpu_memory,
         question.ram,
         cards=question.target.gpus or (_cards(config) if has_tiers else 1),
         ram_bandwidth=question.ram_bandwidth,
+        measured=of_profile,
         cores=question.cores,
     )
     engine = engine_of(config, question)
     config = config.model_copy(update={"engine": engine})
     if has_tiers:
-        planned = look_at(config, checkpoint, machine, load, question.lanes, observed)
+        planned = look_at(config, checkpoint, machine, load, question.lanes, observed, question.costs)
     else:
         wanted = None if engine.quantization == "none" else engine.quantization
-        planned = propose(config, checkpoint, machine, load, wanted, question.lanes, observed)
-    lanes: Iterable[Figure] = () if planned.local else (*(OF_LANES if question.lanes is None else ()), *OF_COPIES)
+        planned = propose(config, checkpoint, machine, load, wanted, question.lanes, observed, question.costs)
     on_cpus = planned.times.cpu_s > 0
-    used = (*OF_GPUS, *lanes, *(OF_CPUS if on_cpus else ()), *machine.assumed(on_cpus=on_cpus))
+    used = (
+        *question.costs.of_gpus,
+        *_of_rows(question, local=planned.local),
+        *(OF_CPUS if on_cpus else ()),
+        *machine.assumed(on_cpus=on_cpus),
+    )
     return tiers_tables.document(planned, used), lambda console: tiers_tables.draw(planned, used, console)
 
 
@@ -149,7 +173,8 @@ def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[
     check_kv_dtype(engine.kv_cache_dtype, "cuda")
     weights = held_weights(checkpoint.rounded(engine.rounding), dtype, "cuda")
     model = Model(checkpoint.architecture, dtype, weights)
-    planner = Planner(model, gpu_type(question.gpu or "H100"), question.lanes or LANES)
+    costs = question.costs
+    planner = Planner(model, question.card or gpu_type(DEFAULT_GPU), question.lanes or costs.lanes, costs)
     experts, coordinators = config.experts, config.coordinators.min_replicas
     if chosen and experts.transport == "local":
         return planner, planner.evaluate(Layout((), coordinators), question.target)
@@ -185,8 +210,15 @@ def checkpoint_of(path: str) -> Checkpoint:
 
 def figures(question: Question, plan: Plan) -> tuple[Figure, ...]:
     """What the plan is made of, beside the data sheet."""
-    lanes: Iterable[Figure] = () if plan.layout.local else (*(OF_LANES if question.lanes is None else ()), *OF_COPIES)
-    return (*OF_GPUS, *lanes)
+    hops = (question.costs.hop,) if plan.rival == "tensor parallelism" else ()
+    return (*question.costs.of_gpus, *_of_rows(question, local=plan.layout.local), *hops)
+
+
+def _of_rows(question: Question, *, local: bool) -> tuple[Figure, ...]:
+    """What rows cost between processes."""
+    if local:
+        return ()
+    return (*(question.costs.of_lanes if question.lanes is None else ()), *question.costs.of_copies)
 
 
 def document(name: str, question: Question, planner: Planner, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The machine that `manta plan --ram` plans for: cards, memory, cores. What nobody said is assumed, and listed."""
+"""The machine that `manta plan --ram` plans for: cards, memory, cores. What nobody said is listed."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def machine_of(
     *,
     cards: int,
     ram_bandwidth: float | None,
+    measured: Figure | None = None,
     cores: int | None,
 ) -> Machine:
-    """From what the command was told. Raises ConfigError."""
+    """From what the command was told; `measured`: the memory's bandwidth, of a profile. Raises ConfigError."""
     card_like = None
     if gpu_memory is not None:
         size = parse_memory(gpu_memory, "--gpu-memory")
@@ -75,7 +76,7 @@ def machine_of(
         card = replace(card, memory_bytes=size)
     if card is None:
         raise ConfigError("--ram: which card is beside it? Give --gpu-memory (24GB), --gpu (L4), or both")
-    said = ((ram_bandwidth, CPU_BANDWIDTH), (cores, CPU_CORES))
-    cpus = Cpus(ram_bandwidth or CPU_BANDWIDTH.value, (cores or int(CPU_CORES.value)) * CORE_FLOPS.value)
+    said = ((ram_bandwidth, measured or CPU_BANDWIDTH), (cores, CPU_CORES))
+    cpus = Cpus(ram_bandwidth or (measured or CPU_BANDWIDTH).value, (cores or int(CPU_CORES.value)) * CORE_FLOPS.value)
     of_cpus = tuple(figure for given, figure in said if given is None)
     return Machine(card, cards, None if ram is None else parse_memory(ram, "--ram"), cpus, card_like, of_cpus)

@@ -34,7 +34,7 @@ def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Conso
 
 def draw_figures(figures: Sequence[Figure], console: Console) -> None:
     """What was measured, and what is assumed."""
-    for title, measured in (("Measured (docs/benchmarks.md, 2 CPU cores)", True), ("Assumed", False)):
+    for title, measured in (("Measured (headings are of docs/benchmarks.md, 2 CPU cores)", True), ("Assumed", False)):
         lines = [f"{one.what} ({one.source})" for one in figures if one.measured is measured]
         if lines:
             console.print(f"{title}: {'; '.join(lines)}.")
@@ -107,7 +107,7 @@ def _comparison(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    name = "Local coordinators" if plan.rival == "local" else "Tensor parallelism, at no cost of its own,"
+    name = "Local coordinators" if plan.rival == "local" else "Tensor parallelism"
     if not plan.loses_at:
         return "Splitting attention from experts never makes fewer tokens per GPU here."
     if set(plan.loses_at) >= {one.sequences for one in plan.comparisons if one.tokens_per_gpu is not None}:

@@ -14,7 +14,7 @@ from cluster.commands.plan.observed import Observed
 from cluster.config import ModelConfig, Quantization, parse_config
 from cluster.deploy.app import Cluster, ModelPlan, plan_model
 from cluster.errors import ConfigError, DoesNotFit
-from cluster.planning.costs import LANES
+from cluster.planning.costs import ASSUMED, Costs
 from cluster.planning.hot_experts import Split, splits
 from cluster.planning.placement import (
     SERVICE_PROCESS_BYTES,
@@ -69,6 +69,7 @@ def look_at(
     load: Load,
     lanes: Link | None = None,
     observed: Observed | None = None,
+    costs: Costs = ASSUMED,
 ) -> TieredPlan:
     """What a configuration does on a machine. Raises DoesNotFit where it does not fit."""
     architecture = checkpoint.architecture
@@ -87,7 +88,8 @@ def look_at(
         machine.cpus,
         (_all_experts(plan, weights, dtype),) if local else tuple(_shards(plan, checkpoint, dtype)),
         chances(None if observed is None else observed.rows, architecture.num_experts, architecture.top_k),
-        None if local else lanes or LANES,
+        None if local else lanes or costs.lanes,
+        costs,
     )
     tokens = max(engine.max_model_len, math.ceil(load.sequences * load.context))
     planned = TieredPlan(
@@ -119,6 +121,7 @@ def propose(
     wanted: str | None = None,
     lanes: Link | None = None,
     observed: Observed | None = None,
+    costs: Costs = ASSUMED,
 ) -> TieredPlan:
     """The configuration with the best quality that fits, and of that the one with most experts on the cards.
 
@@ -151,7 +154,7 @@ def propose(
     memory = machine.node.memory_bytes - (machine.cards + 2) * (SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES)
     by_use = sorted(range(architecture.num_experts), key=lambda expert: -observed.rows[expert] if observed else 0)
     found = [
-        (split, look_at(_configured(plain, split), checkpoint, machine, load, lanes, observed))
+        (split, look_at(_configured(plain, split), checkpoint, machine, load, lanes, observed, costs))
         for split in splits(by_use, machine.cards, usable - of_coordinator, memory, held)
         if wanted is None or not split.on_cpus or split.cpu_format == wanted
     ]

@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.errors import DoesNotFit
-from cluster.planning.costs import COPY_S, GPU_LAYER_S, LANES, LAYER_S, between_devices
+from cluster.planning.costs import ASSUMED, COPY_S, LANES, LAYER_S, Costs
 from cluster.planning.gpus import GPUS, gpu_type
 from cluster.planning.placement import plan_groups
 from cluster.planning.plan import USABLE, Layout, Planner, Target
 from cluster.planning.roofline import Link, Load, Model
 
+NO_HOST = replace(ASSUMED, python=replace(ASSUMED.python, value=0.0), launches=replace(ASSUMED.launches, value=0))
 
-def planner(gpu: str = "H100", lanes: Link = LANES, layer_s: float = GPU_LAYER_S.value) -> Planner:
-    return Planner(Model.plain(MIXTRAL_8X7B, "bfloat16"), gpu_type(gpu), lanes, layer_s)
+
+def planner(gpu: str = "H100", lanes: Link = LANES, costs: Costs = ASSUMED) -> Planner:
+    return Planner(Model.plain(MIXTRAL_8X7B, "bfloat16"), gpu_type(gpu), lanes, costs)
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,7 +64,7 @@ def test_every_plan_holds_the_whole_model_once_and_fits(
 
 def test_more_gpus_are_taken_only_for_a_target_that_needs_them() -> None:
     load = Load(32, 2048)
-    plans = planner(lanes=Link(100e9, 20e-6), layer_s=0.0)
+    plans = planner(lanes=Link(100e9, 20e-6), costs=NO_HOST)
     slow, fast = plans.plan(Target(load, 0.1)), plans.plan(Target(load, 0.02))
     assert slow.meets_target
     assert fast.meets_target
@@ -121,12 +123,14 @@ def test_rows_on_gpus_are_copied_at_both_ends_and_a_plan_says_what_is_assumed() 
     link = planner().link
     assert link.bandwidth < LANES.bandwidth
     assert link.dispatch_s == pytest.approx(LANES.dispatch_s + 4 * COPY_S.value)
-    assert between_devices(LANES, gpus=0) == LANES
+    assert ASSUMED.between_devices(LANES, gpu_type("H100"), gpus=0) == LANES
+    by_pcie_4 = ASSUMED.between_devices(LANES, gpu_type("A100-80G"), gpus=2)
+    assert by_pcie_4.bandwidth < link.bandwidth, "NVLink is none of theirs"
 
 
 def test_splitting_loses_for_few_sequences_and_wins_for_many_where_the_wire_is_fast() -> None:
     """Rows of all coordinators meet at one expert; every rival reads all experts for its own few."""
-    fast = replace(planner("A100-80G", layer_s=0.0), lanes=Link(1e30, 0.0))
+    fast = replace(planner("A100-80G", costs=NO_HOST), lanes=Link(1e30, 0.0))
     layout = Layout(plan_groups("auto", 8, 8, 1), coordinators=8)
     plan = fast.evaluate(layout, Target(Load(1024, 1024)))
     by_number = {one.sequences: one for one in plan.comparisons}

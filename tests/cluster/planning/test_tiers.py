@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
-from cluster.planning.costs import CORE_FLOPS, GPU_LAYER_S, LANES, kernel_speed, reached
+from cluster.planning.costs import ASSUMED, CORE_FLOPS, LANES, kernel_speed
 from cluster.planning.gpus import gpu_type
 from cluster.planning.hot_experts import QUALITY, splits
 from cluster.planning.roofline import Load, Model, attention_s
@@ -33,10 +33,10 @@ def tiered(*shards: Shard, **changes: object) -> TieredModel:
 
 def test_a_step_waits_for_the_slower_side() -> None:
     times = tiered(GPU_SHARD, CPU_SHARD).step(Load(1, 1000))
-    assert times.attention_s == pytest.approx(attention_s(MODEL, reached(L4), Load(1, 1000)))
+    assert times.attention_s == pytest.approx(attention_s(MODEL, ASSUMED.reached(L4), Load(1, 1000)))
     assert times.gpu_s == pytest.approx(0.25 * ONE / (0.7 * 300e9))
     assert times.cpu_s == pytest.approx(7 * 0.25 * ONE / 40e9 / 1.77), "what bf16 would take, by the measured gain"
-    assert times.host_s == pytest.approx(32 * GPU_LAYER_S.value)
+    assert times.host_s == pytest.approx(32 * ASSUMED.layer_s)
     assert times.all_s == pytest.approx(times.attention_s + times.cpu_s + times.wire_s + times.host_s)
 
 
