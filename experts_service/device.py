@@ -6,13 +6,18 @@ Knows torch and memory: neither experts nor engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from experts_service.memory import give_back_freed
 
 PROBE_BYTES = 16 * 2**20  # a device that has not even these left cannot run a step of one token
+_ALIGNMENT = 16  # bytes; of arrays that are copied as one
 FEW_THREADS = 4  # beside a GPU the host moves and counts, and multiplies nothing
 
 
@@ -61,6 +66,41 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU reads and writes by itself. What is dropped while it does so, nobody gets before."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+
+def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """These arrays there: by one copy from pinned memory that nobody waits for, or, on a CPU, as they lie."""
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    starts = np.cumsum([0, *sizes]).tolist()
+    staged = pinned((starts[-1],), torch.uint8)
+    for array, start in zip(arrays, starts, strict=False):
+        staged[start : start + array.nbytes].copy_(torch.from_numpy(array.reshape(-1).view(np.uint8)))
+    there = staged.to(device, non_blocking=True)  # torch gives the staged bytes to nobody before they have been read
+    return [
+        there[start:end][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, (start, end) in zip(tensors, pairwise(starts), strict=True)
+    ]
+
+
+class HostCopy:
+    """A tensor on its way from a GPU to pinned host memory. The device's queue goes on; `wait` is for this alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._copied = tensor, None
+        if tensor.device.type != "cpu":
+            self._host = pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """What has arrived. Raises what the device raised in the meantime."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
 
 
 def has_grouped_matmul(device: torch.device) -> bool:

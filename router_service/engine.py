@@ -38,7 +38,8 @@ from router_service.adjustments import Adjustments
 from router_service.grammar.grammar import GrammarState
 from router_service.model.model_runner import ModelRunner
 from router_service.outputs.pooling import embedding
-from router_service.sampling.sampler import NOT_FINITE, NOT_READY, Sampler
+from router_service.sampling.sampler import Sampler
+from router_service.sampling.tokens import NOT_FINITE, NOT_READY
 from router_service.scheduling.scheduler import Batch, Scheduler
 from router_service.scheduling.sequence import Sequence
 from router_service.step_failures import not_finite, told

@@ -1,8 +1,8 @@
 """Draws a token from every row of probabilities: min_p, top_k, top_p, then inverse transform sampling.
 
 Knows nothing of logits or sequences. A token's place among the more likely ones decides, and equally likely ones are
-ranked by id. This is the definition, which sorts rows; on a CPU `compiled_draw.py` says the same of nearly all rows
-without, and the sort is asked for where float32 could round either way.
+ranked by id. This is the definition, on a CPU, which sorts rows; `compiled_draw.py` says the same of nearly all rows
+without, and the sort is asked for where float32 could round either way. `device_draw.py` draws on a GPU.
 
 Shapes: B rows, V vocabulary.
 """
@@ -31,7 +31,7 @@ def uniform(seed: int, choice_index: int, position: int) -> float:
 
 def draw(probabilities: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq[float]) -> torch.Tensor:
     """Token ids [B] from `probabilities` [B, V] (fp32), one number in [0, 1) for each."""
-    if probabilities.is_cuda or not jit.AVAILABLE:
+    if not jit.AVAILABLE:
         return _draw(probabilities, params, uniforms)
     token_ids = draw_rows(
         probabilities.contiguous().numpy(),
@@ -92,8 +92,6 @@ def _draw_sorted(probabilities: torch.Tensor, params: Seq[SamplingParams], unifo
 
 
 def _descending(probabilities: torch.Tensor) -> torch.Tensor:
-    if probabilities.is_cuda:
-        return probabilities.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.stack([_radix_sorted(row)[::-1] for row in probabilities.numpy()]))
 
 

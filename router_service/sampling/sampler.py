@@ -12,27 +12,25 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cluster.messages import Request, SamplingParams, TokenLogprobs
+from experts_service.device import upload
 from experts_service.kernels.compiled import jit
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.outputs.logprobs import token_logprobs
-from router_service.sampling.compiled_adjust import Wishes, adjust
+from router_service.sampling import compiled_adjust, device_adjust
+from router_service.sampling.compiled_adjust import Wishes
+from router_service.sampling.device_draw import GREEDY_BELOW, choose
 from router_service.sampling.draw import draw, uniform
+from router_service.sampling.tokens import NOT_FINITE, NOT_READY, DeviceTokens, HostTokens, Sampled, Tokens
 from router_service.scheduling.sequence import Sequence
 
-NOT_FINITE = -1
-NOT_READY = -2
 _GRACE_S = 0.001  # all grammars of a step together are waited for
 _ROWS_AT_ONCE = 8  # on a CPU: what they need stays in its cache, and memory is not asked for anew each time
-# What is added to the logits of eight tokens, by the byte of a grammar's mask that their bits are in.
-_ADDED = torch.tensor([[0.0 if byte >> bit & 1 else float("-inf") for bit in range(8)] for byte in range(256)])
-_GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them overflows
 
 
 class Sampler:
@@ -50,17 +48,23 @@ class Sampler:
         with jit.one_process("compiling-sampling"):
             self(torch.zeros(1, 8), [Sequence(Request("", (0,), everything, seed=0))])
 
+    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> Sampled:
+        """What `launch` begins, waited for."""
+        return self.launch(logits, sequences).wait()
+
     @torch.inference_mode()
-    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def launch(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> Tokens:
         """A token id and, where asked for, its log-probabilities for each row of `logits` [B, V] (fp32).
 
         The id is NOT_FINITE for a row that holds NaN or infinity: no token can be told from it. It is NOT_READY where a
         grammar does not say in time which tokens may come: sample the row in a later step. A row's result does not
-        depend on the others, so any part of a batch may be sampled again by itself.
+        depend on the others, so any part of a batch may be sampled again by itself. Nothing waits for a GPU.
         """
         late = _late(sequences)
-        step = _rows_at_once(logits, sequences)
-        chosen = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        if logits.is_cuda:
+            return self._launch_on_device(logits, sequences, late)
+        step = _rows_at_once(sequences)
+        chosen = torch.empty(len(sequences), dtype=torch.int64)
         logprobs: list[TokenLogprobs | None] = []
         for at in range(0, len(sequences), step):
             rows = slice(at, at + step)
@@ -69,8 +73,16 @@ class Sampler:
             logprobs += _logprobs(logits[rows], chosen[rows], sequences[rows])
         if late:
             chosen[[row for row, sequence in enumerate(sequences) if sequence in late]] = NOT_READY
-        token_ids: list[int] = chosen.where(logits.sum(dim=-1).isfinite(), NOT_FINITE).tolist()
-        return token_ids, logprobs
+        return HostTokens(chosen.where(logits.sum(dim=-1).isfinite(), NOT_FINITE).tolist(), logprobs)
+
+    def _launch_on_device(
+        self, logits: torch.Tensor, sequences: Seq[Sequence], late: Collection[Sequence]
+    ) -> DeviceTokens:
+        """All rows at once."""
+        params = [sequence.request.sampling for sequence in sequences]
+        chosen = choose(self._adjust(logits, sequences, late), params, _uniforms(sequences))
+        not_ready = [row for row, sequence in enumerate(sequences) if sequence in late]
+        return DeviceTokens(logits, chosen, [p.logprobs for p in params], not_ready)
 
     def _adjust(self, logits: torch.Tensor, sequences: Seq[Sequence], late: Collection[Sequence]) -> torch.Tensor:
         """`logits` with penalties, biases, grammars and the masks of `min_tokens`, in this order."""
@@ -87,10 +99,11 @@ class Sampler:
         if not adjusted and not masks:
             return logits
         logits = logits.clone(memory_format=torch.contiguous_format)
+        wishes = [(row, _wishes(adjusted.get(row), masks.get(row))) for row in adjusted.keys() | masks.keys()]
         if logits.is_cuda or not jit.AVAILABLE:
-            _adjust(logits, adjusted, masks)
+            device_adjust.adjust(logits, wishes)
         else:
-            _adjust_on_cpu(logits, adjusted, masks)
+            compiled_adjust.adjust(logits.numpy(), wishes)
         self._hold_open(logits, sequences, adjusted)
         return logits
 
@@ -110,15 +123,18 @@ class Sampler:
                     ends.append(_flat(logits, row, adjusted[row].stop_ids))
         if not ends:
             return
-        places = _joined(ends, logits)
+        places, constrained = upload(
+            [np.concatenate(ends), np.array([sequence.grammar is not None for sequence in sequences])], logits.device
+        )
+        flat = logits.view(-1)
         if all(sequence.grammar is None for sequence in sequences):
-            logits.view(-1).index_fill_(0, places, float("-inf"))
+            flat.index_fill_(0, places, float("-inf"))
             return
-        before = logits.view(-1)[places]
-        logits.view(-1).index_fill_(0, places, float("-inf"))
-        constrained = torch.tensor([sequence.grammar is not None for sequence in sequences], device=logits.device)
-        is_over = (constrained & (logits.amax(dim=-1) == float("-inf")))[places // logits.shape[1]]
-        logits.view(-1)[places[is_over]] = before[is_over]
+        before = flat.index_select(0, places)
+        flat.index_fill_(0, places, float("-inf"))
+        is_over = constrained & (logits.amax(dim=-1) == float("-inf"))  # [B]
+        of_places = is_over.index_select(0, places.div(logits.shape[1], rounding_mode="floor"))
+        flat.index_copy_(0, places, torch.where(of_places, before, float("-inf")))
 
 
 def _late(sequences: Seq[Sequence]) -> set[Sequence]:
@@ -131,8 +147,8 @@ def _late(sequences: Seq[Sequence]) -> set[Sequence]:
     }
 
 
-def _rows_at_once(logits: torch.Tensor, sequences: Seq[Sequence]) -> int:
-    if logits.is_cuda or all(_is_plain(sequence) for sequence in sequences):
+def _rows_at_once(sequences: Seq[Sequence]) -> int:
+    if all(_is_plain(sequence) for sequence in sequences):
         return max(1, len(sequences))
     return _ROWS_AT_ONCE
 
@@ -142,7 +158,7 @@ def _is_plain(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
     return (
         sequence.grammar is None
-        and sampling.temperature < _GREEDY_BELOW
+        and sampling.temperature < GREEDY_BELOW
         and sampling.logprobs is None
         and not has_adjustments(sampling)
     )
@@ -150,7 +166,7 @@ def _is_plain(sequence: Sequence) -> bool:
 
 def _choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """Token ids [B], the likeliest or drawn, from adjusted `logits` [B, V]."""
-    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature >= _GREEDY_BELOW]
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature >= GREEDY_BELOW]
     if drawn and len(drawn) == len(sequences):
         return _draw(logits, sequences)
     chosen = _likeliest(logits)
@@ -160,8 +176,6 @@ def _choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    if logits.is_cuda:
-        return logits.argmax(dim=-1)
     return torch.from_numpy(logits.numpy().argmax(axis=-1))  # a tenth of torch's time
 
 
@@ -171,13 +185,6 @@ def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:
         sequence.adjustments = Adjustments(sequence.request, vocab_size)
     sequence.adjustments.catch_up(sequence.token_ids)
     return sequence.adjustments
-
-
-def _adjust_on_cpu(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
-    """Change `logits` [B, V] in place."""
-    adjust(
-        logits.numpy(), [(row, _wishes(adjusted.get(row), masks.get(row))) for row in adjusted.keys() | masks.keys()]
-    )
 
 
 def _wishes(adjustments: Adjustments | None, mask: NDArray[np.uint8] | None) -> Wishes:
@@ -193,57 +200,24 @@ def _wishes(adjustments: Adjustments | None, mask: NDArray[np.uint8] | None) -> 
     )
 
 
-def _adjust(logits: torch.Tensor, adjusted: dict[int, Adjustments], masks: dict[int, NDArray[np.uint8]]) -> None:
-    """Change `logits` [B, V] in place: what the compiled `adjust` does."""
-    for row, one in adjusted.items():
-        _penalise(logits[row], one)
-    ids = [_flat(logits, row, one.bias_ids) for row, one in adjusted.items()]
-    biases = [one.bias for one in adjusted.values()]
-    if any(len(bias) for bias in biases):
-        logits.view(-1).index_add_(0, _joined(ids, logits), _joined(biases, logits))
-    if masks:
-        _constrain(logits, masks)
-
-
-def _penalise(logits: torch.Tensor, adjustments: Adjustments) -> None:
-    """Change `logits` [V] in place: repetition as in CTRL, arXiv 1909.05858; the others as OpenAI documents them."""
-    if adjustments.divisors is not None:
-        divisors = torch.from_numpy(adjustments.divisors).to(logits.device)
-        # Positive ones are divided, negative ones multiplied: of both results it is always the lower one, or, where the
-        # penalty is a reward, the higher one. torch.where takes several times as long on a CPU.
-        divided = logits / divisors
-        pick = torch.minimum if adjustments.repetition_penalty > 1.0 else torch.maximum
-        pick(logits.mul_(divisors), divided, out=logits)
-    if adjustments.penalties is not None:
-        logits.sub_(torch.from_numpy(adjustments.penalties).to(logits.device))
-
-
-def _constrain(logits: torch.Tensor, masks: dict[int, NDArray[np.uint8]]) -> None:
-    """Change `logits` [B, V] in place: -inf for every token whose bit is not in the mask of its row."""
-    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-    added = _ADDED.to(logits.device).index_select(0, bits.view(-1).int()).view(len(masks), -1)
-    for place, row in enumerate(masks):
-        logits[row].add_(added[place, : logits.shape[1]])
-
-
 def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """Sample token ids [B] from `logits` [B, V] by temperature and filters."""
     params = [sequence.request.sampling for sequence in sequences]
-    temperature = torch.tensor([p.temperature for p in params], device=logits.device)[:, None]
-    uniforms = [uniform(s.request.seed, s.request.choice_index, s.num_output_tokens) for s in sequences]
+    temperature = torch.tensor([p.temperature for p in params])[:, None]
     probabilities = (logits / temperature).softmax(dim=-1)  # [B, V]
     if probabilities[:, 0].isnan().any():  # then the whole row is
         probabilities.nan_to_num_(0.0)
-    return draw(probabilities, params, uniforms)
+    return draw(probabilities, params, _uniforms(sequences))
+
+
+def _uniforms(sequences: Seq[Sequence]) -> list[float]:
+    """The number of each one's next token."""
+    return [uniform(s.request.seed, s.request.choice_index, s.num_output_tokens) for s in sequences]
 
 
 def _flat(logits: torch.Tensor, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where the tokens of a row are in the flat `logits`."""
     return token_ids + row * logits.shape[1]
-
-
-def _joined(arrays: Seq[NDArray[Any]], like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays)).to(like.device)
 
 
 def _logprobs(logits: torch.Tensor, chosen: torch.Tensor, sequences: Seq[Sequence]) -> list[TokenLogprobs | None]:

@@ -22,9 +22,11 @@ from cluster.errors import InvalidRequest
 from experts_service.kernels.compiled import jit
 from router_service.outputs.logprobs import token_logprobs
 from router_service.outputs.top import top
+from router_service.sampling import compiled_adjust, device_adjust
 from router_service.sampling import sampler as sampler_module
 from router_service.sampling.draw import uniform
-from router_service.sampling.sampler import NOT_FINITE, Sampler
+from router_service.sampling.sampler import Sampler
+from router_service.sampling.tokens import NOT_FINITE
 from tests.router_service.reference_sampler import reference_token
 from tests.router_service.requests import make_sequence
 
@@ -242,8 +244,9 @@ def test_compiled_adjustments_are_those_of_torch(vocabulary):
     generator = np.random.default_rng(vocabulary)
     masks = {row: generator.integers(0, 256, -(-vocabulary // 8), np.uint8) for row in (1, 3)}
     expected, ours = values.clone(), values.clone()
-    sampler_module._adjust(expected, adjusted, masks)
-    sampler_module._adjust_on_cpu(ours, adjusted, masks)
+    wished = [(row, sampler_module._wishes(adjusted.get(row), masks.get(row))) for row in range(4)]
+    device_adjust.adjust(expected, wished)
+    compiled_adjust.adjust(ours.numpy(), wished)
     assert torch.equal(ours, expected)
     assert ours.isinf().any()
 
