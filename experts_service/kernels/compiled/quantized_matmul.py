@@ -36,6 +36,7 @@ from experts_service.kernels.compiled.quantized_rows import quantize_task, row_w
 from experts_service.kernels.compiled.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
 from experts_service.kernels.compiled.routine import Routine, Task, num_threads, take_run
 from experts_service.memory import mapped
+from experts_service.quantization.groups import group_width, grouped_columns
 from experts_service.quantization.weight import QuantizedWeight, Weight
 
 if AVAILABLE:
@@ -236,16 +237,8 @@ def _columns(weight: QuantizedWeight) -> tuple[Tensor | None, int]:
     in_features = weight.shape[1]
     if weight.num_groups == 1:
         return None, MAX_BLOCK if in_features >= MAX_BLOCK else -(-in_features // STEP) * STEP
-    if weight.input_groups is None and weight.group_size % STEP == 0:
-        return None, weight.group_size
-    groups = weight.input_groups
-    if groups is None:
-        groups = torch.arange(in_features) // weight.group_size
-    sizes = torch.bincount(groups, minlength=weight.num_groups)
-    size = -(-int(sizes.max()) // STEP) * STEP
-    columns = torch.full((weight.num_groups, size), in_features)
-    columns[torch.arange(size) < sizes[:, None]] = torch.argsort(groups, stable=True)
-    return columns.flatten(), size
+    group = group_width(weight, STEP)
+    return grouped_columns(weight, group), group
 
 
 def _panels(matrix: Tensor, gate_up: bool) -> Tensor:

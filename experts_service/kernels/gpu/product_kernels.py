@@ -1,0 +1,227 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-redef,no-untyped-call"
+"""Triton's kernels of products of rows with matrices. Imported where they are started: Triton takes a second.
+
+A program computes a tile of outputs × rows, so outputs are what a tensor core has many of, and small numbers become
+the rows' dtype in registers. k is in ascending order, in blocks of one size and parts of one size, whatever the number
+of rows: so a row's bits do not depend on what else is in the batch, nor on the tile it falls into. Parts are added by
+the program itself, or, where there are few, by `add_parts`, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from experts_service.kernels.gpu import matrices
+
+PLAIN = tl.constexpr(matrices.PLAIN)
+INT4 = tl.constexpr(matrices.INT4)
+FLOAT8 = tl.constexpr(matrices.FLOAT8)
+HALF = tl.constexpr(matrices.HALF)
+
+
+@triton.jit
+def _numbers(codes, zero, kind: tl.constexpr, dtype: tl.constexpr):
+    """Codes [N, K] less what stands for 0 [N, 1] or a number, exactly."""
+    if kind == FLOAT8:
+        codes = codes.to(tl.int16)
+        bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
+        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        numbers = codes.to(tl.float32) - zero
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _zero(zeros, at, kind: tl.constexpr):
+    """What stands for 0: of each output [N, 1], or of all."""
+    if zeros is not None:
+        zero = tl.load(zeros + at).to(tl.float32)[:, None]
+    else:
+        zero: tl.constexpr = 8.0 if kind == INT4 else 0.0
+    return zero
+
+
+@triton.jit
+def _inputs(x_rows, k, columns, in_features: tl.constexpr, is_whole: tl.constexpr):
+    """[K, M] of some rows."""
+    if columns is not None:
+        k = tl.load(columns + k)
+    if is_whole:
+        x = tl.load(x_rows[None, :] + k[:, None])
+    else:
+        x = tl.load(x_rows[None, :] + k[:, None], mask=k[:, None] < in_features, other=0.0)
+    return x
+
+
+@triton.jit
+def _product(
+    weight_rows, at, zero, low, high, sums, in_features: tl.constexpr, is_whole: tl.constexpr, kind: tl.constexpr
+):
+    """`sums` [N, M] and what a block of k adds to it."""
+    if kind == PLAIN:
+        if is_whole:
+            weights = tl.load(weight_rows[:, None] + at[None, :])
+        else:
+            weights = tl.load(weight_rows[:, None] + at[None, :], mask=at[None, :] < in_features, other=0.0)
+        sums = tl.dot(weights, low, sums, input_precision="ieee")
+    else:
+        codes = tl.load(weight_rows[:, None] + at[None, :])
+        if kind == INT4:
+            sums = tl.dot(_numbers(codes & 15, zero, kind, low.dtype), low, sums, input_precision="ieee")
+            sums = tl.dot(_numbers(codes >> 4, zero, kind, low.dtype), high, sums, input_precision="ieee")
+        else:
+            sums = tl.dot(_numbers(codes, zero, kind, low.dtype), low, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) · up, rounded where the reference rounds."""
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return silu * up.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def multiply(
+    x,  # [R, K]
+    weights,  # [E, N, …], gated [E, 2 N, …]: see matrices.py, and for the next three
+    scales,
+    zeros,
+    columns,
+    ends,  # [E] int32: where each matrix' rows end; None: all are of one
+    y,  # [R, N], or of parts [P, R, N] fp32, gated [P, R, 2 N]
+    num_rows,
+    num_matrices: tl.constexpr,
+    out_features: tl.constexpr,  # N
+    in_features: tl.constexpr,  # K
+    width: tl.constexpr,  # K'
+    blocks_of_group: tl.constexpr,
+    kind: tl.constexpr,
+    gated: tl.constexpr,
+    parts: tl.constexpr,
+    split: tl.constexpr,  # a part a program
+    tile_rows: tl.constexpr,
+    tile_outputs: tl.constexpr,
+    block: tl.constexpr,  # k
+) -> None:
+    """A tile of `y`."""
+    tile = tl.program_id(0)
+    expert = 0
+    first, end = tile * tile_rows, num_rows
+    if ends is not None:
+        many: tl.constexpr = triton.next_power_of_2(num_matrices)
+        each = tl.arange(0, many)
+        end_of = tl.load(ends + each, mask=each < num_matrices, other=0)
+        start_of = tl.load(ends + each - 1, mask=(each > 0) & (each < num_matrices), other=0)
+        tiles = tl.cdiv(tl.where(each < num_matrices, end_of - start_of, 0), tile_rows)
+        tiles_end = tl.cumsum(tiles, 0)
+        expert = tl.sum((tiles_end <= tile).to(tl.int32), 0)
+        if expert >= num_matrices:
+            return  # one too many: the grid is made for the worst case
+        mine = each == expert
+        first = tl.sum(tl.where(mine, start_of + (tile - tiles_end + tiles) * tile_rows, 0), 0)
+        end = tl.sum(tl.where(mine, end_of, 0), 0)
+    halves: tl.constexpr = 2 if gated else 1
+    bytes_of_row: tl.constexpr = width // 2 if kind == INT4 else width
+    blocks: tl.constexpr = tl.cdiv(width, block)
+    blocks_of_part: tl.constexpr = tl.cdiv(blocks, parts)
+    groups: tl.constexpr = tl.cdiv(blocks, blocks_of_group) if blocks_of_group else 1
+    is_whole: tl.constexpr = width % block == 0 if kind == PLAIN else in_features == width
+    at_once: tl.constexpr = block // 2 if kind == INT4 else block
+
+    row = first + tl.arange(0, tile_rows)
+    x_rows = x + tl.minimum(row, end - 1).to(tl.int64) * in_features  # [M]
+    output = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
+    read = tl.minimum(output, out_features - 1)
+    expert = tl.cast(expert, tl.int64)
+    gate_rows = weights + (expert * halves * out_features + read) * bytes_of_row  # [N]
+    up_rows = gate_rows + tl.cast(out_features, tl.int64) * bytes_of_row
+    of_scales = expert * groups * halves * out_features + read
+    if columns is not None:
+        columns += expert * width
+
+    gate_total = tl.zeros((tile_outputs, tile_rows), tl.float32)
+    up_total = gate_total
+    first_part = tl.program_id(2) if split else 0
+    end_part = first_part + 1 if split else parts
+    for part in range(first_part, end_part):
+        gate = tl.zeros((tile_outputs, tile_rows), tl.float32)
+        up = gate
+        for index in range(part * blocks_of_part, tl.minimum((part + 1) * blocks_of_part, blocks)):
+            at = index * at_once + tl.arange(0, at_once)
+            if kind == INT4:
+                k = at // HALF * (2 * HALF) + at % HALF
+                low = _inputs(x_rows, k, columns, in_features, is_whole)
+                high = _inputs(x_rows, k + HALF, columns, in_features, is_whole)
+            else:
+                low = _inputs(x_rows, at, columns, in_features, is_whole)
+                high = low
+            if blocks_of_group:
+                of_group = of_scales + index // blocks_of_group * halves * out_features
+                nothing = tl.zeros((tile_outputs, tile_rows), tl.float32)
+                zero = _zero(zeros, of_group, kind)
+                sums = _product(gate_rows, at, zero, low, high, nothing, in_features, is_whole, kind)
+                gate += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
+                if gated:
+                    of_group += out_features
+                    zero = _zero(zeros, of_group, kind)
+                    sums = _product(up_rows, at, zero, low, high, nothing, in_features, is_whole, kind)
+                    up += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
+            else:
+                zero = _zero(zeros, of_scales, kind)
+                gate = _product(gate_rows, at, zero, low, high, gate, in_features, is_whole, kind)
+                if gated:
+                    zero = _zero(zeros, of_scales + out_features, kind)
+                    up = _product(up_rows, at, zero, low, high, up, in_features, is_whole, kind)
+        if kind != PLAIN and not blocks_of_group:
+            gate *= tl.load(scales + of_scales).to(tl.float32)[:, None]
+            if gated:
+                up *= tl.load(scales + of_scales + out_features).to(tl.float32)[:, None]
+        gate_total += gate
+        up_total += up
+
+    is_written = (output < out_features)[:, None] & (row < end)[None, :]
+    if split:
+        at = (first_part * num_rows + row).to(tl.int64)[None, :] * (halves * out_features) + output[:, None]
+        tl.store(y + at, gate_total, mask=is_written)
+        if gated:
+            tl.store(y + at + out_features, up_total, mask=is_written)
+    else:
+        if gated:
+            gate_total = _gated(gate_total, up_total, y.dtype.element_ty)
+        at = row.to(tl.int64)[None, :] * out_features + output[:, None]
+        tl.store(y + at, gate_total.to(y.dtype.element_ty), mask=is_written)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_parts(
+    sums,  # [P, R, N] fp32, gated [P, R, 2 N]
+    y,  # [R, N]
+    num_rows,
+    out_features: tl.constexpr,  # N
+    gated: tl.constexpr,
+    parts: tl.constexpr,
+    size: tl.constexpr,
+) -> None:
+    """Rows of the programs that had none are not numbers, here as there."""
+    row = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * size + tl.arange(0, size)
+    is_there = output < out_features
+    halves: tl.constexpr = 2 if gated else 1
+    total = tl.zeros((size,), tl.float32)
+    up = total
+    for part in range(parts):
+        at = sums + (tl.cast(part, tl.int64) * num_rows + row) * (halves * out_features) + output
+        total += tl.load(at, mask=is_there, other=0.0)
+        if gated:
+            up += tl.load(at + out_features, mask=is_there, other=0.0)
+    if gated:
+        total = _gated(total, up, y.dtype.element_ty)
+    tl.store(y + row * out_features + output, total.to(y.dtype.element_ty), mask=is_there)
+
+
+KERNELS: dict[str, Any] = {"multiply": multiply, "add_parts": add_parts}
