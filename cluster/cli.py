@@ -285,12 +285,19 @@ def status(
 
 @app.command()
 def doctor(
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, metavar="FILE", help="Measure this machine as well, for manta plan --profile FILE."
+        ),
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="GPUs alone, as manta serve looks at them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
 ) -> None:
     """Look whether this machine can serve: versions, memory, sockets, kernels, a whole model beside transformers."""
     from cluster.commands.doctor.command import run
 
-    if not run(as_json=as_json):
+    if not run(as_json=as_json, profile=profile, short=short):
         raise typer.Exit(1)
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.commands.bench.machine import this_machine
 from cluster.commands.doctor.checks import Check, Result, Status, run_check
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
+    from cluster.commands.doctor.profile import Profile
 
-def run(*, as_json: bool) -> bool:
-    """Whether nothing failed."""
+
+def run(*, as_json: bool, profile: Path | None = None, short: bool = False) -> bool:
+    """Whether nothing failed. `profile`: where to write what was measured. Raises ConfigError where it cannot be."""
+    examination = Examination(short=short, profiles=profile is not None)
     if as_json:
-        results = [run_check(check) for check in checks()]
+        results = [run_check(check) for check in examination.checks()]
         print(json.dumps(document(results), ensure_ascii=False))
     else:
         from rich.console import Console
@@ -24,22 +29,54 @@ def run(*, as_json: bool) -> bool:
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         for line in this_machine().lines():
             console.print(line)
-        results = [_shown(run_check(check), console) for check in checks()]
+        results = [_shown(run_check(check), console) for check in examination.checks()]
         console.print(summary(results))
+    if profile is not None and examination.profile is not None:
+        examination.profile.write(profile)
     return not any(one.status is Status.FAILED for one in results)
 
 
-def checks() -> Iterator[Check]:
-    """In their order. Modules that import torch come when it is their turn."""
-    from cluster.commands.doctor import machine
+class Examination:
+    """Which checks apply. Modules that import torch come when it is their turn."""
 
-    yield from machine.CHECKS
+    def __init__(self, *, short: bool = False, profiles: bool = False) -> None:
+        """`short`: of GPUs alone, what takes seconds. `profiles`: costs are measured as well."""
+        self._short = short
+        self._profiles = profiles
+        self.profile: Profile | None = None
+
+    def checks(self) -> Iterator[Check]:
+        """In their order."""
+        from cluster.commands.doctor import machine
+
+        if not self._short:
+            yield from machine.CHECKS
+        import torch
+
+        from cluster.commands.doctor import cpu, gpu, kernels, model
+
+        cpu_device, card = torch.device("cpu"), _card()
+        if not self._short:
+            yield from cpu.CHECKS
+            yield from kernels.checks(cpu_device)
+            yield from model.checks(cpu_device)
+        yield gpu.DRIVER
+        if card is not None:
+            yield from gpu.checks(card)
+            yield from kernels.checks(card)
+            yield from model.checks(card)
+        if self._profiles:
+            from cluster.commands.doctor.profile import Profile
+
+            self.profile = Profile(card)
+            yield from self.profile.checks()
+
+
+def _card() -> torch.device | None:
+    """The first GPU, if torch reaches one."""
     import torch
 
-    from cluster.commands.doctor import cpu, model
-
-    yield from cpu.CHECKS
-    yield from model.checks(torch.device("cpu"))
+    return torch.device("cuda", 0) if torch.cuda.is_available() else None
 
 
 def document(results: list[Result]) -> dict[str, object]:

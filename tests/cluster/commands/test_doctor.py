@@ -77,7 +77,7 @@ def test_what_is_shown_has_a_mark_for_each_and_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shown(*checks: Check) -> tuple[bool, str]:
-        monkeypatch.setattr(command, "checks", lambda: iter(checks))
+        monkeypatch.setattr(command.Examination, "checks", lambda _: iter(checks))
         return command.run(as_json=False), capsys.readouterr().out
 
     well = Check("cores", "They are shared.", lambda: good("2 of [2]"))

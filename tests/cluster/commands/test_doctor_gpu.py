@@ -1,0 +1,179 @@
+"""What `manta doctor` says of cards, told by a fake driver, and of kernels, which a CPU has as well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.commands.doctor import command, gpu, kernels, lanes, machine
+from cluster.commands.doctor import profile as profiles
+from cluster.commands.doctor.checks import Status, good
+from cluster.planning.profile import FIGURES, read_profile
+from experts_service.kernels.experts import Experts
+from router_service.attention.metadata import AttentionMetadata
+from router_service.sampling.sampler import Sampler
+
+
+class Cards:
+    """A driver's answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str, capability: tuple[int, int] = (9, 0)) -> None:
+        self.free = 79 * 2**30
+        answers: dict[str, Any] = {
+            "is_available": lambda: bool(names),
+            "device_count": lambda: len(names),
+            "get_device_name": lambda index=0: names[index],
+            "get_device_capability": lambda _: capability,
+            "mem_get_info": lambda _: (self.free, 80 * 2**30),
+            "memory_reserved": lambda _: 2**28,
+            "can_device_access_peer": lambda one, other: abs(one - other) == 1,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_a_machine_without_a_driver_has_nothing_to_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Cards(monkeypatch)
+    monkeypatch.setattr(gpu, "NVIDIA", tmp_path / "nvidiactl")
+    assert gpu.driver().status is Status.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(("cuda", "said"), [(None, "torch for CUDA: pip install"), ("12.8", "nvidia-smi")])
+def test_a_driver_that_torch_does_not_reach_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: str | None, said: str
+) -> None:
+    Cards(monkeypatch)
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(gpu, "NVIDIA", tmp_path / "nvidiactl")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    finding = gpu.driver()
+    assert finding.status is Status.FAILED
+    assert said in finding.advice
+
+
+def test_cards_are_told_with_kind_memory_and_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = Cards(monkeypatch, *["NVIDIA H100 80GB HBM3"] * 3)
+    assert gpu.driver().found.startswith("3 × NVIDIA H100 80GB HBM3, torch for CUDA ")
+    assert "2: NVIDIA H100 80GB HBM3, 9.0" in gpu.capability().found
+    assert gpu.peers() == good("0 → 1; 1 → 0, 2; 2 → 1")
+    assert gpu.slices().status is Status.NOT_APPLICABLE
+    assert gpu.memory().status is Status.GOOD
+    cards.free = 40 * 2**30
+    finding = gpu.memory()
+    assert finding.status is Status.FAILED, "somebody else is there"
+    assert "whose processes are on 0, 1, 2" in finding.advice
+
+
+def test_one_card_has_no_neighbours_and_an_old_one_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cards(monkeypatch, "Tesla V100-SXM2-16GB", capability=(7, 0))
+    assert gpu.peers().status is Status.NOT_APPLICABLE
+    finding = gpu.capability()
+    assert finding.status is Status.FAILED
+    assert "leave out 0" in finding.advice
+
+
+def test_a_slice_of_a_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cards(monkeypatch, "NVIDIA H100 80GB HBM3 MIG 3g.40gb")
+    assert "MIG 3g.40gb" in gpu.slices().found
+
+
+def test_triton_compiles_or_it_is_said_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted where there is no GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert gpu.compiles(device).status is Status.GOOD
+    monkeypatch.setattr(gpu, "can_compile", lambda: False)
+    assert "gcc" in gpu.compiles(device).advice
+
+
+@pytest.mark.parametrize("number", range(4), ids=["experts", "attention", "sampler", "mask"])
+def test_kernels_of_a_device_are_well(device: str, number: int) -> None:
+    finding = kernels.checks(torch.device(device))[number].look()
+    assert finding.status is Status.GOOD, finding
+
+
+def test_an_expert_that_gets_anothers_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(self: Experts, layer: int, rows: torch.Tensor, counts: Any, answers: Any = None) -> torch.Tensor:
+        return called(self, layer, rows, [*counts[1:], counts[0]], answers)
+
+    called = Experts.__call__
+    monkeypatch.setattr(Experts, "__call__", shifted)
+    finding = kernels.experts(torch.device("cpu"))
+    assert finding.status is Status.FAILED
+    assert "report it" in finding.advice
+
+
+def test_attention_to_one_position_too_few_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = AttentionMetadata.__init__
+
+    def short(self: AttentionMetadata, spans: Any, block_size: int) -> None:
+        made(self, spans, block_size)
+        self.context_lengths[-1] -= 1
+
+    monkeypatch.setattr(AttentionMetadata, "__init__", short)
+    monkeypatch.setattr(kernels, "HEADS", kernels.HEADS[:1])
+    assert kernels.attention(torch.device("cpu")).status is Status.FAILED
+
+
+def test_a_sampler_that_draws_other_tokens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Sampler.__call__
+    turns = iter([False, True])
+
+    def drawn(self: Sampler, logits: torch.Tensor, sequences: Any) -> Any:
+        return called(self, logits.roll(1, dims=-1) if next(turns) else logits, sequences)
+
+    monkeypatch.setattr(Sampler, "__call__", drawn)
+    assert kernels.sampler(torch.device("cpu")).found == "0 of 56 tokens are the CPU's"
+
+
+def test_a_mask_that_is_not_applied_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels._Mask, "mask", property(lambda _: None), raising=False)
+    sampled = kernels._sampled
+    monkeypatch.setattr(kernels, "_sampled", lambda logits, device, _: sampled(logits, device, None))
+    assert kernels.mask(torch.device("cpu")).status is Status.FAILED
+
+
+def test_what_is_measured_is_a_profile_that_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over lanes between real processes; their times say nothing on a machine that tests run on."""
+    monkeypatch.setattr(lanes, "_MOST", 5)
+    monkeypatch.setattr(profiles, "CPU_READ_BYTES", 2**24)
+    monkeypatch.setattr(command.Examination, "checks", lambda self: _of_profile(self))
+    file = tmp_path / "profile.json"
+    done = CliRunner().invoke(app, ["doctor", "--profile", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    assert [one["name"] for one in json.loads(done.stdout)["checks"]] == ["lanes", "memory bandwidth"]
+    profile = read_profile(file)
+    assert set(profile.figures) == {"lane_dispatch_s", "lane_group_s", "lane_bandwidth", "cpu_bandwidth"} < set(FIGURES)
+    assert profile.costs().lanes.dispatch_s == profile.figures["lane_dispatch_s"]
+
+
+def _of_profile(examination: command.Examination) -> Any:
+    examination.profile = profiles.Profile(None)
+    return iter(examination.profile.checks())
+
+
+def test_a_file_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(profiles.Profile, "checks", lambda _: ())
+    monkeypatch.setattr(command.Examination, "checks", lambda self: _of_profile(self))
+    done = CliRunner().invoke(app, ["doctor", "--profile", str(tmp_path / "none" / "profile.json"), "--json"])
+    assert done.exit_code != 0
+    assert "cannot be written" in str(done.exception)
+
+
+def test_on_a_card_all_groups_are_looked_at_and_the_short_form_leaves_the_cpu_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Cards(monkeypatch, "NVIDIA L4")
+    whole = [check.name for check in command.Examination(profiles=True).checks()]
+    short = [check.name for check in command.Examination(short=True).checks()]
+    assert set(short) < set(whole)
+    assert len(whole) == len(set(whole))
+    assert short[0] == "GPU driver"
+    assert {"Triton", "experts on cuda:0", "model, bfloat16 on cuda:0"} <= set(short)
+    assert not [name for name in short if "cpu" in name.lower() or name in {one.name for one in machine.CHECKS}]
+    assert {"launches on cuda:0", "copies to cuda:0", "bandwidth of cuda:0"} <= set(whole)
