@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from router_service.rows import is_launched
+
 
 class Routing(NamedTuple):
     """Where each row of one layer goes, and where its answers stand."""
@@ -25,6 +27,10 @@ class Routing(NamedTuple):
 
 def route(experts: Tensor, ranks: Tensor, ends_so_far: Tensor) -> Routing:
     """Of `experts` [T, K], which stand in the order of their `ranks` [E]. `ends` are added to `ends_so_far` [E]."""
+    if is_launched(experts):
+        from router_service import gpu_rows
+
+        return Routing(experts, *gpu_rows.route(experts, ranks, ends_so_far))
     num_rows = len(experts)
     sorted_ranks, order = ranks.take(experts.t().flatten()).sort(stable=True)  # [K * T], [K * T]
     everyone = torch.arange(len(ranks), device=ranks.device)
@@ -36,6 +42,10 @@ def route(experts: Tensor, ranks: Tensor, ends_so_far: Tensor) -> Routing:
 
 def combine(answers: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """The sum [T, D] of each row's `answers` [K * T, D], times their `weights` [T, K]."""
+    if is_launched(answers):
+        from router_service import gpu_rows
+
+        return gpu_rows.combine(answers, weights, routing.experts, routing.places, len(routing.ends))
     by_expert = routing.experts.argsort(dim=1)  # [T, K]
     weights = weights.gather(1, by_expert).t().unsqueeze(2)  # [K, T, 1]
     places = routing.places.view(by_expert.t().shape).gather(0, by_expert.t())  # [K, T]

@@ -1,7 +1,7 @@
 """What is done to each row between two matmuls of a layer: norm, rotary, gate, combining. Knows no layer.
 
-One compiled call each in bf16 on a CPU (row_kernels.py), torch's operations elsewhere and in fp32. Both round where the
-reference does.
+One compiled call each in bf16 on a CPU (row_kernels.py), one kernel on a GPU (gpu_rows.py) where Triton can compile it,
+else torch's operations. All round where the reference does.
 
 Shapes: T tokens, D hidden size, N heads, H head_dim, K experts per token, E experts.
 """
@@ -18,6 +18,7 @@ from experts_service.kernels.compiled.chain import Chain
 from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.compiled.route import Route
 from experts_service.kernels.compiled.routine import Task, num_threads
+from experts_service.kernels.gpu.launch import can_compile
 
 if AVAILABLE:
     from experts_service.kernels.compiled.vectors import LANES
@@ -42,6 +43,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, delta: torch.Ten
 
     `delta` [T, D], if any, is added to `x` in place before.
     """
+    if is_launched(x):
+        from router_service import gpu_rows  # Triton takes a second
+
+        return gpu_rows.norm(x, weight, epsilon, delta)
     if not is_compiled(x, x.shape[-1]):
         if delta is not None:
             x += delta
@@ -78,6 +83,10 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
     Rotary position embedding, arXiv 2104.09864; both halves of the angles are the same, laid out as on the hub.
     """
     head_dim = x.shape[2]
+    if is_launched(x) and x.stride(1) == head_dim and x.stride(2) == 1:
+        from router_service import gpu_rows
+
+        return gpu_rows.rotate(x, cosines, sines)
     if not is_compiled(x, head_dim // 2) or x.stride(1) != head_dim or x.stride(2) != 1:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
@@ -98,6 +107,10 @@ def choose(scores: torch.Tensor, top_k: int) -> Pair:
 
     Softmax over all in fp32, renormalised over the chosen.
     """
+    if is_launched(scores):
+        from router_service import gpu_rows
+
+        return gpu_rows.choose(scores, top_k)
     if not is_compiled(scores, 0):
         probabilities = scores.float().softmax(dim=-1)  # [T, E]
         weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], [T, K]
@@ -183,6 +196,11 @@ def combine_task(
 def is_compiled(x: torch.Tensor, width: int) -> bool:
     """Whether rows of so many numbers like those of `x` are done by one compiled call."""
     return AVAILABLE and x.dtype is torch.bfloat16 and x.is_cpu and width % LANES == 0
+
+
+def is_launched(x: torch.Tensor) -> bool:
+    """Whether rows like those of `x` are done by kernels on their device."""
+    return x.is_cuda and len(x) > 0 and can_compile()
 
 
 def _choose_like_torch(probabilities: torch.Tensor, top_k: int) -> Pair:

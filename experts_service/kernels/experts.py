@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.device import has_grouped_matmul, to_device
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
+from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights, silu_product
 from experts_service.memory import give_back_freed
 from experts_service.quantization.weight import Weight, dense, stacked
 from experts_service.weights import read_tensors
@@ -51,8 +51,8 @@ class _Grouped:
 
     def __call__(self, rows: Tensor, ends: Tensor, answers: Tensor) -> None:
         """The rows of expert e end before `ends` [E] (int32, where the rows are)."""
-        gate, up = F.grouped_mm(rows, self._w13, offs=ends).chunk(2, dim=-1)  # [R, F], [R, F]
-        answers.copy_(F.grouped_mm(F.silu(gate) * up, self._w2, offs=ends))  # [R, D]
+        hidden = silu_product(F.grouped_mm(rows, self._w13, offs=ends))  # [R, F]
+        answers.copy_(F.grouped_mm(hidden, self._w2, offs=ends))  # [R, D]
 
 
 class Experts:

@@ -26,6 +26,7 @@ from experts_service.kernels.compiled.quantized_matmul import (
 )
 from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.compiled.tile import PAIR
+from experts_service.kernels.gpu.launch import can_compile
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
@@ -53,8 +54,20 @@ class SwiGLU:
         if self._packed is not None:
             return self._packed(rows, (len(rows),), torch.empty_like(rows))
         outputs = [matrix(rows) for matrix in self._w1_w3]
-        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)  # [R, F], [R, F]
+        if len(outputs) == 1:
+            return self._w2(silu_product(outputs[0]))
+        gate, up = outputs  # [R, F], [R, F]
         return self._w2(F.silu(gate) * up)
+
+
+def silu_product(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up [R, F] of rows [R, 2 F] of both, each rounded."""
+    if gate_up.is_cuda and len(gate_up) and can_compile():
+        from experts_service.kernels.gpu import silu  # Triton takes a second
+
+        return silu.silu_product(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)  # [R, F], [R, F]
+    return F.silu(gate) * up
 
 
 @dataclass(frozen=True, slots=True)

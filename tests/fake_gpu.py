@@ -1,0 +1,157 @@
+"""A GPU that computes nothing: tensors on `cuda:0` without memory, and a count of what a real one would be asked for.
+
+What no GPU could do raises: tensors of two devices in one operation, and whatever needs a number of the device on the
+host (`.item()`, `.tolist()`, `.numpy()`, `nonzero`, indexing by a mask). Copies that the host waits for are counted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from experts_service.kernels.gpu import launch as launching
+
+DEVICE = torch.device("cuda:0")
+_ALLOCATE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_VIEWS = {"detach_", "_unsafe_view"}  # though their signatures do not say so
+_COPY = {"_to_copy", "copy_"}
+
+
+@dataclass
+class Counts:
+    """Of what was done since the last look."""
+
+    launches: Counter[str] = field(default_factory=Counter)  # kernels by name: torch's operations, and ours
+    waits: Counter[str] = field(default_factory=Counter)  # of the host for the device, by the cause
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+
+    @property
+    def num_launches(self) -> int:
+        return self.launches.total()
+
+    @property
+    def num_waits(self) -> int:
+        return self.waits.total()
+
+    def copy(self) -> Counts:
+        return self - Counts()
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(
+            self.launches - other.launches,
+            self.waits - other.waits,
+            self.bytes_to_device - other.bytes_to_device,
+            self.bytes_to_host - other.bytes_to_host,
+        )
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the operations that reach a device. Those that are made of others are looked at one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            result = func.decompose(*args, **kwargs) if func.namespace == "aten" else NotImplemented
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name in _COPY:
+            self._copied(name, args, kwargs, result)
+        elif func.namespace != "prim" and not func.is_view and name not in _ALLOCATE | _VIEWS and _is_on_gpu(result):
+            self.counts.launches[name] += 1
+        return result
+
+    def _copied(self, name: str, args: Any, kwargs: Any, result: torch.Tensor) -> None:
+        source = args[1] if name == "copy_" else args[0]
+        if source.device == result.device:
+            if result.is_cuda:
+                self.counts.launches[name] += 1
+            return
+        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        if result.is_cuda:
+            self.counts.bytes_to_device += result.nbytes
+        else:
+            self.counts.bytes_to_host += result.nbytes
+        if blocking:
+            self.counts.waits["to device" if result.is_cuda else "to host"] += 1
+
+
+class _Indexing(TorchFunctionMode):
+    """`x[…]` of tensors of a GPU in terms of operations: torch without CUDA does not get that far."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and args[0].is_cuda:
+            return _indexed(*args)
+        if func is torch.Tensor.__setitem__ and args[0].is_cuda:
+            target, index, value = args
+            return torch.ops.aten.copy_(_indexed(target, index), value)
+        if func is torch.Tensor.copy_:
+            return torch.ops.aten.copy_(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _indexed(x: torch.Tensor, index: Any) -> torch.Tensor:
+    dim = 0
+    for one in index if isinstance(index, tuple) else (index,):
+        if one is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(one, int):
+            x = x.select(dim, one)
+            continue
+        elif isinstance(one, slice):
+            start, end, stride = one.indices(x.shape[dim])
+            x = torch.ops.aten.slice(x, dim, start, end, stride)
+        else:
+            assert one.dtype is not torch.bool, "the host waits for the device to know how many are chosen"
+            x = x.index_select(dim, one)
+        dim += 1
+    return x
+
+
+def _is_on_gpu(result: Any) -> bool:
+    if isinstance(result, torch.Tensor):
+        return result.is_cuda
+    return isinstance(result, (tuple, list)) and any(_is_on_gpu(one) for one in result)
+
+
+@contextmanager
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
+    """Within it `DEVICE` is there; kernels of ours are not run, but have to be given tensors of it and no others."""
+    watch = _Watch()
+    launch = launching.launch
+
+    def launched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        assert all(isinstance(number, int) and number > 0 for number in grid), f"a grid of {grid}"
+        for argument in (*arguments, *constants.values()):
+            assert not isinstance(argument, torch.Tensor) or argument.is_cuda, f"{kernel} got a tensor of the host"
+        watch.counts.launches[kernel.fn.__name__] += 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        for module in _modules_with(launch):
+            patched.setattr(module, "launch", launched)
+        with FakeTensorMode(), watch, _Indexing():
+            yield watch.counts
+    for module in _modules_with(launched):  # imported meanwhile
+        module.launch = launch  # type: ignore[attr-defined]
+
+
+def _modules_with(launch: object) -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if getattr(module, "launch", None) is launch]

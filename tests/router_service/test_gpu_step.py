@@ -1,0 +1,128 @@
+"""A whole step on a GPU, which nobody waits for: on tensors without memory, and what it would launch is counted.
+
+A launch is an operation of torch's that is no view, or a kernel of ours. Some of torch's are two kernels or more.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from typing import cast
+
+import pytest
+import torch
+
+from cluster.checkpoint.architecture import Architecture, Shape, coordinator_tensors, expert_tensors
+from cluster.planning.placement import ExpertGroup
+from experts_service.carriers.local import LocalTransport
+from experts_service.kernels import swiglu
+from experts_service.kernels.experts import Experts
+from router_service import rows
+from router_service.attention.choice import attention_backend
+from router_service.attention.kv_cache import KVCache
+from router_service.attention.metadata import AttentionMetadata, Span
+from router_service.dispatcher import Dispatcher
+from router_service.model.decoder import Decoder
+from tests.fake_gpu import DEVICE, Counts, fake_gpu
+from tests.router_service.attention.pages import sized
+
+BLOCK = 256
+DTYPE = torch.bfloat16
+STEPS = {
+    "decode": [Span(40, 1, array("i", [1])), Span(8, 1, array("i", [4])), Span(300, 1, array("i", [5, 6]))],
+    "prefill": [Span(0, 40, array("i", [1]))],
+}
+MIXTRAL = replace(
+    sized(num_heads=4, num_kv_heads=2, head_dim=64), hidden_size=256, intermediate_size=512, vocab_size=320
+)
+MISTRAL = replace(MIXTRAL, num_experts=0, top_k=0)
+
+
+@pytest.mark.parametrize(("architecture", "most"), [(MIXTRAL, 20), (MISTRAL, 15)], ids=["mixtral", "mistral"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_layer_launches_little_and_nobody_waits_for_a_step(monkeypatch, step, architecture, most):
+    """It was 49 launches and 5 waits a layer, with experts here."""
+    few, many = (_forward(monkeypatch, replace(architecture, num_layers=n), STEPS[step]) for n in (1, 3))
+    _check(few, many, most, step)
+
+
+def test_without_a_compiler_torch_launches_more_and_nobody_waits_either(monkeypatch):
+    for module in (rows, swiglu):
+        monkeypatch.setattr(module, "can_compile", lambda: False)
+    few, many = (_forward(monkeypatch, replace(MIXTRAL, num_layers=n), STEPS["decode"]) for n in (1, 3))
+    _check(few, many, 60, "decode without Triton")
+
+
+def _check(few: Counts, many: Counts, most: int, title: str) -> None:
+    """Of steps of one layer and of three."""
+    of_two = many - few
+    of_a_layer = {name: number / 2 for name, number in of_two.launches.items()}
+    print(f"\n{title}: {of_two.num_launches / 2:g} launches a layer, {few.num_launches} of one: {of_a_layer}")
+    assert of_two.num_launches <= 2 * most
+    assert of_two.bytes_to_device == of_two.bytes_to_host == 0
+    assert not few.waits
+    assert not many.waits
+
+
+def _forward(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans: list[Span]) -> Counts:
+    """What the layers of one step ask of their GPU."""
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        experts = tuple(range(architecture.num_experts))
+        layers = [
+            _weights(tensors for expert in experts for tensors in expert_tensors(architecture, layer, expert).items())
+            for layer in range(architecture.num_layers)
+        ]
+        groups = {0: Experts(experts, layers)} if experts else {}
+        dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], LocalTransport(groups))
+        decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), dispatcher)
+        attention = attention_backend(architecture, block_size=BLOCK, dtype=DTYPE, device=DEVICE)
+        kv_cache = KVCache(architecture.num_layers, 9, attention.layout, dtype=DTYPE, device=DEVICE)
+        metadata = AttentionMetadata(spans, BLOCK)
+        num_rows = len(metadata.positions)
+        token_ids, positions = (torch.empty(num_rows, dtype=torch.int64, device=DEVICE) for _ in range(2))
+        plan = attention.plan(metadata)
+        before = counts.copy()
+        x = _finished(decoder.forward(token_ids, positions, plan, kv_cache))
+        assert decoder.logits(decoder.hidden_states(x)).shape == (num_rows, architecture.vocab_size)
+        return counts - before
+
+
+def _finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as finished:
+            return cast("torch.Tensor", finished.value)
+
+
+def _weights(shapes: Iterable[tuple[str, Shape]]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, dtype=DTYPE, device=DEVICE) for name, shape in shapes}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu().numpy(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x + torch.ones(3),
+        lambda x: bool((x > 0).any()),
+    ],
+)
+def test_what_needs_a_number_of_the_device_fails(monkeypatch, wait: Callable[[torch.Tensor], object]):
+    with fake_gpu(monkeypatch), pytest.raises((RuntimeError, AssertionError)):
+        wait(torch.empty(3, device=DEVICE))
+
+
+def test_copies_that_are_waited_for_are_counted(monkeypatch):
+    with fake_gpu(monkeypatch) as counts:
+        x = torch.empty(3, device=DEVICE)
+        x.cpu()
+        torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)
+        torch.ones(5).to(DEVICE)
+    assert counts.waits == {"to host": 1, "to device": 1}
+    assert (counts.bytes_to_host, counts.bytes_to_device) == (24, 20)
