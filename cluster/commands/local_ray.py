@@ -10,6 +10,8 @@ from typing import Any
 from cluster.commands.private_files import UMASK, ray_directory, secure_token
 from cluster.errors import SetupError
 
+SERVER_OBJECT_STORE_BYTES = 512 * 2**20  # of `manta serve`: rows of a few prefills, no more lives there
+
 
 def start_local_ray(object_store_bytes: int, **options: Any) -> None:
     """It ends with us, or with `ray.shutdown`. `options` are those of `ray.init`. Raises SetupError."""

@@ -22,7 +22,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
-from cluster.commands.local_ray import start_local_ray
+from cluster.commands.doctor.at_start import look_at_gpus
+from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
@@ -40,7 +41,6 @@ from cluster.errors import ConfigError, SetupError
 from cluster.ray_variables import doors
 from gateway.admission.access import AccessPolicy, is_loopback
 
-OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray that we start: rows of a few prefills, no more lives there
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
 
 console = Console()
@@ -63,6 +63,8 @@ def run(
     ]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)
+    if address is None and any(one.engine.device != "cpu" for one in config.models):
+        look_at_gpus(console)
     stop = _Stop()
     # The deployments are made of classes that need torch, which takes seconds to import; those of Ray mostly wait.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
@@ -162,7 +164,7 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
             _check_free(gateway.host, name, port)
         os.environ.update(doors(gateway))
         console.print("Starting Ray …")
-        start_local_ray(OBJECT_STORE_BYTES)
+        start_local_ray(SERVER_OBJECT_STORE_BYTES)
     else:
         console.print(f"Joining Ray at {address} …")
         try:

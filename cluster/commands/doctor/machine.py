@@ -14,7 +14,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
-from cluster.commands.serve import OBJECT_STORE_BYTES
+from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES
 from cluster.planning.placement import gib
 from experts_service.kernels.cores import cores
 from experts_service.wire.address import LaneAddress, connect, listen_tcp, listen_unix
@@ -98,8 +98,10 @@ def shared_memory() -> Finding:
         return failed(f"there is no {SHARED_MEMORY}", f"mount one: mount -t tmpfs tmpfs {SHARED_MEMORY}")
     free = shutil.disk_usage(SHARED_MEMORY).free
     found = f"{gib(free)} of {SHARED_MEMORY} are free"
-    if free < OBJECT_STORE_BYTES:
-        return failed(found, f"make it larger: docker run --shm-size 2g; Ray's store takes {gib(OBJECT_STORE_BYTES)}")
+    if free < SERVER_OBJECT_STORE_BYTES:
+        return failed(
+            found, f"make it larger: docker run --shm-size 2g; Ray's store takes {gib(SERVER_OBJECT_STORE_BYTES)}"
+        )
     return good(found)
 
 
