@@ -40,6 +40,26 @@ def test_each_step_of_a_requests_life_is_where_the_page_says() -> None:
     assert missing == []
 
 
+ROOMS = ("cluster", "experts_service", "gateway", "router_service")
+
+
+def test_every_path_on_a_gpu_is_on_its_page() -> None:
+    """Each that is told is there, and no module that names CUDA or Triton is missing."""
+    page = (REPOSITORY / "docs" / "gpu.md").read_text()
+    paths = page.split("\n## Every path\n")[1]
+    named = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", paths)
+    assert len(named) >= 30
+    assert [(file, name) for file, name in named if name not in _defined(REPOSITORY / file)] == []
+    told = re.findall(r"`((?:cluster|experts_service|router_service)/[\w/]*(?:\.py|/))`", paths)
+    modules = [str(file.relative_to(REPOSITORY)) for room in ROOMS for file in (REPOSITORY / room).rglob("*.py")]
+    on_gpus = [
+        module
+        for module in modules
+        if re.search(r"\bcuda\b|is_cuda|\btriton\b", (REPOSITORY / module).read_text(), re.IGNORECASE)
+    ]
+    assert [module for module in on_gpus if not module.startswith(tuple(told))] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()

@@ -53,7 +53,7 @@ class Examination:
             yield from machine.CHECKS
         import torch
 
-        from cluster.commands.doctor import cpu, gpu, kernels, model
+        from cluster.commands.doctor import cpu, gpu, kernels, model, steps
 
         cpu_device, card = torch.device("cpu"), _card()
         if not self._short:
@@ -65,6 +65,7 @@ class Examination:
             yield from gpu.checks(card)
             yield from kernels.checks(card)
             yield from model.checks(card)
+            yield from steps.checks(card)
         if self._profiles:
             from cluster.commands.doctor.profile import Profile
 

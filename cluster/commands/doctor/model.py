@@ -24,7 +24,7 @@ from experts_service.carriers.local import LocalTransport
 from experts_service.kernels.experts import Experts
 from router_service.assembly import build_engine, resolve_device, select_kernel
 from router_service.dispatcher import Dispatcher
-from router_service.engine import Event
+from router_service.engine import Engine, Event
 from router_service.scheduling.scheduler import Batch
 
 QUESTIONS = ("What is the best French cheese?", "Hi", "How many days are there in a leap year, and why is that so?")
@@ -84,8 +84,12 @@ def generate(
     dtype: torch.dtype,
     prompts: Sequence[Sequence[int]],
     observe_step: Callable[[float, Batch], object] | None = None,
+    prepare: Callable[[Engine], object] = lambda _: None,
 ) -> list[list[TokenChunk]]:
-    """The greedy answers to prompts that are decoded together. Raises what the engine raises."""
+    """The greedy answers to prompts that are decoded together, by an engine that `prepare` has seen before it starts.
+
+    Raises what the engine raises.
+    """
     config = EngineConfig(
         dtype=_name(dtype), device=device.type, max_model_len=256, num_kv_blocks=64, prefix_caching=False
     )
@@ -117,6 +121,7 @@ def generate(
         observe_step=observe_step,
         on_death=done.set,
     )
+    prepare(engine)
     engine.start()
     try:
         for request in requests:

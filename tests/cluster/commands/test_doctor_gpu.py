@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.commands.doctor import command, gpu, kernels, lanes, machine
+from cluster.commands.doctor import command, gpu, kernels, lanes, machine, steps
 from cluster.commands.doctor import profile as profiles
 from cluster.commands.doctor.checks import Status, good
 from cluster.planning.profile import FIGURES, read_profile
 from experts_service.kernels.experts import Experts
 from router_service.attention.metadata import AttentionMetadata
+from router_service.model.decoder import Decoder
 from router_service.sampling.sampler import Sampler
 
 
@@ -137,6 +139,39 @@ def test_a_mask_that_is_not_applied_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert kernels.mask(torch.device("cpu")).status is Status.FAILED
 
 
+@pytest.fixture
+def sync_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What torch has been told to do where the host waits; a CPU's torch cannot be told."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    threads = torch.get_num_threads()
+    yield modes
+    torch.set_num_threads(threads)
+
+
+def test_steps_that_only_decode_are_watched_for_waits(sync_mode: list[str]) -> None:
+    finding = steps.waits(torch.device("cpu"))
+    assert finding.status is Status.GOOD
+    assert int(finding.found.split()[0]) >= 10
+    assert sync_mode[-1] == "default"
+    assert sync_mode.count("error") >= 20, "model and sampler of each"
+
+
+def test_a_step_that_waits_is_found_and_told_by_what(sync_mode: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = Decoder.logits
+
+    def waiting(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        if sync_mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Decoder, "logits", waiting)
+    finding = steps.waits(torch.device("cpu"))
+    assert finding.status is Status.FAILED
+    assert finding.found == "a step waits: RuntimeError: called a synchronizing CUDA operation"
+    assert sync_mode[-1] == "default"
+
+
 def test_what_is_measured_is_a_profile_that_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Over lanes between real processes; their times say nothing on a machine that tests run on."""
     monkeypatch.setattr(lanes, "_MOST", 5)
@@ -173,6 +208,6 @@ def test_on_a_card_all_groups_are_looked_at_and_the_short_form_leaves_the_cpu_ou
     assert set(short) < set(whole)
     assert len(whole) == len(set(whole))
     assert short[0] == "GPU driver"
-    assert {"Triton", "experts on cuda:0", "model, bfloat16 on cuda:0"} <= set(short)
+    assert {"Triton", "experts on cuda:0", "model, bfloat16 on cuda:0", "waits on cuda:0"} <= set(short)
     assert not [name for name in short if "cpu" in name.lower() or name in {one.name for one in machine.CHECKS}]
     assert {"launches on cuda:0", "copies to cuda:0", "bandwidth of cuda:0"} <= set(whole)
