@@ -100,7 +100,7 @@ class Plan:
     attention_s: float  # a coordinator's part of that
     experts_s: float  # the slowest shard's
     wire_s: float  # of rows on their way
-    host_s: float  # Python and launches
+    host_s: float  # Python and launches; where all experts are local, while the rest is computed
     first_token_s: float  # of a prompt as long as the target's context, when nothing else runs
     meets_target: bool
     rival: Literal["local", "tensor parallelism"] | None  # None: the layout is the rival

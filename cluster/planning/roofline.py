@@ -172,9 +172,12 @@ def disaggregated_s(
 
 
 def local_s(model: Model, gpu: GpuType, load: Load, host_s: float = 0.0, gpus: int = 1) -> float:
-    """A step of one process that holds everything, on a GPU, or on several that split it evenly."""
+    """A step of one process that holds everything, on a GPU, or on several that split it evenly.
+
+    `host_s`: Python and launches. Nothing there waits for the device, so they are done while it computes.
+    """
     experts = experts_s(model, gpu, load.sequences, model.architecture.num_experts, gpus)
-    return host_s + attention_s(model, gpu, load, gpus) + experts
+    return max(host_s, attention_s(model, gpu, load, gpus) + experts)
 
 
 def prefill_s(
@@ -184,9 +187,9 @@ def prefill_s(
     seconds = 0.0
     for start in range(0, tokens, CHUNK):
         rows = min(CHUNK, tokens - start)
-        seconds += chunk_attention_s(model, gpu, start, rows)
-        seconds += max((experts_s(model, gpu, rows, size) for size in groups), default=0.0)
-        seconds += host_s + (0.0 if link is None else wire_s(model, link, rows, groups))
+        computed = chunk_attention_s(model, gpu, start, rows)
+        computed += max((experts_s(model, gpu, rows, size) for size in groups), default=0.0)
+        seconds += max(host_s, computed) if link is None else host_s + computed + wire_s(model, link, rows, groups)
     return seconds
 
 

@@ -50,11 +50,13 @@ class Times:
     cpu_s: float  # the slowest machine's
     wire_s: float
     host_s: float
+    waits: bool = True  # the host, for experts elsewhere, in every layer
 
     @property
     def all_s(self) -> float:
-        """Both sides compute at once."""
-        return self.attention_s + max(self.gpu_s, self.cpu_s) + self.wire_s + self.host_s
+        """Both sides compute at once; and where nothing waits, the host goes ahead meanwhile."""
+        computed = self.attention_s + max(self.gpu_s, self.cpu_s) + self.wire_s
+        return computed + self.host_s if self.waits else max(computed, self.host_s)
 
 
 def chances(rows: Sequence[float] | None, num_experts: int, top_k: int) -> tuple[float, ...]:
@@ -115,6 +117,7 @@ class TieredModel:
             max(machines.values(), default=0.0),
             self._wire_s(rows),
             self.host_s,
+            waits=self.lanes is not None or not self.on_gpu,
         )
 
     def _asked(self, shard: Shard, rows: float) -> tuple[float, float]:

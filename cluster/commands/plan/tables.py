@@ -71,7 +71,8 @@ def _expectation(target: Target, plan: Plan) -> str:
     experts = f", {name} {_ms(plan.experts_s)}" if plan.experts_s else ""
     lines.append(
         f"Expected: {_ms(plan.step_s)} a token for all, {target.load.sequences / plan.step_s:.0f} tokens a second; "
-        f"attention {_ms(plan.attention_s)}{experts}{wire}, Python {_ms(plan.host_s)}."
+        f"attention {_ms(plan.attention_s)}{experts}{wire}, Python and launches {_ms(plan.host_s)}"
+        f"{' meanwhile' if plan.layout.local else ''}."
     )
     lines.append(
         f"First token of a prompt of {target.load.context} tokens: {_ms(plan.first_token_s)}, when nothing else runs."

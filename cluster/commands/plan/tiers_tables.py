@@ -137,7 +137,8 @@ def _expectation(planned: TieredPlan) -> str:
     ]
     return (
         f"Expected: {_ms(times.all_s)} a token for all, {load.sequences / times.all_s:.1f} tokens a second; attention "
-        f"{_ms(times.attention_s)}, {' and at the same time '.join(sides)}{wire}, Python {_ms(times.host_s)}.\n"
+        f"{_ms(times.attention_s)}, {' and at the same time '.join(sides)}{wire}, "
+        f"Python and launches {_ms(times.host_s)}{'' if times.waits else ' meanwhile'}.\n"
         f"First token of a prompt of {load.context} tokens: {planned.first_token_s:.1f} s, when nothing else runs.\n"
     )
 

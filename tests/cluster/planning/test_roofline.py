@@ -95,7 +95,10 @@ def test_python_and_launches_are_added_once_to_a_step_and_once_to_each_half() ->
     assert disaggregated_s(*arguments, host_s=1.0) == pytest.approx(disaggregated_s(*arguments, shared=True) + 1.0), (
         "halves would take it twice"
     )
-    assert local_s(MIXTRAL, H100, load, host_s) == pytest.approx(local_s(MIXTRAL, H100, load) + host_s)
+    computed = local_s(MIXTRAL, H100, load)
+    assert [local_s(MIXTRAL, H100, load, times * computed) for times in (0.5, 2.0)] == [computed, 2 * computed], (
+        "of a step that waits for nothing they are done meanwhile"
+    )
 
 
 def test_small_numbers_are_fewer_bytes_and_as_many_operations() -> None:

@@ -72,6 +72,13 @@ def test_rows_that_go_to_a_card_are_copied_twice_more_and_local_ones_go_nowhere(
     assert bare == pytest.approx(32 * (LANES.dispatch_s + asked * LANES.group_s + rows))
 
 
+def test_where_all_experts_are_in_the_coordinator_its_host_goes_ahead_of_its_card() -> None:
+    local = tiered(GPU_SHARD, lanes=None).step(Load(1, 1))
+    assert local.all_s == pytest.approx(max(local.host_s, local.attention_s + local.gpu_s))
+    assert not local.waits
+    assert tiered(GPU_SHARD, lanes=None, on_gpu=False).step(Load(1, 1)).waits
+
+
 def test_a_prompt_on_cpus_is_bound_by_their_cores() -> None:
     seconds = tiered(GPU_SHARD, CPU_SHARD).first_token_s(4096)
     computed = 2 * 4096 * 2 * 7 / 8 * MODEL.one_expert_parameters / CPUS.flops
