@@ -71,6 +71,11 @@ class EngineConfig(_Frozen):
     """Parts of a step that take turns computing and waiting. `auto`: 1: more was measured to be faster
     nowhere yet.
     """
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Whether a step that only decodes is followed by the next before its tokens are read, so that a GPU does not wait
+    for the host. The tokens are the same. `auto`: on a GPU. Grammars, penalties and `routed_experts` need each token
+    at once, and have their steps read at once.
+    """
     kernels: Literal["auto", "dot", "fma", "onednn", "torch"] = "auto"
     """What multiplies bf16 on a CPU, in coordinators and shards. `dot`: our own, where it has AVX512-BF16. `fma`: our
     own, with the same bits on every CPU. `onednn` and `torch`: those libraries. `auto`: what `batch_invariant` leaves

@@ -110,6 +110,7 @@ def build_engine(
         sampler,
         deliver,
         max_waiting=config.max_waiting,
+        runs_ahead=config.async_scheduling == "on" or (config.async_scheduling == "auto" and device.type == "cuda"),
         observe_step=observe_step,
         on_death=on_death,
     )

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import cast
 
@@ -39,7 +40,7 @@ from router_service.grammar.grammar import GrammarState
 from router_service.model.model_runner import ModelRunner
 from router_service.outputs.pooling import embedding
 from router_service.sampling.sampler import Sampler
-from router_service.sampling.tokens import NOT_FINITE, NOT_READY
+from router_service.sampling.tokens import NOT_FINITE, NOT_READY, Tokens
 from router_service.scheduling.scheduler import Batch, Scheduler
 from router_service.scheduling.sequence import Sequence
 from router_service.step_failures import not_finite, told
@@ -50,6 +51,28 @@ Event = tuple[Key, TokenChunk | Embedding | MantaError]  # an error is the last 
 _Command = Callable[[], None]
 _Sampled = tuple[int, TokenLogprobs | None]
 _IDLE_S = 0.001  # between two looks at sequences that are held up
+
+
+@dataclass(slots=True)
+class _Step:
+    """A batch that has been launched."""
+
+    batch: Batch
+    sampled: list[Sequence]  # who gets a token, in order
+    not_finite: list[Sequence] = field(default_factory=list)
+    tokens: Tokens | None = None
+    results: list[_Sampled | Exception] | None = None  # of each of `sampled`, where all together raised
+    error: Exception | None = None  # of the model
+    began: float = field(default_factory=time.perf_counter)
+
+    def wait(self) -> list[_Sampled | Exception]:
+        """What each of `sampled` gets, or what was raised for it."""
+        if self.results is not None:
+            return self.results
+        try:
+            return [] if self.tokens is None else list(zip(*self.tokens.wait(), strict=True))
+        except Exception as error:  # of the device
+            return [error] * len(self.sampled)
 
 
 class Engine:
@@ -63,10 +86,14 @@ class Engine:
         deliver: Callable[[list[Event]], None],
         *,
         max_waiting: int,
+        runs_ahead: bool = False,
         observe_step: Callable[[float, Batch], object] | None = None,
         on_death: Callable[[], object] | None = None,
     ) -> None:
         """`deliver` is called on the engine's thread, once a step, with what every sequence got.
+
+        `runs_ahead`: a step that only decodes is followed by the next before its tokens are read, so that a device
+        never waits for the host. What a sequence gets is the same.
 
         `observe_step` is told the seconds and the batch of each. `on_death` is called last on the engine's thread,
         when it has stopped by itself: only a new process can help.
@@ -75,6 +102,9 @@ class Engine:
         self.model_runner = model_runner
         self.sampler = sampler
         self.max_waiting = max_waiting
+        self.runs_ahead = runs_ahead
+        self._under_way: _Step | None = None
+        self._landed_at = 0.0  # when the last step did
         self._deliver = deliver
         self._observe_step = observe_step
         self._on_death = on_death
@@ -161,20 +191,26 @@ class Engine:
         )
 
     def step(self) -> None:
-        """Schedule → forward → sample → update → deliver. Raises what leaves the engine's state in doubt."""
+        """Schedule → forward → sample → update → deliver. Raises what leaves the engine's state in doubt.
+
+        Where the engine runs ahead, the step before is updated and delivered after the next one has been launched:
+
+            launch 1 │ launch 2, land 1 │ launch 3, land 2 │ …
+        """
         self._expire()
         self._fail_beyond_grammar()
         batch = self._schedule()
-        self._is_idle = not batch
-        if not batch:
+        before, self._under_way = self._under_way, None
+        step = self._launch(batch) if batch else None
+        if before is not None:
+            self._land(before)
+        self._is_idle = step is before is None
+        if step is None:
             return
-        began = time.perf_counter()
-        self._run_batch(batch)
-        ended = time.perf_counter()
-        for scheduled in batch:
-            if scheduled.sequence.first_token_at is None:
-                scheduled.sequence.note_step(began, ended)
-        self._observe(ended - began, batch)
+        if self.runs_ahead and self._may_run_ahead(step):
+            self._advance(step)
+        else:
+            self._land(step)
 
     def _schedule(self) -> Batch:
         try:
@@ -186,15 +222,58 @@ class Engine:
             self._fail_step({culprit: error})
             return []
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _launch(self, batch: Batch) -> _Step:
+        """Run and sample a batch; nothing of it is booked yet."""
+        step = _Step(batch, [scheduled.sequence for scheduled in batch if scheduled.samples])
         try:
             output = self.model_runner.forward(batch)
         except Exception as error:
-            self._fail_forward([scheduled.sequence for scheduled in batch], error)
+            step.error = error
+            return step
+        step.not_finite = output.not_finite
+        try:
+            step.tokens = self.sampler.launch(output.logits, step.sampled)
+        except Exception as error:
+            logger.warning("sampling %d rows failed (%r); now one by one", len(step.sampled), error)
+            step.results = [
+                self._sample_alone(output.logits[row : row + 1], sequence) for row, sequence in enumerate(step.sampled)
+            ]
+        return step
+
+    def _may_run_ahead(self, step: _Step) -> bool:
+        """Whether the next step can be made without what this one sampled. Prompts take long, and the host keeps up."""
+        return step.tokens is not None and all(
+            one.samples and one.num_tokens == 1 and not one.sequence.needs_host for one in step.batch
+        )
+
+    def _advance(self, step: _Step) -> None:
+        """Leave the step under way, unless all that it computes has ended with the one before."""
+        if any(map(self._is_here, step.sampled)):
+            assert step.tokens is not None, "it has been launched"
+            self.model_runner.pending = step.tokens.on_device
+            self.scheduler.advance(step.batch)
+            self._under_way = step
+
+    def _land(self, step: _Step) -> None:
+        """Book what a step made, and tell everybody, but for sequences that have ended since it was launched."""
+        self._book(step)
+        ended = time.perf_counter()
+        began, self._landed_at = max(step.began, self._landed_at), ended
+        for scheduled in step.batch:
+            if scheduled.sequence.first_token_at is None:
+                scheduled.sequence.note_step(step.began, ended)
+        self._observe(ended - began, step.batch)
+
+    def _book(self, step: _Step) -> None:
+        batch, sampled, results = step.batch, step.sampled, step.wait()
+        if self.runs_ahead:
+            here = [self._is_here(sequence) for sequence in sampled]
+            results, sampled = list(compress(results, here)), list(compress(sampled, here))
+            batch = [scheduled for scheduled in batch if self._is_here(scheduled.sequence)]
+        if step.error is not None:
+            self._fail_forward([scheduled.sequence for scheduled in batch], step.error)
             return
-        sampled = [scheduled.sequence for scheduled in batch if scheduled.samples]
-        results = self._sample(output.logits, sampled)
-        failures = self._failures(output.not_finite, zip(sampled, results, strict=True))
+        failures = self._failures(list(filter(self._is_here, step.not_finite)), zip(sampled, results, strict=True))
         late = {sequence for sequence, result in zip(sampled, results, strict=True) if _is_late(result)}
         if failures or late:
             batch = [
@@ -210,13 +289,8 @@ class Engine:
         if failures:
             self._fail_step(failures)
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[_Sampled | Exception]:
-        """What each sequence gets, or what was raised for it. Where all together raise, each is tried by itself."""
-        try:
-            return list(zip(*self.sampler(logits, sequences), strict=True))
-        except Exception as error:
-            logger.warning("sampling %d rows failed (%r); now one by one", len(sequences), error)
-        return [self._sample_alone(logits[row : row + 1], sequence) for row, sequence in enumerate(sequences)]
+    def _is_here(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request.key) is sequence
 
     def _sample_alone(self, logits: torch.Tensor, sequence: Sequence) -> _Sampled | Exception:
         try:
@@ -245,7 +319,7 @@ class Engine:
 
         What the step has written to the cache does not matter: the same slots are written again before they are read.
         """
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not sequences:
             self._fail_step(dict.fromkeys(sequences, error))
             return
         newest = next(sequence for sequence in reversed(self._sequences.values()) if sequence in sequences)

@@ -14,8 +14,10 @@ from collections.abc import Generator
 from contextlib import ExitStack
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from experts_service.device import upload
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
@@ -51,6 +53,7 @@ class ModelRunner:
         self.attention = attention
         self.block_size = block_size
         self.num_microbatches = num_microbatches
+        self.pending: torch.Tensor | None = None  # ids that the host has not read; sequences know their rows
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -94,6 +97,8 @@ class ModelRunner:
         scored: list[tuple[Sequence, int]] = []  # whose row it is, and its position
         pooled_rows: list[int] = []
         pooled: list[tuple[Sequence, range]] = []  # whose rows they are, and their positions
+        pending_rows: list[int] = []  # whose ids the host has not read,
+        pending_from: list[int] = []  # and which of the last step's tokens they are
         spans: list[Span] = []
         for scheduled in batch:
             end = scheduled.start + scheduled.num_tokens
@@ -101,6 +106,10 @@ class ModelRunner:
                 scored_rows.append(len(token_ids) + position - scheduled.start)
                 scored.append((scheduled.sequence, position))
             token_ids += scheduled.sequence.token_ids[scheduled.start : end]
+            if scheduled.sequence.pending_row is not None:
+                pending_rows.append(len(token_ids))
+                pending_from.append(scheduled.sequence.pending_row)
+                token_ids.append(0)
             spans.append(Span(scheduled.start, scheduled.num_tokens, scheduled.sequence.block_table))
             if pooled_positions := rows_to_pool(scheduled.sequence, scheduled.start, end):
                 first = len(token_ids) - end
@@ -110,21 +119,34 @@ class ModelRunner:
                 sampled_rows.append(len(token_ids) - 1)
         routed = RoutedExperts(batch)
         metadata = AttentionMetadata(spans, self.block_size)
+        ids, positions, wanted_rows, to, of = upload(
+            [
+                np.array(token_ids),
+                metadata.positions,
+                np.array(sampled_rows + scored_rows + pooled_rows, np.int64),
+                np.array(pending_rows, np.int64),
+                np.array(pending_from, np.int64),
+            ],
+            device,
+        )
+        if self.pending is not None and pending_rows:
+            ids.index_copy_(0, to, self.pending.index_select(0, of))
         x = yield from self.decoder.forward(
-            torch.tensor(token_ids, device=device),
-            torch.from_numpy(metadata.positions).to(device),
+            ids,
+            positions,
             self.attention.plan(metadata),
             self.kv_cache,
             routed.layers if routed else None,
         )
         if routed:
             routed.tell()
-        wanted_rows = torch.tensor(sampled_rows + scored_rows + pooled_rows, dtype=torch.int64, device=device)
         hidden = self.decoder.hidden_states(x[wanted_rows])
         of_sampled, of_scored, of_pooled = hidden.split([len(sampled_rows), len(scored_rows), len(pooled_rows)])
         not_finite = score_prompts(of_scored, scored, self.decoder.logits)
         pool_prompts(of_pooled, pooled)
-        return StepOutput(self.decoder.logits(of_sampled), [*not_finite, *_not_finite(x, batch)])
+        if device.type == "cpu" or len(sampled_rows) < len(token_ids):
+            not_finite += _not_finite(x, batch)  # else logits say so, and nobody waits for the device
+        return StepOutput(self.decoder.logits(of_sampled), not_finite)
 
 
 def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:

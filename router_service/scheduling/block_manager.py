@@ -188,6 +188,7 @@ class BlockManager:
         hashes = sequence.block_hashes
         while len(hashes) <= index:
             start = len(hashes) * self.block_size
+            assert start + self.block_size <= len(sequence.token_ids), "a token that is not read yet has no hash"
             previous = hashes[-1] if hashes else _digest(sequence.tenant.encode())
             tokens = array("i", sequence.token_ids[start : start + self.block_size]).tobytes()
             hashes.append(_digest(previous + tokens))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
 
 from router_service.scheduling.block_manager import BlockManager
@@ -48,6 +48,10 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
+    is_complete: bool = field(init=False)  # whether the step reaches the last token that there is as it is made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_complete", self.start + self.num_tokens == len(self.sequence))
 
     @property
     def samples(self) -> bool:
@@ -62,11 +66,6 @@ class ScheduledSequence:
     def embeds(self) -> bool:
         """Whether the step ends a prompt that becomes an embedding."""
         return self.is_complete and self.sequence.request.pooling is not None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the step reaches the last known token."""
-        return self.start + self.num_tokens == len(self.sequence)
 
 
 Batch = list[ScheduledSequence]
@@ -151,6 +150,16 @@ class Scheduler:
         self.looking_at = None
         return sorted(self._batch.values(), key=lambda scheduled: scheduled.num_tokens > 1)
 
+    def advance(self, batch: Batch) -> None:
+        """A step in which each of these gets a token is under way: the next one can be made before that is read.
+
+        `update` has to follow, for those that are still here, before anything is advanced again.
+        """
+        for row, scheduled in enumerate(batch):
+            assert scheduled.samples, "what a prompt makes is not waited for by the next step"
+            scheduled.sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
+            scheduled.sequence.pending_row = row
+
     def update(self, batch: Batch, token_ids: list[int]) -> dict[Sequence, Exception]:
         """Take a step's results: `token_ids` are those sampled, one per scheduled sequence with `samples`, in order.
 
@@ -175,10 +184,12 @@ class Scheduler:
 
     def _take(self, scheduled: ScheduledSequence, token_id: int | None) -> None:
         sequence = scheduled.sequence
-        sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
-        self.block_manager.publish(sequence)
-        if self.sliding_window is not None:
-            self.block_manager.release(sequence, sequence.num_computed_tokens - self.sliding_window + 1)
+        sequence.pending_row = None
+        if sequence.block_table:  # else it gave them back while the step was under way
+            sequence.num_computed_tokens = scheduled.start + scheduled.num_tokens
+            self.block_manager.publish(sequence)
+            if self.sliding_window is not None:
+                self.block_manager.release(sequence, sequence.num_computed_tokens - self.sliding_window + 1)
         if token_id is not None:
             sequence.append(token_id, self.eos_token_ids, self.max_model_len)
         if scheduled.embeds or sequence.finish_reason is not None:
@@ -274,7 +285,7 @@ class Scheduler:
     def _admit(self, line: Line) -> Sequence | None:
         """Start the next of a line, if it may and there is room."""
         sequence = self.waiting.head(line)
-        if sequence is None or not self._has_slot(sequence.tenant):
+        if sequence is None or sequence.pending_row is not None or not self._has_slot(sequence.tenant):
             return None
         if self._was_just_refused(sequence) or not self._may_pass(sequence):
             return None
@@ -439,7 +450,10 @@ class Scheduler:
         decoding = [
             one
             for one in self.running
-            if one.num_uncomputed_tokens == 1 and one not in self._batch and not one.is_held_up
+            if one.num_uncomputed_tokens == 1
+            and one not in self._batch
+            and not one.is_held_up
+            and not one.will_end(self.max_model_len)
         ]
         if len(decoding) > num_tokens or is_shared:
             decoding = self._longest_unserved(decoding, num_tokens, self.shared_budget if is_shared else None)

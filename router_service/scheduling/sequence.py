@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Sequence:
     """Tokens of one choice, how many of them are in the KV cache, and in which blocks.
 
-    Invariant: 0 ≤ num_computed_tokens ≤ len(token_ids) ≤ len(block_table) · block_size + 1 while it runs.
+    Invariant: 0 ≤ num_computed_tokens ≤ len ≤ len(block_table) · block_size + 1 while it runs. Its length counts a
+    token that the host has not read yet, of which there is at most one.
     """
 
     __slots__ = (
@@ -28,11 +29,13 @@ class Sequence:
         "first_token_at",
         "grammar",
         "last_step",
+        "needs_host",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "num_released_blocks",
+        "pending_row",
         "pooled",
         "prompt_logprobs",
         "refused",
@@ -53,6 +56,15 @@ class Sequence:
         self.grammar = grammar
         self.adjustments = adjustments
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
+        # Its last token is sampled, and not read yet: the row that has it among those of the step under way.
+        self.pending_row: int | None = None
+        sampling = request.sampling
+        self.needs_host = (  # to read each token before the next is chosen
+            grammar is not None
+            or sampling.repetition_penalty != 1.0
+            or bool(sampling.presence_penalty or sampling.frequency_penalty)
+            or sampling.routed_experts
+        )
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache spared, when first scheduled
@@ -65,7 +77,7 @@ class Sequence:
         self.refused: tuple[int, int] | None = None  # the step in which blocks were missing, and how many were free
         self.waits_since: int | None = None  # how many of other tenants had been admitted when it first had to wait
         # Of the prompt tokens scored so far, the first is None; all None when they are not asked for, or sent already.
-        asked = request.sampling.prompt_logprobs is not None and not request.output_token_ids
+        asked = sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
         self.routed_experts: bytes | None = None  # uint8 [layers, top_k] of the latest token, when asked for
         self.pooled: Any = None  # of an embedding request: pooling.Pooled, what the pooler has so far
@@ -83,7 +95,7 @@ class Sequence:
             self.first_token_at = ended
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + (self.pending_row is not None)
 
     @property
     def tenant(self) -> str:
@@ -93,12 +105,18 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         """Generated so far, resumed ones included."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache yet: 1 while decoding."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self) - self.num_computed_tokens
+
+    def will_end(self, max_model_len: int) -> bool:
+        """Whether its pending token, whatever it is, is the last."""
+        return self.pending_row is not None and (
+            self.num_output_tokens >= self.request.sampling.max_tokens or len(self) >= max_model_len
+        )
 
     @property
     def is_held_up(self) -> bool:

@@ -123,6 +123,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "prefix-caching": {"prefix_caching": True},
     "two-microbatches": {"microbatches": 2},
     "three-microbatches": {"microbatches": 3, "max_num_batched_tokens": 40},
+    "ahead": {"async_scheduling": "on"},
+    "ahead-preempted": {"async_scheduling": "on", "num_kv_blocks": 34, "block_size": 16},
     "four-groups": {"num_groups": 4},
     "eight-groups": {"num_groups": 8},
 }
