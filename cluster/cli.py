@@ -285,6 +285,10 @@ def status(
 
 @app.command()
 def doctor(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Look at it as well: a directory, or a hub id, which is fetched."),
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -297,7 +301,7 @@ def doctor(
     """Look whether this machine can serve: versions, memory, sockets, kernels, a whole model beside transformers."""
     from cluster.commands.doctor.command import run
 
-    if not run(as_json=as_json, profile=profile, short=short):
+    if not run(as_json=as_json, model=checkpoint, profile=profile, short=short):
         raise typer.Exit(1)
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from cluster.errors import MantaError
+
 UNEXPECTED = "it is not clear why: please report it, with what `manta doctor --json` prints"
 
 
@@ -75,6 +77,8 @@ def run_check(check: Check) -> Result:
     """What it finds; an exception is a failure with its message."""
     try:
         finding = check.look()
+    except MantaError as error:
+        finding = failed(" ".join(str(error).split()), "mend what it names")
     except Exception as error:
         finding = failed(told(error), UNEXPECTED)
     return Result(check.name, check.meaning, finding.status, finding.found, finding.advice)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cluster.commands.doctor.profile import Profile
 
 
-def run(*, as_json: bool, profile: Path | None = None, short: bool = False) -> bool:
+def run(*, as_json: bool, model: str | None = None, profile: Path | None = None, short: bool = False) -> bool:
     """Whether nothing failed. `profile`: where to write what was measured. Raises ConfigError where it cannot be."""
-    examination = Examination(short=short, profiles=profile is not None)
+    examination = Examination(model, short=short, profiles=profile is not None)
     if as_json:
         results = [run_check(check) for check in examination.checks()]
         print(json.dumps(document(results), ensure_ascii=False))
@@ -39,8 +39,9 @@ def run(*, as_json: bool, profile: Path | None = None, short: bool = False) -> b
 class Examination:
     """Which checks apply. Modules that import torch come when it is their turn."""
 
-    def __init__(self, *, short: bool = False, profiles: bool = False) -> None:
-        """`short`: of GPUs alone, what takes seconds. `profiles`: costs are measured as well."""
+    def __init__(self, model: str | None = None, *, short: bool = False, profiles: bool = False) -> None:
+        """`model`: one to look at. `short`: GPUs alone. `profiles`: costs are measured as well."""
+        self._model = model
         self._short = short
         self._profiles = profiles
         self.profile: Profile | None = None
@@ -66,6 +67,10 @@ class Examination:
             yield from kernels.checks(card)
             yield from model.checks(card)
             yield from steps.checks(card)
+        if self._model is not None:
+            from cluster.commands.doctor.checkpoint import Model
+
+            yield from Model(self._model).checks()
         if self._profiles:
             from cluster.commands.doctor.profile import Profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import pytest
 import torch
 
 from cluster.commands.doctor import command, cpu, machine, model
-from cluster.commands.doctor.checks import UNEXPECTED, Check, Status, failed, good, not_applicable, run_check
+from cluster.commands.doctor.checkpoint import Model
+from cluster.commands.doctor.checks import UNEXPECTED, Check, Result, Status, failed, good, not_applicable, run_check
+from cluster.demo_model import DIRECTORY as DEMO
 from router_service.model.decoder import Decoder
+from tests.checkpoints import write_checkpoint
 
 Run = tuple[int, dict[str, Any]]
 
@@ -149,3 +153,35 @@ def test_without_numba_it_is_said_what_computes(monkeypatch: pytest.MonkeyPatch)
     finding = cpu.compiled()
     assert finding.status is Status.FAILED
     assert "torch computes" in finding.found
+
+
+def examined(name: str | Path) -> dict[str, Result]:
+    return {check.name: run_check(check) for check in Model(str(name)).checks()}
+
+
+def test_a_model_is_read_and_weighed_against_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = examined(DEMO)
+    assert [one.status for one in results.values()] == [Status.GOOD] * 3
+    assert "4 layers, 8 experts, 2 for a token" in results["checkpoint"].found
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(2**23, 2**23))
+    assert "manta plan" in examined(DEMO)["weights"].advice
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(2**24, 2**24))
+    [most] = re.findall(r"set engine.max_model_len, (\d+) at most", examined(DEMO)["weights"].advice)
+    assert 0 < int(most) < 32768
+
+
+def test_a_model_that_cannot_be_read_is_told_once_with_what_is_wrong(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    [result] = examined(tmp_path).values()
+    assert result.status is Status.FAILED
+    assert "safetensors" in result.found
+    assert result.advice == "mend what it names"
+
+
+def test_a_model_without_a_tokenizer_is_told_of_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    results = examined(tmp_path)
+    assert results["tokenizer"].status is Status.FAILED
+    assert "tokenizer.json is missing" in results["tokenizer"].found
+    assert results["weights"].status is Status.GOOD
