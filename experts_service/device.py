@@ -101,12 +101,3 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._host
-
-
-def has_grouped_matmul(device: torch.device) -> bool:
-    """Whether `F.grouped_mm` is one kernel there: Hopper and Blackwell.
-
-    Elsewhere torch 2.13 copies the offsets to the host, waits for them, and multiplies group by group
-    (aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_fallback`).
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

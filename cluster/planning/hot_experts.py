@@ -5,6 +5,7 @@ A card has one group, beside which a coordinator fits on any of them; all other 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,13 @@ def splits(
         return [one for one in QUALITY if one == "none" or held.get((device, one), plain) < plain]
 
     found = []
+    most_so_far, smallest = -1, math.inf
     for gpu_format in formats("cuda"):
-        most = min(num_experts, cards * int(max(0.0, card_bytes) // held["cuda", gpu_format]))
+        size = held["cuda", gpu_format]
+        most = min(num_experts, cards * int(max(0.0, card_bytes) // size))
+        if most <= most_so_far and size > 0.9 * smallest:
+            continue  # of a better format there are as many, and they are read about as fast
+        most_so_far, smallest = most, size
         hot, cold = by_use[:most], by_use[most:]
         # Every card has as many, and the most used ones are spread over them.
         on_gpus = tuple(tuple(sorted(hot[card::cards])) for card in range(cards) if hot[card::cards])

@@ -1,6 +1,7 @@
 """How many bytes weights take in the memory of a process. Plain arithmetic; no torch.
 
-Quantised ones stay as they are where kernels multiply with them, in bf16 on a CPU. Elsewhere they are widened.
+Quantised ones stay as they are where kernels multiply with them: in bf16 on a CPU, and on a GPU. Elsewhere they are
+widened.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def held_bits(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
 
 def _stays_as_it_is(shape: Shape, scheme: Scheme, dtype: Dtype, device: str) -> bool:
     """Whether kernels there multiply with the small numbers; else the matrix is widened while it loads."""
-    if device != "cpu" or dtype != "bfloat16":
+    if device != "cpu":
+        return True
+    if dtype != "bfloat16":
         return False
     block = min(scheme.group_size or shape[1], shape[1])
     return not isinstance(scheme, Values) or not scheme.is_float or (block % 2 == 0 and shape[1] % block == 0)

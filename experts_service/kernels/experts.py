@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.device import has_grouped_matmul, to_device
+from experts_service.device import to_device
+from experts_service.kernels.gpu import products
+from experts_service.kernels.gpu.launch import compiles_for
+from experts_service.kernels.gpu.matrices import Matrices
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights, silu_product
+from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
 from experts_service.memory import give_back_freed
-from experts_service.quantization.weight import Weight, dense, stacked
+from experts_service.quantization.weight import Weight
 from experts_service.weights import read_tensors
 
 # R rows, D hidden size, F intermediate size
@@ -43,16 +45,15 @@ class _OneByOne:
 
 
 class _Grouped:
-    """The experts of a layer as one grouped matmul, which a GPU runs in one kernel without asking the host."""
+    """The experts of a layer as products of all their rows at once, without asking the host."""
 
     def __init__(self, weights: Sequence[Weights]) -> None:
-        self._w13 = torch.stack([dense(stacked((w1, w3))) for w1, _, w3 in weights]).transpose(1, 2)  # [E, D, 2F]
-        self._w2 = torch.stack([dense(w2) for _, w2, _ in weights]).transpose(1, 2)  # [E, F, D]
+        self._w13 = Matrices.pack([(w1, w3) for w1, _, w3 in weights])  # [E, 2F, D]
+        self._w2 = Matrices.pack([(w2,) for _, w2, _ in weights])  # [E, D, F]
 
     def __call__(self, rows: Tensor, ends: Tensor, answers: Tensor) -> None:
         """The rows of expert e end before `ends` [E] (int32, where the rows are)."""
-        hidden = silu_product(F.grouped_mm(rows, self._w13, offs=ends))  # [R, F]
-        answers.copy_(F.grouped_mm(hidden, self._w2, offs=ends))  # [R, D]
+        products.multiply(products.gate_up(rows, self._w13, ends), self._w2, ends, answers)  # [R, D]
 
 
 class Experts:
@@ -68,7 +69,7 @@ class Experts:
     ) -> None:
         """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`.
 
-        `grouped`: one grouped matmul for all experts; None: where that is one kernel, in bf16. `kernel`: what
+        `grouped`: rows of all experts at once, by kernels for GPUs; None: where they can be compiled. `kernel`: what
         multiplies bf16 on a CPU.
         """
         self.experts = tuple(experts)
@@ -80,7 +81,7 @@ class Experts:
                 of_experts.append((w1, w2, w3))
             self.dtype, self.device, self.hidden = w2.dtype, w2.device, w2.shape[0]
             if grouped is None:
-                grouped = self.dtype is torch.bfloat16 and has_grouped_matmul(self.device)
+                grouped = compiles_for(self.device)
             kernel = kernel_for(self.dtype, self.device, kernel)
             if grouped:
                 self._layers.append(_Grouped(of_experts))

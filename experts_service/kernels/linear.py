@@ -3,7 +3,7 @@
 On a CPU, bf16 weights are packed once into the blocks that a kernel reads: one of ours (matmul.py) or oneDNN's. A
 packed matrix is a copy, and each kernel has a layout of its own, so one kernel serves all numbers of rows. Elsewhere,
 and in fp32, it is `F.linear`. Weights of 8 and 4 bits are multiplied as they are for rows of bf16 on a CPU
-(quantized_matmul.py), and widened elsewhere.
+(quantized_matmul.py), and on a GPU that Triton compiles for (gpu/products.py); elsewhere they are widened.
 
 Of oneDNN's few rows four are the fastest: the sums of one row wait for each other, and memory waits for them. So up to
 three are padded with copies.
@@ -22,6 +22,9 @@ from experts_service.kernels.compiled.matmul import Panels, multiply, multiply_t
 from experts_service.kernels.compiled.quantized_matmul import QuantizedPanels, is_multiplied_here
 from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.compiled.tile import PAIR
+from experts_service.kernels.gpu import products
+from experts_service.kernels.gpu.launch import compiles_for
+from experts_service.kernels.gpu.matrices import Matrices, stays_small
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.quantization.weight import Weight, dense
 
@@ -37,7 +40,10 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)
-        self._quantized = None
+        self._quantized, self._matrices = None, None
+        if stays_small(weight) and compiles_for(weight.device):
+            self._matrices = Matrices.pack([(weight,)])
+            return
         if is_multiplied_here(weight):
             self._quantized = QuantizedPanels.pack(weight, arithmetic=self._kernel.own_arithmetic)
             return
@@ -51,6 +57,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [R, in] → [R, out]."""
+        if self._matrices is not None:
+            return products.multiply(x, self._matrices)
         if self._quantized is not None:
             y = x.new_empty(len(x), self.out_features)
             quantized_matmul.multiply(x, (self._quantized,), (len(x),), y)

@@ -17,6 +17,7 @@ from cluster.errors import ConfigError
 from cluster.telemetry.kernels import ProcessKernels
 from experts_service.kernels.compiled.jit import AVAILABLE, cpu_features
 from experts_service.kernels.compiled.matmul import load_kernels
+from experts_service.kernels.gpu.launch import compiles_for
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.speeds import ROWS, Speeds, speeds
 
@@ -93,6 +94,11 @@ def select(
 
 def _select(dtype: torch.dtype, device: torch.device, kernels: str, batch_invariant: str) -> Selection:
     if device.type != "cpu" or dtype is not torch.bfloat16:
+        if device.type == "cuda" and not compiles_for(device):
+            logger.warning(
+                "no kernels of ours run on this GPU, for want of Triton, of a C compiler or of compute capability 8.0: "
+                "experts are multiplied one by one, and quantised weights are widened and take more memory than planned"
+            )
         if batch_invariant == "on":
             logger.warning(
                 "engine.batch_invariant: on has no effect: torch multiplies %s on %s, and rounds by the number of rows",

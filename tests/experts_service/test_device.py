@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from experts_service.device import has_grouped_matmul, on_host
+from experts_service.device import on_host
 from experts_service.shard.shard import DEVICE_IS_GONE
 from router_service.attention import varlen
 from router_service.attention.choice import attention_backend
@@ -23,14 +23,6 @@ def test_a_shard_whose_device_is_gone_ends_and_one_that_is_short_of_memory_goes_
     assert (done.returncode, done.stdout) == (code, said), done.stderr
     if lost == "lost":
         assert "expert-0 ends: its device is gone" in done.stderr
-
-
-@pytest.mark.parametrize(("capability", "grouped"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
-def test_one_grouped_kernel_is_used_where_there_is_one(monkeypatch, capability, grouped):
-    """Elsewhere torch copies its offsets to the host and waits, in every layer."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert has_grouped_matmul(torch.device("cuda")) is grouped
-    assert not has_grouped_matmul(torch.device("cpu"))
 
 
 def test_cudnn_makes_no_plan_for_every_length(monkeypatch, checkpoint):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tests.triton_interpreter  # noqa: F401
 from cluster.planning.placement import ExpertGroup, as_one
 from experts_service.carriers.local import ANSWERED, LocalTransport
 from experts_service.kernels.experts import Experts

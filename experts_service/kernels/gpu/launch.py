@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+import torch
+
 Grid = tuple[int, ...]
 
 
@@ -31,6 +33,11 @@ def can_compile() -> bool:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
     return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
+
+
+def compiles_for(device: torch.device) -> bool:
+    """Whether kernels are compiled for it: an NVIDIA GPU from Ampere on, which multiplies bf16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and can_compile()
 
 
 def launch(kernel: Kernel, grid: Grid, *arguments: Any, **constants: Any) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts_service.quantization.groups import group_width, grouped_columns
-from experts_service.quantization.weight import QuantizedWeight, Weight, dense
+from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
 
 PLAIN, INT8, INT4, FLOAT8 = 0, 8, 4, -8  # how weights are stored
 HALF = 16  # numbers of 4 bits whose partners follow them
@@ -45,18 +45,19 @@ class Matrices:
     blocks_of_group: int  # 0: all are one group
 
     @classmethod
-    def pack(cls, weights: Sequence[Weight]) -> Matrices:
-        """Copies of `weights` [N, K], all of one shape, dtype and device.
+    def pack(cls, weights: Sequence[Sequence[Weight]]) -> Matrices:
+        """Copies of `weights`, matrices below one another that make up [N, K] each, all of one dtype and device.
 
         In small numbers where all have them alike, else widened.
         """
-        small = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-        if len(small) == len(weights) and _are_alike(small):
-            return cls._pack_small(small)
-        first = weights[0]
+        if all(isinstance(part, QuantizedWeight) for parts in weights for part in parts):
+            small = [one for one in map(stacked, weights) if isinstance(one, QuantizedWeight)]
+            if len(small) == len(weights) and _are_alike(small):
+                return cls._pack_small(small)
+        first = weights[0][0]
         in_features = first.shape[1]
         return cls(
-            weights=_together([lambda weight=weight: dense(weight) for weight in weights]),  # type: ignore[misc]
+            weights=_together([lambda parts=parts: dense(stacked(parts)) for parts in weights]),  # type: ignore[misc]
             scales=None,
             zeros=None,
             columns=None,

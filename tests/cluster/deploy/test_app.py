@@ -248,20 +248,20 @@ def test_a_tier_of_cpus_needs_no_gpu_and_one_of_gpus_does():
 
 
 def test_a_tier_holds_what_its_device_computes_with(tmp_path):
-    """On GPUs the small numbers are widened, in a CPU's memory they stay: each is counted where it is."""
+    """In fp32 the small numbers stay on GPUs, and a CPU widens them: each is counted where it is."""
     write_quantized(tmp_path, gptq(4), num_hidden_layers=4, hidden_size=256, intermediate_size=1024)
     checkpoint = open_checkpoint(tmp_path)
-    on_gpu, on_cpu = (held_weights(checkpoint, "bfloat16", device).expert for device in ("cuda", "cpu"))
-    assert on_cpu < on_gpu / 2
+    on_gpu, on_cpu = (held_weights(checkpoint, "float32", device).expert for device in ("cuda", "cpu"))
+    assert on_gpu < on_cpu / 4
     number = checkpoint.architecture.num_experts
     groups = tuple((expert,) for expert in range(number))
     model = ModelConfig(
         name="m",
         path=str(tmp_path),
-        engine=EngineConfig(device="cpu", dtype="bfloat16", max_model_len=16),
+        engine=EngineConfig(device="cpu", dtype="float32", max_model_len=16),
         experts=ExpertsConfig(groups=groups, tiers=(TierConfig(groups=(0,), device="cuda"), TierConfig())),
     )
-    coordinator = held_weights(checkpoint, "bfloat16", "cpu").coordinator + 16 * 2**20
+    coordinator = held_weights(checkpoint, "float32", "cpu").coordinator + 16 * 2**20
     host = coordinator + (number - 1) * on_cpu + (number + 1) * 460 * 10**6
     plan_model(model, checkpoint, Cluster(2, (Node("a", host, (on_gpu,)),)))
     for memory, gpu in ((host, on_gpu - 1), (host - 17 * 2**20, on_gpu)):

@@ -50,7 +50,9 @@ def test_of_a_quantised_one_it_is_what_kernels_hold(tmp_path: Path, of: Format, 
     attention = 2 * 2 * 64 * (64 + 32)  # of two layers: q and o have 64 outputs or inputs, k and v 32
     assert widened.coordinator - held.coordinator == attention * (2 - bytes_of_a_weight)
     assert held_weights(checkpoint, "float32", "cpu") == WeightBytes.of(checkpoint.architecture, "float32")
-    assert held_weights(checkpoint, "bfloat16", "cuda") == widened
+    on_gpu = held_weights(checkpoint, "bfloat16", "cuda")
+    assert on_gpu == held if bytes_of_a_weight < 2 else on_gpu.expert < 0.7 * widened.expert
+    assert held_weights(checkpoint, "float32", "cuda").expert == on_gpu.expert
 
 
 def test_a_model_fits_by_what_it_holds_and_a_pod_is_as_large(tmp_path: Path):

@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tests.triton_interpreter  # noqa: F401
+from experts_service.kernels import linear as linear_module
 from experts_service.kernels.linear import Linear
+from experts_service.quantization.weight import dense
+from tests.experts_service.kernels.compiled.test_quantized_matmul import weight_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,3 +29,15 @@ def test_a_slice_of_other_rows_is_taken_as_it_is():
     weight = torch.randn(16, 8).bfloat16()
     x = torch.randn(20, 8).bfloat16()
     assert torch.equal(Linear(weight)(x[3:7]), Linear(weight)(x[3:7].clone()))
+
+
+def test_a_quantised_matrix_stays_so_where_kernels_for_gpus_can_be_compiled(device, monkeypatch):
+    monkeypatch.setattr(linear_module, "compiles_for", lambda _: True)
+    weight = weight_of(40, 96, 4, 32)
+    linear = Linear(weight.to(device))
+    assert linear._matrices is not None
+    x = torch.randn(9, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = F.linear(x.double(), dense(weight).double())
+    torch.testing.assert_close(linear(x.to(device)).cpu().double(), exact, rtol=0.02, atol=0.05)
+    monkeypatch.setattr(linear_module, "compiles_for", lambda _: False)
+    assert Linear(weight.to(device))._matrices is None, "Triton or a C compiler is missing: it is multiplied otherwise"

@@ -68,9 +68,10 @@ def test_on_measures_nothing_and_what_is_said_is_taken(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
 def test_where_torch_multiplies_it_is_said_that_batch_invariance_cannot_be_had(
-    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture
+    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`on` was taken and nobody told: in fp32 a row alone and beside another differed in most of its numbers."""
+    monkeypatch.setattr("experts_service.kernels.selection.compiles_for", lambda _: True)
     for setting in ("auto", "off", "on"):
         assert not caplog.messages
         selection = select(dtype, torch.device(device), batch_invariant=setting)
@@ -79,6 +80,17 @@ def test_where_torch_multiplies_it_is_said_that_batch_invariance_cannot_be_had(
     (message,) = caplog.messages
     name = str(dtype).removeprefix("torch.")
     assert message.startswith(f"engine.batch_invariant: on has no effect: torch multiplies {name} on {device}")
+
+
+def test_a_gpu_without_kernels_of_ours_is_said_to_need_more_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts small numbers as small; without a C compiler they are widened."""
+    monkeypatch.setattr(selection, "compiles_for", lambda _: False)
+    select(BF16, torch.device("cuda"))
+    (message,) = caplog.messages
+    assert "no kernels of ours run on this GPU" in message
+    assert "quantised weights are widened and take more memory than planned" in message
 
 
 def test_what_this_cpu_cannot_do_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 import tests.triton_interpreter  # noqa: F401
 from experts_service.kernels.gpu import launch as launching
-from experts_service.kernels.gpu.launch import can_compile, launch
+from experts_service.kernels.gpu.launch import can_compile, compiles_for, launch
 
 SIZE = 32
 
@@ -56,3 +56,12 @@ def test_without_a_compiler_no_kernel_can_be_compiled(
     monkeypatch.setattr(launching.shutil, "which", lambda name: compiler if name == "gcc" else None)
     assert can_compile() is expected
     can_compile.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "compiled"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((10, 0), True)])
+def test_kernels_are_for_gpus_that_multiply_bf16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], compiled: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert compiles_for(torch.device("cuda")) is compiled
+    assert not compiles_for(torch.device("cpu"))

@@ -51,8 +51,8 @@ def a_weight(name: str, shape: tuple[int, int], dtype: torch.dtype, *, seed: int
     return replace(floats_of(*shape, **arguments, seed=seed), dtype=dtype)
 
 
-def on(device: str, weights: Sequence[Weight]) -> list[Weight]:
-    return [weight.to(device) for weight in weights]
+def on(device: str, weights: Sequence[Weight]) -> list[tuple[Weight]]:
+    return [(weight.to(device),) for weight in weights]
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -120,9 +120,9 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device: str, name: str, 
 def test_one_matrix_needs_no_ends(device: str) -> None:
     weight = a_weight("int4, groups of 32", (37, 96), BF16, seed=0).to(device)
     x = randn(20, 96, dtype=BF16).to(device)
-    alone = multiply(x, Matrices.pack([weight]))
-    assert torch.equal(alone, multiply(x, Matrices.pack([weight, weight]), ends_of((0, 20), device)))
-    assert multiply(x[:0], Matrices.pack([weight])).shape == (0, 37)
+    alone = multiply(x, Matrices.pack([(weight,)]))
+    assert torch.equal(alone, multiply(x, Matrices.pack([(weight,), (weight,)]), ends_of((0, 20), device)))
+    assert multiply(x[:0], Matrices.pack([(weight,)])).shape == (0, 37)
 
 
 def test_every_code_of_fp8_is_widened_exactly(device: str) -> None:
@@ -130,7 +130,7 @@ def test_every_code_of_fp8_is_widened_exactly(device: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 2)
     for dtype in DTYPES:
         weight = QuantizedWeight(codes, torch.ones(256, 1), None, 8, 2, dtype).to(device)
-        y = multiply(torch.tensor([[1.0, 0.0]], dtype=dtype, device=device), Matrices.pack([weight]))
+        y = multiply(torch.tensor([[1.0, 0.0]], dtype=dtype, device=device), Matrices.pack([(weight,)]))
         assert torch.equal(y[0].cpu().float().nan_to_num(1e9), codes[:, 0].float().nan_to_num(1e9))
 
 
@@ -138,7 +138,7 @@ def test_every_code_of_fp8_is_widened_exactly(device: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(device: str, value: float) -> None:
     """Rows of one tile are columns of one product: a broken one is told by its numbers, and its neighbours go on."""
-    matrices = Matrices.pack([a_weight("int8, a scale for each output", (64, 32), BF16, seed=0).to(device)])
+    matrices = Matrices.pack(on(device, [a_weight("int8, a scale for each output", (64, 32), BF16, seed=0)]))
     x = randn(6, 32, dtype=BF16)
     intact = multiply(x.to(device), matrices)
     x[2, 5] = value
@@ -161,12 +161,12 @@ def test_inputs_that_are_nearly_all_in_one_group_take_no_memory_for_the_empty_on
     weight = weight_of(32, 512, 4, 32)
     groups = torch.zeros(512, dtype=torch.int32)
     groups[:16] = torch.arange(16)
-    assert Matrices.pack([replace(weight, input_groups=groups).to(device)]).kind == PLAIN
+    assert Matrices.pack(on(device, [replace(weight, input_groups=groups)])).kind == PLAIN
 
 
 @pytest.mark.parametrize(("bits", "scales_of", "bytes_of_32"), [(8, BF16, 34), (4, BF16, 18), (4, FP32, 20)])
 def test_packed_weights_are_as_small_as_is_planned(bits: int, scales_of: torch.dtype, bytes_of_32: int) -> None:
-    matrices = Matrices.pack([weight_of(64, 256, bits, 32, scales_of=scales_of)])
+    matrices = Matrices.pack([(weight_of(64, 256, bits, 32, scales_of=scales_of),)])
     assert matrices.scales is not None
     assert matrices.weights.nbytes + matrices.scales.nbytes == 64 * 256 // 32 * bytes_of_32
 
