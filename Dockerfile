@@ -62,6 +62,9 @@ COPY --from=cpu-environment /opt/manta /opt/manta
 USER 10001:10001
 
 FROM runtime AS cuda
+# Triton compiles the kernels of GPUs in the pod, when they are first used, and needs a C compiler for what starts them.
+# Debian's packages are signed; the base image's digest does not name them.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=cuda-environment /opt/manta /opt/manta
 USER 10001:10001

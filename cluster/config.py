@@ -40,8 +40,8 @@ class EngineConfig(_Frozen):
     max_model_len: int | None = Field(None, ge=1)
     """Tokens of prompt and answer together. None: the checkpoint's context."""
     block_size: int = Field(16, ge=1, le=256)
-    """Tokens in one block of the KV cache. Attention reads blocks in place where this is a multiple of 16 on a CPU, 256
-    on a GPU.
+    """Tokens in one block of the KV cache. Attention reads blocks in place where this is a multiple of 16 on a CPU, and
+    always on a GPU.
     """
     num_kv_blocks: int | None = Field(None, ge=2)
     """Blocks of the KV cache. None: as many as `kv_cache_gib` holds."""

@@ -36,6 +36,22 @@ class AttentionPlan(ABC):
         return self.read(layer, queries, kv_cache)
 
 
+class StaticPlan(AttentionPlan):
+    """A plan of steps in which every sequence decodes: one object for many steps, so that they can be captured.
+
+    It starts the same kernels in as many programs whatever step it is of, on memory that stays where it is. Use:
+    `update` with a first step, capture `attend` in all layers in a CUDA graph; from then on `update`, and replay.
+    """
+
+    @abstractmethod
+    def update(self, metadata: AttentionMetadata) -> None:
+        """Make it the plan of this step: one copy to the device, on the current stream, not waited for.
+
+        The step has one new token of each sequence, of no more sequences than the plan is for, and they are the first
+        of its rows. Rows behind them see the null page, write nothing, and get zeros.
+        """
+
+
 class AttentionBackend(ABC):
     """One way to attend."""
 
@@ -46,3 +62,7 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
         """For the layers of one step."""
+
+    def decode_plan(self, num_sequences: int, max_model_len: int) -> StaticPlan | None:  # noqa: ARG002
+        """For steps in which at most so many sequences decode, none longer than that; None: it cannot be captured."""
+        return None

@@ -9,7 +9,7 @@ import torch
 
 from experts_service.device import on_host
 from experts_service.shard.shard import DEVICE_IS_GONE
-from router_service.attention import varlen
+from router_service.attention import choice
 from router_service.attention.choice import attention_backend
 from tests.programs import REPOSITORY, program
 
@@ -26,7 +26,7 @@ def test_a_shard_whose_device_is_gone_ends_and_one_that_is_short_of_memory_goes_
 
 
 def test_cudnn_makes_no_plan_for_every_length(monkeypatch, checkpoint):
-    monkeypatch.setattr(varlen, "is_served", lambda *_: False)
+    monkeypatch.setattr(choice, "can_compile", lambda: False)
     torch.backends.cuda.enable_cudnn_sdp(True)
     attention_backend(checkpoint.architecture, block_size=16, dtype=torch.bfloat16, device=torch.device("cuda"))
     assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -22,6 +22,7 @@ from router_service import rows
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
+from router_service.attention.triton_paged import TritonPlan
 from router_service.dispatcher import Dispatcher
 from router_service.model.decoder import Decoder
 from tests.fake_gpu import DEVICE, Counts, fake_gpu
@@ -82,6 +83,7 @@ def _forward(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans:
         num_rows = len(metadata.positions)
         token_ids, positions = (torch.empty(num_rows, dtype=torch.int64, device=DEVICE) for _ in range(2))
         plan = attention.plan(metadata)
+        assert isinstance(plan, TritonPlan)
         before = counts.copy()
         x = _finished(decoder.forward(token_ids, positions, plan, kv_cache))
         assert decoder.logits(decoder.hidden_states(x)).shape == (num_rows, architecture.vocab_size)
