@@ -84,8 +84,9 @@ class EngineConfig(_Frozen):
     batch_invariant: Literal["auto", "on", "off"] = "auto"
     """Whether a sequence's matmuls in bf16 have the same bits whatever else is in the batch. `on`: by our own kernels.
     `off`: by whatever is fastest. `auto`: on, unless it costs more than 10 %. A model on machines with different CPUs
-    needs `on` and `kernels: fma`. In fp32 and on a GPU torch multiplies and rounds by the number of rows, so it has no
-    effect there: the log warns of `on`, and `/v1/models` says what is.
+    needs `on` and `kernels: fma`. On a GPU `on` takes Triton kernels of ours for all matmuls, in fp32 too; else torch
+    has those of attention and the head, as no card has shown what that costs. In fp32 on a CPU torch multiplies and
+    rounds by the number of rows: the log warns of `on`, and `/v1/models` says what is.
     """
     quantization: Quantization = "none"
     """What matrices of a plain checkpoint are rounded to while they are read, to the nearest. Gate, norms and

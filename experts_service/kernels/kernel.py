@@ -1,4 +1,4 @@
-"""What can multiply bf16 on this CPU. Knows what each kernel needs; measures nothing and knows no layer."""
+"""What can multiply bf16 on this CPU, and what does on a GPU. Knows what each kernel needs; knows no layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ class Kernel(StrEnum):
     FMA = "fma"  # our own, on widened numbers: the same bits on every CPU
     ONEDNN = "onednn"  # oneDNN's packed weights
     TORCH = "torch"  # torch's linear on the plain layout
+    TRITON = "triton"  # our own, of GPUs
 
     @property
     def is_own(self) -> bool:
-        """One of ours: the bits of a row are the same whatever other rows there are."""
+        """One of ours, of a CPU."""
         return self in (Kernel.DOT, Kernel.FMA)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """One of ours: the bits of a row are the same whatever other rows there are."""
+        return self.is_own or self is Kernel.TRITON
 
     @property
     def arithmetic(self) -> int:
@@ -45,7 +51,9 @@ def available() -> tuple[Kernel, ...]:
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device, chosen: Kernel | None) -> Kernel:
-    """`chosen` where there is a choice, bf16 on a CPU; None: the first that is available."""
+    """`chosen` where there is a choice: in bf16 on a CPU, and of Triton; None: the first that is available."""
+    if chosen is Kernel.TRITON:
+        return chosen
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return Kernel.TORCH
     return chosen or available()[0]

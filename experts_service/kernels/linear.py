@@ -3,7 +3,8 @@
 On a CPU, bf16 weights are packed once into the blocks that a kernel reads: one of ours (matmul.py) or oneDNN's. A
 packed matrix is a copy, and each kernel has a layout of its own, so one kernel serves all numbers of rows. Elsewhere,
 and in fp32, it is `F.linear`. Weights of 8 and 4 bits are multiplied as they are for rows of bf16 on a CPU
-(quantized_matmul.py), and on a GPU that Triton compiles for (gpu/products.py); elsewhere they are widened.
+(quantized_matmul.py), and on a GPU that Triton compiles for (gpu/products.py); elsewhere they are widened. Plain ones
+are multiplied by Triton where a row is to have the same bits in any batch: nobody knows what that costs on a card.
 
 Of oneDNN's few rows four are the fastest: the sums of one row wait for each other, and memory waits for them. So up to
 three are padded with copies.
@@ -41,7 +42,7 @@ class Linear:
         self.dtype, self.device = weight.dtype, weight.device
         self._kernel = kernel_for(weight.dtype, weight.device, kernel)
         self._quantized, self._matrices = None, None
-        if stays_small(weight) and compiles_for(weight.device):
+        if self._kernel is Kernel.TRITON or (stays_small(weight) and compiles_for(weight.device)):
             self._matrices = Matrices.pack([(weight,)])
             return
         if is_multiplied_here(weight):

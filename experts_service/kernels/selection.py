@@ -36,7 +36,7 @@ class Selection:
     @property
     def batch_invariant(self) -> bool:
         """Whether the matmuls' bits depend on nothing but the row."""
-        return self.kernel.is_own
+        return self.kernel.batch_invariant
 
     def told(
         self,
@@ -99,6 +99,8 @@ def _select(dtype: torch.dtype, device: torch.device, kernels: str, batch_invari
                 "no kernels of ours run on this GPU, for want of Triton, of a C compiler or of compute capability 8.0: "
                 "experts are multiplied one by one, and quantised weights are widened and take more memory than planned"
             )
+        elif device.type == "cuda" and batch_invariant == "on":
+            return Selection(Kernel.TRITON, {})
         if batch_invariant == "on":
             logger.warning(
                 "engine.batch_invariant: on has no effect: torch multiplies %s on %s, and rounds by the number of rows",

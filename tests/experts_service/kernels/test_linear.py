@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import tests.triton_interpreter  # noqa: F401
 from experts_service.kernels import linear as linear_module
+from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.linear import Linear
 from experts_service.quantization.weight import dense
 from tests.experts_service.kernels.compiled.test_quantized_matmul import weight_of
@@ -29,6 +30,16 @@ def test_a_slice_of_other_rows_is_taken_as_it_is():
     weight = torch.randn(16, 8).bfloat16()
     x = torch.randn(20, 8).bfloat16()
     assert torch.equal(Linear(weight)(x[3:7]), Linear(weight)(x[3:7].clone()))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (7, 13)])
+def test_a_row_has_the_same_bits_in_any_batch_where_kernels_for_gpus_multiply(device, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear = Linear(weight.to(device), Kernel.TRITON)
+    x = torch.randn(16, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    answers = linear(x.to(device))
+    torch.testing.assert_close(answers.cpu().double(), F.linear(x.double(), weight.double()), rtol=0.02, atol=0.1)
+    assert torch.equal(linear(x[5:8].to(device)), answers[5:8])
 
 
 def test_a_quantised_matrix_stays_so_where_kernels_for_gpus_can_be_compiled(device, monkeypatch):

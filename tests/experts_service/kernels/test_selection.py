@@ -66,12 +66,11 @@ def test_on_measures_nothing_and_what_is_said_is_taken(monkeypatch: pytest.Monke
     assert select(torch.float32, CPU).kernel is Kernel.TORCH  # bitwise what it was
 
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "meta")])
 def test_where_torch_multiplies_it_is_said_that_batch_invariance_cannot_be_had(
-    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`on` was taken and nobody told: in fp32 a row alone and beside another differed in most of its numbers."""
-    monkeypatch.setattr("experts_service.kernels.selection.compiles_for", lambda _: True)
     for setting in ("auto", "off", "on"):
         assert not caplog.messages
         selection = select(dtype, torch.device(device), batch_invariant=setting)
@@ -80,6 +79,23 @@ def test_where_torch_multiplies_it_is_said_that_batch_invariance_cannot_be_had(
     (message,) = caplog.messages
     name = str(dtype).removeprefix("torch.")
     assert message.startswith(f"engine.batch_invariant: on has no effect: torch multiplies {name} on {device}")
+
+
+def test_on_a_gpu_our_kernels_multiply_where_batch_invariance_is_asked_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no effect, and a warning."""
+    monkeypatch.setattr(selection, "compiles_for", lambda _: True)
+    kernels = {
+        setting: select(BF16, torch.device("cuda"), batch_invariant=setting) for setting in ("auto", "off", "on")
+    }
+    assert {setting: str(one.kernel) for setting, one in kernels.items()} == {
+        "auto": "torch",
+        "off": "torch",
+        "on": "triton",
+    }
+    assert kernels["on"].batch_invariant
+    assert not caplog.messages
 
 
 def test_a_gpu_without_kernels_of_ours_is_said_to_need_more_memory(
