@@ -53,7 +53,7 @@ def on_host(tensor: Tensor) -> Tensor:
     """The same, contiguous in host memory; what is on a GPU in pinned memory, by one copy that is waited for."""
     if tensor.device.type == "cpu":
         return tensor.contiguous()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return pinned(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

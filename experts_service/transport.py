@@ -51,6 +51,8 @@ class Transport(Protocol):
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         """Send the batch `rows` [T, D] to the groups of `parts`; returns without waiting for any of them.
 
+        `rows` are on the host, but where the experts are in this process. `answers` of `parts` may be on a device.
+
         Where this raises, what was sent already is closed.
         """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import ANSWERED, LocalTransport
-from experts_service.device import on_host
+from experts_service.device import HostCopy, on_host, upload
 from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows, Transport
@@ -40,11 +40,12 @@ class Dispatch:
 
     layer: int
     num_rows: int
+    # Of a CPU; on a GPU there is `routing` in their place.
     take: Tensor | None  # [K, T], or [K] for one row: where its answers are, experts ascending; None: as they stand
     pairs: Tensor | None  # the same shape; where their weights are, choice * T + row; None: as they stand
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
-    routing: Routing | None = None  # in place of `take` and `pairs`, where it was worked out on a device
+    routing: Routing | None = None
 
     def close(self) -> None:
         """Nobody waits for what has not come. On the thread that sent it, before it is dropped."""
@@ -54,11 +55,11 @@ class Dispatch:
 class Dispatcher:
     """The coordinator's way to its experts. One thread uses it, the engine's, in inference mode.
 
-    Indices are worked out in numpy: for a few rows it takes a third of the time of the same tensor operations, and on a
-    GPU one copy of `experts` to the host is the only wait. One row, a decode step of one sequence, needs no arrays: it
-    is worked out in plain Python, in a third of that again.
+    Indices are worked out in numpy: for a few rows it takes a third of the time of the same tensor operations. One row,
+    a decode step of one sequence, needs no arrays: it is worked out in plain Python, in a third of that again.
 
-    Where the experts are here and take what they are told by tensors, nothing is worked out on the host.
+    On a GPU, rows and experts are copied to the host together and waited for once, and what is done with the answers is
+    worked out there meanwhile. Where the experts are here and are told by tensors, the host has no part in it.
     """
 
     def __init__(self, groups: Sequence[ExpertGroup], transport: Transport) -> None:
@@ -76,10 +77,9 @@ class Dispatcher:
         self._identity = list(range(len(self._order)))
         self._permutations: dict[tuple[int, ...], Tensor] = {}
         self._grouped = None if self._here is None else self._here.grouped
+        self._on_device: tuple[Tensor, Tensor] | None = None  # ranks [E]; ends [E] of all dispatches, summed, by rank
         if self._grouped is not None:
-            self._device_ranks = torch.from_numpy(self._rank).to(self._grouped.device)
-            self._device_ends = torch.zeros_like(self._device_ranks)  # [E] of all dispatches, summed; by rank
-            self._ends = on_host(self._device_ends)  # as they were a step ago
+            self._ends = on_host(self._of_device(self._grouped.device)[1])  # as they were a step ago
 
     @property
     def rows_per_expert(self) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class Dispatcher:
     def end_step(self) -> None:
         """All layers have been dispatched: what was counted on a device is copied to the host, and not waited for."""
         if self._grouped is not None:
-            self._ends.copy_(self._device_ends, non_blocking=True)
+            self._ends.copy_(self._of_device(self._grouped.device)[1], non_blocking=True)
 
     def chained(self, layer: int) -> Chained | None:
         """How the coordinator runs the experts of a layer itself, without dispatching, if it can."""
@@ -104,18 +104,32 @@ class Dispatcher:
             self._rows_per_expert[expert] += number
 
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
-        """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait."""
+        """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them."""
         if self._grouped is not None:
             return self._dispatch_here(self._grouped, layer, rows, experts)
-        num_rows, top_k = experts.shape
+        answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
+        if experts.is_cpu:
+            return self._dispatch_on_host(layer, rows, experts, answers)
+        of_rows = None if self._here else HostCopy(rows)
+        of_experts = HostCopy(experts)
+        routed = routing.route(experts, *self._of_device(experts.device))
+        experts = of_experts.wait()
+        if of_rows is not None:
+            rows = of_rows.wait()  # they came before
+        dispatch = self._dispatch_on_host(layer, rows, experts, answers)
+        dispatch.routing = routed
+        return dispatch
+
+    def _dispatch_on_host(self, layer: int, rows: Tensor, experts: Tensor, answers: Tensor) -> Dispatch:
+        """The same with `experts` on the host, and `answers` [K * T, D] to be written."""
+        num_rows = len(experts)
         if num_rows == 1:
-            return self._dispatch_row(layer, rows, experts.tolist()[0])
-        chosen: Indices = experts.cpu().numpy()  # [T, K]
+            return self._dispatch_row(layer, rows, experts.tolist()[0], answers)
+        chosen: Indices = experts.numpy()  # [T, K]
         ranks = self._rank[chosen.T].ravel()  # [K * T]
         order = ranks.argsort(kind="stable")  # [K * T]; by group, expert, choice, row, as the reference has them
         row_indices = order % num_rows if num_rows else order  # [K * T]
         counts = np.bincount(ranks, minlength=len(self._order)).tolist()  # [E]
-        answers = rows.new_empty(num_rows * top_k, rows.shape[-1])  # [K * T, D]
         parts = []
         start = first = 0
         for group in self._groups:
@@ -128,6 +142,8 @@ class Dispatcher:
                     self._rows_per_expert[expert] += count
             start = end
         dispatch = Dispatch(layer, num_rows, None, None, answers, self._transport.send(layer, rows, parts))
+        if not answers.is_cpu:
+            return dispatch
         try:
             # The rest is worked out while the experts compute.
             place = np.empty_like(order)
@@ -151,10 +167,10 @@ class Dispatcher:
         weights = weights.t()  # [K, T]
         if dispatch.num_rows == 1:
             if pairs is not None:
-                weights = weights.index_select(0, pairs.to(weights.device))  # [K, 1]
+                weights = weights.index_select(0, pairs)  # [K, 1]
             dispatch.flight.wait()
             if take is not None:
-                answers = answers.index_select(0, take.to(answers.device))  # [K, D]
+                answers = answers.index_select(0, take)  # [K, D]
             terms = (answers * weights).to(answers.dtype)  # [K, D]
             total = terms[:1]  # [1, D]
             for k in range(1, len(terms)):
@@ -162,8 +178,7 @@ class Dispatcher:
             return total
         assert take is not None
         assert pairs is not None
-        weights = weights.flatten().take(pairs.to(weights.device)).unsqueeze(-1)  # [K, T, 1]
-        take = take.to(answers.device)
+        weights = weights.flatten().take(pairs).unsqueeze(-1)  # [K, T, 1]
         dispatch.flight.wait()
         total = answers  # [T, D] from the first choice on
         for choice, rows_of_choice in enumerate(take):  # one at a time: large temporaries cost more than calls
@@ -173,16 +188,22 @@ class Dispatcher:
 
     def _dispatch_here(self, grouped: Experts, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
         """The same for experts that are here, without a look at any number."""
-        routed = routing.route(experts, self._device_ranks, self._device_ends)
+        routed = routing.route(experts, *self._of_device(experts.device))
         answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
         grouped.run(layer, rows.index_select(0, routed.row_indices), routed.ends, answers)
         return Dispatch(layer, len(rows), None, None, answers, ANSWERED, routed)
 
-    def _dispatch_row(self, layer: int, row: Tensor, experts: list[int]) -> Dispatch:
+    def _of_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What routing is told there, made once."""
+        if self._on_device is None:
+            [ranks] = upload([self._rank], device)
+            self._on_device = ranks, torch.zeros_like(ranks)
+        return self._on_device
+
+    def _dispatch_row(self, layer: int, row: Tensor, experts: list[int], answers: Tensor) -> Dispatch:
         """The same for one row [1, D] and its `experts` [K]."""
         top_k = len(experts)
         ranked = sorted(self._ranks[expert] for expert in experts)  # the answers stand in this order
-        answers = row.new_empty(top_k, row.shape[-1])  # [K, D]
         parts: list[GroupRows] = []
         start = 0
         while start < top_k:

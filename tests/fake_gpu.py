@@ -2,6 +2,7 @@
 
 What no GPU could do raises: tensors of two devices in one operation, and whatever needs a number of the device on the
 host (`.item()`, `.tolist()`, `.numpy()`, `nonzero`, indexing by a mask). Copies that the host waits for are counted.
+What a `HostCopy` brings is made up: integers count up in each row, other numbers are zero.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experts_service import device
 from experts_service.kernels.gpu import launch as launching
 
 DEVICE = torch.device("cuda:0")
@@ -34,6 +35,8 @@ class Counts:
 
     launches: Counter[str] = field(default_factory=Counter)  # kernels by name: torch's operations, and ours
     waits: Counter[str] = field(default_factory=Counter)  # of the host for the device, by the cause
+    copies_to_device: int = 0
+    copies_to_host: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
 
@@ -52,6 +55,8 @@ class Counts:
         return Counts(
             self.launches - other.launches,
             self.waits - other.waits,
+            self.copies_to_device - other.copies_to_device,
+            self.copies_to_host - other.copies_to_host,
             self.bytes_to_device - other.bytes_to_device,
             self.bytes_to_host - other.bytes_to_host,
         )
@@ -86,15 +91,45 @@ class _Watch(TorchDispatchMode):
             return
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
         if result.is_cuda:
+            self.counts.copies_to_device += 1
             self.counts.bytes_to_device += result.nbytes
         else:
+            self.counts.copies_to_host += 1
             self.counts.bytes_to_host += result.nbytes
         if blocking:
             self.counts.waits["to device" if result.is_cuda else "to host"] += 1
 
 
-class _Indexing(TorchFunctionMode):
-    """`x[…]` of tensors of a GPU in terms of operations: torch without CUDA does not get that far."""
+class _HostCopy:
+    """In place of one. Copies come in the order in which they began, so only what began last is waited for."""
+
+    counts: Counts
+    began: int
+    arrived: int
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        cls = type(self)
+        cls.counts.bytes_to_host += tensor.nbytes
+        cls.counts.copies_to_host += 1
+        cls.began += 1
+        self._number, self._shape, self._dtype = cls.began, tensor.shape, tensor.dtype
+
+    def wait(self) -> torch.Tensor:
+        cls = type(self)
+        if self._number > cls.arrived:
+            cls.arrived = cls.began
+            cls.counts.waits["copy to host"] += 1
+        with unset_fake_temporarily():
+            if self._dtype.is_floating_point:
+                return torch.zeros(self._shape, dtype=self._dtype)
+            return torch.arange(self._shape[-1]).expand(self._shape).contiguous()
+
+
+class _Methods(TorchFunctionMode):
+    """`x[…]` of tensors of a GPU in terms of operations: torch without CUDA does not get that far.
+
+    And what has been copied to the host is numbers there.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and args[0].is_cuda:
@@ -104,6 +139,9 @@ class _Indexing(TorchFunctionMode):
             return torch.ops.aten.copy_(_indexed(target, index), value)
         if func is torch.Tensor.copy_:
             return torch.ops.aten.copy_(*args, **(kwargs or {}))
+        if func in (torch.Tensor.numpy, torch.Tensor.tolist) and not isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                return func(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -145,13 +183,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        for module in _modules_with(launch):
-            patched.setattr(module, "launch", launched)
-        with FakeTensorMode(), watch, _Indexing():
+        host_copy = type("HostCopy", (_HostCopy,), {"counts": watch.counts, "began": 0, "arrived": 0})
+        for module in list(sys.modules.values()):
+            if getattr(module, "launch", None) is launch:
+                patched.setattr(module, "launch", launched)
+            if getattr(module, "HostCopy", None) is device.HostCopy and module is not device:
+                patched.setattr(module, "HostCopy", host_copy)
+        with FakeTensorMode(), watch, _Methods():
             yield watch.counts
-    for module in _modules_with(launched):  # imported meanwhile
-        module.launch = launch  # type: ignore[attr-defined]
-
-
-def _modules_with(launch: object) -> list[ModuleType]:
-    return [module for module in list(sys.modules.values()) if getattr(module, "launch", None) is launch]
+    for module in list(sys.modules.values()):
+        if getattr(module, "launch", None) is launched:  # it was imported meanwhile
+            module.launch = launch  # type: ignore[attr-defined]

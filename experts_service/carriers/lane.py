@@ -27,7 +27,6 @@ from experts_service.carriers.link import WAIT_S, LaneAttempt, LinkLost
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
-from experts_service.device import on_host
 from experts_service.kernels.cost import cost
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
@@ -139,7 +138,7 @@ class LaneTransport:
         hidden, dtype = rows.shape[-1], rows.dtype
         row_bytes = hidden * dtype.itemsize
         place = flight.received.view(torch.uint8).numpy().data.cast("B")  # [N, D] as bytes
-        host = on_host(rows).view(torch.uint8).numpy()  # [T, D · item]
+        host = rows.contiguous().view(torch.uint8).numpy()  # [T, D · item]
         parts = pieces(parts, self.routes, self.deliveries.loads)
         if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from experts_service.device import upload
 from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows
@@ -33,7 +34,7 @@ class LocalTransport:
     @torch.inference_mode()
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         for part in parts:
-            indices = torch.from_numpy(part.row_indices).to(rows.device)  # [R]
+            [indices] = upload([part.row_indices], rows.device)  # [R]
             own_rows = rows.index_select(0, indices)  # [R, D]
             self._groups[part.group](layer, own_rows, part.counts, part.answer)
         return ANSWERED

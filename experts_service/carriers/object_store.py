@@ -22,7 +22,6 @@ from cluster.errors import ExpertUnavailable, MantaError
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
-from experts_service.device import on_host
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
@@ -219,7 +218,7 @@ def _finish(attempt: CallAttempt) -> None:
 
 def as_array(tensor: Tensor) -> Array:
     """The same bytes as numpy, which Ray carries without copying them; bf16 as uint16."""
-    tensor = on_host(tensor.detach())
+    tensor = tensor.detach().contiguous()
     array: Array = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.errors import ExpertUnavailable
 from experts_service.delivery.delivery import A, Deliveries, Delivery, Routes, Rows
 from experts_service.delivery.replica_load import SPLIT_ROWS, ReplicaLoads
+from experts_service.device import pinned
 from experts_service.transport import GroupRows
 
 SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
@@ -27,7 +28,7 @@ class RemoteFlight(Generic[Rows, A]):
     """Rows of one layer under way to replicas."""
 
     def __init__(self, deliveries: Deliveries[Rows, A], layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> None:
-        """`rows` [T, D]; the answers of `parts` are written when `wait` returns."""
+        """`rows` [T, D] on the host; the answers of `parts` are written when `wait` returns."""
         deliveries.look_at_table()
         self.sent_at = time.monotonic()
         self.received: Tensor | None = None  # [N, D] on the host
@@ -37,7 +38,7 @@ class RemoteFlight(Generic[Rows, A]):
             if answers.device.type == "cpu":
                 self.received = answers
             else:
-                self.received = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
+                self.received = pinned(answers.shape, answers.dtype)
                 self._staged_for = answers
         self._shared = deliveries
         self._layer = layer
@@ -61,6 +62,7 @@ class RemoteFlight(Generic[Rows, A]):
         while rejected := self._rejected():
             self._settle(rejected, 0.0)
         if self._staged_for is not None and self.received is not None:
+            # Nobody gets the memory that it is read from before it has been read, though nobody here keeps it.
             self._staged_for.copy_(self.received, non_blocking=True)
 
     def close(self) -> None:
@@ -84,8 +86,7 @@ class RemoteFlight(Generic[Rows, A]):
         answer = self.received[part.start : part.start + len(part.row_indices)]  # [R, D]
         if math.isfinite(answer.sum(dtype=torch.float32)):  # in fp16 a sum may be too large
             return False
-        indices = torch.from_numpy(part.row_indices).to(self._rows.device)  # [R]
-        return math.isfinite(self._rows[indices].sum(dtype=torch.float32))
+        return math.isfinite(self._rows[torch.from_numpy(part.row_indices)].sum(dtype=torch.float32))
 
     def _failure(self, delivery: Delivery[Rows, A]) -> Exception:
         return delivery.error or ExpertUnavailable(

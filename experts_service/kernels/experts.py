@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.device import to_device
+from experts_service.device import upload
 from experts_service.kernels.gpu import products
 from experts_service.kernels.gpu.launch import compiles_for
 from experts_service.kernels.gpu.matrices import Matrices
@@ -138,7 +138,8 @@ class Experts:
             answers = torch.empty_like(rows)
         networks = self._layers[layer]
         if isinstance(networks, _Grouped):
-            networks(rows, to_device(torch.tensor(list(accumulate(counts)), dtype=torch.int32), rows.device), answers)
+            [ends] = upload([np.cumsum(counts, dtype=np.int32)], rows.device)
+            networks(rows, ends, answers)
         else:
             networks(rows, counts, answers)
         return answers

@@ -11,13 +11,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from experts_service.device import pinned
+
 Maths = Callable[[int, Tensor, Sequence[int]], Tensor]  # layer, rows [R, D], counts [E] → answers [R, D]
 
 
 def run_as_one(
-    maths: Maths, layer: int, batches: Sequence[tuple[Tensor, tuple[int, ...]]]
+    maths: Maths, layer: int, batches: Sequence[tuple[Tensor, tuple[int, ...]]], *, for_gpu: bool = False
 ) -> list[Tensor]:  # each [R, D], contiguous
-    """The answers to each of `batches` (rows [R, D] by expert, counts [E]), worked out in one call."""
+    """The answers to each of `batches` (rows [R, D] by expert, counts [E]), worked out in one call.
+
+    `for_gpu`: rows are merged in memory that a GPU copies from by itself.
+    """
     if len(batches) == 1:
         rows, counts = batches[0]
         return [maths(layer, rows, counts).contiguous()]
@@ -36,7 +41,8 @@ def run_as_one(
                 starts[index] += count
                 total += count
         merged_counts.append(total - before)
-    answer = maths(layer, torch.cat(pieces), tuple(merged_counts))  # [R of all, D]
+    merged = torch.cat(pieces, out=pinned((total, pieces[0].shape[1]), pieces[0].dtype) if for_gpu else None)
+    answer = maths(layer, merged, tuple(merged_counts))  # [R of all, D]
     return [_gathered(answer, ranges) for ranges in places]
 
 

@@ -85,6 +85,7 @@ class LaneServer:
         self._shape = shape
         self._secret = secret
         self._fingerprint = fingerprint
+        self._for_gpu = pinned
         self._pool = BufferPool(shape.dtype, shape.hidden, pinned=pinned)
         self._queue: deque[RowsFrame] = deque()
         self._unproven: dict[int, _UnprovenPeer] = {}  # the oldest first
@@ -206,7 +207,8 @@ class LaneServer:
         answers: list[Tensor] = []
         failure = ""
         try:
-            answers = run_as_one(self._maths, layer, [(frame.rows, frame.head.counts) for frame in frames])
+            batches = [(frame.rows, frame.head.counts) for frame in frames]
+            answers = run_as_one(self._maths, layer, batches, for_gpu=self._for_gpu)
         except Exception as error:  # whatever the maths raises is told to those who asked
             logger.exception("layer %d failed for %d frames", layer, len(frames))
             failure = f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ A launch is an operation of torch's that is no view, or a kernel of ours. Some o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -18,6 +18,7 @@ from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.kernels import swiglu
 from experts_service.kernels.experts import Experts
+from experts_service.transport import Flight, GroupRows
 from router_service import rows
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
@@ -55,18 +56,53 @@ def test_without_a_compiler_torch_launches_more_and_nobody_waits_either(monkeypa
     _check(few, many, 60, "decode without Triton")
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_experts_elsewhere_are_waited_for_once_a_layer(monkeypatch, step):
+    """Rows and choices to the host, one copy of each; answers from it by one copy that nobody waits for."""
+    few, many = (_forward(monkeypatch, replace(MIXTRAL, num_layers=n), STEPS[step], elsewhere=True) for n in (1, 3))
+    of_two = many - few
+    _tell(of_two, few, f"{step}, experts elsewhere")
+    assert of_two.num_launches <= 2 * 20
+    assert (few.num_waits, many.num_waits) == (1, 3)
+    assert (of_two.copies_to_host, of_two.copies_to_device) == (4, 2)
+    num_rows = sum(span.length for span in STEPS[step])
+    assert of_two.bytes_to_host == 2 * num_rows * (256 * 2 + 2 * 8)
+    assert of_two.bytes_to_device == 2 * num_rows * 2 * 256 * 2
+
+
 def _check(few: Counts, many: Counts, most: int, title: str) -> None:
     """Of steps of one layer and of three."""
     of_two = many - few
-    of_a_layer = {name: number / 2 for name, number in of_two.launches.items()}
-    print(f"\n{title}: {of_two.num_launches / 2:g} launches a layer, {few.num_launches} of one: {of_a_layer}")
+    _tell(of_two, few, title)
     assert of_two.num_launches <= 2 * most
     assert of_two.bytes_to_device == of_two.bytes_to_host == 0
     assert not few.waits
     assert not many.waits
 
 
-def _forward(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans: list[Span]) -> Counts:
+def _tell(of_two: Counts, few: Counts, title: str) -> None:
+    of_a_layer = {name: number / 2 for name, number in of_two.launches.items()}
+    print(f"\n{title}: {of_two.num_launches / 2:g} launches a layer, {few.num_launches} of one: {of_a_layer}")
+
+
+class _Elsewhere:
+    """A transport whose rows are on the host, and whose answers come back as those of RemoteFlight do."""
+
+    def send(self, layer: int, rows: torch.Tensor, parts: Sequence[GroupRows]) -> Flight:
+        assert rows.is_cpu
+        self.answers = parts[0].answers
+        return self
+
+    def wait(self) -> None:
+        torch.ops.aten.copy_(self.answers, torch.empty(self.answers.shape, dtype=DTYPE, pin_memory=True), True)
+
+    def close(self) -> None:
+        pass
+
+
+def _forward(
+    monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans: list[Span], *, elsewhere: bool = False
+) -> Counts:
     """What the layers of one step ask of their GPU."""
     with fake_gpu(monkeypatch) as counts, torch.inference_mode():
         experts = tuple(range(architecture.num_experts))
@@ -75,7 +111,8 @@ def _forward(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans:
             for layer in range(architecture.num_layers)
         ]
         groups = {0: Experts(experts, layers)} if experts else {}
-        dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], LocalTransport(groups))
+        transport = _Elsewhere() if elsewhere else LocalTransport(groups)
+        dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], transport)
         decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), dispatcher)
         attention = attention_backend(architecture, block_size=BLOCK, dtype=DTYPE, device=DEVICE)
         kv_cache = KVCache(architecture.num_layers, 9, attention.layout, dtype=DTYPE, device=DEVICE)
