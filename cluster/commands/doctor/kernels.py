@@ -7,7 +7,7 @@ bits, and a product of a few hundred terms is rounded at least twice.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.checkpoint.quantization.rounding import Numbers, Rounding
 from cluster.commands.doctor.checks import Check, Finding, failed, good
 from cluster.messages import Request, SamplingParams
 from experts_service.kernels.experts import Experts, expert_tensor_names
-from experts_service.quantization.weight import Weight
+from experts_service.quantization.rounding import rounded
+from experts_service.quantization.weight import Weight, dense
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
@@ -28,6 +30,7 @@ from router_service.sampling.sampler import Sampler
 from router_service.scheduling.sequence import Sequence as Generated
 
 TOLERANCE = 2.0**-6  # of bf16, beside fp32
+FORMATS: tuple[Numbers, ...] = ("int8", "int4", "fp8")  # beside bf16
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 8, 256, 512
 COUNTS = ((1, 0, 0, 0, 0, 1, 0, 0), (3, 0, 40, 1, 0, 0, 17, 3), (64, 64, 64, 64, 64, 64, 64, 64))  # rows of each expert
 BLOCK_SIZE = 16
@@ -51,7 +54,7 @@ def checks(device: torch.device) -> tuple[Check, ...]:
     return (
         Check(
             f"experts on {device}",
-            "Rows of all experts as they are multiplied together, and each expert by itself.",
+            "Rows are multiplied with the experts that they go to, together, one by one, and in each format.",
             lambda: experts(device),
         ),
         Check(
@@ -74,38 +77,46 @@ def checks(device: torch.device) -> tuple[Check, ...]:
 
 @torch.inference_mode()
 def experts(device: torch.device) -> Finding:
-    """Together and one by one, beside the formula in fp32."""
+    """As loaded, together and one by one, and in each format, beside the formula in fp32 on what the format holds."""
     torch.manual_seed(0)
+    weights = _experts()
+    worst = {}
+    for format_, held in [("bf16", weights), *((format_, _rounded(weights, format_)) for format_ in FORMATS)]:
+        plain = {name: dense(weight).float() for name, weight in held.items()}
+        there = {name: weight.to(device) for name, weight in held.items()}
+        ways = {format_: Experts(range(NUM_EXPERTS), [there])}
+        if format_ == "bf16":
+            ways["bf16 one by one"] = Experts(range(NUM_EXPERTS), [there], grouped=False)
+        for name, way in ways.items():
+            worst[name] = 0.0
+            for counts in COUNTS:
+                rows = _random(sum(counts), HIDDEN)
+                expected = torch.cat([_expert(part, plain, expert) for expert, part in enumerate(rows.split(counts))])
+                got = way(0, rows.to(device), counts).cpu()
+                worst[name] = max(worst[name], _difference(got, expected))
+    return _within(worst, TOLERANCE)
+
+
+def _experts() -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for expert in range(NUM_EXPERTS):
         w1, w2, w3 = expert_tensor_names(0, expert)
         weights[w1] = _random(INTERMEDIATE, HIDDEN) / HIDDEN**0.5
         weights[w2] = _random(HIDDEN, INTERMEDIATE) / INTERMEDIATE**0.5
         weights[w3] = _random(INTERMEDIATE, HIDDEN) / HIDDEN**0.5
-    there = {name: weight.to(device) for name, weight in weights.items()}
-    ways = {
-        "together": Experts(range(NUM_EXPERTS), [there]),
-        "one by one": Experts(range(NUM_EXPERTS), [there], grouped=False),
-    }
-    worst = {}
-    for name, way in ways.items():
-        worst[name] = 0.0
-        for counts in COUNTS:
-            rows = _random(sum(counts), HIDDEN)
-            expected = torch.cat([_expert(part, weights, expert) for expert, part in enumerate(rows.split(counts))])
-            got = way(0, rows.to(device), counts).cpu()
-            worst[name] = max(worst[name], _difference(got, expected))
-    return _within(worst, TOLERANCE)
+    return weights
 
 
-def _expert(rows: torch.Tensor, weights: dict[str, Weight], expert: int) -> torch.Tensor:
+def _rounded(weights: Mapping[str, Weight], format_: Numbers) -> dict[str, Weight]:
+    scheme = Rounding.to(format_, 128, "experts").scheme
+    return {name: rounded(dense(weight), scheme, torch.bfloat16) for name, weight in weights.items()}
+
+
+def _expert(rows: torch.Tensor, weights: Mapping[str, torch.Tensor], expert: int) -> torch.Tensor:
     """The formula, in fp32."""
     w1, w2, w3 = (weights[name] for name in expert_tensor_names(0, expert))
-    assert isinstance(w1, torch.Tensor)
-    assert isinstance(w2, torch.Tensor)
-    assert isinstance(w3, torch.Tensor)
     x = rows.float()
-    return (F.silu(x @ w1.float().t()) * (x @ w3.float().t())) @ w2.float().t()
+    return (F.silu(x @ w1.t()) * (x @ w3.t())) @ w2.t()
 
 
 @torch.inference_mode()

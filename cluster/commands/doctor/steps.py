@@ -50,6 +50,8 @@ class _Watch:
     def __init__(self) -> None:
         self.num_steps = 0
         self.error: Exception | None = None
+        self._sizes: set[int] = set()  # of batches that have been decoded; the first of each may compile and capture
+        self._is_strict = False
 
     def over(self, engine: Engine) -> None:
         """Before it starts."""
@@ -57,15 +59,19 @@ class _Watch:
         forward, launch = runner.forward, sampler.launch
 
         def forward_strictly(batch: Any) -> Any:
-            if any(scheduled.num_tokens > 1 for scheduled in batch):
-                return forward(batch)
-            self.num_steps += 1
+            only_decodes = all(scheduled.num_tokens == 1 for scheduled in batch)
+            self._is_strict = only_decodes and len(batch) in self._sizes
+            self.num_steps += self._is_strict
+            if only_decodes:
+                self._sizes.add(len(batch))
             return self._strictly(lambda: forward(batch))
 
         runner.forward = forward_strictly  # type: ignore[method-assign]
         sampler.launch = lambda *arguments: self._strictly(lambda: launch(*arguments))  # type: ignore[method-assign]
 
     def _strictly(self, work: Callable[[], Any]) -> Any:
+        if not self._is_strict:
+            return work()
         torch.cuda.set_sync_debug_mode("error")
         try:
             return work()
