@@ -157,17 +157,20 @@ class Planner:
             raise DoesNotFit(
                 f"{self.gpu.name} has {gib(self.usable_bytes)} to use: no layout for "
                 f"{target.load.sequences:g} sequences of {target.load.context} tokens fits {on}. "
-                f"{self.what_holds_it(target.load.context)}. With --ram some experts are in a CPU's memory"
+                f"{self.what_holds_it(target.load.context)}"
             )
         return self.evaluate(min(layouts, key=lambda layout: self._rank(layout, target)), target)
 
     def what_holds_it(self, context: int) -> str:
-        """How much the weights are, and the fewest GPUs of each type that hold them and one sequence."""
+        """How much the weights are, the fewest GPUs of each type for them and one sequence, and what else there is."""
         fewest = {name: replace(self, gpu=gpu).fewest_gpus(context) for name, gpu in GPUS.items()}
+        smaller = (
+            "--quantization fp8, int8 or int4 makes them smaller; with --ram " if self.model.is_plain else "With --ram "
+        )
         fits = ", ".join(f"{number} × {name}" for name, number in fewest.items() if number is not None)
         return (
             f"The weights are {gib(self.model.all_bytes)} there ({self.model.all_bytes / 1e9:.0f} GB); with one "
-            f"sequence they fit {fits or 'no number of GPUs of any type'}"
+            f"sequence they fit {fits or 'no number of GPUs of any type'}. {smaller}some experts are in a CPU's memory"
         )
 
     def fewest_gpus(self, context: int) -> int | None:

@@ -41,6 +41,11 @@ class Model:
         return cls(architecture, dtype, WeightBytes.of(architecture, dtype))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.weights == WeightBytes.of(self.architecture, self.dtype)
+
+    @property
     def attention_bytes(self) -> int:
         """Weights that a coordinator reads in a step; of the embeddings it reads a row per token."""
         a = self.architecture

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.planning.costs import Figure
-from cluster.planning.placement import WeightBytes, gib
+from cluster.planning.placement import gib
 from cluster.planning.plan import Plan, Planner, Target
 
 
@@ -21,10 +21,7 @@ def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Conso
         f"{plan.layout.gpus} × {gpu.name} ({gib(planner.usable_bytes)} of each to use)\n"
     )
     if plan.rival_gpus > 1:
-        console.print(
-            f"One {gpu.name} does not hold the whole model. {planner.what_holds_it(load.context)}."
-            f"{_unchanged(planner)} With `--ram` some of the experts are in a CPU's memory.\n"
-        )
+        console.print(f"One {gpu.name} does not hold the whole model. {planner.what_holds_it(load.context)}.\n")
     console.print(_processes(plan))
     console.print(_expectation(target, plan))
     if plan.rival is not None:
@@ -38,14 +35,6 @@ def draw_figures(figures: Sequence[Figure], console: Console) -> None:
         lines = [f"{one.what} ({one.source})" for one in figures if one.measured is measured]
         if lines:
             console.print(f"{title}: {'; '.join(lines)}.")
-
-
-def _unchanged(planner: Planner) -> str:
-    """Where a smaller format would be no help."""
-    model = planner.model
-    if model.weights != WeightBytes.of(model.architecture, model.dtype):
-        return ""
-    return f" GPUs hold quantised weights in {model.dtype}, so no format makes them smaller there."
 
 
 def _processes(plan: Plan) -> Table:
