@@ -124,6 +124,14 @@ def last(backend, tokens):
     return pages.step([(number, tokens, length - 1, length)])[0]
 
 
+def rows_of(sequences, spans):
+    """Queries, keys and values of new tokens."""
+    return [
+        torch.cat([getattr(tokens, name)[span.start : span.end] for tokens, span in zip(sequences, spans, strict=True)])
+        for name in ("queries", "keys", "values")
+    ]
+
+
 def check(attended, tokens, window):
     near = CLOSE[attended.dtype]
     torch.testing.assert_close(attended.double(), tokens.expected(window)[-len(attended) :], atol=near, rtol=near)
@@ -278,12 +286,7 @@ def test_a_plan_of_many_steps_starts_the_same_whatever_they_are(device, launched
         copied.clear()
         plan.update(AttentionMetadata(spans, 16))
         assert len(copied) == 1
-        rows = [
-            torch.cat(
-                [getattr(sequences[n], name)[span.start : span.end] for n, span in zip(numbers, spans, strict=True)]
-            )
-            for name in ("queries", "keys", "values")
-        ]
+        rows = rows_of([sequences[n] for n in numbers], spans)
         filled = [torch.cat([x, torch.full_like(x[:1], 3.0).expand(4 - len(x), -1, -1)]) for x in rows]
         launched.clear()
         attended = plan.attend(LAYER, *filled, pages.cache)
@@ -295,6 +298,31 @@ def test_a_plan_of_many_steps_starts_the_same_whatever_they_are(device, launched
     assert grids[0] == grids[1] == grids[2]
     assert [kernel for kernel, _ in grids[0]] == ["write", "attend", "merge"]
     assert plan._numbers.data_ptr() == memory
+
+
+def test_a_captured_step_is_replayed_with_other_numbers(device):
+    if device == "cpu":
+        pytest.skip("graphs are captured on a GPU")
+    architecture = sized(num_heads=4, num_kv_heads=2, head_dim=32)
+    backend = on(device, architecture)
+    tokens = Tokens.random(architecture, 3 * SPLIT, torch.float32, torch.device(device))
+    plan, pages = backend.decode_plan(1, 3 * SPLIT), new_pages(backend, [3 * SPLIT])
+    number = pages.new_sequence()
+    fill(pages, number, tokens, 3 * SPLIT)
+    steps = [[Span(position, 1, pages._tables[number])] for position in (3 * SPLIT - 1, 5, SPLIT)]
+    rows = rows_of([tokens], steps[0])
+    plan.update(AttentionMetadata(steps[0], 16))
+    plan.attend(LAYER, *rows, pages.cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attended = plan.attend(LAYER, *rows, pages.cache)
+    for spans in steps:
+        new = rows_of([tokens], spans)
+        for x, of_step in zip(rows, new, strict=True):
+            x.copy_(of_step)
+        plan.update(AttentionMetadata(spans, 16))
+        graph.replay()
+        assert torch.equal(attended, backend.plan(AttentionMetadata(spans, 16)).attend(LAYER, *new, pages.cache))
 
 
 def test_a_plan_of_many_steps_has_room_for_the_longest(device):
