@@ -50,6 +50,7 @@ class QuantizationName(StrEnum):
     NONE = "none"
     INT8 = "int8"
     INT4 = "int4"
+    FP8 = "fp8"
 
 
 class KvCacheDtypeName(StrEnum):

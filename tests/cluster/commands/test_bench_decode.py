@@ -116,16 +116,17 @@ def test_a_context_is_in_the_cache_before_anything_runs(monkeypatch: pytest.Monk
 def test_quantised_weights_run_in_turn_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each, and each reads what its kernels hold."""
     monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
-    options = "--batch 1 --output-tokens 3 --pairs 2 --prefill 2x8 --quantization none --quantization int8"
+    options = "--batch 1 --output-tokens 3 --pairs 2 --prefill 2x8 --quantization none --quantization int8 --quantization fp8"
     result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
     assert result.exit_code == 0, result.output
     line = json.loads(result.stdout.splitlines()[-1])
     assert line["model"] == "demo_model", "it was the name of what its weights are"
-    plain, rounded = line["results"]
-    assert (plain["weights"], rounded["weights"]) == ("bfloat16", "int8")
-    assert 0.5 < rounded["bytes_per_step"] / plain["bytes_per_step"] < 0.7  # the head stays in bf16
-    assert [len(row["ms_per_step_of_runs"]) for row in (plain, rounded)] == [2, 2]
-    assert [row["weights"] for row in line["prefill"]] == ["bfloat16", "int8"]
+    plain, *rounded = line["results"]
+    assert [row["weights"] for row in line["results"]] == ["bfloat16", "int8", "fp8"]
+    for row in rounded:  # FP8 leaves the head in bf16
+        assert 0.5 < row["bytes_per_step"] / plain["bytes_per_step"] < 0.7
+    assert [len(row["ms_per_step_of_runs"]) for row in line["results"]] == [2, 2, 2]
+    assert [row["weights"] for row in line["prefill"]] == ["bfloat16", "int8", "fp8"]
     refused = CliRunner().invoke(app, ["bench", "decode", "--quantization", "int8", "--transport", "lane"])
     assert refused.exit_code == 1
     assert str(refused.exception) == "--quantization is measured with --transport local"
