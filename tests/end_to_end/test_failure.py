@@ -313,9 +313,9 @@ def test_a_shard_ten_times_slower_is_hedged_and_hardly_any_where_nothing_is_slow
     def slow_down() -> None:
         while not stop.is_set():
             slow.suspend()
-            time.sleep(0.018)
+            time.sleep(0.18)  # long beside what a dispatch takes on a busy machine: with 18 ms nobody hedged there
             slow.resume()
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     thread = threading.Thread(target=slow_down)
     try:
