@@ -70,6 +70,12 @@ def test_every_copied_path_exists_and_is_sent() -> None:
                 assert source.split("/")[0] in sent, source
 
 
+def test_the_image_for_gpus_has_the_compiler_that_triton_needs() -> None:
+    """Without one no kernel of a GPU starts: a model was served by copies of its contexts."""
+    [install] = [arguments for stage, name, arguments in _instructions() if (stage, name) == ("cuda", "RUN")]
+    assert "apt-get install --yes --no-install-recommends gcc libc6-dev" in install
+
+
 def test_the_wheel_of_what_is_copied_has_all_of_the_code(tmp_path: Path) -> None:
     """As its stage makes it: the files that it copies, where it copies them, and its command."""
     source, wheels = tmp_path / "source", tmp_path / "wheels"
