@@ -20,6 +20,7 @@ from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes
 
 ZERO_POINT_BYTES = 2  # of each group of each output
 SCALE_BYTES, NARROW_SCALE_BYTES = 4, 2  # the same, and where bf16 holds them exactly
+GPU_STEP = {8: 16, 4: 32}  # by bits: inputs that a GPU's kernels take at least, to which groups are filled up
 NARROW_SCALES = ("BF16", "F8_E8M0")  # as they are stored; of others nobody knows before they are read
 
 
@@ -50,8 +51,12 @@ def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     of_group = NARROW_SCALE_BYTES if has_narrow_scales else SCALE_BYTES
     if has_zero_points:
         of_group += ZERO_POINT_BYTES
-    groups = ref.shape[0] * num_groups(scheme.group_size, ref.shape[1])
-    return math.ceil(math.prod(ref.shape) * scheme.bits / 8) + groups * of_group
+    groups_of_row = num_groups(scheme.group_size, ref.shape[1])
+    width = ref.shape[1]
+    if device != "cpu" and groups_of_row > 1:
+        step = GPU_STEP[scheme.bits]
+        width = groups_of_row * -(-(scheme.group_size or width) // step) * step
+    return math.ceil(ref.shape[0] * width * scheme.bits / 8) + ref.shape[0] * groups_of_row * of_group
 
 
 def held_bits(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
