@@ -76,6 +76,11 @@ class EngineConfig(_Frozen):
     for the host. The tokens are the same. `auto`: on a GPU. Grammars, penalties and `routed_experts` need each token
     at once, and have their steps read at once.
     """
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether steps that only decode are replayed as CUDA graphs, one for each of a few batch sizes, captured when
+    first needed. `auto`: where experts are in the coordinator or there are none, and attention can be captured. `on`:
+    the same, and an error elsewhere.
+    """
     kernels: Literal["auto", "dot", "fma", "onednn", "torch"] = "auto"
     """What multiplies bf16 on a CPU, in coordinators and shards. `dot`: our own, where it has AVX512-BF16. `fma`: our
     own, with the same bits on every CPU. `onednn` and `torch`: those libraries. `auto`: what `batch_invariant` leaves

@@ -10,6 +10,7 @@ import torch
 from cluster.checkpoint.architecture import compute_dtype, coordinator_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
+from cluster.errors import ConfigError
 from cluster.planning.placement import DeviceShare, kv_dtype
 from cluster.telemetry.kernels import ProcessKernels
 from experts_service.device import FEW_THREADS, give_back_unused
@@ -17,12 +18,14 @@ from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.cores import cores
 from experts_service.kernels.selection import Selection, select
 from experts_service.weights import read_tensors
+from router_service.attention.backend import AttentionBackend
 from router_service.attention.cache_size import cache_size
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
 from router_service.model.decoder import Decoder
+from router_service.model.graphs import can_capture, decode_graphs
 from router_service.model.model_runner import ModelRunner
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.block_manager import BlockManager
@@ -73,6 +76,7 @@ def build_engine(
         kernel=selection.kernel,
         of_codes=kept_in == "int8",
     )
+    graphs = _has_graphs(config, decoder, attention, max_model_len)
     cache = cache_size(
         architecture,
         config,
@@ -83,8 +87,10 @@ def build_engine(
         local_experts=local_experts,
         gathers=attention.gathers,
         kv_dtype=kept_in,
+        with_graphs=graphs,
     )
-    logger.info("%s; attention: %s; %s", cache, attention.name, selection)
+    captured = "; steps that only decode are CUDA graphs" if graphs else ""
+    logger.info("%s; attention: %s; %s%s", cache, attention.name, selection, captured)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
         BlockManager(cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -106,6 +112,11 @@ def build_engine(
             attention,
             block_size=config.block_size,
             num_microbatches=1 if config.microbatches == "auto" else config.microbatches,
+            graphs=decode_graphs(
+                decoder, kv_cache, attention, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
+            )
+            if graphs
+            else None,
         ),
         sampler,
         deliver,
@@ -114,6 +125,19 @@ def build_engine(
         observe_step=observe_step,
         on_death=on_death,
     )
+
+
+def _has_graphs(config: EngineConfig, decoder: Decoder, attention: AttentionBackend, max_model_len: int) -> bool:
+    """Raises ConfigError where they are asked for and cannot be."""
+    if config.cuda_graphs == "off":
+        return False
+    possible = config.microbatches in ("auto", 1) and can_capture(decoder, attention, max_model_len)
+    if config.cuda_graphs == "on" and not possible:
+        raise ConfigError(
+            "engine.cuda_graphs: on needs a GPU, experts in the coordinator (or a dense model), one microbatch, and "
+            f"attention that can be captured; here it is: {attention.name}"
+        )
+    return possible
 
 
 def select_kernel(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Selection:

@@ -89,6 +89,11 @@ class Dispatcher:
         counts = np.diff(self._ends.numpy(), prepend=0)
         return tuple(counts[self._rank].tolist())
 
+    @property
+    def waits_for_nobody(self) -> bool:
+        """Whether a layer is launched whole: nobody on the host has to know who goes where, or to hear of an answer."""
+        return not self._groups or self._grouped is not None
+
     def end_step(self) -> None:
         """All layers have been dispatched: what was counted on a device is copied to the host, and not waited for."""
         if self._grouped is not None:

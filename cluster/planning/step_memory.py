@@ -14,6 +14,13 @@ PARTIAL_BYTES = 2**24  # of what splits of long contexts make before it is added
 SCORED_ROWS = 256  # of a prompt's logits in memory at once
 SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm of a probability
 SAMPLED_LOGIT_BYTES = 32  # of one that is sampled from: the same, adjusted, as probability, sorted with its index
+GRAPH_BYTES = 2**24  # what CUDA keeps of a captured step: some kilobytes a launch, by what others tell; not measured
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes whose steps are captured: 1, 2, 4, 8, 16, 24, 32, 48, 64, … and `most`, which all others fit."""
+    below = [1, 2, 4, *range(8, 33, 8), *range(48, most, 16)]
+    return [*(size for size in below if size < most), most]
 
 
 def max_gathered_tokens(architecture: Architecture, item_bytes: int) -> int:
@@ -59,3 +66,19 @@ def step_bytes(
     if a.is_dense or local_experts:
         width += 4 * max(1, a.top_k) * a.intermediate_size
     return attention + logits + tokens * width * item
+
+
+def graph_bytes(
+    architecture: Architecture, dtype: Dtype, *, max_num_seqs: int, max_model_len: int, local_experts: bool
+) -> int:
+    """What captured steps keep: memory for the largest, which they share, and the graphs."""
+    largest = step_bytes(
+        architecture,
+        dtype,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs,
+        max_model_len=max_model_len,
+        local_experts=local_experts,
+        gathers=False,
+    )
+    return largest + GRAPH_BYTES * len(graph_sizes(max_num_seqs))

@@ -12,7 +12,7 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
 from cluster.planning.placement import DeviceShare, Dtype, KvDtype, gib, kv_bytes_per_token
-from cluster.planning.step_memory import step_bytes
+from cluster.planning.step_memory import graph_bytes, step_bytes
 
 _CPU_FRACTION = 0.2  # of the memory that is free at start: experts and other processes share the rest
 _GPU_FRACTION = 0.9  # of a card's memory; the rest is for CUDA itself and the allocator's gaps
@@ -50,11 +50,13 @@ def cache_size(
     local_experts: bool,
     gathers: bool,
     kv_dtype: KvDtype | None = None,
+    with_graphs: bool = False,
 ) -> CacheSize:
     """As many blocks as the config says, or as the device has room for, and never more than can be used at once.
 
     Weights are on the device already. `shares`: who else may be there, in every way that may come about. `gathers`:
-    attention copies what it reads. `kv_dtype`: what the cache is kept in; None: `dtype`.
+    attention copies what it reads. `kv_dtype`: what the cache is kept in; None: `dtype`. `with_graphs`: steps that only
+    decode are captured, in memory that no other step uses.
 
     Raises DoesNotFit when not even one sequence fits.
     """
@@ -70,6 +72,14 @@ def cache_size(
         gathers=gathers,
         kv_dtype=kv_dtype,
     )
+    if with_graphs:
+        of_steps += graph_bytes(
+            architecture,
+            dtype,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            local_experts=local_experts,
+        )
     left_by = f"what is configured leaves {gib(of_steps)} for steps"
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks

@@ -22,6 +22,7 @@ from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
 from router_service.model.decoder import Decoder
+from router_service.model.graphs import DecodeGraphs
 from router_service.outputs.logprobs import rows_to_score, score_prompts
 from router_service.outputs.pooling import pool_prompts, rows_to_pool
 from router_service.outputs.routed_experts import RoutedExperts
@@ -47,12 +48,14 @@ class ModelRunner:
         *,
         block_size: int,
         num_microbatches: int = 1,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.attention = attention
         self.block_size = block_size
         self.num_microbatches = num_microbatches
+        self.graphs = graphs
         self.pending: torch.Tensor | None = None  # ids that the host has not read; sequences know their rows
 
     @property
@@ -131,6 +134,11 @@ class ModelRunner:
         )
         if self.pending is not None and pending_rows:
             ids.index_copy_(0, to, self.pending.index_select(0, of))
+        only_decodes = len(sampled_rows) == len(batch) == len(token_ids)
+        if self.graphs is not None and only_decodes and not routed and not scored:
+            logits = self.graphs(ids, positions, metadata)
+            if logits is not None:
+                return StepOutput(logits, [])  # which say what is not finite
         x = yield from self.decoder.forward(
             ids,
             positions,
