@@ -248,7 +248,9 @@ class ExpertsConfig(_Frozen):
     which of them computed it.
     """
     transport: Transport = "auto"
-    """How rows travel. `auto`: lanes, and the object store to shards that have none."""
+    """How rows travel. `auto`: through memory that a coordinator and the shards of its node share, over lanes to other
+    nodes, and the object store to shards that have no lane.
+    """
     lane_secret_file: str | None = None
     """A file of mode 0600, the same on every node. None: `~/.manta/lane_secret`, made if it is missing."""
     gpus_per_shard: float | None = Field(None, ge=0)

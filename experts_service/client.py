@@ -89,7 +89,8 @@ class ExpertPool:
     ) -> Transport:
         """The transport `auto`, `lane` or `object_store` to these groups. Raises ConfigError for a lane without secret.
 
-        `auto` is the object store on a node where the secret cannot be read. `of_tiers`: the fingerprints of
+        `auto` is the object store on a node where the secret cannot be read, and shares memory with the shards of this
+        one; `lane` sends everything. `of_tiers`: the fingerprints of
         deployments that round the checkpoint otherwise than the others.
         """
         object_store = ObjectStoreTransport(
@@ -112,7 +113,14 @@ class ExpertPool:
             logger.warning("rows go through the object store, not over lanes: %s", error)
             return object_store
         node_id = ray.get_runtime_context().get_node_id()
-        dialer = LaneDialer(ask_shard, secret=secret, fingerprint=fingerprint, of_tiers=of_tiers, node_id=node_id)
+        dialer = LaneDialer(
+            ask_shard,
+            secret=secret,
+            fingerprint=fingerprint,
+            of_tiers=of_tiers,
+            node_id=node_id,
+            memory=name == "auto",
+        )
         lane = LaneTransport(
             self._deployments,
             self._table,

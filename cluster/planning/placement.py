@@ -18,6 +18,7 @@ KV_SCALE_BYTES = 4  # in int8, of a token's keys in one head, and of its values
 # Resident memory of a process before it holds a weight, measured with Ray 2.60 and torch 2.13 on Linux.
 SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
 TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
+SHARED_ROWS = 2048  # that a coordinator and a shard on the CPUs of one machine have room for, and for their answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,11 @@ def kv_bytes_per_token(architecture: Architecture, dtype: KvDtype) -> int:
     return 2 * a.num_layers * a.num_kv_heads * bytes_of_head
 
 
+def shared_memory_bytes(architecture: Architecture, dtype: Dtype) -> int:
+    """Of the memory that one coordinator and one shard on CPUs of its machine both map."""
+    return 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype]
+
+
 def check_fit(
     architecture: Architecture,
     dtype: Dtype,
@@ -199,9 +205,10 @@ def check_fit(
     if local:
         attention += architecture.num_experts * weights.expert
     processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
+    of_rows = {process[0]: num_coordinators * shared_memory_bytes(architecture, dtype) for process in shards}
     memory, gpus = sum(room.memory), room.gpu_bytes
     for process, held, share in sorted(processes, key=lambda process: -process[1]):
-        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
+        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held + of_rows.get(process, 0))
         if not room.place(share, held, host):
             needs = gib(sum(size for _, size, _ in processes))
             model = "the model" if name is None else repr(name)

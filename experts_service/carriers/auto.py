@@ -1,5 +1,7 @@
 """Transport `auto`: lanes, and the object store where a shard has none. Knows which groups a lane reaches, no bytes.
 
+Whether a lane's rows lie in memory of both ends or are sent is the lane's own affair.
+
 A lane was cheaper at every size measured (`manta bench dispatch`), so size decides nothing but what no frame may hold.
 A group is apart when none of its trusted replicas gives us a lane: it has no secret to show, or its node refuses the
 connection. They are dialled behind the requests; the epoch says when one of them is connected after all.

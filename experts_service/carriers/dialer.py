@@ -12,6 +12,7 @@ from experts_service.carriers.link import LinkLost
 from experts_service.routing_table import Replica
 from experts_service.wire.address import LaneAddress, connect
 from experts_service.wire.handshake import TIMEOUT_S, HandshakeRefused, introduce
+from experts_service.wire.shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Dialled(NamedTuple):
 
     channel: socket.socket
     thread_id: int = 0  # of the one thread that computes at its other end, on this machine; 0: it is not here
+    memory: SharedMemory | None = None  # that the other end maps as well
 
 
 class LaneDialer:
@@ -39,12 +41,17 @@ class LaneDialer:
         fingerprint: str,
         node_id: str,
         of_tiers: Mapping[str, str] | None = None,
+        memory: bool = False,
     ) -> None:
-        """`of_tiers`: the fingerprint of those that round the checkpoint otherwise than the others."""
+        """`of_tiers`: the fingerprint of those that round the checkpoint otherwise than the others.
+
+        `memory`: ask shards on this node for some to share.
+        """
         self._address_of = address_of
         self._secret = secret
         self._fingerprint = fingerprint
         self._of_tiers = of_tiers or {}
+        self._memory = memory
         self._node_id = node_id  # of this process; shards there are reached by Unix socket
 
     def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
@@ -57,12 +64,14 @@ class LaneDialer:
             raise LinkLost(f"it cannot be reached: {error}") from error
         try:
             fingerprint = self._of_tiers.get(replica.tier, self._fingerprint)
-            introduce(channel, self._secret, fingerprint, max(0.001, deadline - time.monotonic()))
+            here = channel.family == socket.AF_UNIX
+            timeout_s = max(0.001, deadline - time.monotonic())
+            memory = introduce(channel, self._secret, fingerprint, timeout_s, memory=self._memory and here)
         except (HandshakeRefused, OSError) as error:
             channel.close()
             logger.warning("no lane to %s: %s", replica.actor, error)
             raise LinkLost(f"no handshake: {error}") from error
-        return Dialled(channel, address.thread_id if channel.family == socket.AF_UNIX else 0)
+        return Dialled(channel, address.thread_id if here else 0, memory)
 
 
 def ask_shard(replica: Replica, timeout_s: float) -> LaneAddress:

@@ -1,7 +1,9 @@
 """Transport `lane`: a connection per replica, a frame per part of a group. Sends and receives; whom to ask is others'.
 
-    post    one sendmsg; what the socket has no room for is sent while answers are waited for
-    poll    one recvmsg_into per answer, in turn, straight into the combine buffer; the kernel holds the others' answers
+    post    rows into slots of memory that the shard maps as well, and one send of their head; where there is none, or
+            no room in it, one sendmsg of both. What the socket has no room for is sent while answers are waited for
+    poll    one recvmsg_into per answer, in turn, straight into the combine buffer; the kernel holds the others'. An
+            answer in a slot is copied there when its head has come
 
 Where rows wait to be sent, where an attempt may soon be hedged, and where an answer is late, all connections are polled
 at once instead.
@@ -17,13 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from socket import MSG_DONTWAIT
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.core_balance import CoreBalance
 from experts_service.carriers.dialer import Dialer
-from experts_service.carriers.link import WAIT_S, LaneAttempt, LinkLost
+from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, LinkLost
+from experts_service.carriers.memory import Bytes
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
@@ -41,8 +46,19 @@ class LaneRows:
     dtype: torch.dtype
     hidden: int
     counts: tuple[int, ...]  # rows of each expert
-    data: memoryview  # [R, D] as bytes
+    host: Bytes  # [T, D · item], the batch
+    row_indices: npt.NDArray[np.int64]  # [R], into it
     place: memoryview  # of the answer [R, D], as bytes
+    gathered: memoryview | None = None
+
+    @property
+    def data(self) -> memoryview:
+        """The rows [R, D] as bytes; kept for further attempts."""
+        if self.gathered is None:
+            count = len(self.row_indices)
+            data = self.host if count == 1 == len(self.host) else self.host.take(self.row_indices, axis=0)
+            self.gathered = data.data.cast("B")
+        return self.gathered
 
 
 class LaneCarrier:
@@ -60,21 +76,32 @@ class LaneCarrier:
         place = rows.place
         memory = memoryview(bytearray(len(place))) if spare else place
         attempt = LaneAttempt(replica, epoch, self._next_id, memory, place if spare else None)
-        num_experts = len(rows.counts)
-        form = self._forms.get(num_experts)
-        if form is None:
-            form = self._forms[num_experts] = RowsFormat(num_experts)
-        head = form.pack(
-            rows.dtype, attempt.request_id, epoch, rows.layer, number, sum(rows.counts), rows.hidden,
-            max(0, min(MAX_DEADLINE_MS, int(remaining_s * 1000))), rows.counts,
-        )  # fmt: skip
-        attempt.expected = answer_head(head)
         link = self._routes.link(replica)
         if link is None:
             attempt.fail("its connection was lost")
             return attempt
+        num_experts = len(rows.counts)
+        form = self._forms.get(num_experts)
+        if form is None:
+            form = self._forms[num_experts] = RowsFormat(num_experts)
+        request_id, shared = attempt.request_id, link.memory
+        slot = 0 if shared is None else shared.write(request_id, rows.host, rows.row_indices)
         try:
-            link.send(attempt, head, rows.data)
+            head = form.pack(
+                rows.dtype, request_id, epoch, rows.layer, number, len(rows.row_indices), rows.hidden,
+                max(0, min(MAX_DEADLINE_MS, int(remaining_s * 1000))), rows.counts, slot,
+            )  # fmt: skip
+        except BaseException:
+            if shared is not None:
+                shared.slots.give_back(request_id)  # nobody was told of them
+            raise
+        attempt.expected = answer_head(head)
+        try:
+            if slot:
+                attempt.slot, attempt.follows = slot, NOTHING
+                link.send(attempt, head)
+            else:
+                link.send(attempt, head, rows.data)
         except LinkLost as lost:
             attempt.fail(str(lost))
         return attempt
@@ -144,12 +171,10 @@ class LaneTransport:
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
         try:
             for part in parts:
-                count = len(part.row_indices)
-                data = host if count == 1 == len(host) else host.take(part.row_indices, axis=0)
                 start = part.start * row_bytes
                 self.routes.connect(part.group)
-                answer = place[start : start + count * row_bytes]
-                flight.post(part, LaneRows(layer, dtype, hidden, part.counts, data.data.cast("B"), answer))
+                answer = place[start : start + len(part.row_indices) * row_bytes]
+                flight.post(part, LaneRows(layer, dtype, hidden, part.counts, host, part.row_indices, answer))
         except BaseException:
             flight.close()
             raise

@@ -4,6 +4,8 @@ Writing never blocks: what the shard has no room for yet is kept and sent by `fl
 frames takes the head and, in the same call, the payload into the memory of the answer that is waited for, which is
 nearly always the one that comes. Otherwise the bytes are moved to whom they belong. Answers that nobody waits for any
 more (another attempt was faster, or the step failed) are skipped: a dropped dispatch leaves the connection in step.
+
+Where both ends share memory, rows and answer may lie in slots of it. Then only heads are sent and read.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from collections import deque
 from contextlib import suppress
 from struct import pack
 
+from experts_service.carriers.memory import LaneMemory
 from experts_service.delivery.delivery import ANSWERED, POSTED, Attempt
 from experts_service.routing_table import Replica
 from experts_service.wire.frame import ANSWER, DRAINING, ERROR, FAILED, HEAD_BYTES, FrameError, ReplyHead, read_reply
+from experts_service.wire.shared_memory import SharedMemory
 
 WAIT_S = 0.1  # a blocking read returns after this long, so that whoever waits can look at the clock and at others
 _SCRATCH_BYTES = 256 * 1024
+NOTHING = memoryview(bytearray(0))
 NOBODY = Replica("", "", "", 0, "")
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
@@ -32,7 +37,7 @@ class LinkLost(Exception):
 class LaneAttempt(Attempt):
     """Rows that one shard was asked to run, and the memory for its answer."""
 
-    __slots__ = ("expected", "link", "memory", "place", "request_id")
+    __slots__ = ("expected", "follows", "link", "memory", "place", "request_id", "slot")
 
     def __init__(
         self, replica: Replica, epoch: int, request_id: int, memory: memoryview, place: memoryview | None = None
@@ -42,6 +47,8 @@ class LaneAttempt(Attempt):
         self.request_id = request_id
         self.memory = memory
         self.place = place
+        self.follows = memory  # what is received of the answer behind its head: nothing where it lies in a slot
+        self.slot = 0  # as its head says it
         self.expected = b""  # the head of the answer
         self.link: Link | None = None
 
@@ -53,13 +60,14 @@ class LaneAttempt(Attempt):
 class Link:
     """One authenticated, blocking socket. Used by one thread."""
 
-    def __init__(self, channel: socket.socket, thread_id: int = 0) -> None:
-        """`thread_id`: of the shard's thread, if it is on this machine and alone; else 0."""
+    def __init__(self, channel: socket.socket, thread_id: int = 0, memory: SharedMemory | None = None) -> None:
+        """`thread_id`: of the shard's thread, if it is on this machine and alone; else 0. `memory`: of both ends."""
         seconds, micros = int(WAIT_S), int(WAIT_S % 1 * 1e6)
         channel.settimeout(None)
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack("@ll", seconds, micros))
         self.channel = channel
         self.thread_id = thread_id
+        self.memory = None if memory is None else LaneMemory(memory)
         self.lost = False
         self.outstanding: dict[int, LaneAttempt] = {}  # by request id
         self.forgotten: set[int] = set()  # request ids whose answers nobody waits for, and that have not come
@@ -76,8 +84,8 @@ class Link:
     def has_unsent(self) -> bool:
         return bool(self._unsent)
 
-    def send(self, attempt: LaneAttempt, head: bytes, rows: memoryview) -> None:
-        """Ask for the rows, given as bytes; returns at once. Raises LinkLost."""
+    def send(self, attempt: LaneAttempt, head: bytes, rows: memoryview = NOTHING) -> None:
+        """Ask for the rows, given as bytes or in slots; returns at once. Raises LinkLost."""
         self.outstanding[attempt.request_id] = attempt
         attempt.link = self
         sent = 0
@@ -126,10 +134,9 @@ class Link:
         at_border = self._filled == 0
         try:
             if at_border:
-                count = self.channel.recvmsg_into((self._head, attempt.memory), 0, flags)[0]
-                if count == HEAD_BYTES + len(attempt.memory) and self._head == attempt.expected:
-                    del self.outstanding[attempt.request_id]
-                    attempt.state = ANSWERED
+                count = self.channel.recvmsg_into((self._head, attempt.follows), 0, flags)[0]
+                if count == HEAD_BYTES + len(attempt.follows) and self._head == attempt.expected:
+                    self._answered(attempt)
                     return
             elif self._present is None:
                 count = self.channel.recv_into(memoryview(self._head)[self._filled :], 0, flags)
@@ -151,11 +158,11 @@ class Link:
         early = self._filled - HEAD_BYTES  # bytes that were read into the memory of `attempt` on good faith
         self._filled = HEAD_BYTES
         self._begin()
-        if self._owner is attempt and self._target is attempt.memory:
+        if self._owner is attempt and self._target is attempt.follows:
             self._got = early
             self._finish()
         else:
-            data = bytes(attempt.memory[:early])
+            data = bytes(attempt.follows[:early])
             self._finish()
             self._feed(memoryview(data))
 
@@ -183,6 +190,7 @@ class Link:
 
     def close(self) -> None:
         self.lost = True
+        self.memory = None  # and with it slots that the shard may still write to
         self.forgotten.clear()
         self.channel.close()
         self.outstanding.clear()
@@ -201,7 +209,7 @@ class Link:
             raise self._gone(FrameError("an answer of another shape than was asked for"))
         self._present, self._owner, self._got = present, owner, 0
         if present.kind == ANSWER and owner is not None:
-            self._target = owner.memory
+            self._target = owner.follows
         else:
             self._target = self._room(present.payload_bytes)
 
@@ -213,16 +221,33 @@ class Link:
         self._present = self._owner = None
         self._filled = 0
         if owner is None:
-            self.forgotten.discard(present.request_id)
+            if present.request_id in self.forgotten:
+                self.forgotten.discard(present.request_id)
+                self._free(present.request_id)
+            return
+        if present.kind == ANSWER:
+            self._answered(owner)
             return
         del self.outstanding[owner.request_id]
-        if present.kind == ANSWER:
-            owner.state = ANSWERED
-        elif present.kind == ERROR:
+        self._free(owner.request_id)
+        if present.kind == ERROR:
             owner.fail(bytes(self._target[: self._got]).decode(errors="replace") or "an error without words")
             owner.raised = present.flags == FAILED
         elif present.kind == DRAINING:
             owner.fail("it is draining")
+
+    def _answered(self, attempt: LaneAttempt) -> None:
+        """Its whole answer has come; one that lies in slots is taken from there, before they are used again."""
+        del self.outstanding[attempt.request_id]
+        if attempt.slot and self.memory is not None:
+            self.memory.read(attempt.slot, attempt.memory)
+            self.memory.slots.give_back(attempt.request_id)
+        attempt.state = ANSWERED
+
+    def _free(self, request_id: int) -> None:
+        """The shard has replied: it reads and writes the slots of that frame no more."""
+        if self.memory is not None:
+            self.memory.slots.give_back(request_id)
 
     def _feed(self, data: memoryview) -> None:
         """Take bytes that were read too early."""

@@ -3,6 +3,9 @@
 A read takes the head and as many payload bytes as there are in one call, straight into a buffer of the pool. When it
 also caught the start of the next frame, that is carried over. A peer that sends slowly keeps a buffer, and one that
 does not read its answers keeps those; beyond a bound nothing more is read from it. Nobody else waits for either.
+
+Rows may also lie in memory that both ends map. They are run from there, and their answer is written beside them before
+its head is sent. A peer that changes them meanwhile changes its own answer.
 """
 
 from __future__ import annotations
@@ -28,10 +31,14 @@ from experts_service.wire.frame import (
     refusal_head,
 )
 from experts_service.wire.receive_buffer import BufferPool, ReceiveBuffer
+from experts_service.wire.shared_memory import ROWS_PER_SLOT, SharedMemory
 
 MAX_FRAMES = 16  # of one connection, waiting for their turn; a coordinator has as many as it has microbatches
 MAX_UNSENT = 16  # pieces of answers that the peer has not read
 COPIED_BYTES = 128 * 1024  # an answer up to this size is copied into the frame's own buffer: cheaper than a new view
+
+
+NOTHING = memoryview(b"")
 
 
 class PeerLeft(Exception):
@@ -45,21 +52,45 @@ class RowsFrame:
     connection: Connection
     head: RowsHead
     reply_head: bytes  # of the answer
-    buffer: ReceiveBuffer
+    rows: Tensor  # [R, D]
+    buffer: ReceiveBuffer | None  # that they are in; None: a slot
+    answer: Tensor | None  # [R, D], beside the rows in that slot
     arrived: float
     deadline: float
 
-    @property
-    def rows(self) -> Tensor:  # [R, D]
-        return self.buffer.rows(self.head.rows)
+
+class SlotRows:
+    """The rows and answers that a connection's memory holds, as tensors."""
+
+    def __init__(self, memory: SharedMemory, shape: LaneShape) -> None:
+        self.num_slots = memory.num_slots
+        self._halves = [half.view(shape.dtype).view(-1, shape.hidden) for half in (memory.requests, memory.answers)]
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # those of few rows come again and again
+
+    def at(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
+        """The rows [R, D] that a head with this `slot` names, and where their answer goes."""
+        views = self._views.get((slot, count))
+        if views is None:
+            start = (slot - 1) * ROWS_PER_SLOT
+            requests, answers = self._halves
+            views = requests[start : start + count], answers[start : start + count]
+            if count <= ROWS_PER_SLOT:
+                self._views[slot, count] = views
+        return views
 
 
 class Connection:
     """The bytes of one connection. Used by one thread."""
 
     def __init__(
-        self, channel: socket.socket, shape: LaneShape, pool: BufferPool, deliver: Callable[[RowsFrame], None]
+        self,
+        channel: socket.socket,
+        shape: LaneShape,
+        pool: BufferPool,
+        deliver: Callable[[RowsFrame], None],
+        memory: SharedMemory | None = None,
     ) -> None:
+        """`memory`: that the peer maps as well."""
         self.channel = channel
         self.descriptor = channel.fileno()
         self.closed = False
@@ -74,6 +105,12 @@ class Connection:
         self._read: RowsHead | None = None  # its head, once that is complete
         self._unsent: deque[memoryview] = deque()
         self._broken = False
+        self._slots = None if memory is None else SlotRows(memory, shape)
+        self._num_slots = 0 if memory is None else memory.num_slots
+
+    @property
+    def has_memory(self) -> bool:
+        return self._slots is not None
 
     @property
     def wants_to_write(self) -> bool:
@@ -107,7 +144,10 @@ class Connection:
     def reply(self, frame: RowsFrame, answer: Tensor) -> None:
         """Send `answer` [R, D], contiguous, on the host."""
         size = frame.head.payload_bytes
-        if size <= COPIED_BYTES:
+        if frame.answer is not None:
+            frame.answer.copy_(answer)
+            self._keep(frame.reply_head, NOTHING, self._send(frame.reply_head, NOTHING))
+        elif size <= COPIED_BYTES and frame.buffer is not None:
             frame.rows.copy_(answer)
             payload = frame.buffer.view[:size]
             sent = self._send(frame.reply_head, payload)
@@ -126,7 +166,8 @@ class Connection:
     def done_with(self, frame: RowsFrame) -> None:
         """The frame was answered, or will never be: its buffer is free."""
         self.waiting -= 1
-        self._pool.give_back(frame.buffer)
+        if frame.buffer is not None:
+            self._pool.give_back(frame.buffer)
 
     def flush(self) -> None:
         """Send what the peer had no room for. Raises OSError."""
@@ -147,6 +188,7 @@ class Connection:
             self.closed = True
             self.channel.close()
             self._unsent.clear()
+            self._slots = None  # frames that are being run keep it mapped
             self._pool.give_back(self._buffer)
 
     def _send(self, head: bytes, payload: memoryview) -> int:
@@ -173,23 +215,30 @@ class Connection:
         """Deliver the present frame if it is complete; whether bytes of the next one are there already."""
         head = self._read
         if head is None:
-            self._read = head = self._form.read(self._head, self._shape)
-            if head.payload_bytes > self._buffer.capacity:
+            self._read = head = self._form.read(self._head, self._shape, self._num_slots)
+            if not head.slot and head.payload_bytes > self._buffer.capacity:
                 self._grow(head.payload_bytes, self._filled - len(self._head))
-        surplus = self._filled - len(self._head) - head.payload_bytes
+        size = 0 if head.slot else head.payload_bytes  # of what follows the head
+        surplus = self._filled - len(self._head) - size
         if surplus < 0:
             return False
         now = time.monotonic()
-        frame = RowsFrame(self, head, answer_head(self._head), self._buffer, now, now + head.deadline_ms / 1000.0)
-        self._buffer = self._pool.take(surplus)
+        reply_head, here = answer_head(self._head), self._buffer
+        buffer = answer = None
+        if head.slot and self._slots is not None:
+            rows, answer = self._slots.at(head.slot, head.rows)
+        else:
+            rows, buffer = here.rows(head.rows), here
+            self._buffer = self._pool.take(surplus)
         self._filled, self._read = surplus, None
         if surplus:
-            extra = frame.buffer.view[head.payload_bytes : head.payload_bytes + surplus]
+            extra = here.view[size : size + surplus]
             in_head = min(surplus, len(self._head))
             self._head[:in_head] = extra[:in_head]
             self._buffer.view[: surplus - in_head] = extra[in_head:]
         self.waiting += 1
-        self._deliver(frame)
+        deadline = now + head.deadline_ms / 1000.0
+        self._deliver(RowsFrame(self, head, reply_head, rows, buffer, answer, now, deadline))
         return surplus > 0
 
     def _grow(self, size: int, filled: int) -> None:

@@ -19,6 +19,7 @@ import select
 import socket
 import threading
 import time
+from array import array
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ from experts_service.shard.batch import Maths, run_as_one
 from experts_service.shard.connection import Connection, PeerLeft, RowsFrame
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
 from experts_service.wire.frame import FAILED, LATE, FrameError, LaneShape
-from experts_service.wire.handshake import HandshakeRefused, ShardHandshake
+from experts_service.wire.handshake import NO_MEMORY, HandshakeRefused, ShardHandshake
 from experts_service.wire.receive_buffer import BufferPool
+from experts_service.wire.shared_memory import SharedMemory, create
 
 logger = logging.getLogger(__name__)
 
 MAX_MERGED_ROWS = 4096  # of one batch; a decode step is not to wait for two prefills
 MAX_UNPROVEN, MAX_CONNECTIONS = 64, 512  # peers that have not proved themselves; those that have
+MAX_MEMORIES = 16  # connections with memory of their own; those beyond send their rows
 IDLE_S = 5.0  # longest sleep; nothing is due then, it only bounds the wait
 WARNING_PAUSE_S = 1.0  # between two warnings about peers: a flood of them is one line a second
 
@@ -50,6 +53,7 @@ class LaneStats:
 
     connections: int  # now
     frames: int
+    in_memory: int  # those of them whose rows lay in shared memory
     rows: int
     batches: int  # calls of the maths; fewer than frames where frames were merged
     busy_s: float  # in the maths
@@ -92,7 +96,7 @@ class LaneServer:
         self._connections: dict[int, Connection] = {}
         self._interest: dict[int, int] = {}
         self._draining = self._stopping = self._running = False
-        self._frames = self._rows = self._batches = self._late = self._refused = 0
+        self._frames = self._in_memory = self._rows = self._batches = self._late = self._refused = 0
         self._busy_s = self._queue_s = 0.0
         self._warned_at = float("-inf")
         self._accept_again_at: float | None = None
@@ -126,6 +130,7 @@ class LaneServer:
         return LaneStats(
             connections=len(self._connections),
             frames=self._frames,
+            in_memory=self._in_memory,
             rows=self._rows,
             batches=self._batches,
             busy_s=self._busy_s,
@@ -216,6 +221,7 @@ class LaneServer:
         self._batches += 1
         for frame in frames:
             self._frames += 1
+            self._in_memory += frame.buffer is None
             self._rows += frame.head.rows
             self._queue_s += started - frame.arrived
         for index, frame in enumerate(frames):
@@ -236,7 +242,7 @@ class LaneServer:
         for _ in range(len(self._queue)):
             frame = self._queue.popleft()
             if frame.connection.closed:
-                self._pool.give_back(frame.buffer)
+                frame.connection.done_with(frame)
             elif frame.deadline <= now:
                 self._late += 1
                 frame.connection.refuse(frame, LATE, "its deadline passed before its turn")
@@ -289,11 +295,14 @@ class LaneServer:
             elif len(peer.received) == peer.handshake.wants:
                 reply = peer.handshake.receive(peer.received)
                 peer.received = b""
-                if peer.channel.send(reply) < len(reply):
-                    raise HandshakeRefused("the peer does not read")
-                if not peer.handshake.wants:
+                if peer.handshake.wants:
+                    _say(peer.channel, reply)
+                else:
+                    memory = self._say_last(peer, reply)
                     del self._unproven[descriptor]
-                    self._connections[descriptor] = Connection(peer.channel, self._shape, self._pool, self._enqueue)
+                    self._connections[descriptor] = Connection(
+                        peer.channel, self._shape, self._pool, self._enqueue, memory
+                    )
                     self._interest[descriptor] = _READ
         except BlockingIOError:
             return
@@ -301,6 +310,27 @@ class LaneServer:
             self._refuse(descriptor, f"refused a lane: {error}")
         except OSError:
             self._drop(descriptor)
+
+    def _say_last(self, peer: _UnprovenPeer, proof: bytes) -> SharedMemory | None:
+        """Prove ourselves to a peer that has done so, and give it the memory that it asks for, if there is some."""
+        if not peer.handshake.wants_memory:
+            _say(peer.channel, proof)
+            return None
+        mapped = sum(connection.has_memory for connection in self._connections.values())
+        if self._for_gpu or peer.channel.family != socket.AF_UNIX or mapped >= MAX_MEMORIES:
+            _say(peer.channel, proof + NO_MEMORY)
+            return None
+        try:
+            memory, descriptor = create(self._shape.hidden * self._shape.dtype.itemsize)
+        except OSError as error:
+            self._warn(f"rows of a coordinator on this node are sent, not shared: {error}")
+            _say(peer.channel, proof + NO_MEMORY)
+            return None
+        try:
+            _say(peer.channel, proof + memory.description, descriptor)
+        finally:
+            os.close(descriptor)
+        return memory
 
     def _adjust(self, descriptor: int, connection: Connection) -> None:
         """Have epoll report what this connection can go on with."""
@@ -355,3 +385,10 @@ class LaneServer:
         self.path.unlink(missing_ok=True)
         os.close(self._wake)
         self._epoll.close()
+
+
+def _say(channel: socket.socket, message: bytes, descriptor: int | None = None) -> None:
+    """Part of a handshake, which a socket that was just opened has room for. Raises HandshakeRefused, or OSError."""
+    given = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
+    if channel.sendmsg([message], given) < len(message):
+        raise HandshakeRefused("the peer does not read")

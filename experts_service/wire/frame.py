@@ -5,6 +5,9 @@
     error      head [44] · a sentence in UTF-8                shard → coordinator, `flags` says of which kind
     draining   head [44]                                      shard → coordinator: not run, ask another replica
 
+Where both ends map the same memory, a head may name a slot of it: the rows of frame and answer lie there, and only the
+head and its counts are sent.
+
 A reply echoes the head of what it replies to, with another kind (an error also with its own flags and size): so one
 comparison of 44 bytes tells that an answer is the one asked for, of this request id, epoch, layer and attempt, and of
 the right shape and dtype. All integers are little-endian, and so are the rows: big-endian hosts are refused at import.
@@ -19,6 +22,8 @@ from struct import Struct
 from typing import NamedTuple
 
 import torch
+
+from experts_service.wire.shared_memory import ROWS_PER_SLOT
 
 if sys.byteorder != "little":
     raise ImportError("lanes carry little-endian rows as they are in memory; use transport object_store on this host")
@@ -69,7 +74,7 @@ class RowsHead(NamedTuple):
     rows: int  # R
     hidden: int
     num_experts: int
-    reserved: int
+    slot: int  # 0: the rows follow; else they lie in the connection's memory, 1 being its slot 0
     deadline_ms: int  # left when it was sent
     payload_bytes: int
     counts: tuple[int, ...]  # rows of each expert; their sum is R
@@ -94,27 +99,31 @@ class RowsFormat:
         hidden: int,
         deadline_ms: int,
         counts: tuple[int, ...],
+        slot: int = 0,
     ) -> bytes:
-        """The head for `rows` rows; they follow as they are in memory. Raises FrameError past the size limit."""
+        """The head for `rows` rows; they follow as they are in memory, unless they lie in a `slot`.
+
+        Raises FrameError past the size limit.
+        """
         payload = rows * hidden * dtype.itemsize
         if payload > MAX_PAYLOAD_BYTES:
             raise FrameError(f"{payload} bytes of rows in one frame; the limit is {MAX_PAYLOAD_BYTES}")
         return self._struct.pack(
             MAGIC, VERSION, ROWS, DTYPES[dtype], 0, request_id, epoch & 0xFFFFFFFF, layer, attempt, rows, hidden,
-            self._num_experts, 0, deadline_ms, payload, *counts,
+            self._num_experts, slot, deadline_ms, payload, *counts,
         )  # fmt: skip
 
-    def read(self, head: bytearray, shape: LaneShape) -> RowsHead:
-        """The fields of a head, all checked against `shape`. Raises FrameError."""
+    def read(self, head: bytearray, shape: LaneShape, num_slots: int = 0) -> RowsHead:
+        """The fields of a head, all checked against `shape` and the connection's slots. Raises FrameError."""
         fields = self._struct.unpack_from(head)
         counts = fields[15:]
-        rows, hidden, num_experts, reserved, _, payload = fields[9:15]
+        rows, hidden, num_experts, slot, _, payload = fields[9:15]
         if (
             fields[:5] == (MAGIC, VERSION, ROWS, DTYPES[shape.dtype], 0)
             and fields[7] < shape.num_layers
             and hidden == shape.hidden
             and num_experts == self._num_experts
-            and reserved == 0
+            and (slot == 0 or (slot - 1) * ROWS_PER_SLOT + rows <= num_slots * ROWS_PER_SLOT)
             and rows == sum(counts) > 0
             and payload == rows * hidden * shape.dtype.itemsize <= MAX_PAYLOAD_BYTES
         ):
@@ -128,7 +137,7 @@ class ReplyHead(NamedTuple):
     kind: int
     flags: int
     request_id: int
-    payload_bytes: int
+    payload_bytes: int  # that follow
 
 
 def answer_head(asked: bytes | bytearray) -> bytes:
@@ -146,15 +155,15 @@ def refusal_head(asked: bytes | bytearray, kind: int, flags: int, payload_bytes:
 
 def read_reply(head: bytes | bytearray) -> ReplyHead:
     """Kind, owner and size of any reply. Raises FrameError; whether somebody waits for it is not known here."""
-    magic, version, kind, dtype, flags, request_id, _, _, _, rows, hidden, _, reserved, _, size = _HEAD.unpack(head)
-    if magic != MAGIC or version != VERSION or reserved or dtype not in _ITEM_BYTES:
+    magic, version, kind, dtype, flags, request_id, _, _, _, rows, hidden, _, slot, _, size = _HEAD.unpack(head)
+    if magic != MAGIC or version != VERSION or dtype not in _ITEM_BYTES:
         raise FrameError(f"not the head of a reply of lane version {VERSION}: {bytes(head[:8]).hex()}")
     if kind == ANSWER:
         if size != rows * hidden * _ITEM_BYTES[dtype] or size > MAX_PAYLOAD_BYTES:
             raise FrameError(f"an answer of {size} bytes for {rows} rows of {hidden}")
     elif not (kind == ERROR and size <= MAX_MESSAGE_BYTES) and not (kind == DRAINING and size == 0):
         raise FrameError(f"a reply of kind {kind} and {size} bytes")
-    return ReplyHead(kind, flags, request_id, size)
+    return ReplyHead(kind, flags, request_id, 0 if kind == ANSWER and slot else size)
 
 
 def _complaint(head: RowsHead, shape: LaneShape) -> str:
@@ -168,5 +177,5 @@ def _complaint(head: RowsHead, shape: LaneShape) -> str:
     return (
         f"rows that do not fit this shard: dtype {head.dtype}, flags {head.flags}, layer {head.layer} of "
         f"{shape.num_layers}, {head.rows} rows (counts give {sum(head.counts)}) of {head.hidden} (here "
-        f"{shape.hidden}), {head.num_experts} experts, {head.payload_bytes} bytes"
+        f"{shape.hidden}), {head.num_experts} experts, {head.payload_bytes} bytes, slot {head.slot}"
     )

@@ -43,6 +43,7 @@ class SharedMemory:
         """Map `descriptor`, which stays the caller's. Raises OSError."""
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
+        self.description = DESCRIPTION.pack(num_slots, slot_bytes)  # for the other end
         memory = mmap.mmap(descriptor, 2 * num_slots * slot_bytes)
         with suppress(OSError):
             memory.madvise(mmap.MADV_DONTFORK)  # a child of this process has nothing to do with it

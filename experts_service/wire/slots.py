@@ -15,6 +15,7 @@ class Slots:
     """Those of one connection. Used by one thread, the coordinator's."""
 
     def __init__(self, number: int) -> None:
+        self._number = number
         self._free = (1 << number) - 1  # a bit for each slot
         self._taken: dict[int, int] = {}  # request id → the bits of its slots
 
@@ -24,6 +25,8 @@ class Slots:
 
     def take(self, request_id: int, count: int) -> int | None:
         """The first of `count` adjacent slots, the lowest there are; None: no room."""
+        if count > self._number:
+            return None
         starts = self._free
         for _ in range(count - 1):
             starts &= starts >> 1  # where one more free slot follows

@@ -24,6 +24,7 @@ FINGERPRINT = "f" * 64
 NUM_LAYERS, NUM_EXPERTS, HIDDEN = 3, 4, 8
 GROUPS = (ExpertGroup(0, (0, 3)), ExpertGroup(1, (2, 1)))
 HERE, ELSEWHERE = "this node", "another node"
+MEMORY = False  # whether coordinators ask shards on their node for memory to share; tests of both ways set it
 
 
 def maths(experts: Sequence[int]) -> Maths:
@@ -64,6 +65,7 @@ class Shards:
     table: RoutingTable = field(default_factory=RoutingTable)
     dialled: list[str] = field(default_factory=list)
     transports: list[LaneTransport] = field(default_factory=list)
+    memory: bool = field(default_factory=lambda: MEMORY)
 
     def start(
         self, replica_id: str, group: int, run: Maths | None = None, *, fingerprint: str = FINGERPRINT
@@ -97,7 +99,9 @@ class Shards:
         fingerprint: str = FINGERPRINT,
         of_tiers: Mapping[str, str] | None = None,
     ) -> LaneTransport:
-        dialer = LaneDialer(self.address, secret=secret, fingerprint=fingerprint, node_id=HERE, of_tiers=of_tiers)
+        dialer = LaneDialer(
+            self.address, secret=secret, fingerprint=fingerprint, node_id=HERE, of_tiers=of_tiers, memory=self.memory
+        )
         deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
         transport = LaneTransport(deployments, self.table, dialer, timeout_s=timeout_s)
         self.transports.append(transport)

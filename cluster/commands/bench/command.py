@@ -36,6 +36,16 @@ class TransportName(StrEnum):
     LOCAL = "local"
 
 
+class CarrierName(StrEnum):
+    """What moves the rows of a dispatch; `auto` chooses."""
+
+    AUTO = "auto"
+    MEMORY = "memory"
+    LANE = "lane"
+    OBJECT_STORE = "object_store"
+    LOCAL = "local"
+
+
 class DtypeName(StrEnum):
     """What weights and activations are held in."""
 
@@ -101,11 +111,13 @@ def dispatch(
     hidden: Annotated[int, typer.Option(min=1, help="Numbers in a row.")] = 4096,
     dtype: Annotated[DtypeName, typer.Option(help="Of a number.")] = DtypeName.BFLOAT16,
     repeats: Annotated[int, typer.Option(min=1, help="Round trips of each measurement.")] = 300,
-    transport: Annotated[list[TransportName], typer.Option(help="Repeat for several.")] = [  # noqa: B006
-        TransportName.LANE,
-        TransportName.OBJECT_STORE,
-        TransportName.LOCAL,
+    transport: Annotated[list[CarrierName], typer.Option(help="Repeat for several.")] = [  # noqa: B006
+        CarrierName.MEMORY,
+        CarrierName.LANE,
+        CarrierName.OBJECT_STORE,
+        CarrierName.LOCAL,
     ],
+    profile: Annotated[bool, typer.Option(help="Also: which calls a dispatch makes here, and what they take.")] = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw cost over rows.")] = None,
 ) -> None:
     """Time one layer's dispatch and combine, without maths, for each transport."""
@@ -113,7 +125,7 @@ def dispatch(
     from cluster.commands.bench.dispatch import run
 
     names = tuple(one.value for one in transport)
-    run(tuple(rows), tuple(groups), hidden, dtype.value, repeats, names, plot)
+    run(tuple(rows), tuple(groups), hidden, dtype.value, repeats, names, plot, profile=profile)
 
 
 @app.command()

@@ -10,6 +10,9 @@ for one group, 0.81 for two, 0.96 for eight (blocks of 300 in turn in one proces
 
 from __future__ import annotations
 
+import cProfile
+import os
+import pstats
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +47,7 @@ TIMEOUT_S = 60.0
 BARE = "bare"
 WARM_UP = 50
 LONGEST_S = 10.0  # of one measurement; repeats beyond are left out
+MOST_LINES = 20  # of a profile
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -94,8 +98,10 @@ def run(
     repeats: int,
     transports: tuple[str, ...],
     plot: Path | None,
+    *,
+    profile: bool = False,
 ) -> None:
-    """Print a table and one JSON line; draw cost over rows where `plot` names a file."""
+    """Print a table and one JSON line; draw cost over rows where `plot` names a file; say what calls take."""
     torch.set_num_threads(1)  # rows are copied and added, nothing is multiplied
     if plot is not None:
         check_plotting()
@@ -108,6 +114,7 @@ def run(
         ],
     )
     results: list[dict[str, Any]] = []
+    profiles: list[tuple[str, list[tuple[str, str, str]]]] = []
 
     def add(transport: str, count: int, number: int, round_trip: Callable[[], object]) -> None:
         p50, p99 = _measure(round_trip, repeats)
@@ -121,7 +128,10 @@ def run(
                     [ExpertGroup(group, (group,)) for group in range(number)], _transport(name, deployments, table)
                 )
                 for count in rows:
-                    add(name, count, number, _round_trip(dispatcher, count, number, hidden, getattr(torch, dtype)))
+                    round_trip = _round_trip(dispatcher, count, number, hidden, getattr(torch, dtype))
+                    add(name, count, number, round_trip)
+                    if profile:
+                        profiles.append((f"{name}, {number} × {count}", _profile(round_trip, repeats)))
                 dispatcher.close()
             for count in rows:
                 with echoes(number, count * hidden * getattr(torch, dtype).itemsize) as round_trip:
@@ -132,6 +142,8 @@ def run(
         ("groups × rows", BARE, *transports),
         [(f"{g} × {r}", *(cells[g, r, name] for name in (BARE, *transports))) for g in groups for r in rows],
     )
+    for title, calls in profiles:
+        output.table(f"{title}: calls here", ("function", "calls a dispatch", "µs a dispatch"), calls)
     if plot is not None:
         _draw(results, hidden, dtype, plot)
     output.json({"bench": "dispatch", "results": results})
@@ -150,6 +162,7 @@ def _transport(name: str, deployments: Mapping[int, Deployment], table: RoutingT
         secret=read_lane_secret(ensure_lane_secret()),
         fingerprint=FINGERPRINT,
         node_id=ray.get_runtime_context().get_node_id(),
+        memory=name in ("auto", "memory"),
     )
     lane = LaneTransport(deployments, table, dialer, timeout_s=TIMEOUT_S)
     return AutoTransport(lane, object_store) if name == "auto" else lane
@@ -211,6 +224,26 @@ def _measure(round_trip: Callable[[], object], repeats: int) -> tuple[float, flo
             break
     p50, p99 = np.percentile(seconds, (50, 99)) * 1e6
     return round(float(p50), 1), round(float(p99), 1)
+
+
+@torch.inference_mode()
+def _profile(round_trip: Callable[[], object], repeats: int) -> list[tuple[str, str, str]]:
+    """What this process calls in a dispatch, the costliest first: name, how often, µs in it alone, as the profiler sees
+    them. It makes calls of Python slower than they are, and those of C hardly.
+    """
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(repeats):
+        round_trip()
+    profiler.disable()
+    entries: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    calls = [(own, number, file, name) for (file, _, name), (_, number, own, *_) in entries.items()]
+    of_python = sum(number for _, number, file, _ in calls if file != "~")
+    lines = [("all functions of Python", f"{of_python / repeats:.1f}", "")]
+    for own, number, file, name in sorted(calls, reverse=True)[:MOST_LINES]:
+        where = name if file == "~" else f"{os.path.basename(file)} {name}"
+        lines.append((where, f"{number / repeats:.1f}", f"{own / repeats * 1e6:.1f}"))
+    return lines
 
 
 def _draw(results: Sequence[Mapping[str, Any]], hidden: int, dtype: str, file: Path) -> None:

@@ -23,6 +23,7 @@ from cluster.planning.placement import (
     gib,
     kv_bytes_per_token,
     kv_dtype,
+    shared_memory_bytes,
 )
 from cluster.planning.plan import USABLE
 from cluster.planning.roofline import Link, Load, Model
@@ -152,6 +153,7 @@ def propose(
     if wanted is not None and ("cuda", wanted) not in held:
         raise ConfigError(f"engine.quantization: {config.path} is quantised already; leave it out")
     memory = machine.node.memory_bytes - (machine.cards + 2) * (SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES)
+    memory -= architecture.num_experts * shared_memory_bytes(architecture, dtype)  # a shard for each, at most
     by_use = sorted(range(architecture.num_experts), key=lambda expert: -observed.rows[expert] if observed else 0)
     found = [
         (split, look_at(_configured(plain, split), checkpoint, machine, load, lanes, observed, costs))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRANSPORTS = ("lane", "object_store", "auto", "local")
+TRANSPORTS = ("memory", "lane", "object_store", "auto", "local")
 
 
 def test_every_transport_is_timed_and_the_bare_bytes_beside_them(tmp_path):
@@ -13,7 +13,7 @@ def test_every_transport_is_timed_and_the_bare_bytes_beside_them(tmp_path):
     arguments = ["--rows", "1", "--rows", "3", "--groups", "2", "--hidden", "256", "--repeats", "5"]
     arguments += [part for name in TRANSPORTS for part in ("--transport", name)]
     done = subprocess.run(
-        [manta, "bench", "dispatch", *arguments, "--plot", plot],
+        [manta, "bench", "dispatch", *arguments, "--plot", plot, "--profile"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -25,4 +25,6 @@ def test_every_transport_is_timed_and_the_bare_bytes_beside_them(tmp_path):
     seen = {(one["transport"], one["rows"], one["groups"]) for one in document["results"]}
     assert seen == {(name, rows, 2) for name in (*TRANSPORTS, "bare") for rows in (1, 3)}
     assert all(0 < one["p50_us"] <= one["p99_us"] for one in document["results"])
+    assert "memory, 2 × 3: calls here" in done.stdout
+    assert "method 'sendmsg'" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")

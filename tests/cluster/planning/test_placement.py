@@ -14,6 +14,8 @@ from cluster.checkpoint.architecture import all_tensors
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.planning.placement import (
+    SERVICE_PROCESS_BYTES,
+    TORCH_PROCESS_BYTES,
     ExpertGroup,
     Node,
     Room,
@@ -24,7 +26,9 @@ from cluster.planning.placement import (
     kv_bytes_per_token,
     kv_dtype,
     plan_groups,
+    shared_memory_bytes,
 )
+from experts_service.wire.shared_memory import memory_bytes
 
 GIB = 2**30
 
@@ -120,6 +124,27 @@ def test_keys_and_values_in_8_bits_are_counted_as_such() -> None:
     check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=tokens, kv_dtype="int8")
     with pytest.raises(DoesNotFit, match=r"coordinator 0 needs 1[5-9]"):
         check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=tokens)
+
+
+def test_memory_that_coordinators_share_with_shards_is_counted() -> None:
+    """A machine with room for the weights alone came to its limit once coordinators were connected."""
+    of_pair = shared_memory_bytes(MIXTRAL_8X7B, "bfloat16")
+    assert of_pair == memory_bytes(2 * MIXTRAL_8X7B.hidden_size) == 32 * 2**20
+    groups = plan_groups("auto", 8, num_gpus=0, num_cpus=8)
+
+    def fits(memory: int) -> bool:
+        room = Room([Node("machine", memory)])
+        try:
+            check_fit(MIXTRAL_8X7B, "bfloat16", groups, room, kv_tokens=4096, num_coordinators=3)
+        except DoesNotFit:
+            return False
+        return True
+
+    weights = WeightBytes.of(MIXTRAL_8X7B, "bfloat16")
+    held = 3 * (weights.coordinator + 4096 * kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16")) + 8 * weights.expert
+    processes = 11 * (TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES)
+    assert fits(held + processes + 3 * 8 * of_pair)
+    assert not fits(held + processes + 3 * 8 * of_pair - 1)
 
 
 def test_of_a_gpu_they_are_not_kept_so() -> None:

@@ -36,6 +36,8 @@ from tests.experts_service.lanes import (
     shards,
 )
 
+pytestmark = pytest.mark.usefixtures("carrier")
+
 UNIX_AND_TCP = pytest.mark.parametrize("node", [HERE, ELSEWHERE], ids=["unix", "tcp"])
 
 

@@ -21,6 +21,8 @@ from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import GROUPS, Shards, ask, batch, expected, maths, shards
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.usefixtures("usual_carrier")
+
 
 class Network:
     """Dials as usual, but nothing comes back from replicas that are cut off."""

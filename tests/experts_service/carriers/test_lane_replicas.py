@@ -22,6 +22,8 @@ from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import GROUPS, LocalMaths, ask, batch, expected, maths, shards
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.usefixtures("usual_carrier")
+
 
 def slow(experts: Sequence[int], seconds: Callable[[], float]) -> Maths:
     """The same answers, later."""

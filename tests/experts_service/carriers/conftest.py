@@ -1,0 +1,25 @@
+"""Lanes with memory that both ends map, and without: what fails, fails in both."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.experts_service import lanes
+
+
+def _carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    monkeypatch.setattr(lanes, "MEMORY", name == "memory")
+    return name
+
+
+@pytest.fixture(params=["sent", "memory"])
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rows travel over the lanes of a test. Over TCP they are sent, whatever a coordinator asks for."""
+    return _carrier(request, monkeypatch)
+
+
+@pytest.fixture(params=[pytest.param("sent", marks=pytest.mark.long), "memory"])
+def usual_carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for tests that take seconds, of what does not hang on it."""
+    return _carrier(request, monkeypatch)

@@ -1,0 +1,38 @@
+"""A shard of a lane in a process of its own: `python -m tests.programs.lane_shard GROUP`. Says where it listens.
+
+Layer 2 is where it can be caught: it says `computing`, and goes on once standard input has a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from experts_service.shard.server import LaneServer
+from experts_service.wire.frame import LaneShape
+from tests.experts_service.lanes import FINGERPRINT, GROUPS, HIDDEN, NUM_LAYERS, SECRET, maths
+
+experts = GROUPS[int(sys.argv[1])].experts
+run = maths(experts)
+
+
+def wait_in_layer_2(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    if layer == 2:
+        print("computing", flush=True)
+        sys.stdin.readline()
+    return run(layer, rows, counts)
+
+
+server = LaneServer(
+    wait_in_layer_2,
+    LaneShape(NUM_LAYERS, len(experts), HIDDEN, torch.float32),
+    secret=SECRET,
+    fingerprint=FINGERPRINT,
+    host="127.0.0.1",
+)
+server.start()
+print(server.path, server.port, flush=True)
+server._thread.join()
