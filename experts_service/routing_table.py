@@ -47,14 +47,10 @@ class RoutingTable:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # re-entrant
-        self._epoch = 0
+        self.epoch = 0  # raised by each change; others only read it
         self._replicas: dict[Deployment, tuple[Replica, ...]] = {}
         self._turn = 0
         self._listeners: list[Callable[[], None]] = []
-
-    @property
-    def epoch(self) -> int:
-        return self._epoch
 
     def replicas(self, deployment: Deployment) -> tuple[Replica, ...]:
         """Trusted replicas first."""
@@ -64,7 +60,7 @@ class RoutingTable:
         """Replace the replicas of a deployment by those that Serve knows. Known ones keep their epoch and suspicion."""
         with self._changed:
             known = {replica.replica_id: replica for replica in self.replicas(deployment)}
-            fresh = self._epoch + 1
+            fresh = self.epoch + 1
             self._set(deployment, [known.get(r.replica_id) or replace(r, epoch=fresh) for r in replicas])
 
     def publish_tier(self, deployment: Deployment, tier: str, replicas: Iterable[Replica]) -> None:
@@ -93,7 +89,7 @@ class RoutingTable:
     def renew(self, deployment: Deployment, replica_id: str) -> None:
         """There is a new connection to the replica: it is trusted, and what failed before says nothing any more."""
         with self._changed:
-            fresh = self._epoch + 1
+            fresh = self.epoch + 1
             self._set(
                 deployment,
                 [
@@ -110,7 +106,7 @@ class RoutingTable:
                 return None
             eligible = [r for r in replicas if not r.suspected] or list(replicas)
             self._turn += 1
-            return eligible[self._turn % len(eligible)], self._epoch
+            return eligible[self._turn % len(eligible)], self.epoch
 
     def wait_for(self, deployments: Iterable[Deployment], timeout_s: float) -> None:
         """Return once each deployment has a replica. Raises ExpertUnavailable, naming those without, at the timeout."""
@@ -124,7 +120,7 @@ class RoutingTable:
     def wait_for_change(self, epoch: int, timeout_s: float) -> bool:
         """Whether the epoch passed `epoch` before the timeout."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._epoch > epoch, timeout_s)
+            return self._changed.wait_for(lambda: self.epoch > epoch, timeout_s)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` after each change, on the thread that made it. Returns what ends that for good."""
@@ -141,7 +137,7 @@ class RoutingTable:
         before = self.replicas(deployment)
         if not any(r.replica_id == replica_id and r.suspected != suspected for r in before):
             return
-        fresh = self._epoch + 1
+        fresh = self.epoch + 1
         marked = [
             replace(r, suspected=suspected, epoch=r.epoch if suspected else fresh) if r.replica_id == replica_id else r
             for r in before
@@ -149,7 +145,7 @@ class RoutingTable:
         self._set(deployment, marked)
 
     def _set(self, deployment: Deployment, replicas: list[Replica]) -> None:
-        self._epoch += 1
+        self.epoch += 1
         self._replicas[deployment] = tuple(sorted(replicas, key=lambda r: r.suspected))
         self._changed.notify_all()
         for listener in tuple(self._listeners):

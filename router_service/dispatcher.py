@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ from router_service.routing import Routing
 from router_service.rows import combine, is_compiled
 
 Indices = npt.NDArray[np.int64]
+
+MOST_ROW_PLANS = 1024
 
 # T tokens, K experts per token, D hidden size, E experts
 
@@ -50,6 +53,14 @@ class Dispatch:
     def close(self) -> None:
         """Nobody waits for what has not come. On the thread that sent it, before it is dropped."""
         self.flight.close()
+
+
+class _RowPlan(NamedTuple):
+    """What follows from the experts of one row, whatever its numbers."""
+
+    parts: tuple[tuple[int, Indices, tuple[int, ...], int], ...]  # group, row indices, counts, start of its answers
+    take: Tensor | None  # as in `Dispatch`
+    pairs: Tensor | None
 
 
 class Dispatcher:
@@ -74,8 +85,7 @@ class Dispatcher:
         self._rows_per_expert = [0] * len(self._order)
         self._here = transport if isinstance(transport, LocalTransport) else None
         self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
-        self._identity = list(range(len(self._order)))
-        self._permutations: dict[tuple[int, ...], Tensor] = {}
+        self._row_plans: dict[tuple[int, ...], _RowPlan] = {}  # by the experts of one row, in the gate's order
         self._grouped = None if self._here is None else self._here.grouped
         self._on_device: tuple[Tensor, Tensor] | None = None  # ranks [E]; ends [E] of all dispatches, summed, by rank
         if self._grouped is not None:
@@ -207,39 +217,42 @@ class Dispatcher:
 
     def _dispatch_row(self, layer: int, row: Tensor, experts: list[int], answers: Tensor) -> Dispatch:
         """The same for one row [1, D] and its `experts` [K]."""
-        top_k = len(experts)
-        ranked = sorted(self._ranks[expert] for expert in experts)  # the answers stand in this order
-        parts: list[GroupRows] = []
-        start = 0
-        while start < top_k:
-            group, first = self._group_of[ranked[start]]
-            counts = [0] * len(group.experts)
-            end = start
-            while end < top_k and ranked[end] < first + len(counts):
-                counts[ranked[end] - first] = 1
-                end += 1
-            parts.append(GroupRows(group.index, self._first_row[: end - start], tuple(counts), answers, start))
-            start = end
-        ascending = sorted(experts)
-        take = self._permutation([ranked.index(self._ranks[expert]) for expert in ascending])
-        pairs = self._permutation([experts.index(expert) for expert in ascending])
+        plan = self._row_plans.get(key := tuple(experts))
+        if plan is None:
+            plan = self._plan_row(key)
+        parts = [GroupRows(group, indices, counts, answers, start) for group, indices, counts, start in plan.parts]
         flight = self._transport.send(layer, row, parts)
         for expert in experts:
             self._rows_per_expert[expert] += 1
-        return Dispatch(layer, 1, take, pairs, answers, flight)
+        return Dispatch(layer, 1, plan.take, plan.pairs, answers, flight)
 
-    def _permutation(self, indices: list[int]) -> Tensor | None:
-        """As a tensor [K]; None when it changes nothing. There are few, so they are kept."""
-        if indices == self._identity[: len(indices)]:
-            return None
-        key = tuple(indices)
-        kept = self._permutations.get(key)
-        if kept is None:
-            if len(self._permutations) >= 1024:
-                self._permutations.clear()
-            kept = self._permutations[key] = torch.tensor(indices)
-        return kept
+    def _plan_row(self, experts: tuple[int, ...]) -> _RowPlan:
+        """There are few choices of so few experts, and they come again and again: what follows from one is kept."""
+        ranked = sorted(self._ranks[expert] for expert in experts)  # the answers stand in this order
+        parts = []
+        start = 0
+        while start < len(ranked):
+            group, first = self._group_of[ranked[start]]
+            counts = [0] * len(group.experts)
+            end = start
+            while end < len(ranked) and ranked[end] < first + len(counts):
+                counts[ranked[end] - first] = 1
+                end += 1
+            parts.append((group.index, self._first_row[: end - start], tuple(counts), start))
+            start = end
+        ascending = sorted(experts)
+        take = _permutation([ranked.index(self._ranks[expert]) for expert in ascending])
+        pairs = _permutation([experts.index(expert) for expert in ascending])
+        if len(self._row_plans) >= MOST_ROW_PLANS:
+            self._row_plans.clear()
+        plan = self._row_plans[experts] = _RowPlan(tuple(parts), take, pairs)
+        return plan
 
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()
+
+
+def _permutation(indices: list[int]) -> Tensor | None:
+    """As a tensor [K]; None when it changes nothing."""
+    return None if indices == list(range(len(indices))) else torch.tensor(indices)

@@ -165,7 +165,8 @@ def combine(
     """
     totals = answers.new_empty(weights.shape[0], answers.shape[-1])
     weights = weights.contiguous()
-    places, pairs = (None if indices is None else indices.contiguous() for indices in (places, pairs))
+    places = None if places is None else places.contiguous()
+    pairs = None if pairs is None else pairs.contiguous()
     combine_task(answers, weights, places, pairs, totals).run()
     return totals
 

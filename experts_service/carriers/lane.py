@@ -107,20 +107,26 @@ class LaneCarrier:
         return attempt
 
     def poll(self, attempts: Sequence[LaneAttempt], until: float, soon: float) -> None:
-        if until - time.monotonic() >= WAIT_S and not any(a.link is not None and a.link.has_unsent for a in attempts):
-            first = attempts[0]
-            assert first.link is not None
-            with suppress(BlockingIOError, LinkLost):
-                while first.state is POSTED and time.monotonic() < until:  # it may come a few bytes at a time
-                    first.link.wait(first, soon)
-            if first.state is not POSTED:
-                return
+        if until - time.monotonic() >= WAIT_S:
+            for attempt in attempts:
+                if attempt.link is not None and attempt.link.unsent:
+                    break
+            else:
+                first = attempts[0]
+                assert first.link is not None
+                try:
+                    while first.state is POSTED and time.monotonic() < until:  # it may come a few bytes at a time
+                        first.link.wait(first, soon)
+                except (BlockingIOError, LinkLost):
+                    pass
+                if first.state is not POSTED:
+                    return
         poll = select.poll()
         by_descriptor: dict[int, list[LaneAttempt]] = {}
         for attempt in attempts:
             if (link := attempt.link) is not None and attempt.state is POSTED:
                 by_descriptor.setdefault(link.channel.fileno(), []).append(attempt)
-                poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.has_unsent else 0))
+                poll.register(link.channel, select.POLLIN | (select.POLLOUT if link.unsent else 0))
         timeout_s = max(0.0, until - time.monotonic())
         for descriptor, _ in poll.poll(math.ceil(timeout_s * 1000)):
             for attempt in by_descriptor[descriptor]:

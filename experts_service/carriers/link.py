@@ -71,7 +71,7 @@ class Link:
         self.lost = False
         self.outstanding: dict[int, LaneAttempt] = {}  # by request id
         self.forgotten: set[int] = set()  # request ids whose answers nobody waits for, and that have not come
-        self._unsent: deque[memoryview] = deque()
+        self.unsent: deque[memoryview] = deque()  # what the shard has no room for yet
         self._head = bytearray(HEAD_BYTES)
         self._filled = 0  # bytes of it
         self._present: ReplyHead | None = None  # the frame whose payload is being read
@@ -80,16 +80,12 @@ class Link:
         self._got = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
 
-    @property
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)
-
     def send(self, attempt: LaneAttempt, head: bytes, rows: memoryview = NOTHING) -> None:
         """Ask for the rows, given as bytes or in slots; returns at once. Raises LinkLost."""
         self.outstanding[attempt.request_id] = attempt
         attempt.link = self
         sent = 0
-        if not self._unsent:
+        if not self.unsent:
             try:
                 sent = self.channel.sendmsg((head, rows), (), _NOW)
             except BlockingIOError:
@@ -98,12 +94,12 @@ class Link:
                 raise self._gone(error) from error
         if sent < len(head) + len(rows):
             pieces = memoryview(head)[sent:], rows[max(0, sent - len(head)) :]
-            self._unsent.extend(piece for piece in pieces if len(piece))
+            self.unsent.extend(piece for piece in pieces if len(piece))
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room. Raises LinkLost."""
-        while self._unsent:
-            piece = self._unsent[0]
+        while self.unsent:
+            piece = self.unsent[0]
             try:
                 sent = self.channel.send(piece, _NOW)
             except BlockingIOError:
@@ -111,9 +107,9 @@ class Link:
             except OSError as error:
                 raise self._gone(error) from error
             if sent < len(piece):
-                self._unsent[0] = piece[sent:]
+                self.unsent[0] = piece[sent:]
             else:
-                self._unsent.popleft()
+                self.unsent.popleft()
 
     def wait(self, attempt: LaneAttempt, sleep_at: float) -> None:
         """`receive`, but before `sleep_at` on the monotonic clock it leaves its core only to whoever can use it.
@@ -194,7 +190,7 @@ class Link:
         self.forgotten.clear()
         self.channel.close()
         self.outstanding.clear()
-        self._unsent.clear()
+        self.unsent.clear()
 
     def _begin(self) -> None:
         """A head is complete: find whose it is. Raises LinkLost."""

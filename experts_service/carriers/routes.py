@@ -47,7 +47,7 @@ class LaneRoutes:
 
     def connect(self, group: int) -> None:
         """Return once a replica of the group is connected, or each that was never dialled before has refused."""
-        if self.reachable(group):
+        if (self._epoch == self._table.epoch and self._reachable[group]) or self.reachable(group):
             return
         links = self._links
         if fresh := [replica for replica in self._wanted[group] if not links.refusal(replica.replica_id)]:

@@ -19,6 +19,7 @@ that of an attempt that was posted for these rows; when a delivery is over, none
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
@@ -144,8 +145,13 @@ class Deliveries(Generic[Rows, A]):
         Until `soon` answers are looked for without sleeping.
         """
         while waiting:
-            live = [attempt for delivery in waiting for attempt in delivery.live]
-            until = min([delivery.wakes_at for delivery in waiting])
+            live: list[A] = []
+            until = math.inf
+            for delivery in waiting:
+                for attempt in (delivery.first, delivery.second):
+                    if attempt is not None and attempt.state is POSTED:
+                        live.append(attempt)
+                until = min(until, delivery.wakes_at)
             if live:
                 self.carrier.poll(live, until, soon)
             else:
@@ -155,7 +161,7 @@ class Deliveries(Generic[Rows, A]):
             still = []
             for delivery in waiting:
                 delivery.step(now)
-                if delivery.is_over:
+                if delivery.answer is not None or delivery.is_hopeless:
                     yield delivery, now
                 else:
                     still.append(delivery)

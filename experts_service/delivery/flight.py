@@ -101,7 +101,10 @@ def pieces(parts: Sequence[GroupRows], routes: Routes, loads: ReplicaLoads) -> l
 
     A piece is at least SPLIT_ROWS, and as much of the part as its replica is fast.
     """
-    if all(len(part.row_indices) < 2 * SPLIT_ROWS for part in parts):
+    for part in parts:
+        if len(part.row_indices) >= 2 * SPLIT_ROWS:
+            break
+    else:
         return list(parts)
     return [
         piece
