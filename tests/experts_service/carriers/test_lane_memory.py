@@ -241,7 +241,8 @@ def test_shards_that_are_stopped_or_killed_over_their_rows_harm_no_answer_and_le
         computing = streams[select.select(list(streams), [], [], 10)[0][0]]
         assert computing.line() == "computing"
         (other,) = [shard for shard in started.values() if shard is not computing]
-        other.go_on()
+        for _ in range(2):  # it may have a part of the rows, and gets those of the other one
+            other.go_on()
         computing.close()
         assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts, 2))
         assert all_are_right()
