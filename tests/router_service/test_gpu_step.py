@@ -14,34 +14,35 @@ import pytest
 import torch
 
 from cluster.checkpoint.architecture import Architecture, Shape, coordinator_tensors, expert_tensors
+from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.kernels import swiglu
 from experts_service.kernels.experts import Experts
 from experts_service.transport import Flight, GroupRows
 from router_service import rows
+from router_service.attention.backend import AttentionBackend
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
 from router_service.attention.triton_paged import TritonPlan
 from router_service.dispatcher import Dispatcher
 from router_service.model.decoder import Decoder
+from router_service.model.model_runner import ModelRunner
+from router_service.scheduling.scheduler import ScheduledSequence
 from tests.fake_gpu import DEVICE, Counts, fake_gpu
-from tests.router_service.attention.pages import sized
+from tests.router_service.requests import make_sequence
 
 BLOCK = 256
 DTYPE = torch.bfloat16
 STEPS = {
-    "decode": [Span(40, 1, array("i", [1])), Span(8, 1, array("i", [4])), Span(300, 1, array("i", [5, 6]))],
+    "decode": [Span(40, 1, array("i", [1])), Span(8, 1, array("i", [2])), Span(9000, 1, array("i", range(3, 40)))],
     "prefill": [Span(0, 40, array("i", [1]))],
 }
-MIXTRAL = replace(
-    sized(num_heads=4, num_kv_heads=2, head_dim=64), hidden_size=256, intermediate_size=512, vocab_size=320
-)
-MISTRAL = replace(MIXTRAL, num_experts=0, top_k=0)
+MISTRAL = replace(MIXTRAL_8X7B, num_experts=0, top_k=0)  # what has no memory may be large
 
 
-@pytest.mark.parametrize(("architecture", "most"), [(MIXTRAL, 20), (MISTRAL, 15)], ids=["mixtral", "mistral"])
+@pytest.mark.parametrize(("architecture", "most"), [(MIXTRAL_8X7B, 20), (MISTRAL, 15)], ids=["mixtral", "mistral"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_layer_launches_little_and_nobody_waits_for_a_step(monkeypatch, step, architecture, most):
     """It was 49 launches and 5 waits a layer, with experts here."""
@@ -52,22 +53,24 @@ def test_a_layer_launches_little_and_nobody_waits_for_a_step(monkeypatch, step, 
 def test_without_a_compiler_torch_launches_more_and_nobody_waits_either(monkeypatch):
     for module in (rows, swiglu):
         monkeypatch.setattr(module, "can_compile", lambda: False)
-    few, many = (_forward(monkeypatch, replace(MIXTRAL, num_layers=n), STEPS["decode"]) for n in (1, 3))
+    few, many = (_forward(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS["decode"]) for n in (1, 3))
     _check(few, many, 60, "decode without Triton")
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_experts_elsewhere_are_waited_for_once_a_layer(monkeypatch, step):
     """Rows and choices to the host, one copy of each; answers from it by one copy that nobody waits for."""
-    few, many = (_forward(monkeypatch, replace(MIXTRAL, num_layers=n), STEPS[step], elsewhere=True) for n in (1, 3))
+    few, many = (
+        _forward(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS[step], elsewhere=True) for n in (1, 3)
+    )
     of_two = many - few
     _tell(of_two, few, f"{step}, experts elsewhere")
     assert of_two.num_launches <= 2 * 20
     assert (few.num_waits, many.num_waits) == (1, 3)
     assert (of_two.copies_to_host, of_two.copies_to_device) == (4, 2)
     num_rows = sum(span.length for span in STEPS[step])
-    assert of_two.bytes_to_host == 2 * num_rows * (256 * 2 + 2 * 8)
-    assert of_two.bytes_to_device == 2 * num_rows * 2 * 256 * 2
+    assert of_two.bytes_to_host == 2 * num_rows * (4096 * 2 + 2 * 8)
+    assert of_two.bytes_to_device == 2 * num_rows * 2 * 4096 * 2
 
 
 def _check(few: Counts, many: Counts, most: int, title: str) -> None:
@@ -105,17 +108,7 @@ def _forward(
 ) -> Counts:
     """What the layers of one step ask of their GPU."""
     with fake_gpu(monkeypatch) as counts, torch.inference_mode():
-        experts = tuple(range(architecture.num_experts))
-        layers = [
-            _weights(tensors for expert in experts for tensors in expert_tensors(architecture, layer, expert).items())
-            for layer in range(architecture.num_layers)
-        ]
-        groups = {0: Experts(experts, layers)} if experts else {}
-        transport = _Elsewhere() if elsewhere else LocalTransport(groups)
-        dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], transport)
-        decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), dispatcher)
-        attention = attention_backend(architecture, block_size=BLOCK, dtype=DTYPE, device=DEVICE)
-        kv_cache = KVCache(architecture.num_layers, 9, attention.layout, dtype=DTYPE, device=DEVICE)
+        decoder, attention, kv_cache = _model(architecture, elsewhere=elsewhere)
         metadata = AttentionMetadata(spans, BLOCK)
         num_rows = len(metadata.positions)
         token_ids, positions = (torch.empty(num_rows, dtype=torch.int64, device=DEVICE) for _ in range(2))
@@ -125,6 +118,40 @@ def _forward(
         x = _finished(decoder.forward(token_ids, positions, plan, kv_cache))
         assert decoder.logits(decoder.hidden_states(x)).shape == (num_rows, architecture.vocab_size)
         return counts - before
+
+
+def test_a_step_that_decodes_is_launched_by_copies_that_nobody_waits_for(monkeypatch):
+    """One of what all layers need, one of attention's; and back the counts of rows, which are read a step late."""
+    batch = []
+    for number, length in enumerate((41, 9)):
+        sequence = make_sequence([1] * length)
+        sequence.block_table.append(1 + number)
+        sequence.pending_row = number  # the host has not read the token that this step begins with
+        batch.append(ScheduledSequence(sequence, length, 1))
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        decoder, attention, kv_cache = _model(replace(MIXTRAL_8X7B, num_layers=2))
+        runner = ModelRunner(decoder, kv_cache, attention, block_size=BLOCK)
+        runner.pending = torch.empty(2, dtype=torch.int64, device=DEVICE)
+        before = counts.copy()
+        output = runner.forward(batch)
+        counts -= before
+    assert (output.logits.device, output.logits.shape) == (DEVICE, (2, MIXTRAL_8X7B.vocab_size))
+    assert not counts.waits
+    assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
+
+
+def _model(architecture: Architecture, *, elsewhere: bool = False) -> tuple[Decoder, AttentionBackend, KVCache]:
+    experts = tuple(range(architecture.num_experts))
+    layers = [
+        _weights(tensors for expert in experts for tensors in expert_tensors(architecture, layer, expert).items())
+        for layer in range(architecture.num_layers)
+    ]
+    groups = {0: Experts(experts, layers)} if experts else {}
+    transport = _Elsewhere() if elsewhere else LocalTransport(groups)
+    dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], transport)
+    decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), dispatcher)
+    attention = attention_backend(architecture, block_size=BLOCK, dtype=DTYPE, device=DEVICE)
+    return decoder, attention, KVCache(architecture.num_layers, 40, attention.layout, dtype=DTYPE, device=DEVICE)
 
 
 def _finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
