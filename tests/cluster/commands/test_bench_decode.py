@@ -116,7 +116,9 @@ def test_a_context_is_in_the_cache_before_anything_runs(monkeypatch: pytest.Monk
 def test_quantised_weights_run_in_turn_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each, and each reads what its kernels hold."""
     monkeypatch.setattr(machine, "PROBE_BYTES", 64 * 2**20)
-    options = "--batch 1 --output-tokens 3 --pairs 2 --prefill 2x8 --quantization none --quantization int8 --quantization fp8"
+    options = (
+        "--batch 1 --output-tokens 3 --pairs 2 --prefill 2x8 --quantization none --quantization int8 --quantization fp8"
+    )
     result = CliRunner().invoke(app, ["bench", "decode", *options.split()])
     assert result.exit_code == 0, result.output
     line = json.loads(result.stdout.splitlines()[-1])
