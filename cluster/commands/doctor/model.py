@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -85,13 +85,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     observe_step: Callable[[float, Batch], object] | None = None,
     prepare: Callable[[Engine], object] = lambda _: None,
+    cuda_graphs: Literal["auto", "off"] = "auto",
 ) -> list[list[TokenChunk]]:
     """The greedy answers to prompts that are decoded together, by an engine that `prepare` has seen before it starts.
 
     Raises what the engine raises.
     """
     config = EngineConfig(
-        dtype=_name(dtype), device=device.type, max_model_len=256, num_kv_blocks=64, prefix_caching=False
+        dtype=_name(dtype),
+        device=device.type,
+        max_model_len=256,
+        num_kv_blocks=64,
+        prefix_caching=False,
+        cuda_graphs=cuda_graphs,
     )
     requests = [
         Request(str(number), tuple(prompt), SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, logprobs=1), 0)

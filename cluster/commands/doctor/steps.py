@@ -1,17 +1,20 @@
-"""Checks of how an engine's steps drive a GPU: that its host never waits for the device where a step only decodes."""
+"""Checks of how an engine drives a GPU: that its host waits for nothing, and that replayed steps say the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.commands.doctor.checks import Check, Finding, failed, good, told
-from cluster.commands.doctor.model import generate
+from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable, told
+from cluster.commands.doctor.model import TOLERANCE, generate
 from cluster.demo_model import DIRECTORY as DEMO
+from cluster.messages import TokenChunk
 from router_service.engine import Engine
+from router_service.scheduling.scheduler import Batch
 
 PROMPTS = ((1, 5, 9), (1, 7, 11, 13))
 
@@ -23,6 +26,11 @@ def checks(device: torch.device) -> tuple[Check, ...]:
             f"waits on {device}",
             "A step that only decodes is launched without waiting for the device.",
             lambda: waits(device),
+        ),
+        Check(
+            f"graphs on {device}",
+            "A step that is replayed as a CUDA graph says what it says launch by launch.",
+            lambda: captured(device),
         ),
     )
 
@@ -80,3 +88,65 @@ class _Watch:
             raise
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(device: torch.device) -> Finding:
+    """The same tokens, as likely, from steps that are replayed and from steps that are not."""
+    checkpoint = open_checkpoint(DEMO)
+    graphs = _Graphs()
+    eager_s: list[float] = []
+    captured_s: list[float] = []
+    eager = generate(checkpoint, device, torch.bfloat16, PROMPTS, _noting(eager_s), cuda_graphs="off")
+    replayed = generate(checkpoint, device, torch.bfloat16, PROMPTS, _noting(captured_s), prepare=graphs.over)
+    if not graphs.num_steps:
+        return not_applicable("steps are not captured here")
+    if graphs.num_eager:
+        return failed(
+            f"{graphs.num_eager} of {graphs.num_steps} steps could not be captured",
+            "they are run one launch after the other, slower and right; the log says why. engine.cuda_graphs: off",
+        )
+    tokens, logprobs = _said(eager)
+    other_tokens, other_logprobs = _said(replayed)
+    off = max((abs(one - other) for one, other in zip(logprobs, other_logprobs, strict=False)), default=0.0)
+    found = (
+        f"{graphs.num_steps} steps, log-probabilities differ by {off:.2g} at most; {1e3 * median(captured_s):.2f} ms "
+        f"captured and {1e3 * median(eager_s):.2f} launch by launch"
+    )
+    if tokens != other_tokens or not off <= TOLERANCE[torch.bfloat16]:
+        return failed(found, "set engine.cuda_graphs: off, and report it with what `manta doctor --json` prints")
+    return good(found)
+
+
+def _noting(seconds: list[float]) -> Callable[[float, Batch], object]:
+    return lambda of_step, _: seconds.append(of_step)
+
+
+def _said(answers: list[list[TokenChunk]]) -> tuple[list[int], list[float]]:
+    """Tokens, and how likely each was."""
+    chunks = [chunk for of_one in answers for chunk in of_one]
+    return (
+        [token for chunk in chunks for token in chunk.token_ids],
+        [one.token_logprob for chunk in chunks for one in chunk.logprobs or ()],
+    )
+
+
+class _Graphs:
+    """Over the graphs of one engine."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_eager = 0
+
+    def over(self, engine: Engine) -> None:
+        """Before it starts."""
+        runner = engine.model_runner
+        replay = runner.graphs
+        if replay is None:
+            return
+
+        def counted(*arguments: Any) -> torch.Tensor | None:
+            logits = replay(*arguments)
+            self.num_steps += 1
+            self.num_eager += logits is None
+            return logits
+
+        runner.graphs = counted  # type: ignore[assignment]

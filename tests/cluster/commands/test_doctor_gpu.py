@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from router_service.model.graphs import DecodeGraphs, whole_step
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.commands.doctor import command, gpu, kernels, lanes, machine, steps
+from cluster.commands.doctor import command, gpu, kernels, lanes, machine, model, steps
 from cluster.commands.doctor import profile as profiles
 from cluster.commands.doctor.checks import Status, good
 from cluster.planning.profile import FIGURES, read_profile
@@ -20,6 +21,7 @@ from experts_service.kernels.experts import Experts
 from router_service.attention.metadata import AttentionMetadata
 from router_service.model.decoder import Decoder
 from router_service.sampling.sampler import Sampler
+from tests.router_service.model.test_graphs import Padded, Recorded
 
 
 class Cards:
@@ -170,6 +172,57 @@ def test_a_step_that_waits_is_found_and_told_by_what(sync_mode: list[str], monke
     assert finding.status is Status.FAILED
     assert finding.found == "a step waits: RuntimeError: called a synchronizing CUDA operation"
     assert sync_mode[-1] == "default"
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Recorded]]]:
+    """Engines on a CPU that have graphs of the kind that is put in here."""
+    kinds: list[type[Recorded]] = [Recorded]
+    build, threads = model.build_engine, torch.get_num_threads()
+
+    def built(checkpoint: Any, config: Any, *arguments: Any, **named: Any) -> Any:
+        engine = build(checkpoint, config, *arguments, **named)
+        runner = engine.model_runner
+        if config.cuda_graphs != "off":
+            runner.graphs = DecodeGraphs(
+                whole_step(runner.decoder, runner.kv_cache),
+                lambda size: Padded(runner.attention, size),
+                lambda: kinds[-1](),
+                max_num_seqs=2,
+                device=torch.device("cpu"),
+            )
+        return engine
+
+    monkeypatch.setattr(model, "build_engine", built)
+    yield kinds
+    torch.set_num_threads(threads)
+
+
+def test_replayed_steps_are_compared_with_launched_ones(graphs: list[type[Recorded]]) -> None:
+    finding = steps.captured(torch.device("cpu"))
+    assert finding.status is Status.GOOD, finding
+    assert int(finding.found.split()[0]) >= 10
+
+    class Wrong(Recorded):
+        def replay(self) -> None:
+            super().replay()
+            self.result.copy_(self.result.roll(1, dims=-1))
+
+    graphs.append(Wrong)
+    assert "engine.cuda_graphs: off" in steps.captured(torch.device("cpu")).advice
+
+    class Refusing(Recorded):
+        def capture(self, _run: object) -> torch.Tensor:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs.append(Refusing)
+    assert "could not be captured" in steps.captured(torch.device("cpu")).found
+
+
+def test_where_nothing_is_captured_there_is_nothing_to_compare() -> None:
+    threads = torch.get_num_threads()
+    assert steps.captured(torch.device("cpu")).status is Status.NOT_APPLICABLE
+    torch.set_num_threads(threads)
 
 
 def test_what_is_measured_is_a_profile_that_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
