@@ -39,6 +39,9 @@ GPU_SPEED = Figure(0.7, "kernels reach 0.7 of the data sheet's speed", False, "n
 GPU_PYTHON_S = Figure(LAYER_S.value, "a GPU's layer takes as much Python as a CPU's", False, "no GPU was timed")
 LAUNCHES = Figure(20, "20 launches in a layer", False, "the most by a count without a GPU: docs/gpu.md")
 LAUNCH_S = Figure(5e-6, "5 µs of the host for a launch", False, "no GPU was timed")
+STEP_S = Figure(
+    1.1e-3, "1.1 ms of Python around a step whose layers are one CUDA graph", False, "as around a CPU's layers"
+)
 COPY_S = Figure(10e-6, "10 µs for a copy between GPU and host", False, "no GPU was timed")
 COPY_SHARE = Figure(0.6, "copies between GPU and host reach 0.6 of its PCIe link", False, "no GPU was timed")
 HOP_S = Figure(10e-6, "10 µs for each of the 2 exchanges of tensor parallelism in a layer", False, "no GPU was timed")
@@ -76,6 +79,7 @@ class Costs:
     python: Figure = GPU_PYTHON_S  # of a layer, without launches
     launches: Figure = LAUNCHES  # of a layer
     launch: Figure = LAUNCH_S
+    captured: Figure = STEP_S  # the host's part of a step that is one CUDA graph
     copy: Figure = COPY_S
     copy_share: Figure = COPY_SHARE  # of the data sheet's
     hop: Figure = HOP_S
@@ -100,6 +104,11 @@ class Costs:
         """What a step on a GPU costs beside its bytes and operations."""
         of_launches = (self.launches, self.launch) if self.launches.value else ()
         return (self.gpu_bandwidth, self.gpu_speed, self.python, *of_launches)
+
+    @property
+    def of_steps(self) -> tuple[Figure, ...]:
+        """What a step costs beside that where all experts are local."""
+        return (self.captured,)
 
     @property
     def of_copies(self) -> tuple[Figure, ...]:

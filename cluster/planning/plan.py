@@ -100,7 +100,7 @@ class Plan:
     attention_s: float  # a coordinator's part of that
     experts_s: float  # the slowest shard's
     wire_s: float  # of rows on their way
-    host_s: float  # Python and launches; where all experts are local, while the rest is computed
+    host_s: float  # Python and launches; where all experts are local, of a step that is captured, meanwhile
     first_token_s: float  # of a prompt as long as the target's context, when nothing else runs
     meets_target: bool
     rival: Literal["local", "tensor parallelism"] | None  # None: the layout is the rival
@@ -136,7 +136,7 @@ class Planner:
 
     @property
     def host_s(self) -> float:
-        """Python and launches of a step."""
+        """Python and launches of a step, one by one."""
         return self.costs.layer_s * self.model.architecture.num_layers
 
     @property
@@ -206,7 +206,7 @@ class Planner:
             attention_s=attention_s(self.model, self._reached, own),
             experts_s=self._experts_s(layout, rows),
             wire_s=0.0 if layout.local else wire_s(self.model, self.link, own.sequences, groups),
-            host_s=self.host_s,
+            host_s=self.costs.captured.value if layout.local else self.host_s,
             first_token_s=prefill_s(
                 self.model,
                 self._reached,
@@ -272,7 +272,8 @@ class Planner:
     def _step_s(self, layout: Layout, load: Load) -> float:
         gpu = self._reached
         if layout.local:
-            return local_s(self.model, gpu, Load(load.sequences / layout.coordinators, load.context), self.host_s)
+            own = Load(load.sequences / layout.coordinators, load.context)
+            return local_s(self.model, gpu, own, self.costs.captured.value)
         return disaggregated_s(
             self.model,
             gpu,
@@ -302,7 +303,7 @@ class Planner:
             a = self.model.architecture
             row_bytes = own.sequences * a.hidden_size * DTYPE_BYTES[self.model.dtype]
             hops_s = self.costs.hops_s(self.gpu, a.num_layers, row_bytes, gpus)
-            rival_step_s = local_s(self.model, self._reached, own, self.host_s, gpus) + hops_s
+            rival_step_s = local_s(self.model, self._reached, own, self.costs.captured.value, gpus) + hops_s
         return Comparison(
             sequences,
             step_s,

@@ -31,6 +31,7 @@ FIGURES = {
     "gpu_flops": "{tera:.0f} TFLOP/s of bf16",
     "launch_s": "{us:.1f} µs of the host for a launch",
     "layer_s": "{us:.0f} µs of Python and launches for a layer",
+    "captured_s": "{us:.0f} µs around a step whose layers are one CUDA graph",
     "copy_s": "{us:.1f} µs for a copy between GPU and host",
     "copy_bandwidth": "{gb:.1f} GB/s for such copies",
 }
@@ -59,6 +60,7 @@ class Profile:
             ("lane_group", "lane_group_s"),
             ("lane_bandwidth", "lane_bandwidth"),
             ("launch", "launch_s"),
+            ("captured", "captured_s"),
             ("copy", "copy_s"),
         ):
             costs = _with(costs, field, self.measured(name))

@@ -89,7 +89,12 @@ class TieredModel:
     @property
     def host_s(self) -> float:
         """Python and launches of a step."""
-        return self.costs.layer_s * self.model.architecture.num_layers
+        return self.costs.captured.value if self._captured else self.costs.layer_s * self.model.architecture.num_layers
+
+    @property
+    def _captured(self) -> bool:
+        """Whether a step is one CUDA graph, which waits for nothing."""
+        return self.lanes is None and self.on_gpu
 
     def step(self, load: Load) -> Times:
         """One token for each sequence."""
@@ -117,7 +122,7 @@ class TieredModel:
             max(machines.values(), default=0.0),
             self._wire_s(rows),
             self.host_s,
-            waits=self.lanes is not None or not self.on_gpu,
+            waits=not self._captured,
         )
 
     def _asked(self, shard: Shard, rows: float) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -155,11 +155,21 @@ def _copies(device: torch.device) -> dict[str, float]:
 
 
 def _layer(device: torch.device) -> dict[str, float]:
+    """Of steps that are launched one by one, and of those that are captured."""
     checkpoint = open_checkpoint(DEMO)
-    steps: list[float] = []
-    for _ in range(2):  # the first compiles
-        steps.clear()
-        generate(
-            checkpoint, device, torch.bfloat16, [[1, 5, 9]], observe_step=lambda seconds, _batch: steps.append(seconds)
-        )
-    return {"layer_s": median(steps[1:]) / checkpoint.architecture.num_layers}
+
+    def of_step(cuda_graphs: Literal["auto", "off"]) -> float:
+        steps: list[float] = []
+        for _ in range(2):  # the first compiles
+            steps.clear()
+            generate(
+                checkpoint,
+                device,
+                torch.bfloat16,
+                [[1, 5, 9]],
+                observe_step=lambda seconds, _batch: steps.append(seconds),
+                cuda_graphs=cuda_graphs,
+            )
+        return median(steps[2:])  # behind the prompt, and what captures
+
+    return {"layer_s": of_step("off") / checkpoint.architecture.num_layers, "captured_s": of_step("auto")}

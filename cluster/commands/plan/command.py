@@ -211,13 +211,14 @@ def checkpoint_of(path: str) -> Checkpoint:
 def figures(question: Question, plan: Plan) -> tuple[Figure, ...]:
     """What the plan is made of, beside the data sheet."""
     hops = (question.costs.hop,) if plan.rival == "tensor parallelism" else ()
+    hops = (*hops, *question.costs.of_steps) if plan.rival else hops
     return (*question.costs.of_gpus, *_of_rows(question, local=plan.layout.local), *hops)
 
 
 def _of_rows(question: Question, *, local: bool) -> tuple[Figure, ...]:
-    """What rows cost between processes."""
+    """What rows cost between processes, or steps where there are none."""
     if local:
-        return ()
+        return question.costs.of_steps
     return (*(question.costs.of_lanes if question.lanes is None else ()), *question.costs.of_copies)
 
 

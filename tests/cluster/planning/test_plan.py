@@ -23,6 +23,7 @@ from cluster.planning.plan import USABLE, Layout, Planner, Target
 from cluster.planning.roofline import Link, Load, Model
 
 NO_HOST = replace(ASSUMED, python=replace(ASSUMED.python, value=0.0), launches=replace(ASSUMED.launches, value=0))
+NO_HOST = replace(NO_HOST, captured=replace(ASSUMED.captured, value=0.0))
 
 
 def planner(gpu: str = "H100", lanes: Link = LANES, costs: Costs = ASSUMED) -> Planner:

@@ -23,6 +23,7 @@ MEASURED = {
     "gpu_flops": 6e14,
     "launch_s": 4e-6,
     "layer_s": 150e-6,
+    "captured_s": 900e-6,
     "copy_s": 8e-6,
     "copy_bandwidth": 50e9,
 }
@@ -43,7 +44,7 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed(tmp_path: Path) ->
     assert costs.reached(GPUS["H100"]).bandwidth == pytest.approx(2.9e12)
     assert costs.reached(GPUS["H200"]).flops == pytest.approx(6e14), "of another one, the same share of its data sheet"
     assert costs.hop == ASSUMED.hop
-    assert all(one.measured for one in (*costs.of_gpus, *costs.of_lanes, *costs.of_copies))
+    assert all(one.measured for one in (*costs.of_gpus, *costs.of_lanes, *costs.of_copies, *costs.of_steps))
 
 
 def test_the_command_says_what_was_measured_where(tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_the_command_says_what_was_measured_where(tmp_path: Path) -> None:
     [plan] = json.loads(run(*arguments, "--json").stdout)
     [assumed] = json.loads(run(*arguments[:3], "--json").stdout)
     assert plan["gpu"]["name"] == "H100", "the machine's own"
+    assert not plan["layout"]["local"]
     assert plan["host_s"] == pytest.approx(32 * 150e-6)
     assert plan["step_s"] < assumed["step_s"]
     sources = {figure["what"]: figure["source"] for figure in plan["figures"] if figure["measured"]}
