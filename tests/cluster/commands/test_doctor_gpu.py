@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from router_service.model.graphs import DecodeGraphs, whole_step
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -20,6 +19,7 @@ from cluster.planning.profile import FIGURES, read_profile
 from experts_service.kernels.experts import Experts
 from router_service.attention.metadata import AttentionMetadata
 from router_service.model.decoder import Decoder
+from router_service.model.graphs import DecodeGraphs, whole_step
 from router_service.sampling.sampler import Sampler
 from tests.router_service.model.test_graphs import Padded, Recorded
 
