@@ -1,7 +1,8 @@
 """What `manta serve` has looked at before it starts: its GPUs, in the short form, once for each driver, torch and card.
 
 In a process of its own, which leaves nothing on the card, and whose crash is a finding. That all was well is remembered
-among the user's caches; what was not is looked at again at the next start. Nothing here keeps a server from starting.
+among the user's caches; what was not is looked at again at the next start. Nothing here keeps a server from starting,
+or takes time where there is no GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Status
-from cluster.commands.doctor.machine import NVIDIA
 
 SHORT_FORM = (sys.executable, "-P", "-m", "cluster.cli", "doctor", "--short", "--json")
 TIMEOUT_S = 300.0  # kernels are compiled
@@ -34,7 +35,7 @@ def look_at_gpus(console: Console) -> None:
     if not NVIDIA.exists():
         return
     remembered = _remembered()
-    if remembered is not None and remembered.exists():
+    if remembered is not None and os.path.exists(remembered):  # Path.exists raises where it may not look
         return
     console.print("Looking at the GPU (manta doctor --short, once for each driver, torch and card) …", highlight=False)
     document = _short_form()
@@ -58,8 +59,9 @@ def _short_form() -> dict[str, Any]:
     """What it says; what keeps it from saying anything is one more failure."""
     try:
         done = subprocess.run(
-            SHORT_FORM, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+            SHORT_FORM, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S,
+            check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return _silent(f"{type(error).__name__} in {TIMEOUT_S:g} s")
     lines = done.stdout.splitlines()
@@ -96,7 +98,9 @@ def _cards() -> str:
     if tool := shutil.which("nvidia-smi"):
         query = [tool, "--query-gpu=uuid,name,driver_version", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+            return subprocess.run(
+                query, capture_output=True, text=True, errors="replace", timeout=20, check=True
+            ).stdout
     with suppress(OSError):
         return DRIVER_VERSION.read_text()
     return ""

@@ -6,8 +6,8 @@ import importlib.metadata
 
 import torch
 
+from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
-from cluster.commands.doctor.machine import NVIDIA
 from cluster.planning.placement import gib
 from experts_service.kernels.gpu.launch import can_compile
 

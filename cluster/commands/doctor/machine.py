@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
+from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES
 from cluster.planning.placement import gib
@@ -24,7 +25,6 @@ LEAST_MEMORY = 3 * 2**30  # the demo's processes, Ray's and Serve's among them
 LEAST_FILES = 4096  # a stream is two or three; Ray's processes have hundreds each
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SHARED_MEMORY = Path("/dev/shm")
-NVIDIA = Path("/dev/nvidiactl")  # the driver makes it
 COMPILERS = ("gcc", "clang")  # that Triton looks for, after $CC
 
 

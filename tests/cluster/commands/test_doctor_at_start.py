@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_what_is_wrong_is_one_warning_at_every_start(start: Start) -> None:
         ("raise SystemExit(3)", "it ended with exit code 3"),
         ("import time; time.sleep(60)", "TimeoutExpired in 0.5 s"),
         ("print('no JSON')", "it ended with exit code 0"),
+        ("import os; os.write(1, bytes([255]))", "it ended with exit code 0"),
     ],
 )
 def test_a_doctor_that_dies_keeps_no_server_from_starting(
@@ -106,6 +108,20 @@ def test_a_cache_that_cannot_be_written_is_no_matter(
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", classmethod(_no_home))
     assert "The GPU is well" in start.look()
+
+
+def test_a_cache_that_cannot_be_looked_at_is_no_matter(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's, which a container's `HOME=/root` is where its user is not root; here the name is too long."""
+    start.finds(driver="good")
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'x' * 300}")
+    for _ in range(2):
+        assert "The GPU is well" in start.look()
+
+
+def test_a_start_without_a_gpu_does_not_wait_for_what_doctor_needs() -> None:
+    program = "import sys, cluster.commands.doctor.at_start; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "psutil", "packaging", "cluster.commands.doctor.machine"}.intersection(loaded)
 
 
 def _no_home(_: object) -> Path:
