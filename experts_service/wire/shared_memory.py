@@ -11,7 +11,9 @@ one killed for touching what is not there any more.
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
+import logging
 import mmap
 import os
 import socket
@@ -20,11 +22,14 @@ from struct import Struct
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 NUM_SLOTS, ROWS_PER_SLOT = 64, 32  # 2,048 rows in all, a prefill's; 256 KiB a slot for rows of 4096 in bf16
 MAX_BYTES = 2**30
 DESCRIPTION = Struct("<II")  # number of slots, bytes of one; both 0: there is no memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DESCRIPTOR_BYTES = array.array("i").itemsize
+_NO_ROOM = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # this process has no more; the memory is as it should be
 
 
 class MemoryRefused(Exception):
@@ -70,7 +75,10 @@ def create(row_bytes: int) -> tuple[SharedMemory, int]:
 
 
 def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
-    """What a shard gave: None where it gave none. Closes the descriptors. Raises MemoryRefused."""
+    """What a shard gave: None where it gave none, or where we have no room for it. Closes the descriptors.
+
+    Raises MemoryRefused.
+    """
     try:
         num_slots, slot_bytes = DESCRIPTION.unpack(description)
         if not num_slots:
@@ -85,6 +93,9 @@ def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
             raise MemoryRefused("its memory is of huge pages, of which there may be none left when it is touched")
         return SharedMemory(descriptors[0], num_slots, slot_bytes)
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            logger.warning("rows for a shard on this node are sent, not shared: its memory cannot be mapped: %s", error)
+            return None
         raise MemoryRefused(f"its memory cannot be mapped: {error}") from error
     finally:
         for descriptor in descriptors:

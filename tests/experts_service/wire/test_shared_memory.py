@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -145,6 +146,19 @@ def test_of_many_descriptors_none_stays_open() -> None:
     assert isinstance(many, SharedMemory), "the first is as it should be"
     del many
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_coordinator_without_room_for_it_has_a_lane_all_the_same() -> None:
+    """It refused the lane, each time it was dialled, and rows went through the object store."""
+    shard, descriptor = create(ROW_BYTES)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # a mapping keeps a descriptor of its own
+    try:
+        assert accept(shard.description, [descriptor]) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_memory_cannot_shrink_once_it_is_shared() -> None:
