@@ -18,7 +18,7 @@ from experts_service.kernels.compiled.chain import Chain
 from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.compiled.route import Route
 from experts_service.kernels.compiled.routine import Task, num_threads
-from experts_service.kernels.gpu.launch import can_compile
+from experts_service.kernels.gpu.launch import compiles_for
 
 if AVAILABLE:
     from experts_service.kernels.compiled.vectors import LANES
@@ -201,7 +201,7 @@ def is_compiled(x: torch.Tensor, width: int) -> bool:
 
 def is_launched(x: torch.Tensor) -> bool:
     """Whether rows like those of `x` are done by kernels on their device."""
-    return x.is_cuda and len(x) > 0 and can_compile()
+    return x.is_cuda and len(x) > 0 and compiles_for(x.device)
 
 
 def _choose_like_torch(probabilities: torch.Tensor, top_k: int) -> Pair:

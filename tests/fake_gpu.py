@@ -174,6 +174,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
     """Within it `DEVICE` is there; kernels of ours are not run, but have to be given tensors of it and no others."""
     watch = _Watch()
     launch = launching.launch
+    launching.compiles_for.cache_clear()
 
     def launched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         assert all(isinstance(number, int) and number > 0 for number in grid), f"a grid of {grid}"
@@ -194,3 +195,4 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
     for module in list(sys.modules.values()):
         if getattr(module, "launch", None) is launched:  # it was imported meanwhile
             module.launch = launch  # type: ignore[attr-defined]
+    launching.compiles_for.cache_clear()

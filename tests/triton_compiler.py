@@ -5,7 +5,6 @@ Only in a process whose kernels are not interpreted: TRITON_INTERPRET is read wh
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,15 @@ class Compiled:
 
 def compile_for(capability: int, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
     """`kernel` as `launch` is given it, for a capability: 80, 90. Arguments are specialised as Triton does it."""
-    names = list(inspect.signature(kernel.fn).parameters)
-    given = dict(zip(names, arguments, strict=False))
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, arguments, strict=False)) | {name: constants[name] for name in names if name in constants}
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for index, name in enumerate(names):
-        value = given[name] if name in given else constants[name]
-        if name not in given:
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = given[name]
+        if parameter.is_constexpr or value is None:
             signature[name], values[index,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{_NAMES[value.dtype]}"
@@ -44,7 +44,7 @@ def compile_for(capability: int, kernel: Any, arguments: tuple[Any, ...], consta
                 attributes[index,] = _ALIGNED
         elif isinstance(value, int):
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[index,] = _ALIGNED
         else:
             signature[name] = "fp32"

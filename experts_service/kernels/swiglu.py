@@ -26,7 +26,7 @@ from experts_service.kernels.compiled.quantized_matmul import (
 )
 from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.compiled.tile import PAIR
-from experts_service.kernels.gpu.launch import can_compile
+from experts_service.kernels.gpu.launch import compiles_for
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense, stacked
@@ -62,7 +62,7 @@ class SwiGLU:
 
 def silu_product(gate_up: Tensor) -> Tensor:
     """silu(gate) · up [R, F] of rows [R, 2 F] of both, each rounded."""
-    if gate_up.is_cuda and len(gate_up) and can_compile():
+    if gate_up.is_cuda and len(gate_up) and compiles_for(gate_up.device):
         from experts_service.kernels.gpu import silu  # Triton takes a second
 
         return silu.silu_product(gate_up)

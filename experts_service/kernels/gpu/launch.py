@@ -35,6 +35,7 @@ def can_compile() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
 
 
+@cache
 def compiles_for(device: torch.device) -> bool:
     """Whether kernels are compiled for it: an NVIDIA GPU from Ampere on, which multiplies bf16."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and can_compile()

@@ -63,5 +63,7 @@ def test_kernels_are_for_gpus_that_multiply_bf16(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], compiled: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    compiles_for.cache_clear()
     assert compiles_for(torch.device("cuda")) is compiled
     assert not compiles_for(torch.device("cpu"))
+    compiles_for.cache_clear()
