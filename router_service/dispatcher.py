@@ -118,10 +118,14 @@ class Dispatcher:
         for expert, number in enumerate(rows.sum(0).tolist()):
             self._rows_per_expert[expert] += number
 
-    def dispatch(self, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
-        """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them."""
+    def dispatch(self, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None = None) -> Dispatch:
+        """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them.
+
+        Rows from `num_real` [1] on, of which only the device knows, are padding: no expert computes or counts them, and
+        their answers are anything. Only where it `waits_for_nobody`.
+        """
         if self._grouped is not None:
-            return self._dispatch_here(self._grouped, layer, rows, experts)
+            return self._dispatch_here(self._grouped, layer, rows, experts, num_real)
         answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
         if experts.is_cpu:
             return self._dispatch_on_host(layer, rows, experts, answers)
@@ -201,9 +205,11 @@ class Dispatcher:
             total = total.add_(term) if choice else term
         return total
 
-    def _dispatch_here(self, grouped: Experts, layer: int, rows: Tensor, experts: Tensor) -> Dispatch:
+    def _dispatch_here(
+        self, grouped: Experts, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None
+    ) -> Dispatch:
         """The same for experts that are here, without a look at any number."""
-        routed = routing.route(experts, *self._of_device(experts.device))
+        routed = routing.route(experts, *self._of_device(experts.device), num_real)
         answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
         grouped.run(layer, rows.index_select(0, routed.row_indices), routed.ends, answers)
         return Dispatch(layer, len(rows), None, None, answers, ANSWERED, routed)

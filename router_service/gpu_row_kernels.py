@@ -101,30 +101,40 @@ def route(
     places,  # [K * T]
     ends,  # [E]
     ends_so_far,  # [E], added to
+    num_real,  # [1]; None: all rows are
     num_rows,
+    num_experts: tl.constexpr,
     top_k: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """A program finds the pairs of one expert: those before it are counted, then its own are told their places."""
+    """A program finds the pairs of one expert: those before it are counted, then its own are told their places.
+
+    One program more, if `num_real` is given, has those of the rows behind it, which are nobody's.
+    """
     mine = tl.program_id(0)
     num_pairs = num_rows * top_k
+    real = num_rows
+    if num_real is not None:
+        real = tl.load(num_real).to(tl.int32)
     place = 0
     for first in range(0, num_pairs, block):
         pair = first + tl.arange(0, block)
         expert = tl.load(experts + pair, mask=pair < num_pairs, other=0)  # in any order
-        rank = tl.load(ranks + expert)
+        rank = tl.where(pair // top_k < real, tl.load(ranks + expert), num_experts)
         place += tl.sum(((rank < mine) & (pair < num_pairs)).to(tl.int32), 0)
     for first in range(0, num_pairs, block):
         pair = first + tl.arange(0, block)
         row = pair % num_rows
         expert = tl.load(experts + row * top_k + pair // num_rows, mask=pair < num_pairs, other=0)
-        is_mine = (tl.load(ranks + expert) == mine) & (pair < num_pairs)
+        rank = tl.where(row < real, tl.load(ranks + expert), num_experts)
+        is_mine = (rank == mine) & (pair < num_pairs)
         found = tl.cumsum(is_mine.to(tl.int32), 0)
         tl.store(places + pair, (place + found - 1).to(tl.int64), mask=is_mine)
         tl.store(row_indices + place + found - 1, row.to(tl.int64), mask=is_mine)
         place += tl.sum(is_mine.to(tl.int32), 0)
-    tl.store(ends + mine, place)
-    tl.store(ends_so_far + mine, tl.load(ends_so_far + mine) + place)
+    if mine < num_experts:
+        tl.store(ends + mine, place)
+        tl.store(ends_so_far + mine, tl.load(ends_so_far + mine) + place)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

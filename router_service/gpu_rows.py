@@ -53,14 +53,16 @@ def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights, experts
 
 
-def route(experts: Tensor, ranks: Tensor, ends_so_far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    experts: Tensor, ranks: Tensor, ends_so_far: Tensor, num_real: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row indices, ends and places: see routing.py."""
     num_rows, top_k = experts.shape
     row_indices, places = (experts.new_empty(experts.numel()) for _ in range(2))
     ends = torch.empty(len(ranks), dtype=torch.int32, device=ranks.device)
     launch(
-        kernels.route, (len(ranks),), experts.contiguous(), ranks, row_indices, places, ends, ends_so_far,
-        num_rows, top_k, _PAIRS,
+        kernels.route, (len(ranks) + (num_real is not None),), experts.contiguous(), ranks, row_indices, places,
+        ends, ends_so_far, num_real, num_rows, len(ranks), top_k, _PAIRS,
     )  # fmt: skip
     return row_indices, ends, places
 

@@ -25,14 +25,20 @@ class Routing(NamedTuple):
     places: Tensor  # [K * T] of each pair's answer
 
 
-def route(experts: Tensor, ranks: Tensor, ends_so_far: Tensor) -> Routing:
-    """Of `experts` [T, K], which stand in the order of their `ranks` [E]. `ends` are added to `ends_so_far` [E]."""
+def route(experts: Tensor, ranks: Tensor, ends_so_far: Tensor, num_real: Tensor | None = None) -> Routing:
+    """Of `experts` [T, K], which stand in the order of their `ranks` [E]. `ends` are added to `ends_so_far` [E].
+
+    Rows from `num_real` [1] on, if given, go nowhere: their pairs stand behind all ends, and nobody answers them.
+    """
     if is_launched(experts):
         from router_service import gpu_rows
 
-        return Routing(experts, *gpu_rows.route(experts, ranks, ends_so_far))
+        return Routing(experts, *gpu_rows.route(experts, ranks, ends_so_far, num_real))
     num_rows = len(experts)
-    sorted_ranks, order = ranks.take(experts.t().flatten()).sort(stable=True)  # [K * T], [K * T]
+    of_pairs = ranks.take(experts.t())  # [K, T]
+    if num_real is not None:
+        of_pairs = of_pairs.where(torch.arange(num_rows, device=ranks.device) < num_real, len(ranks))
+    sorted_ranks, order = of_pairs.flatten().sort(stable=True)  # [K * T], [K * T]
     everyone = torch.arange(len(ranks), device=ranks.device)
     ends = torch.searchsorted(sorted_ranks, everyone, right=True, out_int32=True)
     ends_so_far += ends

@@ -85,6 +85,7 @@ class Decoder:
         attention: AttentionPlan,
         kv_cache: KVCache,
         routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
+        num_real: torch.Tensor | None = None,  # [1]; rows from here on are padding, which goes to no expert here
     ) -> Generator[None, None, torch.Tensor]:
         """Run all layers; yields once a layer after its rows were sent to experts. Returns what they add up to [T, D].
 
@@ -110,7 +111,7 @@ class Decoder:
                 continue
             if routed is not None:
                 routed.append(experts)
-            with closing(self.dispatcher.dispatch(index, rows, experts)) as dispatch:
+            with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
                 yield
                 delta = self.dispatcher.combine(dispatch, weights)
         self.dispatcher.end_step()

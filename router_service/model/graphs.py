@@ -5,8 +5,8 @@ is a graph, and what a step is told is copied to where the graph reads it:
 
     ids, positions, attention's plan ──▶ copied ──▶ replay ──▶ logits, where the graph leaves them
 
-Rows of padding see the null page, write nothing, and nobody reads what they make. They go to experts as others do, and
-are among the counted rows.
+Rows of padding see the null page, write nothing, and nobody reads what they make. They go to no expert that is here:
+its weights would be read for nothing. How many rows are real is a number on the device.
 
 Shapes: B sequences, V vocabulary.
 """
@@ -29,8 +29,9 @@ from router_service.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
-# Rows of a step: its ids [B], their positions [B] and how they attend, to logits [B, V]; as launches, without a wait.
-Run = Callable[[torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
+# Rows of a step: its ids [B], their positions [B], how many are real [1], and how they attend, to logits [B, V]; as
+# launches, without a wait.
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 
 
 class Graph(Protocol):
@@ -73,6 +74,7 @@ class _Captured:
     graph: Graph
     token_ids: torch.Tensor  # [B]
     positions: torch.Tensor  # [B]
+    num_real: torch.Tensor  # [1]
     plan: StaticPlan
     logits: torch.Tensor  # [B, V]
 
@@ -115,6 +117,7 @@ class DecodeGraphs:
             return None
         captured.token_ids[:num_rows].copy_(token_ids)
         captured.positions[:num_rows].copy_(positions)
+        captured.num_real.fill_(num_rows)
         captured.plan.update(metadata)
         captured.graph.replay()
         self._captured[size] = captured
@@ -124,15 +127,16 @@ class DecodeGraphs:
         """The graph of a batch size; None, and never again, where that fails."""
         try:
             token_ids, positions = (torch.zeros(size, dtype=torch.int64, device=self._device) for _ in range(2))
+            num_real = torch.zeros(1, dtype=torch.int64, device=self._device)  # what is run before counts nothing
             plan, graph = self._new_plan(size), self._new_graph()
             plan.update(metadata)
-            logits = graph.capture(lambda: self._run(token_ids, positions, plan))
+            logits = graph.capture(lambda: self._run(token_ids, positions, num_real, plan))
         except Exception as error:
             self._has_failed = True
             self._captured.clear()
             logger.warning("a step of %d rows could not be captured (%r): no CUDA graphs from here on", size, error)
             return None
-        return _Captured(graph, token_ids, positions, plan, logits)
+        return _Captured(graph, token_ids, positions, num_real, plan, logits)
 
 
 def can_capture(decoder: Decoder, attention: AttentionBackend, max_model_len: int) -> bool:
@@ -161,8 +165,10 @@ def decode_graphs(
 def whole_step(decoder: Decoder, kv_cache: KVCache) -> Run:
     """From ids to logits, with experts that nobody waits for."""
 
-    def run(token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        layers = decoder.forward(token_ids, positions, plan, kv_cache)
+    def run(
+        token_ids: torch.Tensor, positions: torch.Tensor, num_real: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        layers = decoder.forward(token_ids, positions, plan, kv_cache, num_real=num_real)
         while True:
             try:
                 next(layers)

@@ -1,4 +1,4 @@
-"""The kernels of what is done to rows as cards would run them, compiled; says what each takes. argv: capability, dtype."""
+"""Kernels of what is done to rows as cards would run them, compiled; what each takes. argv: capability, dtype."""
 
 import json
 import sys
@@ -28,7 +28,9 @@ for num_rows in (1, 5):
     gpu_rows.norm(x, weight, 1e-5, x)
     gpu_rows.rotate(torch.zeros(num_rows, HEADS, HEAD_DIM, dtype=dtype), angles, angles)
     weights, experts = gpu_rows.choose(torch.zeros(num_rows, NUM_EXPERTS, dtype=dtype), TOP_K)
-    places = gpu_rows.route(experts, torch.arange(NUM_EXPERTS), torch.zeros(NUM_EXPERTS, dtype=torch.int64))[2]
+    of_experts = torch.arange(NUM_EXPERTS), torch.zeros(NUM_EXPERTS, dtype=torch.int64)
+    gpu_rows.route(experts, *of_experts, torch.tensor([1]))
+    places = gpu_rows.route(experts, *of_experts)[2]
     answers = torch.zeros(num_rows * TOP_K, HIDDEN, dtype=dtype)
     gpu_rows.combine(answers, weights, experts, places, NUM_EXPERTS)
     silu.silu_product(torch.zeros(num_rows, 2 * HIDDEN, dtype=dtype))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 
 import tests.triton_interpreter  # noqa: F401
 from router_service import gpu_rows, routing, rows
+from tests.programs import said_by
 from tests.router_service.test_routing import choices, made_up
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -93,13 +97,14 @@ def test_a_row_of_scores_that_are_not_finite_goes_to_experts_that_there_are(valu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("num_rows", [1, 17, 700])
-def test_rows_are_routed_and_answers_added_up_as_torch_does_it(num_rows, top_k, dtype, device, monkeypatch):
+@pytest.mark.parametrize(("num_rows", "num_real"), [(1, None), (17, None), (700, None), (17, 0), (17, 5)])
+def test_rows_are_routed_and_answers_added_up_as_torch_does_it(num_rows, num_real, top_k, dtype, device):
     weights, experts = choices(num_rows, top_k, device)
     ranks = torch.tensor([1, 3, 6, 2, 7, 4, 5, 0], device=device)
     ours, theirs = (torch.arange(8, device=device) for _ in range(2))
-    expected = routing.route(experts, ranks, theirs)
-    row_indices, ends, places = gpu_rows.route(experts, ranks, ours)
+    real = None if num_real is None else torch.tensor([num_real], device=device)
+    expected = routing.route(experts, ranks, theirs, real)
+    row_indices, ends, places = gpu_rows.route(experts, ranks, ours, real)
     for one, other in zip((row_indices, ends, places, ours), (*expected[1:], theirs), strict=True):
         assert one.dtype is other.dtype
         assert torch.equal(one, other)
@@ -108,3 +113,15 @@ def test_rows_are_routed_and_answers_added_up_as_torch_does_it(num_rows, top_k, 
     sums = routing.combine(answers.clone(), weights, expected)[few]
     places = places.view(top_k, num_rows)[:, few].reshape(-1)
     assert torch.equal(gpu_rows.combine(answers, weights[few], experts[few], places, 8), sums)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, "float32"), (89, "bfloat16"), (90, "bfloat16"), (100, "bfloat16")]
+)
+def test_triton_compiles_them_for_cards_that_nobody_has(capability, dtype):
+    """A compiler refuses what the interpreter takes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    shared = json.loads(said_by("compile_rows", capability, dtype, environment=environment, timeout_s=600))
+    assert list(shared) == ["norm", "rotate", "choose", "route", "combine", "silu_product"]
+    assert max(shared.values()) <= 99 * 2**10

@@ -99,6 +99,28 @@ def test_experts_that_take_ends_answer_as_those_that_are_told_counts(num_rows, d
     assert sum(by_ends.rows_per_expert) == 2 * 2 * num_rows
 
 
+@pytest.mark.parametrize("num_real", [0, 1, 5, 8])
+@torch.inference_mode()
+def test_rows_of_padding_go_to_no_expert_and_are_not_counted(num_real, device):
+    """They were multiplied with the weights of experts that nobody else chose, and told as rows of users."""
+    experts = Experts(range(NUM_EXPERTS), [layer_weights(moe_block(2, torch.float32, device))], grouped=True)
+    padded, exact = (
+        Dispatcher([ExpertGroup(0, tuple(range(NUM_EXPERTS)))], LocalTransport({0: experts})) for _ in range(2)
+    )
+    weights, chosen = choices(8, 2, device)
+    rows = torch.randn(8, HIDDEN).to(device)
+    expected = exact.combine(exact.dispatch(0, rows[:num_real], chosen[:num_real]), weights[:num_real])
+    real = torch.tensor([num_real], device=device)
+    dispatch = padded.dispatch(0, rows, chosen, real)
+    assert torch.equal(padded.combine(dispatch, weights)[:num_real], expected)
+    for dispatcher in (padded, exact):
+        dispatcher.end_step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert padded.rows_per_expert == exact.rows_per_expert
+    assert sum(padded.rows_per_expert) == 2 * num_real
+
+
 def test_experts_one_by_one_need_counts():
     one_by_one = Experts(range(NUM_EXPERTS), [layer_weights(moe_block(2, torch.float32))])
     assert LocalTransport({0: one_by_one}).grouped is None

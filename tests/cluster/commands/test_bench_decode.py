@@ -9,13 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cluster.checkpoint.architecture import all_tensors
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.cli import app
 from cluster.commands.bench import machine
 from cluster.commands.bench.decode import reference
 from cluster.commands.bench.decode.context import Contexts
+from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
+from cluster.commands.bench.decode.experts import local_experts
 from cluster.commands.bench.decode.figures import (
     DecodeResult,
     PrefillResult,
@@ -28,7 +32,8 @@ from cluster.commands.bench.decode.figures import (
 )
 from cluster.commands.bench.memory import resident_memory
 from cluster.commands.bench.shapes import BENCH, num_parameters
-from cluster.planning.placement import WeightBytes
+from cluster.config import EngineConfig
+from cluster.planning.placement import ExpertGroup, WeightBytes
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -175,6 +180,22 @@ def test_sequences_find_their_filled_context_and_compute_only_what_is_left(tmp_p
     assert (stats.prefix_cache_hit_tokens_total, stats.prompt_tokens_total) == (3 * 64, 3 * 6)
     assert bench.errors == {}  # finite, so every sequence has its tokens
     assert [len(output) for output in outputs] == [4, 4, 4]
+
+
+def test_experts_of_a_step_are_counted_without_graphs_which_are_captured_afterwards(tmp_path: Path) -> None:
+    """A replayed step runs no Python. Nothing was counted, and counting in a step under capture broke that."""
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    groups = (ExpertGroup(0, tuple(range(checkpoint.architecture.num_experts))),)
+    asked: list[bool] = []
+    with local_experts(checkpoint, groups, torch.float32, torch.device("cpu")) as transport:
+        dispatcher = CountingDispatcher(groups, transport)
+        with EngineUnderTest(checkpoint, EngineConfig(device="cpu", max_model_len=64), dispatcher) as engine:
+            engine._engine.model_runner.graphs = lambda *_: asked.append(dispatcher.counting)  # type: ignore[assignment]
+            reads = engine.count_expert_reads(Workload(2, 3, 4))
+    assert 2 * checkpoint.architecture.num_layers <= reads <= 4 * checkpoint.architecture.num_layers
+    assert asked
+    assert not any(asked)
 
 
 def test_the_peak_of_a_block_is_what_it_held_for_a_while() -> None:
