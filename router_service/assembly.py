@@ -27,6 +27,7 @@ from router_service.engine import Engine, Event
 from router_service.model.decoder import Decoder
 from router_service.model.graphs import can_capture, decode_graphs
 from router_service.model.model_runner import ModelRunner
+from router_service.model.warm_up import warm_up
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.block_manager import BlockManager
 from router_service.scheduling.scheduler import Batch, Scheduler
@@ -76,6 +77,7 @@ def build_engine(
         kernel=selection.kernel,
         of_codes=kept_in == "int8",
     )
+    warm_up(decoder, attention)
     graphs = _has_graphs(config, decoder, attention, max_model_len)
     cache = cache_size(
         architecture,

@@ -254,6 +254,10 @@ class Dispatcher:
         plan = self._row_plans[experts] = _RowPlan(tuple(parts), take, pairs)
         return plan
 
+    def apart(self, transport: Transport) -> Dispatcher:
+        """One to the same experts, which counts for itself. Those that are not here are asked through `transport`."""
+        return Dispatcher(self._groups, self._here or transport)
+
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()

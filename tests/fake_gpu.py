@@ -7,6 +7,7 @@ What a `HostCopy` brings is made up: integers count up in each row, other number
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class Counts:
 
     launches: Counter[str] = field(default_factory=Counter)  # kernels by name: torch's operations, and ours
     waits: Counter[str] = field(default_factory=Counter)  # of the host for the device, by the cause
+    kernels: Counter[tuple[object, ...]] = field(default_factory=Counter)  # ours, each with what it is compiled for
     copies_to_device: int = 0
     copies_to_host: int = 0
     bytes_to_device: int = 0
@@ -55,6 +57,7 @@ class Counts:
         return Counts(
             self.launches - other.launches,
             self.waits - other.waits,
+            self.kernels - other.kernels,
             self.copies_to_device - other.copies_to_device,
             self.copies_to_host - other.copies_to_host,
             self.bytes_to_device - other.bytes_to_device,
@@ -181,6 +184,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
         for argument in (*arguments, *constants.values()):
             assert not isinstance(argument, torch.Tensor) or argument.is_cuda, f"{kernel} got a tensor of the host"
         watch.counts.launches[kernel.fn.__name__] += 1
+        given = dict(zip(inspect.signature(kernel.fn).parameters, arguments, strict=False)) | constants
+        given.pop("num_rows", None)  # never part of it
+        made_for = [(key, value.dtype if isinstance(value, torch.Tensor) else value) for key, value in given.items()]
+        watch.counts.kernels[kernel.fn.__name__, *made_for] += 1
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

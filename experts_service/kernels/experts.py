@@ -108,7 +108,17 @@ class Experts:
                 yield read_tensors(checkpoint, names, dtype=dtype, device=device, on_bytes=on_bytes)
                 give_back_freed()
 
-        return cls(experts, layers(), kernel=kernel)
+        loaded = cls(experts, layers(), kernel=kernel)
+        loaded.warm_up()
+        return loaded
+
+    def warm_up(self) -> None:
+        """Have what a GPU multiplies few rows and many with compiled: nobody's rows wait for that."""
+        for layer, networks in enumerate(self._layers):
+            if isinstance(networks, _Grouped):
+                for num_rows in products.few_and_many(len(self.experts)):
+                    rows = torch.zeros(num_rows, self.hidden, dtype=self.dtype, device=self.device)
+                    self(layer, rows, [num_rows, *[0] * (len(self.experts) - 1)])
 
     @property
     def num_layers(self) -> int:

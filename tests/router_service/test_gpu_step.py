@@ -29,6 +29,7 @@ from router_service.attention.triton_paged import TritonPlan
 from router_service.dispatcher import Dispatcher
 from router_service.model.decoder import Decoder
 from router_service.model.model_runner import ModelRunner
+from router_service.model.warm_up import warm_up
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.fake_gpu import DEVICE, Counts, fake_gpu
 from tests.router_service.requests import make_sequence
@@ -149,6 +150,39 @@ def test_a_step_that_decodes_is_launched_by_copies_that_nobody_waits_for(monkeyp
     assert (output.logits.device, output.logits.shape) == (DEVICE, (2, MIXTRAL_8X7B.vocab_size))
     assert not counts.waits
     assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+@pytest.mark.parametrize("architecture", [MIXTRAL_8X7B, MISTRAL], ids=["mixtral", "mistral"])
+def test_no_step_waits_for_a_kernel_to_be_compiled(monkeypatch, architecture, elsewhere):
+    """The first request of a model waited for all of them, and the first long prompt for the other tiles."""
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        decoder, attention, kv_cache = _model(replace(architecture, num_layers=2), elsewhere=elsewhere)
+        counted = decoder.dispatcher
+        warm_up(decoder, attention)
+        assert decoder.dispatcher is counted
+        compiled = set(counts.kernels)
+        padded = None if elsewhere else torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        for num_rows, num_real in ((1, None), (3, padded), (40, None), (2000, None)):
+            zeros = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
+            plan = attention.plan(AttentionMetadata([Span(0, num_rows, array("i", range(1, 10)))], BLOCK))
+            _finished(decoder.forward(zeros, zeros, plan, kv_cache, num_real=num_real))
+        assert {"norm", "rotate", "attend"} <= {name for name, *_ in compiled}
+        assert set(counts.kernels) == compiled
+
+
+def test_a_shard_has_products_compiled_when_it_has_loaded(monkeypatch):
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        layer = [expert_tensors(MIXTRAL_8X7B, 0, expert).items() for expert in range(8)]
+        experts = Experts(range(8), [_weights(one for of_expert in layer for one in of_expert)])
+        experts.warm_up()
+        compiled = set(counts.kernels)
+        for num_rows in (1, 9, 500):
+            rows = torch.zeros(num_rows, 4096, dtype=DTYPE, device=DEVICE)
+            experts(0, rows, [num_rows, *[0] * 7])
+        assert len(compiled) >= 4
+        assert set(counts.kernels) == compiled
 
 
 def _model(architecture: Architecture, *, elsewhere: bool = False) -> tuple[Decoder, AttentionBackend, KVCache]:

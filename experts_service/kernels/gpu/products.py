@@ -41,6 +41,11 @@ def gate_up(x: Tensor, matrices: Matrices, ends: Tensor | None = None) -> Tensor
     return _multiply(x, matrices, ends, None, gated=True)
 
 
+def few_and_many(num_matrices: int) -> tuple[int, int]:
+    """Numbers of rows that between them start every kernel there is for so many matrices, and for one."""
+    return 1, FEW_ROWS * num_matrices + 1
+
+
 def num_parts(out_features: int, blocks: int, tile_outputs: int) -> int:
     """Into how many the sum over k is cut: so that one matrix and few rows keep a GPU busy, or nearly."""
     parts, programs = 1, -(-out_features // tile_outputs)
