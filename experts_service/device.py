@@ -56,13 +56,6 @@ def on_host(tensor: Tensor) -> Tensor:
     return pinned(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same there. A GPU copies it when its turn comes, from pinned memory that torch keeps until then."""
-    if device.type == "cpu":
-        return tensor
-    return pinned(tensor.shape, tensor.dtype).copy_(tensor).to(device, non_blocking=True)
-
-
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU reads and writes by itself. What is dropped while it does so, nobody gets before."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)

@@ -21,7 +21,7 @@ import triton
 from numpy.typing import NDArray
 
 from cluster.checkpoint.architecture import Architecture
-from experts_service.device import to_device
+from experts_service.device import upload
 from experts_service.kernels.gpu.launch import launch
 from router_service.attention.backend import AttentionBackend, AttentionPlan, StaticPlan
 from router_service.attention.kv_cache import KVCache, PageLayout
@@ -111,7 +111,8 @@ class TritonAttention(AttentionBackend):
         """Units of work of the step."""
         work = _cut(metadata, self)
         room = _Room(len(work.units), len(work.merged), len(metadata.write_slots))
-        return TritonPlan(self, room, to_device(_packed(metadata, self, work, room), self.device))
+        [numbers] = upload([_packed(metadata, self, work, room)], self.device)
+        return TritonPlan(self, room, numbers)
 
     def decode_plan(self, num_sequences: int, max_model_len: int) -> StaticPlan:
         """For steps in which at most so many sequences decode, none longer than that."""
@@ -219,7 +220,8 @@ class _DecodePlan(TritonPlan, StaticPlan):
     def update(self, metadata: AttentionMetadata) -> None:
         """Make it the plan of this step."""
         numbers = _packed(metadata, self._backend, _cut(metadata, self._backend), self._room)
-        self._numbers[: len(numbers)].copy_(to_device(numbers, self._backend.device), non_blocking=True)
+        [there] = upload([numbers], self._backend.device)
+        self._numbers[: len(numbers)].copy_(there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +292,7 @@ def _cut(metadata: AttentionMetadata, backend: TritonAttention) -> _Work:
     return _Work(units[longest_first].astype(np.int32), merged.astype(np.int32))
 
 
-def _packed(metadata: AttentionMetadata, backend: TritonAttention, work: _Work, room: _Room) -> torch.Tensor:
+def _packed(metadata: AttentionMetadata, backend: TritonAttention, work: _Work, room: _Room) -> Numbers:
     """All that the kernels are told of a step. Where `room` is for more sequences, the others see the null page."""
     num_tokens, num_units = len(metadata.write_slots), len(work.units)
     assert num_units <= room.units, "more units than there are programs"
@@ -313,7 +315,7 @@ def _packed(metadata: AttentionMetadata, backend: TritonAttention, work: _Work, 
     numbers[room.merged_at : room.merged_at + work.merged.size] = work.merged.ravel()
     slots = numbers[room.slots_at : room.slots_at + room.slots]
     slots[:num_tokens], slots[num_tokens:] = metadata.write_slots, NOWHERE
-    return torch.from_numpy(numbers)
+    return numbers
 
 
 def _counted(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -65,13 +65,13 @@ def launched(monkeypatch):
 def copied(monkeypatch):
     """What is copied to the device."""
     copies = []
-    to_device = triton_paged.to_device
+    upload = triton_paged.upload
 
-    def counted(tensor, device):
-        copies.append(tensor)
-        return to_device(tensor, device)
+    def counted(arrays, device):
+        copies.append(arrays)
+        return upload(arrays, device)
 
-    monkeypatch.setattr(triton_paged, "to_device", counted)
+    monkeypatch.setattr(triton_paged, "upload", counted)
     return copies
 
 
