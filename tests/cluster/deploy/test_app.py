@@ -42,6 +42,7 @@ from cluster.planning.placement import (
     WeightBytes,
     check_fit,
     kv_bytes_per_token,
+    shared_memory_bytes,
 )
 from cluster.planning.weights import held_weights
 from cluster.yaml_document import parse_yaml
@@ -365,7 +366,9 @@ def test_memory_of_every_tier_is_counted_in_its_own_format(tmp_path):
     )
     assert small < plain / 3
     weights = held_weights(checkpoint, "bfloat16", "cpu").coordinator + plain + number * small
-    needed = weights + (number + 2) * 460 * 10**6 + 16 * kv_bytes_per_token(checkpoint.architecture, "bfloat16")
+    of_rows = (number + 1) * shared_memory_bytes(checkpoint.architecture, "bfloat16")
+    of_tokens = 16 * kv_bytes_per_token(checkpoint.architecture, "bfloat16")
+    needed = weights + (number + 2) * 460 * 10**6 + of_rows + of_tokens
     plan_model(model, checkpoint, Cluster(2, (Node("a", needed),)))
     with pytest.raises(DoesNotFit, match="the most that a node has left"):
         plan_model(model, checkpoint, Cluster(2, (Node("a", needed - 1),)))

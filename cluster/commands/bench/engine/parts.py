@@ -31,7 +31,7 @@ METHODS: tuple[tuple[type, str, str], ...] = (
     (AttentionPlan, "attend", "attention"),
     (Decoder, "hidden_states", "head"),
     (Decoder, "logits", "head"),
-    (Sampler, "__call__", "sample"),
+    (Sampler, "launch", "sample"),
     (Scheduler, "update", "update"),
     (Engine, "_emit", "deliver"),
     (EngineUnderTest, "_deliver", BENCHMARK),
