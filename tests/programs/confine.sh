@@ -29,4 +29,5 @@ mkdir /tmp/home
 chown "$USER_ID" /tmp/home
 cd /tmp/home
 exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups --bounding-set -all --inh-caps -all --no-new-privs \
-    env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" "$@"
+    env --ignore-environment HOME=/tmp/home PATH="$PATH" PYTHONPATH="$REPOSITORY" \
+    RAY_worker_niceness="${RAY_worker_niceness:-0}" "$@"
