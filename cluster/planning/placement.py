@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cluster.checkpoint.architecture import Architecture, coordinator_tensors, expert_tensors
 from cluster.errors import ConfigError, DoesNotFit
@@ -68,6 +69,15 @@ class ShardPlace:
     expert_bytes: int  # of one expert, as the device holds it
 
 
+class _Process(NamedTuple):
+    """What asks for a place."""
+
+    name: str
+    held: int  # bytes of its weights, and of its cache
+    gpus: float
+    is_shard: bool
+
+
 class Room:
     """What the nodes have left while processes find their places, those of one model after those of another."""
 
@@ -81,10 +91,14 @@ class Room:
         """What each GPU has left that is not taken wholly."""
         return [size for gpus in self.gpus for share, size in gpus if share > 1e-9]
 
-    def place(self, share: float, weights: int, host: int) -> bool:
-        """Take what a process needs from the node with most memory free. False: no node has it."""
+    def place(self, share: float, weights: int, host: int, beside: Mapping[int, int]) -> int | None:
+        """Take what a process needs from the node with most memory free. Returns its index; None: no node has it.
+
+        `host`: bytes of the node's memory, and `beside` more of these nodes, for who is there already.
+        """
         for node in sorted(range(len(self.memory)), key=lambda index: -self.memory[index]):
-            if self.memory[node] < host:
+            needed = host + beside.get(node, 0)
+            if self.memory[node] < needed:
                 continue
             if share:
                 count, each = max(1, math.ceil(share)), min(1.0, share)
@@ -94,9 +108,9 @@ class Room:
                 for gpu in free[:count]:
                     gpu[0] -= each
                     gpu[1] -= weights / count
-            self.memory[node] -= host
-            return True
-        return False
+            self.memory[node] -= needed
+            return node
+        return None
 
 
 def as_one(groups: Sequence[ExpertGroup]) -> tuple[ExpertGroup, ...]:
@@ -197,25 +211,31 @@ def check_fit(
     if places is None:
         places = [ShardPlace(gpus_per_shard, weights.expert)] * len(groups)
     shards = [
-        (f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus)
+        _Process(f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus, is_shard=True)
         for group, place in zip(groups, places, strict=True)
         if not local
     ]
     attention = weights.coordinator + kv_tokens * kv_bytes_per_token(architecture, kv_dtype or dtype)
     if local:
         attention += architecture.num_experts * weights.expert
-    processes = [(f"coordinator {i}", attention, gpus_per_coordinator) for i in range(num_coordinators)] + shards
-    of_rows = {process[0]: num_coordinators * shared_memory_bytes(architecture, dtype) for process in shards}
+    coordinators = [
+        _Process(f"coordinator {i}", attention, gpus_per_coordinator, is_shard=False) for i in range(num_coordinators)
+    ]
+    processes = coordinators + shards
+    of_pair = shared_memory_bytes(architecture, dtype)
+    shards_on, coordinators_on = Counter[int](), Counter[int]()  # nodes, those on its CPUs
     memory, gpus = sum(room.memory), room.gpu_bytes
-    for process, held, share in sorted(processes, key=lambda process: -process[1]):
-        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held + of_rows.get(process, 0))
-        if not room.place(share, held, host):
-            needs = gib(sum(size for _, size, _ in processes))
+    for process, held, share, is_shard in sorted(processes, key=lambda process: -process.held):
+        host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
+        own, others = (shards_on, coordinators_on) if is_shard else (coordinators_on, shards_on)
+        node = room.place(share, held, host, {} if share else {at: of_pair * there for at, there in others.items()})
+        if node is None:
+            needs = gib(sum(one.held for one in processes))
             model = "the model" if name is None else repr(name)
             beside = f" beside {' and '.join(map(repr, room.models))}" if room.models else ""
             of = f" of {model}" if room.models else ""
             if share:
-                wanted = sum(asked for *_, asked in processes)
+                wanted = sum(one.gpus for one in processes)
                 raise DoesNotFit(
                     f"{process}{of} needs {share:g} GPU with {gib(held)} free, and no node has one left: {model} "
                     f"needs {needs} on {wanted:g} GPUs in all, and{beside} the cluster has {gib(sum(gpus))} on "
@@ -226,6 +246,8 @@ def check_fit(
                 f"{process}{of} needs {gib(host)} of memory, and the most that a node has left is {most}: {model} "
                 f"needs {needs} in all, and{beside} the cluster has {gib(memory)} free"
             )
+        if not share:
+            own[node] += 1
     room.models.append(name or "a model")
 
 

@@ -147,6 +147,16 @@ def test_memory_that_coordinators_share_with_shards_is_counted() -> None:
     assert not fits(held + processes + 3 * 8 * of_pair - 1)
 
 
+def test_on_another_machine_than_its_coordinators_a_shard_shares_no_memory() -> None:
+    """Eight coordinators, each on a machine of its own, made a shard too large for a pod of the manifests' size."""
+    base = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES
+    weights = WeightBytes.of(MIXTRAL_8X7B, "bfloat16")
+    attention = weights.coordinator + 4096 * kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16")
+    pods = [Node("experts", 8 * weights.expert + base), *(Node(f"pod {i}", attention + base) for i in range(8))]
+    groups = plan_groups([list(range(8))], 8, num_gpus=0, num_cpus=8)
+    check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(pods), kv_tokens=4096, num_coordinators=8)
+
+
 def test_of_a_gpu_they_are_not_kept_so() -> None:
     assert kv_dtype("auto", "bfloat16", "cuda") == kv_dtype("auto", "bfloat16", "cpu") == "bfloat16"
     assert kv_dtype("int8", "float32", "cpu") == "int8"
