@@ -140,6 +140,14 @@ class _Methods(TorchFunctionMode):
         if func is torch.Tensor.__setitem__ and args[0].is_cuda:
             target, index, value = args
             return torch.ops.aten.copy_(_indexed(target, index), value)
+        if func is torch.Tensor.__invert__:
+            return torch.ops.aten.bitwise_not(*args)
+        if func is torch.Tensor.contiguous and args[0].is_cuda:
+            return (
+                args[0]
+                if args[0].is_contiguous()
+                else torch.ops.aten.clone(*args, memory_format=torch.contiguous_format)
+            )
         if func is torch.Tensor.copy_:
             return torch.ops.aten.copy_(*args, **(kwargs or {}))
         if func in (torch.Tensor.numpy, torch.Tensor.tolist) and not isinstance(args[0], FakeTensor):
