@@ -119,7 +119,7 @@ def test_a_walk_that_ends_matches(pair: tuple[str, str], seed: int) -> None:
 
 
 @pytest.mark.long
-@settings(quietly, max_examples=2_000)
+@settings(quietly, max_examples=500)
 @given(EXPRESSIONS, st.integers(0, 2**32))
 def test_many_walks_that_end_match(pair: tuple[str, str], seed: int) -> None:
     check_both(pair, seed)
