@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,9 +95,9 @@ def links(running: Shards) -> list[Link]:
     return list(running.transports[0].routes._links._links.values())
 
 
-def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
-    """Slots of a dispatch that nobody waits for stay its own: the shard may still be about to write there."""
-    opened, entered = threading.Event(), threading.Event()
+def stopped_in_layer_2() -> tuple[Callable[[int, Tensor, Sequence[int]], Tensor], threading.Event, threading.Event]:
+    """The maths of group 0, which waits in layer 2; set when it has come there, and what lets it go on."""
+    entered, opened = threading.Event(), threading.Event()
 
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         if layer == 2:
@@ -105,6 +105,12 @@ def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
             assert opened.wait(10)
         return maths(GROUPS[0].experts)(layer, rows, counts)
 
+    return run, entered, opened
+
+
+def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
+    """Slots of a dispatch that nobody waits for stay its own: the shard may still be about to write there."""
+    run, entered, opened = stopped_in_layer_2()
     with shards() as running:
         running.start("0a", 0, run)
         running.start("1a", 1)
@@ -252,14 +258,7 @@ def test_shards_that_are_stopped_or_killed_over_their_rows_harm_no_answer_and_le
 
 
 def test_a_coordinator_that_is_killed_leaves_nothing_in_the_shards() -> None:
-    opened, entered = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
+    run, entered, opened = stopped_in_layer_2()
     with shards() as running:
         running.start("0a", 0, run)
         running.start("1a", 1)
