@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from cluster.commands.plan.observed import Observed, observe
-from tests.gateway.telemetry.test_metrics import samples, value
+from tests.gateway.telemetry.test_metrics import samples, value, values
 from tests.waiting import wait_for
 
 MODEL = "mistral-small"
@@ -70,7 +70,7 @@ def test_every_process_is_in_the_page(server, engine_stats):
     observed = observe(server.url, None, MODEL, len(stats.rows_per_expert))
     assert observed == Observed(MODEL, tuple(stats.rows_per_expert)), "what `manta plan --observed` goes by"
     assert value(text, "manta_step_seconds_count", model=MODEL) > 0
-    assert 0 < value(text, "manta_longest_step_seconds", model=MODEL) < 60
+    assert 0 < max(values(text, "manta_longest_step_seconds", model=MODEL)) < 60
     assert value(text, "manta_failed_steps_total", model=MODEL) == 0
     assert value(text, "manta_dispatch_seconds_count", model=MODEL, group="0") > 0
     assert value(text, "manta_dispatch_hedges_total", model=MODEL, group="0") == 0, "there is one replica"
@@ -81,7 +81,8 @@ def test_every_process_is_in_the_page(server, engine_stats):
     for deployment in ("gateway", "coordinator"):
         assert value(text, "manta_event_loop_block_seconds_count", deployment=deployment) > 0
         blocks = {"deployment": deployment, "window": "minute", "time": "loop"}
-        assert value(text, "manta_event_loop_longest_block_seconds", **blocks) < 0.5, "ten times what is promised"
+        longest_s = max(values(text, "manta_event_loop_longest_block_seconds", **blocks))
+        assert longest_s < 0.5, "ten times what is promised"
     replicas = {dict(labels)["deployment"]: dict(labels)["replica"] for _, labels in samples(text)}
     assert {"gateway", "coordinator", "expert-0", "expert-1"} <= set(replicas)
     assert len(set(replicas.values())) == len(replicas)

@@ -17,11 +17,11 @@ from statistics import fmean, median
 import httpx
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.demo_model import DIRECTORY
 from gateway.admission.api_keys import digest, new_key
 from tests.conftest import Server, running_server
+from tests.gateway.telemetry.test_metrics import values
 from tests.hostile_clients import ACTS
 from tests.steady_streams import SteadyStreams
 
@@ -53,12 +53,7 @@ class Neighbourhood:
         """The highest value of a sample in /metrics, over all processes."""
         headers = {"authorization": "Bearer a-token-for-prometheus"}
         text = httpx.get(f"{self.server.url}/metrics", headers=headers, timeout=60).raise_for_status().text
-        return max(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return max(values(text, name, **labels))
 
     def used_bytes(self) -> int:
         """What is each process's alone, added up."""
