@@ -60,6 +60,16 @@ def test_every_path_on_a_gpu_is_on_its_page() -> None:
     assert [module for module in on_gpus if not module.startswith(tuple(told))] == []
 
 
+def test_each_message_that_can_be_looked_up_is_said_somewhere() -> None:
+    """The headings of the page are pieces of messages, as they are in the code."""
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### (.*)$", page, re.MULTILINE)
+    assert len(messages) >= 20
+    texts = [file.read_text() for room in ROOMS for file in (REPOSITORY / room).rglob("*.py")]
+    joined = [re.sub(r'"\s*\n\s*f?"', "", text) for text in texts]  # strings that go on in the next line
+    assert [message for message in messages if not any(message in text for text in joined)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()

@@ -107,12 +107,13 @@ def test_a_shard_that_stands_still_is_left_out_and_counted(server):
         shard.send_signal(signal.SIGCONT)
 
 
-def test_every_figure_of_the_dashboard_and_the_alerts_exists(server):
+def test_every_figure_of_dashboard_alerts_and_runbooks_exists(server):
     """Also those that have no series yet; a histogram's are known by its type."""
     known = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", page(server), re.MULTILINE):
         known |= {name} if kind != "histogram" else {f"{name}_{part}" for part in ("bucket", "sum", "count")}
-    kubernetes = Path(__file__).parents[2] / "k8s"
+    repository = Path(__file__).parents[2]
+    kubernetes = repository / "k8s"
     dashboard = json.loads((kubernetes / "grafana/manta.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     assert len(expressions) > 20
@@ -121,6 +122,9 @@ def test_every_figure_of_the_dashboard_and_the_alerts_exists(server):
     assert len(rules) > 5
     named = {name for text in expressions + rules for name in re.findall(r"\b(?:vllm:|manta_|process_)\w+", text)}
     assert named - known == set()
+    told = set(re.findall(r"`((?:vllm:|manta_)\w+)`", (repository / "docs" / "runbooks.md").read_text()))
+    assert len(told) > 5
+    assert {name for name in told if name not in known and f"{name}_count" not in known} == set()
 
 
 def test_status_watches_the_load_of_every_expert(server):

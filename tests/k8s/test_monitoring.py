@@ -39,6 +39,13 @@ def test_an_alert_can_be_read(rule: dict[str, Any]) -> None:
         assert re.search(rf"(by|on) \([^)]*\b{label}\b", rule["expr"]), f"{label} is not in the result"
 
 
+def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
+    sections = re.findall(r"^## (\w+)$", (REPOSITORY / "docs" / "runbooks.md").read_text(), re.MULTILINE)
+    assert set(sections) == {rule["alert"] for rule in RULES}
+    for rule in RULES:
+        assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+
+
 def test_what_the_alerts_are_about() -> None:
     names = {rule["alert"] for rule in RULES}
     assert {"MantaExpertDown", "MantaExpertImbalance", "MantaQueueGrowing", "MantaFirstTokenBurn"} <= names
