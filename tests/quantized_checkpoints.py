@@ -202,11 +202,11 @@ def gptq(
     return Format(config, pack)
 
 
-def awq(group_size: int = 32, **config: Any) -> Format:
+def awq(group_size: int = 32, *, symmetric: bool = False, **config: Any) -> Format:
     block = (1, None if group_size == -1 else group_size)
 
     def pack(weight: Tensor, draw: torch.Generator) -> tuple[Parts, Tensor]:
-        codes, scales, zeros, _ = quantize(weight, 4, block, symmetric=False, scale_dtype=torch.float16)
+        codes, scales, zeros, _ = quantize(weight, 4, block, symmetric=symmetric, scale_dtype=torch.float16)
         parts = {
             "qweight": awq_words(codes.t()),
             "qzeros": awq_words(zeros.t()),
@@ -214,7 +214,7 @@ def awq(group_size: int = 32, **config: Any) -> Format:
         }
         return parts, widened(codes, scales, zeros, block)
 
-    of_config = {"bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    of_config = {"bits": 4, "group_size": group_size, "zero_point": not symmetric, "version": "gemm"}
     return Format({"quant_method": "awq", "modules_to_not_convert": ["gate"], **of_config, **config}, pack)
 
 

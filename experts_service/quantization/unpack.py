@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.architecture import Shape
-from cluster.checkpoint.quantization.scheme import NEIGHBOURS, Gptq, Packed, Role, Scheme, Values
+from cluster.checkpoint.quantization.scheme import NEIGHBOURS, Awq, Gptq, Packed, Role, Scheme, Values
 from cluster.errors import CheckpointError
 from experts_service.quantization.weight import QuantizedWeight
 
@@ -32,6 +32,11 @@ def quantized_weight(
         codes, zero_points = parts["codes"], parts.get("zero_points")
         scales = _to_rows(parts["scales"], scheme, out_features)
         zero_points = None if zero_points is None else _to_rows(zero_points, scheme, out_features)
+        if zero_points is not None and not scheme.zero_points and zero_points.any():
+            raise CheckpointError(
+                f"{name!r}: its zero points (weight_zero_point) are not 0 throughout, as quantization_config says with "
+                "symmetric: true."
+            )
     elif isinstance(scheme, Packed):
         codes, zero_points = unpack_rows(parts["codes"], scheme.bits, in_features), parts.get("zero_points")
         scales = _to_rows(parts["scales"], scheme, out_features)
@@ -46,11 +51,16 @@ def quantized_weight(
     else:
         codes, scales = unpack_awq(parts["codes"]).t(), parts["scales"].t()
         zero_points = unpack_awq(parts["zero_points"]).t()
+        if scheme.symmetric and zero_points.any():
+            raise _not_the_middle(name, scheme)
+    scales = scales.float().contiguous()
+    if not scales.isfinite().all():
+        raise CheckpointError(f"{name!r}: one of its scales is not a finite number; the file is damaged.")
     if zero_points is not None:
         zero_points = zero_points.to(torch.int16).contiguous() if zero_points.any() else None
     return QuantizedWeight(
         codes=codes.contiguous(),
-        scales=scales.float().contiguous(),
+        scales=scales,
         zero_points=zero_points,
         bits=scheme.bits,
         group_size=scheme.group_size or in_features,
@@ -106,11 +116,15 @@ def _gptq_zero_points(name: str, scheme: Gptq, packed: Tensor, out_features: int
     # Newer writers say `gptq` and store them as they are. Of a symmetric one it is known what they should be.
     stored = unpack_rows(packed, scheme.bits, out_features)
     if zero_points.any() and stored.any():
-        raise CheckpointError(
-            f"{name!r}: its zero points (qzeros) are not {2 ** (scheme.bits - 1)} throughout, as "
-            "quantization_config says with sym: true."
-        )
+        raise _not_the_middle(name, scheme)
     return None
+
+
+def _not_the_middle(name: str, scheme: Gptq | Awq) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r}: its zero points (qzeros) are not {2 ** (scheme.bits - 1)} throughout, as quantization_config says "
+        f"with {scheme.SAYS_SYMMETRIC}."
+    )
 
 
 def _as_int32(words: Tensor) -> Tensor:

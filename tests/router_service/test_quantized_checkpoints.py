@@ -80,6 +80,7 @@ FORMATS: dict[str, Format] = {
     "gptq-8-asymmetric": gptq(8, sym=False),
     "awq": awq(),
     "awq-channel": awq(-1),
+    "awq-symmetric": awq(symmetric=True),
 }
 
 

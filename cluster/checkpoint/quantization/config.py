@@ -154,8 +154,9 @@ def _awq_scheme(section: JsonDocument) -> Awq:
         )
     _refuse_unknown(section, _AWQ_KEYS)
     _one_of(section, "pack_dtype", ("int32",))
-    section.boolean("zero_point", default=True)
-    return Awq(_group_size(section), _bits(section, (4,)))
+    # GPTQModel writes `sym` beside it, which it did not always mean.
+    symmetric = not section.boolean("zero_point", default=True)
+    return Awq(_group_size(section), _bits(section, (4,)), symmetric)
 
 
 def _bits(section: JsonDocument, known: tuple[int, ...]) -> int:

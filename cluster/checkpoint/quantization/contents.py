@@ -8,10 +8,11 @@ from array import array
 from collections.abc import Mapping
 
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
-from cluster.checkpoint.quantization.scheme import NEIGHBOURS, WORD_BITS, Gptq, num_groups
+from cluster.checkpoint.quantization.scheme import NEIGHBOURS, WORD_BITS, Awq, Gptq, Values, num_groups
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 
+_LOOKED_AT_BYTES = 4096
 _TYPE_CODES = {"I32": "i", "I64": "q"}
 
 
@@ -31,11 +32,13 @@ def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
             raise CheckpointError(f"{bias.file}: tensor {bias.name!r} is not zero; this architecture has no biases.")
         if (groups := ref.parts.get("input_groups")) is not None:
             _check_groups(ref, groups)
-        if isinstance(ref.scheme, Gptq) and ref.scheme.symmetric:
+        if isinstance(ref.scheme, Gptq | Awq) and ref.scheme.symmetric:
             _check_zero_points(ref.scheme, ref.shape[0], ref.parts["zero_points"])
+        if isinstance(ref.scheme, Values) and not ref.scheme.zero_points:
+            _check_no_zero_points(ref.parts.get("zero_points"))
 
 
-def _check_zero_points(scheme: Gptq, out_features: int, zero_points: TensorRef) -> None:
+def _check_zero_points(scheme: Gptq | Awq, out_features: int, zero_points: TensorRef) -> None:
     """Those of the first group: of a file with the wrong label they differ everywhere. Whoever reads all checks all."""
     middle = 2 ** (scheme.bits - 1)
     whole_words = out_features * scheme.bits // WORD_BITS
@@ -47,8 +50,17 @@ def _check_zero_points(scheme: Gptq, out_features: int, zero_points: TensorRef) 
             return
     raise CheckpointError(
         f"{zero_points.file}: tensor {zero_points.name!r} has zero points other than {middle}; quantization_config "
-        "says sym: true."
+        f"says {scheme.SAYS_SYMMETRIC}."
     )
+
+
+def _check_no_zero_points(zero_points: TensorRef | None) -> None:
+    """Older writers store zeros of a symmetric matrix. Whoever reads all checks all."""
+    if zero_points is not None and any(_bytes(zero_points, min(zero_points.nbytes, _LOOKED_AT_BYTES))):
+        raise CheckpointError(
+            f"{zero_points.file}: tensor {zero_points.name!r} has zero points other than 0; quantization_config says "
+            "symmetric: true."
+        )
 
 
 def _check_groups(ref: QuantizedRef, groups: TensorRef) -> None:

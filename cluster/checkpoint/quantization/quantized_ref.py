@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from cluster.checkpoint.architecture import Shape
-from cluster.checkpoint.quantization.scheme import READ, Gptq, Part, Role, Scheme, Values
+from cluster.checkpoint.quantization.scheme import READ, Awq, Gptq, Part, Role, Scheme, Values
 from cluster.checkpoint.safetensors_header import StoredTensor
 from cluster.checkpoint.tensor_ref import Source, TensorRef
 from cluster.errors import CheckpointError
@@ -36,7 +36,7 @@ class QuantizedRef:
     @property
     def has_zero_points(self) -> bool:
         """Whether some may be other than the middle."""
-        return "zero_points" in self.parts and not (isinstance(self.scheme, Gptq) and self.scheme.symmetric)
+        return "zero_points" in self.parts and not (isinstance(self.scheme, Gptq | Awq) and self.scheme.symmetric)
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:

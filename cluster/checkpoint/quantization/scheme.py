@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cluster.checkpoint.architecture import Shape
 
@@ -102,6 +102,8 @@ class Packed:
 class Gptq:
     """GPTQ's columns of int32."""
 
+    SAYS_SYMMETRIC: ClassVar[str] = "sym: true"
+
     bits: int
     group_size: int | None  # inputs; None: all
     act_order: bool
@@ -125,8 +127,12 @@ class Gptq:
 class Awq:
     """AutoAWQ's gemm layout: eight neighbouring outputs in an int32, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
 
+    SAYS_SYMMETRIC: ClassVar[str] = "zero_point: false"
+
     group_size: int | None  # inputs; None: all
     bits: int = 4
+    symmetric: bool = False  # every zero point is the middle one
+    stored_less_one: ClassVar[bool] = False
 
     def parts(self, out_features: int, in_features: int) -> Iterator[Part]:
         """What a matrix of that shape is stored in."""

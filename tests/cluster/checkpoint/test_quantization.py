@@ -19,7 +19,7 @@ from cluster.checkpoint.quantization.config import read_quantization
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.scheme import Awq, Gptq, Packed, Values
 from cluster.errors import CheckpointError, ConfigError
-from experts_service.quantization.weight import dense
+from experts_service.quantization.weight import QuantizedWeight, dense
 from experts_service.weights import read_tensors
 from tests.checkpoints import hub_state_dict, refusal
 from tests.programs import said_by
@@ -93,6 +93,8 @@ def scheme_of(config: dict[str, Any], module: str = Q) -> Any:
         (gptq(8, -1, desc_act=True, sym=False, layout="gptq_v2").config, Gptq(8, None, True, False, False)),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, Gptq(4, 128, False, False, True)),
         (awq().config, Awq(32)),
+        (awq(symmetric=True).config | {"sym": False}, Awq(32, symmetric=True)),
+        (awq().config | {"sym": True}, Awq(32)),  # GPTQModel's default, which it wrote beside real zero points
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}, Awq(128)),
     ],
 )
@@ -352,7 +354,8 @@ def out_of_range(g_idx: Tensor) -> Tensor:
 
 PACKED_ASYMMETRIC = compressed_tensors("pack-quantized", INT4 | {"symmetric": False})
 PACKED_ORDERED = compressed_tensors("pack-quantized", INT4 | {"actorder": "group"})
-INT8 = compressed_tensors("int-quantized", INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None})
+INT8_CHANNEL = INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None}
+INT8 = compressed_tensors("int-quantized", INT8_CHANNEL)
 
 
 @pytest.mark.parametrize(
@@ -464,14 +467,74 @@ def test_zero_points_where_there_are_said_to_be_none_are_told_before_anything_is
     assert "sym: true" in said
 
 
-def test_zero_points_of_a_later_group_are_told_when_they_are_read(tmp_path: Path):
+def test_awqs_zero_points_where_there_are_said_to_be_none_are_told_before_anything_is_read(tmp_path: Path):
+    """`zero_point: false` was read past. AutoAWQ's writer knows no such files, so people wrote them by hand, with zero
+    points of 0 for all: their models talked nonsense.
+    """
+    write_quantized(tmp_path, awq(symmetric=True), num_hidden_layers=1)
+
+    def forget(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.qzeros"].zero_()
+
+    change_tensors(tmp_path, forget)
+    said = refusal(tmp_path)
+    assert said.startswith(f"{tmp_path}/model.safetensors: tensor '{Q}.qzeros' has zero points other than 8; ")
+    assert "zero_point: false" in said
+
+
+def test_zero_points_of_integers_that_are_said_to_be_symmetric_are_told(tmp_path: Path):
+    """vLLM reads no zero points of such a matrix, and we did. Zeros, which older writers store, change nothing."""
+    asymmetric = compressed_tensors("int-quantized", INT8_CHANNEL | {"symmetric": False})
+    write_quantized(tmp_path, asymmetric, num_hidden_layers=1)
+    change_config(tmp_path, config_groups=INT8.config["config_groups"])
+    assert ".weight_zero_point' has zero points other than 0; quantization_config says symmetric" in refusal(tmp_path)
+
+    def clear(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_zero_point"):
+                tensor.zero_()
+
+    change_tensors(tmp_path, clear)
+    checkpoint = open_checkpoint(tmp_path)
+    [weight] = read_tensors(checkpoint, [f"{Q}.weight"], dtype=torch.float32).values()
+    assert isinstance(weight, QuantizedWeight)
+    assert weight.zero_points is None
+
+
+@pytest.mark.parametrize(
+    ("of", "says"), [(gptq(), "sym: true"), (awq(symmetric=True), "zero_point: false")], ids=["gptq", "awq"]
+)
+def test_zero_points_of_a_later_group_are_told_when_they_are_read(tmp_path: Path, of: Format, says: str):
     """Of large files only the first group's are looked at before."""
-    write_quantized(tmp_path, gptq(), num_hidden_layers=1)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    tensors[f"{Q}.qzeros"][1, 0] += 1
-    save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="are not 8 throughout, as quantization_config says with sym: true"):
+    write_quantized(tmp_path, of, num_hidden_layers=1)
+
+    def shift_one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.qzeros"][1, 0] += 1
+
+    change_tensors(tmp_path, shift_one)
+    with pytest.raises(CheckpointError, match=f"are not 8 throughout, as quantization_config says with {says}"):
+        read_tensors(open_checkpoint(tmp_path), [f"{Q}.weight"], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("of", "scales"),
+    [
+        (gptq(), "scales"),
+        (awq(), "scales"),
+        (fine_grained_fp8((32, 32)), "weight_scale_inv"),
+        (PACKED_ORDERED, "weight_scale"),
+    ],
+    ids=["gptq", "awq", "fp8", "packed"],
+)
+def test_a_scale_that_is_no_number_is_told_when_it_is_read(tmp_path: Path, of: Format, scales: str):
+    """It would make every token of every answer one and the same."""
+    write_quantized(tmp_path, of, num_hidden_layers=1)
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.{scales}"][1, 0] = float("inf")
+
+    change_tensors(tmp_path, damage)
+    with pytest.raises(CheckpointError, match=f"'{Q}.weight': one of its scales is not a finite number"):
         read_tensors(open_checkpoint(tmp_path), [f"{Q}.weight"], dtype=torch.float32)
 
 
