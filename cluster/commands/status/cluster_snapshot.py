@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +88,8 @@ class ClusterSnapshot:
     nodes: tuple[NodeStatus, ...]
     applications: tuple[ApplicationStatus, ...]
 
-    def to_json(self) -> str:
-        """One JSON document. Models and groups are spelled out, so that a reader need not parse names."""
+    def document(self) -> dict[str, Any]:
+        """For JSON. Models and groups are spelled out, so that a reader need not parse names."""
         document = dataclasses.asdict(self)
         for application, fields in zip(self.applications, document["applications"], strict=True):
             fields["model"], fields["fingerprint"] = application.model or (None, None)
@@ -99,7 +98,7 @@ class ClusterSnapshot:
             fields["kernels"] = None if application.kernels is None else _kernels_document(application.kernels)
             for deployment, entry in zip(application.deployments, fields["deployments"], strict=True):
                 entry["group"] = deployment.group
-        return json.dumps(document, indent=2)
+        return document
 
 
 def _kernels_document(kernels: ModelKernels) -> dict[str, Any]:

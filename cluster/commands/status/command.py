@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from contextlib import closing, suppress
 
 from cluster.commands.status.cluster_inspection import inspect_cluster
+from cluster.commands.status.findings import findings
 
 WATCH_INTERVAL_S = 1.0
 
@@ -13,7 +16,8 @@ def run(address: str, *, as_json: bool, kernels: bool) -> None:
     """With `kernels` only what computes is drawn. Raises Unavailable when no cluster answers, before it prints."""
     snapshot = inspect_cluster(address, with_kernels=kernels or as_json)
     if as_json:
-        print(snapshot.to_json())
+        found = [dataclasses.asdict(finding) for finding in findings(snapshot)]
+        print(json.dumps(snapshot.document() | {"findings": found}, indent=2))
         return
     from rich.console import Console
 

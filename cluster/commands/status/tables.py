@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, ClusterSnapshot, DeploymentStatus
+from cluster.commands.status.findings import findings
 
 BAR_WIDTH = 32  # cells of the busiest expert's bar
 
@@ -21,13 +22,23 @@ _STYLES = {
 
 
 def draw(snapshot: ClusterSnapshot, console: Console) -> None:
-    """Nodes, then every application; below a model's, its queue, KV cache and experts."""
+    """What is wrong, nodes, then every application; below a model's, its queue, KV cache and experts."""
     console.print(Text(f"Ray cluster at {snapshot.address}", style="bold"))
+    _draw_findings(snapshot, console)
     console.print(_nodes(snapshot))
     if not snapshot.applications:
         console.print(Text("No Serve application runs on it; start one with `manta serve`.", style="yellow"))
     for application in snapshot.applications:
         _draw_application(application, console)
+
+
+def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
+    found = findings(snapshot)
+    if snapshot.applications and not found:
+        console.print(Text("All is well.", style="green"))
+    for finding in found:
+        console.print(Text(f"✗ {finding.wrong}", style="red"))
+        console.print(Text(f"  {finding.first}"))
 
 
 def _nodes(snapshot: ClusterSnapshot) -> Table:

@@ -1,0 +1,108 @@
+"""What is wrong with a cluster, in words, and what to do first. Reads a ClusterSnapshot; asks nobody anything.
+
+The worst comes first: what no client gets an answer for, then what is slow, then what only deserves a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, ClusterSnapshot, DeploymentStatus
+from cluster.expert_deployments import expert_deployment_name
+
+GATEWAY = "gateway"
+FULL_CACHE = 0.95  # of the blocks
+_NO_ROOM = "to be scheduled"  # Serve's words for a replica that no node has room for
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong."""
+
+    wrong: str  # what it is, and what users feel of it
+    first: str  # what to do first
+
+
+def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
+    """All of them; none where all is well."""
+    found = []
+    models = [application for application in snapshot.applications if application.model]
+    if models and GATEWAY not in (application.name for application in snapshot.applications):
+        found.append(Finding("No gateway runs: no model can be asked.", "Deploy the configuration again."))
+    dead = tuple(node.address for node in snapshot.nodes if not node.alive)
+    down = [finding for application in snapshot.applications for finding in _down(application, dead)]
+    slow = [finding for application in snapshot.applications for finding in _slow(application)]
+    return (*found, *down, *slow)
+
+
+def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Finding]:
+    name = application.model[0] if application.model else application.name
+    if application.status == "DEPLOY_FAILED":
+        why = application.message.strip().splitlines()
+        yield Finding(
+            f"{name} could not be deployed: {why[-1] if why else 'Serve does not say why'}",
+            "Mend that, and deploy it again; docs/troubleshooting.md has the messages.",
+        )
+        return
+    if application.model is None:
+        if not any(deployment.running for deployment in application.deployments):
+            yield Finding(f"{name} has no replica that runs.", _first(application.deployments, dead))
+        return
+    coordinators = [one for one in application.deployments if one.name == COORDINATOR]
+    if not any(one.running for one in coordinators):
+        yield Finding(f"{name} has no coordinator: requests get 503.", _first(coordinators, dead))
+    for group in application.groups:
+        replicas = [one for one in application.deployments if one.group == group]
+        if not any(one.running for one in replicas):
+            yield Finding(
+                f"{name} has no replica of {expert_deployment_name(group)}: its streams wait, new requests get 503.",
+                _first(replicas, dead),
+            )
+    for unreachable in sorted({one for stats in application.coordinators for one in stats.missing_experts}):
+        if any(one.name == unreachable and one.running for one in application.deployments):
+            yield Finding(
+                f"{unreachable} of {name} runs, and a coordinator gets no answer from it: its streams wait.",
+                "Look in the coordinator's log for 'no lane to'. It loads still, a network policy or a firewall is "
+                "between them, or the lanes' secret is not the same. Runbook: MantaExpertDown.",
+            )
+
+
+def _first(deployments: list[DeploymentStatus] | tuple[DeploymentStatus, ...], dead: tuple[str, ...]) -> str:
+    """Where to look for replicas that do not run."""
+    messages = " ".join(one.message for one in deployments)
+    lost = f" Nodes that are gone: {', '.join(dead)}." if dead else ""
+    if _NO_ROOM in messages:
+        return f"No node has room for it: add one, or give back what something else took (`ray status`).{lost}"
+    if any(one.replicas for one in deployments):
+        return f"It starts, or stops: wait while weights are read, and look in its log if that lasts.{lost}"
+    return f"Look in the log of Serve's controller for why none is started.{lost}"
+
+
+def _slow(application: ApplicationStatus) -> Iterator[Finding]:
+    if application.model is None:
+        return
+    name = application.model[0]
+    if application.stats_error and application.coordinators:
+        yield Finding(
+            f"A coordinator of {name} does not say how it is: {application.stats_error}.",
+            "Its machine is overloaded, or it stands still. Serve replaces it if that lasts.",
+        )
+    waiting = sum(stats.num_requests_waiting for stats in application.coordinators)
+    full = sum(stats.num_kv_blocks_used >= FULL_CACHE * stats.num_kv_blocks > 0 for stats in application.coordinators)
+    if waiting:
+        why = (
+            f"the cache of {full} of {len(application.coordinators)} coordinators is full"
+            if full
+            else "batches are full"
+        )
+        yield Finding(
+            f"{waiting} requests for {name} wait: {why}.",
+            "If it lasts: more coordinators (coordinator_scaling), or a larger cache (engine.kv_cache_gib). "
+            "`manta status --watch` says whether experts are busy instead.",
+        )
+    if failed := sum(stats.failed_steps_total for stats in application.coordinators):
+        yield Finding(
+            f"{failed} steps of {name} have ended sequences with an error since its coordinators started.",
+            "Look in the coordinators' logs for 'a step failed', and report what is not explained there.",
+        )

@@ -1,0 +1,104 @@
+"""What `manta status` says is wrong, and what to do first: one snapshot for each way in which things go wrong."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
+from cluster.commands.status.findings import findings
+from cluster.commands.status.tables import draw
+from cluster.messages import EngineStats
+
+STATS = EngineStats(3, 0, 100, 25, 1000, 200, 5, 0, 77, (1, 2))
+NO_ROOM = (
+    "Deployment 'expert-1' has 1 replicas that have taken more than 30s to be scheduled. This may be due to waiting "
+    "for the cluster to auto-scale. Resources required for each replica: {'GPU': 1}"
+)
+
+
+def up(name: str, running: int = 1) -> DeploymentStatus:
+    return DeploymentStatus(name, "HEALTHY", {"RUNNING": running})
+
+
+def cluster(**changes) -> ClusterSnapshot:
+    """A gateway and a model of two groups, all well but for what is changed of the model."""
+    deployments = (up("coordinator"), up("expert-0"), up("expert-1"))
+    model = ApplicationStatus("mixtral-0123abcd", "RUNNING", deployments, coordinators=(STATS,))
+    gateway = ApplicationStatus("gateway", "RUNNING", (up("gateway"),))
+    return ClusterSnapshot("a:1", (NodeStatus("n1", True, 8, 1),), (gateway, replace(model, **changes)))
+
+
+def with_group(deployment: DeploymentStatus, *more: DeploymentStatus) -> ClusterSnapshot:
+    return cluster(status="DEPLOYING", deployments=(up("coordinator"), up("expert-0"), deployment, *more))
+
+
+def only(snapshot: ClusterSnapshot) -> tuple[str, str]:
+    [finding] = findings(snapshot)
+    return finding.wrong, finding.first
+
+
+def test_where_all_is_well_that_is_said() -> None:
+    assert findings(cluster()) == ()
+    file = io.StringIO()
+    draw(cluster(), Console(file=file, width=80))
+    assert "All is well." in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("deployment", "first"),
+    [
+        (DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1}, NO_ROOM), "No node has room for it: add one"),
+        (DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1}), "It starts, or stops: wait"),
+        (DeploymentStatus("expert-1", "UNHEALTHY", {}), "Look in the log of Serve's controller"),
+    ],
+)
+def test_a_group_without_a_replica(deployment: DeploymentStatus, first: str) -> None:
+    wrong, do = only(with_group(deployment))
+    assert wrong == "mixtral has no replica of expert-1: its streams wait, new requests get 503."
+    assert do.startswith(first)
+
+
+def test_a_group_that_runs_on_its_other_tier_is_not_missing() -> None:
+    assert findings(with_group(DeploymentStatus("expert-1", "HEALTHY", {}), up("expert-1-tier1"))) == ()
+
+
+def test_a_node_that_is_gone_is_named_where_something_is_missing() -> None:
+    lost = NodeStatus("n2", False, 8, 1)
+    assert findings(replace(cluster(), nodes=(lost,))) == (), "it may have been given back"
+    snapshot = with_group(DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1}))
+    assert only(replace(snapshot, nodes=(lost,)))[1].endswith("Nodes that are gone: n2.")
+
+
+def test_no_coordinator_and_no_gateway() -> None:
+    wrong, _ = only(cluster(deployments=(DeploymentStatus("coordinator", "UPDATING", {}), up("expert-0"))))
+    assert wrong == "mixtral has no coordinator: requests get 503."
+    snapshot = cluster()
+    assert only(replace(snapshot, applications=snapshot.applications[1:]))[0].startswith("No gateway runs")
+    foreign = ApplicationStatus("somebody-elses", "RUNNING", (up("web"),))
+    assert findings(replace(snapshot, applications=(foreign,))) == (), "a cluster that serves something else"
+
+
+def test_a_group_that_runs_and_does_not_answer() -> None:
+    """Serve sees it well; only who needs it can tell."""
+    wrong, do = only(cluster(coordinators=(STATS, replace(STATS, missing_experts=("expert-1",)))))
+    assert wrong == "expert-1 of mixtral runs, and a coordinator gets no answer from it: its streams wait."
+    assert "MantaExpertDown" in do
+
+
+def test_a_deployment_that_failed_says_the_last_line_of_why() -> None:
+    wrong, _ = only(cluster(status="DEPLOY_FAILED", message="Traceback\n  …\nCheckpointError: it is truncated\n"))
+    assert wrong == "mixtral could not be deployed: CheckpointError: it is truncated"
+
+
+def test_what_is_only_slow_comes_after_what_is_down() -> None:
+    full = replace(STATS, num_requests_waiting=4, num_kv_blocks_used=99, failed_steps_total=2)
+    found = findings(
+        cluster(deployments=(up("coordinator"), DeploymentStatus("expert-0", "UPDATING", {})), coordinators=(full,))
+    )
+    assert [finding.wrong for finding in found] == [
+        "mixtral has no replica of expert-0: its streams wait, new requests get 503.",
+        "4 requests for mixtral wait: the cache of 1 of 1 coordinators is full.",
+        "2 steps of mixtral have ended sequences with an error since its coordinators started.",
+    ]
