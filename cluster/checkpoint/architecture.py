@@ -8,6 +8,9 @@ Names are the hub's, whatever layout a checkpoint is stored in; a tensor's shape
 A dense model (Mistral 7B) has a feed-forward network in place of gate and experts, and is the coordinator's as a whole:
 
     coordinator   … model.layers.N.mlp.{gate_proj, up_proj, down_proj}, an expert's w1, w3 and w2
+
+What layers of other families have beside is the coordinator's: q, k and v's biases, q_norm and k_norm, and the shared
+expert's network with its gate.
 """
 
 from __future__ import annotations
@@ -22,12 +25,34 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class GateSpec:
+    """How the K experts of a token are weighed, which has the highest scores there. As it comes, Mixtral's way."""
+
+    softmax: Literal["all", "chosen"] = "all"  # of the scores of all experts, or of the K chosen
+    renormalised: bool = True  # the weights of the chosen add up to one; of the chosen alone they do anyway
+    rounded: bool = False  # the weights are rounded to what the model computes in; else they are fp32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer is made of. Experts, a feed-forward network for every token, or both: a shared expert."""
+
+    gate: GateSpec | None = None  # None: no experts
+    dense_size: int = 0  # intermediate size of the network for every token; 0: there is none
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether rows are sent to experts."""
+        return self.gate is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """The sizes of a decoder, of experts or dense. Range-checked by whoever builds it from a file."""
 
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     hidden_size: int
-    intermediate_size: int  # of one expert, or of a dense model's feed-forward network
+    intermediate_size: int  # of one expert; of a dense model that of each layer
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -44,6 +69,16 @@ class Architecture:
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
 
     @property
+    def num_layers(self) -> int:
+        """All of them."""
+        return len(self.layers)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Those that send rows to experts."""
+        return sum(layer.has_experts for layer in self.layers)
+
+    @property
     def is_dense(self) -> bool:
         """Whether every layer has one feed-forward network instead of experts."""
         return self.num_experts == 0
@@ -57,12 +92,12 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], architecture:
 
 
 def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
-    """Every tensor of the half that holds attention, norms, gate and embeddings: all of them, of a dense model."""
+    """Every tensor of the half that holds attention, norms, gates and embeddings: all of them, of a dense model."""
     a = architecture
     q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
-    for layer in range(a.num_layers):
-        prefix = f"model.layers.{layer}"
+    for index, layer in enumerate(a.layers):
+        prefix = f"model.layers.{index}"
         tensors |= {
             f"{prefix}.input_layernorm.weight": (a.hidden_size,),
             f"{prefix}.self_attn.q_proj.weight": (q_size, a.hidden_size),
@@ -71,10 +106,10 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
             f"{prefix}.self_attn.o_proj.weight": (a.hidden_size, q_size),
             f"{prefix}.post_attention_layernorm.weight": (a.hidden_size,),
         }
-        if a.is_dense:
-            tensors |= feed_forward_tensors(a, layer)
-        else:
+        if layer.has_experts:
             tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (a.num_experts, a.hidden_size)
+        if layer.dense_size:
+            tensors |= feed_forward_tensors(a, index)
     tensors["model.norm.weight"] = (a.hidden_size,)
     if not a.tie_word_embeddings:
         tensors["lm_head.weight"] = (a.vocab_size, a.hidden_size)
@@ -82,14 +117,16 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
 
 
 def feed_forward_tensors(architecture: Architecture, layer: int) -> dict[str, Shape]:
-    """The three matrices of a dense layer: y = down_proj(silu(gate_proj x) * up_proj x)."""
+    """The three matrices of a layer's network for every token: y = down_proj(silu(gate_proj x) * up_proj x)."""
     prefix = f"model.layers.{layer}.mlp"
-    up = (architecture.intermediate_size, architecture.hidden_size)
+    up = (architecture.layers[layer].dense_size, architecture.hidden_size)
     return {f"{prefix}.gate_proj.weight": up, f"{prefix}.down_proj.weight": up[::-1], f"{prefix}.up_proj.weight": up}
 
 
 def expert_tensors(architecture: Architecture, layer: int, expert: int) -> dict[str, Shape]:
-    """The three matrices of one expert in one layer: y = w2(silu(w1 x) * w3 x)."""
+    """The three matrices of one expert in one layer: y = w2(silu(w1 x) * w3 x). None where the layer has no experts."""
+    if not architecture.layers[layer].has_experts:
+        return {}
     prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
     up = (architecture.intermediate_size, architecture.hidden_size)
     return {f"{prefix}.w1.weight": up, f"{prefix}.w2.weight": up[::-1], f"{prefix}.w3.weight": up}

@@ -1,5 +1,5 @@
 """Which keys of `config.json` and `params.json` say nothing that a forward pass depends on, and which may say one thing
-only. Knows names; what the other keys mean is read in `cluster.checkpoint.hyperparameters`.
+only, whatever the family. Knows names; what the other keys mean is read in `cluster.checkpoint.families`.
 
 What is not listed here may change every number that a model computes, so it is refused by its name.
 """
@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from cluster.checkpoint.families.family import Family
 from cluster.checkpoint.json_document import JsonDocument, names, shortened
 
 _OF_EVERY_CONFIG = names(  # what transformers writes or once wrote, whatever the model
@@ -36,11 +37,7 @@ _OF_THE_MODEL = names(
     "num_hidden_layers num_key_value_heads original_max_position_embeddings rms_norm_eps rope_parameters rope_scaling",
     "rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size",
 )
-_DENSE = _OF_EVERY_CONFIG | _OF_TOKENS | _OF_GENERATION | _OF_TRAINING | _OF_THE_MODEL
-_SPARSE = _DENSE | names(
-    "num_experts num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef router_jitter_noise",
-    "router_z_loss_coef",
-)
+_OF_ANY_FAMILY = _OF_EVERY_CONFIG | _OF_TOKENS | _OF_GENERATION | _OF_TRAINING | _OF_THE_MODEL
 _ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
@@ -65,9 +62,10 @@ _PARAMS_ONE_VALUE = {"causal": (True,)} | dict.fromkeys(
 _MOE = names("num_experts num_experts_per_tok")
 
 
-def check_config(config: JsonDocument, *, dense: bool) -> None:
+def check_config(config: JsonDocument, family: Family) -> None:
     """Raises CheckpointError for a key of Hugging Face's that is not known, or known with another value."""
-    _check(config, _DENSE if dense else _SPARSE, _ONE_VALUE)
+    one_value = {key: values for key, values in _ONE_VALUE.items() if key not in family.keys}
+    _check(config, _OF_ANY_FAMILY | family.keys, {**one_value, **family.one_value})
     for key in ("rope_parameters", "rope_scaling"):
         _check(config.section(key), _ROPE, _ROPE_ONE_VALUE)
 

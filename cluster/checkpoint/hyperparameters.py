@@ -1,74 +1,38 @@
-"""Builds an Architecture from `config.json` (Hugging Face) or `params.json` (Mistral). Knows their keys, no weights.
+"""Builds an Architecture from `config.json` (Hugging Face) or `params.json` (Mistral). Knows no weights.
+
+A family's own keys are read in `families`.
 
 What Manta does not run is refused here by name, before a single tensor is looked for.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast, get_args
 
-from cluster.checkpoint.architecture import Architecture, StoredDtype
+from cluster.checkpoint.architecture import Architecture, LayerSpec, StoredDtype
 from cluster.checkpoint.config_keys import check_config, check_params
+from cluster.checkpoint.families import FAMILIES, mistral, mixtral
+from cluster.checkpoint.families.family import MAX_EXPERTS, MAX_LAYERS, Family, experts_key
 from cluster.checkpoint.json_document import JsonDocument, shortened
 from cluster.checkpoint.quantization.config import read_quantization
 
-MODEL_TYPES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM"}  # model_type → architectures
-MIXTRAL_ROPE_THETA = 1e6  # of both reference implementations, where the file names none
-MISTRAL_ROPE_THETA = 1e4  # transformers', and that of Mistral 7B v0.1, whose params.json names none
-MIXTRAL_NORM_EPS, MISTRAL_NORM_EPS = 1e-5, 1e-6  # transformers', where config.json names none
-MISTRAL_WINDOW = 4096  # transformers', where config.json does not even say null
 MISTRAL_CONTEXT = 32768  # params.json rarely says how long the context is
 MISTRAL_BOS, MISTRAL_EOS = 1, 2  # of every tokenizer that ships beside a params.json
-KV_HEADS = 8  # transformers' for both, where config.json does not even say null
 
 _SILU = ("silu", "swish")  # two names of one function
 
 
 def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
     """From Hugging Face's `config.json`; keys of transformers 4 and 5. `default_dtype` is used where it names none."""
-    _refuse_unsupported_config(config)
-    dense = _is_dense(config)
-    num_heads = config.integer("num_attention_heads")
-    hidden_size = config.integer("hidden_size")
-    if not config.has("head_dim") and hidden_size % num_heads:
-        raise config.error("hidden_size", f"is {hidden_size}; expected a multiple of num_attention_heads={num_heads}")
-    vocab_size = config.integer("vocab_size")
-    bos = config.integers("bos_token_id", vocab_size - 1)
-    experts_key = "num_experts" if config.has("num_experts") else "num_local_experts"
-    rope = config.section("rope_scaling" if config.values.get("rope_scaling") else "rope_parameters")
-    theta_holder = rope if rope.has("rope_theta") else config
-    architecture = Architecture(
-        num_layers=config.integer("num_hidden_layers", maximum=1024),
-        hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=config.integer(
-            "num_key_value_heads", default=num_heads if "num_key_value_heads" in config.values else KV_HEADS
-        ),
-        head_dim=config.integer("head_dim", default=max(1, hidden_size // num_heads)),
-        num_experts=0 if dense else config.integer(experts_key, maximum=1024),
-        top_k=0 if dense else config.integer("num_experts_per_tok"),
-        vocab_size=vocab_size,
-        rms_norm_eps=config.number(
-            "rms_norm_eps", default=MISTRAL_NORM_EPS if dense else MIXTRAL_NORM_EPS, maximum=1.0
-        ),
-        rope_theta=theta_holder.number("rope_theta", default=MISTRAL_ROPE_THETA if dense else MIXTRAL_ROPE_THETA),
-        max_position_embeddings=config.integer("max_position_embeddings"),
-        sliding_window=_sliding_window(config, dense),
-        tie_word_embeddings=config.boolean("tie_word_embeddings", default=False),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=config.integers("eos_token_id", vocab_size - 1),
-        dtype=_dtype(config, default_dtype),
-    )
-    if (
-        config.has("num_local_experts")
-        and not dense
-        and config.integer("num_local_experts") != architecture.num_experts
-    ):
-        raise config.error("num_local_experts", f"is not num_experts={architecture.num_experts}, and means the same")
+    refuse_remote_code(config)
+    family = _family(config)
+    _refuse_unsupported_config(config, family)
+    architecture = replace(family.read(config), dtype=_dtype(config, default_dtype))
     _check_attention(config, architecture)
+    experts = experts_key(config)
     _check_divisions(
-        config, architecture, ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", experts_key)
+        config, architecture, ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", experts)
     )
     return architecture
 
@@ -84,20 +48,22 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
         params.values["sliding_window"] = _number_in_quotes(params.values["sliding_window"])
     context_key = next((k for k in ("max_position_embeddings", "max_seq_len") if params.values.get(k)), "")
     vocab_size = params.integer("vocab_size", minimum=3)
+    intermediate_size = params.integer("hidden_dim")
+    layer = LayerSpec(dense_size=intermediate_size) if dense else mixtral.LAYER
     architecture = Architecture(
-        num_layers=params.integer("n_layers", maximum=1024),
+        layers=params.integer("n_layers", maximum=MAX_LAYERS) * (layer,),
         hidden_size=params.integer("dim"),
-        intermediate_size=params.integer("hidden_dim"),
+        intermediate_size=intermediate_size,
         num_heads=params.integer("n_heads"),
         num_kv_heads=params.integer("n_kv_heads"),
         head_dim=params.integer("head_dim"),
-        num_experts=0 if dense else moe.integer("num_experts", maximum=1024),
+        num_experts=0 if dense else moe.integer("num_experts", maximum=MAX_EXPERTS),
         top_k=0 if dense else moe.integer("num_experts_per_tok"),
         vocab_size=vocab_size,
         rms_norm_eps=params.number("norm_eps", maximum=1.0),
         rope_theta=params.number(
             "rope_theta",
-            default=MISTRAL_ROPE_THETA if dense and params.has("sliding_window") else MIXTRAL_ROPE_THETA,
+            default=(mistral if dense and params.has("sliding_window") else mixtral).DEFAULTS.rope_theta,
         ),
         max_position_embeddings=params.integer(context_key, default=MISTRAL_CONTEXT),
         sliding_window=params.integer("sliding_window") if params.has("sliding_window") else None,
@@ -116,30 +82,23 @@ def refuse_remote_code(config: JsonDocument) -> None:
         raise config.error("auto_map", "points at Python code in the checkpoint, and Manta runs no remote code")
 
 
-def _is_dense(config: JsonDocument) -> bool:
-    """Whether a supported `config.json` describes a Mistral and not a Mixtral."""
+def _family(config: JsonDocument) -> Family:
+    """By `model_type`, which also has to fit `architectures`; by these alone where there is none."""
     model_type, architectures = config.values.get("model_type"), config.values.get("architectures")
-    return model_type == "mistral" or (model_type is None and "MixtralForCausalLM" not in (architectures or ()))
-
-
-def _sliding_window(config: JsonDocument, dense: bool) -> int | None:
-    if dense and _layer_types(config) == {"full_attention"}:  # such a Mistral is a Ministral to transformers
-        return None
-    if dense and "sliding_window" not in config.values:
-        return MISTRAL_WINDOW
-    return config.integer("sliding_window") if config.has("sliding_window") else None
-
-
-def _refuse_unsupported_config(config: JsonDocument) -> None:
-    refuse_remote_code(config)
-    model_type, architectures = config.values.get("model_type"), config.values.get("architectures")
-    if model_type not in MODEL_TYPES and (model_type is not None or not architectures):
+    possible = [family for family in FAMILIES.values() if model_type in (None, family.model_type)]
+    if not possible or (model_type is None and not architectures):
         raise config.error("model_type", f"is {model_type!r}, which Manta does not run; expected {_one_of_types()}")
-    known = set(MODEL_TYPES.values()) if model_type is None else {MODEL_TYPES[model_type]}
-    if architectures is not None and not (
-        isinstance(architectures, list) and known.intersection(map(str, architectures))
-    ):
-        raise config.error("architectures", f"is {architectures!r}, which Manta does not run; expected {sorted(known)}")
+    if architectures is None:
+        return possible[0]
+    named = set(map(str, architectures)) if isinstance(architectures, list) else set()
+    family = next((family for family in possible if family.causal_lm in named), None)
+    if family is None:
+        known = sorted(family.causal_lm for family in possible)
+        raise config.error("architectures", f"is {architectures!r}, which Manta does not run; expected {known}")
+    return family
+
+
+def _refuse_unsupported_config(config: JsonDocument, family: Family) -> None:
     read_quantization(config)
     activation = config.values.get("hidden_act", "silu")
     if activation not in _SILU:
@@ -149,7 +108,7 @@ def _refuse_unsupported_config(config: JsonDocument) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
             raise config.error(key, f"asks for rotary scaling of type {kind!r}; expected 'default'")
-    check_config(config, dense=_is_dense(config))
+    check_config(config, family)
 
 
 def _layer_types(config: JsonDocument) -> set[str]:
@@ -202,4 +161,4 @@ def _number_in_quotes(text: str) -> int | str:
 
 
 def _one_of_types() -> str:
-    return " or ".join(repr(name) for name in MODEL_TYPES)
+    return " or ".join(repr(name) for name in FAMILIES)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.architecture import Architecture, LayerSpec
+from cluster.checkpoint.families import mixtral
 from cluster.checkpoint.quantization.scheme import Awq, Gptq, Scheme, Values
 
 
@@ -21,7 +22,7 @@ class KnownModel:
 
 
 MIXTRAL_8X7B = Architecture(
-    num_layers=32,
+    layers=32 * (mixtral.LAYER,),
     hidden_size=4096,
     intermediate_size=14336,
     num_heads=32,
@@ -41,14 +42,21 @@ MIXTRAL_8X7B = Architecture(
 )
 MIXTRAL_8X22B = replace(
     MIXTRAL_8X7B,
-    num_layers=56,
+    layers=56 * (mixtral.LAYER,),
     hidden_size=6144,
     intermediate_size=16384,
     num_heads=48,
     max_position_embeddings=65536,
 )
 MIXTRAL_8X22B_INSTRUCT = replace(MIXTRAL_8X22B, vocab_size=32768)
-MISTRAL_7B = replace(MIXTRAL_8X7B, num_experts=0, top_k=0, rope_theta=1e4, sliding_window=4096)
+MISTRAL_7B = replace(
+    MIXTRAL_8X7B,
+    layers=32 * (LayerSpec(dense_size=14336),),
+    num_experts=0,
+    top_k=0,
+    rope_theta=1e4,
+    sliding_window=4096,
+)
 MISTRAL_7B_V2 = replace(MISTRAL_7B, rope_theta=1e6, sliding_window=None)
 MISTRAL_7B_V3 = replace(MISTRAL_7B_V2, vocab_size=32768)
 

@@ -152,8 +152,9 @@ def plan_groups(
 
 def expert_bytes(architecture: Architecture, dtype: Dtype, num_experts: int = 1) -> int:
     """Weights of that many experts in all layers."""
-    one_layer = sum(math.prod(shape) for shape in expert_tensors(architecture, 0, 0).values())
-    return num_experts * architecture.num_layers * one_layer * DTYPE_BYTES[dtype]
+    a = architecture
+    of_one = sum(math.prod(shape) for layer in range(a.num_layers) for shape in expert_tensors(a, layer, 0).values())
+    return num_experts * of_one * DTYPE_BYTES[dtype]
 
 
 def check_kv_dtype(setting: Literal["auto", "int8"], device: str) -> None:

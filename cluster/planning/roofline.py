@@ -62,7 +62,8 @@ class Model:
     @property
     def one_expert_parameters(self) -> int:
         """In all layers."""
-        return self.architecture.num_layers * 3 * self.architecture.hidden_size * self.architecture.intermediate_size
+        a = self.architecture
+        return a.num_expert_layers * 3 * a.hidden_size * a.intermediate_size
 
     @property
     def coordinator_bytes(self) -> int:
@@ -144,7 +145,7 @@ def wire_s(model: Model, link: Link, rows: float, groups: Sequence[int]) -> floa
         return 0.0
     a = model.architecture
     one_way = rows * model.groups_asked(1, groups) * a.hidden_size * DTYPE_BYTES[model.dtype] / link.bandwidth
-    return a.num_layers * (2 * one_way + link.dispatch_s + link.group_s * model.groups_asked(rows, groups))
+    return a.num_expert_layers * (2 * one_way + link.dispatch_s + link.group_s * model.groups_asked(rows, groups))
 
 
 def disaggregated_s(

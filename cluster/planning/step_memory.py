@@ -63,8 +63,9 @@ def step_bytes(
     width = 16 * a.hidden_size + 4 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     if not a.is_dense:
         width += 4 * a.top_k * a.hidden_size  # rows to the experts and back
-    if a.is_dense or local_experts:
-        width += 4 * max(1, a.top_k) * a.intermediate_size
+    width += 4 * max(layer.dense_size for layer in a.layers)
+    if local_experts:
+        width += 4 * a.top_k * a.intermediate_size
     return attention + logits + tokens * width * item
 
 

@@ -67,14 +67,17 @@ class Experts:
         grouped: bool | None = None,
         kernel: Kernel | None = None,
     ) -> None:
-        """`layers` yields for each layer, in order, the tensors named by `expert_tensor_names`.
+        """`layers` yields for each layer, in order, the tensors of `expert_tensor_names`; none: it has no experts.
 
         `grouped`: rows of all experts at once, by kernels for GPUs; None: where they can be compiled. `kernel`: what
         multiplies bf16 on a CPU.
         """
         self.experts = tuple(experts)
-        self._layers: list[_OneByOne | _Grouped | PackedSwiGLUs] = []
+        self._layers: list[_OneByOne | _Grouped | PackedSwiGLUs | None] = []
         for layer, weights in enumerate(layers):
+            if not weights:
+                self._layers.append(None)
+                continue
             of_experts = []
             for expert in self.experts:
                 w1, w2, w3 = (weights[name] for name in expert_tensor_names(layer, expert))
@@ -103,8 +106,8 @@ class Experts:
         """Read the experts' tensors, and only those, one layer at a time."""
 
         def layers() -> Iterator[Mapping[str, Weight]]:
-            for layer in range(checkpoint.architecture.num_layers):
-                names = [name for expert in experts for name in expert_tensor_names(layer, expert)]
+            for layer, spec in enumerate(checkpoint.architecture.layers):
+                names = [name for expert in experts if spec.has_experts for name in expert_tensor_names(layer, expert)]
                 yield read_tensors(checkpoint, names, dtype=dtype, device=device, on_bytes=on_bytes)
                 give_back_freed()
 
@@ -127,7 +130,7 @@ class Experts:
     @property
     def takes_ends(self) -> bool:
         """Whether `run` can be called: nobody on the host has to know how many rows each expert has."""
-        return all(isinstance(networks, _Grouped) for networks in self._layers)
+        return all(isinstance(networks, _Grouped) for networks in self._layers if networks is not None)
 
     @torch.inference_mode()
     def run(self, layer: int, rows: Tensor, ends: Tensor, answers: Tensor) -> None:
@@ -147,6 +150,7 @@ class Experts:
         if answers is None:
             answers = torch.empty_like(rows)
         networks = self._layers[layer]
+        assert networks is not None, "nobody sends rows of a layer without experts"
         if isinstance(networks, _Grouped):
             [ends] = upload([np.cumsum(counts, dtype=np.int32)], rows.device)
             networks(rows, ends, answers)

@@ -40,17 +40,19 @@ class Layer:
     qkv: Linear  # D → (N + 2G)·H
     o: Linear  # N·H → D
     post_attention_norm: torch.Tensor  # [D]
-    feed_forward: Gate | SwiGLU  # who computes it, or what
+    gate: Gate | None  # who computes its feed-forward,
+    dense: SwiGLU | None  # or what does; of both the sum
 
     @property
     def linears(self) -> list[Linear]:
         """Without those of the feed-forward network."""
-        gate = [self.feed_forward.scores] if isinstance(self.feed_forward, Gate) else []
-        return [self.qkv, self.o, *gate]
+        return [self.qkv, self.o, *([] if self.gate is None else [self.gate.scores])]
 
 
 def are_served(layers: Sequence[Layer], architecture: Architecture, embeddings: torch.Tensor) -> bool:
     """Whether a model's rows can be done like this."""
+    if not (all(layer.dense is None for layer in layers) or all(layer.gate is None for layer in layers)):
+        return False
     widths = (architecture.hidden_size, architecture.head_dim // 2)
     linears = (linear for layer in layers for linear in layer.linears)
     return all(is_compiled(embeddings, width) for width in widths) and all(linear.has_tasks for linear in linears)
@@ -138,8 +140,7 @@ class DecodeChains:
             *layer.o.tasks(self.attended, self.delta, self._integers),
             norm_task(self.x, layer.post_attention_norm, self._epsilon, self.delta, self.rows),
         ]
-        if isinstance(layer.feed_forward, Gate):
-            gate = layer.feed_forward
+        if (gate := layer.gate) is not None:
             scores = self._rows(gate.scores.out_features)
             choice = Choice(scores, gate.top_k)
             self.choices.append(choice)

@@ -14,7 +14,7 @@ from contextlib import closing
 import torch
 import torch.nn.functional as F
 
-from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.architecture import Architecture, feed_forward_tensors
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import Chained, SwiGLU
@@ -104,16 +104,20 @@ class Decoder:
                 rows = self._norm(x, layer.input_norm, delta)
                 delta = self._attend(index, layer, rows, rotary, attention, kv_cache)
                 rows = self._norm(x, layer.post_attention_norm, delta)
-                if isinstance(layer.feed_forward, Gate):
-                    weights, experts = layer.feed_forward(rows)  # [T, K], [T, K]
-            if isinstance(layer.feed_forward, SwiGLU):
-                delta = layer.feed_forward(rows)
+                if layer.gate is not None:
+                    weights, experts = layer.gate(rows)  # [T, K], [T, K]
+            if layer.gate is None:
+                assert layer.dense is not None, "a layer has a feed-forward"
+                delta = layer.dense(rows)
                 continue
             if routed is not None:
                 routed.append(experts)
             with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
+                of_all = None if layer.dense is None else layer.dense(rows)  # while rows are under way
                 yield
                 delta = self.dispatcher.combine(dispatch, weights)
+            if of_all is not None:
+                delta += of_all
         self.dispatcher.end_step()
         return x if delta is None else x.add_(delta)
 
@@ -143,8 +147,8 @@ class Decoder:
                 chains.feed_forward(index)
                 continue
             chains.choose_experts(index)
-            if isinstance(layer.feed_forward, SwiGLU):
-                chains.delta.copy_(layer.feed_forward(chains.rows))
+            if layer.dense is not None:
+                chains.delta.copy_(layer.dense(chains.rows))
             else:
                 choice = chains.choices[index]
                 with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
@@ -196,17 +200,18 @@ class Decoder:
 
 
 def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> Layer:
-    prefix = f"model.layers.{index}"
-    feed_forward: Gate | SwiGLU
-    if architecture.is_dense:
-        w1, w2, w3 = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "down", "up"))
-        feed_forward = SwiGLU(w1, w2, w3, fused=True, kernel=kernel)
-    else:
-        feed_forward = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
+    prefix, spec = f"model.layers.{index}", architecture.layers[index]
+    gate, dense_network = None, None
+    if spec.has_experts:
+        gate = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
+    if spec.dense_size:
+        w1, w2, w3 = (weights[name] for name in feed_forward_tensors(architecture, index))
+        dense_network = SwiGLU(w1, w2, w3, fused=True, kernel=kernel)
     return Layer(
         input_norm=dense(weights[f"{prefix}.input_layernorm.weight"]),
         qkv=Linear(stacked([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),
         post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
-        feed_forward=feed_forward,
+        gate=gate,
+        dense=dense_network,
     )

@@ -31,10 +31,11 @@ class StepCost:
 
     @classmethod
     def of(cls, architecture: Architecture) -> StepCost:
-        """By the multiplications of one layer and token."""
+        """By the multiplications of one layer and token, where layers differ of the mean."""
         a = architecture
         attention = a.head_dim * a.hidden_size * (2 * a.num_heads + 2 * a.num_kv_heads)
-        feed_forward = 3 * a.hidden_size * a.intermediate_size * max(1, a.top_k)
+        width = a.num_expert_layers * a.top_k * a.intermediate_size + sum(layer.dense_size for layer in a.layers)
+        feed_forward = 3 * a.hidden_size * width // a.num_layers
         of_one_key = 2 * a.num_heads * a.head_dim  # q·k and p·v
         head = a.vocab_size * a.hidden_size
         return cls(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.checkpoint.architecture import Architecture, Shape, coordinator_tensors, expert_tensors
-from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.checkpoint.known_models import MISTRAL_7B_V2, MIXTRAL_8X7B
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
 from experts_service.kernels import swiglu
@@ -40,21 +40,21 @@ STEPS = {
     "decode": [Span(40, 1, array("i", [1])), Span(8, 1, array("i", [2])), Span(9000, 1, array("i", range(3, 40)))],
     "prefill": [Span(0, 40, array("i", [1]))],
 }
-MISTRAL = replace(MIXTRAL_8X7B, num_experts=0, top_k=0)  # what has no memory may be large
+MISTRAL = MISTRAL_7B_V2  # what has no memory may be large
 
 
 @pytest.mark.parametrize(("architecture", "most"), [(MIXTRAL_8X7B, 20), (MISTRAL, 15)], ids=["mixtral", "mistral"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_layer_launches_little_and_nobody_waits_for_a_step(monkeypatch, step, architecture, most):
     """It was 49 launches and 5 waits a layer, with experts here."""
-    few, many = (_forward(monkeypatch, replace(architecture, num_layers=n), STEPS[step]) for n in (1, 3))
+    few, many = (_forward(monkeypatch, _of_layers(architecture, n), STEPS[step]) for n in (1, 3))
     _check(few, many, most, step)
 
 
 def test_without_a_compiler_torch_launches_more_and_nobody_waits_either(monkeypatch):
     for module in (rows, swiglu):
         monkeypatch.setattr(module, "compiles_for", lambda _: False)
-    few, many = (_forward(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS["decode"]) for n in (1, 3))
+    few, many = (_forward(monkeypatch, _of_layers(MIXTRAL_8X7B, n), STEPS["decode"]) for n in (1, 3))
     _check(few, many, 60, "decode without Triton")
 
 
@@ -72,9 +72,7 @@ def test_on_an_old_card_no_kernel_of_ours_is_started(monkeypatch):
 @pytest.mark.parametrize("step", STEPS)
 def test_experts_elsewhere_are_waited_for_once_a_layer(monkeypatch, step):
     """Rows and choices to the host, one copy of each; answers from it by one copy that nobody waits for."""
-    few, many = (
-        _forward(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS[step], elsewhere=True) for n in (1, 3)
-    )
+    few, many = (_forward(monkeypatch, _of_layers(MIXTRAL_8X7B, n), STEPS[step], elsewhere=True) for n in (1, 3))
     of_two = many - few
     _tell(of_two, few, f"{step}, experts elsewhere")
     assert of_two.num_launches <= 2 * 20
@@ -83,6 +81,10 @@ def test_experts_elsewhere_are_waited_for_once_a_layer(monkeypatch, step):
     num_rows = sum(span.length for span in STEPS[step])
     assert of_two.bytes_to_host == 2 * num_rows * (4096 * 2 + 2 * 8)
     assert of_two.bytes_to_device == 2 * num_rows * 2 * 4096 * 2
+
+
+def _of_layers(architecture: Architecture, number: int) -> Architecture:
+    return replace(architecture, layers=architecture.layers[:number])
 
 
 def _check(few: Counts, many: Counts, most: int, title: str) -> None:
@@ -141,7 +143,7 @@ def test_a_step_that_decodes_is_launched_by_copies_that_nobody_waits_for(monkeyp
         sequence.pending_row = number  # the host has not read the token that this step begins with
         batch.append(ScheduledSequence(sequence, length, 1))
     with fake_gpu(monkeypatch) as counts, torch.inference_mode():
-        decoder, attention, kv_cache = _model(replace(MIXTRAL_8X7B, num_layers=2))
+        decoder, attention, kv_cache = _model(_of_layers(MIXTRAL_8X7B, 2))
         runner = ModelRunner(decoder, kv_cache, attention, block_size=BLOCK)
         runner.pending = torch.empty(2, dtype=torch.int64, device=DEVICE)
         before = counts.copy()
@@ -158,7 +160,7 @@ def test_no_step_waits_for_a_kernel_to_be_compiled(monkeypatch, architecture, el
     """The first request of a model waited for all of them, and the first long prompt for the other tiles."""
     with fake_gpu(monkeypatch) as counts, torch.inference_mode():
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        decoder, attention, kv_cache = _model(replace(architecture, num_layers=2), elsewhere=elsewhere)
+        decoder, attention, kv_cache = _model(_of_layers(architecture, 2), elsewhere=elsewhere)
         counted = decoder.dispatcher
         warm_up(decoder, attention)
         assert decoder.dispatcher is counted

@@ -10,7 +10,13 @@ from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 
 BENCH = replace(
-    MIXTRAL_8X7B, num_layers=8, hidden_size=1024, intermediate_size=3584, num_heads=16, num_kv_heads=4, head_dim=64
+    MIXTRAL_8X7B,
+    layers=MIXTRAL_8X7B.layers[:8],
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=64,
 )
 
 SHAPES = {"bench": BENCH, "mixtral-8x7b": MIXTRAL_8X7B}

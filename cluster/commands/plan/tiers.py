@@ -271,5 +271,5 @@ def _shards(plan: ModelPlan, checkpoint: Checkpoint, dtype: Any) -> Sequence[Sha
 
 def _bits(checkpoint: Checkpoint, dtype: Any, device: str) -> int:
     a = checkpoint.architecture
-    names = expert_tensors(a, 0, 0) if a.num_experts else ()
+    names = [name for layer in range(a.num_layers) for name in expert_tensors(a, layer, 0)]
     return max((held_bits(checkpoint.tensors[name], dtype, device) for name in names), default=0)

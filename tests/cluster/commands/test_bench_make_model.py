@@ -19,7 +19,14 @@ from cluster.commands.bench.shapes import BENCH, num_parameters
 from cluster.errors import SetupError
 
 TINY = replace(
-    BENCH, num_layers=2, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=2304
+    BENCH,
+    layers=BENCH.layers[:2],
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=2304,
 )
 
 

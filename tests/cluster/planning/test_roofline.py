@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.checkpoint.known_models import MISTRAL_7B, MIXTRAL_8X7B
 from cluster.errors import ConfigError
 from cluster.planning.gpus import GPUS, gpu_memory_bytes, gpu_type
 from cluster.planning.roofline import (
@@ -123,7 +123,7 @@ def test_a_prompt_is_computed_in_chunks_and_its_rows_cross_the_wire() -> None:
 
 
 def test_a_dense_model_is_attention_alone() -> None:
-    dense = Model.plain(replace(MIXTRAL_8X7B, num_experts=0, top_k=0), "bfloat16")
+    dense = Model.plain(MISTRAL_7B, "bfloat16")
     load = Load(4, 100)
     assert disaggregated_s(dense, H100, LINK, load, [], 1) == attention_s(dense, H100, load)
 

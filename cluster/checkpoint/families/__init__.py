@@ -1,0 +1,14 @@
+"""One small file for each family of models: what its layers are made of, by its config.json.
+
+Beside transformers' `modular_*.py` of the same name it should read like the same difference. Knows no tensor and no
+file. A new family is a file here, a line in `FAMILIES`, and what `LayerSpec` does not say yet.
+"""
+
+from collections.abc import Mapping
+
+from cluster.checkpoint.families import mistral, mixtral
+from cluster.checkpoint.families.family import Family
+
+FAMILIES: Mapping[str, Family] = {  # by model_type
+    family.model_type: family for family in (mixtral.FAMILY, mistral.FAMILY)
+}
