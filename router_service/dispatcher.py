@@ -141,7 +141,7 @@ class Dispatcher:
 
     def _dispatch_on_host(self, layer: int, rows: Tensor, experts: Tensor, answers: Tensor) -> Dispatch:
         """The same with `experts` on the host, and `answers` [K * T, D] to be written."""
-        num_rows = len(experts)
+        num_rows = experts.shape[0]
         if num_rows == 1:
             return self._dispatch_row(layer, rows, experts.tolist()[0], answers)
         chosen: Indices = experts.numpy()  # [T, K]

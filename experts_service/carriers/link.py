@@ -37,7 +37,9 @@ class LinkLost(Exception):
 class LaneAttempt(Attempt):
     """Rows that one shard was asked to run, and the memory for its answer."""
 
-    __slots__ = ("expected", "follows", "link", "memory", "place", "request_id", "slot")
+    slot = 0  # as its head says it
+    expected = b""  # the head of the answer
+    link: Link | None = None
 
     def __init__(
         self, replica: Replica, epoch: int, request_id: int, memory: memoryview, place: memoryview | None = None
@@ -48,9 +50,6 @@ class LaneAttempt(Attempt):
         self.memory = memory
         self.place = place
         self.follows = memory  # what is received of the answer behind its head: nothing where it lies in a slot
-        self.slot = 0  # as its head says it
-        self.expected = b""  # the head of the answer
-        self.link: Link | None = None
 
     def accept(self) -> None:
         if self.place is not None:

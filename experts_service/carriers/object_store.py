@@ -22,6 +22,7 @@ from cluster.errors import ExpertUnavailable, MantaError
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
+from experts_service.kernels import finite
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
 
@@ -47,8 +48,6 @@ class CallRows:
 class CallAttempt(Attempt):
     """One call of a shard."""
 
-    __slots__ = ("_place", "answer", "reference")
-
     def __init__(self, replica: Replica, epoch: int, place: Tensor) -> None:
         super().__init__(replica, epoch)
         self.reference: Any = None
@@ -67,10 +66,6 @@ class CallRoutes:
         self._table = table
         self.calls: dict[Any, str] = {}  # replica ids by reference, until it is known that the call has ended
         self.unwanted: dict[Any, str] = {}  # the same of calls that nobody waits for any more
-
-    @property
-    def epoch(self) -> int:
-        return self._table.epoch
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
         replicas = self._table.replicas(self._deployments[group])
@@ -168,6 +163,7 @@ class ObjectStoreTransport:
         self.deliveries: Deliveries[CallRows, CallAttempt] = Deliveries(
             self._carrier, self._routes, table, self.deployments, timeout_s, self.latency
         )
+        finite.load()  # no answer waits for it
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         forget_ended(self._routes.unwanted)  # Ray keeps an answer for as long as there is a reference to it

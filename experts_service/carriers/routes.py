@@ -34,20 +34,22 @@ class LaneRoutes:
         self._epoch = -1
         self._wanted: dict[int, tuple[Replica, ...]] = {}  # group → trusted replicas, or all where none is trusted
         self._reachable: dict[int, tuple[Replica, ...]] = {}  # those of them that are connected
+        self._all_connected = False
+        self._present: dict[str, Link] = {}  # by replica id
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
-
-    @property
-    def epoch(self) -> int:
-        return self._table.epoch
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
         if self._epoch != self._table.epoch:
             self._look_at_table()
         return self._reachable[group]
 
+    def all_connected(self) -> bool:
+        """Whether every group has a replica that is connected."""
+        return self._epoch == self._table.epoch and self._all_connected
+
     def connect(self, group: int) -> None:
         """Return once a replica of the group is connected, or each that was never dialled before has refused."""
-        if (self._epoch == self._table.epoch and self._reachable[group]) or self.reachable(group):
+        if self.reachable(group):
             return
         links = self._links
         if fresh := [replica for replica in self._wanted[group] if not links.refusal(replica.replica_id)]:
@@ -73,9 +75,10 @@ class LaneRoutes:
 
     def link(self, replica: Replica) -> Link | None:
         """The connection to a replica; None when it is lost, which changes what is reachable."""
-        link = self._links.get(replica.replica_id)
-        if link is None:
+        link = self._present.get(replica.replica_id)
+        if link is None or link.lost:
             self._epoch = -1  # whatever the table says
+            return None
         return link
 
     def reaches(self, group: int) -> bool:
@@ -105,14 +108,18 @@ class LaneRoutes:
         epoch, links = self._table.epoch, self._links
         links.take()
         known: set[str] = set()
+        present = self._present = {}
         for group, deployment in self._deployments.items():
             replicas = self._table.replicas(deployment)
             for replica in replicas:
                 known.add(replica.replica_id)
-                if links.get(replica.replica_id) is None:
+                if (link := links.get(replica.replica_id)) is None:
                     links.dial(deployment, replica)
+                else:
+                    present[replica.replica_id] = link
             self._wanted[group] = tuple(r for r in replicas if not r.suspected) or replicas
-            self._reachable[group] = tuple(r for r in self._wanted[group] if links.get(r.replica_id) is not None)
+            self._reachable[group] = tuple(r for r in self._wanted[group] if r.replica_id in present)
+        self._all_connected = all(self._reachable.values())
         links.keep_only(known)
         self._threads = self._threads_to_spread()
         self._epoch = epoch

@@ -55,17 +55,16 @@ POSTED, ANSWERED, FAILED, CANCELLED = State  # a hot path looks at them
 class Attempt:
     """One replica is asked for the rows of one delivery. Carriers make them, add what they need, and set the state."""
 
-    __slots__ = ("epoch", "error", "posted_at", "raised", "reason", "replica", "state")
+    posted_at = 0.0
+    state: State = POSTED
+    reason = ""  # why it failed
+    raised = False  # whether the maths did, on the replica
+    error: Exception | None = None  # what the replica says of the rows: no other would take them
 
     def __init__(self, replica: Replica, epoch: int) -> None:
         """`epoch`: of the routing table when the replica was chosen."""
         self.replica = replica
         self.epoch = epoch
-        self.posted_at = 0.0
-        self.state = POSTED
-        self.reason = ""  # why it failed
-        self.raised = False  # whether the maths did, on the replica
-        self.error: Exception | None = None  # what the replica says of the rows: no other would take them
 
     def fail(self, reason: str) -> None:
         """No answer will come, or none that can be taken."""
@@ -98,10 +97,6 @@ class Carrier(Protocol[Rows_contra, A]):
 
 class Routes(Protocol):
     """Which replicas can be reached."""
-
-    @property
-    def epoch(self) -> int:
-        """Of the routing table."""
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
         """Those to choose from: the trusted ones, or where there is none, those that are suspected."""
@@ -148,15 +143,19 @@ class Deliveries(Generic[Rows, A]):
             live: list[A] = []
             until = math.inf
             for delivery in waiting:
+                until = min(until, delivery.due_at, delivery.deadline)
                 for attempt in (delivery.first, delivery.second):
-                    if attempt is not None and attempt.state is POSTED:
+                    if attempt is None:
+                        continue
+                    if attempt.state is POSTED:
                         live.append(attempt)
-                until = min(until, delivery.wakes_at)
+                    else:  # the carrier read its answer, or lost it, while it posted or read those of others
+                        until = 0.0
             if live:
                 self.carrier.poll(live, until, soon)
             else:
                 timeout_s = min(until - self.clock(), LONGEST_PAUSE_S)
-                self.table.wait_for_change(self.routes.epoch, max(0.0, timeout_s))
+                self.table.wait_for_change(self.table.epoch, max(0.0, timeout_s))
             now = self.clock()
             still = []
             for delivery in waiting:
@@ -183,9 +182,9 @@ class Delivery(Generic[Rows, A]):
     """The rows of one group, or of the part of them that one replica is to run."""
 
     __slots__ = (
-        "_deadline", "_due_at", "_epoch", "_hedge_at", "_is_timed", "_not_finite", "_num_attempts", "_num_raised",
-        "_pause_s", "_replica_id", "_rows", "_shared", "_silent_at", "answer", "error", "first", "group", "is_hopeless",
-        "num_rows", "reason", "second",
+        "_epoch", "_hedge_at", "_is_timed", "_not_finite", "_num_attempts", "_num_raised",
+        "_pause_s", "_replica_id", "_rows", "_shared", "_silent_at", "answer", "deadline", "due_at", "error", "first",
+        "group", "is_hopeless", "num_rows", "reason", "second",
     )  # fmt: skip
 
     def __init__(
@@ -209,8 +208,8 @@ class Delivery(Generic[Rows, A]):
         self._shared = shared
         self._rows = rows
         self._replica_id = replica_id
-        self._deadline = deadline
-        self._due_at = 0.0
+        self.deadline = deadline
+        self.due_at = 0.0  # when `step` has something to do, whatever the attempts do
         self._epoch = -1  # of the table, when the last attempt failed
         self._hedge_at = self._silent_at = 0.0
         self._is_timed = False  # whether its replica is one of several, whose speeds are compared
@@ -220,17 +219,6 @@ class Delivery(Generic[Rows, A]):
     @property
     def is_over(self) -> bool:
         return self.answer is not None or self.is_hopeless
-
-    @property
-    def wakes_at(self) -> float:
-        """When `step` has something to do, whatever the attempts do: at once for what became of them since it looked.
-
-        One carrier serves all deliveries: it may have read this one's answer while another was waited for or posted.
-        """
-        first, second = self.first, self.second
-        if (first is not None and first.state is not POSTED) or (second is not None and second.state is not POSTED):
-            return 0.0
-        return min(self._due_at, self._deadline)
 
     @property
     def live(self) -> list[A]:
@@ -245,7 +233,7 @@ class Delivery(Generic[Rows, A]):
             replica, reason = shared.routes.refusal(group)
             self.reason = reason or self.reason
             if replica is not None:
-                shared.suspect(group, replica, shared.routes.epoch)
+                shared.suspect(group, replica, shared.table.epoch)
             self._put_off(now)
             return
         replica, patience_s = replicas[0], OVERDUE_S  # another may be reachable by then
@@ -258,7 +246,7 @@ class Delivery(Generic[Rows, A]):
         self.first = self._post(replica, now, spare=False)
         self._hedge_at = now + patience_s
         self._silent_at = now + shared.timeout_s / SILENCES_PER_TIMEOUT
-        self._due_at = now if self.first.state is FAILED else min(self._hedge_at, self._silent_at)
+        self.due_at = now if self.first.state is FAILED else min(self._hedge_at, self._silent_at)
 
     def step(self, now: float) -> None:
         """React to what became of the attempts, and to the time."""
@@ -278,22 +266,22 @@ class Delivery(Generic[Rows, A]):
             self.first, self.second = second, None
             if first is not None:
                 self._silent_at = first.posted_at + self._shared.timeout_s / SILENCES_PER_TIMEOUT
-                self._due_at = min(self._hedge_at, self._silent_at)
+                self.due_at = min(self._hedge_at, self._silent_at)
             elif not self.is_hopeless:
-                self._epoch = self._shared.routes.epoch
+                self._epoch = self._shared.table.epoch
                 if self._others(failed.replica):
-                    self._due_at = now
+                    self.due_at = now
                 else:
                     self._put_off(now)
-        if now >= self._deadline and not self.is_hopeless:
+        if now >= self.deadline and not self.is_hopeless:
             self.is_hopeless = True
             self.reason = self.reason if first is None else "it did not answer in time"
         if self.is_hopeless:
             self.close()
         elif first is None:
-            if now >= self._due_at or self._shared.routes.epoch != self._epoch:
+            if now >= self.due_at or self._shared.table.epoch != self._epoch:
                 self.post(now)
-        elif now >= self._due_at:
+        elif now >= self.due_at:
             self._look_after(first, now)
 
     def reject(self) -> bool:
@@ -303,7 +291,7 @@ class Delivery(Generic[Rows, A]):
         self._not_finite += 1
         self.first, self.second, self.answer = self.answer, None, None
         self.first.fail("its answer is not finite")
-        self._due_at = 0.0
+        self.due_at = 0.0
         return True
 
     def close(self) -> None:
@@ -315,7 +303,7 @@ class Delivery(Generic[Rows, A]):
         shared = self._shared
         self._num_attempts += 1
         attempt = shared.carrier.post(
-            self._rows, replica, shared.routes.epoch, self._num_attempts, self._deadline - now, spare=spare
+            self._rows, replica, shared.table.epoch, self._num_attempts, self.deadline - now, spare=spare
         )
         attempt.posted_at = now
         return attempt
@@ -362,12 +350,12 @@ class Delivery(Generic[Rows, A]):
             if others:
                 self._shared.carrier.cancel(first, silent=True)
                 first.fail("it is silent")
-                self._due_at = now
+                self.due_at = now
                 return
         if self.second is None:
-            self._due_at = min(self._hedge_at, self._silent_at)
+            self.due_at = min(self._hedge_at, self._silent_at)
         else:
-            self._due_at = now if self.second.state is FAILED else self._silent_at
+            self.due_at = now if self.second.state is FAILED else self._silent_at
 
     def _others(self, asked: Replica) -> list[Replica]:
         """The trusted replicas besides the one that was asked."""
@@ -376,6 +364,6 @@ class Delivery(Generic[Rows, A]):
 
     def _put_off(self, now: float) -> None:
         """Ask again after a pause, or when the table changes."""
-        self._epoch = self._shared.routes.epoch
-        self._due_at = now + self._pause_s
+        self._epoch = self._shared.table.epoch
+        self.due_at = now + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)

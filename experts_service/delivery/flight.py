@@ -1,7 +1,7 @@
 """The deliveries of one dispatch, until each has its answer. Knows rows and numbers; whom to ask is the deliveries'.
 
-Answers are received on the host, straight into the combine buffer where that is there as well. A sum over all of them
-says whether every number is finite; where finite rows got an answer that is not, another replica is asked.
+Answers are received on the host, straight into the combine buffer where that is there as well. Where finite rows got an
+answer with numbers that are not, another replica is asked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cluster.errors import ExpertUnavailable
 from experts_service.delivery.delivery import A, Deliveries, Delivery, Routes, Rows
 from experts_service.delivery.replica_load import SPLIT_ROWS, ReplicaLoads
 from experts_service.device import pinned
+from experts_service.kernels.finite import all_finite
 from experts_service.transport import GroupRows
 
 SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if the last ones were there within it
@@ -44,42 +45,44 @@ class RemoteFlight(Generic[Rows, A]):
         self._layer = layer
         self._rows = rows
         self._deadline = self.sent_at + deliveries.timeout_s
-        self._under_way: list[tuple[GroupRows, Delivery[Rows, A]]] = []
+        self._parts: list[GroupRows] = []
+        self._under_way: list[Delivery[Rows, A]] = []  # of each part
 
     def post(self, part: GroupRows, rows: Rows) -> None:
         """Ask for one part; does not wait."""
         delivery = Delivery(self._shared, part.group, len(part.row_indices), rows, self._deadline, part.replica_id)
-        self._under_way.append((part, delivery))
+        self._parts.append(part)
+        self._under_way.append(delivery)
         delivery.post(self.sent_at)
 
     def wait(self) -> None:
         """Return once every answer is written. Raises ExpertUnavailable, or what a shard says of these rows."""
         shared = self._shared
         started = time.monotonic()
-        waiting = [delivery for _, delivery in self._under_way]
-        self._settle(waiting, started + SOON_S if shared.answers_soon else started)
-        shared.answers_soon = time.monotonic() - started < SOON_S
-        while rejected := self._rejected():
-            self._settle(rejected, 0.0)
+        soon = started + SOON_S if shared.answers_soon else started
+        waiting = self._under_way
+        while waiting:
+            for delivery, now in shared.settle(waiting, soon):
+                if delivery.answer is None:
+                    raise self._failure(delivery)
+                shared.counts[delivery.group].observe(now - self.sent_at)
+            if waiting is self._under_way:
+                shared.answers_soon = time.monotonic() - started < SOON_S
+            waiting = self._rejected()
         if self._staged_for is not None and self.received is not None:
             # Nobody gets the memory that it is read from before it has been read, though nobody here keeps it.
             self._staged_for.copy_(self.received, non_blocking=True)
 
     def close(self) -> None:
-        for _, delivery in self._under_way:
+        for delivery in self._under_way:
             delivery.close()
-
-    def _settle(self, waiting: list[Delivery[Rows, A]], soon: float) -> None:
-        for delivery, now in self._shared.settle(waiting, soon):
-            if delivery.answer is None:
-                raise self._failure(delivery)
-            self._shared.counts[delivery.group].observe(now - self.sent_at)
 
     def _rejected(self) -> list[Delivery[Rows, A]]:
         """Those that got an answer that is not finite for rows that are, and that another replica is asked for."""
-        if self.received is None or math.isfinite(self.received.sum()):
+        if self.received is None or all_finite(self.received):
             return []
-        return [delivery for part, delivery in self._under_way if self._is_wrong(part) and delivery.reject()]
+        under_way = zip(self._parts, self._under_way, strict=True)
+        return [delivery for part, delivery in under_way if self._is_wrong(part) and delivery.reject()]
 
     def _is_wrong(self, part: GroupRows) -> bool:
         assert self.received is not None

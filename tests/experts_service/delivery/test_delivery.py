@@ -333,7 +333,7 @@ def test_a_second_replica_is_given_a_third_of_the_timeout_as_well() -> None:
         simulation.shared, 0, 8, "rows", simulation.world.now + TIMEOUT_S
     )
     delivery.post(simulation.world.now)
-    delivery._hedge_at = delivery._due_at = simulation.world.now + 9.0  # usual for so many rows
+    delivery._hedge_at = delivery.due_at = simulation.world.now + 9.0  # usual for so many rows
     list(simulation.shared.settle([delivery]))
     assert [one.replica.replica_id for one in simulation.sent["rows"][:2]] == ["a", "b"]
     assert delivery.answer is simulation.sent["rows"][1]
