@@ -36,14 +36,17 @@ from cluster.planning.placement import (
     DeviceShare,
     Dtype,
     ExpertGroup,
+    Neighbour,
     Node,
     Room,
     ShardPlace,
     check_fit,
     device_shares,
+    kv_bytes_per_token,
     kv_dtype,
     plan_groups,
 )
+from cluster.planning.step_memory import step_bytes
 from cluster.planning.weights import held_weights
 
 if TYPE_CHECKING:
@@ -115,7 +118,8 @@ def describe_cluster(ray_nodes: Sequence[Mapping[str, Any]]) -> Cluster:
             num_cpus += int(resources.get("CPU", 0))
             gpu = gpu_memory_bytes(node.get("Labels", {}).get("ray.io/accelerator-type", ""))
             gpus = (gpu,) * int(resources.get("GPU", 0))
-            nodes.append(Node(node["NodeManagerAddress"], int(resources.get("memory", 0)), gpus))
+            labels = node.get("Labels", {})
+            nodes.append(Node(node["NodeManagerAddress"], int(resources.get("memory", 0)), gpus, labels))
     return Cluster(max(1, num_cpus), tuple(nodes))
 
 
@@ -182,8 +186,10 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         num_coordinators=config.coordinators.min_replicas,
         gpus_per_coordinator=gpus_per_coordinator,
         local=local,
-        places=_places(at_start, checkpoint, dtype),
+        places=_places(at_start, config.experts.label_selector, checkpoint, dtype),
         name=config.name if config.version is None else f"{config.name}-{config.version}",
+        label_selector=config.label_selector,
+        shares_memory=config.experts.transport == "auto",
     )
     return ModelPlan(
         config=config,
@@ -240,13 +246,18 @@ def named_deployments(
             yield name, group, tier, tuple(named) if waits else ()
 
 
-def _places(shards: Sequence[GroupOnTier], checkpoint: Checkpoint, dtype: Dtype) -> list[ShardPlace]:
-    """Of each; what a device cannot multiply as it is stored is widened there."""
+def _places(
+    shards: Sequence[GroupOnTier], label_selector: Mapping[str, str], checkpoint: Checkpoint, dtype: Dtype
+) -> list[ShardPlace]:
+    """Of each; what a device cannot multiply as it is stored is widened there. `label_selector`: of all of them."""
     held = {
         kind: held_weights(checkpoint.rounded(kind[1]), dtype, kind[0]).expert
         for kind in {(one.tier.device, one.rounding) for one in shards}
     }
-    return [ShardPlace(one.tier.gpus, held[one.tier.device, one.rounding]) for one in shards]
+    return [
+        ShardPlace(one.tier.gpus, held[one.tier.device, one.rounding], {**label_selector, **one.tier.label_selector})
+        for one in shards
+    ]
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -277,19 +288,46 @@ def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[fl
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
 
 
-def _device_shares(plan: ModelPlan) -> tuple[DeviceShare, ...]:
-    """Who may be on a coordinator's device."""
-    engine = plan.config.engine
-    assert engine.dtype != "auto", "a plan has no open settings"
-    beside = [one for one in plan.experts if one.tier.gpus]
-    largest = max((len(one.group.experts) for one in beside), default=0)
-    shares = [one.tier.gpus for one in beside]
+def _device_shares(plan: ModelPlan, beside: Sequence[ModelPlan]) -> tuple[DeviceShare, ...]:
+    """Who may be on a coordinator's device, those of other models included."""
+    neighbours = [shard for one in (plan, *beside) for shard in _shards(one)]
     return device_shares(
-        largest * held_weights(plan.checkpoint, engine.dtype, engine.device).expert,
-        gpus_per_shard=min(shares, default=0.0),
         gpus_per_coordinator=plan.gpus_per_coordinator,
         max_coordinators=plan.config.coordinators.max_replicas,
+        neighbours=[*neighbours, *map(_coordinators, beside)],
     )
+
+
+def _shards(plan: ModelPlan) -> Iterator[Neighbour]:
+    """Those on GPUs."""
+    dtype, on_gpus = plan.config.engine.dtype, [one for one in plan.experts if one.tier.gpus]
+    assert dtype != "auto", "a plan has no open settings"
+    for one, place in zip(on_gpus, _places(on_gpus, {}, plan.checkpoint, dtype), strict=True):
+        yield Neighbour(place.gpus, len(one.group.experts) * place.expert_bytes, one.scaling.max_replicas)
+
+
+def _coordinators(plan: ModelPlan) -> Neighbour:
+    engine, a, most = plan.config.engine, plan.checkpoint.architecture, plan.config.coordinators.max_replicas
+    assert engine.dtype != "auto", "a plan has no open settings"
+    of_token = kv_bytes_per_token(a, kv_dtype(engine.kv_cache_dtype, engine.dtype, engine.device))
+    if engine.num_kv_blocks is not None:
+        cache = engine.num_kv_blocks * engine.block_size * of_token
+    elif engine.kv_cache_gib is not None:
+        cache = int(engine.kv_cache_gib * 2**30)
+    else:
+        return Neighbour(plan.gpus_per_coordinator, None, most)
+    local = not plan.experts
+    weights = held_weights(plan.checkpoint, engine.dtype, engine.device)
+    steps = step_bytes(
+        a,
+        engine.dtype,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_model_len=engine.max_model_len or a.max_position_embeddings,
+        local_experts=local,
+    )
+    held = weights.coordinator + (a.num_experts * weights.expert if local else 0) + cache + steps
+    return Neighbour(plan.gpus_per_coordinator, held, most)
 
 
 def model_card(plan: ModelPlan) -> ModelCard:
@@ -321,8 +359,8 @@ def model_card(plan: ModelPlan) -> ModelCard:
     )
 
 
-def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
-    """Coordinator and experts of one model version."""
+def model_application(plan: ModelPlan, gateway: GatewayConfig, beside: Sequence[ModelPlan] = ()) -> Application:
+    """Coordinator and experts of one model version; `beside`: the others on the same cluster."""
     from cluster.deploy.model_root import model_root
     from router_service.coordinator import coordinator_deployment
 
@@ -335,7 +373,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig) -> Application:
         experts,
         plan.groups,
         {one.name: one.fingerprint for one in plan.experts if one.fingerprint != checkpoint.fingerprint},
-        _device_shares(plan),
+        _device_shares(plan, beside),
         *expert_applications(plan, experts, gateway).values(),
         scaling=config.coordinators,
         max_surge_percent=config.max_surge_percent,
@@ -420,7 +458,11 @@ def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
     cards = tuple(model_card(plan) for plan in plans)
     gateway = serve.RunTarget(gateway_application(config.gateway, cards), name=GATEWAY, route_prefix="/")
     models = [
-        serve.RunTarget(model_application(plan, config.gateway), name=plan.application, route_prefix=None)
+        serve.RunTarget(
+            model_application(plan, config.gateway, [other for other in plans if other is not plan]),
+            name=plan.application,
+            route_prefix=None,
+        )
         for plan in plans
     ]
     return [gateway, *models]

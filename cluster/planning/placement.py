@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from cluster.checkpoint.architecture import Architecture, coordinator_tensors, expert_tensors
@@ -37,6 +37,7 @@ class Node:
     name: str
     memory_bytes: int
     gpu_memory_bytes: tuple[int, ...] = ()  # of each GPU
+    labels: Mapping[str, str] | None = None  # Ray's; None: those that are asked for, whatever they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,16 @@ class DeviceShare:
     """Who may be on the device of a coordinator."""
 
     coordinators: int = 1  # as many like it, itself included
-    neighbour_bytes: int = 0  # weights of shards
+    neighbour_bytes: int = 0  # of shards, and of coordinators whose cache has a size that is configured
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """Processes that may be on a coordinator's device beside it, and are alike."""
+
+    gpus: float
+    held_bytes: int | None  # of each; None: a coordinator that sizes its cache by what the device has, as this one does
+    most: int  # of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class ShardPlace:
 
     gpus: float
     expert_bytes: int  # of one expert, as the device holds it
+    label_selector: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Process(NamedTuple):
@@ -76,12 +87,14 @@ class _Process(NamedTuple):
     held: int  # bytes of its weights, and of its cache
     gpus: float
     is_shard: bool
+    label_selector: Mapping[str, str]
 
 
 class Room:
     """What the nodes have left while processes find their places, those of one model after those of another."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
+        self._labels = [node.labels for node in nodes]
         self.memory = [node.memory_bytes for node in nodes]
         self.gpus = [[[1.0, float(size)] for size in node.gpu_memory_bytes] for node in nodes]  # [share, bytes] of each
         self.models: list[str] = []  # that have found theirs
@@ -91,12 +104,20 @@ class Room:
         """What each GPU has left that is not taken wholly."""
         return [size for gpus in self.gpus for share, size in gpus if share > 1e-9]
 
-    def place(self, share: float, weights: int, host: int, beside: Mapping[int, int]) -> int | None:
+    def nodes_for(self, selector: Mapping[str, str]) -> list[int]:
+        """Those that have the labels, most free memory first."""
+        suited = [node for node, labels in enumerate(self._labels) if labels is None or has_labels(labels, selector)]
+        return sorted(suited, key=lambda node: -self.memory[node])
+
+    def place(
+        self, share: float, weights: int, host: int, beside: Mapping[int, int], selector: Mapping[str, str]
+    ) -> int | None:
         """Take what a process needs from the node with most memory free. Returns its index; None: no node has it.
 
-        `host`: bytes of the node's memory, and `beside` more of these nodes, for who is there already.
+        `host`: bytes of the node's memory, and `beside` more of these nodes, for who is there already. `selector`: the
+        labels that the node is to have.
         """
-        for node in sorted(range(len(self.memory)), key=lambda index: -self.memory[index]):
+        for node in self.nodes_for(selector):
             needed = host + beside.get(node, 0)
             if self.memory[node] < needed:
                 continue
@@ -111,6 +132,16 @@ class Room:
             self.memory[node] -= needed
             return node
         return None
+
+
+def has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether Ray would place there what asks for these: `a`, `!a`, `in(a, b)` or `!in(a, b)` of each label."""
+    for key, wanted in selector.items():
+        value = wanted.removeprefix("!")
+        values = value[len("in(") : -1].split(",") if value.startswith("in(") else [value]
+        if (labels.get(key) in [one.strip() for one in values]) == wanted.startswith("!"):
+            return False
+    return True
 
 
 def as_one(groups: Sequence[ExpertGroup]) -> tuple[ExpertGroup, ...]:
@@ -199,6 +230,8 @@ def check_fit(
     local: bool = False,
     places: Sequence[ShardPlace] | None = None,
     name: str | None = None,
+    label_selector: Mapping[str, str] | None = None,
+    shares_memory: bool = True,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
@@ -206,13 +239,21 @@ def check_fit(
     that asks for half a GPU shares it; one that asks for two gets two whole ones of one node. With `local`, every
     coordinator holds all experts itself. `weights`: None where none is quantised. `places`: that of each of `groups`;
     None: all are where the coordinators are. `name`: the model's, for the message, where it may be one of several.
-    `kv_dtype`: what the cache is kept in; None: `dtype`.
+    `kv_dtype`: what the cache is kept in; None: `dtype`. `label_selector`: of the coordinators; that of a shard is its
+    place's. `shares_memory`: coordinators and shards on the CPUs of one node map memory that both use.
     """
+    coordinators_selector = label_selector or {}
     weights = weights or WeightBytes.of(architecture, dtype)
     if places is None:
         places = [ShardPlace(gpus_per_shard, weights.expert)] * len(groups)
     shards = [
-        _Process(f"expert group {group.index}", len(group.experts) * place.expert_bytes, place.gpus, is_shard=True)
+        _Process(
+            f"expert group {group.index}",
+            len(group.experts) * place.expert_bytes,
+            place.gpus,
+            is_shard=True,
+            label_selector=place.label_selector,
+        )
         for group, place in zip(groups, places, strict=True)
         if not local
     ]
@@ -220,31 +261,38 @@ def check_fit(
     if local:
         attention += architecture.num_experts * weights.expert
     coordinators = [
-        _Process(f"coordinator {i}", attention, gpus_per_coordinator, is_shard=False) for i in range(num_coordinators)
+        _Process(f"coordinator {i}", attention, gpus_per_coordinator, False, coordinators_selector)
+        for i in range(num_coordinators)
     ]
     processes = coordinators + shards
-    of_pair = shared_memory_bytes(architecture, dtype)
+    of_pair = shared_memory_bytes(architecture, dtype) if shares_memory else 0
     shards_on, coordinators_on = Counter[int](), Counter[int]()  # nodes, those on its CPUs
     memory, gpus = sum(room.memory), room.gpu_bytes
-    for process, held, share, is_shard in sorted(processes, key=lambda process: -process.held):
+    for process, held, share, is_shard, selector in sorted(processes, key=lambda process: -process.held):
         host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
         own, others = (shards_on, coordinators_on) if is_shard else (coordinators_on, shards_on)
-        node = room.place(share, held, host, {} if share else {at: of_pair * there for at, there in others.items()})
+        beside_it = {} if share else {at: of_pair * there for at, there in others.items()}
+        node = room.place(share, held, host, beside_it, selector)
         if node is None:
             needs = gib(sum(one.held for one in processes))
             model = "the model" if name is None else repr(name)
             beside = f" beside {' and '.join(map(repr, room.models))}" if room.models else ""
             of = f" of {model}" if room.models else ""
+            suited = room.nodes_for(selector)
+            labels = ", ".join(f"{key}: {value}" for key, value in selector.items())
+            kind = f"node labelled {labels}" if selector else "node"
+            if not suited:
+                raise DoesNotFit(f"{process}{of} asks for a {kind}, and there is none")
             if share:
                 wanted = sum(one.gpus for one in processes)
                 raise DoesNotFit(
-                    f"{process}{of} needs {share:g} GPU with {gib(held)} free, and no node has one left: {model} "
+                    f"{process}{of} needs {share:g} GPU with {gib(held)} free, and no {kind} has one left: {model} "
                     f"needs {needs} on {wanted:g} GPUs in all, and{beside} the cluster has {gib(sum(gpus))} on "
                     f"{len(gpus)} GPUs"
                 )
-            most = gib(max(room.memory, default=0))
+            most = gib(room.memory[suited[0]])
             raise DoesNotFit(
-                f"{process}{of} needs {gib(host)} of memory, and the most that a node has left is {most}: {model} "
+                f"{process}{of} needs {gib(host)} of memory, and the most that a {kind} has left is {most}: {model} "
                 f"needs {needs} in all, and{beside} the cluster has {gib(memory)} free"
             )
         if not share:
@@ -253,23 +301,44 @@ def check_fit(
 
 
 def device_shares(
-    largest_group_bytes: int, *, gpus_per_shard: float, gpus_per_coordinator: float, max_coordinators: int
+    *, gpus_per_coordinator: float, max_coordinators: int, neighbours: Sequence[Neighbour] = ()
 ) -> tuple[DeviceShare, ...]:
     """Who may be beside a coordinator on its device, in every way that Ray may place them.
 
-    Without GPUs all coordinators may be on one machine; shards take what they take of its memory.
+    Without GPUs all coordinators may be on one machine; shards take what they take of its memory. `max_coordinators`:
+    as many like it, itself included; `neighbours`: all others, of its model and of those beside it.
     """
+    alike = sorted((one.gpus, one.most) for one in neighbours if one.held_bytes is None)
     if gpus_per_coordinator == 0:
-        return (DeviceShare(max_coordinators),)
+        return (DeviceShare(max_coordinators + sum(most for gpus, most in alike if gpus == 0)),)
     free = max(0.0, 1.0 - gpus_per_coordinator) + 1e-9
-    most_shards = int(free / gpus_per_shard) if gpus_per_shard else 0
-    return tuple(
-        DeviceShare(
-            min(max_coordinators, 1 + int((free - shards * gpus_per_shard) / gpus_per_coordinator)),
-            shards * largest_group_bytes,
-        )
-        for shards in range(most_shards + 1)
-    )
+    alike = sorted([(gpus_per_coordinator, max_coordinators - 1), *((gpus, most) for gpus, most in alike if gpus)])
+    used = [0.0]  # by none of them, the smallest, the two smallest, …
+    for gpus, most in alike:
+        for _ in range(most):
+            if used[-1] + gpus > free:
+                break
+            used.append(used[-1] + gpus)
+    shares: list[DeviceShare] = []
+    for number, taken in reversed([*enumerate(used, start=1)]):
+        largest = _most_bytes(neighbours, free - taken)
+        if not shares or largest > shares[-1].neighbour_bytes:
+            shares.append(DeviceShare(number, largest))
+    return tuple(shares)
+
+
+def _most_bytes(neighbours: Sequence[Neighbour], free: float) -> int:
+    """What those of a known size that fit a part of a GPU together hold at most."""
+    held_by = {0.0: 0}  # the most, by what they take of the GPU
+    for one in neighbours:
+        if one.held_bytes is None or not 0 < one.gpus <= free:
+            continue
+        for _ in range(min(one.most, int(free / one.gpus))):
+            for taken, held in list(held_by.items()):
+                both = round(taken + one.gpus, 4)  # as Ray counts
+                if both <= free:
+                    held_by[both] = max(held_by.get(both, 0), held + one.held_bytes)
+    return max(held_by.values())
 
 
 def gib(size: float) -> str:

@@ -154,7 +154,7 @@ def _awq_scheme(section: JsonDocument) -> Awq:
         )
     _refuse_unknown(section, _AWQ_KEYS)
     _one_of(section, "pack_dtype", ("int32",))
-    # GPTQModel writes `sym` beside it, which it did not always mean.
+    # Not by `sym`, which GPTQModel has had beside it with a meaning of its own.
     symmetric = not section.boolean("zero_point", default=True)
     return Awq(_group_size(section), _bits(section, (4,)), symmetric)
 

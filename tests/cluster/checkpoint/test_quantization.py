@@ -94,7 +94,7 @@ def scheme_of(config: dict[str, Any], module: str = Q) -> Any:
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, Gptq(4, 128, False, False, True)),
         (awq().config, Awq(32)),
         (awq(symmetric=True).config | {"sym": False}, Awq(32, symmetric=True)),
-        (awq().config | {"sym": True}, Awq(32)),  # GPTQModel's default, which it wrote beside real zero points
+        (awq().config | {"sym": True}, Awq(32)),  # zero_point is what counts
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}, Awq(128)),
     ],
 )

@@ -25,6 +25,7 @@ from cluster.deploy.app import (
     demo_config,
     describe_cluster,
     expert_applications,
+    model_application,
     model_card,
     named_deployments,
     plan_model,
@@ -35,6 +36,7 @@ from cluster.expert_deployments import group_of
 from cluster.messages import SamplingDefaults
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
+    DeviceShare,
     ExpertGroup,
     Node,
     Room,
@@ -52,9 +54,9 @@ from tests.quantized_checkpoints import gptq, write_quantized
 GIB = 2**30
 
 
-def machine(cpus=2, gpus=0, memory=24 * GIB, gpu_type="A100"):
+def machine(cpus=2, gpus=0, memory=24 * GIB, gpu_type="A100", **labels):
     resources = {"CPU": cpus, "memory": memory, **({"GPU": gpus} if gpus else {})}
-    labels = {"ray.io/accelerator-type": gpu_type} if gpus else {}
+    labels |= {"ray.io/accelerator-type": gpu_type} if gpus else {}
     return {"Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": resources, "Labels": labels}
 
 
@@ -187,7 +189,7 @@ def test_versions_of_one_model_that_do_not_fit_together_are_told_apart():
 
 def test_dead_nodes_do_not_count():
     cluster = describe_cluster([machine(), {**machine(cpus=64), "Alive": False}])
-    assert cluster == Cluster(2, (Node("10.0.0.1", 24 * GIB),))
+    assert cluster == Cluster(2, (Node("10.0.0.1", 24 * GIB, labels={}),))
 
 
 def test_the_config_wins_over_auto():
@@ -227,7 +229,7 @@ TWO_ON_GPUS = (TierConfig(groups=(2, 5), device="cuda", label_selector={"tier": 
 def test_each_group_is_on_its_tiers_hardware():
     """Two are on GPUs and six in the memory of a CPU; all were where the coordinator is."""
     experts = ExpertsConfig(groups=ONE_EACH, tiers=TWO_ON_GPUS, label_selector={"zone": "a"})
-    laid_out = plan(machine(gpus=3, cpus=12), experts=experts)
+    laid_out = plan(machine(gpus=3, cpus=12, zone="a", tier="gpu"), experts=experts)
     assert laid_out.config.engine.device == "cuda"
     assert laid_out.gpus_per_coordinator == 1
     assert laid_out.config.engine.microbatches == 1, "six groups have no hardware of their own"
@@ -244,8 +246,9 @@ def test_each_group_is_on_its_tiers_hardware():
 def test_a_tier_of_cpus_needs_no_gpu_and_one_of_gpus_does():
     experts = ExpertsConfig(groups=ONE_EACH, tiers=TWO_ON_GPUS)
     with pytest.raises(DoesNotFit, match="needs 1 GPU"):
-        plan(machine(gpus=2), experts=experts)  # the coordinator has one
-    assert plan(machine(gpus=2), experts=experts, engine=EngineConfig(device="cpu")).gpus_per_coordinator == 0
+        plan(machine(gpus=2, tier="gpu"), experts=experts)  # the coordinator has one
+    on_cpus = plan(machine(gpus=2, tier="gpu"), experts=experts, engine=EngineConfig(device="cpu"))
+    assert on_cpus.gpus_per_coordinator == 0
 
 
 def test_a_tier_holds_what_its_device_computes_with(tmp_path):
@@ -299,7 +302,8 @@ def test_a_group_on_two_tiers_has_a_deployment_for_each():
     experts = ExpertsConfig(
         groups=ONE_EACH, tiers=tiers, mixed_replicas=True, group_scaling={2: ScalingConfig(max_replicas=2)}
     )
-    laid_out = plan(machine(gpus=2, cpus=12), experts=experts, engine=EngineConfig(device="cpu", dtype="bfloat16"))
+    engine = EngineConfig(device="cpu", dtype="bfloat16")
+    laid_out = plan(machine(gpus=2, cpus=12, tier="gpu"), experts=experts, engine=engine)
     names = laid_out.expert_deployments
     assert names == ("expert-0", "expert-1", "expert-2", "expert-2-tier1", *(f"expert-{n}" for n in range(3, 8)))
     assert [group_of(name) for name in names] == [0, 1, 2, 2, 3, 4, 5, 6, 7]
@@ -372,6 +376,73 @@ def test_memory_of_every_tier_is_counted_in_its_own_format(tmp_path):
     plan_model(model, checkpoint, Cluster(2, (Node("a", needed),)))
     with pytest.raises(DoesNotFit, match="the most that a node has left"):
         plan_model(model, checkpoint, Cluster(2, (Node("a", needed - 1),)))
+
+
+def test_over_lanes_no_memory_is_shared_that_would_have_to_fit(tmp_path):
+    """It was counted for every transport: a model that fits over lanes was refused."""
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    weights, architecture = held_weights(checkpoint, "float32", "cpu"), checkpoint.architecture
+    held = weights.coordinator + 4 * weights.expert + 16 * kv_bytes_per_token(architecture, "float32")
+    cluster = Cluster(2, (Node("a", held + 3 * 460 * 10**6),))
+    engine = EngineConfig(device="cpu", dtype="float32", max_model_len=16)
+
+    def try_plan(transport):
+        experts = ExpertsConfig(groups=((0, 1), (2, 3)), transport=transport)
+        plan_model(ModelConfig(name="m", path=str(tmp_path), engine=engine, experts=experts), checkpoint, cluster)
+
+    try_plan("lane")
+    try_plan("object_store")
+    with pytest.raises(DoesNotFit):
+        try_plan("auto")
+
+
+def test_processes_are_planned_on_nodes_with_their_labels_only(tmp_path):
+    """As Ray places them. A configuration whose labelled nodes are too small was taken, and waited for ever."""
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    nodes = [machine(zone="a", tier="x"), machine(zone="b", tier="y")]
+
+    def try_plan(coordinator, experts, tier):
+        tiers = (TierConfig(label_selector=tier),)
+        config = ModelConfig(
+            name="m",
+            path=str(tmp_path),
+            label_selector=coordinator,
+            experts=ExpertsConfig(groups=((0, 1), (2, 3)), label_selector=experts, tiers=tiers),
+        )
+        plan_model(config, checkpoint, describe_cluster(nodes))
+
+    try_plan({"zone": "a"}, {"zone": "b"}, {"tier": "y"})
+    with pytest.raises(DoesNotFit, match="coordinator 0 asks for a node labelled zone: c, and there is none"):
+        try_plan({"zone": "c"}, {}, {})
+    with pytest.raises(DoesNotFit, match="expert group 0 asks for a node labelled zone: b, tier: x, and there is none"):
+        try_plan({}, {"zone": "b"}, {"tier": "x"})
+
+
+def test_a_coordinator_is_told_of_other_models_on_its_card(tmp_path):
+    """It counted its own model's processes only, and what those left was all its cache's."""
+    write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    experts = ExpertsConfig(groups=((0, 1), (2, 3)), gpus_per_shard=0.9)
+    configs = [
+        ModelConfig(name=name, path=str(tmp_path), engine=EngineConfig(kv_cache_gib=size), experts=experts)
+        for name, size in {"own": None, "alike": None, "of a size": 1.0}.items()
+    ]
+    own, *beside = plan_models(configs, [checkpoint] * 3, describe_cluster([machine(gpus=7)]))
+
+    def shares(*others):
+        root = model_application(own, GatewayConfig(), others)._bound_deployment
+        arguments = root.init_args[0]._bound_deployment.init_args
+        [found] = [one for one in arguments if isinstance(one, tuple) and one and isinstance(one[0], DeviceShare)]
+        return {share.coordinators: share.neighbour_bytes for share in found}
+
+    shard = 2 * held_weights(checkpoint, "float32", "cuda").expert
+    assert shares() == {1: shard}
+    assert shares(beside[0]) == {1: shard, 2: 0}
+    together = shares(*beside)
+    assert together.keys() == {2}
+    assert GIB < together[2] < 2 * GIB
 
 
 def test_a_checkpoint_that_is_quantised_is_not_rounded_by_a_tier(tmp_path):

@@ -17,12 +17,15 @@ from cluster.planning.placement import (
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,
     ExpertGroup,
+    Neighbour,
     Node,
     Room,
+    ShardPlace,
     WeightBytes,
     check_fit,
     device_shares,
     expert_bytes,
+    has_labels,
     kv_bytes_per_token,
     kv_dtype,
     plan_groups,
@@ -206,15 +209,68 @@ def test_more_memory_never_makes_a_model_that_fits_not_fit(
 
 
 @pytest.mark.parametrize(
+    ("selector", "suits"),
+    [
+        ({}, True),
+        ({"zone": "a"}, True),
+        ({"zone": "b"}, False),
+        ({"zone": "!b", "tier": "gpu"}, True),
+        ({"zone": "in(b, a)"}, True),
+        ({"zone": "!in(b,a)"}, False),
+        ({"rack": "1"}, False),
+        ({"rack": "!1"}, True),  # as Ray has it: what a node does not say is not 1
+    ],
+)
+def test_labels_are_asked_for_as_ray_reads_them(selector: dict[str, str], suits: bool) -> None:
+    assert has_labels({"zone": "a", "tier": "gpu"}, selector) is suits
+
+
+def test_a_process_takes_memory_of_nodes_with_its_labels_only() -> None:
+    """The large node took the shards in this sum, and in the cluster they waited for ever for the small one."""
+    groups = plan_groups([list(range(8))], 8, num_gpus=0, num_cpus=8)
+    places = [ShardPlace(0.0, WeightBytes.of(MIXTRAL_8X7B, "bfloat16").expert, {"tier": "cpu"})]
+
+    def check(*nodes: Node) -> None:
+        check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=4096, places=places)
+
+    large, small = Node("large", 200 * GIB, labels={"tier": "gpu"}), Node("small", 64 * GIB, labels={"tier": "cpu"})
+    check(large, Node("other", 100 * GIB, labels={"tier": "cpu"}))
+    with pytest.raises(DoesNotFit, match=r"the most that a node labelled tier: cpu has left is 64\.00 GiB"):
+        check(large, small)
+    with pytest.raises(DoesNotFit, match="expert group 0 asks for a node labelled tier: cpu, and there is none"):
+        check(large)
+
+
+@pytest.mark.parametrize(
     ("shard", "coordinator", "most", "expected"),
     [
         (1.0, 1.0, 4, [(1, 0)]),  # a GPU each
         (0.9, 0.1, 4, [(4, 0), (1, 7)]),  # alone with its like, or beside a shard
-        (0.25, 0.5, 4, [(2, 0), (1, 7), (1, 14)]),
+        (0.25, 0.5, 4, [(2, 0), (1, 14)]),
         (0.0, 1.0, 1, [(1, 0)]),  # dense, or experts in the coordinator
         (0.0, 0.0, 3, [(3, 0)]),  # no GPUs: all may be on one machine
     ],
 )
 def test_who_may_be_on_a_coordinators_device(shard, coordinator, most, expected):
-    shares = device_shares(7, gpus_per_shard=shard, gpus_per_coordinator=coordinator, max_coordinators=most)
+    shares = device_shares(
+        gpus_per_coordinator=coordinator, max_coordinators=most, neighbours=[Neighbour(shard, 7, most=8)]
+    )
+    assert [(share.coordinators, share.neighbour_bytes) for share in shares] == expected
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "neighbours", "expected"),
+    [
+        (0.1, [Neighbour(0.1, None, 1)], [(2, 0)]),  # another model's, which sizes its cache as this one does
+        (0.1, [Neighbour(0.1, 5, 2)], [(1, 10)]),  # two whose caches are configured
+        (0.1, [Neighbour(0.9, 7, 8), Neighbour(0.1, None, 1)], [(2, 0), (1, 7)]),  # a shard leaves no room for it
+        (0.1, [Neighbour(0.8, 7, 8), Neighbour(0.1, 3, 1), Neighbour(0.1, None, 1)], [(2, 7), (1, 10)]),
+        (0.1, [Neighbour(0.5, 40, 1), Neighbour(0.3, 30, 2), Neighbour(0.3, 1, 2)], [(1, 70)]),
+        (0.1, [Neighbour(1.0, 40, 1), Neighbour(0.0, 30, 2)], [(1, 0)]),  # on a card of its own, and on CPUs
+        (0.0, [Neighbour(0.0, None, 2), Neighbour(0.0, 5, 3), Neighbour(0.1, None, 1)], [(3, 0)]),
+    ],
+)
+def test_processes_of_other_models_are_neighbours_too(coordinator, neighbours, expected):
+    """A card that two models shared was counted as one's alone: the second to start found nothing left of it."""
+    shares = device_shares(gpus_per_coordinator=coordinator, max_coordinators=1, neighbours=neighbours)
     assert [(share.coordinators, share.neighbour_bytes) for share in shares] == expected
