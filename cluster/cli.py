@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import keys
+from cluster.commands import debug, keys
 from cluster.commands.bench import command as bench
 from cluster.commands.k8s import command as k8s
 from cluster.errors import MantaError
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(bench.app)
 app.add_typer(k8s.app)
 app.add_typer(keys.app)
+app.add_typer(debug.app)
 
 
 def main() -> None:

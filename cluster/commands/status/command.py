@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import closing, suppress
+from typing import Any
 
 from cluster.commands.status.cluster_inspection import inspect_cluster
 from cluster.commands.status.findings import findings
@@ -14,17 +15,22 @@ WATCH_INTERVAL_S = 1.0
 
 def run(address: str, *, as_json: bool, kernels: bool) -> None:
     """With `kernels` only what computes is drawn. Raises Unavailable when no cluster answers, before it prints."""
-    snapshot = inspect_cluster(address, with_kernels=kernels or as_json)
     if as_json:
-        found = [dataclasses.asdict(finding) for finding in findings(snapshot)]
-        print(json.dumps(snapshot.document() | {"findings": found}, indent=2))
+        print(json.dumps(document(address), indent=2))
         return
+    snapshot = inspect_cluster(address, with_kernels=kernels)
     from rich.console import Console
 
     from cluster.commands.status.kernel_tables import draw_kernels
     from cluster.commands.status.tables import draw
 
     (draw_kernels if kernels else draw)(snapshot, Console(highlight=False))
+
+
+def document(address: str) -> dict[str, Any]:
+    """All of it, for JSON. Raises Unavailable when no cluster answers."""
+    snapshot = inspect_cluster(address, with_kernels=True)
+    return snapshot.document() | {"findings": [dataclasses.asdict(finding) for finding in findings(snapshot)]}
 
 
 def watch_load(address: str) -> None:

@@ -1,0 +1,204 @@
+"""`manta debug bundle`: one file for a bug report, of what runs here. Changes nothing; what cannot be had it says.
+
+README.txt      what is in it, and what could not be had
+versions.json   machine and packages
+config.json     the configuration with its defaults; names files of keys and secrets, holds none
+health.json     what the gateway says of its models
+metrics.txt     its page of figures
+status.json     as `manta status --json`, kernels among it
+logs/…          the ends of the logs of Ray's last session on this machine
+stacks/PID.txt  what each of its processes is doing, by py-spy
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import ConfigError, MantaError
+
+app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args_is_help=True)
+
+LOG_TAIL_BYTES = 256 << 10
+MAX_LOGS = 200  # the newest
+MAX_PAGE_BYTES = 32 << 20
+HTTP_TIMEOUT_S = 20.0
+STACK_TIMEOUT_S = 10.0
+RAY_SESSIONS = Path("/tmp/ray")  # of a cluster that `ray start` made
+
+_README = """\
+What `manta debug bundle` collected on {when}. Look through it before you send it.
+It names machines, models and the ids of keys, and logs may hold what libraries wrote.
+It has no key, no secret and, as far as Manta writes it, no prompt and no answer.
+
+"""
+
+# What libraries may have written: user and password in a URL, tokens of HTTP and of the hub.
+_SECRET = re.compile(rb"(?<=://)[^/\s@\"']{1,200}(?=@)|(?<=[Bb]earer )[^\s\"']{8,}|\bhf_[A-Za-z0-9]{16,}")
+
+Part = tuple[str, bytes]  # its name in the bundle, and what it holds
+
+
+@app.callback()
+def _group() -> None:
+    """A group, though it has one command."""
+
+
+@app.command()
+def bundle(
+    file: Annotated[
+        Path | None, typer.Argument(dir_okay=False, metavar="[FILE]", help="Default: manta-debug-TIME.tar.gz, here.")
+    ] = None,
+    address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
+    url: Annotated[str, typer.Option(metavar="URL", help="The gateway's.")] = "http://127.0.0.1:8000",
+    metrics_token_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Of gateway.metrics_token_file.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="The configuration served.")
+    ] = None,
+) -> None:
+    """Collect versions, configuration, status, figures, ends of logs and stacks into one file for a bug report."""
+    target = file or Path(time.strftime("manta-debug-%Y%m%d-%H%M%S.tar.gz"))
+    parts: dict[str, Callable[[], Iterator[Part]]] = {
+        "versions": _versions,
+        "configuration": lambda: _configuration(config),
+        "health": lambda: _of_gateway(url, "/health", "health.json", None),
+        "metrics": lambda: _of_gateway(url, "/metrics", "metrics.txt", metrics_token_file),
+        "status": lambda: _status(address),
+        "logs": lambda: tails(session_logs()),
+        "stacks": _stacks,
+    }
+    missing = write(target, parts)
+    for name, why in missing.items():
+        typer.echo(f"not in it: {name}: {why}")
+    typer.echo(f"Wrote {target}. Look through it before you send it.")
+
+
+def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]]) -> dict[str, str]:
+    """Collect all parts into a file that only its owner may read. Returns which could not be had, and why.
+
+    Raises ConfigError where the file cannot be written.
+    """
+    missing: dict[str, str] = {}
+    try:
+        target.touch(mode=0o600, exist_ok=False)
+        with tarfile.open(target, "w:gz") as archive:
+            for name, collect in parts.items():
+                num_before = len(archive.getmembers())
+                try:
+                    for member, content in collect():
+                        _add(archive, member, content)
+                except Exception as error:  # whatever is broken is why somebody collects this
+                    missing[name] = str(error).strip() or type(error).__name__
+                else:
+                    if len(archive.getmembers()) == num_before:
+                        missing[name] = "there is none here"
+            readme = _README.format(when=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+            lines = [f"not in it: {name}: {why}\n" for name, why in missing.items()]
+            _add(archive, "README.txt", (readme + "".join(lines)).encode())
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
+    return missing
+
+
+def session_logs() -> Path | None:
+    """The logs of Ray's last session on this machine, of `manta serve` or of `ray start`, whichever wrote last."""
+    from cluster.commands.private_files import ray_directory
+
+    found = [root / "session_latest" / "logs" for root in (ray_directory(), RAY_SESSIONS)]
+    return max((logs for logs in found if logs.is_dir()), key=lambda logs: logs.stat().st_mtime, default=None)
+
+
+def tails(logs: Path | None) -> Iterator[Part]:
+    """The ends of the newest files of a folder and those below."""
+    if logs is None:
+        return
+    files = [file for file in logs.rglob("*") if file.is_file() and not file.is_symlink()]
+    for file in sorted(files, key=lambda one: one.stat().st_mtime)[-MAX_LOGS:]:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
+            content = stream.read(LOG_TAIL_BYTES)
+        if content:
+            yield f"logs/{file.relative_to(logs)}", content
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    content = _SECRET.sub(b"(taken out)", content)
+    entry = tarfile.TarInfo(f"manta-debug/{name}")
+    entry.size, entry.mtime, entry.mode = len(content), int(time.time()), 0o600
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def _json(document: object) -> bytes:
+    return json.dumps(document, indent=2, default=str).encode()
+
+
+def _versions() -> Iterator[Part]:
+    import importlib.metadata
+
+    from cluster.commands.bench.machine import this_machine
+
+    packages = {one.name: one.version for one in importlib.metadata.distributions()}
+    yield "versions.json", _json({"machine": this_machine().to_json(), "packages": dict(sorted(packages.items()))})
+
+
+def _configuration(file: Path | None) -> Iterator[Part]:
+    if file is None:
+        raise ConfigError("give --config, if there is one")
+    from cluster.config import load_config
+
+    yield "config.json", _json(load_config(file).model_dump(mode="json"))
+
+
+def _of_gateway(url: str, path: str, name: str, token_file: Path | None) -> Iterator[Part]:
+    import httpx
+
+    headers = {} if token_file is None else {"Authorization": f"Bearer {token_file.read_text().split()[0]}"}
+    with httpx.stream("GET", url.rstrip("/") + path, headers=headers, timeout=HTTP_TIMEOUT_S) as answer:
+        content = b""
+        for piece in answer.iter_bytes():
+            content += piece
+            if len(content) > MAX_PAGE_BYTES:
+                raise ConfigError(f"{url}{path} answers with more than {MAX_PAGE_BYTES >> 20} MiB")
+    yield name, content
+    if answer.status_code in (401, 403):
+        raise ConfigError(f"{url}{path} answers {answer.status_code}: give --metrics-token-file")
+
+
+def _status(address: str) -> Iterator[Part]:
+    from cluster.commands.status.command import document
+
+    yield "status.json", _json(document(address))
+
+
+def _stacks() -> Iterator[Part]:
+    """Of Ray's workers and of `manta` itself, as far as this user may look at them."""
+    import psutil
+
+    py_spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if py_spy is None:
+        raise MantaError("py-spy is not installed")
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[:1] and (words[0].startswith("ray::") or any(Path(word).name == "manta" for word in words[:2])):
+            command = [py_spy, "dump", "--nonblocking", "--pid", str(process.info["pid"])]
+            try:
+                done = subprocess.run(command, capture_output=True, timeout=STACK_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                continue
+            yield (
+                f"stacks/{process.info['pid']}.txt",
+                b" ".join(w.encode() for w in words) + b"\n" + done.stdout + done.stderr,
+            )

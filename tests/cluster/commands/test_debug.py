@@ -1,0 +1,87 @@
+"""`manta debug bundle`: what is in the file, that what is broken does not stop it, and that no secret is in it."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.commands import debug
+from cluster.errors import ConfigError
+from tests.programs import REPOSITORY
+
+
+def contents(file: Path) -> dict[str, bytes]:
+    with tarfile.open(file) as archive:
+        return {entry.name: archive.extractfile(entry).read() for entry in archive.getmembers()}  # type: ignore[union-attr]
+
+
+def test_what_is_broken_is_said_and_the_rest_is_there(tmp_path: Path) -> None:
+    def breaks() -> Iterator[debug.Part]:
+        yield "half.txt", b"half"
+        raise RuntimeError("the cluster is gone")
+
+    file = tmp_path / "bundle.tar.gz"
+    missing = debug.write(file, {"a": lambda: iter([("a.txt", b"one")]), "b": breaks, "c": lambda: iter(())})
+    assert missing == {"b": "the cluster is gone", "c": "there is none here"}
+    found = contents(file)
+    assert found["manta-debug/a.txt"] == b"one"
+    assert found["manta-debug/half.txt"] == b"half"
+    assert b"not in it: b: the cluster is gone" in found["manta-debug/README.txt"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    file = tmp_path / "mine"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine cannot be written: File exists"):
+        debug.write(file, {})
+    assert file.read_text() == "mine"
+
+
+def test_of_logs_the_ends_of_the_newest_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "LOG_TAIL_BYTES", 4)
+    monkeypatch.setattr(debug, "MAX_LOGS", 2)
+    (tmp_path / "serve").mkdir()
+    for age, name in enumerate(("serve/new.log", "long.err", "old.log")):
+        (tmp_path / name).write_text(f"begin {name[-7:]}")
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    (tmp_path / "link.log").symlink_to("/etc/hostname")
+    assert dict(debug.tails(tmp_path)) == {"logs/serve/new.log": b".log", "logs/long.err": b".err"}
+    assert list(debug.tails(None)) == []
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "https://me:hunter2-hunter2@collector/v1",
+        "Authorization: Bearer hunter2-hunter2",
+        "token=hf_hunter2hunter2hunter2",
+    ],
+)
+def test_what_libraries_wrote_of_secrets_is_taken_out(tmp_path: Path, secret: str) -> None:
+    file = tmp_path / "bundle.tar.gz"
+    debug.write(file, {"logs": lambda: iter([("a.log", f"before {secret} after".encode())])})
+    text = contents(file)["manta-debug/a.log"]
+    assert b"hunter2" not in text
+    assert text.startswith(b"before ")
+    assert text.endswith(b" after")
+
+
+def test_where_nothing_runs_there_is_a_bundle_all_the_same(tmp_path: Path) -> None:
+    config = tmp_path / "manta.yaml"
+    config.write_text("models: [{name: m, path: embedded:mixtral}]\n")
+    places = ["--address", "127.0.0.1:1", "--url", "http://127.0.0.1:1", "--config", str(config)]
+    command = [sys.executable, "-m", "cluster.cli", "debug", "bundle", str(tmp_path / "bundle.tar.gz"), *places]
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "ray")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "not in it: status: no Ray cluster answers at 127.0.0.1:1" in done.stdout
+    assert "not in it: health: " in done.stdout
+    found = contents(tmp_path / "bundle.tar.gz")
+    assert json.loads(found["manta-debug/versions.json"])["packages"]["torch"]
+    assert json.loads(found["manta-debug/config.json"])["models"][0]["name"] == "m"
