@@ -49,6 +49,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # where a group may write what a user does, the files of keys that tests write would be refused
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# httpx gives up after five seconds, which a busy machine may stand still for: then it is no news of what answers.
+vars(httpx.get.__kwdefaults__["timeout"]).update(dict.fromkeys(("connect", "read", "write", "pool"), 60.0))
 # As coordinators have it. Threads that spin while they wait for work take the cores from the other worker: what two
 # processes did on two threads each took eight times the CPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "200")

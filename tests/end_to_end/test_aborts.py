@@ -75,7 +75,7 @@ def test_a_thousand_aborted_requests_leave_nothing(server, objects, wait_until_i
     counts = []
     for seed in range(2):
         asyncio.run(abort_many(server.url, seed))
-        wait_until_idle(2.5)
+        wait_until_idle(5.0)
         assert httpx.get(f"{server.url}/load", timeout=30).json() == {"server_load": 0}
         counts.append(objects())
     for before, after in zip(*counts, strict=True):

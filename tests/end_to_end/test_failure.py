@@ -137,7 +137,7 @@ async def streams(server: Server, disturb: Callable[[], None] | None = None) -> 
 
 
 def answers(server: Server) -> bool:
-    return httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+    return httpx.get(f"{server.url}/health", timeout=60).status_code == 200
 
 
 def check_equal(seen: list[Stream], undisturbed: list[Stream]) -> None:
@@ -279,7 +279,7 @@ def total(server: Server, name: str) -> int:
 
 def series(server: Server, name: str) -> list[float]:
     """A figure of /metrics, as each process gave it."""
-    page = httpx.get(f"{server.url}/metrics", timeout=10).text
+    page = httpx.get(f"{server.url}/metrics", timeout=60).text
     return [float(value) for value in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)]
 
 

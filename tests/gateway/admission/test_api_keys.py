@@ -154,11 +154,11 @@ def test_a_long_file_does_not_keep_who_asks(file: Path) -> None:
     write(file, entry("old"))
     known = ApiKeyFile(file)
     write(file, entry("new"), *({"id": f"key-{i}", "sha256": digest(str(i))} for i in range(4000)))
-    started = time.monotonic()
+    everything, own = time.process_time(), time.thread_time()
     assert known.find("old") is not None, "it is being read"
-    took_s = time.monotonic() - started
+    took_s = time.thread_time() - own
     wait_for(lambda: known.find("new") is not None, 60, "the change")
-    assert took_s < (time.monotonic() - started) / 5
+    assert took_s < (time.process_time() - everything) / 5, "of the CPU time until the change is known"
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])

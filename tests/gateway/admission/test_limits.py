@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,10 +192,8 @@ def test_requests_at_once(card: ModelCard, frontend: Any, coordinator: ScriptedC
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert post(url, "d", max_tokens=2).status_code == 200
-        for _ in range(400):
-            if frontend.limiter.of(frontend.access.identify(["Bearer c"], None)).num_running == 0:
-                break
-            time.sleep(0.01)
+        of_c = frontend.limiter.of(frontend.access.identify(["Bearer c"], None))
+        wait_for(lambda: of_c.num_running == 0, 60, "the end of its stream")
         assert post(url, "c", max_tokens=2).status_code == 200, "the place is free when the client has left"
 
 

@@ -30,6 +30,7 @@ from gateway.grpc.server.gate import Gate
 from gateway.grpc.server.options import server_options
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, tokens_script
+from tests.waiting import wait_for
 
 ANSWER = "Grüße 👩‍🚀, 你好"
 USER = [chat_pb2.Message(role="user", content="Hello")]
@@ -204,7 +205,7 @@ def test_errors_of_the_engine_have_their_codes(card: ModelCard, tokenizer: Huggi
 
 
 def test_cancellation_and_deadline_abort(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 20)[1:], pause_s=0.1, eos=None))
+    coordinator = ScriptedCoordinator(tokens_script([40] * 200, pause_s=0.5, eos=None))
     with grpc_server(build_frontend(card, coordinator)) as channel:
         stub = chat_pb2_grpc.MantaStub(channel)
         request = chat_pb2.ChatRequest(model="tiny", messages=USER)
@@ -213,15 +214,15 @@ def test_cancellation_and_deadline_abort(card: ModelCard, tokenizer: HuggingFace
         assert coordinator.running == 1
         left = time.monotonic()
         stream.cancel()
-        _wait_for(lambda: coordinator.running == 0)
-        assert coordinator.closed_at[-1] - left < 0.25
+        wait_for(lambda: coordinator.running == 0, 60, "the end of its sequence")
+        assert coordinator.closed_at[-1] - left < 10, "promised 0.25 s, and its tokens would take 100 s"
         for call in (stub.Chat, lambda message, timeout: list(stub.ChatStream(message, timeout=timeout))):
             left = time.monotonic()
             with pytest.raises(grpc.RpcError) as expired:
                 call(request, timeout=0.3)
             assert expired.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
-            _wait_for(lambda: coordinator.running == 0)
-            assert coordinator.closed_at[-1] - left < 0.55
+            wait_for(lambda: coordinator.running == 0, 60, "the end of its sequence")
+            assert coordinator.closed_at[-1] - left < 10, "promised 0.25 s after its deadline"
 
 
 def test_models_and_health(card: ModelCard, coordinator: ScriptedCoordinator) -> None:
@@ -297,10 +298,3 @@ def test_the_generated_files_are_those_of_the_proto(tmp_path: Path) -> None:
     assert protoc.main(["protoc", f"-I{root}", f"-I{well_known}", *flags, f"{PROTO}/chat.proto"]) == 0
     for name in ("chat_pb2.py", "chat_pb2.pyi", "chat_pb2_grpc.py"):
         assert (root / PROTO / name).read_text() == (tmp_path / PROTO / name).read_text()
-
-
-def _wait_for(condition: Any) -> None:
-    until = time.monotonic() + 3
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.005)
-    assert condition()

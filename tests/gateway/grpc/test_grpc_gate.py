@@ -33,6 +33,7 @@ from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_address, grpc_server
 from tests.raw_http2 import Sender
+from tests.waiting import wait_for
 
 SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
 NEVER = threading.Event()
@@ -58,7 +59,7 @@ def keys_file(tmp_path: Path, key: str) -> Path:
 
 def no_message() -> Iterator[bytes]:
     """A client that began a message and does not send it."""
-    NEVER.wait(5)
+    NEVER.wait(30)
     yield b""
 
 
@@ -72,7 +73,7 @@ def test_the_key_is_checked_before_a_message_is_read(
             for metadata in ((), (("authorization", "Bearer wrong"),)):
                 call = make(f"/{SERVICE.full_name}/{rpc.name}")
                 with pytest.raises(grpc.RpcError) as refused:
-                    list(call(no_message(), metadata=metadata, timeout=3))
+                    list(call(no_message(), metadata=metadata, timeout=20))
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, rpc.name
                 assert "x-request-id" in dict(refused.value.trailing_metadata())
         metadata = (("authorization", f"Bearer {key}"),)
@@ -233,7 +234,7 @@ def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard, to
             for _ in range(2)
         )
         first = eve.future(large, timeout=30)
-        _wait_for(lambda: coordinator.running == 1)
+        wait_for(lambda: coordinator.running == 1, 60, "the first to run")
         with pytest.raises(grpc.RpcError) as refused:
             eve(large, timeout=30)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -246,7 +247,7 @@ def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard, to
 def test_what_says_nothing_is_answered_unread(card: ModelCard, coordinator: ScriptedCoordinator) -> None:
     """HAProxy takes a replica that is slow to say that it lives out of service, and anyone may ask."""
     with grpc_server(build_frontend(card, coordinator)) as channel:
-        data = channel.stream_unary("/grpc.health.v1.Health/List")(no_message(), timeout=3)
+        data = channel.stream_unary("/grpc.health.v1.Health/List")(no_message(), timeout=20)
         assert health_pb2.HealthListResponse.FromString(data).statuses[""].status == 1
 
 
@@ -419,7 +420,7 @@ def test_a_watch_that_lost_its_place_and_one_too_many_end(card: ModelCard, coord
             except grpc.RpcError:
                 return False
 
-        _wait_for(has_room)
+        wait_for(has_room, 60, "room")
 
 
 def test_health_is_for_this_machine_only_where_it_is_over_http(
@@ -437,10 +438,3 @@ def test_health_is_for_this_machine_only_where_it_is_over_http(
             with pytest.raises(grpc.RpcError) as refused:
                 call()
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert condition()

@@ -38,7 +38,7 @@ def test_what_is_made_at_once_takes_a_moment() -> None:
     assert 0.8 * AT_ONCE_BYTES < len(json_bytes(document)) < AT_ONCE_BYTES
     durations = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.thread_time()
         json_bytes(document, AT_ONCE_BYTES)
-        durations.append(time.perf_counter() - started)
+        durations.append(time.thread_time() - started)
     assert min(durations) < 0.1

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import socket
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any
 
 import openai
@@ -26,7 +25,6 @@ from tests.waiting import wait_for
 
 FIRST_EVENT_S = 0.3  # here
 KEEPALIVE_S = 0.1
-PREFILL_S = FIRST_EVENT_S + 0.7
 ANSWER = "Hello, my name is Manta."
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -37,20 +35,25 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 class SlowCoordinator(ScriptedCoordinator):
-    """Takes `prefill_s` to the first token, or to `error`, and `pause_s` after it."""
+    """Takes `prefill_s` to the first token, or to `error`, and `pause_s` after it, and waits for the test with each."""
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         super().__init__(self._answer)
         self.tokens = tokens
-        self.prefill_s, self.pause_s = PREFILL_S, 0.0
+        self.prefill_s, self.pause_s = FIRST_EVENT_S + 2 * KEEPALIVE_S, 0.0
+        self.may_begin, self.may_go_on = threading.Event(), threading.Event()
+        for event in (self.may_begin, self.may_go_on):
+            event.set()
         self.error: MantaError | None = None
 
     async def _answer(self, request: Request) -> AsyncIterator[TokenChunk]:
         await asyncio.sleep(self.prefill_s)
+        await asyncio.to_thread(self.may_begin.wait, 60)
         if self.error is not None:
             raise self.error
         yield TokenChunk(request.request_id, 0, 0, self.tokens[:1])
         await asyncio.sleep(self.pause_s)
+        await asyncio.to_thread(self.may_go_on.wait, 60)
         yield TokenChunk(request.request_id, 0, 1, self.tokens[1:], finish_reason="stop")
 
 
@@ -66,43 +69,49 @@ def url(card: ModelCard, coordinator: SlowCoordinator, monkeypatch: pytest.Monke
         yield url
 
 
-def received(url: str, path: str) -> list[tuple[float, bytes]]:
-    """What a client reads from its socket, and when, until the answer is complete."""
+def received(url: str, path: str, look: Callable[[bytes], object] = bool) -> bytes:
+    """What a client reads from its socket until the answer is complete. It looks at what it has after each piece."""
     host, _, port = url.removeprefix("http://").partition(":")
     body = json.dumps(BODIES[path]).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    found = []
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        started = time.monotonic()
+    found = b""
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
         while data := connection.recv(65536):
-            found.append((time.monotonic() - started, data))
+            found += data
+            look(found)
     return found
-
-
-def longest_silence(pieces: list[tuple[float, bytes]]) -> float:
-    times = [at for at, _ in pieces]
-    return max(after - before for before, after in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("path", sorted(BODIES))
 def test_headers_and_comments_come_before_the_first_token(url: str, coordinator: SlowCoordinator, path: str) -> None:
-    pieces = received(url, path)
-    at, headers = pieces[0]
-    assert headers.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert at < PREFILL_S, "and not with the first token"
-    assert longest_silence(pieces) < PREFILL_S - FIRST_EVENT_S, "seven times as long as between comments"
-    whole = b"".join(data for _, data in pieces)
-    assert whole.partition(b"data:")[0].count(COMMENT) >= 2
+    """The first token comes once they are there."""
+    coordinator.may_begin.clear()
+
+    def look(found: bytes) -> None:
+        if found.count(COMMENT) >= 3:
+            coordinator.may_begin.set()
+
+    whole = received(url, path, look)
+    assert coordinator.may_begin.is_set()
+    assert whole.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert whole.partition(b"data:")[0].count(COMMENT) >= 3
     assert whole.endswith(b"0\r\n\r\n"), "complete"
     assert b'"error":{' not in whole
 
 
 def test_pauses_between_tokens_have_comments(url: str, coordinator: SlowCoordinator) -> None:
-    coordinator.prefill_s, coordinator.pause_s = 0.0, 0.7
-    pieces = received(url, "/v1/chat/completions")
-    assert b"data:" in b"".join(data for _, data in pieces[:3]), "nothing is waited for when tokens come"
-    assert b"".join(data for _, data in pieces).count(COMMENT) >= 3
+    """The second token comes once they are there; the first one is not kept back for it."""
+    coordinator.prefill_s = 0.0
+    coordinator.may_go_on.clear()
+
+    def look(found: bytes) -> None:
+        if found.partition(b"data:")[2].count(COMMENT) >= 3:
+            coordinator.may_go_on.set()
+
+    whole = received(url, "/v1/chat/completions", look)
+    assert coordinator.may_go_on.is_set()
+    assert whole.count(COMMENT) >= 3
 
 
 def test_a_refusal_in_time_has_its_status(
@@ -110,13 +119,13 @@ def test_a_refusal_in_time_has_its_status(
 ) -> None:
     monkeypatch.setattr(sse, "FIRST_EVENT_S", 30.0)  # a busy machine is in time, too
     coordinator.prefill_s, coordinator.error = 0.05, Overloaded("the queue is full")
-    assert received(url, "/v1/chat/completions")[0][1].startswith(b"HTTP/1.1 429 ")
+    assert received(url, "/v1/chat/completions").startswith(b"HTTP/1.1 429 ")
 
 
 @pytest.mark.parametrize("path", sorted(BODIES))
 def test_a_late_error_is_an_event(url: str, coordinator: SlowCoordinator, path: str) -> None:
     coordinator.error = Unavailable("an expert is gone")
-    text = b"".join(data for _, data in received(url, path)).decode()
+    text = received(url, path).decode()
     assert text.startswith("HTTP/1.1 200 OK\r\n")
     [line] = [line for line in text.split("\n") if line.startswith("data:")]
     assert json.loads(line.removeprefix("data: "))["error"]["message"] == "an expert is gone"
@@ -128,7 +137,7 @@ def test_a_late_error_names_the_field_as_the_route_has_it(url: str, coordinator:
     coordinator.error = InvalidRequest(
         "response_format.json_schema.schema: too large", "response_format.json_schema.schema"
     )
-    text = b"".join(data for _, data in received(url, "/v1/responses")).decode()
+    text = received(url, "/v1/responses").decode()
     [line] = [line for line in text.split("\n") if line.startswith("data:")]
     assert json.loads(line.removeprefix("data: "))["error"]["param"] == "text.format.schema"
 

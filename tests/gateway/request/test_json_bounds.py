@@ -64,10 +64,10 @@ def test_each_bound_is_that_of_the_parsed_value(value: Any, bound: int) -> None:
 @pytest.mark.parametrize("data", [b'"' + b'\\"' * 500_000, b'"' + b"\\" * 999_999, b'"' * 999_999, b"[" * 999_999])
 def test_hostile_text_costs_linear_time(data: bytes) -> None:
     """A quadratic search would take hours; a second is a hundred times what it takes."""
-    started = time.monotonic()
+    started = time.thread_time()
     with suppress(InvalidRequest):
         check_bounds(b"[" * 70 + data)
-    assert time.monotonic() - started < 10
+    assert time.thread_time() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gateway.telemetry.logs import JsonFormatter, TextFormatter
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.waiting import wait_for
 
 SECRETS = ("sk-secret-key", "sk-wrong-key", "the prompt's own words", "Hello STOP", "made-up-model")
 
@@ -44,14 +44,13 @@ def written(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 def lines(written: io.StringIO, count: int) -> list[dict[str, Any]]:
     """The lines of requests, once there are so many: an answer arrives a moment before its line is written."""
-    deadline = time.monotonic() + 20
-    while True:
-        text = [line for line in written.getvalue().splitlines() if "gateway.requests" in line]
-        if len(text) >= count:
-            assert len(text) == count, text
-            break
-        assert time.monotonic() < deadline, text
-        time.sleep(0.02)
+
+    def found() -> list[str]:
+        return [line for line in written.getvalue().splitlines() if "gateway.requests" in line]
+
+    wait_for(lambda: len(found()) >= count, 60, f"{count} lines")
+    text = found()
+    assert len(text) == count, text
     if text[0].startswith("{"):
         return [json.loads(line) for line in text]
     return [dict(pair.split("=") for pair in line.split(": request ", 1)[1].split()) for line in text]

@@ -39,9 +39,9 @@ def test_it_takes_no_time_whatever_the_context():
         spans = [Span(context - 1, 1, array("i", range(1, 2 + context // 16))) for _ in range(64)]
         runs = []
         for _ in range(20):
-            began = time.perf_counter()
+            began = time.thread_time()
             AttentionMetadata(spans, 16)
-            runs.append(time.perf_counter() - began)
+            runs.append(time.thread_time() - began)
         seconds.append(min(runs))
     short, long = seconds
     assert long < 4 * short, f"{long / short:.1f} times as long, {long * 1e3:.2f} ms"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
+import threading
 import time
 
 import psutil
@@ -21,6 +24,7 @@ from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, ne
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import LIKE_WORDS, WEATHER, as_schema
+from tests.waiting import wait_for
 
 TIMEOUT_S = 1.0
 LONG_S = 120.0  # a test of ours waits no longer; the machine may be busy
@@ -106,24 +110,29 @@ def test_what_takes_long_to_spell_is_stopped_as_well(compiler, monkeypatch):
     assert not is_plain([{"prefixItems": [{"minimum": 1.5}] * 21}])
 
 
-def test_a_busy_machine_makes_no_grammar_too_costly(compiler):
+def test_a_busy_machine_makes_no_grammar_too_costly(vocabulary, monkeypatch):
     """The limit was of the clock alone: what takes a tenth of it was refused for good where the machine was busy."""
-    multiples = {"type": "integer", "minimum": 0, "maximum": 10**15, "multipleOf": 97}
-    fine = as_schema({"prefixItems": [multiples]})
+    hold, timeout_s, before = trial._hold, 0.4, {child.pid for child in psutil.Process().children()}
 
-    async def scenario():
-        await state(compiler, as_schema({"type": "string", "pattern": "^[a-f]{2}$"}))  # starts the process
-        compiling = asyncio.create_task(state(compiler, fine))
-        process = psutil.Process(compiler._trial._process.pid)
-        while not (trials := process.children()):
-            assert not compiling.done(), "the test came too late"
-            await asyncio.sleep(0.001)
-        trials[0].suspend()
-        await asyncio.sleep(TIMEOUT_S + 0.2)
-        trials[0].resume()
-        assert await compiling is not None
+    def held(*arguments):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        hold(*arguments)
 
-    asyncio.run(scenario())
+    def go_on():
+        def stopped():
+            children = [child for child in psutil.Process().children() if child.pid not in before]
+            return [child for child in children if child.status() == psutil.STATUS_STOPPED]
+
+        wait_for(stopped, 60, "the trial")
+        time.sleep(timeout_s + 0.3)
+        stopped()[0].resume()
+
+    monkeypatch.setattr(trial, "_hold", held)
+    machine = threading.Thread(target=go_on)
+    machine.start()
+    verdict = trial._trial(vocabulary.tokenizer_info(), as_schema({"type": "string", "pattern": "^a$"}), timeout_s)
+    machine.join()
+    assert (verdict["error"], verdict["is_late"]) == (None, False)
 
 
 def test_a_trial_that_gets_no_time_says_nothing_of_its_grammar(compiler, monkeypatch):

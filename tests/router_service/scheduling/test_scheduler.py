@@ -444,10 +444,10 @@ def test_a_step_is_scheduled_in_no_time_whatever_the_context(tenants):
             pass
         taken = []
         for _ in range(50):
-            started = time.perf_counter()
+            started = time.thread_time()
             batch = scheduler.schedule()
             scheduler.update(batch, [7] * len(batch))
-            taken.append(time.perf_counter() - started)
+            taken.append(time.thread_time() - started)
         seconds.append(min(taken))
     short, long = seconds
     assert long < 2 * short + 1e-4
