@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.checkpoint.rope import RopeScaling
+
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Shape = tuple[int, ...]
@@ -39,6 +41,8 @@ class LayerSpec:
 
     gate: GateSpec | None = None  # None: no experts
     dense_size: int = 0  # intermediate size of the network for every token; 0: there is none
+    has_qkv_bias: bool = False
+    qk_norm: Literal["head", "whole"] | None = None  # root mean square norm of queries and keys, each head for itself
 
     @property
     def has_experts(self) -> bool:
@@ -67,6 +71,7 @@ class Architecture:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
+    rope_scaling: RopeScaling | None = None
 
     @property
     def num_layers(self) -> int:
@@ -106,6 +111,16 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
             f"{prefix}.self_attn.o_proj.weight": (a.hidden_size, q_size),
             f"{prefix}.post_attention_layernorm.weight": (a.hidden_size,),
         }
+        if layer.has_qkv_bias:
+            tensors |= {
+                f"{prefix}.self_attn.{name}_proj.bias": (size,)
+                for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size))
+            }
+        if layer.qk_norm is not None:
+            of_heads = (a.head_dim, a.head_dim) if layer.qk_norm == "head" else (q_size, kv_size)
+            tensors |= {
+                f"{prefix}.self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", of_heads, strict=True)
+            }
         if layer.has_experts:
             tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (a.num_experts, a.hidden_size)
         if layer.dense_size:

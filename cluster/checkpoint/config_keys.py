@@ -6,12 +6,11 @@ What is not listed here may change every number that a model computes, so it is 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.checkpoint.families.family import Family
-from cluster.checkpoint.json_document import JsonDocument, names, shortened
+from cluster.checkpoint.json_document import JsonDocument, names
 
 _OF_EVERY_CONFIG = names(  # what transformers writes or once wrote, whatever the model
     "_attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _from_model_config",
@@ -48,8 +47,6 @@ _ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
 }
-_ROPE = names("original_max_position_embeddings rope_theta rope_type type")
-_ROPE_ONE_VALUE = {"attention_factor": (1,), "factor": (1,), "partial_rotary_factor": (1,)}
 
 _PARAMS = names(
     "dim head_dim hidden_dim max_batch_size max_position_embeddings max_seq_len model_type moe n_heads n_kv_heads",
@@ -65,24 +62,10 @@ _MOE = names("num_experts num_experts_per_tok")
 def check_config(config: JsonDocument, family: Family) -> None:
     """Raises CheckpointError for a key of Hugging Face's that is not known, or known with another value."""
     one_value = {key: values for key, values in _ONE_VALUE.items() if key not in family.keys}
-    _check(config, _OF_ANY_FAMILY | family.keys, {**one_value, **family.one_value})
-    for key in ("rope_parameters", "rope_scaling"):
-        _check(config.section(key), _ROPE, _ROPE_ONE_VALUE)
+    config.check_keys(_OF_ANY_FAMILY | family.keys, {**one_value, **family.one_value})
 
 
 def check_params(params: JsonDocument) -> None:
     """The same of Mistral's."""
-    _check(params, _PARAMS, _PARAMS_ONE_VALUE)
-    _check(params.section("moe"), _MOE, {})
-
-
-def _check(document: JsonDocument, known: Collection[str], one_value: Mapping[str, tuple[Any, ...]]) -> None:
-    for key, value in document.values.items():
-        if value is None or key in known or value in one_value.get(key, ()):
-            continue
-        if key in one_value:
-            expected = json.dumps(one_value[key][0])
-            raise document.error(key, f"is {shortened(value)}, which Manta does not support; expected {expected}")
-        raise document.error(
-            key, "is not known to Manta and may change what the model says; where it does not, take it out of the file"
-        )
+    params.check_keys(_PARAMS, _PARAMS_ONE_VALUE)
+    params.section("moe").check_keys(_MOE, {})

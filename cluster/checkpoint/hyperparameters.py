@@ -103,11 +103,6 @@ def _refuse_unsupported_config(config: JsonDocument, family: Family) -> None:
     activation = config.values.get("hidden_act", "silu")
     if activation not in _SILU:
         raise config.error("hidden_act", f"is {activation!r}; expected 'silu'")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.section(key).values
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
-            raise config.error(key, f"asks for rotary scaling of type {kind!r}; expected 'default'")
     check_config(config, family)
 
 

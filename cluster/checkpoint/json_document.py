@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ class JsonDocument:
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
+
+    def check_keys(self, known: Collection[str], one_value: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raises CheckpointError for a key that is neither `known` nor null nor has one of the values it may have."""
+        for key, value in self.values.items():
+            if value is None or key in known or value in one_value.get(key, ()):
+                continue
+            if key in one_value:
+                expected = json.dumps(one_value[key][0])
+                raise self.error(key, f"is {shortened(value)}, which Manta does not support; expected {expected}")
+            raise self.error(
+                key,
+                "is not known to Manta and may change what the model says; where it does not, take it out of the file",
+            )
 
     def section(self, key: str) -> JsonDocument:
         """A nested object; an absent one is empty."""

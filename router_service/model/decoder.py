@@ -24,6 +24,7 @@ from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatcher
 from router_service.model.decode_chains import KEPT, MOST_ROWS, DecodeChains, Layer, are_served
 from router_service.model.gate import Gate
+from router_service.model.rotary import Rotary
 from router_service.model.step_threads import StepThreads
 from router_service.rows import norm, rotate, warm_up
 
@@ -50,7 +51,6 @@ class Decoder:
         self.kernel = kernel_for(self.dtype, self.device, kernel)
         self.head = Linear(head, self.kernel)  # D → V
         self.layers = [_layer(weights, index, architecture, self.kernel) for index in range(architecture.num_layers)]
-        half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64, device=self.norm.device)
         # Of the attention of one layer and one token.
         self._multiplications = (
             architecture.head_dim
@@ -66,7 +66,7 @@ class Decoder:
             if all(here):
                 self._experts = [experts for experts in here if experts is not None]
         self._threads = StepThreads(choose=not self.kernel.is_own)
-        self._inverse_frequencies = 1.0 / (architecture.rope_theta ** (half.float() / architecture.head_dim))  # [H / 2]
+        self._rotary = Rotary(architecture, self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,26 +182,37 @@ class Decoder:
     ) -> torch.Tensor:
         """Self-attention of one layer [T, D]."""
         query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = layer.qkv(rows).view(-1, query_heads + 2 * kv_heads, self.architecture.head_dim)
+        qkv = layer.qkv(rows)  # [T, (N + 2G)·H]
+        if not layer.is_plain:
+            self._adjust(layer, qkv)
+        qkv = qkv.view(-1, query_heads + 2 * kv_heads, self.architecture.head_dim)
         rotated = rotate(qkv[:, : query_heads + kv_heads], *rotary)
         queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
         attended = attention.attend(index, queries, keys, qkv[:, query_heads + kv_heads :], kv_cache)
         return layer.o(attended.flatten(1))
 
+    def _adjust(self, layer: Layer, qkv: torch.Tensor) -> None:
+        """Bias and norms of queries, keys and values [T, (N + 2G)·H], in place."""
+        if layer.qkv_bias is not None:
+            qkv += layer.qkv_bias
+        if layer.qk_norms is None:
+            return
+        sizes = [self.architecture.head_dim * n for n in (self.architecture.num_heads, self.architecture.num_kv_heads)]
+        for weight, part in zip(layer.qk_norms, qkv[:, : sum(sizes)].split(sizes, dim=1), strict=True):
+            part.copy_(self._norm(part.reshape(-1, len(weight)), weight).view(part.shape))
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Of `x` [T, D], to which `delta` [T, D] is added in place before."""
         return norm(x, weight, self.architecture.rms_norm_eps, delta)
-
-    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [T, H] of rotary position embedding, arXiv 2104.09864, halves laid out as on the hub."""
-        angles = positions.unsqueeze(1).float() * self._inverse_frequencies  # [T, H / 2]
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
 
 def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture, kernel: Kernel) -> Layer:
     prefix, spec = f"model.layers.{index}", architecture.layers[index]
     gate, dense_network = None, None
+
+    def vectors(of: str, kind: str) -> list[torch.Tensor]:
+        return [dense(weights[f"{prefix}.self_attn.{name}_{kind}"]) for name in of]
+
     if spec.has_experts:
         gate = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
     if spec.dense_size:
@@ -211,6 +222,8 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         input_norm=dense(weights[f"{prefix}.input_layernorm.weight"]),
         qkv=Linear(stacked([weights[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]), kernel),
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),
+        qkv_bias=torch.cat(vectors("qkv", "proj.bias")) if spec.has_qkv_bias else None,
+        qk_norms=vectors("qk", "norm.weight") if spec.qk_norm else None,
         post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
         gate=gate,
         dense=dense_network,

@@ -6,9 +6,9 @@ file. A new family is a file here, a line in `FAMILIES`, and what `LayerSpec` do
 
 from collections.abc import Mapping
 
-from cluster.checkpoint.families import mistral, mixtral
+from cluster.checkpoint.families import llama, mistral, mixtral, qwen2, qwen3
 from cluster.checkpoint.families.family import Family
 
 FAMILIES: Mapping[str, Family] = {  # by model_type
-    family.model_type: family for family in (mixtral.FAMILY, mistral.FAMILY)
+    module.FAMILY.model_type: module.FAMILY for module in (mixtral, mistral, llama, qwen2, qwen3)
 }

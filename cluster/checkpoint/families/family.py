@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.checkpoint.architecture import Architecture, LayerSpec
 from cluster.checkpoint.json_document import JsonDocument
+from cluster.checkpoint.rope import rope_scaling, rope_section
 
 MAX_LAYERS = 1024
 MAX_EXPERTS = 1024
@@ -82,7 +83,7 @@ def decoder(
     kv_heads = num_heads if "num_key_value_heads" in config.values else defaults.kv_heads or num_heads
     vocab_size = config.integer("vocab_size")
     bos = config.integers("bos_token_id", vocab_size - 1)
-    rope = config.section("rope_scaling" if config.values.get("rope_scaling") else "rope_parameters")
+    rope = rope_section(config)
     theta_holder = rope if rope.has("rope_theta") else config
     return Architecture(
         layers=tuple(layers),
@@ -96,6 +97,7 @@ def decoder(
         vocab_size=vocab_size,
         rms_norm_eps=config.number("rms_norm_eps", default=defaults.norm_eps, maximum=1.0),
         rope_theta=theta_holder.number("rope_theta", default=defaults.rope_theta),
+        rope_scaling=rope_scaling(config),
         max_position_embeddings=config.integer("max_position_embeddings"),
         sliding_window=sliding_window,
         tie_word_embeddings=config.boolean("tie_word_embeddings", default=False),

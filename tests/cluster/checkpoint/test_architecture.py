@@ -174,15 +174,24 @@ def test_params_variants(changes: dict[str, Any], expected: dict[str, Any]):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"model_type": None, "architectures": None}, "model_type is None"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "architectures is"),
         ({"architectures": "MixtralForCausalLM"}, "architectures is"),
         ({"auto_map": {"AutoModel": "modeling.py"}}, "auto_map points at Python code"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method is 'hqq', which is none"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rotary scaling of type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for rotary scaling of type 'yarn'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rotary scaling of type 'dynamic'; expected one of default",
+        ),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters asks for rotary scaling of type ['yarn']"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}}, "rope_scaling.beta_fast is not known"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "rope_scaling.high_freq_factor is 4; expected more than low_freq_factor=4",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'"),
         ({"hidden_size": None}, "hidden_size is missing"),
