@@ -77,9 +77,9 @@ class EngineConfig(_Frozen):
     at once, and have their steps read at once.
     """
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Whether steps that only decode are replayed as CUDA graphs, one for each of a few batch sizes, captured when
-    first needed. `auto`: where experts are in the coordinator or there are none, and attention can be captured. `on`:
-    the same, and an error elsewhere.
+    """Whether steps that only decode are replayed as CUDA graphs, for each of a few batch sizes, captured at start.
+    With experts elsewhere each piece between two dispatches is one. `auto`: where attention can be captured and
+    `microbatches` is 1. `on`: the same, and an error elsewhere.
     """
     kernels: Literal["auto", "dot", "fma", "onednn", "torch"] = "auto"
     """What multiplies bf16 on a CPU, in coordinators and shards. `dot`: our own, where it has AVX512-BF16. `fma`: our

@@ -61,6 +61,12 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
 
+def wait_for_queue(device: torch.device) -> None:
+    """All that the current stream has been told to do is done. Raises what the device raised in the meantime."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """These arrays there: by one copy from pinned memory that nobody waits for, or, on a CPU, as they lie."""
     arrays = [np.ascontiguousarray(array) for array in arrays]

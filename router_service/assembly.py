@@ -27,7 +27,7 @@ from router_service.engine import Engine, Event
 from router_service.model.decoder import Decoder
 from router_service.model.graphs import can_capture, decode_graphs
 from router_service.model.model_runner import ModelRunner
-from router_service.model.warm_up import warm_up
+from router_service.model.warm_up import capture, warm_up
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.block_manager import BlockManager
 from router_service.scheduling.scheduler import Batch, Scheduler
@@ -78,7 +78,7 @@ def build_engine(
         of_codes=kept_in == "int8",
     )
     warm_up(decoder, attention)
-    graphs = _has_graphs(config, decoder, attention, max_model_len)
+    has_graphs = _has_graphs(config, decoder, attention, max_model_len)
     cache = cache_size(
         architecture,
         config,
@@ -89,10 +89,9 @@ def build_engine(
         local_experts=local_experts,
         gathers=attention.gathers,
         kv_dtype=kept_in,
-        with_graphs=graphs,
+        with_graphs=has_graphs,
     )
-    captured = "; steps that only decode are CUDA graphs" if graphs else ""
-    logger.info("%s; attention: %s; %s%s", cache, attention.name, selection, captured)
+    logger.info("%s; attention: %s; %s", cache, attention.name, selection)
     eos_token_ids = frozenset(architecture.eos_token_ids)
     scheduler = Scheduler(
         BlockManager(cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
@@ -106,6 +105,17 @@ def build_engine(
     sampler = Sampler(eos_token_ids)
     sampler.warm_up()
     kv_cache = KVCache(architecture.num_layers, cache.num_blocks, attention.layout, dtype=dtype, device=device)
+    graphs = None
+    if has_graphs:
+        graphs = decode_graphs(
+            decoder,
+            kv_cache,
+            attention,
+            max_num_seqs=config.max_num_seqs,
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+        )
+        capture(graphs, device, cache.graph_bytes)
     return Engine(
         scheduler,
         ModelRunner(
@@ -114,11 +124,7 @@ def build_engine(
             attention,
             block_size=config.block_size,
             num_microbatches=1 if config.microbatches == "auto" else config.microbatches,
-            graphs=decode_graphs(
-                decoder, kv_cache, attention, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
-            )
-            if graphs
-            else None,
+            graphs=graphs,
         ),
         sampler,
         deliver,
@@ -136,8 +142,8 @@ def _has_graphs(config: EngineConfig, decoder: Decoder, attention: AttentionBack
     possible = config.microbatches in ("auto", 1) and can_capture(decoder, attention, max_model_len)
     if config.cuda_graphs == "on" and not possible:
         raise ConfigError(
-            "engine.cuda_graphs: on needs a GPU, experts in the coordinator (or a dense model), one microbatch, and "
-            f"attention that can be captured; here it is: {attention.name}"
+            "engine.cuda_graphs: on needs a GPU, one microbatch, and attention that can be captured; "
+            f"here it is: {attention.name}"
         )
     return possible
 

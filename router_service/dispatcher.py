@@ -12,6 +12,7 @@ The result is bitwise the same however experts are packed into groups: all rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import ANSWERED, LocalTransport
-from experts_service.device import HostCopy, on_host, upload
+from experts_service.device import HostCopy, on_host, pinned, upload, wait_for_queue
 from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
 from experts_service.transport import Flight, GroupRows, Transport
@@ -37,6 +38,18 @@ MOST_ROW_PLANS = 1024
 # T tokens, K experts per token, D hidden size, E experts
 
 
+class Exchange(NamedTuple):
+    """Memory that captured steps share, all their layers: what they leave on the host, and where answers are copied.
+
+    One layer after the other uses it. The device reads answers before it is told of the next ones, and the host has
+    heard all answers before the device overwrites what was sent.
+    """
+
+    rows: Tensor  # [B, D] on the host
+    experts: Tensor  # [B, K] on the host
+    answers: Tensor  # [K * B, D] on the device
+
+
 @dataclass(slots=True)
 class Dispatch:
     """Rows of one layer under way."""
@@ -49,6 +62,7 @@ class Dispatch:
     answers: Tensor  # [K * T, D], written when flight.wait() returns
     flight: Flight
     routing: Routing | None = None
+    exchange: Exchange | None = None  # nothing has been sent yet: `Dispatcher.exchange` does
 
     def close(self) -> None:
         """Nobody waits for what has not come. On the thread that sent it, before it is dropped."""
@@ -87,6 +101,7 @@ class Dispatcher:
         self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
         self._row_plans: dict[tuple[int, ...], _RowPlan] = {}  # by the experts of one row, in the gate's order
         self._grouped = None if self._here is None else self._here.grouped
+        self._exchange: Exchange | None = None
         self._on_device: tuple[Tensor, Tensor] | None = None  # ranks [E]; ends [E] of all dispatches, summed, by rank
         if self._grouped is not None:
             self._ends = on_host(self._of_device(self._grouped.device)[1])  # as they were a step ago
@@ -103,6 +118,11 @@ class Dispatcher:
     def waits_for_nobody(self) -> bool:
         """Whether a layer is launched whole: nobody on the host has to know who goes where, or to hear of an answer."""
         return not self._groups or self._grouped is not None
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a layer up to where something is sent, and from its answers on, is launches and nothing else."""
+        return self.waits_for_nobody or self._here is None
 
     def end_step(self) -> None:
         """All layers have been dispatched: what was counted on a device is copied to the host, and not waited for."""
@@ -122,10 +142,13 @@ class Dispatcher:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them.
 
         Rows from `num_real` [1] on, of which only the device knows, are padding: no expert computes or counts them, and
-        their answers are anything. Only where it `waits_for_nobody`.
+        their answers are anything. It is given where a step is captured: then nothing is sent to experts elsewhere, but
+        left for `exchange`. Only where it `can_be_captured`.
         """
         if self._grouped is not None:
             return self._dispatch_here(self._grouped, layer, rows, experts, num_real)
+        if num_real is not None:
+            return self._leave(layer, rows, experts, num_real)
         answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
         if experts.is_cpu:
             return self._dispatch_on_host(layer, rows, experts, answers)
@@ -214,6 +237,30 @@ class Dispatcher:
         grouped.run(layer, rows.index_select(0, routed.row_indices), routed.ends, answers)
         return Dispatch(layer, len(rows), None, None, answers, ANSWERED, routed)
 
+    def _leave(self, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor) -> Dispatch:
+        """What of a dispatch can be captured: where answers will stand, and copies of what is to be sent."""
+        size, top_k = experts.shape
+        kept = self._exchange
+        if kept is None or len(kept.rows) < size:  # never while something is captured: it has been run before
+            kept = self._exchange = _new_exchange(rows, experts)
+        kept.rows[:size].copy_(rows, non_blocking=True)
+        kept.experts[:size].copy_(experts, non_blocking=True)
+        routed = routing.route(experts, *self._of_device(experts.device), num_real)
+        return Dispatch(layer, size, None, None, kept.answers[: size * top_k], ANSWERED, routed, kept)
+
+    def exchange(self, dispatch: Dispatch, num_rows: int) -> None:
+        """Send the first `num_rows` of what a captured layer has left, and wait until their answers are copied.
+
+        Raises ExpertUnavailable.
+        """
+        kept = dispatch.exchange
+        assert kept is not None, "captured"
+        wait_for_queue(kept.answers.device)
+        experts = kept.experts[:num_rows]
+        answers = kept.answers[: experts.numel()]
+        with closing(self._dispatch_on_host(dispatch.layer, kept.rows[:num_rows], experts, answers)) as sent:
+            sent.flight.wait()
+
     def _of_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What routing is told there, made once."""
         if self._on_device is None:
@@ -261,6 +308,16 @@ class Dispatcher:
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()
+
+
+def _new_exchange(rows: Tensor, experts: Tensor) -> Exchange:
+    """For as many rows as these."""
+    host = torch.empty if rows.is_cpu else pinned
+    return Exchange(
+        host(rows.shape, dtype=rows.dtype),
+        host(experts.shape, dtype=experts.dtype),
+        rows.new_zeros(experts.numel(), rows.shape[-1]),
+    )
 
 
 def _permutation(indices: list[int]) -> Tensor | None:

@@ -25,7 +25,8 @@ class CacheSize:
     num_blocks: int
     block_size: int
     block_bytes: int
-    step_bytes: int  # kept free for steps; more than that is never allocated by one
+    step_bytes: int  # kept free for steps, captured ones included; more than that is never allocated by one
+    graph_bytes: int  # of these for captured ones
     max_num_seqs: int
     max_model_len: int
 
@@ -72,14 +73,16 @@ def cache_size(
         gathers=gathers,
         kv_dtype=kv_dtype,
     )
+    of_graphs = 0
     if with_graphs:
-        of_steps += graph_bytes(
+        of_graphs = graph_bytes(
             architecture,
             dtype,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             local_experts=local_experts,
         )
+        of_steps += of_graphs
     left_by = f"what is configured leaves {gib(of_steps)} for steps"
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
@@ -97,7 +100,9 @@ def cache_size(
             f"{max_model_len} needs {blocks_of_one} ({gib(blocks_of_one * block_bytes)}; {left_by}); "
             "raise engine.kv_cache_gib or engine.num_kv_blocks, or lower engine.max_model_len"
         )
-    return CacheSize(num_blocks, config.block_size, block_bytes, of_steps, config.max_num_seqs, max_model_len)
+    return CacheSize(
+        num_blocks, config.block_size, block_bytes, of_steps, of_graphs, config.max_num_seqs, max_model_len
+    )
 
 
 def _room(device: torch.device, share: DeviceShare) -> int:

@@ -35,13 +35,15 @@ class AttentionMetadata:
 
     def __init__(self, spans: Seq[Span], block_size: int) -> None:
         self.block_size = block_size
-        starts = np.array([span.start for span in spans])
-        lengths = np.array([span.length for span in spans])
+        starts = np.array([span.start for span in spans], dtype=np.int64)
+        lengths = np.array([span.length for span in spans], dtype=np.int64)
         self.query_starts = np.zeros(len(spans) + 1, dtype=np.int32)  # [B + 1]: whose row is whose
         np.cumsum(lengths, out=self.query_starts[1:])
         self.context_lengths = (starts + lengths).astype(np.int32)  # [B], new tokens included
         num_blocks = [-(-span.end // block_size) for span in spans]
-        self.block_tables = np.zeros((len(spans), max(num_blocks)), dtype=np.int32)  # [B, P], 0 is the null block
+        self.block_tables = np.zeros(
+            (len(spans), max(num_blocks, default=0)), dtype=np.int32
+        )  # [B, P], 0 is the null block
         for row, span, number in zip(self.block_tables, spans, num_blocks, strict=True):
             row[:number] = np.frombuffer(span.block_table, dtype=np.int32, count=number)
         before = self.query_starts[:-1]

@@ -21,7 +21,7 @@ from experts_service.kernels.swiglu import Chained, SwiGLU
 from experts_service.quantization.weight import Weight, dense, stacked
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
-from router_service.dispatcher import Dispatcher
+from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model.decode_chains import KEPT, MOST_ROWS, DecodeChains, Layer, are_served
 from router_service.model.gate import Gate
 from router_service.model.rotary import Rotary
@@ -85,9 +85,10 @@ class Decoder:
         attention: AttentionPlan,
         kv_cache: KVCache,
         routed: list[torch.Tensor] | None = None,  # gets each layer's experts [T, K]
-        num_real: torch.Tensor | None = None,  # [1]; rows from here on are padding, which goes to no expert here
-    ) -> Generator[None, None, torch.Tensor]:
-        """Run all layers; yields once a layer after its rows were sent to experts. Returns what they add up to [T, D].
+        num_real: torch.Tensor | None = None,  # [1] to be captured; rows from here on are padding, for no expert
+    ) -> Generator[Dispatch, None, torch.Tensor]:
+        """Run all layers; yields once a layer after its rows were sent to experts, or, where the step is captured with
+        experts elsewhere, left to be sent. Returns what they add up to [T, D].
 
         A row of it is finite only if all that was computed for it is, in every layer, what the cache holds of it and
         what it saw of earlier tokens included: it is a sum, each token sees itself, and NaN stays NaN.
@@ -114,7 +115,7 @@ class Decoder:
                 routed.append(experts)
             with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
                 of_all = None if layer.dense is None else layer.dense(rows)  # while rows are under way
-                yield
+                yield dispatch
                 delta = self.dispatcher.combine(dispatch, weights)
             if of_all is not None:
                 delta += of_all
@@ -128,7 +129,7 @@ class Decoder:
         attention: AttentionPlan,
         kv_cache: KVCache,
         routed: list[torch.Tensor] | None,
-    ) -> Generator[None, None, torch.Tensor]:
+    ) -> Generator[Dispatch, None, torch.Tensor]:
         """The same in chains, with the same bits. It waits for nobody where the experts are here."""
         num_rows = x.shape[0]
         chains = next((chains for chains in self._chains if chains.num_rows == num_rows), None)
@@ -152,7 +153,7 @@ class Decoder:
             else:
                 choice = chains.choices[index]
                 with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
-                    yield
+                    yield dispatch
                     chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
             chains.next(index)
         if chains.has_experts:

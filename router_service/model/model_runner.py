@@ -21,6 +21,7 @@ from experts_service.device import upload
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
+from router_service.dispatcher import Dispatch
 from router_service.model.decoder import Decoder
 from router_service.model.graphs import DecodeGraphs
 from router_service.outputs.logprobs import rows_to_score, score_prompts
@@ -87,11 +88,11 @@ class ModelRunner:
                 passes = unfinished
         done = [output for output in outputs if output is not None]
         return StepOutput(
-            torch.cat([output.logits for output in done]),
+            done[0].logits if len(done) == 1 else torch.cat([output.logits for output in done]),
             [sequence for output in done for sequence in output.not_finite],
         )
 
-    def _forward(self, batch: Batch) -> Generator[None, None, StepOutput]:
+    def _forward(self, batch: Batch) -> Generator[Dispatch, None, StepOutput]:
         """The forward pass of one microbatch."""
         device = self.decoder.device
         token_ids: list[int] = []

@@ -8,10 +8,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from cluster.checkpoint.architecture import Architecture, Shape, coordinator_tensors, expert_tensors
 from cluster.checkpoint.known_models import MISTRAL_7B_V2, MIXTRAL_8X7B
@@ -20,19 +21,23 @@ from experts_service.carriers.local import LocalTransport
 from experts_service.kernels import swiglu
 from experts_service.kernels.experts import Experts
 from experts_service.transport import Flight, GroupRows
-from router_service import rows
+from router_service import dispatcher, rows
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
 from router_service.attention.triton_paged import TritonPlan
-from router_service.dispatcher import Dispatcher
+from router_service.dispatcher import Dispatch, Dispatcher
+from router_service.model import graphs
 from router_service.model.decoder import Decoder
+from router_service.model.graphs import DecodeGraphs
 from router_service.model.model_runner import ModelRunner
 from router_service.model.warm_up import warm_up
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.fake_gpu import DEVICE, Counts, fake_gpu
 from tests.router_service.requests import make_sequence
+
+T = TypeVar("T")
 
 BLOCK = 256
 DTYPE = torch.bfloat16
@@ -102,6 +107,66 @@ def _tell(of_two: Counts, few: Counts, title: str) -> None:
     print(f"\n{title}: {of_two.num_launches / 2:g} launches a layer, {few.num_launches} of one: {of_a_layer}")
 
 
+def test_a_replayed_step_with_experts_elsewhere_launches_nothing_between_its_pieces(monkeypatch):
+    """A replay, a wait and a copy of answers for each layer. Rows and choices are copied to the host by the graph."""
+    few, many = (_replayed(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS["decode"]) for n in (1, 3))
+    of_two = many - few
+    assert of_two.launches == {"replay": 2}
+    assert few.launches == {"replay": 2, "copy_": 3, "fill_": 1}, "ids, positions, attention's plan; how many are real"
+    assert (few.waits, many.waits) == ({"queue": 1}, {"queue": 3})
+    assert (of_two.copies_to_host, of_two.copies_to_device) == (0, 2)
+    assert of_two.bytes_to_device == 2 * 3 * 2 * 4096 * 2, "answers of three rows, though the graph is of four"
+
+
+def _replayed(monkeypatch: pytest.MonkeyPatch, architecture: Architecture, spans: list[Span]) -> Counts:
+    """What a captured step asks of its GPU, its experts being elsewhere."""
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        decoder, attention, kv_cache = _model(architecture, elsewhere=True)
+        decode_graphs = DecodeGraphs(
+            decoder,
+            kv_cache,
+            lambda size: attention.decode_plan(size, 9216),
+            lambda: _Graph(counts),
+            max_num_seqs=4,
+            block_size=BLOCK,
+        )
+        monkeypatch.setattr(graphs, "check_device", lambda _: pytest.fail("it could not be captured"))
+        monkeypatch.setattr(dispatcher, "wait_for_queue", lambda _: counts.waits.update(["queue"]))
+        decode_graphs.capture()
+        send = decoder.dispatcher._dispatch_on_host
+
+        def sent(layer: int, rows: torch.Tensor, experts: torch.Tensor, answers: torch.Tensor) -> Dispatch:
+            with unset_fake_temporarily():
+                chosen = torch.arange(experts.shape[1]).expand(experts.shape).contiguous()
+            return send(layer, rows, chosen, answers)
+
+        monkeypatch.setattr(decoder.dispatcher, "_dispatch_on_host", sent)
+        metadata = AttentionMetadata(spans, BLOCK)
+        token_ids, positions = (torch.empty(len(spans), dtype=torch.int64, device=DEVICE) for _ in range(2))
+        before = counts.copy()
+        logits = decode_graphs(token_ids, positions, metadata)
+        assert logits is not None
+        assert logits.shape == (len(spans), architecture.vocab_size)
+        return counts - before
+
+
+class _Graph:
+    """A graph in which nobody waits, nothing is copied to the device, and pinned memory was there before."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def capture(self, run: Callable[[], T]) -> T:
+        before = self._counts.copy()
+        result = run()
+        assert not (self._counts - before).waits
+        assert not (self._counts - before).copies_to_device
+        return result
+
+    def replay(self) -> None:
+        self._counts.launches["replay"] += 1
+
+
 class _Elsewhere:
     """A transport whose rows are on the host, and whose answers come back as those of RemoteFlight do."""
 
@@ -152,6 +217,7 @@ def test_a_step_that_decodes_is_launched_by_copies_that_nobody_waits_for(monkeyp
     assert (output.logits.device, output.logits.shape) == (DEVICE, (2, MIXTRAL_8X7B.vocab_size))
     assert not counts.waits
     assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
+    assert counts.launches["cat"] == 1, "of angles: logits of one microbatch are not copied"
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
@@ -165,7 +231,7 @@ def test_no_step_waits_for_a_kernel_to_be_compiled(monkeypatch, architecture, el
         warm_up(decoder, attention)
         assert decoder.dispatcher is counted
         compiled = set(counts.kernels)
-        padded = None if elsewhere else torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        padded = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         for num_rows, num_real in ((1, None), (3, padded), (40, None), (2000, None)):
             zeros = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
             plan = attention.plan(AttentionMetadata([Span(0, num_rows, array("i", range(1, 10)))], BLOCK))
@@ -195,13 +261,13 @@ def _model(architecture: Architecture, *, elsewhere: bool = False) -> tuple[Deco
     ]
     groups = {0: Experts(experts, layers)} if experts else {}
     transport = _Elsewhere() if elsewhere else LocalTransport(groups)
-    dispatcher = Dispatcher([ExpertGroup(index, experts) for index in groups], transport)
-    decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), dispatcher)
+    to_experts = Dispatcher([ExpertGroup(index, experts) for index in groups], transport)
+    decoder = Decoder(architecture, _weights(coordinator_tensors(architecture).items()), to_experts)
     attention = attention_backend(architecture, block_size=BLOCK, dtype=DTYPE, device=DEVICE)
     return decoder, attention, KVCache(architecture.num_layers, 40, attention.layout, dtype=DTYPE, device=DEVICE)
 
 
-def _finished(steps: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+def _finished(steps: Generator[Dispatch, None, torch.Tensor]) -> torch.Tensor:
     while True:
         try:
             next(steps)

@@ -19,9 +19,8 @@ from cluster.planning.profile import FIGURES, read_profile
 from experts_service.kernels.experts import Experts
 from router_service.attention.metadata import AttentionMetadata
 from router_service.model.decoder import Decoder
-from router_service.model.graphs import DecodeGraphs, whole_step
 from router_service.sampling.sampler import Sampler
-from tests.router_service.model.test_graphs import Padded, Recorded
+from tests.router_service.model.test_graphs import Recorded, recorded
 
 
 class Cards:
@@ -184,13 +183,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Recorded]]]:
         engine = build(checkpoint, config, *arguments, **named)
         runner = engine.model_runner
         if config.cuda_graphs != "off":
-            runner.graphs = DecodeGraphs(
-                whole_step(runner.decoder, runner.kv_cache),
-                lambda size: Padded(runner.attention, size),
-                lambda: kinds[-1](),
-                max_num_seqs=2,
-                device=torch.device("cpu"),
-            )
+            runner.graphs = recorded(runner, lambda: kinds[-1](), 2)
         return engine
 
     monkeypatch.setattr(model, "build_engine", built)

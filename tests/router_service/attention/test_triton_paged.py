@@ -281,22 +281,23 @@ def test_a_plan_of_many_steps_starts_the_same_whatever_they_are(device, launched
         number = pages.new_sequence()
         fill(pages, number, tokens, length)
         tables.append(pages._tables[number])
-    grids = []
-    for numbers, back in (([0, 1, 2], 2), ([1, 0], 1), ([2], 0)):
+    grids, rows = [], rows_of(sequences[:1], [Span(0, 1, tables[0])])
+    for numbers, back in (([0, 1, 2], 2), ([1, 0], 1), ([2], 0), ([], 0)):  # the last as it is captured
         spans = [Span(lengths[n] - 1 - back, 1, tables[n]) for n in numbers]
         copied.clear()
         plan.update(AttentionMetadata(spans, 16))
         assert len(copied) == 1
-        rows = rows_of([sequences[n] for n in numbers], spans)
-        filled = [torch.cat([x, torch.full_like(x[:1], 3.0).expand(4 - len(x), -1, -1)]) for x in rows]
+        rows = rows_of([sequences[n] for n in numbers], spans) if numbers else [x[:0] for x in rows]
+        filled = [torch.cat([x, x.new_full((4 - len(x), *x.shape[1:]), 3.0)]) for x in rows]
         launched.clear()
         attended = plan.attend(LAYER, *filled, pages.cache)
         grids.append(list(launched))
-        expected = backend.plan(AttentionMetadata(spans, 16)).attend(LAYER, *rows, pages.cache)
-        assert torch.equal(attended[: len(numbers)], expected)
+        if numbers:
+            expected = backend.plan(AttentionMetadata(spans, 16)).attend(LAYER, *rows, pages.cache)
+            assert torch.equal(attended[: len(numbers)], expected)
         assert not attended[len(numbers) :].any()
         assert not pages.cache.keys[:, 0].any()
-    assert grids[0] == grids[1] == grids[2]
+    assert grids[0] == grids[1] == grids[2] == grids[3]
     assert [kernel for kernel, _ in grids[0]] == ["write", "attend", "merge"]
     assert plan._numbers.data_ptr() == memory
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from cluster.config import EngineConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ExpertUnavailable
+from cluster.planning.placement import gib
 from cluster.planning.step_memory import graph_bytes, graph_sizes
 from experts_service.kernels.compiled import jit
 from router_service.attention.backend import StaticPlan
-from router_service.model.graphs import DecodeGraphs, whole_step
+from router_service.dispatcher import Dispatcher
+from router_service.model import graphs
+from router_service.model.graphs import DecodeGraphs
+from router_service.model.warm_up import capture
 from tests.checkpoints import random_mistral, random_mixtral
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -30,12 +34,18 @@ class Recorded:
 
     def capture(self, run):
         self.run = run
-        self.result = run().clone().fill_(float("nan"))  # capturing computes nothing
+        self.result = run()
+        if isinstance(self.result, torch.Tensor):
+            self.result = self.result.clone().fill_(float("nan"))  # capturing computes nothing
         return self.result
 
     def replay(self):
         self.num_replays += 1
-        self.result.copy_(self.run())
+        result = self.run()
+        if isinstance(self.result, torch.Tensor):
+            self.result.copy_(result)
+        else:
+            assert result.exchange is self.result.exchange, "what is sent lies elsewhere"
 
 
 class Padded(StaticPlan):
@@ -45,7 +55,8 @@ class Padded(StaticPlan):
         self.backend, self.num_sequences = backend, num_sequences
 
     def update(self, metadata):
-        self.plan, self.num_rows = self.backend.plan(metadata), len(metadata.positions)
+        self.num_rows = len(metadata.positions)
+        self.plan = self.backend.plan(metadata) if self.num_rows else None
         assert self.num_rows <= self.num_sequences
 
     def write(self, layer, keys, values, kv_cache):
@@ -56,7 +67,8 @@ class Padded(StaticPlan):
     def attend(self, layer, queries, keys, values, kv_cache):
         n = self.num_rows
         attended = torch.zeros_like(queries)
-        attended[:n] = self.plan.attend(layer, queries[:n], keys[:n], values[:n], kv_cache)
+        if n:
+            attended[:n] = self.plan.attend(layer, queries[:n], keys[:n], values[:n], kv_cache)
         return attended
 
 
@@ -71,15 +83,48 @@ def directory(request, tmp_path_factory):
 def bench_with_graphs(directory, new_graph, **config):
     """In bf16 by our own products, of which a row's bits do not depend on how many rows there are."""
     bench = Bench(directory, kernels="fma", **config)
-    runner = bench.engine.model_runner
-    runner.graphs = DecodeGraphs(
-        whole_step(runner.decoder, runner.kv_cache),
+    bench.engine.model_runner.graphs = recorded(bench.engine.model_runner, new_graph, LARGEST)
+    return bench
+
+
+def recorded(runner, new_graph, max_num_seqs):
+    """Graphs on a CPU."""
+    return DecodeGraphs(
+        runner.decoder,
+        runner.kv_cache,
         lambda size: Padded(runner.attention, size),
         new_graph,
-        max_num_seqs=LARGEST,
-        device=torch.device("cpu"),
+        max_num_seqs=max_num_seqs,
+        block_size=runner.block_size,
     )
-    return bench
+
+
+class Elsewhere:
+    """A transport to experts that are not the coordinator's: they get rows on the host, and may be away."""
+
+    def __init__(self, dispatcher):
+        self.inner = dispatcher._transport
+        self.sent = []  # rows of each dispatch
+        self.is_away = False
+
+    def send(self, layer, rows, parts):
+        if self.is_away:
+            raise ExpertUnavailable("nobody is there", group=0)
+        self.sent.append(len(rows))
+        return self.inner.send(layer, rows, parts)
+
+    def close(self):
+        self.inner.close()
+
+
+def bench_with_pieces(directory, new_graph, **config):
+    """The same with experts elsewhere, in two groups."""
+    bench = bench_with_graphs(directory, new_graph, num_groups=2, **config)
+    decoder = bench.engine.model_runner.decoder
+    transport = Elsewhere(decoder.dispatcher)
+    decoder.dispatcher = Dispatcher(decoder.dispatcher._groups, transport)
+    decoder._has_chains = False  # which are for CPUs, and are not captured
+    return bench, transport
 
 
 def requests(count):
@@ -100,15 +145,117 @@ needs_numba = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be impo
 @pytest.mark.parametrize("config", [{}, {"async_scheduling": "on"}], ids=["in turn", "ahead"])
 def test_padded_and_replayed_steps_have_the_bits_of_eager_ones(directory, config):
     """Seven sequences are more than there is a graph for; as they end, batches of 5 down to 1 are replayed."""
-    graphs = []
-    bench = bench_with_graphs(directory, lambda: graphs.append(Recorded()) or graphs[-1], **config)
+    made = []
+    bench = bench_with_graphs(directory, lambda: made.append(Recorded()) or made[-1], **config)
     bench.run(*(asked := requests(7)))
     eager = Bench(directory, kernels="fma")
     eager.run(*(expected := requests(7)))
     assert told(bench, asked) == told(eager, expected)
-    assert len(graphs) == 4, "for 5, 4, 2 and 1 rows"
-    assert sum(graph.num_replays for graph in graphs) >= 8
-    assert all(graph.num_replays for graph in graphs)
+    assert len(made) == 4, "for 5, 4, 2 and 1 rows"
+    assert sum(graph.num_replays for graph in made) >= 8
+    assert all(graph.num_replays for graph in made)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mixtral")
+    random_mixtral(num_local_experts=8, **SIZES).bfloat16().save_pretrained(directory, save_original_format=True)
+    return directory
+
+
+@needs_numba
+@pytest.mark.parametrize("config", [{}, {"async_scheduling": "on"}], ids=["in turn", "ahead"])
+def test_with_experts_elsewhere_each_piece_between_dispatches_is_replayed(mixtral, config):
+    """Rows of padding are sent to nobody, and counted nowhere."""
+    made = []
+    bench, transport = bench_with_pieces(mixtral, lambda: made.append(Recorded()) or made[-1], **config)
+    dispatcher, num_layers = bench.engine.model_runner.decoder.dispatcher, len(bench.engine.model_runner.decoder.layers)
+    bench.run(*(asked := requests(7)))
+    eager = Bench(mixtral, num_groups=2, kernels="fma", **config)
+    eager.run(*(expected := requests(7)))
+    assert told(bench, asked) == told(eager, expected)
+    assert len(made) == 4 * (num_layers + 1), "for 5, 4, 2 and 1 rows"
+    assert all(graph.num_replays for graph in made)
+    assert dispatcher.rows_per_expert == eager.engine.model_runner.decoder.dispatcher.rows_per_expert
+    assert sum(dispatcher.rows_per_expert) == 2 * sum(transport.sent)
+
+
+@needs_numba
+def test_a_step_whose_experts_are_away_fails_and_its_graphs_are_kept(mixtral):
+    made = []
+    bench, transport = bench_with_pieces(mixtral, lambda: made.append(Recorded()) or made[-1])
+    expected = bench.run(make_request(prompt(9), max_tokens=6, ignore_eos=True))
+    captured = len(made)
+    bench.add(failing := make_request(prompt(9), max_tokens=6, ignore_eos=True))
+    bench.engine.step()
+    bench.engine.step()
+    transport.is_away = True
+    bench.engine.step()
+    assert isinstance(bench.errors[failing.key], ExpertUnavailable)
+    transport.is_away = False
+    assert bench.run(make_request(prompt(9), max_tokens=6, ignore_eos=True)) == expected
+    assert len(made) == captured
+
+
+@needs_numba
+def test_all_sizes_are_captured_at_start_and_no_step_captures(directory):
+    made = []
+    bench = bench_with_graphs(directory, lambda: made.append(Recorded()) or made[-1])
+    runner = bench.engine.model_runner
+    runner.graphs.capture()
+    assert runner.graphs.num_captured == len(made) == 4, "for 5, 4, 2 and 1 rows"
+    bench.run(*(asked := requests(7)))
+    eager = Bench(directory, kernels="fma")
+    eager.run(*(expected := requests(7)))
+    assert told(bench, asked) == told(eager, expected)
+    assert len(made) == 4
+
+
+@needs_numba
+@pytest.mark.parametrize(("taken", "warns"), [(5 * 2**20, False), (50 * 2**20, True)])
+def test_what_captured_steps_take_is_told_beside_what_was_kept_for_them(directory, caplog, monkeypatch, taken, warns):
+    free = iter([2**30, 2**30 - taken])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 2**34))
+    bench = bench_with_graphs(directory, Recorded)
+    with caplog.at_level(logging.INFO):
+        capture(bench.engine.model_runner.graphs, torch.device("cuda"), 2**24)
+    told = [record for record in caplog.records if record.name == "router_service.model.warm_up"]
+    assert "of 4 batch sizes, captured in" in told[0].message
+    assert f"they take {gib(taken)} of the {gib(2**24)} that" in told[0].message
+    assert [record.levelname for record in told] == ["INFO", *["WARNING"] * warns]
+
+
+@needs_numba
+def test_where_memory_is_short_that_size_runs_eagerly_and_is_tried_again_later(directory, caplog, monkeypatch):
+    """Graphs were off for good after one that found no memory, though a neighbour may have been loading."""
+    monkeypatch.setattr(graphs, "STEPS_BETWEEN_TRIES", 2)
+    attempts, is_short = [], True
+
+    class Short(Recorded):
+        def capture(self, run):
+            result = super().capture(run)
+            if isinstance(result, torch.Tensor) and len(result) == 4:
+                attempts.append(1)
+                if is_short:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+    bench = bench_with_graphs(directory, Short)
+    with caplog.at_level(logging.WARNING):
+        bench.engine.model_runner.graphs.capture()
+        bench.run(*(asked := requests(3)))
+    assert bench.engine.model_runner.graphs.num_captured == 3, "all but the one of 4 rows"
+    assert len(attempts) == 2, "at start, and after two steps"
+    assert [record.message for record in caplog.records if "memory" in record.message] == [
+        "memory was short to capture a step of 4 rows: such steps are slower, their launches one by one"
+    ]
+    is_short = False
+    bench.run(*(more := requests(3)))
+    assert bench.engine.model_runner.graphs.num_captured == 4
+    eager = Bench(directory, kernels="fma")
+    for mine in (asked, more):
+        eager.run(*(expected := requests(3)))
+        assert told(bench, mine) == told(eager, expected)
 
 
 @needs_numba
@@ -143,20 +290,20 @@ def test_what_cannot_be_captured_is_run_eagerly_from_then_on_with_one_warning(di
 
 @needs_numba
 def test_a_graph_whose_replay_failed_is_captured_anew(directory):
-    graphs = []
+    made = []
 
     class Failing(Recorded):
         def replay(self):
-            if len(graphs) == 1 and self.num_replays:
+            if len(made) == 1 and self.num_replays:
                 raise RuntimeError("injected")
             super().replay()
 
-    bench = bench_with_graphs(directory, lambda: graphs.append(Failing()) or graphs[-1])
+    bench = bench_with_graphs(directory, lambda: made.append(Failing()) or made[-1])
     bench.run(failing := make_request(prompt(9), max_tokens=6, ignore_eos=True))
     assert list(bench.errors) == [failing.key]
     bench.run(later := make_request(prompt(9), max_tokens=6, ignore_eos=True))
     assert len(bench.token_ids(later)) == 6
-    assert len(graphs) == 2
+    assert len(made) == 2
 
 
 def test_sizes_are_those_of_few_graphs_and_the_largest_fits_all():
@@ -176,7 +323,7 @@ def test_their_memory_is_kept_free(directory):
 
 def test_where_there_can_be_none_they_are_not_and_on_is_refused(directory):
     assert Bench(directory, cuda_graphs="auto").engine.model_runner.graphs is None
-    with pytest.raises(ConfigError, match=r"engine.cuda_graphs: on needs a GPU"):
+    with pytest.raises(ConfigError, match=r"engine.cuda_graphs: on needs a GPU, one microbatch"):
         Bench(directory, cuda_graphs="on")
     assert EngineConfig().cuda_graphs == "auto"
 
@@ -192,4 +339,4 @@ def test_on_a_card_captured_steps_give_the_tokens_of_eager_ones(directory, ahead
         pytest.skip("attention cannot be captured here")
     eager = Bench(directory, device="cuda", cuda_graphs="off", async_scheduling="off")
     assert captured.run(*requests(7)) == eager.run(*requests(7))
-    assert captured.engine.model_runner.graphs._captured, "it fell back to eager steps"
+    assert captured.engine.model_runner.graphs.num_captured == len(graph_sizes(64)), "it fell back to eager steps"
