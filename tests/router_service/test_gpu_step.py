@@ -109,7 +109,7 @@ def _tell(of_two: Counts, few: Counts, title: str) -> None:
 
 def test_a_replayed_step_with_experts_elsewhere_launches_nothing_between_its_pieces(monkeypatch):
     """A replay, a wait and a copy of answers for each layer. Rows and choices are copied to the host by the graph."""
-    few, many = (_replayed(monkeypatch, replace(MIXTRAL_8X7B, num_layers=n), STEPS["decode"]) for n in (1, 3))
+    few, many = (_replayed(monkeypatch, _of_layers(MIXTRAL_8X7B, n), STEPS["decode"]) for n in (1, 3))
     of_two = many - few
     assert of_two.launches == {"replay": 2}
     assert few.launches == {"replay": 2, "copy_": 3, "fill_": 1}, "ids, positions, attention's plan; how many are real"
