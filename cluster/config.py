@@ -403,6 +403,8 @@ class GatewayConfig(_Frozen):
     """Gateways by load. None: `num_replicas`, whatever the load."""
     label_selector: dict[str, str] = {}
     """Ray's labels of the nodes that gateways may be on."""
+    num_cpus: float = Field(0.0, ge=0)
+    """Ray's CPUs that each gateway reserves. In pods it is half a gateway's pod: more gateways then make more pods."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Deadline of a request that names none."""
     resume_timeout_s: float = Field(300.0, gt=0)
@@ -481,6 +483,8 @@ class KubernetesConfig(_Frozen):
     """CPUs of such a pod, where other experts are on GPUs. None: `expert_cpus`."""
     cpu_expert_node_selector: dict[str, str] = {}
     """Kubernetes' labels of the machines for such pods, where other experts are on GPUs."""
+    ephemeral_storage_gib: int = Field(10, ge=2)
+    """Of the machine's disk for each pod: Ray's logs and sessions, and what Ray spills."""
     storage_class: str | None = None
     """Of the models' volume; it has to offer ReadWriteMany and ReadOnlyMany. None: the cluster's default."""
     idle_timeout_s: int = Field(300, ge=1)

@@ -103,7 +103,7 @@ def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> 
         max_ongoing_requests=config.max_ongoing_requests + MAX_CONNECTIONS,
         max_queued_requests=config.max_ongoing_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        ray_actor_options={"num_cpus": 0}
+        ray_actor_options={"num_cpus": config.num_cpus}
         | ({"label_selector": config.label_selector} if config.label_selector else {}),
         graceful_shutdown_timeout_s=config.request_timeout_s + 10.0,  # the longest stream ends by itself before
         max_surge_percent=100,

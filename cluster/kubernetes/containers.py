@@ -15,6 +15,8 @@ from cluster.ray_variables import BASE, doors, haproxy
 
 Document = dict[str, Any]
 
+# Of the head and the autoscaler beside it. Where nothing is mounted there, KubeRay adds a volume without a bound.
+RAY_SESSIONS: Document = {"name": "tmp", "mountPath": "/tmp/ray", "subPath": "ray"}
 LAUNCHER = "/opt/manta/bin/manta-haproxy"  # of the image
 PROBE_PERIOD_S = 5
 
@@ -47,10 +49,15 @@ def ray_container(
     stream_s: int,
     load_s: int,
     gpu_resource: str,
+    ephemeral_storage_gib: int,
     has_models: bool,
 ) -> Document:
     """`gateway` as it is in pods; `stream_s`: what the longest stream may take; `load_s`: a model until it answers."""
-    limits = {"cpu": str(size.cpus), "memory": f"{size.memory_mib}Mi", "ephemeral-storage": "10Gi"}
+    limits = {
+        "cpu": str(size.cpus),
+        "memory": f"{size.memory_mib}Mi",
+        "ephemeral-storage": f"{ephemeral_storage_gib}Gi",
+    }
     if size.gpus:
         limits[gpu_resource] = str(size.gpus)
     container: Document = {
@@ -61,7 +68,7 @@ def ray_container(
         "env": environment(gateway, stream_s, has_models=has_models),
         "ports": _ports(role),
         "resources": {"requests": dict(limits), "limits": dict(limits)},  # equal: the pod's quality is Guaranteed
-        "volumeMounts": mounts(has_models=has_models),
+        "volumeMounts": mounts(role, has_models=has_models),
         "startupProbe": _startup_probe(role, load_s),
         "readinessProbe": _probe(*_ready(role), failures=2),
         "livenessProbe": _probe("/api/healthz", names.AGENT_PORT, failures=12),
@@ -73,8 +80,9 @@ def ray_container(
 
 def environment(gateway: GatewayConfig, stream_s: int, *, has_models: bool) -> list[Document]:
     """Variables that every process of the cluster needs; KubeRay adds those of Ray's token."""
-    variables = {name: value for name, value in BASE.items() if name != "RAY_AUTH_MODE"}
-    variables |= haproxy(LAUNCHER) | doors(gateway)
+    # Its RAY_AUTH_MODE is KubeRay's as well, from 1.6 on. One before that knows no authOptions and drops them: no Ray
+    # starts then, for want of a token, where else one would start that is open to all.
+    variables = BASE | haproxy(LAUNCHER) | doors(gateway)
     variables |= {
         # HAProxy reloads whenever a gateway comes or goes; the old one ends the streams that it has.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(stream_s),
@@ -85,7 +93,7 @@ def environment(gateway: GatewayConfig, stream_s: int, *, has_models: bool) -> l
     return [{"name": name, "value": value} for name, value in sorted(variables.items())]
 
 
-def mounts(*, has_models: bool) -> list[Document]:
+def mounts(role: Role, *, has_models: bool) -> list[Document]:
     """Where the container may write, and what it is given to read."""
     writable = {"tmp": "/tmp", "home": names.CONTAINER_USER_HOME, "shared-mem": "/dev/shm"}
     given = {
@@ -93,15 +101,19 @@ def mounts(*, has_models: bool) -> list[Document]:
         "lane-secret": names.LANE_SECRET_FILE.rsplit("/", 1)[0],
         "metrics-token": names.METRICS_TOKEN_FILE.rsplit("/", 1)[0],
     } | ({"models": names.MODELS} if has_models else {})
-    return [{"name": name, "mountPath": path} for name, path in writable.items()] + [
-        {"name": name, "mountPath": path, "readOnly": True} for name, path in given.items()
+    return [
+        *({"name": name, "mountPath": path} for name, path in writable.items()),
+        *([RAY_SESSIONS] if role == "head" else []),
+        *({"name": name, "mountPath": path, "readOnly": True} for name, path in given.items()),
     ]
 
 
-def volumes(shared_memory_mib: int, *, has_models: bool) -> list[Document]:
+def volumes(shared_memory_mib: int, ephemeral_storage_gib: int, *, has_models: bool) -> list[Document]:
     """Of the mounts above. Secrets are the group's to read, nobody else's."""
+    # Ray's sessions and logs, sockets, HAProxy's files; what the container prints and the other volumes need the rest.
+    of_tmp_mib = ephemeral_storage_gib * 1024 * 8 // 10
     found: list[Document] = [
-        {"name": "tmp", "emptyDir": {"sizeLimit": "8Gi"}},  # Ray's sessions and logs, sockets, HAProxy's files
+        {"name": "tmp", "emptyDir": {"sizeLimit": f"{of_tmp_mib}Mi"}},
         {"name": "home", "emptyDir": {"sizeLimit": "256Mi"}},
         {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_memory_mib}Mi"}},
     ]

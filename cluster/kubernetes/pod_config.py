@@ -11,17 +11,18 @@ from pathlib import Path
 from cluster.config import GatewayConfig, MantaConfig, ModelConfig
 from cluster.errors import ConfigError
 from cluster.kubernetes import names
-from cluster.kubernetes.sizes import model_size
+from cluster.kubernetes.sizes import GATEWAYS_PER_POD, model_size
 
 
 def in_pods(config: MantaConfig) -> MantaConfig:
     """The same, for pods. Raises ConfigError for what cannot be there."""
     return config.model_copy(
-        update={"gateway": _gateway(config.gateway), "models": tuple(_model(model, config) for model in config.models)}
+        update={"gateway": _gateway(config), "models": tuple(_model(model, config) for model in config.models)}
     )
 
 
-def _gateway(gateway: GatewayConfig) -> GatewayConfig:
+def _gateway(config: MantaConfig) -> GatewayConfig:
+    gateway = config.gateway
     for name in ("http_port", "grpc_port"):
         if getattr(gateway, name) != GatewayConfig.model_fields[name].default:
             raise ConfigError(f"gateway.{name}: in pods it is {GatewayConfig.model_fields[name].default}")
@@ -33,6 +34,7 @@ def _gateway(gateway: GatewayConfig) -> GatewayConfig:
             "metrics_token_file": Path(names.METRICS_TOKEN_FILE),
             "allowed_hosts": tuple(dict.fromkeys((*gateway.allowed_hosts, *service, f"{service[-1]}.cluster.local"))),
             "label_selector": {names.ROLE: "gateway"},
+            "num_cpus": config.kubernetes.gateway_cpus / GATEWAYS_PER_POD,
         }
     )
 

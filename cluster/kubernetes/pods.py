@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.config import KubernetesConfig, MantaConfig
 from cluster.kubernetes import names
-from cluster.kubernetes.containers import POD_SECURITY, SECURITY, ray_container, volumes
+from cluster.kubernetes.containers import POD_SECURITY, RAY_SESSIONS, SECURITY, ray_container, volumes
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.pod_config import in_pods
 from cluster.kubernetes.sizes import PodSize
@@ -41,6 +41,7 @@ def pod_template(
         stream_s=stream_s,
         load_s=load_s,
         gpu_resource=settings.gpu_resource,
+        ephemeral_storage_gib=settings.ephemeral_storage_gib,
         has_models=has_models,
     )
     spec: Document = {
@@ -54,7 +55,7 @@ def pod_template(
             _spread(labels, "topology.kubernetes.io/zone"),
         ],
         "containers": [container],
-        "volumes": volumes(size.shared_memory_mib, has_models=has_models),
+        "volumes": volumes(size.shared_memory_mib, settings.ephemeral_storage_gib, has_models=has_models),
     }
     of_pod = {**labels, "app.kubernetes.io/part-of": "manta"}
     if role == "head":
@@ -85,6 +86,7 @@ def autoscaler_options(settings: KubernetesConfig) -> Document:
         "env": [{"name": "HOME", "value": names.CONTAINER_USER_HOME}],
         "volumeMounts": [
             {"name": "tmp", "mountPath": "/tmp"},
+            RAY_SESSIONS,
             {"name": "home", "mountPath": names.CONTAINER_USER_HOME},
             {"name": "api-access", "mountPath": API_ACCESS, "readOnly": True},
         ],

@@ -41,6 +41,7 @@ from cluster.planning.weights import held_weights
 NODE_BYTES = 2**30  # raylet, agents, log monitor, HAProxy and the proxy behind it: 615 MB with Ray 2.60 on Linux
 HEAD_BYTES = 5 * 2**29  # and the GCS, the dashboard's processes and Serve's controller
 CUDA_PROCESS_BYTES = 4 * 2**30  # host memory of a process with a CUDA context and pinned buffers; not measured
+GATEWAYS_PER_POD = 2  # so that a roll starts its second beside the first, in no pod of its own
 OBJECT_STORE_MIB, SHARED_MEMORY_MIB = 512, 640  # rows of a few prefills, no more lives there
 
 
@@ -239,9 +240,10 @@ def head_size(cpus: int) -> PodSize:
 
 def _gateways(config: MantaConfig) -> PodGroup:
     gateway = config.gateway
-    memory = NODE_BYTES + 2 * SERVICE_PROCESS_BYTES + gateway.max_bytes_received
+    received = 2 * gateway.max_bytes_received  # over HTTP, and over gRPC
+    memory = NODE_BYTES + GATEWAYS_PER_POD * (SERVICE_PROCESS_BYTES + received)
     size = PodSize(config.kubernetes.gateway_cpus, _mib(memory))
-    return PodGroup("gateway", size, gateway.replicas.min_replicas, 2 * gateway.replicas.max_replicas)
+    return PodGroup("gateway", size, gateway.replicas.min_replicas, gateway.replicas.max_replicas)
 
 
 def _experts(

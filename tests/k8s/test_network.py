@@ -21,6 +21,10 @@ INGRESS: Pod = ({"app": "nginx"}, {"manta/callers": "allowed"})
 PROMETHEUS: Pod = ({"app.kubernetes.io/name": "prometheus"}, {"manta/monitoring": "allowed"})
 OPERATOR: Pod = ({"app.kubernetes.io/name": "kuberay-operator"}, {"kubernetes.io/metadata.name": "kuberay-system"})
 STRANGER: Pod = ({"app": "other"}, {"kubernetes.io/metadata.name": "other"})
+OPENSHIFT_DNS: Pod = (
+    {"dns.operator.openshift.io/daemonset-dns": "default"},
+    {"kubernetes.io/metadata.name": "openshift-dns"},
+)
 DNS: Pod = ({"k8s-app": "kube-dns"}, {"kubernetes.io/metadata.name": "kube-system"})
 
 
@@ -90,6 +94,7 @@ def test_who_looks() -> None:
 def test_out_goes_only_dns() -> None:
     for pod in (HEAD, GATEWAY, COORDINATOR, EXPERT):
         assert reaches(pod, DNS, 53)
+        assert reaches(pod, OPENSHIFT_DNS, 5353)
         assert not reaches(pod, STRANGER, 443)
         assert not reaches(pod, DNS, 443)
 
@@ -99,3 +104,17 @@ def test_redis_is_the_heads() -> None:
     for pod in (GATEWAY, COORDINATOR, EXPERT, STRANGER):
         assert not reaches(pod, REDIS, 6379)
     assert not reaches(REDIS, HEAD, 6379)
+
+
+def test_only_who_asks_the_api_server_reaches_addresses_and_never_the_clouds_credentials() -> None:
+    """A cluster's API server may have a public address; 169.254.169.254 gives out the machine's own credentials."""
+    outside = {}
+    for policy in (one for one in build(OVERLAY) if one["kind"] == "NetworkPolicy"):
+        for rule in policy["spec"].get("egress", []):
+            for peer in rule["to"]:
+                if "ipBlock" in peer and peer["ipBlock"]["cidr"] == "0.0.0.0/0":
+                    assert "169.254.0.0/16" in peer["ipBlock"]["except"]
+                    outside[policy["metadata"]["name"]] = policy["spec"]["podSelector"]
+    assert set(outside) == {"manta-api-server", "manta-hub"}
+    assert _selects(outside["manta-api-server"], {"manta/role": "head", "manta/api-server": "yes"})
+    assert not _selects(outside["manta-api-server"], EXPERT[0])

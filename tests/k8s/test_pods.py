@@ -9,6 +9,7 @@ import yaml
 from ray.serve.config import HTTPOptions
 
 from cluster.kubernetes.check.documents import PodTemplate, pod_templates, read_documents
+from cluster.kubernetes.check.quantities import parse_quantity
 from tests.k8s.overlays import OVERLAYS, build, needs_kubectl, the
 
 pytestmark = [needs_kubectl, pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)]
@@ -107,3 +108,21 @@ def test_every_secret_is_a_file(overlay: Path) -> None:
     for template in _templates(overlay):
         for container in template.containers:
             assert not [one for one in container.get("env", []) if "secretKeyRef" in one.get("valueFrom", {})]
+
+
+def test_all_that_is_written_to_disk_is_bounded_below_what_the_pod_may_use(overlay: Path) -> None:
+    """KubeRay adds a volume without a bound at /tmp/ray, unless something is mounted there."""
+    cluster = _cluster(overlay)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        limit = parse_quantity(pod["containers"][0]["resources"]["limits"]["ephemeral-storage"])
+        on_disk = [
+            one["emptyDir"] for one in pod["volumes"] if one.get("emptyDir", {"medium": "Memory"}).get("medium") is None
+        ]
+        assert len(on_disk) == 2
+        assert sum(parse_quantity(one["sizeLimit"]) or 0 for one in on_disk) < (limit or 0)
+    for mounts in (
+        cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"],
+        cluster["autoscalerOptions"]["volumeMounts"],
+    ):
+        assert {"name": "tmp", "mountPath": "/tmp/ray", "subPath": "ray"} in mounts

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from cluster.config import load_config, parse_config
+from cluster.deploy.serve_config import serve_config
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.kubernetes.manifests import manifests
+from cluster.kubernetes.pod_config import in_pods
 from cluster.kubernetes.sizes import model_size, pod_groups
 from tests.k8s.overlays import RENDERED, REPOSITORY
 
@@ -20,7 +22,7 @@ OVERLAY = {path.name: load_config(path / "manta.yaml") for path in RENDERED}
         ("cpu-demo", "expert", (1, 1), 0),
         ("mixtral-8x7b-8gpu", "expert", (8, 16), 1),
         ("mixtral-8x7b-8gpu", "coordinator", (1, 2), 1),
-        ("mixtral-8x7b-8gpu", "gateway", (2, 8), 0),
+        ("mixtral-8x7b-8gpu", "gateway", (2, 4), 0),
         ("mixtral-8x7b-4x40gb", "expert", (4, 4), 1),
         ("mixtral-1gpu", "coordinator", (1, 1), 1),
         ("mixtral-8x7b-tiers", "expert-gpu", (1, 1), 1),
@@ -179,3 +181,18 @@ def test_a_port_of_ones_own_is_refused(tmp_path: Path) -> None:
     document["gateway"]["http_port"] = 8001
     with pytest.raises(ConfigError, match=r"gateway\.http_port: in pods it is 8000"):
         manifests(parse_config(document))
+
+
+def test_more_gateways_make_more_pods_and_bodies_of_both_doors_have_room() -> None:
+    """They reserved nothing: eight of them were put into two pods, which ran out of memory when bodies filled them."""
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/cpu-demo/manta.yaml").read_text())
+    document["gateway"] = {"scaling": {"min_replicas": 2, "max_replicas": 8}, "max_bytes_received": 2**30}
+    document["kubernetes"]["gateway_cpus"] = 3
+    config = parse_config(document)
+    reserved = in_pods(config).gateway.num_cpus
+    group = pod_groups(config)["gateway"]
+    assert (group.min_pods, group.max_pods) == (2, 8)
+    assert 2 * reserved == group.size.cpus, "a pod has room for one gateway, and for the one that is to follow it"
+    [gateway] = [one for one in serve_config(in_pods(config))["applications"] if one["name"] == "gateway"]
+    assert gateway["args"]["gateway"]["num_cpus"] == 1.5
+    assert group.size.memory_mib > 2 * 2 * 1024, "two gateways, each with what HTTP and gRPC may hold"
