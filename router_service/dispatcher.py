@@ -96,7 +96,8 @@ class Dispatcher:
         self._group_of = [
             (group, int(self._rank[group.experts[0]])) for group in self._groups for _ in group.experts
         ]  # [E]; by rank: the group, and its first rank
-        self._rows_per_expert = [0] * len(self._order)
+        self._rows_per_expert = [0] * len(self._order)  # of batches of one row
+        self._rows_by_rank = np.zeros(len(self._order), dtype=np.int64)  # of all others
         self._here = transport if isinstance(transport, LocalTransport) else None
         self._first_row = np.zeros(len(self._order), dtype=np.int64)  # the row indices of a batch of one row
         self._row_plans: dict[tuple[int, ...], _RowPlan] = {}  # by the experts of one row, in the gate's order
@@ -110,7 +111,7 @@ class Dispatcher:
     def rows_per_expert(self) -> tuple[int, ...]:
         """Rows sent to each expert since the start, summed over layers. From any thread; on a GPU a step late."""
         if self._grouped is None:
-            return tuple(self._rows_per_expert)
+            return tuple((self._rows_by_rank[self._rank] + self._rows_per_expert).tolist())
         counts = np.diff(self._ends.numpy(), prepend=0)
         return tuple(counts[self._rank].tolist())
 
@@ -135,8 +136,7 @@ class Dispatcher:
 
     def count(self, rows: Tensor) -> None:
         """Of the experts that it ran itself in a step, of each layer: `rows` [L, E]."""
-        for expert, number in enumerate(rows.sum(0).tolist()):
-            self._rows_per_expert[expert] += number
+        self._rows_by_rank[self._rank] += rows.sum(0).numpy()
 
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None = None) -> Dispatch:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them.
@@ -171,7 +171,9 @@ class Dispatcher:
         ranks = self._rank[chosen.T].ravel()  # [K * T]
         order = ranks.argsort(kind="stable")  # [K * T]; by group, expert, choice, row, as the reference has them
         row_indices = order % num_rows if num_rows else order  # [K * T]
-        counts = np.bincount(ranks, minlength=len(self._order)).tolist()  # [E]
+        by_rank = np.bincount(ranks, minlength=len(self._order))  # [E]
+        self._rows_by_rank += by_rank
+        counts = by_rank.tolist()
         parts = []
         start = first = 0
         for group in self._groups:
@@ -180,8 +182,6 @@ class Dispatcher:
             end = start + sum(of_group)
             if end > start:
                 parts.append(GroupRows(group.index, row_indices[start:end], of_group, answers, start))
-                for expert, count in zip(group.experts, of_group, strict=True):
-                    self._rows_per_expert[expert] += count
             start = end
         dispatch = Dispatch(layer, num_rows, None, None, answers, self._transport.send(layer, rows, parts))
         if not answers.is_cpu:

@@ -102,23 +102,24 @@ def rotate_task(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> 
     return Task(row_kernels.rotate, _num_threads(num_rows, num_heads * head_dim), arguments)
 
 
-def choose(scores: torch.Tensor, top_k: int) -> Pair:
+def choose(scores: torch.Tensor, top_k: int, *, renormalised: bool = True) -> Pair:
     """Of each row of `scores` [T, E] the `top_k` highest: their weights (fp32) and indices, both [T, K], highest first.
 
-    Softmax over all in fp32, renormalised over the chosen.
+    Softmax over all in fp32, and, if `renormalised`, over the chosen.
     """
-    if is_launched(scores):
+    if is_launched(scores) and renormalised:
         from router_service import gpu_rows
 
         return gpu_rows.choose(scores, top_k)
     if not is_compiled(scores, 0):
         probabilities = scores.float().softmax(dim=-1)  # [T, E]
         weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], [T, K]
-        return weights / weights.sum(dim=-1, keepdim=True), experts
+        return (weights / weights.sum(dim=-1, keepdim=True) if renormalised else weights), experts
     choice = Choice(scores.contiguous(), top_k)
     choice.task.run()
     choice.settle()
-    return choice.weights, choice.experts
+    weights = choice.weights if renormalised else choice.probabilities.gather(1, choice.experts)
+    return weights, choice.experts
 
 
 class Choice:
@@ -128,7 +129,7 @@ class Choice:
         """`scores` [T, E] without gaps."""
         num_rows, num_experts = scores.shape
         self._top_k = top_k
-        self._probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
+        self.probabilities = scores.new_empty((num_rows, num_experts), dtype=torch.float32)
         self.weights = scores.new_empty((num_rows, top_k), dtype=torch.float32)
         self.experts = scores.new_empty((num_rows, top_k), dtype=torch.int64)
         self._doubts = ctypes.c_int64(0)
@@ -137,7 +138,7 @@ class Choice:
             num_experts,
             top_k,
             scores.data_ptr(),
-            self._probabilities.data_ptr(),
+            self.probabilities.data_ptr(),
             self.weights.data_ptr(),
             self.experts.data_ptr(),
             ctypes.addressof(self._doubts),
@@ -149,7 +150,7 @@ class Choice:
         if not self._doubts.value:
             return False
         self._doubts.value = 0
-        weights, experts = _choose_like_torch(self._probabilities, self._top_k)
+        weights, experts = _choose_like_torch(self.probabilities, self._top_k)
         self.weights.copy_(weights)
         self.experts.copy_(experts)
         return True

@@ -13,6 +13,13 @@ from tests.checkpoints import TINY
 Layout = Literal["hub", "fused"]  # one tensor a matrix, or as transformers 5 has experts in memory
 
 _DENSE = {key: value for key, value in TINY.items() if key not in ("num_local_experts", "num_experts_per_tok")}
+_WHOLE = {key: value for key, value in _DENSE.items() if key != "head_dim"}  # which is hidden size / heads there
+_QWEN3_MOE = _DENSE | {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -32,12 +39,21 @@ _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _DENSE,
     "llama-3.1": _DENSE | {"rope_parameters": _LLAMA3},
-    "qwen2": {key: value for key, value in _DENSE.items() if key != "head_dim"},
+    "qwen2": _WHOLE,
     "qwen3": _DENSE,
     "qwen3-yarn": _DENSE | {"rope_parameters": _YARN},
     "qwen3-linear": _DENSE | {"rope_parameters": _LINEAR},
+    "qwen3_moe": _QWEN3_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "qwen3_moe-128": _QWEN3_MOE
+    | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False, "initializer_range": 0.5},
+    "olmoe": _WHOLE | {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5, "eos_token_id": 2},
 }
-MODEL_TYPES = {"llama-3.1": "llama", "qwen3-yarn": "qwen3", "qwen3-linear": "qwen3"}  # of what is not called so
+MODEL_TYPES = {  # of what is not called so
+    "llama-3.1": "llama",
+    "qwen3-yarn": "qwen3",
+    "qwen3-linear": "qwen3",
+    "qwen3_moe-128": "qwen3_moe",
+}
 
 
 def random_model(name: str, *, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:

@@ -42,7 +42,8 @@ class LayerSpec:
     gate: GateSpec | None = None  # None: no experts
     dense_size: int = 0  # intermediate size of the network for every token; 0: there is none
     has_qkv_bias: bool = False
-    qk_norm: Literal["head", "whole"] | None = None  # root mean square norm of queries and keys, each head for itself
+    qk_norm: Literal["head", "whole"] | None = None  # of queries and keys: each head for itself, or all heads as one
+    clip_qkv: float | None = None  # what queries, keys and values do not exceed
 
     @property
     def has_experts(self) -> bool:

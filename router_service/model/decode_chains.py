@@ -41,6 +41,7 @@ class Layer:
     o: Linear  # N·H → D
     qkv_bias: torch.Tensor | None  # [(N + 2G)·H]
     qk_norms: Sequence[torch.Tensor] | None  # of queries and of keys: [H] each, or [N·H] and [G·H]
+    clip_qkv: float | None
     post_attention_norm: torch.Tensor  # [D]
     gate: Gate | None  # who computes its feed-forward,
     dense: SwiGLU | None  # or what does; of both the sum
@@ -48,7 +49,7 @@ class Layer:
     @property
     def is_plain(self) -> bool:
         """Whether queries, keys and values are what `qkv` says."""
-        return self.qkv_bias is None and self.qk_norms is None
+        return self.qkv_bias is None and self.qk_norms is None and self.clip_qkv is None
 
     @property
     def linears(self) -> list[Linear]:
@@ -58,7 +59,7 @@ class Layer:
 
 def are_served(layers: Sequence[Layer], architecture: Architecture, embeddings: torch.Tensor) -> bool:
     """Whether a model's rows can be done like this: its layers are Mixtral's, or Mistral's."""
-    if not all(layer.is_plain for layer in layers):
+    if not all(layer.is_plain and (layer.gate is None or layer.gate.is_chained) for layer in layers):
         return False
     if not (all(layer.dense is None for layer in layers) or all(layer.gate is None for layer in layers)):
         return False

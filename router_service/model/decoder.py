@@ -8,7 +8,7 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -193,13 +193,18 @@ class Decoder:
         return layer.o(attended.flatten(1))
 
     def _adjust(self, layer: Layer, qkv: torch.Tensor) -> None:
-        """Bias and norms of queries, keys and values [T, (N + 2G)·H], in place."""
+        """Bias, norms and bounds of queries, keys and values [T, (N + 2G)·H], in place."""
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
-        if layer.qk_norms is None:
-            return
+        if layer.qk_norms is not None:
+            self._norm_heads(qkv, layer.qk_norms)
+        if layer.clip_qkv is not None:
+            qkv.clamp_(-layer.clip_qkv, layer.clip_qkv)
+
+    def _norm_heads(self, qkv: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        """Queries and keys of `qkv`, in place."""
         sizes = [self.architecture.head_dim * n for n in (self.architecture.num_heads, self.architecture.num_kv_heads)]
-        for weight, part in zip(layer.qk_norms, qkv[:, : sum(sizes)].split(sizes, dim=1), strict=True):
+        for weight, part in zip(weights, qkv[:, : sum(sizes)].split(sizes, dim=1), strict=True):
             part.copy_(self._norm(part.reshape(-1, len(weight)), weight).view(part.shape))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
@@ -215,7 +220,7 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         return [dense(weights[f"{prefix}.self_attn.{name}_{kind}"]) for name in of]
 
     if spec.has_experts:
-        gate = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel)
+        gate = Gate(weights[f"{prefix}.block_sparse_moe.gate.weight"], architecture.top_k, kernel, spec.gate)
     if spec.dense_size:
         w1, w2, w3 = (weights[name] for name in feed_forward_tensors(architecture, index))
         dense_network = SwiGLU(w1, w2, w3, fused=True, kernel=kernel)
@@ -225,6 +230,7 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         o=Linear(weights[f"{prefix}.self_attn.o_proj.weight"], kernel),
         qkv_bias=torch.cat(vectors("qkv", "proj.bias")) if spec.has_qkv_bias else None,
         qk_norms=vectors("qk", "norm.weight") if spec.qk_norm else None,
+        clip_qkv=spec.clip_qkv,
         post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
         gate=gate,
         dense=dense_network,

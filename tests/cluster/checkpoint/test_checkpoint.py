@@ -237,8 +237,8 @@ def test_remote_code_is_refused(copy):
 
 def test_another_model_type_is_refused_by_name_before_its_tensors_are_looked_for(copy):
     directory = copy("huggingface")
-    rewrite_json(directory / "config.json", model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
-    assert "model_type is 'qwen3_moe'" in refusal(directory)
+    rewrite_json(directory / "config.json", model_type="jamba", architectures=["JambaForCausalLM"])
+    assert "model_type is 'jamba'" in refusal(directory)
 
 
 def test_no_weights_at_all(copy):
