@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -51,6 +52,8 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # httpx gives up after five seconds, which a busy machine may stand still for: then it is no news of what answers.
 vars(httpx.get.__kwdefaults__["timeout"]).update(dict.fromkeys(("connect", "read", "write", "pool"), 60.0))
+# And it reads all certificates for each client, 25 ms, and a client for each request; here nobody speaks TLS.
+httpx._transports.default.create_ssl_context = functools.cache(httpx._transports.default.create_ssl_context)
 # As coordinators have it. Threads that spin while they wait for work take the cores from the other worker: what two
 # processes did on two threads each took eight times the CPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "200")
