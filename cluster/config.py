@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from cluster.checkpoint.quantization.rounding import Parts, Rounding
 from cluster.errors import ConfigError
+from cluster.messages import ReasoningParser
 from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
@@ -328,6 +329,11 @@ class ModelConfig(_Frozen):
     """Whether it answers chats and completions, or makes embeddings."""
     pooling: Literal["mean", "last"] | None = None
     """Of kind `embedding`: the mean of all hidden states, or the last one. None: mean."""
+    reasoning_parser: ReasoningParser = "auto"
+    """What its reasoning is told from the answer by. `auto`: the tags that its chat template holds, if any. `qwen3`:
+    `<think>`, `deepseek_r1`: the same, and an answer begins with reasoning also where nothing says so, `mistral`:
+    `[THINK]`, `none`: nothing, and tags are text.
+    """
     num_coordinators: int = Field(1, ge=1)
     """Coordinators, where `coordinator_scaling` does not say it."""
     coordinator_scaling: CoordinatorScalingConfig | None = None

@@ -103,7 +103,29 @@ class ToolCallGrammar:
     tokens: ToolTokens = ToolTokens()
 
 
-Grammar = Answer | ToolCallGrammar  # a constraint on the output, compiled on the coordinator's side
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTags:
+    """What a model writes around its reasoning: words, or special tokens where the vocabulary has such."""
+
+    begin: str
+    end: str
+    begin_id: int | None = None  # None: it is text
+    end_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonedGrammar:
+    """Reasoning, which is any text, and after it the answer, which alone is held to something."""
+
+    tags: ReasoningTags
+    has_begun: bool  # in the prompt; False: the answer may begin with reasoning, or do without
+    answer: Answer | ToolCallGrammar
+
+
+Grammar = Answer | ToolCallGrammar | ReasonedGrammar  # a constraint on the output, compiled on the coordinator's side
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +234,16 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Parsers:
+    """How a model's answers are read, by the names that vLLM has for it; `auto`: as its chat template writes them."""
+
+    reasoning: ReasoningParser = "auto"
+
+
+AUTO = Parsers()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a gateway needs to know of a model that it serves; made at start, from config and checkpoint headers."""
 
@@ -234,6 +266,7 @@ class ModelCard:
     pooling: Pooling = "mean"  # of kind embedding
     revision: str | None = None  # the hub's commit; None: a directory of the user's
     hidden_size: int = 0  # numbers in an embedding
+    parsers: Parsers = AUTO
 
     @property
     def has_remote_experts(self) -> bool:

@@ -60,7 +60,8 @@ class GatewayReplica(GrpcDoor):
             config,
             cards,
             tokenizers={
-                card.application: load_tokenizer(Path(card.directory), card.layout, card.vocab_size) for card in cards
+                card.application: load_tokenizer(Path(card.directory), card.layout, card.vocab_size, card.parsers)
+                for card in cards
             },
             coordinators=coordinators,
             health=Health(cards, probe_serve, missing_experts, kernels.look),

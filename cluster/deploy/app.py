@@ -30,7 +30,7 @@ from cluster.config import (
 )
 from cluster.errors import ConfigError
 from cluster.expert_deployments import expert_deployment_name
-from cluster.messages import ModelCard
+from cluster.messages import ModelCard, Parsers
 from cluster.planning.gpus import gpu_memory_bytes
 from cluster.planning.placement import (
     DeviceShare,
@@ -356,6 +356,7 @@ def model_card(plan: ModelPlan) -> ModelCard:
         kind=config.kind,
         pooling=config.pooling or "mean",
         hidden_size=checkpoint.architecture.hidden_size,
+        parsers=Parsers(reasoning=config.reasoning_parser),
     )
 
 

@@ -21,6 +21,7 @@ class ChoiceText:
 
     def __init__(self) -> None:
         self.text = ""
+        self.reasoning = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -30,6 +31,7 @@ class ChoiceText:
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
+        self.reasoning += delta.reasoning
         self.token_ids += delta.token_ids
         self._call_pieces += delta.tool_calls
         if delta.logprobs is not None:
@@ -50,7 +52,8 @@ class ChoiceText:
 
 def num_bytes(piece: ChoiceText | Delta) -> int:
     """About how long the JSON of one choice gets, whole or a piece of it; not on the event loop if it is much."""
-    size = len(piece.text) + 8 * len(piece.token_ids) + sum(len(call.arguments) for call in piece.tool_calls)
+    size = len(piece.text) + 2 * len(piece.reasoning) + 8 * len(piece.token_ids)
+    size += sum(len(call.arguments) for call in piece.tool_calls)
     for logprobs in (piece.logprobs, piece.prompt_logprobs):
         if logprobs:
             last = logprobs[-1]
@@ -84,6 +87,7 @@ class ChatShape:
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer, asked: SamplingFields) -> None:
         self._head = head(generation)
+        self._has_reasoning = generation.reasoning is not None and generation.tells_reasoning
         self._names = TokenNames(tokenizer, by_id=bool(asked.return_tokens_as_token_ids))
         self.return_token_ids = bool(asked.return_token_ids)
         self._prompt = {"prompt_token_ids": generation.requests[0].prompt_token_ids} if self.return_token_ids else {}
@@ -103,6 +107,7 @@ class ChatShape:
                         "role": "assistant",
                         "content": choice.text,
                         "refusal": None,
+                        **self._reasoning(choice.reasoning or None),
                         **({"tool_calls": [_call(call) for call in choice.tool_calls]} if choice.tool_calls else {}),
                     },
                     "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
@@ -115,16 +120,22 @@ class ChatShape:
             "usage": usage_body(usage),
         }
 
+    def _reasoning(self, reasoning: str | None) -> Json:
+        """By DeepSeek's name, which most clients know, and by vLLM's newer one."""
+        return {"reasoning_content": reasoning, "reasoning": reasoning} if self._has_reasoning else {}
+
     def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
         return prompt_logprobs_body(self._names, self._prompt_token_ids, logprobs)
 
     def chunk(self, delta: Delta, usage: Json | None = None) -> Json:
         """The role comes with the first chunk of each choice, the prompt's ids with the first of all."""
         prompt = {} if self._begun else self._prompt
-        message: Json = {"content": delta.text} if delta.text or not delta.tool_calls else {}
+        message: Json = {"content": delta.text} if delta.text or not (delta.tool_calls or delta.reasoning) else {}
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             message = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.reasoning:
+            message |= self._reasoning(delta.reasoning)
         if delta.tool_calls:
             message["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.tool_calls]
         choice: Json = {"index": delta.index, "delta": message}
@@ -191,11 +202,13 @@ def _call(call: ToolCall) -> Json:
 
 def usage_body(usage: Usage) -> Json:
     """Counts as OpenAI names them."""
+    reasoning = usage.reasoning_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **({} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}),
     }
 
 

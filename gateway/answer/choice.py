@@ -1,6 +1,6 @@
-"""One choice of an answer: its tokens become text, cut at stop strings, and calls of tools. Knows no streams.
+"""One choice of an answer: its tokens become reasoning, text that is cut at stop strings, and calls of tools.
 
-Stop strings are looked for in text only: a call ends where its arguments do.
+Knows no streams. Stop strings are looked for in text only: reasoning goes on, and a call ends where its arguments do.
 """
 
 from __future__ import annotations
@@ -11,10 +11,19 @@ from typing import Literal
 import numpy as np
 
 from cluster.errors import Unavailable
-from cluster.messages import FinishReason, Request, TokenChunk, TokenLogprobs, ToolCallGrammar
+from cluster.messages import (
+    FinishReason,
+    ReasonedGrammar,
+    Request,
+    TokenChunk,
+    TokenLogprobs,
+    ToolCallGrammar,
+)
+from gateway.answer.reasoning_reader import ReasoningReader
 from gateway.answer.tools_reader import ToolCall, tool_call_reader
 from gateway.request.validator import Generation
 from gateway.text.detokenizer import Detokenizer
+from gateway.text.reasoning import Reasoning
 from gateway.text.stop_strings import StopStrings
 from gateway.text.tokenizer import Tokenizer
 
@@ -31,12 +40,15 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first delta, when asked for
     routed_experts: list[list[list[int]]] | None = None  # [token][layer][top_k] when asked for
     tool_calls: tuple[ToolCall, ...] = ()  # at most one piece of each
+    reasoning: str = ""  # what the model thought before its text
+    num_reasoning_tokens: int = 0  # so many more of the tokens so far are of it
 
     @property
     def says_something(self) -> bool:
         """Whether there is more than token ids in it."""
         return bool(
             self.text
+            or self.reasoning
             or self.tool_calls
             or self.finish_reason
             or self.logprobs
@@ -52,6 +64,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None  # of those completed; None: the model does not reason apart
 
 
 class Choice:
@@ -66,11 +79,25 @@ class Choice:
         self._index = index
         self._usage = usage
         self._num_tokens = 0
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop_strings = StopStrings(generation.stop)
-        grammar = request.grammar
-        self._tool_calls = tool_call_reader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
         self._begin = generation.begin  # until it is sent
+        self._thought: list[str] = []  # since the last delta
+        self._tells_reasoning = generation.tells_reasoning
+        self._num_reasoning_tokens = 0  # that are in the usage
+        self._reasoning: ReasoningReader | None = None
+        if generation.reasoning is not None:
+            usage.reasoning_tokens = usage.reasoning_tokens or 0
+            self._reasoning = ReasoningReader(
+                Reasoning(generation.reasoning.tags) if self._begin else generation.reasoning
+            )
+            thought, self._begin = self._reasoning.push(-1, self._begin)
+            self._thought.append(thought)
+        grammar = request.grammar
+        if isinstance(grammar, ReasonedGrammar):
+            grammar = grammar.answer
+        self._tool_calls = tool_call_reader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
         self._top_k = generation.card.top_k
@@ -85,7 +112,8 @@ class Choice:
         if self._is_prompt_only:
             self.finished = True
             no_logprobs = None if self.request.sampling.logprobs is None else ()
-            return Delta(self._index, begin, (), no_logprobs, "length", chunk.prompt_logprobs)
+            thought = self._take_thought()
+            return Delta(self._index, begin, (), no_logprobs, "length", chunk.prompt_logprobs, reasoning=thought)
         text = ""
         used = 0
         finish_reason = chunk.finish_reason
@@ -93,7 +121,7 @@ class Choice:
             used += 1
             if used == len(chunk.token_ids) and chunk.stop_token_id is not None:
                 break  # the token that ended the sequence has no text
-            text += self._cut(self._own(token_id, self._detokenizer.push(token_id)), used)
+            text += self._cut(self._own(token_id, self._piece(token_id)), used)
             if self._stop_strings.is_stopped():
                 finish_reason = "stop"
                 break
@@ -109,11 +137,20 @@ class Choice:
                 reason = "tool_calls"
         self._num_tokens += used
         self._usage.completion_tokens += used
+        thought = self._take_thought()
+        num_reasoning = self._count_reasoning()
         self.finished = finish_reason is not None
         logprobs = chunk.logprobs[:used] if chunk.logprobs is not None else None
         routed = self._routed_experts(chunk, used)
         used_ids = chunk.token_ids[:used]
-        return Delta(self._index, begin + text, used_ids, logprobs, reason, chunk.prompt_logprobs, routed, calls)
+        return Delta(
+            *(self._index, begin + text, used_ids, logprobs, reason),
+            prompt_logprobs=chunk.prompt_logprobs,
+            routed_experts=routed,
+            tool_calls=calls,
+            reasoning=thought,
+            num_reasoning_tokens=num_reasoning,
+        )
 
     def _routed_experts(self, chunk: TokenChunk, used: int) -> list[list[list[int]]] | None:
         if chunk.routed_experts is None or not used:
@@ -122,13 +159,40 @@ class Choice:
         lists: list[list[list[int]]] = each[:used].tolist()
         return lists
 
+    def _piece(self, token_id: int) -> str:
+        """What a token adds to the text. At a tag that is a token by itself, what was held back before it."""
+        if self._reasoning is None or not self._reasoning.is_tag(token_id):
+            return self._detokenizer.push(token_id)
+        rest = self._detokenizer.flush()
+        self._detokenizer = Detokenizer(self._tokenizer)
+        return rest
+
     def _own(self, token_id: int, piece: str) -> str:
-        """What of a piece is the answer's own text, and no call of a tool."""
+        """What of a piece is the answer's own text, and neither reasoning nor a call of a tool."""
+        if self._reasoning is not None:
+            thought, piece = self._reasoning.push(token_id, piece)
+            self._thought.append(thought)
         return piece if self._tool_calls is None else self._tool_calls.push(token_id, piece)
+
+    def _take_thought(self) -> str:
+        thought, self._thought = self._thought, []
+        return "".join(thought) if self._tells_reasoning else ""
+
+    def _count_reasoning(self) -> int:
+        if self._reasoning is None:
+            return 0
+        new = self._reasoning.num_tokens - self._num_reasoning_tokens
+        self._num_reasoning_tokens += new
+        self._usage.reasoning_tokens = (self._usage.reasoning_tokens or 0) + new
+        return new
 
     def _rest(self, finish_reason: FinishReason) -> str:
         """What was held back, once nothing follows."""
         rest = self._own(-1, self._detokenizer.flush())
+        if self._reasoning is not None:
+            thought, held = self._reasoning.flush()
+            self._thought.append(thought)
+            rest += held if self._tool_calls is None else self._tool_calls.push(-1, held)
         return rest if self._tool_calls is None else rest + self._tool_calls.flush(has_ended=finish_reason == "stop")
 
     def _cut(self, piece: str, used: int) -> str:

@@ -27,7 +27,8 @@ def chat_fields(request: chat_pb2.ChatRequest) -> dict[str, Any]:
         fields["tool_choice"] = request.tool_choice
     elif request.tool_choice:
         fields["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice}}
-    return fields | set_fields(request, "parallel_tool_calls", "safe_prompt", "echo") | answer_fields(request)
+    fields |= set_fields(request, "parallel_tool_calls", "safe_prompt", "echo", "include_reasoning")
+    return fields | answer_fields(request)
 
 
 def answer_fields(request: chat_pb2.ChatRequest | chat_pb2.GenerateRequest) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def template_fields(request: chat_pb2.ChatRequest | chat_pb2.TokenizeRequest) ->
     fields = set_fields(request, "add_special_tokens", "add_generation_prompt", "continue_final_message")
     if request.chat_template_kwargs:
         fields["chat_template_kwargs"] = _object(request.chat_template_kwargs, "chat_template_kwargs", "an object")
+    if request.reasoning_effort:
+        fields["reasoning_effort"] = request.reasoning_effort
     return fields
 
 
@@ -81,6 +84,8 @@ def _message(message: chat_pb2.Message) -> dict[str, Any]:
         fields["tool_call_id"] = message.tool_call_id
     if message.name:
         fields["name"] = message.name
+    if message.reasoning_content:
+        fields["reasoning_content"] = message.reasoning_content
     return fields | set_fields(message, "prefix")
 
 

@@ -112,6 +112,7 @@ def choice(index: int, piece: ChoiceText | Delta, echoed: Echoed | None = None) 
             chat_pb2.TokenExperts(layers=[chat_pb2.LayerExperts(experts=experts) for experts in layers])
             for layers in piece.routed_experts or ()
         ],
+        reasoning_content=piece.reasoning,
     )
 
 
@@ -155,4 +156,5 @@ def usage_message(usage: Usage) -> chat_pb2.Usage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens or 0,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.errors import InvalidRequest
 from gateway.request.protocol import ChatCompletionRequest, Message, TemplateFields, text_of
 from gateway.text.chat_template import Rendering
+from gateway.text.reasoning import effort_variables
 
 
 def read_rendering(body: TemplateFields, messages: Sequence[Message], *, continues_assistants: bool) -> Rendering:
@@ -21,7 +22,9 @@ def read_rendering(body: TemplateFields, messages: Sequence[Message], *, continu
     `continues_assistants`: the chat format knows no other way to go on after an assistant.
     """
     how = Rendering(
-        has_generation_prompt=body.add_generation_prompt is not False, variables=body.chat_template_kwargs or {}
+        has_generation_prompt=body.add_generation_prompt is not False,
+        variables=body.chat_template_kwargs or {},
+        hints=effort_variables(body.reasoning_effort),
     )
     for i, message in enumerate(messages):
         if message.prefix and (message.role != "assistant" or i + 1 < len(messages)):

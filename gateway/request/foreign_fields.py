@@ -35,7 +35,7 @@ IGNORED = frozenset(
             "keep_alive",
             "num_ctx",
         ),
-        *("prompt_mode", "reasoning", "reasoning_effort", "reasoning_format", "verbosity", "include_reasoning"),
+        *("prompt_mode", "reasoning", "reasoning_format", "verbosity"),
         *("separate_reasoning", "stream_reasoning", "thinking_token_budget", "reasoning_budget_tokens"),
         *("spaces_between_special_tokens", "stream_interval", "timings_per_token", "guided_decoding_backend"),
         *("custom_labels", "routed_dp_rank", "data_parallel_rank", "backend_sampling", "speculative.n_max"),

@@ -51,7 +51,8 @@ class PromptReader:
             chat = _guarded(chat)
         if not self._tokenizer.renders_tools and (tools or speaks_of_tools(chat)):
             chat, tools = plain_rendering(chat, tools), ()
-        self._check_length(sum(len(message["content"]) for message in chat), "messages")
+        said = (message[name] for message in chat for name in ("content", "reasoning_content") if name in message)
+        self._check_length(sum(map(len, said)), "messages")
         self._check_length(len(json.dumps(how.variables)) if how.variables else 0, "chat_template_kwargs")
         token_ids = self._tokenizer.encode_chat(chat, [tool.definition for tool in tools], how)
         if not token_ids:

@@ -134,10 +134,15 @@ class Message(Body):
     tool_call_id: Any = None
     name: str | None = None
     refusal: str | None = None  # of an assistant, instead of content
+    reasoning_content: str | None = None  # what an assistant thought before its content; and vLLM's newer name of it:
+    reasoning: str | None = None
     prefix: bool | None = None  # Mistral's: the answer goes on from this message, the last one
 
 
 Messages = Annotated[list[Message], _FIRST_ERROR]
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TemplateFields(Body):
@@ -149,6 +154,7 @@ class TemplateFields(Body):
     add_generation_prompt: bool | None = None  # true unless said
     continue_final_message: bool | None = None  # the last message, an assistant's, is open-ended
     chat_template_kwargs: dict[str, Any] | None = None  # variables that the chat template reads
+    reasoning_effort: Effort | None = None  # the same, to templates that read it; `none` is `enable_thinking: false`
 
 
 class AnswerFields(Body):
@@ -174,6 +180,7 @@ class ChatCompletionRequest(SamplingFields, TemplateFields, AnswerFields):
     messages: Messages
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
     echo: bool | None = None  # the answer begins with the message that it continues
+    include_reasoning: bool | None = None  # vLLM's: true unless said
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.errors import InvalidRequest
-from cluster.messages import Answer, Grammar, JsonSchema, ToolCallGrammar, ToolTokens
+from cluster.messages import Answer, JsonSchema, ToolCallGrammar, ToolTokens
 from gateway.request.structured_schema import NotEnforceable, checked_schema
 
 MAX_TOOLS = 128
@@ -67,7 +67,7 @@ def answer_grammar(
     parallel: bool | None,
     answer: Answer | None,
     tokens: ToolTokens,
-) -> Grammar | None:
+) -> Answer | ToolCallGrammar | None:
     """What may be answered: calls, text, or what `answer` holds a text to. Raises InvalidRequest for a wrong choice.
 
     Tools that may be called and need not be are known by any JSON object where their schema cannot be enforced.

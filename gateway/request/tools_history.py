@@ -107,6 +107,8 @@ def _read(message: Message, path: str) -> ChatMessage:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
         ]
+    if role == "assistant" and (thought := message.reasoning_content or message.reasoning):
+        read["reasoning_content"] = thought
     if role == "tool":
         if not isinstance(message.tool_call_id, str) or not message.tool_call_id:
             raise InvalidRequest(f"{path}.tool_call_id: field required", param=f"{path}.tool_call_id")

@@ -15,15 +15,25 @@ from typing import Any
 from cluster.config import GatewayConfig
 from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
-from cluster.messages import Grammar, ModelCard, Request, SamplingParams, TextGrammar, ToolCallGrammar
+from cluster.messages import (
+    Grammar,
+    ModelCard,
+    ReasonedGrammar,
+    Request,
+    SamplingParams,
+    TextGrammar,
+    ToolCallGrammar,
+)
 from gateway.admission.caller import current_caller
 from gateway.request.continuation import begin_of_answer, read_rendering
 from gateway.request.prompts import PromptReader, TokenIds
-from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields, text_of
 from gateway.request.sampling_options import MAX_TOP_LOGPROBS, between, sampling_options
 from gateway.request.structured_output import read_answer, refuse_beside_calls
 from gateway.request.tools import answer_grammar, read_tools
 from gateway.request.truncation import cut_ids, newest_turns, read_cut
+from gateway.text.chat_template import Rendering
+from gateway.text.reasoning import Reasoning, begun_by, continued
 from gateway.text.tokenizer import Tokenizer
 
 MAX_PROMPT_SCORES = 2**20  # of one request: about 120 MB in a gateway
@@ -44,6 +54,8 @@ class Generation:
     deadline: Deadline
     echo: tuple[str, ...] = ()  # the prompt's text of each choice, when it is to be echoed
     begin: str = ""  # what each choice repeats of the message that it continues
+    reasoning: Reasoning | None = None  # what a choice may begin with; None: the model does not reason apart
+    tells_reasoning: bool = True
     tells_prompt_logprobs: bool = False  # of the prompt, in a field of their own
     is_prompt_only: bool = False  # the one token that a coordinator generates at least is dropped
     system_fingerprint: str = ""  # of what will answer
@@ -64,6 +76,8 @@ class _Asked:
     continues: bool = False
     begin: str = ""
     grammar: Grammar | None = None
+    reasoning: Reasoning | None = None
+    tells_reasoning: bool = True
 
 
 class Validator:
@@ -73,8 +87,7 @@ class Validator:
         self._card = card
         self._config = config
         self._reader = PromptReader(card, tokenizer)
-        self._tool_tokens = tokenizer.tool_tokens
-        self._continues_assistants = tokenizer.continues_assistants
+        self._tokenizer = tokenizer
 
     def chat(
         self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
@@ -91,10 +104,11 @@ class Validator:
             max_tokens, max_tokens_field = body.max_completion_tokens, "max_completion_tokens"
         tools = read_tools(body.tools)
         answer = read_answer(body)
-        grammar = answer_grammar(tools, body.tool_choice, body.parallel_tool_calls, answer, self._tool_tokens)
-        if isinstance(grammar, ToolCallGrammar) and grammar.required:
+        held_to = answer_grammar(tools, body.tool_choice, body.parallel_tool_calls, answer, self._tokenizer.tool_tokens)
+        grammar: Grammar | None = held_to
+        if isinstance(held_to, ToolCallGrammar) and held_to.required:
             refuse_beside_calls(body)
-        how = read_rendering(body, body.messages, continues_assistants=self._continues_assistants)
+        how = read_rendering(body, body.messages, continues_assistants=self._tokenizer.continues_assistants)
         encode = partial(
             self._reader.chat,
             how=how,
@@ -110,6 +124,9 @@ class Validator:
         cut = read_cut(body, self._card.max_model_len, max_tokens)
         if cut is not None:
             prompt = cut(prompt)
+        reasoning = self._reasoning(body, prompt, how)
+        if reasoning is not None and reasoning.stage != "is over" and held_to is not None:
+            grammar = ReasonedGrammar(reasoning.tags, has_begun=reasoning.stage == "has begun", answer=held_to)
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             prompts=[prompt],
@@ -121,8 +138,19 @@ class Validator:
             prompt_logprobs=body.prompt_logprobs,
             continues=how.continues or isinstance(answer, TextGrammar),  # in which a space counts as well
             begin=begin_of_answer(body, how),
+            reasoning=reasoning,
+            tells_reasoning=body.include_reasoning is not False,
         )
         return self._generation(body, asked, options, timeout_s)
+
+    def _reasoning(self, body: ChatCompletionRequest, prompt: TokenIds, how: Rendering) -> Reasoning | None:
+        """What the answer begins with."""
+        format_ = self._tokenizer.reasoning
+        if format_ is None:
+            return None
+        if how.continues:
+            return continued(text_of(body.messages[-1], "messages[-1]"), format_)
+        return begun_by(prompt, format_, self._tokenizer)
 
     def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Raises InvalidRequest."""
@@ -204,6 +232,8 @@ class Validator:
             min_tokens=options["min_tokens"],
             continues_prompt=asked.continues,
             begin=asked.begin,
+            reasoning=asked.reasoning,
+            tells_reasoning=asked.tells_reasoning,
             deadline=deadline,
             echo=tuple(text for text in asked.echo for _ in range(body.n or 1)),
             tells_prompt_logprobs=asked.prompt_logprobs is not None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
-from gateway.request.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Integer, parse_body
+from gateway.request.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Effort, Integer, parse_body
 from gateway.request.sampling_options import MAX_TOP_LOGPROBS, between
 from gateway.request.tools import MAX_TOOLS
 from gateway.responses.input import chat_messages
@@ -53,13 +53,13 @@ class TextOptions(Body):
     """How the text is constrained: `{"type": "json_schema", "name": …, "schema": {…}}`, or type json_object or text."""
 
     format: dict[str, Any] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None  # a hint, as all of `reasoning` is
+    verbosity: Literal["low", "medium", "high"] | None = None  # a hint
 
 
 class ReasoningOptions(Body):
-    """Said back as it was asked; the models that are served here do not reason apart."""
+    """How much the model shall reason, where its chat template asks; there is no summary, but all that it thought."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
@@ -114,6 +114,7 @@ def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesReque
         "tools": chat_tools(body.tools),
         "tool_choice": chat_tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
     }

@@ -3,7 +3,7 @@
 message                 a turn; those of the system and of the developer that come first are one, as templates take one
 function_call           a call in the assistant's turn before it, or in one of its own
 function_call_output    a tool's turn: a string, or parts, which are its lines
-reasoning               passed over: no model that is served here reads what another one thought
+reasoning               what the assistant thought before the next turn of its own, for chat templates that read it
 item_reference          refused: nothing is stored, so there is nothing that it could mean
 every other item        refused: they are calls and results of tools that OpenAI itself runs
 """
@@ -34,6 +34,7 @@ def chat_messages(instructions: str | None, items: Any) -> list[Json]:
         raise InvalidRequest("input: expected a string or a list of messages", param="input")
     for i, item in enumerate(items):
         _add(messages, item, f"input[{i}]")
+    _drop_mere_thought(messages)
     return _with_one_system(messages)
 
 
@@ -43,11 +44,13 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
     kind = item.get("type")
     if kind is None:
         kind = "item_reference" if "role" not in item and "id" in item else "message"
+    if kind != "reasoning" and not (kind == "function_call" or item.get("role") == "assistant"):
+        _drop_mere_thought(messages)
     match kind:
         case "message":
             message = _message(item, path)
-            if message["role"] == "assistant" and messages and "tool_calls" in messages[-1]:
-                messages[-1]["content"] += message["content"]  # of the same answer: no call of it has a result yet
+            if message["role"] == "assistant" and messages and _is_of_one_answer(messages[-1]):
+                messages[-1]["content"] += message["content"]
             else:
                 messages.append(message)
         case "function_call":
@@ -56,7 +59,7 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
             output = _text(item.get("output"), f"{path}.output", separator="\n")
             messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", path), "content": output})
         case "reasoning":
-            pass
+            _add_thought(messages, item)
         case "item_reference":
             raise InvalidRequest(
                 f"{path}.type: 'item_reference' means nothing here, where no item is stored; send the item itself",
@@ -66,6 +69,32 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
             raise InvalidRequest(
                 f"{path}.type: expected {', '.join(ITEM_TYPES[:-1])} or {ITEM_TYPES[-1]}", param=f"{path}.type"
             )
+
+
+def _add_thought(messages: list[Json], item: Json) -> None:
+    """What an assistant's next turn was thought by. An item of another server may say nothing that is read here."""
+    content = item.get("content")
+    parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    thought = "".join(text for text in parts if isinstance(text, str))
+    if messages and _is_mere_thought(messages[-1]):
+        messages[-1]["reasoning_content"] += thought
+    elif thought:
+        messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+
+
+def _is_mere_thought(message: Json) -> bool:
+    return "reasoning_content" in message and not (message["content"] or "tool_calls" in message)
+
+
+def _drop_mere_thought(messages: list[Json]) -> None:
+    """The answer that it was to lead to never came."""
+    if messages and _is_mere_thought(messages[-1]):
+        messages.pop()
+
+
+def _is_of_one_answer(message: Json) -> bool:
+    """Whether a text that follows is of the same answer: it was thought only, or no call of it has a result yet."""
+    return "tool_calls" in message or _is_mere_thought(message)
 
 
 def _message(item: Json, path: str) -> Json:

@@ -1,14 +1,17 @@
 """The answer of OpenAI's Responses API, whole and as events. Knows shapes; knows nothing of HTTP.
 
-An answer's output is a message with one part, then the calls of functions, each an item, closed when the next begins:
+An answer's output is what the model thought, a message with one part, then the calls of functions, each an item, closed
+when the next begins:
 
     response.created, response.in_progress,
+    response.output_item.added, response.content_part.added, response.reasoning_text.delta …,
+    response.reasoning_text.done, response.content_part.done, response.output_item.done,
     response.output_item.added, response.content_part.added, response.output_text.delta …,
     response.output_text.done, response.content_part.done, response.output_item.done,
     response.output_item.added, response.function_call_arguments.delta …, …arguments.done, response.output_item.done,
     response.completed, or response.incomplete at max_output_tokens
 
-An answer of calls alone has no message; what had no tools always has one.
+An answer of calls alone has no message, nor has one that ended in its reasoning.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ class ResponsesShape:
         self._random = random
         self._names = TokenNames(tokenizer, no_bytes=[])  # null is no value of theirs here
         self._text: str | None = None  # of the message that is open
+        self._thought: str | None = None  # the reasoning, while it is open
+        self._begins_with_text = not body.tools and generation.reasoning is None
         self._logprobs: list[Json] = []  # of its tokens
         self._untold: list[Json] = []  # of tokens that no text has come of so far
         self._call: list[ToolCall] = []  # pieces of the call that is open
@@ -76,13 +81,16 @@ class ResponsesShape:
         """The events before the first token."""
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
-        if not self._response["tools"]:
+        if self._begins_with_text:
             yield from self._open_message()
 
     def push(self, delta: Delta) -> Iterator[Json]:
         """The events of more text and of more of the calls."""
         if delta.logprobs:
             self._untold += logprobs_body(self._names, delta.token_ids, delta.logprobs)
+        self._untold = self._untold[delta.num_reasoning_tokens :]
+        if delta.reasoning:
+            yield from self._more_reasoning(delta.reasoning)
         of_open = [piece for piece in delta.tool_calls if not piece.id]
         for piece in of_open:
             yield from self._more_arguments(piece)
@@ -104,7 +112,7 @@ class ResponsesShape:
     def end(self, finish_reason: str | None, usage: Usage) -> Iterator[Json]:
         """The events after the last token."""
         status = "incomplete" if finish_reason == "length" else "completed"
-        if not self._output and self._text is None and not self._call:
+        if not self._output and self._text is None and self._thought is None and not self._call:
             yield from self._open_message()
         yield from self._close_item(status)
         whole = self._response | {
@@ -115,7 +123,7 @@ class ResponsesShape:
                 "input_tokens": usage.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }
@@ -130,6 +138,14 @@ class ResponsesShape:
         yield self._item_event("response.output_item.added", self._message("in_progress"))
         yield self._part_event("response.content_part.added", part=_part("", []))
 
+    def _more_reasoning(self, text: str) -> Iterator[Json]:
+        if self._thought is None:
+            self._thought = ""
+            yield self._item_event("response.output_item.added", self._reasoning("in_progress"))
+            yield self._part_event("response.content_part.added", part=_reasoning_part(""))
+        self._thought += text
+        yield self._part_event("response.reasoning_text.delta", delta=text)
+
     def _more_arguments(self, piece: ToolCall) -> Iterator[Json]:
         self._untold = []
         if piece.arguments:
@@ -137,8 +153,13 @@ class ResponsesShape:
             yield self._call_event("response.function_call_arguments.delta", delta=piece.arguments)
 
     def _close_item(self, status: str) -> Iterator[Json]:
-        """The message or call that is open, if one is."""
-        if self._text is not None:
+        """The reasoning, message or call that is open, if one is."""
+        if self._thought is not None:
+            yield self._part_event("response.reasoning_text.done", text=self._thought)
+            part = _reasoning_part(self._thought)
+            yield self._part_event("response.content_part.done", part=part)
+            item = self._reasoning(status, part)
+        elif self._text is not None:
             logprobs = self._logprobs + self._untold  # the last are of what ended the answer
             yield self._part_event("response.output_text.done", text=self._text, logprobs=logprobs)
             part = _part(self._text, logprobs)
@@ -153,7 +174,7 @@ class ResponsesShape:
             return
         yield self._item_event("response.output_item.done", item)
         self._output.append(item)
-        self._text, self._call, self._logprobs = None, [], []
+        self._thought, self._text, self._call, self._logprobs = None, None, [], []
 
     def _call_item(self, status: str) -> Json:
         [call] = joined(self._call)
@@ -172,9 +193,14 @@ class ResponsesShape:
             "content": [] if part is None else [part],
         }
 
+    def _reasoning(self, status: str, part: Json | None = None) -> Json:
+        content = [] if part is None else [part]
+        return {"id": self._message_id, "type": "reasoning", "summary": [], "content": content, "status": status}
+
     @property
     def _message_id(self) -> str:
-        return f"msg_{self._random}{len(self._output)}"
+        """That of the message, or of the reasoning, which is open."""
+        return f"{'msg' if self._thought is None else 'rs'}_{self._random}{len(self._output)}"
 
     def _item_event(self, kind: str, item: Json) -> Json:
         return self._event(kind, output_index=len(self._output), item=item)
@@ -188,6 +214,10 @@ class ResponsesShape:
     def _event(self, kind: str, **fields: Any) -> Json:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+
+def _reasoning_part(text: str) -> Json:
+    return {"type": "reasoning_text", "text": text}
 
 
 def _part(text: str, logprobs: list[Json]) -> Json:

@@ -47,6 +47,7 @@ class Rendering:
     continues: bool = False  # the last message is open-ended: the model goes on with it
     has_generation_prompt: bool = True  # what begins an assistant's turn comes last, if the template has such
     variables: Mapping[str, Any] = field(default_factory=dict)  # the client's, for templates that read them
+    hints: Mapping[str, Any] = field(default_factory=dict)  # the same, that a chat format may do without
 
 
 ANSWER = Rendering()
@@ -83,7 +84,7 @@ class ChatTemplate:
         tag = f"CONTINUE_FINAL_MESSAGE_{secrets.token_hex(8)} "  # which no caller can say
         messages = _tagged(chat, tag) if how.continues else chat
         known = self._read_by(source)
-        variables = {name: value for name, value in how.variables.items() if name in known}
+        variables = {name: value for name, value in {**how.hints, **how.variables}.items() if name in known}
         options = {"tools": tools, "add_generation_prompt": how.has_generation_prompt, **variables}
         text = str(self._hf.apply_chat_template(messages, tokenize=False, **options))
         if how.continues:

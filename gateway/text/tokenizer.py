@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 from cluster.checkpoint.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 from cluster.errors import InvalidRequest
-from cluster.messages import ToolTokens
+from cluster.messages import AUTO, Parsers, ToolTokens
 from gateway.json_bounds import check_bounds
 from gateway.text.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering, refusal
 from gateway.text.control_tokens import ControlTokens
+from gateway.text.reasoning import ReasoningFormat, reasoning_format
 from gateway.text.unlocked_tokenizer import UnlockedTokenizer
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
@@ -52,6 +53,7 @@ class Tokenizer(Protocol):
     continues_assistants: bool  # whether a conversation that ends with an assistant's message can only be continued
     renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
     tool_tokens: ToolTokens  # the special tokens that calls are spelled with
+    reasoning: ReasoningFormat | None  # how the model reasons before it answers; None: it does not
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a raw prompt, with what the checkpoint puts around one, unless it begins with that itself."""
@@ -77,7 +79,7 @@ class Tokenizer(Protocol):
 class HuggingFaceTokenizer:
     """`tokenizer.json` and `tokenizer_config.json`, read by transformers without torch."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, parsers: Parsers = AUTO) -> None:
         from transformers import PreTrainedTokenizerFast  # slow to import
 
         self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
@@ -101,6 +103,7 @@ class HuggingFaceTokenizer:
             args=special.get(ARGS) if ARGS in template else None,
             call_id=special.get(CALL_ID) if CALL_ID in template else None,
         )
+        self.reasoning = reasoning_format(parsers.reasoning, template, special)
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
         self._control_tokens = ControlTokens(self._rust)
         self._template = ChatTemplate(self._hf, self._control_tokens.texts)
@@ -199,7 +202,7 @@ class MistralTokenizer:
     Nothing begins an assistant's turn in it: there is no generation prompt that could be left out.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, parsers: Parsers = AUTO) -> None:
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy  # slow to import
 
         from gateway.text.mistral_reader import mistral_reader
@@ -221,6 +224,7 @@ class MistralTokenizer:
             args=special.get(ARGS) if version >= 11 else None,
             call_id=special.get(CALL_ID) if 11 <= version < 13 else None,
         )
+        self.reasoning = reasoning_format(parsers.reasoning, "".join(special), special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         bos = add_special_tokens or text.startswith(self._bos)
@@ -236,6 +240,9 @@ class MistralTokenizer:
             path = "chat_template_kwargs"
             raise InvalidRequest(f"{path}: this model's chat format is no template, and reads no variables", param=path)
         chat = list(map(_for_mistral, messages))
+        if self.reasoning is None:
+            for message in chat:
+                message.pop("reasoning_content", None)  # before version 13 there is none
         if tools and not _has_user(chat):
             chat = _with_user(chat)  # which the tools stand beside
         try:

@@ -19,6 +19,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from cluster.checkpoint.layouts import Layout
 from cluster.checkpoint.vocabulary import tokenizer_file
 from cluster.errors import CheckpointError, InvalidRequest
+from cluster.messages import AUTO, Parsers
 from gateway.text.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,29 +28,31 @@ _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 _SHOWN = 5  # tokens that a message names
 
 
-def load_tokenizer(directory: Path, layout: Layout, num_embeddings: int) -> Tokenizer:
+def load_tokenizer(directory: Path, layout: Layout, num_embeddings: int, parsers: Parsers = AUTO) -> Tokenizer:
     """Raises CheckpointError, which names the file. What can be served in part is logged.
 
     `num_embeddings`: rows of the model's table of embeddings.
     """
-    tokenizer = _load_mistral(directory) if layout == "mistral" else _load_huggingface(directory)
+    tokenizer = _load_mistral(directory, parsers) if layout == "mistral" else _load_huggingface(directory, parsers)
     calls, args, call_id = (
         None if token_id is None or token_id >= num_embeddings else token_id
         for token_id in (tokenizer.tool_tokens.calls, tokenizer.tool_tokens.args, tokenizer.tool_tokens.call_id)
     )
     tokenizer.tool_tokens = replace(tokenizer.tool_tokens, calls=calls, args=args, call_id=call_id)
+    if tokenizer.reasoning is not None and (tokenizer.reasoning.tags.end_id or 0) >= num_embeddings:
+        tokenizer.reasoning = None  # no answer can hold such a tag
     chat = _least_chat(tokenizer, directory)
     if tokenizer.vocab_size > num_embeddings:
         _check_unembedded(tokenizer, chat, directory, num_embeddings)
     return tokenizer
 
 
-def _load_huggingface(directory: Path) -> HuggingFaceTokenizer:
+def _load_huggingface(directory: Path, parsers: Parsers) -> HuggingFaceTokenizer:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; other kinds of tokenizers are not read in this layout.")
     try:
-        tokenizer = HuggingFaceTokenizer(directory)
+        tokenizer = HuggingFaceTokenizer(directory, parsers)
         tokenizer.check_templates()
     except TemplateSyntaxError as error:
         raise CheckpointError(
@@ -60,10 +63,10 @@ def _load_huggingface(directory: Path) -> HuggingFaceTokenizer:
     return tokenizer
 
 
-def _load_mistral(directory: Path) -> MistralTokenizer:
+def _load_mistral(directory: Path, parsers: Parsers) -> MistralTokenizer:
     file = tokenizer_file(directory)
     try:
-        return MistralTokenizer(directory)
+        return MistralTokenizer(directory, parsers)
     except Exception as error:  # of four libraries
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {_first_line(error)}") from error
 

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from cluster.errors import InvalidRequest, MantaError, Overloaded
 from cluster.fairness import is_refused
-from cluster.messages import Grammar, JsonSchema, Request, ToolCallGrammar
+from cluster.messages import Answer, Grammar, JsonSchema, Request
 from router_service.grammar.cost import begins, is_plain, is_program
 from router_service.grammar.format import part_tag, parts, structural_tag
 from router_service.grammar.grammar import GrammarState, param
@@ -121,7 +121,7 @@ class GrammarCompiler:
         try:
             if not plain:
                 return self._compile_tag(self._trial.run(grammar))
-            if isinstance(grammar, ToolCallGrammar):
+            if not isinstance(grammar, Answer):
                 for part in parts(grammar):
                     field = part.param
                     self._compile_tag(part_tag(part))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from cluster.json_schema.subschemas import subschemas
-from cluster.messages import Answer, Grammar, JsonSchema, ToolCallGrammar
+from cluster.messages import Answer, Grammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
 from router_service.grammar.schema import schema_grammar
 from router_service.grammar.texts import text_rules
 
@@ -17,11 +17,13 @@ _BLANK: Format = {"type": "regex", "pattern": " ?"}  # after a special token; Te
 
 def structural_tag(grammar: Grammar) -> str:
     """The structural tag of a grammar, as JSON text. Raises ValueError for a schema that has no grammar."""
-    return _tag(_answer(grammar) if isinstance(grammar, ToolCallGrammar) else _one(grammar))
+    return _tag(_whole(grammar))
 
 
 def parts(grammar: Grammar) -> tuple[Answer, ...]:
     """Every schema and text grammar that a client wrote."""
+    if isinstance(grammar, ReasonedGrammar):
+        return parts(grammar.answer)
     if not isinstance(grammar, ToolCallGrammar):
         return (grammar,)
     return (*(schema for _, schema in grammar.tools), *([grammar.answer] if grammar.answer else []))
@@ -46,6 +48,26 @@ def pattern_tags(part: Answer) -> list[str]:
 
 def _tag(content: Format) -> str:
     return json.dumps({"type": "structural_tag", "format": content})
+
+
+def _whole(grammar: Grammar) -> Format:
+    if isinstance(grammar, ReasonedGrammar):
+        return _reasoned(grammar)
+    return _answer(grammar) if isinstance(grammar, ToolCallGrammar) else _one(grammar)
+
+
+def _reasoned(grammar: ReasonedGrammar) -> Format:
+    """The answer after any text up to the tag that ends it, and after a few lines that are the tags'."""
+    tags = grammar.tags
+    end = _const(tags.end) if tags.end_id is None else _token(tags.end_id)
+    thought = {"type": "any_text", "excludes": [tags.end] if tags.end_id is None else []}
+    reasoning = [thought, end, {"type": "regex", "pattern": "\\n{0,2}"}]
+    answer = _whole(grammar.answer)
+    if grammar.has_begun:
+        return _sequence(*reasoning, answer)
+    begin = _const(tags.begin) if tags.begin_id is None else _token(tags.begin_id)
+    blank = {"type": "regex", "pattern": "[ \\n]{0,2}"}
+    return _sequence({"type": "optional", "content": _sequence(blank, begin, *reasoning)}, answer)
 
 
 def _answer(grammar: ToolCallGrammar) -> Format:

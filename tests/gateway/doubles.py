@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
@@ -36,8 +36,17 @@ CHAT_TEMPLATE = (
 CORPUS = ["Hello, my name is Manta.", "le fromage français", "def add(a, b): return a + b", "STOP here, please"] * 4
 
 
-def write_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = ()) -> Path:
-    """A byte-level BPE tokenizer in Hugging Face's layout: <s> 0, </s> 1, then bytes and merges, then `special`."""
+def write_tokenizer(
+    directory: Path,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    special: Sequence[str] = (),
+    added: Sequence[str] = (),
+) -> Path:
+    """A byte-level BPE tokenizer in Hugging Face's layout: <s> 0, </s> 1, then bytes and merges, then `special`.
+
+    `added` are more tokens that are words, as the tags of Qwen3 are.
+    """
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -50,6 +59,7 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLAT
     )
     rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     rust.add_special_tokens(list(special))
+    rust.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     fast = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>")
     fast.chat_template = chat_template
     fast.save_pretrained(str(directory))

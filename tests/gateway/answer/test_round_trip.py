@@ -57,16 +57,22 @@ ANSWERS = {
 CUT = ("a call that is cut", "a call without its arguments", "a call, and half of another's name")
 
 
-def tekken(directory: Path, version: str) -> Path:
-    """mistral-common ships none of the later ones; one is made of an earlier one."""
+def tekken(directory: Path, version: str, extra: tuple[str, ...] = (), size: int | None = None) -> Path:
+    """mistral-common ships none of the later ones; one is made of an earlier one, with its first `size` words."""
     with open(DATA / "tekken_240911.json") as file:
         document = json.load(file)
     document["config"]["version"] = version
     names = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    names += [name for name in ("[ARGS]", "[CALL_ID]") if name not in names]
+    names += [name for name in ("[ARGS]", "[CALL_ID]", *extra) if name not in names]
     document["special_tokens"] = [
         {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
     ]
+    if size is not None:
+        document["vocab"] = document["vocab"][:size]
+        document["config"] |= {
+            "default_num_special_tokens": len(names),
+            "default_vocab_size": size + len(names),
+        }
     (directory / "tekken.json").write_text(json.dumps(document))
     return directory
 

@@ -44,7 +44,10 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
         "others' names for what `structured_outputs` says",
     ),
     ChatCompletionRequest: {"max_completion_tokens": "OpenAI's newer name for `max_tokens`"},
-    Message: {"refusal": "an assistant's content, whether it refused or not"},
+    Message: {
+        "refusal": "an assistant's content, whether it refused or not",
+        "reasoning": "vLLM's newer name for `reasoning_content`",
+    },
     EmbeddingRequest: {
         "encoding_format": "numbers need no spelling here",
         "output_dimension": "Mistral's name for `dimensions`",
@@ -57,6 +60,7 @@ VALUES: dict[str, Any] = {
     "role": "assistant",
     "chat_template_kwargs": '{"x": 1}',
     "tool_choice": "none",
+    "reasoning_effort": "low",
     "parameters": "{}",
     "json_schema": "{}",
     "output_dtype": "int8",

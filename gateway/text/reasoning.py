@@ -1,0 +1,79 @@
+"""Where a model's reasoning is: what it writes around it, and whether a prompt has begun or ended it already.
+
+Knows tags and prompts; knows no request. `<think>` may be written by the model (Qwen3) or come last in the prompt
+(DeepSeek-R1), and a prompt that ends with `</think>` asks for none (Qwen3 with `enable_thinking: false`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cluster.messages import ReasoningParser, ReasoningTags
+
+Stage = Literal["may come", "has begun", "is over"]
+THINK = ("<think>", "</think>")
+MISTRAL_THINK = ("[THINK]", "[/THINK]")
+_TAIL = 16  # tokens of a prompt that may spell a tag, and blanks after it
+_WITHOUT = {"enable_thinking": False, "thinking": False}  # as templates call it
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """How a model reasons."""
+
+    tags: ReasoningTags
+    always_first: bool = False  # an answer begins with reasoning, tag or not, as those of DeepSeek-R1
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How an answer may begin."""
+
+    tags: ReasoningTags
+    stage: Stage = "may come"
+
+
+class _Decoding(Protocol):
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+def reasoning_format(parser: ReasoningParser, template: str, special: dict[str, int]) -> ReasoningFormat | None:
+    """The one of that name; with `auto`, that whose tags the chat template holds. `special`: ids of special tokens."""
+    if parser == "none":
+        return None
+    if parser == "mistral" or (parser == "auto" and MISTRAL_THINK[1] in template):
+        return ReasoningFormat(_tags(*MISTRAL_THINK, special))
+    if parser == "auto" and THINK[1] not in template:
+        return None
+    return ReasoningFormat(_tags(*THINK, special), always_first=parser == "deepseek_r1")
+
+
+def _tags(begin: str, end: str, special: dict[str, int]) -> ReasoningTags:
+    return ReasoningTags(begin, end, special.get(begin), special.get(end))
+
+
+def begun_by(prompt: Sequence[int], format_: ReasoningFormat, tokenizer: _Decoding) -> Reasoning:
+    """Where an answer to a prompt takes up, by how the prompt ends."""
+    tags = format_.tags
+    tail = tokenizer.decode(prompt[-_TAIL:]).rstrip()
+    if tail.endswith(tags.end) or prompt[-1] == tags.end_id:
+        return Reasoning(tags, "is over")
+    if tail.endswith(tags.begin) or prompt[-1] == tags.begin_id or format_.always_first:
+        return Reasoning(tags, "has begun")
+    return Reasoning(tags)
+
+
+def continued(text: str, format_: ReasoningFormat) -> Reasoning:
+    """Where the answer goes on that a message is the beginning of."""
+    tags = format_.tags
+    is_open = tags.begin_id is None and text.lstrip().startswith(tags.begin) and tags.end not in text
+    return Reasoning(tags, "has begun" if is_open else "is over")
+
+
+def effort_variables(effort: str | None) -> dict[str, str | bool]:
+    """What OpenAI's `reasoning_effort` is to templates; each reads those that it knows."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **(_WITHOUT if effort == "none" else {})}

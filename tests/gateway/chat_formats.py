@@ -1,0 +1,39 @@
+"""Chat formats that reason and call tools, modelled on public ones: templates, and tokenizers with their tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.gateway.doubles import write_tokenizer
+
+# As Qwen3 has it: the model writes the tags of its reasoning, unless the prompt says that there is none.
+QWEN3 = (
+    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    'Call one by <tool_call>\n{"name": name, "arguments": object}\n</tool_call><|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'assistant' and m.reasoning_content %}"
+    "<think>\n{{ m.reasoning_content.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n</tool_response>{% else %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# As DeepSeek-R1 has it: the prompt begins the reasoning.
+DEEPSEEK_R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+def write_qwen3(directory: Path) -> Path:
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    return write_tokenizer(directory, chat_template=QWEN3, special=["<|im_start|>", "<|im_end|>"], added=tags)
+
+
+def write_deepseek_r1(directory: Path) -> Path:
+    """Its vocabulary knows no tags: they are written in pieces."""
+    return write_tokenizer(directory, chat_template=DEEPSEEK_R1, special=["<|User|>", "<|Assistant|>"])
