@@ -86,7 +86,7 @@ class Link:
         sent = 0
         if not self.unsent:
             try:
-                sent = self.channel.sendmsg((head, rows), (), _NOW)
+                sent = self.channel.sendmsg((head, rows), (), _NOW) if len(rows) else self.channel.send(head, _NOW)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -129,7 +129,10 @@ class Link:
         at_border = self._filled == 0
         try:
             if at_border:
-                count = self.channel.recvmsg_into((self._head, attempt.follows), 0, flags)[0]
+                if attempt.slot:
+                    count = self.channel.recv_into(self._head, 0, flags)
+                else:
+                    count = self.channel.recvmsg_into((self._head, attempt.follows), 0, flags)[0]
                 if count == HEAD_BYTES + len(attempt.follows) and self._head == attempt.expected:
                     self._answered(attempt)
                     return

@@ -13,19 +13,22 @@ from torch import Tensor
 
 from experts_service.device import pinned
 
-Maths = Callable[[int, Tensor, Sequence[int]], Tensor]  # layer, rows [R, D], counts [E] → answers [R, D]
+# layer, rows [R, D], counts [E], where the answers may be written → answers [R, D], there or in memory of their own
+Maths = Callable[[int, Tensor, Sequence[int], Tensor | None], Tensor]
+Batch = tuple[Tensor, tuple[int, ...], Tensor | None]  # rows [R, D] by expert, counts [E], where the answers belong
 
 
 def run_as_one(
-    maths: Maths, layer: int, batches: Sequence[tuple[Tensor, tuple[int, ...]]], *, for_gpu: bool = False
+    maths: Maths, layer: int, batches: Sequence[Batch], *, for_gpu: bool = False
 ) -> list[Tensor]:  # each [R, D], contiguous
-    """The answers to each of `batches` (rows [R, D] by expert, counts [E]), worked out in one call.
+    """The answers to each of `batches`, worked out in one call: where they belong, or in new memory if that is nowhere.
 
     `for_gpu`: rows are merged in memory that a GPU copies from by itself.
     """
     if len(batches) == 1:
-        rows, counts = batches[0]
-        return [maths(layer, rows, counts).contiguous()]
+        rows, counts, place = batches[0]
+        answer = maths(layer, rows, counts, place)
+        return [answer if answer is place else _gathered(answer, [(0, len(rows))], place)]
     num_experts = len(batches[0][1])
     pieces: list[Tensor] = []
     places: list[list[tuple[int, int]]] = [[] for _ in batches]  # of each batch's pieces in the merged rows
@@ -34,7 +37,7 @@ def run_as_one(
     total = 0
     for expert in range(num_experts):
         before = total
-        for index, (rows, counts) in enumerate(batches):
+        for index, (rows, counts, _) in enumerate(batches):
             if count := counts[expert]:
                 pieces.append(rows[starts[index] : starts[index] + count])
                 places[index].append((total, total + count))
@@ -42,12 +45,12 @@ def run_as_one(
                 total += count
         merged_counts.append(total - before)
     merged = torch.cat(pieces, out=pinned((total, pieces[0].shape[1]), pieces[0].dtype) if for_gpu else None)
-    answer = maths(layer, merged, tuple(merged_counts))  # [R of all, D]
-    return [_gathered(answer, ranges) for ranges in places]
+    answer = maths(layer, merged, tuple(merged_counts), None)  # [R of all, D]
+    return [_gathered(answer, ranges, place) for ranges, (_, _, place) in zip(places, batches, strict=True)]
 
 
-def _gathered(answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
-    if len(ranges) == 1:
-        start, end = ranges[0]
-        return answer[start:end].contiguous()
-    return torch.cat([answer[start:end] for start, end in ranges])
+def _gathered(answer: Tensor, ranges: list[tuple[int, int]], place: Tensor | None) -> Tensor:
+    if len(ranges) > 1:
+        return torch.cat([answer[start:end] for start, end in ranges], out=place)
+    start, end = ranges[0]
+    return answer[start:end].contiguous() if place is None else place.copy_(answer[start:end])

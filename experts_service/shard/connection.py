@@ -4,12 +4,13 @@ A read takes the head and as many payload bytes as there are in one call, straig
 also caught the start of the next frame, that is carried over. A peer that sends slowly keeps a buffer, and one that
 does not read its answers keeps those; beyond a bound nothing more is read from it. Nobody else waits for either.
 
-Rows may also lie in memory that both ends map. They are run from there, and their answer is written beside them before
-its head is sent. A peer that changes them meanwhile changes its own answer.
+Rows may also lie in memory that both ends map. They are run from there, and their answer is written beside them, by the
+maths itself where it can, before its head is sent. A peer that changes them meanwhile changes its own answer.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections import deque
@@ -95,6 +96,7 @@ class Connection:
         self.descriptor = channel.fileno()
         self.closed = False
         self.waiting = 0  # frames delivered and not answered yet
+        self.reported = select.EPOLLIN  # what epoll reports
         self._shape = shape
         self._form = RowsFormat(shape.num_experts)
         self._pool = pool
@@ -117,8 +119,10 @@ class Connection:
         return bool(self._unsent)
 
     @property
-    def wants_to_read(self) -> bool:
-        return self.waiting < MAX_FRAMES and len(self._unsent) < MAX_UNSENT
+    def wanted(self) -> int:
+        """What epoll is to report."""
+        reads = self.waiting < MAX_FRAMES and len(self._unsent) < MAX_UNSENT
+        return (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if self._unsent else 0)
 
     def receive(self) -> None:
         """Read once, and deliver the frames that are complete. Raises PeerLeft, FrameError, or OSError."""
@@ -142,11 +146,10 @@ class Connection:
             pass
 
     def reply(self, frame: RowsFrame, answer: Tensor) -> None:
-        """Send `answer` [R, D], contiguous, on the host."""
+        """Send `answer` [R, D], contiguous, on the host; one that lies in its slot is there already."""
         size = frame.head.payload_bytes
-        if frame.answer is not None:
-            frame.answer.copy_(answer)
-            self._keep(frame.reply_head, NOTHING, self._send(frame.reply_head, NOTHING))
+        if answer is frame.answer:
+            self._say(frame.reply_head, NOTHING)
         elif size <= COPIED_BYTES and frame.buffer is not None:
             frame.rows.copy_(answer)
             payload = frame.buffer.view[:size]
@@ -154,14 +157,12 @@ class Connection:
             if sent < len(frame.reply_head) + size:
                 self._keep(frame.reply_head, memoryview(bytes(payload)), sent)  # the buffer is used again at once
         else:
-            payload = answer.view(torch.uint8).numpy().data.cast("B")
-            self._keep(frame.reply_head, payload, self._send(frame.reply_head, payload))
+            self._say(frame.reply_head, answer.view(torch.uint8).numpy().data.cast("B"))
 
     def refuse(self, frame: RowsFrame, flags: int, message: str) -> None:
         """Say that the rows were not run: an error, or with flags 0 that the shard drains."""
         payload = memoryview(message.encode()[:MAX_MESSAGE_BYTES])
-        head = refusal_head(frame.reply_head, ERROR if flags else DRAINING, flags, len(payload))
-        self._keep(head, payload, self._send(head, payload))
+        self._say(refusal_head(frame.reply_head, ERROR if flags else DRAINING, flags, len(payload)), payload)
 
     def done_with(self, frame: RowsFrame) -> None:
         """The frame was answered, or will never be: its buffer is free."""
@@ -191,6 +192,12 @@ class Connection:
             self._slots = None  # frames that are being run keep it mapped
             self._pool.give_back(self._buffer)
 
+    def _say(self, head: bytes, payload: memoryview) -> None:
+        """Send a frame, now or later; its payload stays as it is until then."""
+        sent = self._send(head, payload)
+        if sent < len(head) + len(payload):
+            self._keep(head, payload, sent)
+
     def _send(self, head: bytes, payload: memoryview) -> int:
         """Bytes that the peer's side took at once."""
         if self._unsent or self._broken:
@@ -207,7 +214,7 @@ class Connection:
 
     def _keep(self, head: bytes, payload: memoryview, sent: int) -> None:
         """What is left of a frame is sent later."""
-        if sent < len(head) + len(payload) and not self._broken:
+        if not self._broken:
             pieces = memoryview(head)[sent:], payload[max(0, sent - len(head)) :]
             self._unsent.extend(piece for piece in pieces if len(piece))
 

@@ -94,7 +94,6 @@ class LaneServer:
         self._queue: deque[RowsFrame] = deque()
         self._unproven: dict[int, _UnprovenPeer] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
-        self._interest: dict[int, int] = {}
         self._draining = self._stopping = self._running = False
         self._frames = self._in_memory = self._rows = self._batches = self._late = self._refused = 0
         self._busy_s = self._queue_s = 0.0
@@ -192,7 +191,7 @@ class LaneServer:
         except (PeerLeft, OSError):
             self._drop(descriptor)
         else:
-            self._adjust(descriptor, connection)
+            self._adjust(connection)
 
     def _enqueue(self, frame: RowsFrame) -> None:
         if self._draining:
@@ -212,7 +211,7 @@ class LaneServer:
         answers: list[Tensor] = []
         failure = ""
         try:
-            batches = [(frame.rows, frame.head.counts) for frame in frames]
+            batches = [(frame.rows, frame.head.counts, frame.answer) for frame in frames]
             answers = run_as_one(self._maths, layer, batches, for_gpu=self._for_gpu)
         except Exception as error:  # whatever the maths raises is told to those who asked
             logger.exception("layer %d failed for %d frames", layer, len(frames))
@@ -258,7 +257,7 @@ class LaneServer:
         connection = frame.connection
         connection.done_with(frame)
         if not connection.closed:
-            self._adjust(connection.descriptor, connection)
+            self._adjust(connection)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -303,7 +302,6 @@ class LaneServer:
                     self._connections[descriptor] = Connection(
                         peer.channel, self._shape, self._pool, self._enqueue, memory
                     )
-                    self._interest[descriptor] = _READ
         except BlockingIOError:
             return
         except HandshakeRefused as error:
@@ -332,12 +330,12 @@ class LaneServer:
             os.close(descriptor)
         return memory
 
-    def _adjust(self, descriptor: int, connection: Connection) -> None:
+    def _adjust(self, connection: Connection) -> None:
         """Have epoll report what this connection can go on with."""
-        wanted = (_READ if connection.wants_to_read else 0) | (_WRITE if connection.wants_to_write else 0)
-        if self._interest.get(descriptor, wanted) != wanted:
-            self._epoll.modify(descriptor, wanted)
-            self._interest[descriptor] = wanted
+        wanted = connection.wanted
+        if wanted != connection.reported:
+            self._epoll.modify(connection.descriptor, wanted)
+            connection.reported = wanted
 
     def _refuse(self, descriptor: int, message: str) -> None:
         self._refused += 1
@@ -345,7 +343,6 @@ class LaneServer:
         self._drop(descriptor)
 
     def _drop(self, descriptor: int) -> None:
-        self._interest.pop(descriptor, None)
         if peer := self._unproven.pop(descriptor, None):
             peer.channel.close()
         if connection := self._connections.pop(descriptor, None):
@@ -361,10 +358,12 @@ class LaneServer:
 
     def _patience(self) -> float:
         """Seconds until something is due."""
+        if not self._unproven and self._accept_again_at is None:
+            return IDLE_S
         due = [peer.handshake.deadline for peer in self._unproven.values()]
         if self._accept_again_at is not None:
             due.append(self._accept_again_at)
-        return min(IDLE_S, max(0.0, min(due) - time.monotonic())) if due else IDLE_S
+        return min(IDLE_S, max(0.0, min(due) - time.monotonic()))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -156,15 +156,15 @@ class ExpertShard:
             )
         return self._run(layer, rows, counts)
 
-    def _run(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        from experts_service.device import on_host
-
+    def _run(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
+        """Rows [R, D] on the host → answers [R, D] there; `answers` may be written, and returned."""
         with self._one_at_a_time:
             started = time.perf_counter()
             try:
-                # The rows stay where they are until the answer is there.
-                rows = rows.to(self._experts.device, non_blocking=True)
-                answer = on_host(self._experts(layer, rows, counts))  # [R, D]
+                if self._experts.device.type == "cpu":
+                    answer = self._experts(layer, rows, counts, answers)  # [R, D]
+                else:
+                    answer = self._run_on_gpu(layer, rows, counts)
             except Exception:
                 self._end_without_a_device()
                 raise
@@ -172,6 +172,13 @@ class ExpertShard:
             self._calls += 1
             self._busy_s += time.perf_counter() - started
         return answer
+
+    def _run_on_gpu(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        from experts_service.device import on_host
+
+        # The rows stay where they are until the answer is there.
+        rows = rows.to(self._experts.device, non_blocking=True)
+        return on_host(self._experts(layer, rows, counts))
 
     def _end_without_a_device(self) -> None:
         """After an error: end the process where its device does not work any more.

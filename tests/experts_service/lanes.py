@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,7 +27,10 @@ HERE, ELSEWHERE = "this node", "another node"
 MEMORY = False  # whether coordinators ask shards on their node for memory to share; tests of both ways set it
 
 
-def maths(experts: Sequence[int]) -> Maths:
+Run = Callable[[int, Tensor, Sequence[int]], Tensor]  # layer, rows [R, D], counts [E] → answers [R, D]
+
+
+def maths(experts: Sequence[int]) -> Run:
     """Scales and shifts by layer and expert, element by element: bitwise the same in whatever batch."""
 
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -35,6 +38,16 @@ def maths(experts: Sequence[int]) -> Maths:
         return torch.cat([(piece * (expert + 2) + layer).tanh() for piece, expert in zip(pieces, experts, strict=True)])
 
     return run
+
+
+def in_place(run: Run) -> Maths:
+    """The same, written where answers may be written, as a shard's experts do it."""
+
+    def run_in_place(layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
+        answer = run(layer, rows, counts)
+        return answer if answers is None else answers.copy_(answer)
+
+    return run_in_place
 
 
 class LocalMaths:
@@ -68,12 +81,13 @@ class Shards:
     memory: bool = field(default_factory=lambda: MEMORY)
 
     def start(
-        self, replica_id: str, group: int, run: Maths | None = None, *, fingerprint: str = FINGERPRINT
+        self, replica_id: str, group: int, run: Run | None = None, *, fingerprint: str = FINGERPRINT
     ) -> LaneServer:
         """Serve a group and publish its replica."""
         experts = GROUPS[group].experts
         shape = LaneShape(NUM_LAYERS, len(experts), HIDDEN, self.dtype)
-        server = LaneServer(run or maths(experts), shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1")
+        run = in_place(run or maths(experts))
+        server = LaneServer(run, shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1")
         server.start()
         self.servers[replica_id] = server
         self.publish()

@@ -67,11 +67,12 @@ def test_rows_of_several_coordinators_are_merged_in_pinned_memory_for_a_gpu(monk
     )
     seen = []
 
-    def run(layer, rows, counts):
+    def run(layer, rows, counts, answers):
         seen.append(rows)
         return rows + 100
 
-    frames = [(torch.tensor([[1.0], [2.0], [3.0]]), (2, 1)), (torch.tensor([[10.0], [20.0], [30.0]]), (1, 2))]
+    rows = torch.tensor([[1.0], [2.0], [3.0]])
+    frames = [(rows, (2, 1), None), (10 * rows, (1, 2), None)]
     answers = run_as_one(run, 0, frames, for_gpu=for_gpu)
     assert [answer.flatten().tolist() for answer in answers] == [[101, 102, 103], [110, 120, 130]]
     assert [rows is seen[0] for rows in pinned] == [True] * for_gpu

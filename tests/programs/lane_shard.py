@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts_service.shard.server import LaneServer
 from experts_service.wire.frame import LaneShape
-from tests.experts_service.lanes import FINGERPRINT, GROUPS, HIDDEN, NUM_LAYERS, SECRET, maths
+from tests.experts_service.lanes import FINGERPRINT, GROUPS, HIDDEN, NUM_LAYERS, SECRET, in_place, maths
 
 experts = GROUPS[int(sys.argv[1])].experts
 run = maths(experts)
@@ -27,7 +27,7 @@ def wait_in_layer_2(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 server = LaneServer(
-    wait_in_layer_2,
+    in_place(wait_in_layer_2),
     LaneShape(NUM_LAYERS, len(experts), HIDDEN, torch.float32),
     secret=SECRET,
     fingerprint=FINGERPRINT,

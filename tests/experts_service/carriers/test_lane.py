@@ -123,14 +123,29 @@ def test_frames_of_two_coordinators_run_as_one_batch_and_equal_separate_ones() -
 def test_merged_rows_stand_together_by_expert() -> None:
     seen: list[tuple[list[float], tuple[int, ...]]] = []
 
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def run(layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
         seen.append((rows[:, 0].tolist(), tuple(counts)))
         return rows + 100
 
     a, b = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [20.0], [30.0]])
-    answers = run_as_one(run, 0, [(a, (2, 1)), (b, (1, 2))])
-    assert seen == [([1, 2, 10, 3, 20, 30], (3, 3))]
-    assert [answer.flatten().tolist() for answer in answers] == [[101, 102, 103], [110, 120, 130]]
+    for places in ((None, None), (torch.zeros(3, 1), torch.zeros(3, 1))):
+        answers = run_as_one(run, 0, [(a, (2, 1), places[0]), (b, (1, 2), places[1])])
+        assert seen.pop() == ([1, 2, 10, 3, 20, 30], (3, 3))
+        assert [answer.flatten().tolist() for answer in answers] == [[101, 102, 103], [110, 120, 130]]
+        if places[0] is not None:
+            assert [answer is place for answer, place in zip(answers, places, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_answer_is_where_it_belongs_whether_or_not_the_maths_writes_it_there(in_place: bool) -> None:
+    def run(layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
+        return answers.copy_(rows + 100) if in_place and answers is not None else rows + 100
+
+    place = torch.zeros(2, 1)
+    for counts in ((2, 0), (1, 1)):
+        (answer,) = run_as_one(run, 0, [(torch.tensor([[1.0], [2.0]]), counts, place.zero_())])
+        assert answer is place
+        assert place.flatten().tolist() == [101, 102]
 
 
 @UNIX_AND_TCP

@@ -16,16 +16,15 @@ from torch import Tensor
 from experts_service.delivery.flight import split
 from experts_service.delivery.replica_load import SPLIT_ROWS, ReplicaLoads
 from experts_service.routing_table import Replica
-from experts_service.shard.batch import Maths
 from experts_service.transport import GroupRows
 from router_service.dispatcher import Dispatcher
-from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, ask, batch, expected, maths, shards
+from tests.experts_service.lanes import GROUPS, LocalMaths, Run, Shards, ask, batch, expected, maths, shards
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("usual_carrier")
 
 
-def slow(experts: Sequence[int], seconds: Callable[[], float]) -> Maths:
+def slow(experts: Sequence[int], seconds: Callable[[], float]) -> Run:
     """The same answers, later."""
     run = maths(experts)
 
@@ -171,7 +170,7 @@ def test_pieces_of_a_group_hold_its_rows_in_order(counts: list[int], row_s: list
     assert len(pieces) <= num_replicas
 
 
-def damaged(experts: Sequence[int], times: int) -> Maths:
+def damaged(experts: Sequence[int], times: int) -> Run:
     """Answers NaN so often, then as it should."""
     run = maths(experts)
     left = [times]
