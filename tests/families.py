@@ -47,6 +47,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe-128": _QWEN3_MOE
     | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False, "initializer_range": 0.5},
     "olmoe": _WHOLE | {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5, "eos_token_id": 2},
+    "qwen2_moe": _WHOLE
+    | {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+    },
+    "granitemoe": _WHOLE
+    | {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 3.0,
+    },
 }
 MODEL_TYPES = {  # of what is not called so
     "llama-3.1": "llama",

@@ -41,6 +41,7 @@ class LayerSpec:
 
     gate: GateSpec | None = None  # None: no experts
     dense_size: int = 0  # intermediate size of the network for every token; 0: there is none
+    dense_is_gated: bool = False  # what that network says is multiplied by the sigmoid of a score of its own
     has_qkv_bias: bool = False
     qk_norm: Literal["head", "whole"] | None = None  # of queries and keys: each head for itself, or all heads as one
     clip_qkv: float | None = None  # what queries, keys and values do not exceed
@@ -49,6 +50,16 @@ class LayerSpec:
     def has_experts(self) -> bool:
         """Whether rows are sent to experts."""
         return self.gate is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Multipliers:
+    """What some families scale. As they come: nothing."""
+
+    embedding: float = 1.0
+    residual: float = 1.0  # what attention and feed-forward add
+    attention: float | None = None  # scores of queries and keys; None: 1 / sqrt(head_dim), as everybody
+    logits_divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,7 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
     rope_scaling: RopeScaling | None = None
+    multipliers: Multipliers = Multipliers()
 
     @property
     def num_layers(self) -> int:
@@ -83,6 +95,12 @@ class Architecture:
     def num_expert_layers(self) -> int:
         """Those that send rows to experts."""
         return sum(layer.has_experts for layer in self.layers)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each layer is Mixtral's or Llama's, and nothing is scaled."""
+        plain = (LayerSpec(gate=GateSpec()), *(LayerSpec(dense_size=layer.dense_size) for layer in self.layers))
+        return self.multipliers == Multipliers() and all(layer in plain for layer in self.layers)
 
     @property
     def is_dense(self) -> bool:
@@ -126,6 +144,8 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
             tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (a.num_experts, a.hidden_size)
         if layer.dense_size:
             tensors |= feed_forward_tensors(a, index)
+        if layer.dense_is_gated:
+            tensors[f"{prefix}.mlp.shared_expert_gate.weight"] = (1, a.hidden_size)
     tensors["model.norm.weight"] = (a.hidden_size,)
     if not a.tie_word_embeddings:
         tensors["lm_head.weight"] = (a.vocab_size, a.hidden_size)
@@ -134,8 +154,9 @@ def coordinator_tensors(architecture: Architecture) -> dict[str, Shape]:
 
 def feed_forward_tensors(architecture: Architecture, layer: int) -> dict[str, Shape]:
     """The three matrices of a layer's network for every token: y = down_proj(silu(gate_proj x) * up_proj x)."""
-    prefix = f"model.layers.{layer}.mlp"
-    up = (architecture.layers[layer].dense_size, architecture.hidden_size)
+    spec = architecture.layers[layer]
+    prefix = f"model.layers.{layer}.mlp{'.shared_expert' if spec.has_experts else ''}"
+    up = (spec.dense_size, architecture.hidden_size)
     return {f"{prefix}.gate_proj.weight": up, f"{prefix}.down_proj.weight": up[::-1], f"{prefix}.up_proj.weight": up}
 
 

@@ -4,6 +4,8 @@
     one by one        model.layers.N.mlp.experts.E.gate_proj.weight         [F, D]      by whoever quantises experts so
     transformers 5    model.layers.N.mlp.experts.gate_up_proj               [E, 2F, D]  w1 = rows [:F], w3 = rows [F:]
                       model.layers.N.mlp.experts.down_proj                  [E, D, F]
+    Granite           model.layers.N.block_sparse_moe.input_linear.weight   [E, 2F, D]  the same two
+                      model.layers.N.block_sparse_moe.output_linear.weight  [E, D, F]
     Mistral           layers.N.feed_forward.experts.E.w1.weight             [F, D]
     Mistral, early    layers.N.block_sparse_moe.w1                          [E·F, D]    and w2 so too, transposed
 
@@ -104,7 +106,7 @@ def _locate_quantized(
 ) -> QuantizedRef | None:
     """Where the matrix is quantised. Raises CheckpointError also where it should be and is not."""
     modules = [source.name.removesuffix(".weight") for source in sources if not source.is_part]
-    is_gate = name.endswith(".gate.weight")
+    is_gate = name.endswith((".gate.weight", "_gate.weight"))
     classes = {"Embedding"} if name == "model.embed_tokens.weight" else {"Linear"}
     schemes = quantization.schemes_of(modules, classes)
     ref = locate_quantized(name, shape, schemes, sources, stored)
@@ -148,18 +150,24 @@ def _huggingface_sources(a: Architecture, name: str, shape: Shape) -> Iterator[S
     yield Source(name, shape)
     if not (match := _EXPERT.fullmatch(name)):
         yield Source(name.replace(".block_sparse_moe.", ".mlp."), shape)
+        for router in ("router.layer", "router"):
+            yield Source(name.replace(".block_sparse_moe.gate.", f".block_sparse_moe.{router}."), shape)
         return
     layer, expert, matrix = match[1], int(match[2]), match[3]
     for module in (matrix, _PROJECTIONS[matrix]):
         yield Source(f"model.layers.{layer}.mlp.experts.{expert}.{module}.weight", shape)
     size = a.intermediate_size * a.hidden_size
     if matrix == "w2":
-        fused, whole, start = "down_proj", (a.num_experts, a.hidden_size, a.intermediate_size), expert * size
+        fused, of_granite = "down_proj", "output_linear"
+        whole, start = (a.num_experts, a.hidden_size, a.intermediate_size), expert * size
     else:
-        fused, whole = "gate_up_proj", (a.num_experts, 2 * a.intermediate_size, a.hidden_size)
+        fused, of_granite = "gate_up_proj", "input_linear"
+        whole = (a.num_experts, 2 * a.intermediate_size, a.hidden_size)
         start = (2 * expert + (matrix == "w3")) * size
     for suffix in ("", ".weight"):
         yield Source(f"model.layers.{layer}.mlp.experts.{fused}{suffix}", whole, start)
+    yield Source(f"model.layers.{layer}.block_sparse_moe.{of_granite}.weight", whole, start)
+    yield Source(f"model.layers.{layer}.block_sparse_moe.experts.{fused}", whole, start)
 
 
 def _mistral_sources(a: Architecture, name: str, shape: Shape) -> Iterator[Source]:

@@ -30,7 +30,7 @@ def outline(name: str, architecture: Architecture, scheme: Scheme | None = None)
 
 
 def _ref(name: str, shape: Shape, architecture: Architecture, scheme: Scheme | None) -> Ref:
-    if scheme is None or not (".experts." in name or ".self_attn." in name or ".mlp." in name):
+    if scheme is None or len(shape) == 1 or not (".experts." in name or ".self_attn." in name or ".mlp." in name):
         return _plain(name, _DTYPES[architecture.dtype], shape)
     parts = {
         part.role: _plain(name, _scale_dtype(scheme) if part.role == "scales" else part.dtypes[0], part.shapes[0])

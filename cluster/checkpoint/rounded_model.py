@@ -61,6 +61,11 @@ def quantization_config(architecture: Architecture, rounding: Rounding) -> dict[
 
 def stored_units(checkpoint: Checkpoint) -> dict[str, dict[str, NewTensor]]:
     """For each tensor of a rounded checkpoint what is stored of it. Raises ConfigError, CheckpointError: cannot be."""
+    if not (checkpoint.architecture.is_plain or checkpoint.architecture.is_dense):
+        raise ConfigError(
+            f"{checkpoint.directory}: what is written has Mixtral's names of experts, which this family has not; "
+            "engine.quantization rounds them while they are loaded"
+        )
     units: dict[str, dict[str, NewTensor]] = {}
     for name, ref in checkpoint.tensors.items():
         if isinstance(ref, RoundedRef):

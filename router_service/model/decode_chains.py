@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.architecture import Architecture, Multipliers
 from experts_service.kernels.compiled.chain import Chain
 from experts_service.kernels.compiled.route import Route
 from experts_service.kernels.compiled.routine import Task
@@ -45,6 +45,7 @@ class Layer:
     post_attention_norm: torch.Tensor  # [D]
     gate: Gate | None  # who computes its feed-forward,
     dense: SwiGLU | None  # or what does; of both the sum
+    dense_gate: torch.Tensor | None  # [1, D] of what it says
 
     @property
     def is_plain(self) -> bool:
@@ -59,6 +60,8 @@ class Layer:
 
 def are_served(layers: Sequence[Layer], architecture: Architecture, embeddings: torch.Tensor) -> bool:
     """Whether a model's rows can be done like this: its layers are Mixtral's, or Mistral's."""
+    if architecture.multipliers != Multipliers():
+        return False
     if not all(layer.is_plain and (layer.gate is None or layer.gate.is_chained) for layer in layers):
         return False
     if not (all(layer.dense is None for layer in layers) or all(layer.gate is None for layer in layers)):

@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
@@ -45,6 +46,10 @@ class Decoder:
         """
         self.architecture = architecture
         self.dispatcher = dispatcher
+        self._multipliers = architecture.multipliers
+        scores = self._multipliers.attention
+        # Attention divides by sqrt(head_dim). A power of two, as released models have it, rounds nothing.
+        self._query_factor = None if scores is None else scores * math.sqrt(architecture.head_dim)
         self.embeddings = dense(weights["model.embed_tokens.weight"])  # [V, D]
         self.norm = dense(weights["model.norm.weight"])  # [D]
         head = self.embeddings if architecture.tie_word_embeddings else weights["lm_head.weight"]  # [V, D]
@@ -96,6 +101,8 @@ class Decoder:
         num_rows = token_ids.shape[0]
         rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
+        if self._multipliers.embedding != 1:
+            x = x * self._multipliers.embedding
         if self._has_chains and 0 < num_rows <= MOST_ROWS:
             return (yield from self._decode(x, rotary, attention, kv_cache, routed))
         work = num_rows * self._multiplications
@@ -109,16 +116,15 @@ class Decoder:
                     weights, experts = layer.gate(rows)  # [T, K], [T, K]
             if layer.gate is None:
                 assert layer.dense is not None, "a layer has a feed-forward"
-                delta = layer.dense(rows)
+                delta = self._scaled(layer.dense(rows))
                 continue
             if routed is not None:
                 routed.append(experts)
             with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
-                of_all = None if layer.dense is None else layer.dense(rows)  # while rows are under way
+                shared = _shared_expert(layer, rows)  # while rows are under way
                 yield dispatch
                 delta = self.dispatcher.combine(dispatch, weights)
-            if of_all is not None:
-                delta += of_all
+            delta = self._scaled(delta if shared is None else delta.add_(shared))
         self.dispatcher.end_step()
         return x if delta is None else x.add_(delta)
 
@@ -170,7 +176,10 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in fp32 of hidden states [R, D]."""
-        return self.head(hidden).float()
+        logits = self.head(hidden)
+        if self._multipliers.logits_divisor != 1:
+            logits /= self._multipliers.logits_divisor
+        return logits.float()
 
     def _attend(
         self,
@@ -184,28 +193,35 @@ class Decoder:
         """Self-attention of one layer [T, D]."""
         query_heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
         qkv = layer.qkv(rows)  # [T, (N + 2G)·H]
-        if not layer.is_plain:
+        if not (layer.is_plain and self._query_factor is None):
             self._adjust(layer, qkv)
         qkv = qkv.view(-1, query_heads + 2 * kv_heads, self.architecture.head_dim)
         rotated = rotate(qkv[:, : query_heads + kv_heads], *rotary)
         queries, keys = rotated.split([query_heads, kv_heads], dim=1)  # [T, N, H], [T, G, H]
         attended = attention.attend(index, queries, keys, qkv[:, query_heads + kv_heads :], kv_cache)
-        return layer.o(attended.flatten(1))
+        return self._scaled(layer.o(attended.flatten(1)))
 
     def _adjust(self, layer: Layer, qkv: torch.Tensor) -> None:
-        """Bias, norms and bounds of queries, keys and values [T, (N + 2G)·H], in place."""
+        """Bias, norms and bounds of queries, keys and values [T, (N + 2G)·H], and the scale of scores, in place."""
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         if layer.qk_norms is not None:
             self._norm_heads(qkv, layer.qk_norms)
         if layer.clip_qkv is not None:
             qkv.clamp_(-layer.clip_qkv, layer.clip_qkv)
+        if self._query_factor is not None:
+            qkv[:, : self.architecture.num_heads * self.architecture.head_dim] *= self._query_factor
 
     def _norm_heads(self, qkv: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Queries and keys of `qkv`, in place."""
         sizes = [self.architecture.head_dim * n for n in (self.architecture.num_heads, self.architecture.num_kv_heads)]
         for weight, part in zip(weights, qkv[:, : sum(sizes)].split(sizes, dim=1), strict=True):
-            part.copy_(self._norm(part.reshape(-1, len(weight)), weight).view(part.shape))
+            heads = part.contiguous().view(-1, len(weight))
+            part.copy_(self._norm(heads, weight).view(part.shape))
+
+    def _scaled(self, delta: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream [T, D], in place."""
+        return delta if self._multipliers.residual == 1 else delta.mul_(self._multipliers.residual)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Of `x` [T, D], to which `delta` [T, D] is added in place before."""
@@ -234,4 +250,17 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
         gate=gate,
         dense=dense_network,
+        dense_gate=dense(weights[f"{prefix}.mlp.shared_expert_gate.weight"]) if spec.dense_is_gated else None,
     )
+
+
+def _shared_expert(layer: Layer, rows: torch.Tensor) -> torch.Tensor | None:
+    """What the network for every token says of `rows` [T, D] beside experts."""
+    if layer.dense is None:
+        return None
+    said = layer.dense(rows)
+    if layer.dense_gate is None:
+        return said
+    # A row's product is one sum: a matmul of one output would add in an order that depends on the number of rows.
+    scores = (rows.float() * layer.dense_gate.float()).sum(dim=-1, keepdim=True).to(rows.dtype)  # [T, 1]
+    return said.mul_(scores.sigmoid())

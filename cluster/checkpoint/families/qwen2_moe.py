@@ -20,6 +20,7 @@ def read(config: JsonDocument) -> Architecture:
     sparse = LayerSpec(
         gate=gate(config),
         dense_size=config.integer("shared_expert_intermediate_size", default=SHARED_SIZE),
+        dense_is_gated=True,
         has_qkv_bias=has_bias,
     )
     of_all = layers(config, sparse, lambda size: LayerSpec(dense_size=size, has_qkv_bias=has_bias))

@@ -18,9 +18,11 @@ Numbers = Literal["int8", "int4", "fp8"]
 Parts = Literal["all", "layers", "experts", "attention"]  # layers: experts and attention; all: the output head as well
 
 _HEAD = "lm_head.weight"
-# A dense layer's feed-forward network counts as experts.
+# A dense layer's feed-forward network counts as experts, and so does a shared expert.
 _MATRICES = {
-    "experts": re.compile(r"model\.layers\.\d+\.(block_sparse_moe\.experts\.\d+\.w[123]|mlp\.\w+_proj)\.weight"),
+    "experts": re.compile(
+        r"model\.layers\.\d+\.(block_sparse_moe\.experts\.\d+\.w[123]|mlp\.(shared_expert\.)?\w+_proj)\.weight"
+    ),
     "attention": re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight"),
 }
 

@@ -27,6 +27,7 @@ QWEN_MOE = EXPERTS | {"moe_intermediate_size": 24}
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3},
     "olmoe": EXPERTS,
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 3},
     "qwen2_moe": QWEN_MOE,
     "qwen3_moe": QWEN_MOE,
 }
@@ -89,6 +90,11 @@ def test_some_layers_of_qwen_are_dense(changes: dict[str, Any], experts_in: list
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; expected at most num_experts=8"),
         ("qwen3_moe", {"num_experts": 300}, "num_experts is 300; expected an integer from 1 to 256"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is not known"),
+        ("qwen2_moe", {"use_sliding_window": True}, "one window in all or none"),
+        ("qwen2_moe", {"attention_bias": True}, "attention_bias is True"),
+        ("granitemoe", {"attention_bias": True}, "attention_bias is True"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0; expected a number above 0"),
+        ("granitemoe", {"shared_intermediate_size": 8}, "shared_intermediate_size is not known"),
         ("olmoe", {"head_dim": 32}, "head_dim is not hidden_size / num_attention_heads"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1; expected a number above 0"),
     ],

@@ -48,6 +48,8 @@ def write_gguf(checkpoint: Checkpoint, file: Path, kind: GgufType) -> None:
     a = checkpoint.architecture
     if a.sliding_window is not None:
         raise ConfigError("llama.cpp has no sliding window for this family")
+    if not a.is_plain or a.rope_scaling is not None:
+        raise ConfigError("llama.cpp is compared on models whose layers are Mixtral's or Llama's")
     _check_room(a, file, kind)
     writer = gguf.GGUFWriter(file, "llama")
     _add_sizes(writer, a)

@@ -6,7 +6,6 @@ machine, now.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from cluster.checkpoint.architecture import Architecture, expert_tensors
+from cluster.checkpoint.architecture import Architecture
 from cluster.commands.bench.decode.figures import Run, Workload
 from cluster.commands.bench.decode.rival_process import CALIBRATION_RUNS, CALIBRATION_TOKENS, RivalProcess, serve_tasks
 from cluster.commands.bench.memory import resident_memory
@@ -74,7 +73,7 @@ class Reference(RivalProcess[Implementation]):
 
     def ways(self, workload: Workload) -> list[Implementation]:
         a = self._architecture
-        expert_bytes = self._dtype_bytes * sum(map(math.prod, expert_tensors(a, 0, 0).values()))
+        expert_bytes = self._dtype_bytes * 3 * a.hidden_size * a.intermediate_size
         room = COPIES_FRACTION * psutil.virtual_memory().available / expert_bytes  # rows
         rows = a.top_k * workload.num_sequences
         computed = rows * (workload.prompt_tokens - workload.context)
@@ -137,13 +136,13 @@ class _Stopwatch:
 def _serve(connection: Connection, directory: str, dtype: str, device: str) -> None:
     """In the new process."""
     import torch
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model = MixtralForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     except Exception as error:
         connection.send(SetupError(f"transformers cannot load {directory}: {error}"))
         return
@@ -189,7 +188,8 @@ def _random_cache(model: Any, num_sequences: int, context: int) -> Any:
     from transformers import DynamicCache
 
     config = model.config
-    shape = (num_sequences, config.num_key_value_heads, context, config.head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (num_sequences, config.num_key_value_heads, context, head_dim)
     cache = DynamicCache(config=config)
     for layer in range(config.num_hidden_layers):
         keys = torch.randn(shape, dtype=model.dtype, device=model.device)
