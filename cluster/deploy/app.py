@@ -31,7 +31,7 @@ from cluster.config import (
 from cluster.errors import ConfigError
 from cluster.expert_deployments import expert_deployment_name
 from cluster.messages import ModelCard, Parsers
-from cluster.planning.gpus import gpu_memory_bytes
+from cluster.planning.gpus import gpu_memory_bytes, lacks_bf16
 from cluster.planning.placement import (
     DeviceShare,
     Dtype,
@@ -154,6 +154,8 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     workers = (1, 1) if local else (cluster.num_gpus, cluster.num_cpus)
     groups = plan_groups(config.experts.groups, architecture.num_experts, *workers)
     dtype = compute_dtype(config.engine.dtype, architecture)
+    if on_gpu and dtype == "bfloat16":
+        _check_bf16(config.name, cluster)
     max_model_len = config.engine.max_model_len or architecture.max_position_embeddings
     check_scaled_groups(config.experts, len(groups))
     reserves = on_gpu or bool(config.experts.gpus_per_shard)
@@ -199,6 +201,16 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
     )
+
+
+def _check_bf16(model: str, cluster: Cluster) -> None:
+    """Raises ConfigError where no card has it; of some that do not, the process that comes to one says so."""
+    kinds = {(node.labels or {}).get("ray.io/accelerator-type", "") for node in cluster.nodes if node.gpu_memory_bytes}
+    if kinds and all(map(lacks_bf16, kinds)):
+        raise ConfigError(
+            f"models: {model!r}: engine.dtype: {', '.join(sorted(kinds))} has no bfloat16; set float32, which "
+            "takes 4 bytes a weight and runs launch by launch, or take GPUs of compute capability 8.0 or later"
+        )
 
 
 def _groups_on_tiers(

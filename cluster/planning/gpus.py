@@ -51,6 +51,8 @@ _PLANNED = {
 _MEMORY_ONLY = {
     "A100": 40, "B300": 270, "GB200": 180, "GB300": 270, "H20": 96, "RTX-PRO-6000": 96, "T4": 16, "V100": 16,
 }  # fmt: skip
+# Of compute capability before 8.0: their tensor cores, if any, multiply float16 alone.
+_WITHOUT_BF16 = {"K80", "P100", "P4", "T4", "V100"}
 _UNKNOWN_GPU_BYTES = 2**50  # taken to be large enough: the process itself will say when it is not
 
 GPUS = {
@@ -64,7 +66,17 @@ def gpu_type(name: str) -> GpuType:
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu
+    if lacks_bf16(name.upper()):
+        raise ConfigError(
+            f"{name.upper()}: there is nothing to plan for, as it has no bfloat16; models run there in engine.dtype: "
+            "float32, 4 bytes a weight, and launch by launch. Plans are made for " + ", ".join(GPUS)
+        )
     raise ConfigError(f"there is no GPU type {name!r}; known are {', '.join(GPUS)}")
+
+
+def lacks_bf16(accelerator_type: str) -> bool:
+    """Whether it is known to: models run there in float32, by torch's operations."""
+    return accelerator_type in _WITHOUT_BF16
 
 
 def gpu_memory_bytes(accelerator_type: str) -> int:

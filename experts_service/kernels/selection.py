@@ -92,7 +92,20 @@ def select(
     return selection
 
 
+def _check_bf16(device: torch.device) -> None:
+    """Raises ConfigError for a card that multiplies none: torch would do it number by number, or not at all."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ConfigError(
+            f"engine.dtype: {torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) "
+            "has no bfloat16; set float32, which takes 4 bytes a weight and runs launch by launch, or take a GPU of "
+            "8.0 or later"
+        )
+
+
 def _select(dtype: torch.dtype, device: torch.device, kernels: str, batch_invariant: str) -> Selection:
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        _check_bf16(device)
     if device.type != "cpu" or dtype is not torch.bfloat16:
         if device.type == "cuda" and not compiles_for(device):
             logger.warning(

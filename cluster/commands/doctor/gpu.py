@@ -38,11 +38,17 @@ def capability() -> Finding:
     found, old = [], []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        found.append(f"{index}: {torch.cuda.get_device_name(index)}, {major}.{minor}")
-        if (major, minor) < LEAST_CAPABILITY:
+        is_old = (major, minor) < LEAST_CAPABILITY
+        lacks = ", which has no bf16" if is_old else ""
+        found.append(f"{index}: {torch.cuda.get_device_name(index)}, {major}.{minor}{lacks}")
+        if is_old:
             old.append(str(index))
     if old:
-        return failed("; ".join(found), f"leave out {', '.join(old)} (CUDA_VISIBLE_DEVICES): no bf16 before 8.0")
+        return failed(
+            "; ".join(found),
+            f"leave out {', '.join(old)} (CUDA_VISIBLE_DEVICES), or serve with engine.dtype: float32, which takes 4 "
+            "bytes a weight and runs launch by launch; bf16 is refused before 8.0",
+        )
     return good("; ".join(found))
 
 

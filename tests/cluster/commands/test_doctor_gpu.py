@@ -78,7 +78,9 @@ def test_one_card_has_no_neighbours_and_an_old_one_no_bf16(monkeypatch: pytest.M
     assert gpu.peers().status is Status.NOT_APPLICABLE
     finding = gpu.capability()
     assert finding.status is Status.FAILED
+    assert finding.found == "0: Tesla V100-SXM2-16GB, 7.0, which has no bf16"
     assert "leave out 0" in finding.advice
+    assert "engine.dtype: float32" in finding.advice
 
 
 def test_a_slice_of_a_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

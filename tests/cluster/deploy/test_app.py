@@ -132,6 +132,15 @@ def test_a_step_is_cut_nowhere_unless_that_is_asked_for():
     assert plan(machine(gpus=9, memory=64 * GIB)).config.engine.microbatches == 1
 
 
+def test_cards_without_bf16_are_refused_in_words_unless_the_model_is_float32():
+    """A T4 was given bf16: torch multiplies it there number by number, or raises in the first request."""
+    with pytest.raises(ConfigError, match=r"engine\.dtype: T4 has no bfloat16; set float32, which takes 4 bytes"):
+        plan(machine(gpus=2, gpu_type="T4"))
+    assert plan(machine(gpus=2, gpu_type="T4"), engine={"dtype": "float32"}).gpus_per_coordinator > 0
+    assert plan(machine(gpus=1, gpu_type="T4"), machine(gpus=1)).config.engine.dtype == "bfloat16"
+    assert plan(machine(gpus=2, gpu_type="T4"), engine={"device": "cpu"}).config.engine.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(("gpus", "share"), [(0, 0.0), (1, 1.0)])
 def test_a_dense_model_is_one_coordinator(tmp_path, gpus, share):
     write_checkpoint(tmp_path, dense=True)

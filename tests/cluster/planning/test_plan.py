@@ -188,6 +188,7 @@ def test_the_layout_of_a_configuration_is_taken_as_it_is(tmp_path: Path) -> None
         ),
         (("mixtral-9x9b",), "'mixtral-9x9b' is no directory; shapes that are known by name"),
         (("mixtral-8x7b", "--gpu", "H300"), "there is no GPU type 'H300'"),
+        (("mixtral-8x7b", "--gpu", "t4"), "T4: there is nothing to plan for, as it has no bfloat16"),
         ((), "give either MODEL or --config"),
     ],
 )

@@ -14,6 +14,7 @@ from experts_service.kernels import cores, selection, speeds
 from experts_service.kernels.compiled import matmul
 from experts_service.kernels.compiled.routine import Routine
 from experts_service.kernels.cores import cores as count_cores
+from experts_service.kernels.gpu.launch import compiles_for
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.selection import choose, select
 
@@ -86,6 +87,7 @@ def test_on_a_gpu_our_kernels_multiply_where_batch_invariance_is_asked_for(
 ) -> None:
     """It had no effect, and a warning."""
     monkeypatch.setattr(selection, "compiles_for", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     kernels = {
         setting: select(BF16, torch.device("cuda"), batch_invariant=setting) for setting in ("auto", "off", "on")
     }
@@ -103,10 +105,22 @@ def test_a_gpu_without_kernels_of_ours_is_said_to_need_more_memory(
 ) -> None:
     """The plan counts small numbers as small; without a C compiler they are widened."""
     monkeypatch.setattr(selection, "compiles_for", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     select(BF16, torch.device("cuda"))
     (message,) = caplog.messages
     assert "no kernels of ours run on this GPU" in message
     assert "quantised weights are widened and take more memory than planned" in message
+
+
+def test_a_card_without_bf16_is_refused_by_name_and_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a T4 torch multiplies bf16 number by number, or raises in the first step: whoever serves was told neither."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    compiles_for.cache_clear()
+    with pytest.raises(ConfigError, match=r"engine.dtype: Tesla T4 \(compute capability 7\.5\) has no bfloat16; set"):
+        select(BF16, torch.device("cuda"))
+    assert select(torch.float32, torch.device("cuda")).kernel is Kernel.TORCH
+    compiles_for.cache_clear()
 
 
 def test_what_this_cpu_cannot_do_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
