@@ -112,7 +112,10 @@ class Dispatcher:
         """Rows sent to each expert since the start, summed over layers. From any thread; on a GPU a step late."""
         if self._grouped is None:
             return tuple((self._rows_by_rank[self._rank] + self._rows_per_expert).tolist())
-        counts = np.diff(self._ends.numpy(), prepend=0)
+        seen, last = np.empty(0), np.empty(0)
+        while not len(seen) or not np.array_equal(seen, last):  # the device may be writing the next step's
+            seen, last = self._ends.numpy().copy(), seen
+        counts = np.diff(seen, prepend=0)
         return tuple(counts[self._rank].tolist())
 
     @property

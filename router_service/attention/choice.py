@@ -57,7 +57,7 @@ def _on_gpu(
     from router_service.attention.triton_paged import TritonAttention, is_served
 
     if not is_served(architecture, dtype):
-        _warn("its kernels take heads of at most 256 numbers, and at most 64 of them on one key-value head")
+        _warn("its kernels take heads of at most 256 numbers, and at most 64 of them on one key-value head, or 32 KiB")
         return None
     if torch.cuda.get_device_capability(device) < OLDEST_CARD:
         _warn("its kernels need a card of compute capability 8.0 or later")

@@ -41,6 +41,7 @@ from router_service.attention.triton_kernels import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 MAX_SHARED = 64  # query heads of one key-value head: the rows of a tile
+MAX_QUERY_BYTES = 2**15  # of a tile's queries, which lie in shared memory beside keys and values: 99 KiB on small cards
 EVERY_KEY = 2**30  # a window that nothing leaves
 PROGRAMS = 512  # that keep a card busy: about four for each multiprocessor of a large one
 PARTIAL_BYTES = 2**26  # of what splits make; taken before the KV cache is sized, which sees that it is
@@ -53,7 +54,10 @@ Numbers = NDArray[np.int32]
 def is_served(architecture: Architecture, dtype: torch.dtype) -> bool:
     """Whether the kernels can do this model."""
     shared = architecture.num_heads // architecture.num_kv_heads
-    return dtype in DTYPES and architecture.head_dim <= MAX_HEAD_DIM and shared <= MAX_SHARED
+    if dtype not in DTYPES or architecture.head_dim > MAX_HEAD_DIM or shared > MAX_SHARED:
+        return False
+    row_bytes = triton.next_power_of_2(architecture.head_dim) * dtype.itemsize
+    return triton.next_power_of_2(shared) * row_bytes <= MAX_QUERY_BYTES  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Attention's kernels as cards would run them, compiled; says what each takes. argv: capability, dtype, head_dim."""
+"""Attention, compiled for a card; says what each kernel takes. argv: capability, dtype, head_dim, heads that share."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from router_service.attention import triton_paged
 from tests.router_service.attention.pages import sized
 from tests.triton_compiler import compile_for
 
-capability, dtype, head_dim = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+capability, dtype, head_dim, heads = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 shared = {}
 
 
@@ -20,6 +20,7 @@ def compiled(kernel, grid, *arguments, **constants):  # type: ignore[no-untyped-
 
 
 triton_paged.launch = compiled
-architecture = sized(num_heads=32, num_kv_heads=8, head_dim=head_dim)
+architecture = sized(num_heads=8 * heads, num_kv_heads=8, head_dim=head_dim)
+assert triton_paged.is_served(architecture, dtype)
 triton_paged.TritonAttention(architecture, block_size=16, dtype=dtype, device=torch.device("cpu")).warm_up()
 print(json.dumps(shared))

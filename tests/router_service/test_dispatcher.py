@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -107,3 +109,20 @@ def test_a_batch_without_rows_asks_nobody() -> None:
     empty = remote.dispatch(0, torch.empty(0, HIDDEN), torch.empty(0, 2, dtype=torch.int64))
     assert remote.combine(empty, torch.empty(0, 2)).shape == (0, HIDDEN)
     assert sum(remote.rows_per_expert) == 0
+
+
+def test_counts_are_read_when_the_device_is_not_in_the_midst_of_writing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends of 10 and 20 rows became 15 and 30; read in between, the second expert had given five rows back."""
+    remote = dispatcher(moe_block(2, torch.float32), [(0, 1)])
+    written = iter([[15, 20], [15, 30], [15, 30]])
+
+    class Ends:
+        def numpy(self) -> Ends:
+            return self
+
+        def copy(self) -> npt.NDArray[np.int64]:
+            return np.array(next(written))
+
+    monkeypatch.setattr(remote, "_grouped", object())
+    monkeypatch.setattr(remote, "_ends", Ends(), raising=False)
+    assert remote.rows_per_expert == (15, 15)

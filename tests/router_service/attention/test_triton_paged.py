@@ -390,15 +390,32 @@ def test_it_is_chosen_where_it_runs_and_else_the_log_says_why(monkeypatch, caplo
     assert (why or "") in "".join(warnings)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "served"), [("float32", 32, True), ("float32", 64, False), ("bfloat16", 64, True)]
+)
+def test_what_does_not_fit_the_memory_of_small_cards_is_not_served(dtype, heads, served):
+    """64 heads of 256 numbers in float32 on one key-value head took 100.25 KiB of 99: the first request would fail."""
+    architecture = sized(num_heads=heads, num_kv_heads=1, head_dim=256)
+    assert triton_paged.is_served(architecture, getattr(torch, dtype)) == served
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)]
+    ("dtype", "head_dim", "heads"),
+    [
+        ("bfloat16", 64, 4),
+        ("bfloat16", 128, 4),
+        ("bfloat16", 256, 4),
+        ("bfloat16", 256, 64),
+        ("float32", 128, 64),
+        ("float32", 256, 32),
+    ],
 )
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
-def test_triton_compiles_it_for_cards_that_nobody_has(capability, dtype, head_dim):
+def test_triton_compiles_it_for_cards_that_nobody_has(capability, dtype, head_dim, heads):
     """Whatever a GPU's compiler refuses, and what would not fit a multiprocessor: 99 KiB on the smallest."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    said = said_by("compile_attention", capability, dtype, head_dim, environment=environment, timeout_s=900)
+    said = said_by("compile_attention", capability, dtype, head_dim, heads, environment=environment, timeout_s=900)
     shared = json.loads(said)
     assert list(shared) == ["write", "attend", "merge"]
     assert max(shared.values()) <= 99 * 2**10
