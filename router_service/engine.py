@@ -59,20 +59,25 @@ class _Step:
 
     batch: Batch
     sampled: list[Sequence]  # who gets a token, in order
-    not_finite: list[Sequence] = field(default_factory=list)
+    land: Callable[[], list[Sequence]] = list  # of its output; returns whose values are not finite
     tokens: Tokens | None = None
     results: list[_Sampled | Exception] | None = None  # of each of `sampled`, where all together raised
-    error: Exception | None = None  # of the model
+    error: Exception | None = None  # of the model, when it was launched or later
     began: float = field(default_factory=time.perf_counter)
 
-    def wait(self) -> list[_Sampled | Exception]:
-        """What each of `sampled` gets, or what was raised for it."""
-        if self.results is not None:
-            return self.results
+    def wait(self) -> tuple[list[_Sampled | Exception], list[Sequence]]:
+        """What each of `sampled` gets, or what was raised for it; and whose values are not finite.
+
+        What the device raised is the step's `error`.
+        """
         try:
-            return [] if self.tokens is None else list(zip(*self.tokens.wait(), strict=True))
-        except Exception as error:  # of the device
-            return [error] * len(self.sampled)
+            not_finite = self.land()
+            if self.results is None:
+                self.results = [] if self.tokens is None else list(zip(*self.tokens.wait(), strict=True))
+        except Exception as error:
+            self.error = error
+            return [error] * len(self.sampled), []
+        return self.results, not_finite
 
 
 class Engine:
@@ -230,7 +235,7 @@ class Engine:
         except Exception as error:
             step.error = error
             return step
-        step.not_finite = output.not_finite
+        step.land = output.land
         try:
             step.tokens = self.sampler.launch(output.logits, step.sampled)
         except Exception as error:
@@ -265,7 +270,7 @@ class Engine:
         self._observe(ended - began, step.batch)
 
     def _book(self, step: _Step) -> None:
-        batch, sampled, results = step.batch, step.sampled, step.wait()
+        batch, sampled, (results, not_finite) = step.batch, step.sampled, step.wait()
         if self.runs_ahead:
             here = [self._is_here(sequence) for sequence in sampled]
             results, sampled = list(compress(results, here)), list(compress(sampled, here))
@@ -273,7 +278,7 @@ class Engine:
         if step.error is not None:
             self._fail_forward([scheduled.sequence for scheduled in batch], step.error)
             return
-        failures = self._failures(list(filter(self._is_here, step.not_finite)), zip(sampled, results, strict=True))
+        failures = self._failures(list(filter(self._is_here, not_finite)), zip(sampled, results, strict=True))
         late = {sequence for sequence, result in zip(sampled, results, strict=True) if _is_late(result)}
         if failures or late:
             batch = [
@@ -319,7 +324,12 @@ class Engine:
 
         What the step has written to the cache does not matter: the same slots are written again before they are read.
         """
-        if not is_out_of_memory(error) or not sequences:
+        if not sequences:
+            self._num_failed_steps += 1
+            _log_failure(error, "nobody, as all its sequences had ended")
+            check_device(self.model_runner.decoder.device)
+            return
+        if not is_out_of_memory(error):
             self._fail_step(dict.fromkeys(sequences, error))
             return
         newest = next(sequence for sequence in reversed(self._sequences.values()) if sequence in sequences)
@@ -333,9 +343,7 @@ class Engine:
         self._num_failed_steps += 1
         for error in set(failures.values()):
             keys = [sequence.request.key for sequence, its_error in failures.items() if its_error is error]
-            expected = isinstance(error, MantaError)
-            logger.error("a step failed for %s: %r", keys, error, exc_info=None if expected else error)
-            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+            _log_failure(error, str(keys))
         self._fail((sequence, told(error)) for sequence, error in failures.items())
         self.scheduler.check(self._sequences.values())
         check_device(self.model_runner.decoder.device, memory=exhausted)
@@ -510,6 +518,12 @@ def _error_of(grammar: GrammarState) -> Exception | None:
         return grammar.error
     except Exception as error:
         return error
+
+
+def _log_failure(error: Exception, of: str) -> None:
+    expected = isinstance(error, MantaError)
+    logger.error("a step failed for %s: %r", of, error, exc_info=None if expected else error)
+    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
 
 
 def _is_late(result: _Sampled | Exception) -> bool:

@@ -2,7 +2,7 @@
 
 What no GPU could do raises: tensors of two devices in one operation, and whatever needs a number of the device on the
 host (`.item()`, `.tolist()`, `.numpy()`, `nonzero`, indexing by a mask). Copies that the host waits for are counted.
-What a `HostCopy` brings is made up: integers count up in each row, other numbers are zero.
+What a `HostCopy` brings is made up: integers count up in each row, other numbers are zero, and all is true.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class _HostCopy:
             cls.arrived = cls.began
             cls.counts.waits["copy to host"] += 1
         with unset_fake_temporarily():
-            if self._dtype.is_floating_point:
-                return torch.zeros(self._shape, dtype=self._dtype)
-            return torch.arange(self._shape[-1]).expand(self._shape).contiguous()
+            if self._dtype.is_floating_point or self._dtype is torch.bool:
+                return torch.full(self._shape, self._dtype is torch.bool, dtype=self._dtype)
+            return torch.arange(self._shape[-1], dtype=self._dtype).expand(self._shape).contiguous()
 
 
 class _Methods(TorchFunctionMode):
@@ -174,6 +174,22 @@ def _indexed(x: torch.Tensor, index: Any) -> torch.Tensor:
     return x
 
 
+def _made_for(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    """What Triton compiles it anew for: constants, whether pointers and numbers are multiples of 16, a number of 1."""
+    parameters = inspect.signature(kernel.fn).parameters
+    # In the interpreter it keeps what `triton.jit` was told.
+    general = getattr(kernel, "kwargs", {}).get("do_not_specialize") or getattr(kernel, "do_not_specialize", None) or ()
+    for name, value in (dict(zip(parameters, arguments, strict=False)) | constants).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value.dtype, value.storage_offset() * value.itemsize % 16 == 0
+        elif not isinstance(value, int) or name not in parameters or "constexpr" in str(parameters[name].annotation):
+            yield name, value
+        elif name in general:
+            yield name, value.bit_length() > 31
+        else:
+            yield name, value == 1, value % 16 == 0, value.bit_length() > 31
+
+
 def _is_on_gpu(result: Any) -> bool:
     if isinstance(result, torch.Tensor):
         return result.is_cuda
@@ -192,10 +208,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 
         for argument in (*arguments, *constants.values()):
             assert not isinstance(argument, torch.Tensor) or argument.is_cuda, f"{kernel} got a tensor of the host"
         watch.counts.launches[kernel.fn.__name__] += 1
-        given = dict(zip(inspect.signature(kernel.fn).parameters, arguments, strict=False)) | constants
-        given.pop("num_rows", None)  # never part of it
-        made_for = [(key, value.dtype if isinstance(value, torch.Tensor) else value) for key, value in given.items()]
-        watch.counts.kernels[kernel.fn.__name__, *made_for] += 1
+        watch.counts.kernels[kernel.fn.__name__, *_made_for(kernel, arguments, constants)] += 1
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

@@ -10,14 +10,14 @@ Shapes: T tokens of a microbatch, B sequences that get a new token, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from experts_service.device import upload
+from experts_service.device import HostCopy, upload
 from router_service.attention.backend import AttentionBackend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
@@ -35,7 +35,9 @@ class StepOutput(NamedTuple):
     """What the model makes of a batch."""
 
     logits: torch.Tensor  # [B, V] in fp32, one row per scheduled sequence with `samples`, in order
-    not_finite: list[Sequence]  # whose values are NaN or infinite: nothing that was computed for them can be used
+    # Waits for what else was launched, and books it: scores of prompts, experts. To be called once. Returns whose
+    # values are NaN or infinite: nothing that was computed for them can be used. Raises what the device raised.
+    land: Callable[[], list[Sequence]]
 
 
 class ModelRunner:
@@ -89,7 +91,7 @@ class ModelRunner:
         done = [output for output in outputs if output is not None]
         return StepOutput(
             done[0].logits if len(done) == 1 else torch.cat([output.logits for output in done]),
-            [sequence for output in done for sequence in output.not_finite],
+            lambda: [sequence for output in done for sequence in output.land()],
         )
 
     def _forward(self, batch: Batch) -> Generator[Dispatch, None, StepOutput]:
@@ -139,7 +141,7 @@ class ModelRunner:
         if self.graphs is not None and only_decodes and not routed and not scored:
             logits = self.graphs(ids, positions, metadata)
             if logits is not None:
-                return StepOutput(logits, [])  # which say what is not finite
+                return StepOutput(logits, list)  # which say what is not finite
         x = yield from self.decoder.forward(
             ids,
             positions,
@@ -148,21 +150,32 @@ class ModelRunner:
             routed.layers if routed else None,
         )
         if routed:
-            routed.tell()
+            routed.launch()
         hidden = self.decoder.hidden_states(x[wanted_rows])
         of_sampled, of_scored, of_pooled = hidden.split([len(sampled_rows), len(scored_rows), len(pooled_rows)])
-        not_finite = score_prompts(of_scored, scored, self.decoder.logits)
+        book_scores = score_prompts(of_scored, scored, self.decoder.logits)
         pool_prompts(of_pooled, pooled)
-        if device.type == "cpu" or len(sampled_rows) < len(token_ids):
-            not_finite += _not_finite(x, batch)  # else logits say so, and nobody waits for the device
-        return StepOutput(self.decoder.logits(of_sampled), not_finite)
+        logits_tell = device.type != "cpu" and len(sampled_rows) == len(token_ids)  # what is not finite
+        not_finite = list if logits_tell else _not_finite(x, batch)
+
+        def land() -> list[Sequence]:
+            if routed:
+                routed.tell()
+            return book_scores() + not_finite()
+
+        return StepOutput(self.decoder.logits(of_sampled), land)
 
 
-def _not_finite(x: torch.Tensor, batch: Batch) -> list[Sequence]:
-    """The sequences one of whose rows of `x` [T, D] is not finite."""
-    if math.isfinite(x.sum()):
-        return []
-    finite: list[bool] = x.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # in fp16 a sum may be too large
+def _not_finite(x: torch.Tensor, batch: Batch) -> Callable[[], list[Sequence]]:
+    """Looks at `x` [T, D]; what is returned waits for that, and says for which sequences a row is not finite."""
+    if x.is_cpu and math.isfinite(x.sum()):
+        return list
+    finite = HostCopy(x.sum(dim=-1, dtype=torch.float32).isfinite())  # [T]; in fp16 a sum may be too large
+    return lambda: _lost(finite.wait().tolist(), batch)
+
+
+def _lost(finite: list[bool], batch: Batch) -> list[Sequence]:
+    """The sequences one of whose rows is not finite."""
     lost = []
     first = 0
     for scheduled in batch:

@@ -12,24 +12,39 @@ import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from cluster.messages import TokenLogprobs
 from cluster.planning.step_memory import SCORED_ROWS
+from experts_service.device import HostCopy, upload
 from router_service.outputs.top import top
 from router_service.scheduling.sequence import Sequence
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) -> list[TokenLogprobs]:
     """For each row of `logits` [P, V] the log-probability of its token, and those of its `counts` most likely ones."""
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
-    of_tokens: list[float] = logprobs.gather(1, chosen)[:, 0].tolist()
-    top_logprobs, top_ids = top(logprobs, max(counts))
-    return [
-        TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
-        for logprob, count, ids, values in zip(of_tokens, counts, top_ids.tolist(), top_logprobs.tolist(), strict=True)
-    ]
+    return _Launched(logits, token_ids, counts).wait()
+
+
+class _Launched:
+    """They are on their way to the host."""
+
+    def __init__(self, logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) -> None:
+        logprobs = logits.log_softmax(dim=-1)
+        [chosen] = upload([np.array(token_ids, np.int64)], logits.device)
+        largest, columns = top(logprobs, max(counts))
+        self._counts = counts
+        self._of_tokens = HostCopy(logprobs.gather(1, chosen[:, None]))  # [P, 1]
+        self._largest, self._columns = HostCopy(largest), HostCopy(columns)  # [P, K]
+
+    def wait(self) -> list[TokenLogprobs]:
+        """Once they are there. Raises what the device raised meanwhile."""
+        arrived = (copy.wait().tolist() for copy in (self._of_tokens, self._columns, self._largest))
+        return [
+            TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+            for [logprob], ids, values, count in zip(*arrived, self._counts, strict=True)
+        ]
 
 
 def rows_to_score(sequence: Sequence, start: int, end: int) -> range:
@@ -43,18 +58,25 @@ def score_prompts(
     hidden: torch.Tensor,  # [P, D]
     rows: Iterable[tuple[Sequence, int]],  # whose row it is, and its position
     to_logits: Callable[[torch.Tensor], torch.Tensor],  # [P, D] → [P, V]
-) -> list[Sequence]:
-    """Append to each sequence's `prompt_logprobs`, a slice of rows at a time. Returns those with one not finite."""
+) -> Callable[[], list[Sequence]]:
+    """Launch the scoring, a slice of rows at a time. What is returned waits for it and books it, called once:
+
+    it appends to each sequence's `prompt_logprobs`, and returns those with one not finite.
+    """
     all_rows = list(rows)
-    not_finite: dict[Sequence, None] = {}
+    parts = []
     for at in range(0, len(all_rows), SCORED_ROWS):
         part = all_rows[at : at + SCORED_ROWS]
-        scores = token_logprobs(
-            to_logits(hidden[at : at + SCORED_ROWS]),
-            [sequence.token_ids[position + 1] for sequence, position in part],
-            [sequence.request.sampling.prompt_logprobs or 0 for sequence, _ in part],
-        )
-        for (sequence, position), score in zip(part, scores, strict=True):
+        token_ids = [sequence.token_ids[position + 1] for sequence, position in part]
+        counts = [sequence.request.sampling.prompt_logprobs or 0 for sequence, _ in part]
+        parts.append((part, _Launched(to_logits(hidden[at : at + SCORED_ROWS]), token_ids, counts)))
+    return lambda: _book(parts)
+
+
+def _book(parts: list[tuple[list[tuple[Sequence, int]], _Launched]]) -> list[Sequence]:
+    not_finite: dict[Sequence, None] = {}
+    for part, launched in parts:
+        for (sequence, position), score in zip(part, launched.wait(), strict=True):
             assert sequence.prompt_logprobs is not None, "only rows that were asked for are scored"
             assert len(sequence.prompt_logprobs) == position + 1, "scores come in order"
             sequence.prompt_logprobs.append(score)

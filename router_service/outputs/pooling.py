@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from cluster.messages import Embedding
+from experts_service.device import HostCopy
 from router_service.scheduling.sequence import Sequence
 from router_service.step_failures import not_finite
 
@@ -23,6 +24,7 @@ class Pooled(NamedTuple):
 
     end: int  # the position after the last
     total: torch.Tensor  # [D] their sum
+    on_host: HostCopy | None  # of the sum, where they are all of the prompt
 
 
 def rows_to_pool(sequence: Sequence, start: int, end: int) -> range:
@@ -42,17 +44,19 @@ def pool_prompts(
         rows = hidden[first : first + len(positions)].float()
         first += len(positions)
         if sequence.pooled is None or positions.start == 0:
-            sequence.pooled = Pooled(positions.stop, rows.sum(dim=0))
+            end, total = positions.stop, rows.sum(dim=0)
         else:  # a step that failed later on has pooled some of these rows, in whatever chunk
-            end, total = sequence.pooled
+            end, total, _ = sequence.pooled
             new = rows[max(0, end - positions.start) :]
-            sequence.pooled = Pooled(max(end, positions.stop), total + new.sum(dim=0))
+            end, total = max(end, positions.stop), total + new.sum(dim=0)
+        is_whole = positions.stop == sequence.num_prompt_tokens
+        sequence.pooled = Pooled(end, total, HostCopy(total) if is_whole else None)
 
 
 def embedding(sequence: Sequence) -> Embedding:
     """The vector of a prompt whose last chunk is pooled. Raises Unavailable when it is not finite."""
     num_rows = sequence.num_prompt_tokens if sequence.request.pooling == "mean" else 1
-    vector: torch.Tensor = sequence.pooled.total / num_rows
+    vector: torch.Tensor = sequence.pooled.on_host.wait() / num_rows
     if not math.isfinite(vector.sum()):
         raise not_finite()
-    return Embedding(sequence.request.request_id, sequence.request.choice_index, vector.cpu().numpy().tobytes())
+    return Embedding(sequence.request.request_id, sequence.request.choice_index, vector.numpy().tobytes())

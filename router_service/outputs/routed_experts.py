@@ -8,8 +8,10 @@ Shapes: L layers, K experts per token.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from experts_service.device import HostCopy, upload
 from router_service.scheduling.scheduler import Batch
 from router_service.scheduling.sequence import Sequence
 
@@ -21,6 +23,7 @@ class RoutedExperts:
         self.layers: list[torch.Tensor] = []  # the decoder appends each layer's choice [T, K]
         self._sequences: list[Sequence] = []
         self._rows: list[int] = []
+        self._copy: HostCopy | None = None
         last_row = -1
         for scheduled in batch:
             last_row += scheduled.num_tokens
@@ -31,13 +34,18 @@ class RoutedExperts:
     def __bool__(self) -> bool:
         return bool(self._sequences)
 
+    def launch(self) -> None:
+        """All layers have run: one copy from the device begins."""
+        if self.layers and self._rows:
+            [rows] = upload([np.array(self._rows)], self.layers[0].device)
+            chosen = torch.stack([experts.index_select(0, rows) for experts in self.layers], dim=1)  # [B, L, K]
+            self._copy = HostCopy(chosen.to(torch.uint8))
+
     def tell(self) -> None:
-        """Give each sequence that asked its `routed_experts`, uint8 [L, K] as bytes: one copy from the device."""
-        if not self.layers:  # a dense model
-            for sequence in self._sequences:
-                sequence.routed_experts = b""
-            return
-        rows = torch.tensor(self._rows, device=self.layers[0].device)
-        chosen = torch.stack([experts.index_select(0, rows) for experts in self.layers], dim=1)  # [B, L, K]
-        for sequence, experts in zip(self._sequences, chosen.to(torch.uint8).cpu().numpy(), strict=True):
-            sequence.routed_experts = experts.tobytes()
+        """Give each sequence that asked its `routed_experts`, uint8 [L, K] as bytes; of a dense model there are none.
+
+        Waits for the copy.
+        """
+        chosen = [b""] * len(self._rows) if self._copy is None else self._copy.wait().numpy()
+        for sequence, experts in zip(self._sequences, chosen, strict=True):
+            sequence.routed_experts = bytes(experts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,6 +146,35 @@ def test_what_a_device_raises_late_ends_those_of_its_step(directory, monkeypatch
     later = make_request(prompt(9), max_tokens=3)
     assert watched.bench.run(later) == Bench(directory).run(make_request(prompt(9), max_tokens=3))
     engine.scheduler.check(())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["when it is launched", "when it is waited for"])
+def test_what_a_step_raises_after_all_its_sequences_have_left_is_logged(directory, monkeypatch, caplog, late):
+    """It was counted and nothing else, or not even that: what a device says of itself was never seen."""
+    watched = Watched(directory)
+    engine = watched.engine
+    watched.bench.add(leaving := make_request(prompt(9), max_tokens=12, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    error = RuntimeError("injected")
+    if late:
+        monkeypatch.setattr(engine._under_way.tokens, "wait", lambda: raise_(error))
+    else:
+        engine._under_way.tokens, engine._under_way.error = None, error
+    engine.abort(leaving.key)
+    engine._take_pending_commands()
+    with caplog.at_level(logging.ERROR):
+        engine.step()
+    assert [(record.message, record.exc_info[1]) for record in caplog.records] == [
+        ("a step failed for nobody, as all its sequences had ended: RuntimeError('injected')", error)
+    ]
+    assert engine.stats().failed_steps_total == 1
+    assert leaving.key not in watched.bench.errors
+    engine.scheduler.check(())
+
+
+def raise_(error):
+    raise error
 
 
 def test_values_that_are_not_finite_are_seen_late_and_shared_with_nobody(directory, monkeypatch):

@@ -5,10 +5,11 @@ A launch is an operation of torch's that is no view, or a kernel of ours. Some o
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from router_service.attention.backend import AttentionBackend
 from router_service.attention.choice import attention_backend
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
+from router_service.attention.reference import ReferenceAttention
 from router_service.attention.triton_paged import TritonPlan
 from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model import graphs
@@ -33,6 +35,7 @@ from router_service.model.decoder import Decoder
 from router_service.model.graphs import DecodeGraphs
 from router_service.model.model_runner import ModelRunner
 from router_service.model.warm_up import warm_up
+from router_service.outputs.pooling import embedding
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.fake_gpu import DEVICE, Counts, fake_gpu
 from tests.router_service.requests import make_sequence
@@ -72,6 +75,23 @@ def test_on_an_old_card_no_kernel_of_ours_is_started(monkeypatch):
         swiglu.silu_product(gate_up)
         assert not rows.is_launched(gate_up)
     assert not {"norm", "choose", "silu_product"} & set(counts.launches)
+
+
+def test_on_an_old_card_a_model_in_float32_is_torchs_operations_and_nothing_else(monkeypatch):
+    """Such cards have no bf16, which is refused. What is slow there is slow; nothing may be missing."""
+    monkeypatch.setattr(sys.modules[__name__], "DTYPE", torch.float32)
+    sequence = make_sequence([1] * 41)
+    sequence.block_table.append(1)
+    with fake_gpu(monkeypatch, capability=(7, 5)) as counts, torch.inference_mode():
+        decoder, attention, kv_cache = _model(_of_layers(MIXTRAL_8X7B, 2))
+        assert isinstance(attention, ReferenceAttention)
+        assert attention.decode_plan(1, 64) is None, "no step is captured"
+        runner = ModelRunner(decoder, kv_cache, attention, block_size=BLOCK)
+        for scheduled in (ScheduledSequence(sequence, 0, 40), ScheduledSequence(sequence, 40, 1)):
+            output = runner.forward([scheduled])
+            assert output.land() == []
+        assert (output.logits.device, output.logits.shape) == (DEVICE, (1, MIXTRAL_8X7B.vocab_size))
+    assert not counts.kernels
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -218,6 +238,39 @@ def test_a_step_that_decodes_is_launched_by_copies_that_nobody_waits_for(monkeyp
     assert not counts.waits
     assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
     assert counts.launches["cat"] == 1, "of angles: logits of one microbatch are not copied"
+
+
+WISHES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "scores": {"prompt_logprobs": 3},
+    "a mean": {"pooling": "mean"},
+    "experts": {"routed_experts": True, "max_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_prefill_is_waited_for_once_when_all_of_it_is_launched(monkeypatch, wish):
+    """It was waited for in its midst to see whether it is finite, three times for each 256 scores, and so on."""
+    sequence = make_sequence([1] * 600, **WISHES[wish])
+    sequence.block_table += array("i", [1, 2, 3])
+    batch = [ScheduledSequence(sequence, 0, 600)]
+    with fake_gpu(monkeypatch) as counts, torch.inference_mode():
+        decoder, attention, kv_cache = _model(_of_layers(MIXTRAL_8X7B, 2))
+        runner = ModelRunner(decoder, kv_cache, attention, block_size=BLOCK)
+        before = counts.copy()
+        output = runner.forward(batch)
+        assert not (counts - before).waits
+        assert output.land() == []
+        if wish == "a mean":
+            with unset_fake_temporarily():
+                embedding(sequence)
+        assert (counts - before).waits == {"copy to host": 1}
+    if wish == "scores":
+        assert sequence.prompt_logprobs is not None
+        assert len(sequence.prompt_logprobs) == 600, "of all tokens but the first, which has none"
+    if wish == "experts":
+        assert sequence.routed_experts is not None
+        assert len(sequence.routed_experts) == 2 * 2
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])

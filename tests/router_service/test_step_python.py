@@ -29,7 +29,7 @@ class NoModel:
         self.decoder = SimpleNamespace(architecture=architecture, device=device)
 
     def forward(self, batch):
-        return StepOutput(torch.zeros(sum(one.samples for one in batch), VOCABULARY), [])
+        return StepOutput(torch.zeros(sum(one.samples for one in batch), VOCABULARY), list)
 
 
 def decoding_engine(context, **sampling):

@@ -24,6 +24,6 @@ def test_large_sums_in_fp16_are_finite():
     """One past 65,504 is infinite in fp16: large activations ended their requests as if an expert had failed."""
     batch = [ScheduledSequence(make_sequence([1]), 0, size) for size in (2, 1, 3)]
     x = torch.full((6, 4096), 20.0, dtype=torch.float16)
-    assert _not_finite(x, batch) == []
+    assert _not_finite(x, batch)() == []
     x[2, 7], x[5, 0] = float("inf"), float("nan")
-    assert _not_finite(x, batch) == [batch[1].sequence, batch[2].sequence]
+    assert _not_finite(x, batch)() == [batch[1].sequence, batch[2].sequence]
