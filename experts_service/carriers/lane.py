@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from socket import MSG_DONTWAIT
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.core_balance import CoreBalance
 from experts_service.carriers.dialer import Dialer
 from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, LinkLost
-from experts_service.carriers.memory import Bytes
+from experts_service.carriers.memory import rows_of
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
@@ -47,20 +46,20 @@ class LaneBatch:
     layer: int
     dtype: torch.dtype
     hidden: int
-    host: Bytes  # [T, D · item], the rows
+    rows: memoryview  # [T, D], as bytes
     answers: memoryview  # [N, D], as bytes
+    row_bytes: int
 
     def place(self, part: GroupRows) -> memoryview:
         """Where its answer [R, D] belongs."""
-        row_bytes = self.host.shape[1]
-        start = part.start * row_bytes
-        return self.answers[start : start + len(part.row_indices) * row_bytes]
+        start = part.start * self.row_bytes
+        return self.answers[start : start + len(part.row_indices) * self.row_bytes]
 
     def gather(self, part: GroupRows) -> memoryview:
         """Its rows [R, D] as bytes."""
-        host = self.host
-        data = host if len(part.row_indices) == 1 == len(host) else host.take(part.row_indices, axis=0)
-        return data.data.cast("B")
+        if len(part.row_indices) == 1 and len(self.rows) == self.row_bytes:
+            return self.rows
+        return rows_of(self.rows, self.row_bytes).take(part.row_indices, axis=0).data.cast("B")
 
 
 LaneRows = tuple[LaneBatch, GroupRows]  # what a frame is made of
@@ -91,7 +90,7 @@ class LaneCarrier:
         if form is None:
             form = self._forms[num_experts] = RowsFormat(num_experts)
         request_id, shared = attempt.request_id, link.memory
-        slot = 0 if shared is None else shared.write(request_id, batch.host, part.row_indices)
+        slot = 0 if shared is None else shared.write(request_id, batch.rows, batch.row_bytes, part.row_indices)
         try:
             head = form.pack(
                 batch.dtype, request_id, epoch, batch.layer, number, len(part.row_indices), batch.hidden,
@@ -176,8 +175,8 @@ class LaneTransport:
         if flight.received is None:
             return flight
         hidden, dtype = rows.shape[-1], rows.dtype
-        host = np.frombuffer(_bytes_of(rows.contiguous()), np.uint8).reshape(-1, hidden * dtype.itemsize)
-        batch = LaneBatch(layer, dtype, hidden, host, _bytes_of(flight.received))
+        of_rows, of_answers = _bytes_of(rows.contiguous()), _bytes_of(flight.received)
+        batch = LaneBatch(layer, dtype, hidden, of_rows, of_answers, hidden * dtype.itemsize)
         parts = pieces(parts, self.routes, self.deliveries.loads)
         if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])

@@ -36,7 +36,7 @@ class RemoteFlight(Generic[Rows, A]):
         self._staged_for: Tensor | None = None  # on the device
         if parts:
             answers = parts[0].answers
-            if answers.device.type == "cpu":
+            if answers.is_cpu:
                 self.received = answers
             else:
                 self.received = pinned(answers.shape, answers.dtype)

@@ -296,7 +296,10 @@ def pair(num_attempts: int) -> tuple[Link, list[LaneAttempt], list[bytes], Share
     for number in range(num_attempts):
         place = memoryview(places)[number * 10 * ROW_BYTES :][: 9 * ROW_BYTES]  # a row stays between two answers
         attempt = LaneAttempt(NOBODY, 5, number + 1, place)
-        attempt.slot, attempt.follows = link.memory.write(number + 1, host, np.arange(9)), NOTHING
+        attempt.slot, attempt.follows = (
+            link.memory.write(number + 1, host.data.cast("B"), ROW_BYTES, np.arange(9)),
+            NOTHING,
+        )
         head = form.pack(torch.float32, number + 1, 5, 0, 1, 9, HIDDEN, 1000, (4, 5), attempt.slot)
         attempt.expected = answer_head(head)
         link.send(attempt, head)
