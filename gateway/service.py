@@ -77,7 +77,6 @@ class GatewayReplica(GrpcDoor):
 
     def check_health(self) -> None:
         """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another."""
-        self.frontend.metrics.loop.start()
         self._termination.check()
 
     async def metrics(self) -> ProcessFigures:
@@ -89,7 +88,10 @@ class GatewayReplica(GrpcDoor):
         return {LOAD: float(self.frontend.num_ongoing)}
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return build_app(self.frontend)
+        app = build_app(self.frontend)
+        # Serve calls this last, on the loop that requests are answered on: before, there was nobody to keep waiting.
+        self.frontend.metrics.loop.start()
+        return app
 
 
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))

@@ -85,6 +85,7 @@ class Coordinator:
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         _log_where_serve_does()
         await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, of_tiers, shares)
+        self._metrics.loop.start()  # loading holds the interpreter, and nobody waits for it
 
     def _load(
         self,
@@ -264,7 +265,6 @@ class Coordinator:
 
     def check_health(self) -> None:
         """Called by Serve; raises EngineDead when only a new process can help, Unavailable after SIGTERM."""
-        self._metrics.loop.start()
         self._termination.check()
         self._engine.check_alive()
 
