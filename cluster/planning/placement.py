@@ -19,6 +19,7 @@ KV_SCALE_BYTES = 4  # in int8, of a token's keys in one head, and of its values
 # Resident memory of a process before it holds a weight, measured with Ray 2.60 and torch 2.13 on Linux.
 SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
 TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
+MOST_TOLD = 8  # neighbouring experts whose numbers are all in a table
 SHARED_ROWS = 2048  # that a coordinator and a shard on the CPUs of one machine have room for, and for their answers
 
 
@@ -142,6 +143,17 @@ def has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
         if (labels.get(key) in [one.strip() for one in values]) == wanted.startswith("!"):
             return False
     return True
+
+
+def told(experts: Sequence[int]) -> str:
+    """Their numbers for a table; many neighbours by the first and the last."""
+    runs: list[list[int]] = []
+    for expert in experts:
+        if runs and expert == runs[-1][-1] + 1:
+            runs[-1].append(expert)
+        else:
+            runs.append([expert])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > MOST_TOLD else ", ".join(map(str, run)) for run in runs)
 
 
 def as_one(groups: Sequence[ExpertGroup]) -> tuple[ExpertGroup, ...]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import comb, prod
 
 from cluster.checkpoint.architecture import Architecture, coordinator_tensors
@@ -27,9 +28,9 @@ from cluster.planning.placement import DTYPE_BYTES, Dtype, WeightBytes, kv_bytes
 CHUNK = 2048  # tokens of a prompt in one step: the default of engine.max_num_batched_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
-    """What a step reads and computes."""
+    """What a step reads and computes. A plan asks thousands of times for what is counted over all layers."""
 
     architecture: Architecture
     dtype: Dtype
@@ -52,14 +53,14 @@ class Model:
         table = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size * DTYPE_BYTES[self.dtype]
         return self.coordinator_bytes - table
 
-    @property
+    @cached_property
     def attention_parameters(self) -> int:
         """That a coordinator multiplies each row with."""
         a = self.architecture
         table = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size
         return sum(prod(shape) for shape in coordinator_tensors(a).values()) - table
 
-    @property
+    @cached_property
     def one_expert_parameters(self) -> int:
         """In all layers."""
         a = self.architecture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec
 from cluster.checkpoint.families import mixtral, qwen2
@@ -11,6 +12,7 @@ from cluster.checkpoint.json_document import JsonDocument, names
 
 DEFAULTS = Defaults(kv_heads=16)
 SHARED_SIZE = 5632  # transformers', where config.json does not say
+GATE = GateSpec(renormalised=False, rounded=True)  # Mixtral's, whose weights need not add up to one, and are rounded
 KEYS = mixtral.EXPERT_KEYS | names("decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob")
 
 
@@ -30,8 +32,8 @@ def read(config: JsonDocument) -> Architecture:
 
 
 def gate(config: JsonDocument) -> GateSpec:
-    """Mixtral's, whose weights need not add up to one, and are rounded."""
-    return GateSpec(renormalised=config.boolean("norm_topk_prob", default=False), rounded=True)
+    """With norm_topk_prob weights do add up to one."""
+    return replace(GATE, renormalised=config.boolean("norm_topk_prob", default=False))
 
 
 def layers(config: JsonDocument, sparse: LayerSpec, dense: Callable[[int], LayerSpec]) -> list[LayerSpec]:

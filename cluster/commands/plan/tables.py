@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.planning.costs import Figure
-from cluster.planning.placement import gib
+from cluster.planning.placement import gib, told
 from cluster.planning.plan import Plan, Planner, Target
 
 
@@ -41,7 +41,7 @@ def _processes(plan: Plan) -> Table:
     table = Table("GPU", "process", "experts")
     for column in ("weights", "KV cache", "together"):
         table.add_column(column, justify="right")
-    experts = {f"expert-{group.index}": ", ".join(map(str, group.experts)) for group in plan.layout.groups}
+    experts = {f"expert-{group.index}": told(group.experts) for group in plan.layout.groups}
     for one in sorted(plan.processes, key=lambda process: process.gpu):
         sizes = (one.weight_bytes, one.cache_bytes, one.weight_bytes + one.cache_bytes)
         table.add_row(str(one.gpu), one.name, experts.get(one.name, ""), *(gib(size) if size else "" for size in sizes))

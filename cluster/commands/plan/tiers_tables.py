@@ -13,7 +13,7 @@ from cluster.commands.plan.tables import draw_figures
 from cluster.commands.plan.tiers import TieredPlan
 from cluster.config import ModelConfig
 from cluster.planning.costs import Figure
-from cluster.planning.placement import gib
+from cluster.planning.placement import gib, told
 from cluster.planning.tiers import Shard
 
 
@@ -102,7 +102,7 @@ def _processes(planned: TieredPlan) -> Table:
         on = "GPU" if shard.device == "cuda" else "CPU"
         size = len(shard.experts) * shard.expert_bytes
         total[on] = total.get(on, 0) + size
-        table.add_row(on, shard.name, ", ".join(map(str, shard.experts)), _numbers(shard, planned), gib(size), "", "")
+        table.add_row(on, shard.name, told(shard.experts), _numbers(shard, planned), gib(size), "", "")
     table.add_section()
     machine = planned.machine
     usable = {"GPU": sum(machine.node.gpu_memory_bytes), "CPU": machine.node.memory_bytes}

@@ -45,6 +45,15 @@ def test_fewer_bits_take_less_and_act_order_a_little_more() -> None:
         ("TheBloke/Mistral-7B-Instruct-v0.2-GPTQ", 4.16),
         ("mistralai/Mistral-7B-Instruct-v0.3", 14.5),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", 93.4),
+        ("Qwen/Qwen3-30B-A3B", 61.06),
+        ("Qwen/Qwen3-235B-A22B", 470.2),
+        ("Qwen/Qwen1.5-MoE-A2.7B", 28.63),
+        ("allenai/OLMoE-1B-7B-0924", 13.84),
+        ("ibm-granite/granite-3.0-1b-a400m-instruct", 2.67),
+        ("ibm-granite/granite-3.0-3b-a800m-instruct", 6.6),
+        ("Qwen/Qwen3-8B", 16.38),
+        ("Qwen/Qwen2.5-7B-Instruct", 15.23),
+        ("meta-llama/Llama-3.1-8B", 16.06),
     ],
 )
 def test_models_of_the_hub_are_as_large_as_the_hub_says(model: str, gigabytes: float) -> None:

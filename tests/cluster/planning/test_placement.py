@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.checkpoint.architecture import all_tensors
-from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.checkpoint.known_models import KNOWN_MODELS, MIXTRAL_8X7B
+from cluster.checkpoint.outline import outline
+from cluster.commands.bench.shapes import num_parameters
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.planning.placement import (
     SERVICE_PROCESS_BYTES,
@@ -30,7 +32,9 @@ from cluster.planning.placement import (
     kv_dtype,
     plan_groups,
     shared_memory_bytes,
+    told,
 )
+from cluster.planning.weights import held_weights
 from experts_service.wire.shared_memory import memory_bytes
 
 GIB = 2**30
@@ -58,6 +62,21 @@ def test_auto_makes_as_many_groups_as_the_machine_has_room_for(
     num_gpus: int, num_cpus: int, expected: list[int]
 ) -> None:
     assert sizes(plan_groups("auto", 8, num_gpus=num_gpus, num_cpus=num_cpus)) == expected
+
+
+def test_experts_are_told_one_by_one_or_by_the_first_and_last() -> None:
+    assert told([0, 1, 5]) == "0, 1, 5"
+    assert told([*range(9), 40, *range(100, 128)]) == "0 to 8, 40, 100 to 127"
+    assert told([]) == ""
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN_MODELS.items() if known.scheme is None])
+def test_coordinator_and_experts_hold_the_whole_of_any_family(name: str) -> None:
+    """Shared experts and dense layers are the coordinator's."""
+    architecture = KNOWN_MODELS[name].architecture
+    held = WeightBytes.of(architecture, "bfloat16")
+    assert held.coordinator + architecture.num_experts * held.expert == 2 * num_parameters(architecture)
+    assert held_weights(outline(name, architecture), "bfloat16", "cpu") == held
 
 
 @given(num_experts=st.integers(1, 64), num_gpus=st.integers(0, 64), num_cpus=st.integers(1, 256))
