@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
 
 import torch
 
 from cluster.commands.doctor import NVIDIA
-from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
+from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable, told
 from cluster.planning.placement import gib
 from experts_service.kernels.gpu.launch import can_compile
 
@@ -27,15 +33,25 @@ def driver() -> Finding:
                 "install torch for CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu128",
             )
         return failed(
-            f"there is a driver, and torch for CUDA {torch.version.cuda} reaches no card",
-            "nvidia-smi says whether the driver does; one older than that CUDA has to be renewed",
+            f"there is a driver, and torch for CUDA {torch.version.cuda} reaches no card: {_why()}",
+            "nvidia-smi says whether the driver does; one older than that CUDA has to be renewed, or torch for "
+            "an older CUDA installed",
         )
     return good(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}, torch for CUDA {torch.version.cuda}")
 
 
+def _why() -> str:
+    """What torch says of it: that the driver is too old, that no card is visible."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return told(error)
+    return "it does not say why"
+
+
 def capability() -> Finding:
-    """Of each card."""
-    found, old = [], []
+    """Of each card, and whether torch was built for it."""
+    found, old, unknown = [], [], []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         is_old = (major, minor) < LEAST_CAPABILITY
@@ -43,6 +59,14 @@ def capability() -> Finding:
         found.append(f"{index}: {torch.cuda.get_device_name(index)}, {major}.{minor}{lacks}")
         if is_old:
             old.append(str(index))
+        if not _is_built_for(major, minor):
+            unknown.append(f"{major}.{minor}")
+    if unknown:
+        return failed(
+            "; ".join(found),
+            f"this torch has no kernels for {', '.join(unknown)} (it has {', '.join(torch.cuda.get_arch_list())}), so "
+            "the first request would fail: install one that has",
+        )
     if old:
         return failed(
             "; ".join(found),
@@ -50,6 +74,43 @@ def capability() -> Finding:
             "bytes a weight and runs launch by launch; bf16 is refused before 8.0",
         )
     return good("; ".join(found))
+
+
+def _is_built_for(major: int, minor: int) -> bool:
+    """Whether torch has machine code for that generation, or code that the driver translates (compute_…)."""
+    for kind, generation, number in re.findall(r"(sm|compute)_(\d+?)(\d)(?!\d)", " ".join(torch.cuda.get_arch_list())):
+        built = int(generation), int(number)
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return not torch.cuda.get_arch_list()
+
+
+def modes() -> Finding:
+    """Whether several processes may use a card."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return not_applicable("there is no nvidia-smi to ask")
+    query = [tool, "--query-gpu=index,compute_mode", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if others := [line.split(",")[0] for line in lines if not line.endswith("Default")]:
+        return failed(
+            "; ".join(lines),
+            f"nvidia-smi -c DEFAULT -i {','.join(others)}: coordinators and shards that share a card could not start",
+        )
+    return good("; ".join(lines) or "it lists no card")
+
+
+def computes(devices: list[torch.device]) -> Finding:
+    """A product on each card, which it and the host have to have right."""
+    wrong = []
+    for device in devices:
+        numbers = torch.arange(64.0).view(8, 8)
+        if not torch.equal((numbers.to(device) @ numbers.to(device)).cpu(), numbers @ numbers):
+            wrong.append(str(device))
+    if wrong:
+        return failed(f"a product on {', '.join(wrong)} is not the CPU's", "leave that card out (CUDA_VISIBLE_DEVICES)")
+    return good(", ".join(map(str, devices)))
 
 
 def memory() -> Finding:
@@ -99,6 +160,22 @@ def compiles(device: torch.device) -> Finding:
         return failed(
             "Triton finds no C compiler, or is not there", "apt-get install gcc libc6-dev, or name one in $CC"
         )
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return failed(
+            "Triton's first kernel needs Python's headers", "apt-get install python3-dev, or Python's own image"
+        )
+    import triton
+
+    cache = Path(triton.knobs.cache.dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        return failed(
+            f"Triton keeps compiled kernels in {cache}, which cannot be written: {told(error)}",
+            "make it writable, or name another directory in $TRITON_CACHE_DIR; without one no process starts",
+        )
     from cluster.commands.doctor.triton_probe import double
 
     numbers = torch.arange(_NUMBERS, device=device)
@@ -108,6 +185,10 @@ def compiles(device: torch.device) -> Finding:
     return good(f"triton {importlib.metadata.version('triton')} compiles and starts kernels")
 
 
+def _all() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 DRIVER = Check("GPU driver", "Models are computed on GPUs through it.", driver)
 
 
@@ -115,6 +196,10 @@ def checks(device: torch.device) -> tuple[Check, ...]:
     """Where there is a card that torch reaches."""
     return (
         Check("capability", "Cards before 8.0 (Ampere) have no bf16.", capability),
+        Check(
+            "GPUs compute", "Each card multiplies; what follows looks at the first in depth.", lambda: computes(_all())
+        ),
+        Check("compute mode", "Processes that share a card need the mode Default.", modes),
         Check("GPU memory", "Weights, keys and values lie there, budgeted by the card's total.", memory),
         Check("peers", "Manta sends rows through the host; what reads its neighbour is told for planning.", peers),
         Check("slices", "A slice of a card (MIG) is a small card of its own.", slices),

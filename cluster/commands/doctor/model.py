@@ -20,8 +20,10 @@ from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import MantaError
 from cluster.messages import Key, Request, SamplingParams, TokenChunk
 from cluster.planning.placement import plan_groups
-from experts_service.carriers.local import LocalTransport
+from experts_service.carriers.local import ANSWERED, LocalTransport
+from experts_service.device import pinned
 from experts_service.kernels.experts import Experts
+from experts_service.transport import Flight, GroupRows
 from router_service.assembly import build_engine, resolve_device, select_kernel
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
@@ -86,8 +88,12 @@ def generate(
     observe_step: Callable[[float, Batch], object] | None = None,
     prepare: Callable[[Engine], object] = lambda _: None,
     cuda_graphs: Literal["auto", "off"] = "auto",
+    *,
+    elsewhere: bool = False,
 ) -> list[list[TokenChunk]]:
     """The greedy answers to prompts that are decoded together, by an engine that `prepare` has seen before it starts.
+
+    `elsewhere`: its experts are on the CPU, and rows travel.
 
     Raises what the engine raises.
     """
@@ -97,6 +103,7 @@ def generate(
         max_model_len=256,
         num_kv_blocks=64,
         prefix_caching=False,
+        max_num_seqs=len(prompts),
         cuda_graphs=cuda_graphs,
     )
     requests = [
@@ -121,9 +128,9 @@ def generate(
     engine = build_engine(
         checkpoint,
         config,
-        _experts(checkpoint, config, dtype),
+        _experts(checkpoint, config, dtype, elsewhere=elsewhere),
         deliver,
-        local_experts=True,
+        local_experts=not elsewhere,
         observe_step=observe_step,
         on_death=done.set,
     )
@@ -144,16 +151,36 @@ def generate(
     return list(answers.values())
 
 
-def _experts(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> Dispatcher:
+def _experts(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, *, elsewhere: bool) -> Dispatcher:
     """All of them, in this process."""
-    device = resolve_device(config)
+    device = torch.device("cpu") if elsewhere else resolve_device(config)
     groups = plan_groups("auto", checkpoint.architecture.num_experts, 1, 1)
     kernel = select_kernel(config, dtype, device).kernel
     loaded = {
         group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
         for group in groups
     }
-    return Dispatcher(groups, LocalTransport(loaded))
+    return Dispatcher(groups, _OnHost(loaded) if elsewhere else LocalTransport(loaded))
+
+
+class _OnHost:
+    """A transport to experts of this process that works on the host, as those to other processes do."""
+
+    def __init__(self, experts: dict[int, Experts]) -> None:
+        self._here = LocalTransport(experts)
+
+    def send(self, layer: int, rows: torch.Tensor, parts: Sequence[GroupRows]) -> Flight:
+        """Computes at once. What a GPU waits for is copied there, and nobody waits for that."""
+        if parts:
+            answers = parts[0].answers
+            received = answers if answers.is_cpu else pinned(answers.shape, answers.dtype)
+            self._here.send(layer, rows, [part._replace(answers=received) for part in parts])
+            if received is not answers:
+                answers.copy_(received, non_blocking=True)
+        return ANSWERED
+
+    def close(self) -> None:
+        self._here.close()
 
 
 def _reference() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -31,6 +32,11 @@ def checks(device: torch.device) -> tuple[Check, ...]:
             f"graphs on {device}",
             "A step that is replayed as a CUDA graph says what it says launch by launch.",
             lambda: captured(device),
+        ),
+        Check(
+            f"graphs for experts elsewhere on {device}",
+            "So do the pieces between two dispatches, whose experts are on the CPU here.",
+            lambda: captured(device, elsewhere=True),
         ),
     )
 
@@ -90,14 +96,15 @@ class _Watch:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def captured(device: torch.device) -> Finding:
+def captured(device: torch.device, *, elsewhere: bool = False) -> Finding:
     """The same tokens, as likely, from steps that are replayed and from steps that are not."""
     checkpoint = open_checkpoint(DEMO)
     graphs = _Graphs()
     eager_s: list[float] = []
     captured_s: list[float] = []
-    eager = generate(checkpoint, device, torch.bfloat16, PROMPTS, _noting(eager_s), cuda_graphs="off")
-    replayed = generate(checkpoint, device, torch.bfloat16, PROMPTS, _noting(captured_s), prepare=graphs.over)
+    launched = partial(generate, checkpoint, device, torch.bfloat16, PROMPTS, elsewhere=elsewhere)
+    eager = launched(_noting(eager_s), cuda_graphs="off")
+    replayed = launched(_noting(captured_s), prepare=graphs.over)
     if not graphs.num_steps:
         return not_applicable("steps are not captured here")
     if graphs.num_eager:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -36,6 +38,7 @@ class Cards:
             "mem_get_info": lambda _: (self.free, 80 * 2**30),
             "memory_reserved": lambda _: 2**28,
             "can_device_access_peer": lambda one, other: abs(one - other) == 1,
+            "get_arch_list": lambda: ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100"],
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
@@ -55,9 +58,55 @@ def test_a_driver_that_torch_does_not_reach_is_a_failure(
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(gpu, "NVIDIA", tmp_path / "nvidiactl")
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", lambda: _raise(RuntimeError("The NVIDIA driver on your system is too old")))
     finding = gpu.driver()
     assert finding.status is Status.FAILED
     assert said in finding.advice
+    assert ("is too old" in finding.found) == (cuda is not None), "what torch says of it"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "well"),
+    [
+        ((8, 9), ["sm_80", "sm_90"], True),  # 8.0's code runs on all of 8
+        ((12, 0), ["sm_80", "sm_90", "sm_100"], False),
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # the driver translates it
+        ((8, 0), ["sm_86", "sm_90"], False),
+    ],
+)
+def test_a_card_that_torch_was_not_built_for_is_found_before_the_first_request(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: list[str], well: bool
+) -> None:
+    Cards(monkeypatch, "a card", capability=capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    finding = gpu.capability()
+    assert finding.status is (Status.GOOD if well else Status.FAILED)
+    assert ("no kernels for" in finding.advice) != well
+
+
+@pytest.mark.parametrize(("mode", "status"), [("Default", Status.GOOD), ("Exclusive_Process", Status.FAILED)])
+def test_a_card_for_one_process_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, status: Status
+) -> None:
+    """A shard and a coordinator on one card: the second of them could not start."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '0, Default\\n1, {mode}\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    finding = gpu.modes()
+    assert (finding.status, finding.found) == (status, f"0, Default; 1, {mode}")
+    assert status is Status.GOOD or "nvidia-smi -c DEFAULT -i 1:" in finding.advice
+
+
+def test_each_card_multiplies_and_one_that_does_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.computes([torch.device("cpu")] * 2) == good("cpu, cpu")
+    results = iter([True, False])
+    monkeypatch.setattr(torch, "equal", lambda *_: next(results))
+    assert gpu.computes([torch.device("cpu"), torch.device("cpu", 0)]).found == "a product on cpu:0 is not the CPU's"
 
 
 def test_cards_are_told_with_kind_memory_and_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +143,19 @@ def test_triton_compiles_or_it_is_said_what_it_lacks(monkeypatch: pytest.MonkeyP
     assert gpu.compiles(device).status is Status.GOOD
     monkeypatch.setattr(gpu, "can_compile", lambda: False)
     assert "gcc" in gpu.compiles(device).advice
+
+
+def test_what_else_tritons_first_kernel_needs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first request, or the start, failed with Triton's traceback."""
+    device = torch.device("cpu")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
+    finding = gpu.compiles(device)
+    assert finding.status is Status.FAILED
+    assert "cannot be written: NotADirectoryError" in finding.found
+    assert "TRITON_CACHE_DIR" in finding.advice
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "python3-dev" in gpu.compiles(device).advice
 
 
 @pytest.mark.parametrize("number", range(4), ids=["experts", "attention", "sampler", "mask"])
@@ -185,6 +247,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Recorded]]]:
         engine = build(checkpoint, config, *arguments, **named)
         runner = engine.model_runner
         if config.cuda_graphs != "off":
+            if runner.decoder.dispatcher.can_be_captured:
+                runner.decoder._has_chains = False  # which are not captured
             runner.graphs = recorded(runner, lambda: kinds[-1](), 2)
         return engine
 
@@ -193,10 +257,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Recorded]]]:
     torch.set_num_threads(threads)
 
 
-def test_replayed_steps_are_compared_with_launched_ones(graphs: list[type[Recorded]]) -> None:
-    finding = steps.captured(torch.device("cpu"))
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_replayed_steps_are_compared_with_launched_ones(graphs: list[type[Recorded]], elsewhere: bool) -> None:
+    finding = steps.captured(torch.device("cpu"), elsewhere=elsewhere)
     assert finding.status is Status.GOOD, finding
     assert int(finding.found.split()[0]) >= 10
+    if elsewhere:
+        return
 
     class Wrong(Recorded):
         def replay(self) -> None:
