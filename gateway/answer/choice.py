@@ -42,6 +42,7 @@ class Delta:
     tool_calls: tuple[ToolCall, ...] = ()  # at most one piece of each
     reasoning: str = ""  # what the model thought before its text
     num_reasoning_tokens: int = 0  # so many more of the tokens so far are of it
+    stop_string: str | None = None  # that ended the choice
 
     @property
     def says_something(self) -> bool:
@@ -148,6 +149,7 @@ class Choice:
             prompt_logprobs=chunk.prompt_logprobs,
             routed_experts=routed,
             tool_calls=calls,
+            stop_string=self._stop_strings.found,
             reasoning=thought,
             num_reasoning_tokens=num_reasoning,
         )

@@ -25,14 +25,25 @@ from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings
 from gateway.frontend import Frontend
 from gateway.http.authentication import Authentication
 from gateway.http.body import read_body
-from gateway.http.errors import REQUEST_ID_HEADER, ErrorAnswers, body, error_body, json_response
+from gateway.http.errors import (
+    MESSAGES,
+    REQUEST_ID_HEADER,
+    ErrorAnswers,
+    body,
+    error_body,
+    json_response,
+    of_messages,
+)
 from gateway.http.log import HttpLog
+from gateway.http.messages import MessagesDoor
 from gateway.http.openapi import openapi_document
 from gateway.http.page import page_response
 from gateway.http.receiving import BoundedReceiving
 from gateway.http.responses import ResponsesDoor
 from gateway.http.sse import DONE, EventStream, begun, event, json_bytes, unless_disconnected
 from gateway.json_object import parse_object
+from gateway.messages.fields import CountTokensRequest, MessagesRequest
+from gateway.messages.models import model_entry, models_page
 from gateway.request.protocol import (
     Body,
     ChatCompletionRequest,
@@ -47,6 +58,7 @@ from gateway.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tok
 
 VERSION = version("manta-serve")
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
+ANTHROPIC_VERSION = "anthropic-version"  # the header of its clients, whose list of models has another shape
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -55,6 +67,8 @@ BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
+    MESSAGES: MessagesRequest,
+    f"{MESSAGES}/count_tokens": CountTokensRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -69,6 +83,8 @@ def build_app(frontend: Frontend) -> Starlette:
         Route("/v1/chat/completions", door.chat_completions, methods=["POST"]),
         Route("/v1/completions", door.completions, methods=["POST"]),
         Route("/v1/responses", ResponsesDoor(frontend).create, methods=["POST"], name="responses"),
+        Route(MESSAGES, MessagesDoor(frontend).create, methods=["POST"], name="messages"),
+        Route(f"{MESSAGES}/count_tokens", MessagesDoor(frontend).count_tokens, methods=["POST"]),
         Route("/tokenize", door.tokenize, methods=["POST"]),
         Route("/detokenize", door.detokenize, methods=["POST"]),
         Route("/v1/embeddings", door.embeddings, methods=["POST"]),
@@ -139,16 +155,20 @@ class HttpDoor:
 
         return await self._frontend.answer_worker.run(size, response)
 
-    async def models(self, _request: HttpRequest) -> Response:
+    async def models(self, request: HttpRequest) -> Response:
         await self._frontend.health.models()
-        cards = self._frontend.cards
-        data = [self._model(card, name) for card in cards for name in (card.name, *card.aliases)]
-        return json_response({"object": "list", "data": data})
+        named = [(card, name) for card in self._frontend.cards for name in (card.name, *card.aliases)]
+        if ANTHROPIC_VERSION in request.headers:
+            page = models_page([model_entry(card, name) for card, name in named], request.query_params)
+            return json_response(page)
+        return json_response({"object": "list", "data": [self._model(card, name) for card, name in named]})
 
     async def model(self, request: HttpRequest) -> Response:
         name = request.path_params["name"]
         await self._frontend.health.models()
-        return json_response(self._model(self._frontend.route(name).card, name))
+        card = self._frontend.route(name).card
+        is_anthropic = ANTHROPIC_VERSION in request.headers
+        return json_response(model_entry(card, name) if is_anthropic else self._model(card, name))
 
     def _model(self, card: ModelCard, name: str) -> Json:
         kernels = self._frontend.kernels
@@ -278,9 +298,13 @@ def _event(shape: ChatShape | CompletionShape, delta: Delta, usage: Json | None,
     return event(shape.chunk(delta, usage), size)
 
 
-async def _http_exception(_request: HttpRequest, error: Exception) -> Response:
-    """An unknown route or method, in OpenAI's shape."""
+async def _http_exception(request: HttpRequest, error: Exception) -> Response:
+    """An unknown route or method, in the shape of the API that it would be of."""
     assert isinstance(error, HTTPException)
     kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
-    headers = {REQUEST_ID_HEADER: f"req-{uuid.uuid4().hex}", **(error.headers or {})}
-    return json_response(body(str(error.detail), kind, None, None), error.status_code, headers)
+    request_id = f"req-{uuid.uuid4().hex}"
+    document = body(str(error.detail), kind, None, None)
+    if request.url.path.startswith(MESSAGES):
+        document = of_messages(document, error.status_code, request_id)
+    headers = {REQUEST_ID_HEADER: request_id, **(error.headers or {})}
+    return json_response(document, error.status_code, headers)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -50,6 +52,18 @@ STATUS: dict[type[MantaError], tuple[int, str, str | None]] = {
     BodyTimeout: (408, "invalid_request_error", "request_timeout"),
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
 }
+# Anthropic's names of the same, for the routes below MESSAGES.
+MESSAGES = "/v1/messages"
+MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
 UNREAD = frozenset({401, 408, 413, 415})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
@@ -82,8 +96,15 @@ def body(message: str, kind: str, param: str | None, code: str | None) -> dict[s
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: BaseException, request_id: str) -> Response:
-    """The whole answer, with Retry-After where another try is worth it."""
+def of_messages(document: Mapping[str, Any], status: int, request_id: str) -> dict[str, object]:
+    """The same error as Anthropic has it."""
+    kind = MESSAGES_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    error = {"type": kind, "message": document["error"]["message"]}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def error_response(error: BaseException, request_id: str, path: str = "") -> Response:
+    """The whole answer on a route, with Retry-After where another try is worth it."""
     headers = {REQUEST_ID_HEADER: request_id, **current_caller().headers()}
     seconds = retry_after_seconds(error)
     if seconds is not None:
@@ -93,7 +114,11 @@ def error_response(error: BaseException, request_id: str) -> Response:
         headers["www-authenticate"] = "Bearer"
     if status in UNREAD:
         headers["connection"] = "close"
-    return json_response(error_body(error, request_id), status, headers)
+    document = error_body(error, request_id)
+    if path.startswith(MESSAGES):
+        document = of_messages(document, status, request_id)
+        headers["request-id"] = request_id
+    return json_response(document, status, headers)
 
 
 def json_response(
@@ -124,4 +149,4 @@ class ErrorAnswers(HttpMiddleware):
             if started:
                 raise  # the connection is cut: what was sent must not look complete
             with contextlib.suppress(OSError):  # a client that left
-                await error_response(error, request_id)(scope, receive, send)
+                await error_response(error, request_id, scope["path"])(scope, receive, send)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
-from gateway.http.errors import STATUS
+from gateway.http.errors import MESSAGES, STATUS
 
 Json = dict[str, Any]
 REF = "#/components/schemas/"
@@ -30,6 +30,19 @@ ERROR: Json = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+MESSAGES_ERROR: Json = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
     },
 }
 # One server-sent event. The last of a completion's stream is [DONE].
@@ -55,6 +68,8 @@ ALWAYS_THERE: dict[str, tuple[str, ...]] = {  # keys of an answer with 200
     "/v1/chat/completions": ("id", "object", "created", "model", "choices", "usage"),
     "/v1/completions": ("id", "object", "created", "model", "choices", "usage"),
     "/v1/responses": ("id", "object", "created_at", "model", "status", "output", "usage"),
+    "/v1/messages": ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"),
+    "/v1/messages/count_tokens": ("input_tokens",),
     "/v1/embeddings": ("id", "object", "model", "data", "usage"),
     "/v1/models": ("object", "data"),
     "/v1/models/{name}": ("id", "object", "created", "owned_by", "permission", "type", "capabilities"),
@@ -64,7 +79,7 @@ ALWAYS_THERE: dict[str, tuple[str, ...]] = {  # keys of an answer with 200
     "/load": ("server_load",),
     "/version": ("version",),
 }
-STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 STATUSES = sorted({status for status, _, _ in STATUS.values()} | {405, 408, 500})
 
 
@@ -78,7 +93,12 @@ def openapi_document(
     references, definitions = models_json_schema(
         [(body, "validation") for body in dict.fromkeys(bodies.values())], ref_template=f"{REF}{{model}}"
     )
-    schemas = {**definitions["$defs"], "Error": ERROR, "ModelName": _model_name(model_names)}
+    schemas = {
+        **definitions["$defs"],
+        "Error": ERROR,
+        "MessagesError": MESSAGES_ERROR,
+        "ModelName": _model_name(model_names),
+    }
     for body in set(bodies.values()):
         name = references[body, "validation"]["$ref"].removeprefix(REF)
         schemas[name]["properties"]["model"] = {"anyOf": [{"$ref": f"{REF}ModelName"}, {"type": "null"}]}
@@ -105,7 +125,8 @@ def openapi_document(
 
 
 def _responses(path: str) -> Json:
-    errors = {str(status): _error(status) for status in STATUSES}
+    schema = "MessagesError" if path.startswith(MESSAGES) else "Error"
+    errors = {str(status): _error(status, schema) for status in STATUSES}
     if path == "/health":
         errors["503"] = {**_answer(path), "description": "A model is still loading, or cannot answer"}
     return {"200": _answer(path), **errors}
@@ -120,8 +141,8 @@ def _answer(path: str) -> Json:
     return {"description": "The answer", "content": content}
 
 
-def _error(status: int) -> Json:
-    content = {"application/json": {"schema": {"$ref": f"{REF}Error"}}}
+def _error(status: int, schema: str) -> Json:
+    content = {"application/json": {"schema": {"$ref": f"{REF}{schema}"}}}
     return {"description": MEANINGS.get(status, "Refused"), "content": content}
 
 

@@ -22,6 +22,11 @@ class StopStrings:
     def is_stopped(self) -> bool:
         return self._stopped is not None
 
+    @property
+    def found(self) -> str | None:
+        """The stop string that ended the output."""
+        return self._stopped
+
     def push(self, piece: str) -> str:
         """The text that can be sent now. The earliest match wins; of two at one place, the first listed."""
         if not self._stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import anthropic
 import httpx
 import mistralai.client
 import openai
@@ -62,6 +63,16 @@ def test_mistralai_chat_plain_and_streamed(server):
         with client.chat.stream(model=MODEL, messages=[CHEESE], temperature=0) as events:
             streamed = "".join(event.data.choices[0].delta.content or "" for event in events)
         assert streamed == plain.choices[0].message.content
+
+
+def test_anthropic_chat_plain_and_streamed(server):
+    with anthropic.Anthropic(base_url=server.url, api_key="none", timeout=120, max_retries=0) as client:
+        asked = {"model": MODEL, "max_tokens": 100, "messages": [CHEESE], "extra_body": {"temperature": 0}}
+        plain = client.messages.create(**asked)
+        assert plain.content[0].text == dict(questions())[CHEESE["content"]]
+        with client.messages.stream(**asked) as stream:
+            assert "".join(stream.text_stream) == plain.content[0].text
+            assert stream.get_final_message().stop_reason == plain.stop_reason == "end_turn"
 
 
 def test_the_demo_model_answers_its_questions_exactly(server):
