@@ -66,9 +66,16 @@ def problems(kind: str, document: Json) -> str:
     return "" if error is None else f"{kind} {error.json_path}: {error.message}"
 
 
+def error_keys(path: str) -> set[str]:
+    """Of the object that an error of this route is."""
+    return {"type", "message"} if path.startswith("/v1/messages") else {"message", "type", "param", "code"}
+
+
 def _is_anthropics(scope: Scope) -> bool:
     """Whether the answer has Anthropic's shape, which the tests of its API check."""
-    return scope["path"].startswith("/v1/messages") or any(name == b"anthropic-version" for name, _ in scope["headers"])
+    return scope["path"].startswith("/v1/messages") or any(
+        name == b"anthropic-version" for name, _ in scope.get("headers", ())
+    )
 
 
 def _documents(path: str, status: int, content_type: str, body: bytes) -> Iterator[tuple[str, bytes]]:

@@ -17,12 +17,15 @@ from gateway.http.app import BODIES
 from gateway.request.foreign_fields import IGNORED, REFUSED
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.gateway.openai_answers import error_keys
 from tests.gateway.test_error_texts import OF_LIBRARIES
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
     "/v1/completions": {"model": "tiny", "prompt": "Hi", "max_tokens": 3},
     "/v1/responses": {"model": "tiny", "input": "Hi", "max_output_tokens": 3},
+    "/v1/messages": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
+    "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]},
     "/v1/embeddings": {"model": "tiny", "input": "Hi"},  # a chat model has none
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [40]},
@@ -79,7 +82,7 @@ def test_http(http: httpx.Client, frontend: Frontend, data: st.DataObject, path:
     answer = http.post(path, json=data.draw(bodies(path)))
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     if answer.status_code != 200:
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert set(answer.json()["error"]) == error_keys(path)
         assert not OF_LIBRARIES.search(answer.json()["error"]["message"]), answer.text
     elif answer.headers["content-type"].startswith("text/event-stream"):
         assert answer.text.endswith("\n\n")

@@ -31,6 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": MESSAGES, "stream": True},
     "/v1/completions": {"model": "tiny", "prompt": "Hello", "stream": True},
     "/v1/responses": {"model": "tiny", "input": "Hello", "stream": True},
+    "/v1/messages": {"model": "tiny", "max_tokens": 99, "messages": MESSAGES, "stream": True},
 }
 
 
