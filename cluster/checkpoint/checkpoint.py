@@ -10,8 +10,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.checkpoint.architecture import Architecture, StoredDtype
 from cluster.checkpoint.generation_config import GenerationConfig, read_generation_config
@@ -105,7 +106,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
 
 def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref | RoundedRef]) -> str:
     """SHA-256 of sizes, names, dtypes, shapes, quantisation, and both ends of every tensor's bytes."""
-    digest = hashlib.sha256(json.dumps(asdict(architecture), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_sizes(architecture), sort_keys=True).encode())
     descriptors: dict[Path, int] = {}
     try:
         for name in sorted(tensors):
@@ -126,6 +127,27 @@ def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref | RoundedR
         for descriptor in descriptors.values():
             os.close(descriptor)
     return digest.hexdigest()
+
+
+def _sizes(architecture: Architecture) -> dict[str, Any]:
+    """What is as it usually is is left out: a field that Manta has more than before changes no model's fingerprint."""
+    told: dict[str, Any] = _unusual(architecture) | {"num_layers": architecture.num_layers}
+    if architecture.is_plain and len(set(architecture.layers)) == 1:
+        del told["layers"]
+    return told
+
+
+def _unusual(of: Any) -> Any:
+    """Fields of a dataclass that are not its defaults, by name, and so on into them."""
+    if isinstance(of, tuple):
+        return [_unusual(one) for one in of]
+    if not is_dataclass(of):
+        return of
+    return {
+        field.name: _unusual(getattr(of, field.name))
+        for field in fields(of)
+        if getattr(of, field.name) != field.default
+    }
 
 
 def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:

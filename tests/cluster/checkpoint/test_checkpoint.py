@@ -3,7 +3,7 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig as GenerationReference
 
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.architecture import GateSpec, LayerSpec, Multipliers
+from cluster.checkpoint.checkpoint import fingerprint, open_checkpoint
 from cluster.checkpoint.generation_config import GenerationConfig
+from cluster.checkpoint.known_models import MIXTRAL_8X7B
+from cluster.checkpoint.rope import LinearRope
 from cluster.checkpoint.safetensors_header import read_header as checked_header
 from cluster.errors import CheckpointError
 from cluster.messages import SamplingDefaults
@@ -85,6 +88,22 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_place(originals: Pat
     int(whole.fingerprint, 16)
     write_checkpoint(tmp_path / "other", seed=1)
     assert open_checkpoint(tmp_path / "other").fingerprint != whole.fingerprint
+
+
+def test_fields_of_other_families_change_no_fingerprint_but_their_own():
+    """Each new field of a layer made a new version of every model, whose name on Kubernetes has its fingerprint."""
+    assert fingerprint(MIXTRAL_8X7B, {}) == "501bccf7d788e98dad22f27e0d70101a4ec420bf2a6ba194440fa52fd0a8c3df"
+    layer = MIXTRAL_8X7B.layers[0]
+    others = [
+        replace(MIXTRAL_8X7B, layers=31 * (layer,)),
+        replace(MIXTRAL_8X7B, layers=(*31 * (layer,), LayerSpec(dense_size=8))),
+        replace(MIXTRAL_8X7B, layers=(*31 * (layer,), LayerSpec(dense_size=16))),
+        replace(MIXTRAL_8X7B, layers=32 * (replace(layer, qk_norm="head"),)),
+        replace(MIXTRAL_8X7B, layers=32 * (replace(layer, gate=GateSpec(renormalised=False)),)),
+        replace(MIXTRAL_8X7B, multipliers=Multipliers(residual=2.0)),
+        replace(MIXTRAL_8X7B, rope_scaling=LinearRope(2.0)),
+    ]
+    assert len({fingerprint(other, {}) for other in [MIXTRAL_8X7B, *others]}) == 1 + len(others)
 
 
 def test_a_fine_tune_of_one_layer_has_another_fingerprint(originals: Path, copy):
