@@ -117,7 +117,9 @@ def dispatch(
         CarrierName.OBJECT_STORE,
         CarrierName.LOCAL,
     ],
-    profile: Annotated[bool, typer.Option(help="Also: which calls a dispatch makes here, and what they take.")] = False,
+    profile: Annotated[
+        bool, typer.Option(help="Also: which calls a dispatch makes, here and in a shard, and what they take.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw cost over rows.")] = None,
 ) -> None:
     """Time one layer's dispatch and combine, without maths, for each transport."""

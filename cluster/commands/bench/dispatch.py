@@ -44,6 +44,7 @@ from router_service.dispatcher import Dispatcher
 
 NAMESPACE, FINGERPRINT = "manta-bench", "bench"
 TIMEOUT_S = 60.0
+Call = tuple[float, int, str, str]  # seconds in it alone, how often, file or "~" for C, name
 BARE = "bare"
 WARM_UP = 50
 LONGEST_S = 10.0  # of one measurement; repeats beyond are left out
@@ -67,6 +68,27 @@ class _Identity:
 
 class IdentityShard(ExpertShard):
     """A shard as it is, but for its weights: `directory` says how long a row is."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._profiler = cProfile.Profile()
+        self._is_profiled = self._is_to_be_profiled = False
+        super().__init__(spec)
+
+    def profile(self, is_wanted: bool) -> None:
+        """Have the thread that runs rows count its calls, or not any more, from the next rows on."""
+        self._is_to_be_profiled = is_wanted
+
+    def calls(self) -> list[Call]:
+        """What it has counted; then it starts anew."""
+        calls = _calls(self._profiler)
+        self._profiler.clear()
+        return calls
+
+    def _run(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
+        if self._is_profiled != self._is_to_be_profiled:
+            self._is_profiled = self._is_to_be_profiled
+            self._profiler.enable() if self._is_profiled else self._profiler.disable()
+        return super()._run(layer, rows, counts, answers)
 
     def _load(self) -> Any:
         torch.set_num_threads(1)
@@ -131,7 +153,10 @@ def run(
                     round_trip = _round_trip(dispatcher, count, number, hidden, getattr(torch, dtype))
                     add(name, count, number, round_trip)
                     if profile:
-                        profiles.append((f"{name}, {number} × {count}", _profile(round_trip, repeats)))
+                        what = f"{name}, {number} × {count}: calls"
+                        profiles.append((f"{what} here", _profile(round_trip, repeats)))
+                        if name != "local":
+                            profiles.append((f"{what} in a shard", _profile_shard(round_trip, repeats)))
                 dispatcher.close()
             for count in rows:
                 with echoes(number, count * hidden * getattr(torch, dtype).itemsize) as round_trip:
@@ -143,7 +168,7 @@ def run(
         [(f"{g} × {r}", *(cells[g, r, name] for name in (BARE, *transports))) for g in groups for r in rows],
     )
     for title, calls in profiles:
-        output.table(f"{title}: calls here", ("function", "calls a dispatch", "µs a dispatch"), calls)
+        output.table(title, ("function", "calls a dispatch", "µs a dispatch"), calls)
     if plot is not None:
         _draw(results, hidden, dtype, plot)
     output.json({"bench": "dispatch", "results": results})
@@ -236,8 +261,28 @@ def _profile(round_trip: Callable[[], object], repeats: int) -> list[tuple[str, 
     for _ in range(repeats):
         round_trip()
     profiler.disable()
+    return _costliest(_calls(profiler), repeats)
+
+
+@torch.inference_mode()
+def _profile_shard(round_trip: Callable[[], object], repeats: int) -> list[tuple[str, str, str]]:
+    """The same of the thread that runs the first group's rows, which sleeps in epoll between them."""
+    import ray
+
+    shard = ray.get_actor("shard-0", namespace=NAMESPACE)
+    for is_wanted, number in ((True, repeats), (False, 1)):
+        ray.get(shard.profile.remote(is_wanted), timeout=TIMEOUT_S)
+        for _ in range(number):
+            round_trip()
+    return _costliest(ray.get(shard.calls.remote(), timeout=TIMEOUT_S), repeats)
+
+
+def _calls(profiler: cProfile.Profile) -> list[Call]:
     entries: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    calls = [(own, number, file, name) for (file, _, name), (_, number, own, *_) in entries.items()]
+    return [(own, number, file, name) for (file, _, name), (_, number, own, *_) in entries.items()]
+
+
+def _costliest(calls: Sequence[Call], repeats: int) -> list[tuple[str, str, str]]:
     of_python = sum(number for _, number, file, _ in calls if file != "~")
     lines = [("all functions of Python", f"{of_python / repeats:.1f}", "")]
     for own, number, file, name in sorted(calls, reverse=True)[:MOST_LINES]:
