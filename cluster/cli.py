@@ -121,6 +121,18 @@ def fetch(
     run(models, revision, wait=wait, timeout_s=timeout)
 
 
+class _ModelImpl(StrEnum):
+    AUTO = "auto"
+    NATIVE = "native"
+    TRANSFORMERS = "transformers"
+
+
+class _Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class _Numbers(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
@@ -282,6 +294,22 @@ def status(
         watch_load(address)
     else:
         run(address, as_json=as_json, kernels=kernels)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, demo, or a hub id, which is fetched.")],
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a model on the hub.")] = None,
+    model_impl: Annotated[_ModelImpl, typer.Option(help="Whose code computes our side.")] = _ModelImpl.AUTO,
+    dtype: Annotated[_Dtype, typer.Option(help="What both sides compute in.")] = _Dtype.AUTO,
+    tokens: Annotated[int, typer.Option(min=1, max=128, help="Generated after each prompt.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Compute a model here and by transformers, both in memory one after the other, and say where they differ."""
+    from cluster.commands.verify.command import run
+
+    if not run(model, revision, model_impl.value, dtype.value, tokens, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -338,6 +338,10 @@ class ModelConfig(_Frozen):
     """Coordinators, where `coordinator_scaling` does not say it."""
     coordinator_scaling: CoordinatorScalingConfig | None = None
     """Coordinators by load. None: `num_coordinators`, whatever the load."""
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
+    """Whose code computes it. `native`: ours. `transformers`: that library's own model, of any family whose experts and
+    attention can be replaced there, with plain weights. `auto`: ours where the family has some.
+    """
     max_surge_percent: int = Field(100, ge=0, le=100)
     """Replicas that a rolling update may add for a while, of coordinators and of each group. With 0, for clusters that
     have no GPU to spare, an old one stops before its successor starts; steps wait for it meanwhile.

@@ -76,6 +76,15 @@ def read_tensors(
     return {name: tensors[name] for name in refs}
 
 
+def read_stored(ref: TensorRef, on_bytes: Callable[[int], None] | None = None) -> torch.Tensor:
+    """One tensor as it is stored, in a new memory of its own. From any thread. Raises CheckpointError."""
+    file = _open(ref)
+    try:
+        return _read(file, ref, on_bytes).view(ref.shape)
+    finally:
+        os.close(file)
+
+
 def _open(ref: TensorRef) -> int:
     try:
         return os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +34,9 @@ from router_service.scheduling.block_manager import BlockManager
 from router_service.scheduling.scheduler import Batch, Scheduler
 from router_service.scheduling.step_cost import StepCost
 
+if TYPE_CHECKING:
+    from router_service.model.model_runner import AnyDecoder
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,23 +65,31 @@ def build_engine(
     kept_in = kv_dtype(config.kv_cache_dtype, dtype_name, device.type)
     # Said aloud in any case: Ray gives a worker that reserves no whole CPU one thread.
     torch.set_num_threads(config.num_threads or (cores() if device.type == "cpu" else min(cores(), FEW_THREADS)))
-    weights = read_tensors(
-        checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
-    )
     selection = selection or select_kernel(config, dtype, device)
-    decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
-    del weights
-    give_back_unused(device)
     max_model_len = config.max_model_len or architecture.max_position_embeddings
-    attention = attention_backend(
-        architecture,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=device,
-        kernel=selection.kernel,
-        of_codes=kept_in == "int8",
-    )
-    warm_up(decoder, attention)
+    decoder: AnyDecoder
+    if checkpoint.model_impl == "transformers":
+        from router_service.model.transformers_backend.assembly import transformers_model  # takes seconds to import
+
+        decoder, attention, architecture = transformers_model(
+            checkpoint, config, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
+        )
+    else:
+        weights = read_tensors(
+            checkpoint, list(coordinator_tensors(architecture)), dtype=dtype, device=device, on_bytes=on_bytes
+        )
+        decoder = Decoder(architecture, weights, dispatcher, selection.kernel)
+        del weights
+        attention = attention_backend(
+            architecture,
+            block_size=config.block_size,
+            dtype=dtype,
+            device=device,
+            kernel=selection.kernel,
+            of_codes=kept_in == "int8",
+        )
+        warm_up(decoder, attention)
+    give_back_unused(device)
     has_graphs = _has_graphs(config, decoder, attention, max_model_len)
     cache = cache_size(
         architecture,
@@ -106,7 +118,7 @@ def build_engine(
     sampler.warm_up()
     kv_cache = KVCache(architecture.num_layers, cache.num_blocks, attention.layout, dtype=dtype, device=device)
     graphs = None
-    if has_graphs:
+    if has_graphs and isinstance(decoder, Decoder):
         graphs = decode_graphs(
             decoder,
             kv_cache,
@@ -135,11 +147,15 @@ def build_engine(
     )
 
 
-def _has_graphs(config: EngineConfig, decoder: Decoder, attention: AttentionBackend, max_model_len: int) -> bool:
+def _has_graphs(config: EngineConfig, decoder: AnyDecoder, attention: AttentionBackend, max_model_len: int) -> bool:
     """Raises ConfigError where they are asked for and cannot be."""
     if config.cuda_graphs == "off":
         return False
-    possible = config.microbatches in ("auto", 1) and can_capture(decoder, attention, max_model_len)
+    possible = (
+        isinstance(decoder, Decoder)
+        and config.microbatches in ("auto", 1)
+        and can_capture(decoder, attention, max_model_len)
+    )
     if config.cuda_graphs == "on" and not possible:
         raise ConfigError(
             "engine.cuda_graphs: on needs a GPU, one microbatch, and attention that can be captured; "

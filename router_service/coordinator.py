@@ -16,8 +16,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from cluster.checkpoint.architecture import coordinator_tensors, expert_tensors
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.checkpoint import ModelImpl, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
 from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
@@ -30,7 +29,7 @@ from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
 from experts_service.carriers.local import LocalTransport
 from experts_service.client import ExpertPool
-from experts_service.kernels.experts import Experts
+from experts_service.loaded_experts import load_experts
 from experts_service.transport import Transport
 from router_service.adjustments import Adjustments, has_adjustments
 from router_service.assembly import build_engine, process_kernels, resolve_device, select_kernel
@@ -61,6 +60,7 @@ class Coordinator:
         self,
         directory: str,
         fingerprint: str,
+        model_impl: ModelImpl,
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
@@ -84,27 +84,32 @@ class Coordinator:
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
         _log_where_serve_does()
-        await asyncio.to_thread(self._load, directory, fingerprint, engine, experts, groups, of_tiers, shares)
+        await asyncio.to_thread(
+            self._load, directory, fingerprint, model_impl, engine, experts, groups, of_tiers, shares
+        )
         self._metrics.loop.start()  # loading holds the interpreter, and nobody waits for it
 
     def _load(
         self,
         directory: str,
         fingerprint: str,
+        model_impl: ModelImpl,
         engine: EngineConfig,
         experts: ExpertsConfig,
         groups: tuple[ExpertGroup, ...],
         of_tiers: Mapping[str, str],
         shares: tuple[DeviceShare, ...],
     ) -> None:
-        checkpoint = open_checkpoint(directory).rounded(engine.rounding)
+        checkpoint = open_checkpoint(directory, model_impl).rounded(engine.rounding)
         if checkpoint.fingerprint != fingerprint:
             raise CheckpointError(f"{directory} changed since the server started; restart it to serve the new one")
         self._revision = checkpoint.revision
         local = experts.transport == "local"
         device, dtype = resolve_device(engine), getattr(torch, engine.dtype)
         progress = LoadingProgress(
-            serve.get_replica_context().app_name, DEPLOYMENT, _total_bytes(checkpoint, groups if local else ())
+            serve.get_replica_context().app_name,
+            DEPLOYMENT,
+            checkpoint.coordinator_bytes() + sum(checkpoint.expert_bytes(group.experts) for group in groups if local),
         )
         selection = select_kernel(engine, dtype, device)
         transport: Transport
@@ -113,7 +118,7 @@ class Coordinator:
         if local:
             transport = LocalTransport(
                 {
-                    group.index: Experts.load(
+                    group.index: load_experts(
                         checkpoint,
                         group.experts,
                         dtype=dtype,
@@ -315,16 +320,6 @@ def _log_where_serve_does() -> None:
     ours.setLevel(logging.INFO)
     ours.handlers = logging.getLogger("ray.serve").handlers
     ours.propagate = False
-
-
-def _total_bytes(checkpoint: Checkpoint, local_groups: tuple[ExpertGroup, ...]) -> int:
-    """What this process reads of the checkpoint."""
-    architecture = checkpoint.architecture
-    names = list(coordinator_tensors(architecture))
-    for group in local_groups:
-        for layer in range(architecture.num_layers):
-            names += [name for expert in group.experts for name in expert_tensors(architecture, layer, expert)]
-    return sum(checkpoint.tensors[name].nbytes for name in names)
 
 
 def coordinator_deployment(

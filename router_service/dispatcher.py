@@ -24,8 +24,8 @@ from torch import Tensor
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import ANSWERED, LocalTransport
 from experts_service.device import HostCopy, on_host, pinned, upload, wait_for_queue
-from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
+from experts_service.loaded_experts import LoadedExperts
 from experts_service.transport import Flight, GroupRows, Transport
 from router_service import routing
 from router_service.routing import Routing
@@ -232,7 +232,7 @@ class Dispatcher:
         return total
 
     def _dispatch_here(
-        self, grouped: Experts, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None
+        self, grouped: LoadedExperts, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None
     ) -> Dispatch:
         """The same for experts that are here, without a look at any number."""
         routed = routing.route(experts, *self._of_device(experts.device), num_real)

@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cluster.checkpoint.architecture import Architecture, StoredDtype
+from cluster.checkpoint.any_architecture import any_architecture, divided, stored_tensors
+from cluster.checkpoint.architecture import Architecture, StoredDtype, coordinator_tensors, expert_tensors
 from cluster.checkpoint.generation_config import GenerationConfig, read_generation_config
-from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params
+from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params, is_native
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.layouts import Layout, Ref, locate_tensors
 from cluster.checkpoint.quantization.config import read_quantization
@@ -28,7 +30,9 @@ from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.checkpoint.weight_files import find_layout, read_headers
 from cluster.errors import CheckpointError, ConfigError
 
-__all__ = ["Checkpoint", "TensorRef", "open_checkpoint"]
+__all__ = ["Checkpoint", "ModelImpl", "TensorRef", "open_checkpoint"]
+
+ModelImpl = Literal["native", "transformers"]  # whose code computes the model
 
 SAMPLE_BYTES = 4096  # of each end of each tensor, for the fingerprint
 
@@ -46,6 +50,7 @@ class Checkpoint:
     tensors: Mapping[str, Ref | RoundedRef]
     fingerprint: str  # hex; the same weights at another path have the same; empty where the files are not here
     generation: GenerationConfig
+    model_impl: ModelImpl = "native"  # `transformers`: `tensors` is keyed by the names that they are stored by
 
     @property
     def revision(self) -> str | None:
@@ -53,12 +58,36 @@ class Checkpoint:
         snapshot = _SNAPSHOT.search(self.directory.as_posix())
         return None if snapshot is None else snapshot[1]
 
+    def coordinator_bytes(self) -> int:
+        """What a coordinator reads, without experts."""
+        if self.model_impl == "transformers":
+            return self._divided()[0]
+        return sum(self.tensors[name].nbytes for name in coordinator_tensors(self.architecture))
+
+    def expert_bytes(self, experts: Sequence[int]) -> int:
+        """What who holds these experts reads."""
+        a = self.architecture
+        if self.model_impl == "transformers":
+            return self._divided()[1] * len(experts)
+        return sum(
+            self.tensors[name].nbytes
+            for layer in range(a.num_layers)
+            for expert in experts
+            for name in expert_tensors(a, layer, expert)
+        )
+
+    def _divided(self) -> tuple[int, int]:
+        sizes = {name: (ref.shape, ref.nbytes) for name, ref in self.tensors.items()}
+        return divided(sizes, self.architecture.num_experts)
+
     def rounded(self, rounding: Rounding | None, key: str = "engine.quantization") -> Checkpoint:
         """The same, some of its matrices rounded while they are read, with a fingerprint of its own.
 
         What an earlier call said of them is forgotten. Raises ConfigError, which names `key`, where they are small
         numbers already.
         """
+        if rounding is not None and self.model_impl == "transformers":
+            raise ConfigError(f"{key}: the transformers backend rounds no weights; leave it out for {self.directory}")
         tensors: dict[str, Ref | RoundedRef] = {
             name: ref.plain if isinstance(ref, RoundedRef) else ref for name, ref in self.tensors.items()
         }
@@ -75,10 +104,19 @@ class Checkpoint:
         return replace(self, tensors=tensors, fingerprint=known)
 
 
-def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """Find and check everything but the numbers themselves. Raises CheckpointError, which names file and tensor."""
+def open_checkpoint(directory: Path | str, model_impl: Literal["auto"] | ModelImpl = "auto") -> Checkpoint:
+    """Find and check everything but the numbers themselves. Raises CheckpointError, which names file and tensor.
+
+    `model_impl`: whose code is to compute it; `auto` is ours where a family has some.
+    """
     directory = Path(directory)
     layout = find_layout(directory)
+    if model_impl != "native" and layout == "huggingface":
+        config = JsonDocument.read(directory / "config.json")
+        if model_impl == "transformers" or not is_native(config):
+            return _open_for_transformers(directory, config)
+    elif model_impl == "transformers":
+        raise CheckpointError(f"{directory} is in Mistral's own layout, which the transformers backend does not read.")
     quantization = None
     if layout == "huggingface":
         config = JsonDocument.read(directory / "config.json")
@@ -102,6 +140,29 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
     architecture = replace(architecture, eos_token_ids=eos_token_ids)
     return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
+
+
+def check_config(config: JsonDocument) -> None:
+    """Raises CheckpointError where a model could be served by nobody's code, as far as its config.json tells."""
+    if is_native(config):
+        architecture_from_config(config)
+    else:
+        any_architecture(config)
+
+
+def _open_for_transformers(directory: Path, config: JsonDocument) -> Checkpoint:
+    """Of any family: what it is made of is known when transformers has built it."""
+    any_architecture(config)  # what is not supported is said before weights are looked at
+    stored = read_headers(directory, "huggingface")
+    architecture = any_architecture(config, _most_common_dtype(stored))
+    generation = read_generation_config(directory, architecture.vocab_size)
+    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
+    architecture = replace(architecture, eos_token_ids=eos_token_ids)
+    tensors = stored_tensors(stored)
+    # What a model computes is in all of its config.json: there are more keys than sizes.
+    of_config = json.dumps(config.values, sort_keys=True)
+    known = hashlib.sha256(f"{fingerprint(architecture, tensors)} {of_config}".encode()).hexdigest()
+    return Checkpoint(directory, "huggingface", architecture, tensors, known, generation, "transformers")
 
 
 def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref | RoundedRef]) -> str:
@@ -152,3 +213,8 @@ def _unusual(of: Any) -> Any:
 
 def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:
     return _DTYPES.get(stored[name].dtype, "float32") if name in stored else "float32"
+
+
+def _most_common_dtype(stored: Mapping[str, StoredTensor]) -> StoredDtype:
+    counts = Counter(tensor.dtype for tensor in stored.values())
+    return _DTYPES.get(counts.most_common(1)[0][0], "float32") if counts else "float32"

@@ -13,8 +13,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.checkpoint.hyperparameters import architecture_from_config
+from cluster.checkpoint.checkpoint import check_config, open_checkpoint
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.weight_files import GGUF
 from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
@@ -79,7 +78,7 @@ def _download(model: str, revision: str | None) -> Path:
     weights = _weight_pattern(model, [file.filename for file in listing])
     directory = _fetch(model, revision, _SMALL_FILES)
     if (directory / "config.json").is_file():
-        architecture_from_config(JsonDocument.read(directory / "config.json"))
+        check_config(JsonDocument.read(directory / "config.json"))
     return _fetch(model, revision, (*_SMALL_FILES, weights))
 
 

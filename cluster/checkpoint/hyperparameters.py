@@ -28,7 +28,7 @@ def architecture_from_config(config: JsonDocument, default_dtype: StoredDtype = 
     refuse_remote_code(config)
     family = _family(config)
     _refuse_unsupported_config(config, family)
-    architecture = replace(family.read(config), dtype=_dtype(config, default_dtype))
+    architecture = replace(family.read(config), dtype=stored_dtype(config, default_dtype))
     _check_attention(config, architecture)
     experts = experts_key(config)
     _check_divisions(
@@ -74,6 +74,12 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
     )
     _check_divisions(params, architecture, ("n_heads", "n_kv_heads", "moe.num_experts_per_tok", "moe.num_experts"))
     return architecture
+
+
+def is_native(config: JsonDocument) -> bool:
+    """Whether the family has code of ours, or cannot be told."""
+    model_type = config.values.get("model_type")
+    return model_type is None or model_type in FAMILIES
 
 
 def refuse_remote_code(config: JsonDocument) -> None:
@@ -140,7 +146,8 @@ def _check_divisions(document: JsonDocument, a: Architecture, keys: tuple[str, s
         raise document.error("head_dim", f"is {a.head_dim}; expected an even number, as rotary embeddings need")
 
 
-def _dtype(config: JsonDocument, default_dtype: StoredDtype) -> StoredDtype:
+def stored_dtype(config: JsonDocument, default_dtype: StoredDtype) -> StoredDtype:
+    """What it says that the model is meant to run in."""
     key = "dtype" if config.has("dtype") else "torch_dtype"
     if not config.has(key):
         return default_dtype

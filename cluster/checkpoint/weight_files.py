@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.checkpoint.hyperparameters import refuse_remote_code
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.layouts import Layout
 from cluster.checkpoint.safetensors_header import StoredTensor, read_header
@@ -23,8 +22,6 @@ def find_layout(directory: Path) -> Layout:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory.")
     config, params = (directory / "config.json").is_file(), (directory / "params.json").is_file()
-    if config:
-        refuse_remote_code(JsonDocument.read(directory / "config.json"))
     if config and _weight_files(directory, "huggingface"):
         return "huggingface"
     if params and _weight_files(directory, "mistral"):

@@ -59,7 +59,8 @@ def run(
     check_doors(config.gateway)
     AccessPolicy(config.gateway)  # which reads the key files
     checkpoints = [
-        open_checkpoint(resolve_model(one.path, one.revision)).rounded(one.engine.rounding) for one in config.models
+        open_checkpoint(resolve_model(one.path, one.revision), one.model_impl).rounded(one.engine.rounding)
+        for one in config.models
     ]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)

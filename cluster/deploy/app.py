@@ -382,6 +382,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig, beside: Sequence[
     coordinator = coordinator_deployment(
         str(checkpoint.directory),
         checkpoint.fingerprint,
+        checkpoint.model_impl,
         engine,
         experts,
         plan.groups,
@@ -416,6 +417,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 application=plan.application,
                 directory=str(checkpoint.directory),
                 fingerprint=one.fingerprint,
+                model_impl=checkpoint.model_impl,
                 group=one.group.index,
                 deployment=one.name,
                 experts=one.group.experts,

@@ -141,7 +141,9 @@ def _settle(model: ModelConfig) -> ModelArguments:
 def _plan(arguments: ModelArguments) -> ModelPlan:
     """Laid out on as many nodes as it takes. Raises CheckpointError when the weights are not those of the document."""
     model = arguments.model
-    checkpoint = open_checkpoint(resolve_model(model.path, model.revision)).rounded(model.engine.rounding)
+    checkpoint = open_checkpoint(resolve_model(model.path, model.revision), model.model_impl).rounded(
+        model.engine.rounding
+    )
     if arguments.fingerprint not in (None, checkpoint.fingerprint):
         raise CheckpointError(
             f"{checkpoint.directory} has the fingerprint {checkpoint.fingerprint[:8]}…, and the Serve config was made "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from cluster.checkpoint.any_architecture import divided
 from cluster.checkpoint.architecture import Shape, coordinator_tensors, expert_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.layouts import Ref
@@ -27,6 +28,9 @@ NARROW_SCALES = ("BF16", "F8_E8M0")  # as they are stored; of others nobody know
 def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightBytes:
     """Of a model whose files are here."""
     a = checkpoint.architecture
+    if checkpoint.model_impl == "transformers":
+        sizes = {name: (ref.shape, held_bytes(ref, dtype, device)) for name, ref in checkpoint.tensors.items()}
+        return WeightBytes(*divided(sizes, a.num_experts))
 
     def held(names: Iterable[str]) -> int:
         return sum(held_bytes(checkpoint.tensors[name], dtype, device) for name in names)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from experts_service.device import upload
-from experts_service.kernels.experts import Experts
 from experts_service.kernels.swiglu import Chained
+from experts_service.loaded_experts import LoadedExperts
 from experts_service.transport import Flight, GroupRows
 
 
@@ -28,7 +28,7 @@ ANSWERED = _Answered()
 class LocalTransport:
     """Runs the experts where it is called."""
 
-    def __init__(self, groups: Mapping[int, Experts]) -> None:
+    def __init__(self, groups: Mapping[int, LoadedExperts]) -> None:
         self._groups = dict(groups)
 
     @torch.inference_mode()
@@ -40,7 +40,7 @@ class LocalTransport:
         return ANSWERED
 
     @property
-    def grouped(self) -> Experts | None:
+    def grouped(self) -> LoadedExperts | None:
         """All experts as one group that nobody has to tell counts on the host, if they are that."""
         experts = next(iter(self._groups.values())) if len(self._groups) == 1 else None
         return experts if experts is not None and experts.takes_ends else None

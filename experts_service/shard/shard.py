@@ -34,8 +34,9 @@ from cluster.expert_deployments import expert_deployment_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cluster.checkpoint.checkpoint import ModelImpl
     from cluster.telemetry.kernels import ProcessKernels
-    from experts_service.kernels.experts import Experts
+    from experts_service.loaded_experts import LoadedExperts
     from experts_service.shard.server import LaneServer
     from experts_service.wire.address import LaneAddress
 
@@ -60,6 +61,7 @@ class ShardSpec:
     kernels: str = "auto"  # as in EngineConfig
     batch_invariant: str = "auto"  # the same
     rounding: Rounding | None = None
+    model_impl: ModelImpl = "native"
     deployment: str | None = None  # the Serve deployment's name, where the group has several
     gpus: float = 0.0
     load_timeout_s: float = 1800.0
@@ -248,16 +250,15 @@ class ExpertShard:
             lane_refused=lanes.refused if lanes else 0,
         )
 
-    def _load(self) -> Experts:
+    def _load(self) -> LoadedExperts:
         import torch
 
-        from cluster.checkpoint.architecture import expert_tensors
         from cluster.checkpoint.checkpoint import open_checkpoint
         from cluster.telemetry.progress import LoadingProgress
         from experts_service.device import give_back_unused
         from experts_service.kernels.cores import cores
-        from experts_service.kernels.experts import Experts
         from experts_service.kernels.selection import select
+        from experts_service.loaded_experts import load_experts
 
         spec = self._spec
         torch.set_num_threads(spec.num_threads or max(1, cores() // spec.num_groups))
@@ -266,16 +267,11 @@ class ExpertShard:
         rounded = spec.rounding is not None and spec.rounding.has("experts")
         self._kernels = selection.told(dtype, device, weights=str(spec.rounding) if rounded else "")
         logger.info("%s: %s", spec.name, selection)
-        checkpoint = open_checkpoint(spec.directory).rounded(spec.rounding)
+        checkpoint = open_checkpoint(spec.directory, spec.model_impl).rounded(spec.rounding)
         if checkpoint.fingerprint != spec.fingerprint:
             raise CheckpointError(f"{spec.directory} changed since the server started; restart it to serve the new one")
-        total = sum(
-            checkpoint.tensors[name].nbytes
-            for layer in range(checkpoint.architecture.num_layers)
-            for expert in spec.experts
-            for name in expert_tensors(checkpoint.architecture, layer, expert)
-        )
-        experts = Experts.load(
+        total = checkpoint.expert_bytes(spec.experts)
+        experts = load_experts(
             checkpoint,
             spec.experts,
             dtype=dtype,

@@ -64,7 +64,7 @@ class ReferenceAttention(AttentionBackend):
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
+class Decodes:
     """Sequences with one new token, as one batch."""
 
     rows: torch.Tensor  # [B] their rows among the T tokens
@@ -105,8 +105,8 @@ class ReferencePlan(AttentionPlan):
                 mask = _prefill_mask(end - first, begin, context, window, device)
                 self._prefills.append(_Prefill(slice(first, end), slots.to(device), mask))
         self._decodes = [
-            _plan_decodes(rows[run], of_decodes[run], backend.dtype, device)
-            for run in _runs([len(slots) for slots in of_decodes], backend.max_gathered_tokens)
+            plan_decodes(rows[run], of_decodes[run], backend.dtype, device)
+            for run in runs([len(slots) for slots in of_decodes], backend.max_gathered_tokens)
         ]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, kv_cache: KVCache) -> None:
@@ -145,7 +145,7 @@ def _attend_prefill(
 
 
 def _attend_decodes(
-    decodes: _Decodes, queries: torch.Tensor, all_keys: torch.Tensor, all_values: torch.Tensor
+    decodes: Decodes, queries: torch.Tensor, all_keys: torch.Tensor, all_values: torch.Tensor
 ) -> torch.Tensor:
     """Attention of the last tokens `queries` [B, N, H] over their contexts. Returns [B, N, H]."""
     batch, context = decodes.slots.shape
@@ -184,26 +184,27 @@ def _coded(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([codes, scales.view(torch.int8)], dim=-1)
 
 
-def _runs(lengths: Seq[int], max_padded: int) -> list[slice]:
+def runs(lengths: Seq[int], max_padded: int) -> list[slice]:
     """Consecutive sequences that are padded to the longest of them, of at most `max_padded` tokens or one sequence."""
-    runs: list[slice] = []
+    found: list[slice] = []
     first = longest = 0
     for index, length in enumerate(lengths):
         longest = max(longest, length)
         if index > first and longest * (index + 1 - first) > max_padded:
-            runs.append(slice(first, index))
+            found.append(slice(first, index))
             first, longest = index, length
-    return [*runs, slice(first, len(lengths))] if lengths else []
+    return [*found, slice(first, len(lengths))] if lengths else []
 
 
-def _plan_decodes(rows: list[int], slots: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> _Decodes:
+def plan_decodes(rows: list[int], slots: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> Decodes:
+    """Of sequences that are in these rows, and what they read."""
     padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)  # [B, S]
     lengths = torch.tensor([len(s) for s in slots])
     mask = None
     if int(lengths.min()) != padded.shape[1]:
         hidden = torch.arange(padded.shape[1])[None] >= lengths[:, None]  # [B, S]
         mask = torch.zeros(padded.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None].to(device)
-    return _Decodes(torch.tensor(rows, device=device), padded.to(device), mask)
+    return Decodes(torch.tensor(rows, device=device), padded.to(device), mask)
 
 
 def _prefill_mask(length: int, begin: int, end: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ from router_service.outputs.routed_experts import RoutedExperts
 from router_service.scheduling.scheduler import Batch
 from router_service.scheduling.sequence import Sequence
 
+if TYPE_CHECKING:
+    from router_service.model.transformers_backend.decoder import TransformersDecoder
+
+    AnyDecoder = Decoder | TransformersDecoder
+
 
 class StepOutput(NamedTuple):
     """What the model makes of a batch."""
@@ -45,7 +50,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: AnyDecoder,
         kv_cache: KVCache,
         attention: AttentionBackend,
         *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from cluster.errors import MantaError
 from cluster.messages import Embedding, Grammar, Key, Request, TokenChunk
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
-from experts_service.kernels.experts import Experts
 from experts_service.kernels.kernel import Kernel
+from experts_service.loaded_experts import load_experts
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
@@ -40,14 +40,26 @@ def follow(state: GrammarState, token_ids: Iterable[int]) -> None:
 
 
 class Bench:
-    """An engine without a thread, and what it delivered. `run` steps it until every request has ended."""
+    """An engine without a thread, and what it delivered. `run` steps it until every request has ended.
 
-    def __init__(self, directory: Path, *, num_groups: int = 1, device: str = "cpu", **config: Any) -> None:
+    Experts are in this process, unless a `dispatcher` is given.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        num_groups: int = 1,
+        device: str = "cpu",
+        model_impl: Literal["auto", "native", "transformers"] = "auto",
+        dispatcher: Dispatcher | None = None,
+        **config: Any,
+    ) -> None:
         tiny = {"num_kv_blocks": 64, "max_model_len": 512, "num_threads": 1}
         settings = EngineConfig(**{**tiny, "device": device, **config})
-        checkpoint = open_checkpoint(directory).rounded(settings.rounding)
+        checkpoint = open_checkpoint(directory, model_impl).rounded(settings.rounding)
         kernel = None if settings.kernels == "auto" else Kernel(settings.kernels)
-        dispatcher = local_dispatcher(checkpoint, num_groups, device, kernel)
+        dispatcher = dispatcher or local_dispatcher(checkpoint, num_groups, device, kernel)
         self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture
         self.vocabulary = GrammarVocabulary(
@@ -104,7 +116,7 @@ def local_dispatcher(checkpoint: Checkpoint, num_groups: int, device: str, kerne
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
     loaded = {
-        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=torch.device(device), kernel=kernel)
+        group.index: load_experts(checkpoint, group.experts, dtype=dtype, device=torch.device(device), kernel=kernel)
         for group in groups
     }
     return Dispatcher(groups, LocalTransport(loaded))

@@ -22,7 +22,7 @@ from cluster.messages import Key, Request, SamplingParams, TokenChunk
 from cluster.planning.placement import plan_groups
 from experts_service.carriers.local import ANSWERED, LocalTransport
 from experts_service.device import pinned
-from experts_service.kernels.experts import Experts
+from experts_service.loaded_experts import LoadedExperts, load_experts
 from experts_service.transport import Flight, GroupRows
 from router_service.assembly import build_engine, resolve_device, select_kernel
 from router_service.dispatcher import Dispatcher
@@ -90,6 +90,7 @@ def generate(
     cuda_graphs: Literal["auto", "off"] = "auto",
     *,
     elsewhere: bool = False,
+    output_tokens: int = OUTPUT_TOKENS,
 ) -> list[list[TokenChunk]]:
     """The greedy answers to prompts that are decoded together, by an engine that `prepare` has seen before it starts.
 
@@ -107,7 +108,7 @@ def generate(
         cuda_graphs=cuda_graphs,
     )
     requests = [
-        Request(str(number), tuple(prompt), SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, logprobs=1), 0)
+        Request(str(number), tuple(prompt), SamplingParams(max_tokens=output_tokens, temperature=0.0, logprobs=1), 0)
         for number, prompt in enumerate(prompts)
     ]
     answers: dict[Key, list[TokenChunk]] = {request.key: [] for request in requests}
@@ -157,7 +158,7 @@ def _experts(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, *
     groups = plan_groups("auto", checkpoint.architecture.num_experts, 1, 1)
     kernel = select_kernel(config, dtype, device).kernel
     loaded = {
-        group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
+        group.index: load_experts(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
         for group in groups
     }
     return Dispatcher(groups, _OnHost(loaded) if elsewhere else LocalTransport(loaded))
@@ -166,7 +167,7 @@ def _experts(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, *
 class _OnHost:
     """A transport to experts of this process that works on the host, as those to other processes do."""
 
-    def __init__(self, experts: dict[int, Experts]) -> None:
+    def __init__(self, experts: dict[int, LoadedExperts]) -> None:
         self._here = LocalTransport(experts)
 
     def send(self, layer: int, rows: torch.Tensor, parts: Sequence[GroupRows]) -> Flight:

@@ -254,10 +254,30 @@ def test_remote_code_is_refused(copy):
     assert "config.json: auto_map points at Python code" in refusal(directory)
 
 
-def test_another_model_type_is_refused_by_name_before_its_tensors_are_looked_for(copy):
+def test_a_family_without_code_of_ours_is_for_transformers_or_refused_by_name(copy):
     directory = copy("huggingface")
-    rewrite_json(directory / "config.json", model_type="jamba", architectures=["JambaForCausalLM"])
-    assert "model_type is 'jamba'" in refusal(directory)
+    rewrite_json(directory / "config.json", model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"])
+    with pytest.raises(CheckpointError, match="model_type is 'glm4_moe'"):
+        open_checkpoint(directory, "native")
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.model_impl == open_checkpoint(directory, "transformers").model_impl == "transformers"
+    all_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert checkpoint.coordinator_bytes() + checkpoint.expert_bytes(range(4)) == all_bytes
+    rewrite_json(directory / "config.json", model_type="mixtral", architectures=["MixtralForCausalLM"])
+    native = open_checkpoint(directory)
+    assert (
+        len({native.fingerprint, checkpoint.fingerprint, open_checkpoint(directory, "transformers").fingerprint}) == 3
+    )
+    assert checkpoint.coordinator_bytes() == native.coordinator_bytes()
+    assert checkpoint.expert_bytes((3,)) == native.expert_bytes((3,))
+
+
+def test_of_a_family_without_code_of_ours_a_size_that_is_missing_is_named(copy):
+    directory = copy("huggingface")
+    rewrite_json(directory / "config.json", model_type="glm4_moe", num_hidden_layers=None)
+    assert "config.json: num_hidden_layers is missing" in refusal(directory)
+    rewrite_json(directory / "config.json", num_hidden_layers=2, quantization_config={"quant_method": "fp8"})
+    assert "quantization_config is there, and the transformers backend reads plain weights only" in refusal(directory)
 
 
 def test_no_weights_at_all(copy):

@@ -9,7 +9,7 @@ import torch
 
 from router_service.attention.kv_cache import KVCache
 from router_service.attention.metadata import AttentionMetadata, Span
-from router_service.attention.reference import ReferenceAttention, _runs
+from router_service.attention.reference import ReferenceAttention, runs
 from router_service.scheduling.block_manager import NULL_BLOCK
 from tests.router_service.attention.pages import sized
 
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def test_decodes_that_would_read_too_much_at_once_take_turns():
-    assert _runs([5, 5, 5, 5], 10) == [slice(0, 2), slice(2, 4)]
-    assert _runs([1, 1, 9, 1, 1], 10) == [slice(0, 2), slice(2, 3), slice(3, 5)]
-    assert _runs([50], 10) == [slice(0, 1)]
-    assert _runs([], 10) == []
-    assert _runs([3] * 64, 10**6) == [slice(0, 64)]
+    assert runs([5, 5, 5, 5], 10) == [slice(0, 2), slice(2, 4)]
+    assert runs([1, 1, 9, 1, 1], 10) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert runs([50], 10) == [slice(0, 1)]
+    assert runs([], 10) == []
+    assert runs([3] * 64, 10**6) == [slice(0, 64)]
 
 
 @pytest.mark.parametrize("prefill", [False, True])

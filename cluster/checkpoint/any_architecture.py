@@ -1,0 +1,112 @@
+"""The sizes of any decoder from its `config.json`, for the transformers backend. Knows keys that families share.
+
+What a family computes is in none of these sizes: its own code in transformers knows that. So nothing is refused here
+but what is missing; what that code cannot do behind our interfaces it is refused for where the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
+from cluster.checkpoint.families.family import MAX_LAYERS
+from cluster.checkpoint.hyperparameters import stored_dtype
+from cluster.checkpoint.json_document import JsonDocument
+from cluster.checkpoint.layouts import SUPPORTED_DTYPES
+from cluster.checkpoint.safetensors_header import StoredTensor
+from cluster.checkpoint.tensor_ref import TensorRef
+from cluster.errors import CheckpointError
+
+NUM_EXPERTS = (
+    *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    *("num_moe_experts", "n_experts"),
+)
+TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_router_topk"),
+    *("experts_per_token", "num_selected_experts"),
+)
+INTERMEDIATE_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim", "intermediate_size")
+UNTOLD_CONTEXT = 4096  # tokens, where config.json does not say how many
+
+
+def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
+    """Sizes of the text model. Keys and values are as wide as a head is where they are kept expanded.
+
+    Raises CheckpointError where a size is missing.
+    """
+    if config.has("quantization_config"):
+        raise config.error("quantization_config", "is there, and the transformers backend reads plain weights only")
+    text = config.section("text_config") if config.has("text_config") else config
+    vocab_size = text.integer("vocab_size")
+    num_heads = text.integer("num_attention_heads")
+    hidden_size = text.integer("hidden_size")
+    num_experts = _first(text, NUM_EXPERTS)
+    bos = text.integers("bos_token_id", vocab_size - 1) or config.integers("bos_token_id", vocab_size - 1)
+    eos = text.integers("eos_token_id", vocab_size - 1) or config.integers("eos_token_id", vocab_size - 1)
+    layer = LayerSpec(gate=GateSpec()) if num_experts else LayerSpec(dense_size=1)  # which have experts is not told
+    return Architecture(
+        layers=text.integer("num_hidden_layers", maximum=MAX_LAYERS) * (layer,),
+        hidden_size=hidden_size,
+        intermediate_size=_first(text, INTERMEDIATE_SIZE) or 1,
+        num_heads=num_heads,
+        num_kv_heads=_num_kv_heads(text, num_heads),
+        head_dim=_head_dim(text, hidden_size, num_heads),
+        num_experts=num_experts,
+        top_k=_first(text, TOP_K) or 1 if num_experts else 0,
+        vocab_size=vocab_size,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        max_position_embeddings=text.integer("max_position_embeddings", default=UNTOLD_CONTEXT),
+        sliding_window=None,  # layers may differ: all is kept
+        tie_word_embeddings=False,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=eos,
+        dtype=stored_dtype(text if text.has("dtype") or text.has("torch_dtype") else config, default_dtype),
+    )
+
+
+def stored_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, TensorRef]:
+    """Each as it lies in its file, under its own name. Raises CheckpointError for one in a dtype that is not plain."""
+    for name, tensor in stored.items():
+        if tensor.dtype not in SUPPORTED_DTYPES and tensor.dtype not in ("I64", "I32", "BOOL"):
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} is {tensor.dtype}; expected plain numbers")
+    return {
+        name: TensorRef(name, tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+        for name, tensor in stored.items()
+    }
+
+
+def divided(sizes: Mapping[str, tuple[Shape, int]], num_experts: int) -> tuple[int, int]:
+    """What the coordinator has of these sizes, and one expert in all layers: by names and shapes, as families have
+    them."""
+    own = of_experts = 0
+    for name, (shape, size) in sizes.items():
+        if ".experts." in name or (num_experts and len(shape) == 3 and shape[0] == num_experts):
+            of_experts += size
+        else:
+            own += size
+    return own, -(-of_experts // max(1, num_experts))
+
+
+def _first(config: JsonDocument, keys: Sequence[str]) -> int:
+    """The first that is there; 0: none is."""
+    for key in keys:
+        if isinstance(config.values.get(key), list):  # one for each layer
+            return max((int(size) for size in config.values[key]), default=0)
+        if config.has(key):
+            return config.integer(key, minimum=0)
+    return 0
+
+
+def _num_kv_heads(config: JsonDocument, num_heads: int) -> int:
+    if config.has("kv_lora_rank"):  # latent attention, kept expanded: every head has keys of its own
+        return num_heads
+    return config.integer("num_key_value_heads", default=num_heads)
+
+
+def _head_dim(config: JsonDocument, hidden_size: int, num_heads: int) -> int:
+    """The mean of keys' and values', rounded up, where they differ."""
+    if config.has("kv_lora_rank"):
+        keys = config.integer("qk_nope_head_dim") + config.integer("qk_rope_head_dim")
+        return -(-(keys + config.integer("v_head_dim")) // 2)
+    return config.integer("head_dim", default=max(1, hidden_size // num_heads))

@@ -1,0 +1,179 @@
+"""`manta verify MODEL`: does this machine compute a model as transformers does? Text or JSON, and an exit code.
+
+Both sides get the same prompts and compute in the same dtype. A token of ours is good where transformers finds no
+other one likelier by more than rounding may make it. Where one is not, or its likelihood is off, the layers of that
+prompt are compared, and the first that differ are named: that is what a report of a bug begins with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from cluster.checkpoint.architecture import ComputeDtype, compute_dtype
+from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
+from cluster.checkpoint.hub import resolve_model
+from cluster.commands.bench.machine import this_machine
+from cluster.commands.verify.sides import Layers, Reference, Said, ours
+from cluster.config import EngineConfig
+from cluster.errors import CheckpointError
+from router_service.assembly import resolve_device
+
+TEXTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a village between two rivers, there lived a clockmaker who",
+)
+# Of a token's log-probability. In fp32 only the order of sums differs. In bf16 each layer rounds on both sides: the
+# bound is a judgement, no model of the hub has been measured.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+OFF = {"float32": 1e-3, "bfloat16": 0.05}  # of a layer's attention, relative to its largest number
+MOST_LAYERS = 8  # that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDifference:
+    """Of one layer and prompt."""
+
+    layer: int
+    what: Literal["attention", "experts"]  # `experts`: the layer's index among those that have some
+    off: float  # attention: the largest difference, relative to the largest number; experts: part of the tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """Of one prompt."""
+
+    prompt_tokens: int
+    output_tokens: int
+    other_tokens: int  # for which transformers has a likelier one, by more than the tolerance
+    first_other: int | None  # its position
+    largest_difference: float  # of a token's log-probability
+    layers: tuple[LayerDifference, ...]  # that differ by more than rounding; none where tokens are good
+
+    def is_good(self, tolerance: float) -> bool:
+        """NaN is not."""
+        return self.other_tokens == 0 and self.output_tokens > 0 and self.largest_difference <= tolerance
+
+
+def run(
+    model: str,
+    revision: str | None,
+    model_impl: Literal["auto"] | ModelImpl,
+    dtype: Literal["auto"] | ComputeDtype,
+    tokens: int,
+    *,
+    as_json: bool,
+) -> bool:
+    """Whether nothing differs. Raises MantaError for what a user can mend."""
+    checkpoint = open_checkpoint(resolve_model(model, revision), model_impl)
+    name = compute_dtype(dtype, checkpoint.architecture)
+    device = resolve_device(EngineConfig())
+    prompts = _prompts(checkpoint)
+    said = ours(checkpoint, device, getattr(torch, name), prompts, tokens)
+    try:
+        reference = Reference(checkpoint, device, getattr(torch, name))
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {checkpoint.directory} to compare with: {error}") from error
+    results = [
+        _compare(answer, *reference.read(prompt, answer.token_ids), name, len(prompt))
+        for prompt, answer in zip(prompts, said, strict=True)
+    ]
+    good = all(result.is_good(TOLERANCE[name]) for result in results)
+    if as_json:
+        print(json.dumps(_document(checkpoint, device, name, results, good=good)))
+    else:
+        _print(checkpoint, device, name, results, good=good)
+    return good
+
+
+def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
+    """Ordinary text; a few ids where there is no tokenizer.json."""
+    file = checkpoint.directory / "tokenizer.json"
+    if not file.is_file():
+        vocab_size = checkpoint.architecture.vocab_size
+        return [[(7 * place + 11 * number) % vocab_size for place in range(12)] for number in range(1, len(TEXTS) + 1)]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    return [tokenizer.encode(text).ids for text in TEXTS]
+
+
+def _compare(said: Said, logprobs: torch.Tensor, layers: Layers, dtype: str, prompt_tokens: int) -> PromptResult:
+    best = logprobs.max(-1).values
+    differences, others = [], []
+    for position, (token, logprob) in enumerate(zip(said.token_ids, said.logprobs, strict=True)):
+        expected = float(logprobs[position, token])
+        differences.append(abs(expected - logprob))
+        if not float(best[position]) - expected <= TOLERANCE[dtype]:
+            others.append(position)
+    largest = float(torch.tensor(differences or [float("nan")]).max())  # NaN where one is
+    result = PromptResult(prompt_tokens, len(said.token_ids), len(others), others[0] if others else None, largest, ())
+    if result.is_good(TOLERANCE[dtype]):
+        return result
+    return PromptResult(
+        prompt_tokens, len(said.token_ids), len(others), result.first_other, largest, _off(said.layers, layers, dtype)
+    )
+
+
+def _off(mine: Layers, theirs: Layers, dtype: str) -> tuple[LayerDifference, ...]:
+    """In the order in which a token goes through them, as far as both have them."""
+    found = []
+    for layer in sorted(mine.attended.keys() & theirs.attended.keys()):
+        one, other = mine.attended[layer], theirs.attended[layer]
+        off = float("nan") if one.shape != other.shape else float((one - other).abs().max() / other.abs().max())
+        if not off <= OFF[dtype]:
+            found.append(LayerDifference(layer, "attention", off))
+    for index in sorted(mine.experts.keys() & theirs.experts.keys()):
+        one, other = mine.experts[index], theirs.experts[index]
+        share = 1.0 if one.shape != other.shape else float((one != other).any(1).float().mean())
+        if share:
+            found.append(LayerDifference(index, "experts", share))
+    return tuple(found)
+
+
+def _document(
+    checkpoint: Checkpoint, device: torch.device, dtype: str, results: Sequence[PromptResult], *, good: bool
+) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "model": str(checkpoint.directory),
+        "model_impl": checkpoint.model_impl,
+        "fingerprint": checkpoint.fingerprint,
+        "device": device.type,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": this_machine().lines(),
+        "good": good,
+        "tolerance": TOLERANCE[dtype],
+        "prompts": [asdict(result) for result in results],
+    }
+
+
+def _print(
+    checkpoint: Checkpoint, device: torch.device, dtype: str, results: Sequence[PromptResult], *, good: bool
+) -> None:
+    whose = "code of ours" if checkpoint.model_impl == "native" else "transformers' code with our experts and attention"
+    print(f"{checkpoint.directory}: {checkpoint.architecture.num_layers} layers, {whose}, {dtype} on {device.type}")
+    for number, result in enumerate(results, start=1):
+        print(
+            f"prompt {number}: {result.output_tokens - result.other_tokens} of {result.output_tokens} tokens, "
+            f"log-probabilities differ by {result.largest_difference:.2g} at most"
+        )
+        for one in result.layers[:MOST_LAYERS]:
+            if one.what == "attention":
+                print(f"  layer {one.layer}: attention is off by {one.off:.2g} of its largest number")
+            else:
+                print(f"  gate {one.layer}: {one.off:.0%} of the tokens go to other experts")
+        if len(result.layers) > MOST_LAYERS:
+            print(f"  and {len(result.layers) - MOST_LAYERS} more")
+    if good:
+        print(f"as transformers computes it: no log-probability is off by more than {TOLERANCE[dtype]:g}")
+    else:
+        print("not as transformers computes it: report it, with what manta verify --json prints")

@@ -1,0 +1,197 @@
+"""Runs a model once without numbers, on the meta device, and tells what its layers ask for. Reads no weight.
+
+What a layer hands to attention is known only by its code. What our cache and our attention cannot do is refused here
+by name, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from cluster.errors import CheckpointError
+from experts_service.transformers_backend.layer_attention import LayerAttention, Sight
+
+ATTENTION = "manta"  # the name of our attention function in transformers' registry
+KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")  # the caches of transformers that are keys and values
+MEANINGLESS = ("dropout", "is_causal", "output_attentions", "use_cache", "position_ids", "output_router_logits")
+MEANT = ("scaling", "sliding_window", "s_aux")
+LENGTH_ROPES = ("dynamic", "longrope")
+PROBED = 2  # tokens
+
+Refuse = Callable[[str], CheckpointError]  # of what is wrong
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is the experts of a layer, called with rows, indices and weights; Llama 4's with rows only."""
+    return (hasattr(module, "has_gate") and hasattr(module, "is_transposed")) or (
+        type(module).__name__ == "Llama4TextExperts"
+    )
+
+
+def probe(model: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
+    """What attention is in each layer, by index. Raises CheckpointError, which names what cannot be served."""
+    config = model.config
+    _check_caches(model, refuse)
+    seen = _Seen(refuse)
+    for module in model.modules():
+        module.manta_attention = seen
+        if is_experts(module):
+            module.forward = _same_shape
+        elif type(module).__name__.endswith("RotaryEmbedding") and _by_length(config):
+            module.forward = _OnCpu(module)  # which looks at the numbers of positions
+    ids = torch.zeros(1, PROBED, dtype=torch.int64, device="meta")
+    positions = torch.arange(PROBED, device="meta")[None]
+    AttentionMaskInterface.register(ATTENTION, _tagged_mask)
+    try:
+        with torch.inference_mode():
+            # The mask is not looked at; without one positions would be, and there are none.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        lines = str(error).strip().splitlines()
+        raise refuse(
+            f"its code does not run without numbers ({lines[0] if lines else type(error).__name__})"
+        ) from error
+    finally:
+        del AttentionMaskInterface._global_mapping[ATTENTION]  # so that no mask is made for steps
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+    layers = range(config.num_hidden_layers)
+    if missing := sorted(set(layers) - set(seen.layers)):
+        names = sorted({type(module).__name__ for module in _mixers(model, missing)})
+        raise refuse(
+            f"layers {', '.join(map(str, missing[:4]))}{', …' if len(missing) > 4 else ''} have no softmax attention "
+            f"whose keys and values could be kept ({', '.join(names)})"
+        )
+    return tuple(seen.layers[index] for index in range(max(seen.layers) + 1))
+
+
+class _Seen:
+    """The attention function of the probe."""
+
+    def __init__(self, refuse: Refuse) -> None:
+        self._refuse = refuse
+        self.layers: dict[int, LayerAttention] = {}
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,  # [1, N, T, H]
+        key: torch.Tensor,  # [1, G, T, H]
+        value: torch.Tensor,  # [1, G, T, W]
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = getattr(module, "layer_idx", None)
+        what = type(module).__name__
+        if not isinstance(layer, int) or layer in self.layers:
+            raise self._refuse(f"{what} does not say which of the cache's layers it is")
+        sight = getattr(attention_mask, "manta_sight", None)
+        if sight is None:
+            raise self._refuse(f"{what} masks keys in a way of its own")
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise self._refuse(f"{what} sees tokens that come after")
+        for name, argument in kwargs.items():
+            if argument is not None and name not in MEANT and name not in MEANINGLESS:
+                raise self._refuse(f"{what} hands {name} to attention, which is not honoured")
+        if key.shape[2] != PROBED or value.shape[2] != PROBED:
+            raise self._refuse(f"{what} has keys that are not those of its tokens")
+        scaling = kwargs.get("scaling")
+        self.layers[layer] = LayerAttention(
+            num_kv_heads=key.shape[1],
+            key_dim=key.shape[3],
+            value_dim=value.shape[3],
+            scaling=float(query.shape[3] ** -0.5 if scaling is None else scaling),
+            sight=sight,
+        )
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _tagged_mask(
+    q_length: int, kv_length: int, mask_function: Any, config: Any, local_size: int | None = None, **_: Any
+) -> torch.Tensor:
+    """A mask without numbers that says what it would show: transformers asks for one for each kind of layer."""
+    mask = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    mask.manta_sight = _sight(mask_function, local_size, getattr(config, "attention_chunk_size", None))  # type: ignore[attr-defined]
+    return mask
+
+
+def _sight(shows: Any, size: int | None, chunk: int | None) -> Sight | None:
+    """How far tokens see of whom `shows(batch, head, query, key)` tells it; None: in another way than ours."""
+    possible = [Sight()] if size is None else [Sight(window=size), Sight(chunk=size)]
+    size = size or PROBED
+    zero = torch.tensor(0)
+    try:
+        for sight in possible:
+            queries = (0, 1, size - 1, size, size + 1, 2 * size, 3 * size + 1)
+            keys = [torch.arange(query + 2) for query in queries]
+            firsts = sight.first(np.array(queries))
+            if all(
+                torch.equal(
+                    torch.as_tensor(shows(zero, zero, torch.tensor(query), of_query)).expand(len(of_query)),
+                    (of_query >= int(first)) & (of_query <= query),
+                )
+                for query, of_query, first in zip(queries, keys, firsts, strict=True)
+            ):
+                return sight
+    except (RuntimeError, NotImplementedError):  # chunks are told by a tensor that has no numbers here
+        return Sight(chunk=chunk) if chunk is not None and chunk == size else None
+    return None
+
+
+def _check_caches(model: Any, refuse: Refuse) -> None:
+    others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - set(KEPT)
+    if others:
+        raise refuse(f"its layers keep more than keys and values of softmax attention ({', '.join(sorted(others))})")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d):
+            raise refuse(f"{name} is a convolution over tokens, and what it keeps is not in the cache")
+
+
+def check_rope(config: Any, max_model_len: int, refuse: Refuse) -> None:
+    """Those that change with a sequence's length are as they are below it. Raises CheckpointError beyond it."""
+    for parameters in _by_length(config):
+        below = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        if max_model_len > below:
+            raise refuse(
+                f"its rotary embedding ({parameters['rope_type']}) changes with a sequence's length beyond {below} "
+                f"tokens; with engine.max_model_len: {below} it can be served"
+            )
+
+
+def _by_length(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings that change with a sequence's length, of one or of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [one for one in rope.values() if isinstance(one, dict)]
+    return [one for one in of_kinds or [rope] if one.get("rope_type") in LENGTH_ROPES]
+
+
+class _OnCpu:
+    """A rotary embedding with numbers, in place of one without."""
+
+    def __init__(self, module: nn.Module) -> None:
+        with torch.device("cpu"):
+            self._real = type(module)(module.config)
+
+    def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, ...]:
+        positions = torch.arange(position_ids.shape[1])[None]
+        return tuple(one.to("meta") for one in self._real(x.new_empty(x.shape, device="cpu"), positions, **keywords))
+
+
+def _same_shape(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Experts without numbers."""
+    return torch.empty_like(rows)
+
+
+def _mixers(model: Any, layers: list[int]) -> list[nn.Module]:
+    """What stands in place of attention in these layers."""
+    decoder = getattr(model.base_model, "layers", [])
+    of_layers = [module for index in layers if index < len(decoder) for module in decoder[index].children()]
+    named = [module for module in of_layers if any(one in type(module).__name__ for one in ("Mixer", "Mamba", "Conv"))]
+    return named or of_layers[:1]

@@ -1,0 +1,43 @@
+"""Puts a model of transformers together with its attention, and says how wide its cache is. Starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.config import EngineConfig
+from cluster.errors import ConfigError
+from router_service.attention.backend import AttentionBackend
+from router_service.dispatcher import Dispatcher
+from router_service.model.transformers_backend.attention import PagedSdpa
+from router_service.model.transformers_backend.decoder import TransformersDecoder
+
+
+def transformers_model(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    dispatcher: Dispatcher,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[TransformersDecoder, AttentionBackend, Architecture]:
+    """Loaded; and the architecture with the sizes of the cache as the model's own layers have them.
+
+    Raises CheckpointError, or ConfigError for what only models of ours can do.
+    """
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(f"engine.kv_cache_dtype: {config.kv_cache_dtype} is for native models; this one needs auto")
+    decoder = TransformersDecoder(
+        checkpoint, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
+    )
+    attention = PagedSdpa(decoder.attention, block_size=config.block_size, dtype=dtype, device=device)
+    heads = max(layer.num_kv_heads for layer in decoder.attention)
+    width = attention.layout.keys[-1] + attention.layout.values[-1]
+    sizes = replace(checkpoint.architecture, num_kv_heads=heads, head_dim=-(-width // (2 * heads)))
+    return decoder, attention, sizes

@@ -1,0 +1,184 @@
+"""A decoder whose layers are a model of transformers. Has the calls of `model.decoder.Decoder`; knows no family.
+
+Shapes: T tokens, D hidden size, N query heads, G key-value heads, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from cluster.checkpoint.checkpoint import Checkpoint
+from experts_service.transformers_backend.loading import load_own
+from experts_service.transformers_backend.meta_model import SCALED_BEFORE, MetaModel, build
+from experts_service.transformers_backend.probe import check_rope
+from router_service.attention.backend import AttentionPlan
+from router_service.attention.kv_cache import KVCache
+from router_service.dispatcher import Dispatch, Dispatcher
+from router_service.model.transformers_backend.attention import SdpaPlan
+
+
+class _Step(NamedTuple):
+    """What a forward pass is of."""
+
+    attention: SdpaPlan
+    kv_cache: KVCache
+    routed: list[torch.Tensor] | None
+
+
+class TransformersDecoder:
+    """One model, bound to the dispatcher that reaches its experts, none if it is dense."""
+
+    kernel = "torch"  # what multiplies
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dispatcher: Dispatcher,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Raises CheckpointError: what cannot be served, by name, before weights are read."""
+        self.architecture = checkpoint.architecture
+        self.dispatcher = dispatcher
+        self.dtype, self.device = dtype, device
+        self._step: _Step | None = None
+        meta = build(checkpoint.directory, checkpoint.architecture, dtype)
+        check_rope(meta.model.config, max_model_len, meta.error)
+        load = load_own(meta, checkpoint, device, on_bytes)
+        self._model = meta.model
+        for index, (name, _) in enumerate(meta.experts):
+            moe_name, _, attribute = name.rpartition(".")
+            moe = self._model.get_submodule(moe_name)
+            setattr(moe, attribute, _Experts(self, index))
+            if type(moe).__name__ == SCALED_BEFORE:
+                moe.forward = _ScaledBefore(moe)
+        self.attention = meta.attention
+        self._layers, self._head = _parted(meta)
+        load()
+        for module in self._model.modules():
+            module.manta_attention = self._attend
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [T]
+        positions: torch.Tensor,  # [T]
+        attention: AttentionPlan,
+        kv_cache: KVCache,
+        routed: list[torch.Tensor] | None = None,  # gets the experts [T, K] of each layer that has some
+        num_real: torch.Tensor | None = None,  # noqa: ARG002  # rows are padded where steps are captured: never here
+    ) -> Generator[Dispatch, None, torch.Tensor]:
+        """Run all layers without yielding. Returns the last hidden states [T, D]; NaN stays NaN."""
+        yield from ()
+        assert isinstance(attention, SdpaPlan)
+        with self._of(_Step(attention, kv_cache, routed)):
+            output = self._layers(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, return_dict=True
+            )
+        self.dispatcher.end_step()
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [R, D] of rows of what `forward` returned [R, D]: the same."""
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] in fp32 of hidden states [R, D]."""
+        logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]
+        return logits.float()
+
+    @contextmanager
+    def _of(self, step: _Step) -> Generator[None]:
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,  # [1, N, T, H]
+        key: torch.Tensor,  # [1, G, T, H]
+        value: torch.Tensor,  # [1, G, T, W]
+        attention_mask: torch.Tensor | None,  # noqa: ARG002  # the probe saw that there is none
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The attention function: returns [1, T, N, W]."""
+        assert self._step is not None
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+        plan, kv_cache = self._step.attention, self._step.kv_cache
+        plan.write(module.layer_idx, keys, values, kv_cache)
+        return plan.read(module.layer_idx, queries, kv_cache, s_aux)[None], None
+
+    def ask_experts(
+        self,
+        layer: int,
+        rows: torch.Tensor,  # [T, D]
+        experts: torch.Tensor,  # [T, K]
+        weights: torch.Tensor,  # [T, K]
+    ) -> torch.Tensor:
+        """What the chosen experts of a layer say, weighed and added up [T, D]. Waits for them."""
+        assert self._step is not None
+        if self._step.routed is not None:
+            self._step.routed.append(experts)
+        with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
+            return self.dispatcher.combine(dispatch, weights.contiguous())
+
+
+class _Experts(nn.Module):
+    """In place of a layer's experts."""
+
+    def __init__(self, decoder: TransformersDecoder, layer: int) -> None:
+        super().__init__()
+        self.ask, self.layer = decoder.ask_experts, layer
+
+    def forward(self, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The experts interface: rows [T, D], experts [T, K], weights [T, K]."""
+        return self.ask(self.layer, rows, experts, weights)
+
+
+class _ScaledBefore:
+    """The layer of Llama 4: a row is weighed before an expert computes it, and the shared expert is added."""
+
+    def __init__(self, moe: Any) -> None:
+        self._moe = moe
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moe = self._moe
+        rows = hidden_states.reshape(-1, moe.hidden_dim)  # [T, D]
+        scores, logits = moe.router(rows)  # [T, E], [T, E]
+        experts = logits.topk(moe.top_k, dim=1).indices  # [T, K]
+        weighed = rows[:, None] * scores.gather(1, experts)[..., None]  # [T, K, D]
+        each = moe.experts(
+            weighed.flatten(0, 1), experts.view(-1, 1), torch.ones_like(scores[:, :1]).repeat(moe.top_k, 1)
+        )
+        return moe.shared_expert(rows) + each.view(weighed.shape).sum(1), logits
+
+
+class _Given(nn.Module):
+    """In place of the layers: what they made is there already."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _parted(meta: MetaModel) -> tuple[Any, Any]:
+    """Its layers, and the model without them: what it does between the last of them and logits is its own code."""
+    layers = next((module for module in meta.model.children() if hasattr(module, "layers")), None)
+    if layers is None:
+        raise meta.error("its layers cannot be told from its head")
+    head = copy.copy(meta.model)
+    head._modules = {name: _Given() if module is layers else module for name, module in meta.model._modules.items()}
+    return layers, head

@@ -1,0 +1,88 @@
+"""Tries every family with experts that the installed transformers has, and makes the table of docs/models.md of it.
+
+python -m tests.models_table          prints the section, some minutes
+python -m tests.models_table gpt_oss  prints the rows of these families
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from cluster.checkpoint.families import FAMILIES
+from cluster.errors import CheckpointError
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
+from tests.transformers_families import generated, prompt, tiny_config, write_family
+
+LENGTHS = (40, 5, 23)
+NEW_TOKENS = 64
+_EXPERTS = re.compile(r"use_experts_implementation|self\.experts\(")
+
+
+def families() -> list[str]:
+    """By `model_type`, those whose code has experts."""
+    folder = Path(transformers.__file__).parent / "models"
+    names = {file.parent.name for file in folder.glob("*/modeling_*.py") if _EXPERTS.search(file.read_text())}
+    return sorted(name for name in names if name in CONFIG_MAPPING)
+
+
+def outcome(family: str, directory: Path) -> str:
+    """What happens to a tiny random model of the family: `exact`, or why not."""
+    try:
+        config = tiny_config(family)
+        has_text_model = type(config) in AutoModelForCausalLM._model_mapping
+        model = write_family(directory, family) if has_text_model else None
+    except Exception as error:
+        return f"no tiny model could be made to try it ({type(error).__name__})"
+    if model is None:
+        CONFIG_MAPPING[family]().save_pretrained(directory)
+        save_file({"model.none": torch.zeros(1)}, directory / "model.safetensors")
+    try:
+        bench = Bench(directory, model_impl="transformers", num_groups=2, max_num_batched_tokens=17)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{directory}: the transformers backend cannot serve ").removesuffix(".")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    requests = [
+        make_request(prompt(length, length), max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True)
+        for length in LENGTHS
+    ]
+    ids = bench.run(*requests)
+    if bench.errors:
+        return f"fails: {next(iter(bench.errors.values()))}"
+    return "exact" if ids == [generated(model, prompt(length, length), NEW_TOKENS) for length in LENGTHS] else "differs"
+
+
+def row(family: str) -> str:
+    """Of the table."""
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = outcome(family, Path(directory))
+    native = "yes" if family in FAMILIES else ""
+    exact = result == "exact"
+    reason = "" if exact else result.split(": ", 1)[-1].replace("|", "/").replace("\n", " ")
+    return f"| `{family}` | {native} | {'yes' if exact else 'no'} | {reason} |"
+
+
+def rows(names: list[str]) -> Iterator[str]:
+    for name in names:
+        yield row(name)
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or families()
+    if not sys.argv[1:]:
+        print("| `model_type` | native | transformers backend | why not |\n|---|---|---|---|")
+    for line in rows(chosen):
+        print(line, flush=True)

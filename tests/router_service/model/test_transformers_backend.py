@@ -1,0 +1,136 @@
+"""Models whose code is transformers' through our engine: the ids are those that transformers generates alone."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.errors import CheckpointError, ConfigError
+from experts_service.loaded_experts import load_experts
+from tests.checkpoints import write_checkpoint
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
+from tests.transformers_families import SHOWN, generated, prompt, random_model, tiny_config, write_family
+
+NEW_TOKENS = 64
+LENGTHS = (40, 5, 23)
+FAST = ("gpt_oss", "deepseek_v3", "llama4_text")  # sinks and windows; wide keys and narrow values; no interface, chunks
+SLOW = [family for family in SHOWN if family not in FAST]
+
+
+def requests(count=NEW_TOKENS):
+    return [
+        make_request(prompt(length, length), max_tokens=count, min_tokens=count, ignore_eos=True) for length in LENGTHS
+    ]
+
+
+def expected(model, count=NEW_TOKENS):
+    return [generated(model, prompt(length, length), count) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("family", [*FAST, *(pytest.param(family, marks=pytest.mark.long) for family in SLOW)])
+def test_a_batch_generates_what_transformers_does(tmp_path, family):
+    """Prompts of three lengths in chunks of 17 tokens, experts in two groups."""
+    model = write_family(tmp_path, family)
+    bench = Bench(tmp_path, num_groups=2, max_num_batched_tokens=17)
+    assert bench.run(*requests()) == expected(model)
+    assert not bench.errors
+    assert sum(bench.engine.model_runner.decoder.dispatcher.rows_per_expert) > 0
+
+
+def test_a_native_family_has_the_same_ids_by_either_code(tmp_path):
+    model = write_checkpoint(tmp_path, num_local_experts=8)
+    native = Bench(tmp_path, model_impl="native").run(*requests(16))
+    assert native == Bench(tmp_path, model_impl="transformers", num_groups=4).run(*requests(16)) == expected(model, 16)
+    assert open_checkpoint(tmp_path).model_impl == "native"
+
+
+def test_experts_read_their_own_bytes_only_and_compute_what_all_of_them_do(tmp_path):
+    """Of a checkpoint whose experts are one tensor each, and of one that has them one by one."""
+    for family in ("gpt_oss", "glm4_moe"):
+        directory = tmp_path / family
+        write_family(directory, family)
+        checkpoint = open_checkpoint(directory)
+        read: list[int] = []
+        whole = load_experts(checkpoint, range(8), dtype=torch.float32, device=torch.device("cpu"))
+        part = load_experts(checkpoint, (5, 2), dtype=torch.float32, device=torch.device("cpu"), on_bytes=read.append)
+        assert sum(read) == checkpoint.expert_bytes((5, 2))
+        rows = torch.randn(3, whole.hidden)
+        counts = [0] * 8
+        counts[2], counts[5] = 1, 2
+        of_whole = whole(0, rows, counts)
+        torch.testing.assert_close(
+            part(0, torch.cat([rows[1:], rows[:1]]), [2, 1]), torch.cat([of_whole[1:], of_whole[:1]])
+        )
+
+
+def outline(directory, config):
+    """A checkpoint with one tensor that is of no use: what is refused is refused before weights are read."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    save_file({"model.none": torch.zeros(1)}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("qwen3_next", "cannot serve qwen3_next: its layers keep more than keys and values of softmax attention"),
+        ("lfm2_moe", "cannot serve lfm2_moe: "),
+        ("jamba", "cannot serve jamba: "),
+    ],
+)
+def test_layers_that_keep_something_else_are_refused_by_name(tmp_path, family, message):
+    with pytest.raises(CheckpointError, match=message):
+        Bench(outline(tmp_path, tiny_config(family)))
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    directory = outline(tmp_path, tiny_config("glm4_moe"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "of_its_own", "auto_map": {"AutoConfig": "configuration.Config"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "configuration.py").write_text("raise SystemExit('this was run')")
+    with pytest.raises(
+        CheckpointError, match="of no model that the installed transformers can build, and Manta runs no"
+    ):
+        Bench(directory)
+
+
+def test_a_rotary_embedding_that_changes_with_the_length_is_refused_beyond_it(tmp_path):
+    """Sequences of one step would be rotated by the longest of them."""
+    config = tiny_config("phimoe")
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 256,
+        "short_mscale": 1.0,
+        "long_mscale": 1.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    model = random_model(config)
+    model.save_pretrained(tmp_path)
+    assert Bench(tmp_path, max_model_len=256, num_groups=2).run(*requests(16)) == expected(model, 16)
+    with pytest.raises(CheckpointError, match=r"longrope.*beyond 256 tokens; with engine.max_model_len: 256 it can be"):
+        Bench(tmp_path, max_model_len=512)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path):
+    write_family(tmp_path, "glm4_moe")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of glm4_moe, 'model.layers.1.self_attn.o_proj.weight'"):
+        Bench(tmp_path)
+
+
+def test_what_only_models_of_ours_can_do_is_refused(tmp_path):
+    write_family(tmp_path, "glm4_moe")
+    with pytest.raises(ConfigError, match=r"engine.kv_cache_dtype: int8 is for native models"):
+        Bench(tmp_path, kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match=r"engine.quantization: the transformers backend rounds no weights"):
+        Bench(tmp_path, quantization="int8")

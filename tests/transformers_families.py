@@ -1,0 +1,112 @@
+"""Random tiny models of the families of the installed transformers, and what they generate."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+SHOWN = (  # to be exact, at the least
+    *("gpt_oss", "glm4_moe", "minimax_m2", "ernie4_5_moe", "dots1", "phimoe", "deepseek_v2", "deepseek_v3"),
+    *("llama4_text", "granitemoeshared", "mellum"),
+)
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "intermediate_size_mlp": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "v_head_dim": 12,
+    "num_local_experts": 8,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "sliding_window": 24,
+    "attention_chunk_size": 24,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # large enough that greedy tokens vary
+}
+NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
+    "llama4_text": {"interleave_moe_layer_step": 2, "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]},
+    "minimax_m2": {"rotary_dim": 8},
+    "phimoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "mellum": {},
+}
+
+logging.disable_progress_bar()
+
+
+def tiny_config(model_type: str) -> Any:
+    """Of a family's text model, with sizes of our own where it has such keys."""
+    config_class = CONFIG_MAPPING[model_type]
+    text = config_class().get_text_config(decoder=True)
+    known = set(text.to_dict()) | set(text.attribute_map)
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    if "kv_lora_rank" in sizes:
+        sizes.pop("head_dim", None)  # it is what is rotated of it
+    return type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """In fp32 and eval mode. Norms, biases and sinks are not what they begin as, so that one forgotten shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5)
+            elif "bias" in name or "sinks" in name:
+                tensor.normal_(0.0, 0.1)
+    return model
+
+
+def write_family(directory: Path, model_type: str) -> Any:
+    """A checkpoint under the names that the hub has, and its model."""
+    model = random_model(tiny_config(model_type))
+    model.save_pretrained(directory)
+    return model
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, 90), k=length)
+
+
+def generated(model: Any, prompt_ids: list[int], count: int) -> list[int]:
+    """What transformers generates, greedily."""
+    with torch.inference_mode():
+        output = model.generate(
+            torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return output[0, len(prompt_ids) :].tolist()
