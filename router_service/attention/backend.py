@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from experts_service.kernels.compiled.routine import Task
 from router_service.attention.kv_cache import KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata
 
@@ -34,6 +35,32 @@ class AttentionPlan(ABC):
         """Write the new keys and values, then read what each token sees. Returns [T, N, H]."""
         self.write(layer, keys, values, kv_cache)
         return self.read(layer, queries, kv_cache)
+
+    def chained(
+        self,
+        queries: torch.Tensor,  # noqa: ARG002
+        keys: torch.Tensor,  # noqa: ARG002
+        values: torch.Tensor,  # noqa: ARG002
+        output: torch.Tensor,  # noqa: ARG002
+        kv_cache: KVCache,  # noqa: ARG002
+    ) -> ChainedAttention | None:
+        """`attend` as tasks, of this and of later plans with as many tokens; None: there are none.
+
+        The tensors stay where they are. `output` [T, N · H] has no gaps.
+        """
+        return None
+
+
+class ChainedAttention(ABC):
+    """Attention as tasks that stay the same from step to step, while what they do is the plan's that was set last."""
+
+    @abstractmethod
+    def tasks(self, layer: int) -> list[Task]:
+        """That write the new keys and values of a layer, and read what each token sees."""
+
+    @abstractmethod
+    def set_plan(self, plan: AttentionPlan) -> int:
+        """From now on it is that of this plan. Returns how many threads are worth it."""
 
 
 class StaticPlan(AttentionPlan):

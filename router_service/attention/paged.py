@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.planning.step_memory import PARTIAL_BYTES
-from experts_service.kernels.compiled.routine import Routine, num_threads
+from experts_service.kernels.compiled.routine import Routine, Task, num_threads
 from experts_service.kernels.compiled.tile import DOT, FMA, HAS_DOT
 from experts_service.kernels.compiled.vectors import LANES
-from router_service.attention.backend import AttentionBackend, AttentionPlan
+from router_service.attention.backend import AttentionBackend, AttentionPlan, ChainedAttention
 from router_service.attention.kv_cache import IN_8_BITS, KVCache, PageLayout
 from router_service.attention.metadata import AttentionMetadata
 from router_service.attention.paged_kernels import (
@@ -247,6 +247,62 @@ class PagedPlan(AttentionPlan):
     def merge(self, output: torch.Tensor) -> None:
         """Add up the splits that were done apart."""
         _MERGE[output.dtype].run(1, self._fields, output.data_ptr())
+
+    def chained(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: KVCache,
+    ) -> ChainedAttention | None:
+        """Of kernels of our own."""
+        return _Chained(self._backend, queries, keys, values, output, kv_cache)
+
+    def put(self, fields: NDArray[np.int64]) -> int:
+        """Write the step's fields elsewhere. Returns how many threads are worth it."""
+        fields[:] = self._step
+        return self._num_threads
+
+
+class _Chained(ChainedAttention):
+    """The plan's fields are copied to where the tasks look for them."""
+
+    def __init__(
+        self,
+        backend: PagedAttention,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        kv_cache: KVCache,
+    ) -> None:
+        self._backend, self._queries, self._keys, self._values = backend, queries, keys, values
+        self._output, self._kv_cache = output, kv_cache
+        self._fields = np.zeros(STEP_FIELDS, np.int64)
+        self._plan: AttentionPlan | None = None  # which has what the fields are addresses of
+
+    def set_plan(self, plan: AttentionPlan) -> int:
+        """A step's."""
+        assert isinstance(plan, PagedPlan), "made by a plan of this kind, and used for others"
+        self._plan = plan
+        return plan.put(self._fields)
+
+    def tasks(self, layer: int) -> list[Task]:
+        """Three; the last finds nothing to do unless contexts were split."""
+        dtype, of_codes = self._queries.dtype, self._backend.of_codes
+        fields, output = self._fields.ctypes.data, self._output.data_ptr()
+        cached = (self._kv_cache.keys[layer].data_ptr(), self._kv_cache.values[layer].data_ptr())
+        (keys, key_stride), (values, value_stride), (queries, stride) = map(
+            _rows, (self._keys, self._values, self._queries)
+        )
+        new = (keys.data_ptr(), key_stride, values.data_ptr(), value_stride)
+        attend = _attender(dtype, self._backend.arithmetic, of_codes)
+        return [
+            Task(_writer(dtype, of_codes), 1, (fields, *cached, *new), (self,)),
+            Task(attend, 1, (fields, queries.data_ptr(), stride, *cached, output), (self,)),
+            Task(_MERGE[dtype], 1, (fields, output), (self,)),
+        ]
 
 
 def _table(units: list[tuple[int, ...]]) -> NDArray[np.int64]:

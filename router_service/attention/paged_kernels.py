@@ -88,7 +88,10 @@ PARTIAL_MAXIMA, PARTIAL_SUMS, PARTIAL_MIXED, STEP_FIELDS = 19, 20, 21, 22
 
 @kernel
 def _write(task, number) -> None:  # type: ignore[no-untyped-def]
-    """Put new keys and values, rows of G · H numbers that are `…_stride` apart, where the slots say."""
+    """Put new keys and values, rows of G · H numbers that are `…_stride` apart, where the slots say.
+
+    A thread that comes late finds no token left: what it would read may be that of the next layer by then.
+    """
     step = numbers(task[1], np.int64)
     keys, values = numbers(task[2], number), numbers(task[3], number)
     new_keys, key_stride, new_values, value_stride = (
@@ -99,7 +102,10 @@ def _write(task, number) -> None:  # type: ignore[no-untyped-def]
     )
     slots = numbers(step[SLOTS], np.int64)
     num_groups, head_dim, block_size, pair = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE], pair_of(number)
-    for token in range(step[NUM_TOKENS]):
+    while True:
+        token = take(task)
+        if token >= step[NUM_TOKENS]:
+            break
         page, slot = slots[token] // block_size, slots[token] % block_size
         for group in range(num_groups):
             page_at = (page * num_groups + group) * head_dim * block_size
@@ -127,7 +133,10 @@ def _write_codes(task, number) -> None:  # type: ignore[no-untyped-def]
     num_groups, head_dim, block_size, slot_size = step[GROUPS], step[HEAD_DIM], step[BLOCK_SIZE], step[SLOT_SIZE]
     head = np.empty(head_dim, np.float32)
     wide = numbers(head.ctypes.data, np.float32)
-    for token in range(step[NUM_TOKENS]):
+    while True:
+        token = take(task)
+        if token >= step[NUM_TOKENS]:
+            break
         page, slot = slots[token] // block_size, slots[token] % block_size
         for group in range(num_groups):
             page_at = (page * num_groups + group) * slot_size * block_size

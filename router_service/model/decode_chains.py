@@ -1,17 +1,21 @@
 """The layers of a step of few rows as calls that are put together once for a number of rows.
 
-    begin                  norm of x → q, k, v → rotated                                             of the first layer
-    choose_experts, next   o → norm of x + that → the gate's choice;   norm of x + what experts say → q, k, v → rotated
-    feed_forward           all of both, and between them rows by expert → experts → combined, where experts are here too
+    begin            norm of x → q, k, v → rotated                                                   of the first layer
+    choose_experts   attention → o → norm of x + that → the gate's choice
+    next             norm of x + what experts say → q, k, v → rotated
+    feed_forward     `choose_experts`, then rows by expert → experts → combined, where experts are here, and `next`
+    run              all layers: `begin`, then `feed_forward` of each
 
-Attention comes before `choose_experts` or `feed_forward`. In bf16 on a CPU, with the bits of the same calls one by one.
-The buffers stay where they are, so nothing is made anew in a step. Knows neither cache nor dispatcher.
+Attention is in them where the backend has tasks; else it is called before `choose_experts` or `feed_forward`, and there
+is no `run`. In bf16 on a CPU, with the bits of the same calls one by one. The buffers stay where they are, so nothing
+is made anew in a step. Knows nothing of dispatchers.
 
 Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, E experts, K experts per token, L layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +27,8 @@ from experts_service.kernels.compiled.route import Route
 from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import Chained, SwiGLU
+from router_service.attention.backend import AttentionPlan, ChainedAttention
+from router_service.attention.kv_cache import KVCache
 from router_service.model.gate import Gate
 from router_service.rows import Choice, combine_task, is_compiled, norm_task, rotate_task
 
@@ -79,10 +85,15 @@ class DecodeChains:
         layers: Sequence[Layer],
         architecture: Architecture,
         num_rows: int,
+        attention: AttentionPlan | None,
+        kv_cache: KVCache,
         experts: Sequence[Chained] | None = None,
     ) -> None:
-        """`experts`: those of each layer, where they are in this process."""
-        self.num_rows = num_rows
+        """`attention`: of a step with so many rows; None: it is to be called.
+
+        `experts`: those of each layer, where they are in this process.
+        """
+        self.num_rows, self.kv_cache = num_rows, kv_cache
         hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
         qkv = self._rows(query_heads + 2 * kv_heads, head_dim)
@@ -100,29 +111,58 @@ class DecodeChains:
             num_rows * max(linear.integers for layer in layers for linear in layer.linears), dtype=torch.int32
         )
         before = [self._before(layer, has_delta=index > 0) for index, layer in enumerate(layers)]
-        after = [self._after(layer) for layer in layers]
+        self._attention: ChainedAttention | None = None
+        if attention is not None:
+            self._attention = attention.chained(self.queries, self.keys, self.values, self.attended, kv_cache)
+        self._threads = 1  # that attention is worth
+        after = [self._after(index, layer) for index, layer in enumerate(layers)]
         self._begin = Chain(before[0])
         self._choose = [Chain(of_layer) for of_layer in after]
         self._next = [Chain(of_layer) for of_layer in before[1:]]
         self._feed_forward: list[Chain] = []
+        self._all: Chain | None = None
         if experts is not None:
             of_experts = self._expert_tasks(experts, architecture)
-            for index, following in enumerate([*before[1:], []]):
-                middle = of_experts(index, self.choices[index])
-                self._feed_forward.append(Chain([*after[index], *middle, *following]))
+            of_layers = [
+                [*after[index], *of_experts(index, self.choices[index]), *following]
+                for index, following in enumerate([*before[1:], []])
+            ]
+            if self._attention is None:
+                self._feed_forward = [Chain(of_layer) for of_layer in of_layers]
+            else:
+                self._all = Chain([*before[0], *itertools.chain(*of_layers)])
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether it is in the calls."""
+        return self._attention is not None
 
     @property
     def has_experts(self) -> bool:
-        """Whether `feed_forward` can be called."""
-        return bool(self._feed_forward)
+        """Whether they are in the calls: of `feed_forward`, or of `run` with attention."""
+        return self._all is not None or bool(self._feed_forward)
+
+    def set_attention(self, plan: AttentionPlan) -> None:
+        """That of the step."""
+        if self._attention is not None:
+            self._threads = self._attention.set_plan(plan)
+
+    def run(self) -> None:
+        """From `x` of all layers to `x` and `delta` of the last."""
+        assert self._all is not None, "attention and experts are in one call"
+        halted = self._all.run(self._threads)
+        while halted:
+            for choice in self.choices:
+                choice.settle()
+            halted = self._all.go_on(self._threads)
 
     def begin(self) -> None:
         """From `x` to `queries`, `keys` and `values` of the first layer."""
         self._begin.run()
 
     def choose_experts(self, layer: int) -> None:
-        """From `attended` to `rows`, and to the gate's choice."""
-        self._choose[layer].run()
+        """From `queries`, `keys` and `values`, or from `attended`, to `rows`, and to the gate's choice."""
+        self._choose[layer].run(self._threads)
         if self.choices:
             self.choices[layer].settle()
 
@@ -134,8 +174,8 @@ class DecodeChains:
     def feed_forward(self, layer: int) -> None:
         """From `attended` to `queries`, `keys` and `values` of the next layer, or after the last one to `delta`."""
         chain = self._feed_forward[layer]
-        chain.run()
-        if self.choices[layer].settle():
+        if chain.run():
+            self.choices[layer].settle()
             chain.go_on()
 
     def _rows(self, *shape: int) -> torch.Tensor:
@@ -148,8 +188,9 @@ class DecodeChains:
             rotate_task(self._rotated, self.cosines, self.sines),
         ]
 
-    def _after(self, layer: Layer) -> list[Task]:
+    def _after(self, index: int, layer: Layer) -> list[Task]:
         tasks = [
+            *(() if self._attention is None else self._attention.tasks(index)),
             *layer.o.tasks(self.attended, self.delta, self._integers),
             norm_task(self.x, layer.post_attention_norm, self._epsilon, self.delta, self.rows),
         ]

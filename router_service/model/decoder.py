@@ -33,6 +33,8 @@ from router_service.rows import norm, rotate, warm_up
 class Decoder:
     """All layers of one model, bound to the dispatcher that reaches its experts, none if it is dense."""
 
+    chains_attention = True  # False: attention is a call of its own, for whoever measures it
+
     def __init__(
         self,
         architecture: Architecture,
@@ -138,18 +140,36 @@ class Decoder:
     ) -> Generator[Dispatch, None, torch.Tensor]:
         """The same in chains, with the same bits. It waits for nobody where the experts are here."""
         num_rows = x.shape[0]
-        chains = next((chains for chains in self._chains if chains.num_rows == num_rows), None)
+        alike = (one for one in self._chains if one.num_rows == num_rows and one.kv_cache is kv_cache)
+        chains = next(alike, None)
         if chains is None:
-            chains = DecodeChains(self.layers, self.architecture, num_rows, self._experts)
+            chained = attention if self.chains_attention else None
+            chains = DecodeChains(self.layers, self.architecture, num_rows, chained, kv_cache, self._experts)
         else:
             self._chains.remove(chains)
         chains.x.copy_(x)
         chains.cosines.copy_(rotary[0])
         chains.sines.copy_(rotary[1])
+        chains.set_attention(attention)
+        if chains.has_attention and chains.has_experts:
+            chains.run()
+        else:
+            yield from self._decode_by_layers(chains, attention)
+        if chains.has_experts:
+            self.dispatcher.count(chains.counts)
+        if routed is not None:
+            routed += (choice.experts.clone() for choice in chains.choices)
+        x = chains.x + chains.delta
+        self._chains = [*self._chains, chains][-KEPT:]
+        return x
+
+    def _decode_by_layers(self, chains: DecodeChains, attention: AttentionPlan) -> Generator[Dispatch, None, None]:
+        """Where attention or the experts are calls of their own."""
         chains.begin()
         for index, layer in enumerate(self.layers):
-            attended = attention.attend(index, chains.queries, chains.keys, chains.values, kv_cache)
-            chains.attended.copy_(attended.flatten(1))
+            if not chains.has_attention:
+                attended = attention.attend(index, chains.queries, chains.keys, chains.values, chains.kv_cache)
+                chains.attended.copy_(attended.flatten(1))
             if chains.has_experts:
                 chains.feed_forward(index)
                 continue
@@ -162,13 +182,6 @@ class Decoder:
                     yield dispatch
                     chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
             chains.next(index)
-        if chains.has_experts:
-            self.dispatcher.count(chains.counts)
-        if routed is not None:
-            routed += (choice.experts.clone() for choice in chains.choices)
-        x = chains.x + chains.delta
-        self._chains = [*self._chains, chains][-KEPT:]
-        return x
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""

@@ -15,12 +15,14 @@ Each begins when all items of the one before are done, and nobody is waited for 
     inside, if at all, for items that were taken by others inside (as `_networks` does), who do them without waiting. So
     the thread that is furthest behind never waits for one that waits for it. Each thread enters each routine once, so
     nobody keeps coming back.
-4.  What halts a chain is written inside the routine that does, and by nobody later: all threads see the same.
+4.  What halts a chain is written inside the routine that does, and by nobody until it goes on: all threads see the
+    same.
 5.  Who waits gives its core away now and then, so more threads than cores get on.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,9 +33,10 @@ from experts_service.kernels.compiled.routine import Routine, Task, wait_for_non
 if AVAILABLE:
     from numba import carray
 
-# The memory of all begins with a counter that is not used, the first that is run, how many there are, which of them
-# halts and where it says so; then come the address and the place of each.
-_FIRST, _HEADER = 1, 5
+# The memory of all begins with a counter that is not used, the first that is run, and how many there are; then come
+# of each its address, its place, and where it says whether it halts, or 0.
+_FIRST, _NUMBER, _HEADER = 1, 2, 3
+_COLUMNS = 3
 _LINE = 8  # int64 of a cache line: a task begins with one, so that counters of two are not in the same
 
 
@@ -44,12 +47,15 @@ class Chain:
         """What their arguments are the addresses of has to stay where it is; what a task keeps does."""
         self._tasks = tuple(tasks)
         self._threads = max(task.num_threads for task in tasks)
-        self._halting = next((index for index, task in enumerate(tasks) if task.halts), -1)
-        header: list[int] = [0, 0, len(tasks), self._halting, tasks[self._halting].halts]
+        self._halts = [
+            (index, ctypes.c_int64.from_address(task.halts)) for index, task in enumerate(tasks) if task.halts
+        ]
+        self._first = 0
+        header: list[int] = [0, 0, len(tasks)]
         rest: list[int] = []
-        start = _lines(_HEADER + 2 * len(tasks))
+        start = _lines(_HEADER + _COLUMNS * len(tasks))
         for task in tasks:
-            header += (task.routine.address, start + len(rest))
+            header += (task.routine.address, start + len(rest), task.halts)
             of_task = (0, 0, *task.arguments)  # who is inside, and the counter that each task begins with
             rest += of_task
             rest += [0] * (_lines(len(of_task)) - len(of_task))
@@ -59,18 +65,27 @@ class Chain:
         self._memory = memory[begin : begin + len(self._fresh)]
         self._address = self._memory.ctypes.data
 
-    def run(self) -> None:
-        """Return when all are done, or at the one that halts. One caller at a time."""
-        self._run_from(0)
+    def run(self, num_threads: int = 1) -> bool:
+        """Return when all are done, or at one that halts: whether one did. One caller at a time.
 
-    def go_on(self) -> None:
-        """Do what comes after the one that halts."""
-        self._run_from(self._halting + 1)
+        `num_threads`: or more, where the tasks were made for more.
+        """
+        self._first = 0
+        return self._run(num_threads)
 
-    def _run_from(self, first: int) -> None:
+    def go_on(self, num_threads: int = 1) -> bool:
+        """Do what comes after the one that halted. The same."""
+        return self._run(num_threads)
+
+    def _run(self, num_threads: int) -> bool:
         self._memory[:] = self._fresh
-        self._memory[_FIRST] = first
-        _run_all.run_at(self._address, self._threads)
+        self._memory[_FIRST] = self._first
+        _run_all.run_at(self._address, max(self._threads, num_threads))
+        for index, said in self._halts:
+            if index >= self._first and said.value:
+                self._first = index + 1
+                return True
+        return False
 
     @staticmethod
     def load() -> None:
@@ -86,12 +101,13 @@ def _lines(numbers: int) -> int:
 @Routine
 def _run_all(task):  # type: ignore[no-untyped-def]
     """Function after function, each with its own task."""
-    for index in range(task[_FIRST], task[2]):
-        function, place = task[_HEADER + 2 * index], task[_HEADER + 1 + 2 * index]
+    for index in range(task[_FIRST], task[_NUMBER]):
+        at = _HEADER + _COLUMNS * index
+        function, place, halts = task[at], task[at + 1], task[at + 2]
         inside = counter(task, place)
         take_several(inside, 1)
         call(function, counter(task, place + 1))
         take_several(inside, -1)
         wait_for_none(inside)  # type: ignore[no-untyped-call]
-        if index == task[3] and carray(pointer(task[4]), 1, np.int64)[0] != 0:
+        if halts != 0 and carray(pointer(halts), 1, np.int64)[0] != 0:
             return

@@ -20,7 +20,7 @@ from tests.router_service.requests import make_request
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": 300}
-NONE, HALVES, WHOLE = "one by one", "but for the experts", "whole layers"
+NONE, HALVES, LAYERS, ALL = "one by one", "but for the experts", "but for attention", "the whole step"
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +37,27 @@ class Steps:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, way: str, **config: Any) -> None:
         self.logits: list[torch.Tensor] = []
-        self.chained = 0  # layers
-        of_hidden, run = Decoder.logits, DecodeChains.feed_forward
+        self.chained = {LAYERS: 0, ALL: 0}  # calls
+        of_hidden = Decoder.logits
 
         def watched(model: Decoder, hidden: torch.Tensor) -> torch.Tensor:
             self.logits.append(of_hidden(model, hidden).clone())
             return self.logits[-1]
 
-        def counted(chains: DecodeChains, layer: int) -> None:
-            self.chained += 1
-            run(chains, layer)
+        def counted(call: Any, what: str) -> Any:
+            def run(*args: Any) -> None:
+                self.chained[what] += 1
+                call(*args)
+
+            return run
 
         before = torch.get_num_threads()
         with monkeypatch.context() as context:
             context.setattr(decoder, "MOST_ROWS", 0 if way is NONE else MOST_ROWS)
             context.setattr(Decoder, "logits", watched)
-            context.setattr(DecodeChains, "feed_forward", counted)
+            context.setattr(DecodeChains, "feed_forward", counted(DecodeChains.feed_forward, LAYERS))
+            context.setattr(DecodeChains, "run", counted(DecodeChains.run, ALL))
+            context.setattr(Decoder, "chains_attention", way in (HALVES, ALL))
             if way is HALVES:  # as where experts are elsewhere
                 context.setattr(Dispatcher, "chained", lambda _dispatcher, _layer: None)
             bench = Bench(directory, prefix_caching=False, num_threads=3, **config)
@@ -73,6 +78,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"quantization": "fp8"},
     {"quantization": "int4", "quantized_parts": "attention"},
     {"quantization": "int4", "quantization_group_size": 32, "num_groups": 2},
+    {"kv_cache_dtype": "int8"},
 ]
 
 
@@ -81,9 +87,11 @@ def test_it_has_the_same_bits(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
     """Three microbatches of one row each have buffers of their own."""
-    expected, *others = (Steps(directories["experts"], monkeypatch, way, **config) for way in (NONE, HALVES, WHOLE))
+    ways = (NONE, HALVES, LAYERS, ALL)
+    expected, *others = runs = [Steps(directories["experts"], monkeypatch, way, **config) for way in ways]
     assert len(expected.logits) >= 8
-    assert [steps.chained > 0 for steps in (expected, *others)] == [False, False, True]
+    assert [steps.chained[LAYERS] > 0 for steps in runs] == [False, False, True, False]
+    assert [steps.chained[ALL] > 0 for steps in runs] == [False, False, False, True]
     for steps in others:
         assert steps.rows_per_expert == expected.rows_per_expert
         assert all(map(torch.equal, steps.logits, expected.logits))
@@ -94,23 +102,24 @@ def test_it_has_the_same_bits(
 def test_so_has_a_dense_model(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
-    expected, steps = (Steps(directories["dense"], monkeypatch, way, **config) for way in (NONE, WHOLE))
-    assert all(map(torch.equal, steps.logits, expected.logits))
-    assert len(steps.logits) == len(expected.logits) >= 8
+    expected, *others = (Steps(directories["dense"], monkeypatch, way, **config) for way in (NONE, LAYERS, ALL))
+    for steps in others:
+        assert all(map(torch.equal, steps.logits, expected.logits))
+        assert len(steps.logits) == len(expected.logits) >= 8
 
 
 def test_what_the_gate_is_in_doubt_about_is_torchs_choice(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All experts score alike: the chain halts in every layer, and goes on with what torch chose."""
-    for way in (HALVES, WHOLE):
+    for way in (HALVES, LAYERS, ALL):
         with monkeypatch.context() as context:
             context.setattr("router_service.model.gate.Linear", _Nothing)
             steps = Steps(directories["experts"], monkeypatch, way)
             expected = Steps(directories["experts"], monkeypatch, NONE)
         assert steps.rows_per_expert == expected.rows_per_expert
         assert all(map(torch.equal, steps.logits, expected.logits))
-    assert steps.chained
+    assert steps.chained[ALL]
 
 
 def _Nothing(weight: torch.Tensor, kernel: Any) -> Any:  # noqa: N802

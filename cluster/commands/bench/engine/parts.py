@@ -1,7 +1,8 @@
 """Times the parts of an engine's steps from outside: wraps methods of its classes while it is measured.
 
 A part's time is its own: what another part takes within it counts for that one. So the parts of a step add up to the
-step. Other threads that happen to run the same methods are not timed.
+step. Other threads that happen to run the same methods are not timed. Attention is a call of its own, which it is not
+where the layers of a step are one.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ class Parts:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Wrap the methods for the time of the block."""
+        """Wrap the methods for the time of the block. What a model has put together before does not count."""
         with ExitStack() as stack:
+            stack.callback(setattr, Decoder, "chains_attention", Decoder.chains_attention)
+            Decoder.chains_attention = False
             for owner, name, part in METHODS:
                 original = getattr(owner, name)
                 setattr(owner, name, self._wrapped(original, owner, part))

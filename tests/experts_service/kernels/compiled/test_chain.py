@@ -75,7 +75,7 @@ def test_one_ends_where_a_task_says_so_and_goes_on_behind_it(threads: int) -> No
     chain = Chain(tasks)
     for _ in range(50):
         buffers[3][:] = halts.value = 1
-        chain.run()
+        assert chain.run()
         assert (buffers[2] == 2).all()
         assert (buffers[3] == 1).all()
         chain.go_on()
@@ -83,6 +83,28 @@ def test_one_ends_where_a_task_says_so_and_goes_on_behind_it(threads: int) -> No
         buffers[3][:] = halts.value = 0
         chain.run()
         assert (buffers[3] == 3).all()
+
+
+@pytest.mark.parametrize("threads", [1, 6])
+def test_several_may_halt_it_one_after_the_other(threads: int) -> None:
+    """As the gates of a step's layers do. What the first wrote of it stays there while those behind it run."""
+    buffers = [np.zeros(SIZE, np.int64) for _ in range(5)]
+    halts = [ctypes.c_int64(1), ctypes.c_int64(0), ctypes.c_int64(1), ctypes.c_int64(0)]
+    chain = Chain(
+        [
+            Task(_reverse_and_add, threads, (SIZE, x.ctypes.data, out.ctypes.data), halts=ctypes.addressof(said))
+            for said, (x, out) in zip(halts, pairwise(buffers), strict=True)
+        ]
+    )
+    for _ in range(20):
+        for buffer in buffers[1:]:
+            buffer[:] = -1
+        assert chain.run()
+        assert [buffer[7] for buffer in buffers] == [0, 1, -1, -1, -1]
+        assert chain.go_on()
+        assert [buffer[7] for buffer in buffers] == [0, 1, 2, 3, -1]
+        assert not chain.go_on()
+        assert (buffers[4] == 4).all()
 
 
 def test_tasks_of_several_lengths_and_one_alone() -> None:
