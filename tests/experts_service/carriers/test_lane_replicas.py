@@ -148,6 +148,40 @@ def test_many_rows_of_a_group_are_split_over_its_replicas() -> None:
         )  # a third of the first rows, then by what a busy machine let it do
 
 
+def test_replicas_of_unlike_tiers_share_many_rows_by_their_speed() -> None:
+    """One on a GPU and one on a CPU, say. Each takes its own time for its share, which is no reason for a hedge."""
+
+    def by_rows(row_s: float) -> Maths:
+        run = maths(GROUPS[0].experts)
+
+        def run_late(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+            time.sleep(row_s * len(rows))
+            return run(layer, rows, counts)
+
+        return run_late
+
+    with shards() as running:
+        fast, slower = (
+            running.start(name, 0, by_rows(row_s)) for name, row_s in (("0-gpu", 0.1e-3), ("0-cpu", 0.4e-3))
+        )
+        running.start("1a", 1)
+        transport = running.transport(timeout_s=60.0)
+        dispatcher, local = Dispatcher(GROUPS, transport), Dispatcher(GROUPS, LocalMaths())
+        rows, experts = batch(600)
+        expected = ask(local, rows, experts)
+        for _ in range(8):  # to learn
+            ask(dispatcher, rows, experts)
+        before, hedges = [one.stats().rows for one in (fast, slower)], transport.latency[0].hedges
+        for _ in range(20):
+            assert torch.equal(ask(dispatcher, rows, experts), expected)
+        of_fast, of_slower = (one.stats().rows - rows for one, rows in zip((fast, slower), before, strict=True))
+        assert of_slower > 0
+        assert 1.5 * of_slower < of_fast < 12 * of_slower, (
+            "four times the speed, as far as the machine lets sleepers wake"
+        )
+        assert transport.latency[0].hedges - hedges <= 5
+
+
 @given(
     st.lists(st.integers(0, 200), min_size=1, max_size=6).filter(sum),
     st.lists(st.floats(1e-6, 1e-3) | st.none(), min_size=1, max_size=5),
