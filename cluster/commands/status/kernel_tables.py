@@ -24,6 +24,8 @@ def _draw_model(application: ApplicationStatus, console: Console) -> None:
     kernels = application.kernels or ModelKernels({})
     console.print(Text("\n").append(f"model {name}", style="bold").append(f" · {fingerprint}"))
     console.print(_processes(kernels))
+    for line in _in_words(kernels):
+        console.print(Text(line))
     for line in _measured(kernels):
         console.print(Text(line, style="dim"))
     for deployment in kernels.mixed:
@@ -35,16 +37,11 @@ def _draw_model(application: ApplicationStatus, console: Console) -> None:
 
 
 def _processes(kernels: ModelKernels) -> Table:
-    """A line for each kind of process; the column of weights where any were rounded: a terminal is narrow."""
-    rounded = any(one.weights for replicas in kernels.deployments.values() for one in replicas)
+    """A line for each kind of process, as far as 80 columns go."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("process", no_wrap=True)
     table.add_column("replicas", justify="right", no_wrap=True)
-    for column in ("matmuls", "dtype"):
-        table.add_column(column, no_wrap=True)
-    for column in (*(["weights"] if rounded else []), "attention"):
-        table.add_column(column)
-    for column in ("sampling", "device", "batch-invariant"):
+    for column in ("matmuls", "dtype", "device", "batch-invariant"):
         table.add_column(column, no_wrap=True)
     for deployment, replicas in kernels.deployments.items():
         for one in kernels.distinct(deployment):
@@ -54,13 +51,21 @@ def _processes(kernels: ModelKernels) -> Table:
                 str(number),
                 one.matmuls,
                 one.dtype,
-                *([one.weights or "-"] if rounded else []),
-                one.attention or "-",
-                one.sampling or "-",
                 " ".join(filter(None, (one.device, one.vectors))),
                 "yes" if one.batch_invariant else "no",
             )
     return table
+
+
+def _in_words(kernels: ModelKernels) -> list[str]:
+    """What has names too long for a column, a line for all processes that are alike in it."""
+    told: dict[str, list[str]] = {}
+    for deployment in kernels.deployments:
+        for one in kernels.distinct(deployment):
+            names = {"attention": one.attention, "sampling": one.sampling, "weights": one.weights}
+            if said := "; ".join(f"{what} {name}" for what, name in names.items() if name):
+                told.setdefault(said, []).append(deployment)
+    return [f"{', '.join(dict.fromkeys(deployments))}: {said}" for said, deployments in told.items()]
 
 
 def _measured(kernels: ModelKernels) -> list[str]:

@@ -130,9 +130,9 @@ def test_the_hubs_commit_is_told() -> None:
     assert told == [None, commit]
 
 
-def drawn_kernels(snapshot: ClusterSnapshot) -> list[str]:
+def drawn_kernels(snapshot: ClusterSnapshot, width: int = 140) -> list[str]:
     file = io.StringIO()
-    draw_kernels(snapshot, Console(file=file, width=140, highlight=False))
+    draw_kernels(snapshot, Console(file=file, width=width, highlight=False))
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
@@ -146,20 +146,34 @@ def test_kernels_are_drawn_by_process_with_what_was_measured_and_what_differs() 
     lines = drawn_kernels(snapshot)
     assert "model mixtral-8x7b · 0123abcd" in lines
     assert [line.split() for line in lines if line.startswith(("coordinator ", "expert-2 "))] == [
-        ["coordinator", "2", "dot", "bfloat16", "pages", "in", "place", "numba", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "dot", "bfloat16", "-", "-", "znver4", "AVX512", "yes"],
-        ["expert-2", "1", "torch", "bfloat16", "-", "-", "znver2", "AVX2", "no"],
+        ["coordinator", "2", "dot", "bfloat16", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "dot", "bfloat16", "znver4", "AVX512", "yes"],
+        ["expert-2", "1", "torch", "bfloat16", "znver2", "AVX2", "no"],
     ]
+    assert "coordinator: attention pages in place; sampling numba" in lines
     assert "znver4, ms of 1, 4 rows on one thread: dot 0.42 0.50; torch 1.10 2.00" in lines
     rounded = ModelKernels({"expert-2": (replace(shard, weights="INT8"), older)})
     of_rounded = drawn_kernels(replace(snapshot, applications=(GATEWAY, replace(MODEL, kernels=rounded))))
-    assert ["expert-2", "1", "dot", "bfloat16", "INT8"] in [line.split()[:5] for line in of_rounded]
+    assert "expert-2: weights INT8" in of_rounded
     assert any(line.startswith("expert-2: its replicas compute by different kernels") for line in lines)
     assert "expert-10: no replica answered" in lines
     gateway, model = snapshot.document()["applications"]
     assert gateway["kernels"] is None
     assert (model["kernels"]["batch_invariant"], model["kernels"]["mixed"]) == (False, ["expert-2"])
     assert model["kernels"]["deployments"]["coordinator"][0]["speeds"]["dot"] == (0.00042, 0.0005)
+
+
+def test_a_terminal_of_80_columns_shows_every_kernel() -> None:
+    """The others' columns were kept whole, and nothing was left for attention's."""
+    attention, weights = "pages in place, numba, keys and values in 8 bits", "INT4, groups of 128"
+    one = ProcessKernels("bfloat16", "dot", True, "znver4", "AVX512", attention, "numba", weights=weights)
+    shard = replace(one, attention="", sampling="")
+    told = ModelKernels({"coordinator": (one,), "expert-2": (shard,), "expert-2-tier1": (shard,)})
+    lines = drawn_kernels(replace(SNAPSHOT, applications=(replace(MODEL, kernels=told),)), width=80)
+    assert "process         replicas  matmuls  dtype     device         batch-invariant" in lines
+    assert "expert-2-tier1         1  dot      bfloat16  znver4 AVX512  yes" in lines
+    assert f"coordinator: attention {attention}; sampling numba; weights {weights}" in " ".join(lines)
+    assert f"expert-2, expert-2-tier1: weights {weights}" in lines
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--kernels"]])
