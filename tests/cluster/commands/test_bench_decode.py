@@ -102,6 +102,9 @@ def test_a_run_on_the_demo_model_ends_in_its_json_line(monkeypatch: pytest.Monke
     assert line["results"][0]["bytes_per_step"] < line["results"][1]["bytes_per_step"]
     assert "of the floor" in result.stdout
     assert line["kernels"]["linear"] == "torch"  # fp32 stays what it is
+    [loading] = line["loading"]
+    assert loading["weights"] == "float32"
+    assert loading["s"] > 0
 
 
 def test_a_context_is_in_the_cache_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ Tried, bench model, 4 expert processes on 2 cores, and not kept:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import psutil
 import torch
 
 from cluster.checkpoint.architecture import Architecture, compute_dtype
@@ -34,6 +36,7 @@ from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnder
 from cluster.commands.bench.decode.experts import deployed_experts, local_experts
 from cluster.commands.bench.decode.figures import (
     DecodeResult,
+    Loading,
     PrefillResult,
     Rival,
     Run,
@@ -149,8 +152,11 @@ def run(model: str | None, plan: Plan) -> None:
 
         engines: dict[str, EngineUnderTest] = {}
         held: dict[str, WeightBytes] = {}
+        loadings: list[Loading] = []
         for of_one in configs:
             name, rounded = _named(of_one, dtype), checkpoint.rounded(of_one.engine.rounding)
+            tell(f"loading {name}")
+            started, resident = time.perf_counter(), psutil.Process().memory_info().rss
             held[name] = held_weights(rounded, dtype, device.type)
             if plan.transport == "local":
                 transport = stack.enter_context(local_experts(rounded, groups, getattr(torch, dtype), device))
@@ -158,6 +164,8 @@ def run(model: str | None, plan: Plan) -> None:
                 transport = stack.enter_context(deployed_experts(rounded, of_one))
             dispatcher = CountingDispatcher(groups, transport)
             engines[name] = stack.enter_context(EngineUnderTest(rounded, of_one.engine, dispatcher))
+            grown = psutil.Process().memory_info().rss - resident
+            loadings.append(Loading(name, time.perf_counter() - started, grown))
         kernels = engines[_named(configs[0], dtype)].kernels
         output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
         others: list[RivalProcess[Any]] = []
@@ -193,6 +201,7 @@ def run(model: str | None, plan: Plan) -> None:
                 kv_bytes = workload.num_sequences * workload.prompt_tokens * bytes_of_token[name]
                 prefill_results.append(PrefillResult(workload, runs, here, kv_bytes, rivals, name))
 
+    output.line("loaded, the first with what all need: " + "; ".join(map(str, loadings)))
     rows = [result.to_json() for result in decode_results]
     prefill_rows = [result.to_json() for result in prefill_results]
     draw_decode(rows, output)
@@ -213,6 +222,7 @@ def run(model: str | None, plan: Plan) -> None:
         "rivals": [
             {"name": other.name, "threads": other.num_threads, "environment": other.variables} for other in others
         ],
+        "loading": [one.to_json() for one in loadings],
         "results": rows,
         "prefill": prefill_rows,
     }

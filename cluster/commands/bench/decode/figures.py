@@ -61,6 +61,22 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """What one engine took before its first step."""
+
+    weights: str
+    seconds: float
+    resident_bytes: int  # of weights, mostly: nobody has touched the cache yet
+
+    def __str__(self) -> str:
+        return f"{self.weights} {self.seconds:.1f} s, {self.resident_bytes / 1e6:.0f} MB"
+
+    def to_json(self) -> dict[str, Any]:
+        """Rounded."""
+        return {"weights": self.weights, "s": round(self.seconds, 2), "resident_bytes": self.resident_bytes}
+
+
+@dataclass(frozen=True, slots=True)
 class Rival:
     """What another engine did in the same pairs."""
 
