@@ -111,8 +111,8 @@ class LaneCarrier:
             attempt.fail(str(lost))
         return attempt
 
-    def poll(self, attempts: Sequence[LaneAttempt], until: float, soon: float) -> None:
-        if until - time.monotonic() >= WAIT_S:
+    def poll(self, attempts: Sequence[LaneAttempt], until: float, soon: float, *, each: bool) -> None:
+        if (len(attempts) == 1 or not each) and until - time.monotonic() >= WAIT_S:
             for attempt in attempts:
                 if attempt.link is not None and attempt.link.unsent:
                     break

@@ -110,9 +110,19 @@ class CallCarrier:
             attempt.fail(type(error).__name__)
         return attempt
 
-    def poll(self, attempts: Sequence[CallAttempt], until: float, soon: float) -> None:  # noqa: ARG002  # Ray sleeps as it likes
+    def poll(
+        self,
+        attempts: Sequence[CallAttempt],
+        until: float,
+        soon: float,  # noqa: ARG002  # Ray sleeps as it likes
+        *,
+        each: bool,
+    ) -> None:
         timeout_s = min(LONGEST_WAIT_S, max(0.0, until - time.monotonic()))
         references = [attempt.reference for attempt in attempts]
+        if each and len(references) > 1:
+            ray.wait(references, num_returns=1, timeout=timeout_s)
+            timeout_s = 0.0
         try:
             answers = ray.get(references, timeout=timeout_s)
         except RayError:  # one of them failed, or is not there yet

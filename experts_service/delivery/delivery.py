@@ -26,7 +26,7 @@ from enum import Enum, auto
 from typing import Generic, Protocol, TypeVar
 
 from cluster.telemetry.metrics import DispatchCounts
-from experts_service.delivery.replica_load import OVERDUE_S, ReplicaLoads
+from experts_service.delivery.replica_load import OVERDUE_S, SPLIT_ROWS, ReplicaLoads
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 
 MAX_ATTEMPTS = 200  # of one delivery; its deadline comes first unless shards fail at once
@@ -85,10 +85,11 @@ class Carrier(Protocol[Rows_contra, A]):
         `number`: of the attempt in its delivery. `spare`: another attempt may be writing where the answer belongs.
         """
 
-    def poll(self, attempts: Sequence[A], until: float, soon: float) -> None:
+    def poll(self, attempts: Sequence[A], until: float, soon: float, *, each: bool) -> None:
         """Move bytes until the state of one of `attempts` changes, or `until` on the monotonic clock.
 
-        `attempts` are posted. Whatever has come is read, however late it is. Until `soon` this need not sleep.
+        `attempts` are posted. Whatever has come is read, however late it is. Until `soon` this need not sleep. Unless
+        the moment of `each` answer counts, it may return when some of them have come.
         """
 
     def cancel(self, attempt: A, *, silent: bool = False) -> None:
@@ -141,8 +142,9 @@ class Deliveries(Generic[Rows, A]):
         """
         while waiting:
             live: list[A] = []
-            until = math.inf
+            until, each = math.inf, False
             for delivery in waiting:
+                each = each or delivery.is_measured
                 until = min(until, delivery.due_at, delivery.deadline)
                 for attempt in (delivery.first, delivery.second):
                     if attempt is None:
@@ -152,7 +154,7 @@ class Deliveries(Generic[Rows, A]):
                     else:  # the carrier read its answer, or lost it, while it posted or read those of others
                         until = 0.0
             if live:
-                self.carrier.poll(live, until, soon)
+                self.carrier.poll(live, until, soon, each=each)
             else:
                 timeout_s = min(until - self.clock(), LONGEST_PAUSE_S)
                 self.table.wait_for_change(self.table.epoch, max(0.0, timeout_s))
@@ -219,6 +221,11 @@ class Delivery(Generic[Rows, A]):
     @property
     def is_over(self) -> bool:
         return self.answer is not None or self.is_hopeless
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the time of its answer says how fast a replica is, which others are compared with."""
+        return self._is_timed and self.num_rows >= SPLIT_ROWS
 
     @property
     def live(self) -> list[A]:

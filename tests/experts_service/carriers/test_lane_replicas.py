@@ -148,10 +148,14 @@ def test_many_rows_of_a_group_are_split_over_its_replicas() -> None:
         )  # a third of the first rows, then by what a busy machine let it do
 
 
-def test_replicas_of_unlike_tiers_share_many_rows_by_their_speed() -> None:
-    """One on a GPU and one on a CPU, say. Each takes its own time for its share, which is no reason for a hedge."""
+@pytest.mark.parametrize("slower_first", [False, True])
+def test_replicas_of_unlike_tiers_share_many_rows_by_their_speed(slower_first: bool) -> None:
+    """One on a GPU and one on a CPU, say. Each takes its own time for its share, which is no reason for a hedge.
 
-    def by_rows(row_s: float) -> Maths:
+    The one that was asked first was waited for alone: where it was the slower one, the other seemed to be as slow.
+    """
+
+    def by_rows(row_s: float) -> Run:
         run = maths(GROUPS[0].experts)
 
         def run_late(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -161,9 +165,9 @@ def test_replicas_of_unlike_tiers_share_many_rows_by_their_speed() -> None:
         return run_late
 
     with shards() as running:
-        fast, slower = (
-            running.start(name, 0, by_rows(row_s)) for name, row_s in (("0-gpu", 0.1e-3), ("0-cpu", 0.4e-3))
-        )
+        row_s = [0.4e-3, 0.1e-3] if slower_first else [0.1e-3, 0.4e-3]
+        servers = [running.start(name, 0, by_rows(each)) for name, each in zip(("0a", "0b"), row_s, strict=True)]
+        slower, fast = servers if slower_first else servers[::-1]
         running.start("1a", 1)
         transport = running.transport(timeout_s=60.0)
         dispatcher, local = Dispatcher(GROUPS, transport), Dispatcher(GROUPS, LocalMaths())

@@ -152,7 +152,7 @@ class Simulation:
             self.world.at(self.world.now + after_s, lambda: self._happens(attempt, what))
         return attempt
 
-    def poll(self, attempts: Sequence[Sent], until: float, soon: float) -> None:
+    def poll(self, attempts: Sequence[Sent], until: float, soon: float, *, each: bool) -> None:
         self.num_polls += 1
         assert self.num_polls < 5000, "it spins"
         assert attempts
