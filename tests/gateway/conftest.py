@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from cluster.messages import ModelCard
+from gateway.frontend import Frontend
+from gateway.grpc.proto import chat_pb2_grpc
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import (
     ScriptedCoordinator,
@@ -49,3 +52,19 @@ def door(
 def client(door: tuple[str, ScriptedCoordinator]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=door[0] + "/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def url(frontend: Frontend) -> Iterator[str]:
+    """Of the HTTP door of a module's `frontend`."""
+    with http_server(frontend) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def stub(frontend: Frontend) -> Iterator[Any]:
+    """Of its gRPC door."""
+    from tests.gateway.grpc.test_grpc import grpc_server
+
+    with grpc_server(frontend) as channel:
+        yield chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]

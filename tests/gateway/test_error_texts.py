@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import pytest
 
 from cluster.errors import InvalidRequest
 from gateway.frontend import Frontend
-from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.grpc.proto import chat_pb2
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
-from tests.gateway.grpc.test_grpc import USER, grpc_server
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, model_card, tokens_script
+from tests.gateway.grpc.test_grpc import USER
 from tests.gateway.text.test_forged_turns import mistral_tokenizer
 from tests.gateway.vocabularies import write
 
@@ -41,18 +40,6 @@ TEXTS: list[tuple[str, str]] = [  # JSON within a body, and what is said of it
 def frontend(request: pytest.FixtureRequest) -> Frontend:
     card = model_card(request.getfixturevalue("tokenizer_directory"))
     return build_frontend(card, ScriptedCoordinator(tokens_script([40])))
-
-
-@pytest.fixture(scope="module")
-def url(frontend: Frontend) -> Iterator[str]:
-    with http_server(frontend) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def stub(frontend: Frontend) -> Iterator[Any]:
-    with grpc_server(frontend) as channel:
-        yield chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(("text", "said"), TEXTS, ids=range(len(TEXTS)))

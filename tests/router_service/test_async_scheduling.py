@@ -9,23 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ExpertUnavailable, StepFailed, Unavailable
-from tests.checkpoints import write_checkpoint
-from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import BOUNDED, as_schema
 from tests.router_service.test_engine import prompt
 
 AHEAD = {"async_scheduling": "on"}
-VOCABULARY = 336
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(directory, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(directory)
-    return directory
 
 
 class Watched:
@@ -62,6 +51,7 @@ def test_steps_that_only_decode_are_launched_before_the_last_is_read(directory):
         {"grammar": as_schema(BOUNDED["weather"])},
     ],
 )
+@pytest.mark.usefixtures("no_grammar_is_late")
 def test_who_needs_each_token_at_once_has_it_and_so_do_those_beside(directory, asked):
     watched = Watched(directory)
     watched.bench.run(make_request(prompt(5), max_tokens=6, **asked), make_request(prompt(9), max_tokens=6))

@@ -17,30 +17,15 @@ import torch
 from cluster.errors import EngineDead, ExpertUnavailable, InvalidRequest, StepFailed, Unavailable
 from router_service.grammar.grammar import GrammarState
 from router_service.outputs.routed_experts import RoutedExperts
-from tests.checkpoints import write_checkpoint
-from tests.gateway.doubles import write_tokenizer
+from tests.router_service.conftest import VOCABULARY
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import BOUNDED, as_schema
 from tests.waiting import wait_for
 
-VOCABULARY = 336
+pytestmark = pytest.mark.usefixtures("no_grammar_is_late")
+
 RUNNING = ("greedy", "shaped", "grammar", "newcomer")  # all in the step that fails; the last one came last
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A random tiny Mixtral with a byte-level tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(directory, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def no_grammar_is_late(monkeypatch):
-    """On a busy machine the thread that follows it was, and its sequence was not in the step that was to fail."""
-    monkeypatch.setattr("router_service.sampling.sampler._GRACE_S", 30.0)
 
 
 def prompt(length, seed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,6 @@ def frontend(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path
     coordinator = ScriptedCoordinator(tokens_script([40, 41]))
     files = tmp_path_factory.mktemp("keys")
     return build_frontend(model_card(tokenizer_directory), coordinator, config(files, allowed_hosts=("manta.example",)))
-
-
-@pytest.fixture(scope="module")
-def url(frontend: Any) -> Iterator[str]:
-    with http_server(frontend) as url:
-        yield url
 
 
 def routes(app: Any) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from cluster.messages import SamplingDefaults
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, model_card, tokens_script
 from tests.gateway.grpc.test_grpc import USER, grpc_server
 
 CHOSEN = SamplingDefaults(temperature=0.7, top_p=0.9, top_k=20, min_p=0.25, repetition_penalty=1.125)
@@ -33,12 +32,6 @@ def coordinator() -> ScriptedCoordinator:
 @pytest.fixture(scope="module")
 def frontend(tokenizer_directory: Path, coordinator: ScriptedCoordinator) -> Any:
     return build_frontend(model_card(tokenizer_directory, defaults=CHOSEN), coordinator)
-
-
-@pytest.fixture(scope="module")
-def url(frontend: Any) -> Iterator[str]:
-    with http_server(frontend) as url:
-        yield url
 
 
 def sampled(coordinator: ScriptedCoordinator) -> dict[str, Any]:

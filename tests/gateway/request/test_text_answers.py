@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -14,12 +13,12 @@ import pytest
 
 from cluster.messages import Answer, JsonSchema, TextGrammar, ToolCallGrammar
 from gateway.frontend import Frontend
-from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.grpc.proto import chat_pb2
 from gateway.request.ebnf import MAX_RULES, read_rules
 from gateway.request.text_grammar import MAX_BYTES, MAX_CHOICES, MAX_REGEX_CHARS
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
-from tests.gateway.grpc.test_grpc import USER, grpc_server
+from tests.gateway.grpc.test_grpc import USER
 from tests.gateway.http.test_http import sse
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
@@ -129,18 +128,6 @@ def coordinator() -> ScriptedCoordinator:
 def frontend(request: pytest.FixtureRequest, coordinator: ScriptedCoordinator) -> Frontend:
     card = model_card(request.getfixturevalue("tokenizer_directory"), max_model_len=512)
     return build_frontend(card, coordinator)
-
-
-@pytest.fixture(scope="module")
-def url(frontend: Frontend) -> Iterator[str]:
-    with http_server(frontend) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def stub(frontend: Frontend) -> Iterator[Any]:
-    with grpc_server(frontend) as channel:
-        yield chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -27,15 +27,6 @@ SIZE = 320  # of write_tokenizer's vocabulary
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A random tiny Mixtral with a byte-level tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(directory, vocab_size=SIZE + 16, bos_token_id=0, eos_token_id=EOS)  # padded, as some models are
-    write_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def tokenizer(directory):
     return PreTrainedTokenizerFast.from_pretrained(directory)
 

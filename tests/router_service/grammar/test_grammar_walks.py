@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import jsonschema
@@ -29,14 +30,17 @@ EOS = len(TOKENS)
 INFO = TokenizerInfo([*TOKENS, b"</s>"], VocabType.RAW, stop_token_ids=[EOS])
 CLOSING = {i for i, token in enumerate(TOKENS) if token in (b'"', b"}", b"]", b'"}', b'"]', b"}}", b"]}")} | {EOS}
 MAX_TOKENS = 400
+MAX_WALK_S = 0.5  # CPU time; what can be read in very many ways costs seconds a token, and is refused by the engine
 
 
 def walk(tag: str, seed: int) -> bytes | None:
-    """What a model at random writes; None if it comes to no end."""
+    """What a model at random writes; None if it comes to no end, or takes too long."""
     compiled = compile_tag(new_compiler(INFO), tag)
     matcher, bitmask, draw = GrammarMatcher(compiled), allocate_token_bitmask(1, EOS + 1), random.Random(seed)
-    written = b""
+    written, started = b"", time.thread_time()
     for _ in range(MAX_TOKENS):
+        if time.thread_time() - started > MAX_WALK_S:
+            break
         matcher.fill_next_token_bitmask(bitmask)
         words = bitmask[0].tolist()
         allowed = [i for i in range(EOS + 1) if words[i // 32] >> (i % 32) & 1]

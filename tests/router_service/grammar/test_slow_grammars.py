@@ -12,21 +12,12 @@ import xgrammar
 from cluster.errors import InvalidRequest
 from router_service.grammar.grammar import GrammarState
 from router_service.grammar.workers import _NUM_THREADS, GrammarWorkers
-from tests.checkpoints import write_checkpoint
-from tests.gateway.doubles import write_tokenizer
+from tests.router_service.conftest import VOCABULARY
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.router_service.schemas import WEATHER, as_schema
 
 LONG_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(directory, vocab_size=320, bos_token_id=0, eos_token_id=1)
-    write_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture
@@ -176,7 +167,7 @@ def test_xgrammar_gives_the_interpreter_free_while_it_works(bench):
     ambiguous = 'root ::= s\ns ::= s s | "a" | s s s | ""\n'
     compiled = xgrammar.GrammarCompiler(bench.vocabulary.tokenizer_info()).compile_grammar(ambiguous)
     matcher = xgrammar.GrammarMatcher(compiled)
-    bitmask = xgrammar.allocate_token_bitmask(1, 320)
+    bitmask = xgrammar.allocate_token_bitmask(1, VOCABULARY)
     accept, fill = (lambda: matcher.accept_string("a" * 90)), (lambda: matcher.fill_next_token_bitmask(bitmask))
     assert turns_beside(accept) > 3
     assert max(turns_beside(fill) for _ in range(9)) > 3

@@ -17,6 +17,7 @@ from experts_service.kernels.compiled.routine import Routine, num_threads, take_
 from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
+from tests.experts_service.kernels.broken_rows import check_that_a_broken_row_is_alone, randn
 
 if jit.AVAILABLE:
     from numba import carray
@@ -27,10 +28,6 @@ pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be impor
 
 OWN = [kernel for kernel in available() if kernel.is_own]
 SHAPES = [(64, 32), (96, 40), (7, 13), (300, 130), (1024, 512)]
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 @pytest.fixture
@@ -128,14 +125,8 @@ def test_an_expert_does_not_see_the_rows_of_another(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", OWN)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(kernel: Kernel, value: float) -> None:
-    """A broken row is told by its numbers; its neighbours go on."""
     network = SwiGLU(randn(64, 32), randn(32, 64, seed=1), randn(64, 32, seed=2), fused=False, kernel=kernel)
-    x = randn(6, 32, seed=3)
-    intact = network(x)
-    x[2, 5] = value
-    broken = network(x)
-    assert not broken[2].isfinite().any()
-    assert torch.equal(broken[[0, 1, 3, 4, 5]], intact[[0, 1, 3, 4, 5]])
+    check_that_a_broken_row_is_alone(network, 32, value)
 
 
 def test_silu_is_torchs_for_every_bf16() -> None:

@@ -24,6 +24,7 @@ from experts_service.kernels.kernel import Kernel, available
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import PackedSwiGLUs, SwiGLU
 from experts_service.quantization.weight import QuantizedWeight, dense
+from tests.experts_service.kernels.broken_rows import check_that_a_broken_row_is_alone, randn
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -76,10 +77,6 @@ def floats_of(out_features: int, in_features: int, group_size: int | None = None
         group_size=group_size or in_features,
         dtype=BF16,
     )
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 @pytest.fixture
@@ -317,15 +314,8 @@ def test_experts_that_differ_are_not_run_in_one_call(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
-    """A broken row is told by its numbers; its neighbours go on."""
     w1, w2, w3 = weight_of(64, 32, 8), weight_of(32, 64, 4, 32, seed=1), weight_of(64, 32, 8, seed=2)
-    network = SwiGLU(w1, w2, w3, fused=False)
-    x = randn(6, 32, seed=3)
-    intact = network(x)
-    x[2, 5] = value
-    broken = network(x)
-    assert not broken[2].isfinite().any()
-    assert torch.equal(broken[[0, 1, 3, 4, 5]], intact[[0, 1, 3, 4, 5]])
+    check_that_a_broken_row_is_alone(SwiGLU(w1, w2, w3, fused=False), 32, value)
 
 
 def test_what_is_multiplied_as_it_is() -> None:

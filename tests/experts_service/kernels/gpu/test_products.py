@@ -18,6 +18,7 @@ import tests.triton_interpreter  # noqa: F401
 from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices
 from experts_service.kernels.gpu.products import FEW_ROWS, MANY_ROWS, gate_up, multiply, num_parts, num_tiles
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense
+from tests.experts_service.kernels.broken_rows import check_that_a_broken_row_is_alone
 from tests.experts_service.kernels.compiled.test_quantized_matmul import floats_of, weight_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -139,12 +140,7 @@ def test_every_code_of_fp8_is_widened_exactly(device: str) -> None:
 def test_what_is_not_finite_stays_in_its_row(device: str, value: float) -> None:
     """Rows of one tile are columns of one product: a broken one is told by its numbers, and its neighbours go on."""
     matrices = Matrices.pack(on(device, [a_weight("int8, a scale for each output", (64, 32), BF16, seed=0)]))
-    x = randn(6, 32, dtype=BF16)
-    intact = multiply(x.to(device), matrices)
-    x[2, 5] = value
-    broken = multiply(x.to(device), matrices)
-    assert not broken[2].isfinite().any()
-    assert torch.equal(broken[[0, 1, 3, 4, 5]], intact[[0, 1, 3, 4, 5]])
+    check_that_a_broken_row_is_alone(lambda x: multiply(x.to(device), matrices), 32, value)
 
 
 def test_matrices_that_differ_are_widened_together(device: str) -> None:
