@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from cluster.checkpoint.quantization.rounding import Parts, Rounding
 from cluster.errors import ConfigError
-from cluster.messages import ReasoningParser
+from cluster.messages import ReasoningParser, ToolParser
 from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
@@ -333,6 +333,10 @@ class ModelConfig(_Frozen):
     """What its reasoning is told from the answer by. `auto`: the tags that its chat template holds, if any. `qwen3`:
     `<think>`, `deepseek_r1`: the same, and an answer begins with reasoning also where nothing says so, `mistral`:
     `[THINK]`, `none`: nothing, and tags are text.
+    """
+    tool_parser: ToolParser = "auto"
+    """How it writes calls of tools. `auto`: as its chat template does. `hermes`: in `<tool_call>`, Qwen's too,
+    `llama3_json`: as JSON alone, `mistral`: after `[TOOL_CALLS]`.
     """
     num_coordinators: int = Field(1, ge=1)
     """Coordinators, where `coordinator_scaling` does not say it."""

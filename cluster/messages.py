@@ -76,21 +76,33 @@ class TextGrammar:
 Answer = JsonSchema | TextGrammar
 
 
+ToolFormat = Literal["mistral", "hermes", "llama3_json"]
+ToolParser = Literal["auto", "mistral", "hermes", "llama3_json"]
+
+
+CALL_TAGS = ("<tool_call>", "</tool_call>")  # around each call of format hermes
+
+
 @dataclass(frozen=True, slots=True)
 class ToolTokens:
     """Ids of the special tokens that calls of tools are spelled with, as far as a model's vocabulary has them."""
 
-    calls: int | None = None  # [TOOL_CALLS]
+    calls: int | None = None  # [TOOL_CALLS], <tool_call>, <|python_tag|>
     args: int | None = None  # [ARGS]
     call_id: int | None = None  # [CALL_ID]
+    end: int | None = None  # </tool_call>
+    format: ToolFormat = "mistral"  # what is spelled
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallGrammar:
-    """Calls of tools: a marker, a space or none, then `[{"name": "f", "arguments": {…}}, …]` on one line.
+    """Calls of tools, in the format of `tokens`.
 
-    With `tokens.args` every call is spelled by itself instead, with special tokens: `[TOOL_CALLS]f[ARGS]{…}`, and with
-    `tokens.call_id` too, `[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{…}`.
+    mistral        a marker, a space or none, then `[{"name": "f", "arguments": {…}}, …]` on one line; with
+                   `tokens.args` every call by itself, `[TOOL_CALLS]f[ARGS]{…}`, and with `tokens.call_id` too,
+                   `[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{…}`
+    hermes         `<tool_call>`, `{"name": "f", "arguments": {…}}` and `</tool_call>`, each on a line
+    llama3_json    `{"name": "f", "parameters": {…}}; …`
     """
 
     tools: tuple[
@@ -238,6 +250,7 @@ class Parsers:
     """How a model's answers are read, by the names that vLLM has for it; `auto`: as its chat template writes them."""
 
     reasoning: ReasoningParser = "auto"
+    tools: ToolParser = "auto"
 
 
 AUTO = Parsers()

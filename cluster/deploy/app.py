@@ -368,7 +368,7 @@ def model_card(plan: ModelPlan) -> ModelCard:
         kind=config.kind,
         pooling=config.pooling or "mean",
         hidden_size=checkpoint.architecture.hidden_size,
-        parsers=Parsers(reasoning=config.reasoning_parser),
+        parsers=Parsers(config.reasoning_parser, config.tool_parser),
     )
 
 

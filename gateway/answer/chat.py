@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster.messages import ModelCard, TokenLogprobs
 from cluster.telemetry.kernels import ModelKernels
+from gateway.answer.calls import ToolCall, joined
 from gateway.answer.choice import Delta, Usage
-from gateway.answer.tools_reader import ToolCall, joined
 from gateway.request.protocol import SamplingFields
 from gateway.request.validator import Generation
 from gateway.text.tokenizer import Tokenizer

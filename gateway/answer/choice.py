@@ -19,8 +19,9 @@ from cluster.messages import (
     TokenLogprobs,
     ToolCallGrammar,
 )
+from gateway.answer.calls import ToolCall
 from gateway.answer.reasoning_reader import ReasoningReader
-from gateway.answer.tools_reader import ToolCall, tool_call_reader
+from gateway.answer.tools_reader import tool_call_reader
 from gateway.request.validator import Generation
 from gateway.text.detokenizer import Detokenizer
 from gateway.text.reasoning import Reasoning
@@ -174,6 +175,8 @@ class Choice:
         if self._reasoning is not None:
             thought, piece = self._reasoning.push(token_id, piece)
             self._thought.append(thought)
+            if not self._reasoning.is_over:
+                token_id = -1  # no call begins in a thought
         return piece if self._tool_calls is None else self._tool_calls.push(token_id, piece)
 
     def _take_thought(self) -> str:

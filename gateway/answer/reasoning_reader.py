@@ -35,6 +35,11 @@ class ReasoningReader:
         self._num_breaks = 0  # in the reasoning, before what is held: line breaks that may be the tag's
         self._is_after_tag = False  # so line breaks are the tag's
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer has begun."""
+        return self._part == "answer"
+
     def is_tag(self, token_id: int) -> bool:
         """Whether the token is a tag by itself, so that the text before it is complete."""
         return token_id in (self._tags.begin_id, self._tags.end_id)
@@ -95,7 +100,7 @@ class ReasoningReader:
             thought = self._thought(thought)
             self._end()
             return Split(thought, self._after_tag(answer))
-        num_held = _num_begun(self._tags.end, thought)
+        num_held = num_begun(self._tags.end, thought)
         self._held = thought[len(thought) - num_held :]
         return Split(self._thought(thought[: len(thought) - num_held]), "")
 
@@ -116,6 +121,6 @@ class ReasoningReader:
         return text
 
 
-def _num_begun(tag: str, text: str) -> int:
+def num_begun(tag: str, text: str) -> int:
     """How many characters at the end of a text the tag begins with."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if tag.startswith(text[-n:])), 0)

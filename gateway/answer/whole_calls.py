@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from gateway.answer.calls import ToolCall, joined
 from gateway.answer.choice import Delta
-from gateway.answer.tools_reader import ToolCall, joined
 
 
 def wants_whole_calls(headers: Mapping[str, str]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from gateway.answer.tools_reader import ToolCall
+from gateway.answer.calls import ToolCall
 from gateway.grpc.proto import chat_pb2
 from gateway.json_object import parse_object
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from gateway.answer.calls import ToolCall, joined
 from gateway.answer.chat import TokenNames, logprobs_body
 from gateway.answer.choice import Delta, Usage
-from gateway.answer.tools_reader import ToolCall, joined
 from gateway.request.validator import Generation
 from gateway.responses.fields import ReasoningOptions, ResponsesRequest
 from gateway.responses.tools import call_item

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from gateway.answer.tools_reader import ToolCall
+from gateway.answer.calls import ToolCall
 
 Json = dict[str, Any]
 _FUNCTION = re.compile(r"(?<=^tools)(\[\d+\])\.function")

@@ -19,11 +19,10 @@ from gateway.json_bounds import check_bounds
 from gateway.text.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering, refusal
 from gateway.text.control_tokens import ControlTokens
 from gateway.text.reasoning import ReasoningFormat, reasoning_format
+from gateway.text.tool_format import ARGS, CALL_ID, TOOL_CALLS, tool_tokens
 from gateway.text.unlocked_tokenizer import UnlockedTokenizer
 
 ChatMessage = dict[str, Any]  # role, content; tool_calls, tool_call_id and name as OpenAI has them
-TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-
 
 _USER, _ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -52,7 +51,7 @@ class Tokenizer(Protocol):
 
     continues_assistants: bool  # whether a conversation that ends with an assistant's message can only be continued
     renders_tools: bool  # whether `encode_chat` takes tools, calls and their results
-    tool_tokens: ToolTokens  # the special tokens that calls are spelled with
+    tool_tokens: ToolTokens  # how calls are spelled, and with which special tokens
     reasoning: ReasoningFormat | None  # how the model reasons before it answers; None: it does not
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -98,11 +97,7 @@ class HuggingFaceTokenizer:
         template = str(self._hf.chat_template)
         self.renders_tools = "tools" in template and "tool_calls" in template
         special = {token: i for token, i in vocabulary.items() if i in self.special_ids}
-        self.tool_tokens = ToolTokens(
-            calls=special.get(TOOL_CALLS),
-            args=special.get(ARGS) if ARGS in template else None,
-            call_id=special.get(CALL_ID) if CALL_ID in template else None,
-        )
+        self.tool_tokens = tool_tokens(parsers.tools, template, special, renders_tools=self.renders_tools)
         self.reasoning = reasoning_format(parsers.reasoning, template, special)
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
         self._control_tokens = ControlTokens(self._rust)

@@ -34,11 +34,12 @@ def load_tokenizer(directory: Path, layout: Layout, num_embeddings: int, parsers
     `num_embeddings`: rows of the model's table of embeddings.
     """
     tokenizer = _load_mistral(directory, parsers) if layout == "mistral" else _load_huggingface(directory, parsers)
-    calls, args, call_id = (
+    spelled = tokenizer.tool_tokens
+    calls, args, call_id, end = (
         None if token_id is None or token_id >= num_embeddings else token_id
-        for token_id in (tokenizer.tool_tokens.calls, tokenizer.tool_tokens.args, tokenizer.tool_tokens.call_id)
+        for token_id in (spelled.calls, spelled.args, spelled.call_id, spelled.end)
     )
-    tokenizer.tool_tokens = replace(tokenizer.tool_tokens, calls=calls, args=args, call_id=call_id)
+    tokenizer.tool_tokens = replace(spelled, calls=calls, args=args, call_id=call_id, end=end)
     if tokenizer.reasoning is not None and (tokenizer.reasoning.tags.end_id or 0) >= num_embeddings:
         tokenizer.reasoning = None  # no answer can hold such a tag
     chat = _least_chat(tokenizer, directory)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.json_schema.subschemas import subschemas
-from cluster.messages import Answer, Grammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
+from cluster.messages import CALL_TAGS, Answer, Grammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
+from router_service.grammar.elements import (
+    Format,
+    any_text,
+    const,
+    either,
+    one_of,
+    optional,
+    regex,
+    sequence,
+    token,
+)
+from router_service.grammar.json_calls import hermes, llama3_json
 from router_service.grammar.schema import schema_grammar
-from router_service.grammar.texts import text_rules
 
-Format = dict[str, Any]
-
-_BLANK: Format = {"type": "regex", "pattern": " ?"}  # after a special token; Tekken's models write none
+_BLANK: Format = regex(" ?")  # after a special token; Tekken's models write none
 
 
 def structural_tag(grammar: Grammar) -> str:
@@ -31,7 +41,7 @@ def parts(grammar: Grammar) -> tuple[Answer, ...]:
 
 def part_tag(part: Answer) -> str:
     """A structural tag for one of `parts` alone. Raises ValueError."""
-    return _tag(_one(part))
+    return _tag(one_of(part))
 
 
 def pattern_tags(part: Answer) -> list[str]:
@@ -50,24 +60,35 @@ def _tag(content: Format) -> str:
     return json.dumps({"type": "structural_tag", "format": content})
 
 
-def _whole(grammar: Grammar) -> Format:
+def _whole(grammar: Grammar, excluded: Sequence[str] = ()) -> Format:
+    """`excluded`: what text of the answer's own, that nothing else is held to, has none of."""
     if isinstance(grammar, ReasonedGrammar):
         return _reasoned(grammar)
-    return _answer(grammar) if isinstance(grammar, ToolCallGrammar) else _one(grammar)
+    if not isinstance(grammar, ToolCallGrammar):
+        return one_of(grammar)
+    match grammar.tokens.format:
+        case "hermes":
+            return hermes(grammar, excluded)
+        case "llama3_json":
+            return llama3_json(grammar, excluded)
+        case "mistral":
+            return _answer(grammar)
 
 
 def _reasoned(grammar: ReasonedGrammar) -> Format:
     """The answer after any text up to the tag that ends it, and after a few lines that are the tags'."""
     tags = grammar.tags
-    end = _const(tags.end) if tags.end_id is None else _token(tags.end_id)
-    thought = {"type": "any_text", "excludes": [tags.end] if tags.end_id is None else []}
-    reasoning = [thought, end, {"type": "regex", "pattern": "\\n{0,2}"}]
-    answer = _whole(grammar.answer)
+    end = const(tags.end) if tags.end_id is None else token(tags.end_id)
+    excluded = [tags.end] if tags.end_id is None else []
+    if isinstance(grammar.answer, ToolCallGrammar) and grammar.answer.tokens.format == "hermes":
+        excluded.append(CALL_TAGS[0])  # a call in the middle of a thought would be read as one
+    reasoning = [any_text(excluded), end, regex("\\n{0,2}")]
     if grammar.has_begun:
-        return _sequence(*reasoning, answer)
-    begin = _const(tags.begin) if tags.begin_id is None else _token(tags.begin_id)
-    blank = {"type": "regex", "pattern": "[ \\n]{0,2}"}
-    return _sequence({"type": "optional", "content": _sequence(blank, begin, *reasoning)}, answer)
+        return sequence(*reasoning, _whole(grammar.answer))
+    answer = _whole(grammar.answer, [tags.begin] if tags.begin_id is None else [])
+    begin = const(tags.begin) if tags.begin_id is None else token(tags.begin_id)
+    blank = regex("[ \\n]{0,2}")
+    return sequence(optional(sequence(blank, begin, *reasoning)), answer)
 
 
 def _answer(grammar: ToolCallGrammar) -> Format:
@@ -76,22 +97,22 @@ def _answer(grammar: ToolCallGrammar) -> Format:
     if grammar.tools:
         options.append(_marked_calls(grammar))
     if not grammar.required:
-        options.append(_one(grammar.answer) if grammar.answer else _text(grammar))
-    return options[0] if len(options) == 1 else {"type": "or", "elements": options}
+        options.append(one_of(grammar.answer) if grammar.answer else _text(grammar))
+    return either(options)
 
 
 def _marked_calls(grammar: ToolCallGrammar) -> Format:
     """A model with a token for it may say something before its calls; without one, calls are all of the answer."""
     tokens = grammar.tokens
     if tokens.calls is None:
-        begin = [_const(grammar.marker), _list_of_calls(grammar)]
+        begin = [const(grammar.marker), _list_of_calls(grammar)]
     elif tokens.args is None:
-        begin = [_token(tokens.calls), _list_of_calls(grammar)]
+        begin = [token(tokens.calls), _list_of_calls(grammar)]
     else:
         begin = [_spelled_calls(grammar, tokens.calls, tokens.args)]
     if not grammar.required:
-        begin.insert(0, {"type": "any_text"} if tokens.calls is not None else {"type": "regex", "pattern": "[ \\n]*"})
-    return _sequence(*begin)
+        begin.insert(0, any_text() if tokens.calls is not None else regex("[ \\n]*"))
+    return sequence(*begin)
 
 
 def _list_of_calls(grammar: ToolCallGrammar) -> Format:
@@ -99,7 +120,7 @@ def _list_of_calls(grammar: ToolCallGrammar) -> Format:
         {
             "type": "tag",
             "begin": f'{{"name": {json.dumps(name)}, "arguments": ',
-            "content": _one(schema),
+            "content": one_of(schema),
             "end": "}",
         }
         for name, schema in grammar.tools
@@ -111,28 +132,28 @@ def _list_of_calls(grammar: ToolCallGrammar) -> Format:
         "at_least_one": True,
         "stop_after_first": not grammar.parallel,
     }
-    return _sequence(_BLANK, {"type": "tag", "begin": "[", "content": content, "end": "]"})
+    return sequence(_BLANK, {"type": "tag", "begin": "[", "content": content, "end": "]"})
 
 
 def _spelled_calls(grammar: ToolCallGrammar, calls: int, args: int) -> Format:
     """`[TOOL_CALLS]f[ARGS]{…}` once or more."""
     call_id = grammar.tokens.call_id
-    identified = [] if call_id is None else [_token(call_id), {"type": "regex", "pattern": " ?[a-zA-Z0-9]{9}"}]
+    identified = [] if call_id is None else [token(call_id), regex(" ?[a-zA-Z0-9]{9}")]
     options = [
-        _sequence(
-            *(_token(calls), _BLANK, _const(name), *identified),
-            *(_token(args), _BLANK, _one(schema)),
+        sequence(
+            *(token(calls), _BLANK, const(name), *identified),
+            *(token(args), _BLANK, one_of(schema)),
         )
         for name, schema in grammar.tools
     ]
-    one = options[0] if len(options) == 1 else {"type": "or", "elements": options}
+    one = either(options)
     return {"type": "plus", "content": one} if grammar.parallel else one
 
 
 def _text(grammar: ToolCallGrammar) -> Format:
     """Any text; if the marker is text itself, one that does not begin with it: rule i has seen i characters of it."""
     if grammar.tokens.calls is not None:
-        return {"type": "any_text"}
+        return any_text()
     rules = ["root ::= [ \\n]* seen0", "any ::= [\\x00-\\U0010ffff]*"]
     for i, char in enumerate(grammar.marker):
         blanks = "" if i else " \\n"
@@ -142,25 +163,5 @@ def _text(grammar: ToolCallGrammar) -> Format:
     return {"type": "grammar", "grammar": "\n".join(rules)}
 
 
-def _sequence(*elements: Format) -> Format:
-    return {"type": "sequence", "elements": list(elements)}
-
-
-def _const(text: str) -> Format:
-    return {"type": "const_string", "value": text}
-
-
-def _token(token_id: int) -> Format:
-    return {"type": "token", "token": token_id}
-
-
 def _in_class(char: str) -> str:
     return f"\\{char}" if char in "[]^-\\" else char
-
-
-def _one(part: Answer) -> Format:
-    if isinstance(part, JsonSchema):
-        rules = schema_grammar(json.loads(part.text), any_whitespace=part.any_whitespace)
-    else:
-        rules = text_rules(part)
-    return {"type": "grammar", "grammar": rules}

@@ -37,3 +37,22 @@ def write_qwen3(directory: Path) -> Path:
 def write_deepseek_r1(directory: Path) -> Path:
     """Its vocabulary knows no tags: they are written in pieces."""
     return write_tokenizer(directory, chat_template=DEEPSEEK_R1, special=["<|User|>", "<|Assistant|>"])
+
+
+# As Llama 3.1 has it: calls are JSON and nothing else.
+LLAMA3 = (
+    "{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_id|>\n\n"
+    'To call a function, answer {"name": function name, "parameters": dictionary of arguments}.\n'
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|eot_id|>{% endif %}"
+    "{% for m in messages %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at once') }}{% endif %}"
+    "{% set call = m.tool_calls[0].function %}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}'
+    "{% else %}{{ m.content }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def write_llama3(directory: Path) -> Path:
+    special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+    return write_tokenizer(directory, chat_template=LLAMA3, special=special)

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from cluster.messages import ModelCard, TokenChunk
+from gateway.answer.calls import ToolCall, joined
 from gateway.answer.choice import Choice, Usage
-from gateway.answer.tools_reader import ToolCall, joined
 from gateway.frontend import Frontend
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.request.protocol import ChatCompletionRequest, parse_body

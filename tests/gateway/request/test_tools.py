@@ -20,7 +20,8 @@ from mistralai.client import Mistral
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidRequest
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar, ToolTokens
-from gateway.answer.tools_reader import ToolCall, ToolCallReader, joined, tool_call_reader
+from gateway.answer.calls import ToolCall, joined
+from gateway.answer.tools_reader import ToolCallReader, tool_call_reader
 from gateway.json_bounds import MAX_DEPTH
 from gateway.request.protocol import ChatCompletionRequest, parse_body
 from gateway.request.validator import Validator

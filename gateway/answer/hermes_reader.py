@@ -1,0 +1,171 @@
+"""Reads calls of tools that stand in tags, as Hermes' and Qwen's models write them. Knows no streams.
+
+    I look.\n<tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {…}}\n…
+
+The tags are words, or special tokens where the vocabulary has such. What stands in them and is no call is the answer's
+own text, tags and all; so is everything outside, but for blanks beside a call. A call needs no tag that ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cluster.messages import CALL_TAGS, ToolCallGrammar
+from gateway.answer.calls import Calls
+from gateway.answer.json_call import JsonObject, call_head, cut_name, whole_call
+from gateway.answer.reasoning_reader import num_begun
+
+BEGIN, END = CALL_TAGS
+
+
+class HermesCallReader:
+    """`push` each token and its text, then `flush`; `calls` has what was read."""
+
+    def __init__(self, grammar: ToolCallGrammar) -> None:
+        self.calls = Calls()
+        self._begin_id, self._end_id = grammar.tokens.calls, grammar.tokens.end
+        self._part: Literal["text", "head", "arguments", "rest", "other"] = "text"
+        self._held = ""  # of the text what may be a tag, of a call what is not decided
+        self._blanks: str | None = ""  # before a text that has not begun; None: it has
+        self._arguments = JsonObject()
+        self._is_cut = False  # the last call's arguments
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no call is open."""
+        return self._part in ("text", "rest") and not self._is_cut
+
+    def push(self, token_id: int, text: str) -> str:
+        """The part of `text` that is the answer's own."""
+        own = self._read(text)
+        if token_id >= 0 and token_id == self._begin_id:
+            own += self._end()
+            self._begin()
+        elif token_id >= 0 and token_id == self._end_id:
+            own += self._end()
+        return own
+
+    def flush(self, *, has_ended: bool) -> str:  # noqa: ARG002
+        """What was held back and is the answer's own, once nothing follows; a call that is cut loses nothing."""
+        if self._part == "text":
+            held, self._held = self._held, ""
+            own = self._own(held)
+            return own if self.calls.num_calls else own + (self._blanks or "")
+        if self._part == "head" and (name := cut_name(self._held)) is not None:
+            self.calls.begin(name)
+            return ""
+        if self._part == "rest":
+            after = self._held.lstrip().removeprefix("}").lstrip()
+            return "" if END.startswith(after) else after
+        return self._end(is_whole=False)
+
+    def _read(self, text: str) -> str:
+        own = ""
+        while text:
+            match self._part:
+                case "text":
+                    said, text = self._read_text(text)
+                case "head":
+                    said, text = self._read_head(text)
+                case "arguments":
+                    said, text = self._read_arguments(text)
+                case "rest":
+                    said, text = self._read_rest(text)
+                case "other":
+                    said, text = self._read_other(text)
+            own += said
+        return own
+
+    def _read_text(self, text: str) -> tuple[str, str]:
+        if self._begin_id is not None:
+            return self._own(text), ""
+        before, begin, rest = (self._held + text).partition(BEGIN)
+        if begin:
+            own = self._own(before)
+            self._begin()
+            return own, rest
+        num_held = num_begun(BEGIN, before)
+        self._held = before[len(before) - num_held :]
+        return self._own(before[: len(before) - num_held]), ""
+
+    def _read_head(self, text: str) -> tuple[str, str]:
+        self._held += text
+        head = call_head(self._held)
+        if head == "part":
+            return "", ""
+        held, self._held = self._held, ""
+        if head is None:
+            self._part = "other"
+            return "", held
+        self.calls.begin(head.name)
+        self._part, self._arguments = "arguments", JsonObject()
+        return "", held[head.end :]
+
+    def _read_arguments(self, text: str) -> tuple[str, str]:
+        arguments, rest = self._arguments.push(text)
+        self.calls.add(arguments)
+        if self._arguments.is_over:
+            self._part = "rest"
+        return "", rest
+
+    def _read_rest(self, text: str) -> tuple[str, str]:
+        """After the arguments: a bracket and the tag, or more keys that nobody asked for; what else follows is text."""
+        self._held += text
+        after = self._held.lstrip()
+        if not after or after.startswith(","):
+            return self._to_end_tag()
+        after = after.removeprefix("}").lstrip()
+        if self._end_id is None and len(after) < len(END) and END.startswith(after):
+            return "", ""
+        self._held = ""
+        self._over()
+        return "", after.removeprefix(END) if self._end_id is None else after
+
+    def _read_other(self, text: str) -> tuple[str, str]:
+        self._held += text
+        return self._to_end_tag()
+
+    def _to_end_tag(self) -> tuple[str, str]:
+        if self._end_id is not None:
+            return "", ""
+        inside, end, rest = self._held.partition(END)
+        if not end:
+            return "", ""
+        self._held = inside
+        return self._end(), rest
+
+    def _begin(self) -> None:
+        self._part, self._held, self._blanks = "head", "", ""
+
+    def _end(self, *, is_whole: bool = True) -> str:
+        """What is in the tags has no more."""
+        part, held = self._part, self._held
+        self._held = ""
+        if part == "text":
+            return ""
+        self._is_cut = part == "arguments"
+        self._over()
+        if part not in ("head", "other"):
+            return ""
+        call = whole_call(held)
+        if call is None:
+            tags = ("", "") if self._begin_id is not None else (BEGIN, END if is_whole else "")
+            return self._own(held.join(tags))
+        name, arguments = call
+        self.calls.begin(name)
+        self.calls.add(arguments)
+        return ""
+
+    def _over(self) -> None:
+        self._part, self._blanks = "text", ""
+
+    def _own(self, text: str) -> str:
+        """The same, once it says something: blanks alone may be a call's."""
+        if self._blanks is None:
+            return text
+        text = self._blanks + text
+        if not text.strip():
+            self._blanks = text
+            return ""
+        self._blanks = None
+        return text
