@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.demo_model import DIRECTORY
 from tests.checkpoints import CausalLM, hub_state_dict, random_mistral, random_mixtral
@@ -38,7 +38,7 @@ class Format:
     config: dict[str, Any]  # quantization_config
     pack: Pack
     also: dict[str, Tensor] = field(default_factory=dict)  # beside each module, by suffix
-    packs: Callable[[str], bool] = lambda module: not module.endswith((".gate", "lm_head"))
+    packs: Callable[[str], bool] = lambda module: not module.endswith((".gate", "_gate", "lm_head"))
     others: dict[str, Pack] = field(default_factory=dict)  # of modules whose name has such a part
 
     def pack_of(self, module: str) -> Pack:
@@ -316,6 +316,16 @@ def write_quantized(
     return model
 
 
+def write_quantized_family(directory: Path, of: Format, model: PreTrainedModel) -> PreTrainedModel:
+    """Write a model of any family quantised, by the names that the hub has; returns what it stands for, in fp32."""
+    plain = directory / "plain"
+    model.save_pretrained(plain, save_original_format=True)
+    wide = _write(directory, of, model, tensors=load_file(plain / "model.safetensors"))
+    save_file(wide, plain / "model.safetensors", metadata={"format": "pt"})
+    reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(plain).eval()
+    return reference
+
+
 def write_quantized_demo(directory: Path, of: Format) -> None:
     """Write the demo model quantised, with its tokenizer and template."""
     shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("dense", "training", "*.py", "*.safetensors"))
@@ -325,8 +335,9 @@ def write_quantized_demo(directory: Path, of: Format) -> None:
 def _write(
     directory: Path,
     of: Format,
-    model: CausalLM,
+    model: PreTrainedModel,
     *,
+    tensors: dict[str, Tensor] | None = None,
     rename: Callable[[str], str] = lambda name: name,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -334,7 +345,7 @@ def _write(
     draw = torch.Generator().manual_seed(seed)
     stored: dict[str, Tensor] = {}
     wide: dict[str, Tensor] = {}
-    for name, tensor in hub_state_dict(model).items():
+    for name, tensor in (hub_state_dict(model) if tensors is None else tensors).items():
         module = name.removesuffix(".weight")
         wide[name] = tensor
         if tensor.dim() == 2 and module != "model.embed_tokens" and of.packs(module):

@@ -20,16 +20,17 @@ def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
     """Raises CheckpointError, naming file and tensor: a group of inputs that is not there, another shape, a bias, zero
     points where there are said to be none.
     """
-    for ref in refs.values():
+    for name, ref in refs.items():
         if not isinstance(ref, QuantizedRef):
             continue
+        has_bias = f"{name.removesuffix('weight')}bias" in refs  # the architecture's own
         if (shape := ref.parts.get("shape")) is not None and tuple(_numbers(shape)) != ref.shape:
             raise CheckpointError(
                 f"{shape.file}: tensor {shape.name!r} says {tuple(_numbers(shape))}; expected {ref.shape}, "
                 f"the shape of {ref.name!r}."
             )
-        if (bias := ref.parts.get("bias")) is not None and any(_bytes(bias)):
-            raise CheckpointError(f"{bias.file}: tensor {bias.name!r} is not zero; this architecture has no biases.")
+        if (bias := ref.parts.get("bias")) is not None and not has_bias and any(_bytes(bias)):
+            raise CheckpointError(f"{bias.file}: tensor {bias.name!r} is not zero; this architecture has none there.")
         if (groups := ref.parts.get("input_groups")) is not None:
             _check_groups(ref, groups)
         if isinstance(ref.scheme, Gptq | Awq) and ref.scheme.symmetric:
