@@ -30,6 +30,10 @@ class Figure:
 LANE_DISPATCH_S = Figure(95e-6, "95 µs for a layer's dispatch over lanes", True, "One dispatch, 1 to 8 groups")
 LANE_GROUP_S = Figure(78e-6, "78 µs more for each group that is asked", True, "One dispatch, 1 to 8 groups")
 LANE_BANDWIDTH = Figure(1.5e9, "1.5 GB/s over a lane", True, "One dispatch, 64 and 512 rows")
+MEMORY_BANDWIDTH = Figure(
+    3.9e9, "3.9 GB/s through memory that a coordinator shares with shards on its machine's CPUs", True,
+    "One dispatch, 512 rows through shared memory",
+)  # fmt: skip
 LAYER_S = Figure(
     0.31e-3, "0.31 ms of Python and calls for a layer", True, "Where a step's time goes, next to no weights"
 )
@@ -74,6 +78,7 @@ class Costs:
     lane_dispatch: Figure = LANE_DISPATCH_S
     lane_group: Figure = LANE_GROUP_S
     lane_bandwidth: Figure = LANE_BANDWIDTH
+    memory_bandwidth: Figure = MEMORY_BANDWIDTH
     gpu_bandwidth: Figure = GPU_BANDWIDTH  # of the data sheet's
     gpu_speed: Figure = GPU_SPEED  # the same
     python: Figure = GPU_PYTHON_S  # of a layer, without launches

@@ -39,6 +39,7 @@ class Shard:
     expert_bytes: int  # of one expert, as the device holds it
     bits: int  # of a number there
     share: float = 1.0  # of the group's rows; the others go to other tiers
+    shares_memory: bool = False  # with the coordinator: rows lie there, and are not sent over a lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,10 @@ class TieredModel:
         for shard in self.shards:
             chance = shard.share * min(1.0, sum(self.chances[expert] for expert in shard.experts))
             on_gpu = shard.device == "cuda"
-            bandwidth = self.costs.between_devices(self.lanes, self.gpu, self.on_gpu + on_gpu).bandwidth
+            link = self.lanes
+            if shard.shares_memory:
+                link = replace(link, bandwidth=self.costs.memory_bandwidth.value)
+            bandwidth = self.costs.between_devices(link, self.gpu, self.on_gpu + on_gpu).bandwidth
             layer += (1 - (1 - chance) ** rows) * (self.lanes.group_s + copies * on_gpu)
             layer += 2 * rows * chance * row_bytes / bandwidth
         return a.num_layers * layer

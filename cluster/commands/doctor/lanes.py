@@ -33,25 +33,31 @@ def lane_figures() -> dict[str, float]:
         one = _seconds(paths[:1], 1)
         two = _seconds(paths, 1)
         many = _seconds(paths[:1], MANY_ROWS)
+        shared = [_seconds(paths[:1], rows, memory=True) for rows in (1, MANY_ROWS)]
     of_group = max(two - one, 1e-6)
     sent = 2 * (MANY_ROWS - 1) * HIDDEN * torch.bfloat16.itemsize  # there and back, one way after the other
     return {
         "lane_dispatch_s": max(one - of_group, 1e-6),
         "lane_group_s": of_group,
         "lane_bandwidth": sent / max(many - one, 1e-6),
+        "memory_bandwidth": sent / max(shared[1] - shared[0], 1e-6),
     }
 
 
 @torch.inference_mode()
-def _seconds(paths: list[str], num_rows: int) -> float:
-    """Of a dispatch and combine of so many rows, each to every peer: the median."""
+def _seconds(paths: list[str], num_rows: int, *, memory: bool = False) -> float:
+    """Of a dispatch and combine of so many rows, each to every peer: the median. `memory`: shared with them."""
     addresses = {str(group): LaneAddress(path, "127.0.0.1", 0, HERE, "first") for group, path in enumerate(paths)}
     deployments = {group: Deployment("doctor", str(group)) for group in range(len(paths))}
     table = RoutingTable()
     for group, deployment in deployments.items():
         table.publish(deployment, [Replica(str(group), str(group), "doctor", group, FINGERPRINT)])
     dialer = LaneDialer(
-        lambda replica, _: addresses[replica.replica_id], secret=_SECRET, fingerprint=FINGERPRINT, node_id=HERE
+        lambda replica, _: addresses[replica.replica_id],
+        secret=_SECRET,
+        fingerprint=FINGERPRINT,
+        node_id=HERE,
+        memory=memory,
     )
     groups = [ExpertGroup(group, (group,)) for group in deployments]
     dispatcher = Dispatcher(groups, LaneTransport(deployments, table, dialer, timeout_s=TIMEOUT_S))

@@ -146,6 +146,7 @@ def _plan_tiers(
     used = (
         *question.costs.of_gpus,
         *_of_rows(question, local=planned.local),
+        *((question.costs.memory_bandwidth,) if any(one.shares_memory for one in planned.tiered.shards) else ()),
         *(OF_CPUS if on_cpus else ()),
         *machine.assumed(on_cpus=on_cpus),
     )

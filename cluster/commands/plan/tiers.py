@@ -87,7 +87,9 @@ def look_at(
         engine.device == "cuda",
         machine.card,
         machine.cpus,
-        (_all_experts(plan, weights, dtype),) if local else tuple(_shards(plan, checkpoint, dtype)),
+        (_all_experts(plan, weights, dtype),)
+        if local
+        else tuple(_shards(plan, checkpoint, dtype, over_lanes=lanes is not None)),
         chances(None if observed is None else observed.rows, architecture.num_experts, architecture.top_k),
         None if local else lanes or costs.lanes,
         costs,
@@ -248,8 +250,9 @@ def _all_experts(plan: ModelPlan, weights: WeightBytes, dtype: Any) -> Shard:
     return Shard("coordinator", tuple(range(a.num_experts)), device, 1.0, {}, weights.expert, bits)
 
 
-def _shards(plan: ModelPlan, checkpoint: Checkpoint, dtype: Any) -> Sequence[Shard]:
-    """Of all groups, on each of their tiers that they begin on."""
+def _shards(plan: ModelPlan, checkpoint: Checkpoint, dtype: Any, *, over_lanes: bool) -> Sequence[Shard]:
+    """Of all groups, on each of their tiers that they begin on. `over_lanes`: whoever asks says what these carry."""
+    by_memory = plan.config.experts.transport == "auto" and not over_lanes
     begun = [one for one in plan.experts if one.scaling.min_replicas]
     shards = []
     for one in begun:
@@ -264,6 +267,8 @@ def _shards(plan: ModelPlan, checkpoint: Checkpoint, dtype: Any) -> Sequence[Sha
                 expert_bytes=held_weights(rounded, dtype, one.tier.device).expert,
                 bits=_bits(rounded, dtype, one.tier.device),
                 share=1 / sum(other.group == one.group for other in begun),
+                # Without labels it is on the one machine that is planned for, as the coordinator.
+                shares_memory=by_memory and one.tier.device == "cpu" and not one.tier.label_selector,
             )
         )
     return shards

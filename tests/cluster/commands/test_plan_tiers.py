@@ -60,6 +60,24 @@ def test_a_24_gb_card_and_64_gb_of_memory() -> None:
     assert {one["measured"] for one in found["figures"]} == {True, False}
 
 
+def test_rows_to_this_machines_cpus_are_counted_through_memory_where_they_travel_so(tmp_path: Path) -> None:
+    def counted(*more: str, **experts: Any) -> tuple[float, bool]:
+        """Seconds of rows on their way, and whether memory is among what the plan is made of."""
+        experts["tiers"] = [{"groups": [0], "device": "cuda", "gpus_per_shard": 0.9}, {"groups": [1]}]
+        file = tmp_path / "manta.yaml"
+        model = {"name": "m", "path": "mixtral-8x7b", "experts": {"groups": [[0], [1, 2, 3, 4, 5, 6, 7]], **experts}}
+        model["engine"] = {"device": "cuda", "max_model_len": 4096, "quantization": "int8"}
+        file.write_text(json.dumps({"models": [model]}))
+        found = plan("--config", file, "--gpu", "H100", "--ram", "128GB", "--sequences", "16", *more)
+        return found["wire_s"], any("through memory" in one["what"] for one in found["figures"])
+
+    through_memory, is_said = counted()
+    over_lanes, is_said_of_lanes = counted(transport="lane")
+    assert through_memory < over_lanes
+    assert (is_said, is_said_of_lanes) == (True, False)
+    assert not counted("--link", "12.5")[1], "whoever asks says what carries rows"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

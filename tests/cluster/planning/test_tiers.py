@@ -72,6 +72,18 @@ def test_rows_that_go_to_a_card_are_copied_twice_more_and_local_ones_go_nowhere(
     assert bare == pytest.approx(32 * (LANES.dispatch_s + asked * LANES.group_s + rows))
 
 
+def test_rows_to_cpus_of_the_same_machine_lie_in_memory_of_both() -> None:
+    """A plan counted what a lane carries, a third of it. The rest of a dispatch takes as long either way."""
+    over_lane = replace(CPU_SHARD, gpus=0.0)
+    through_memory = replace(over_lane, shares_memory=True)
+    lane, memory = (tiered(one, on_gpu=False).step(Load(64, 1)).wire_s for one in (over_lane, through_memory))
+    chance = min(1.0, 0.25 * len(CPU_SHARD.experts))
+    sent = 32 * 2 * 64 * chance * 4096 * 2
+    assert lane - memory == pytest.approx(sent / LANES.bandwidth - sent / ASSUMED.memory_bandwidth.value)
+    [us] = re.findall(r"([\d.]+) µs a row and group", PAGE)
+    assert ASSUMED.memory_bandwidth.value == pytest.approx(2 * 4096 * 2 / (float(us) * 1e-6), rel=0.01)
+
+
 def test_where_all_experts_are_in_the_coordinator_its_host_goes_ahead_of_its_card() -> None:
     local = tiered(GPU_SHARD, lanes=None).step(Load(1, 1))
     assert local.all_s == pytest.approx(max(local.host_s, local.attention_s + local.gpu_s))
