@@ -1,4 +1,4 @@
-# Everything starts here. Each target installs first where it needs to.
+# Everything starts here. Each target installs first what it needs: `serve` what serving needs, all others the tools as well.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -6,13 +6,24 @@ BIN := .venv/bin
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+# Where there is no NVIDIA GPU, torch without CUDA is a tenth as large. Who has told pip where to look is left alone.
+.venv/.serving: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@if command -v nvidia-smi >/dev/null || $(BIN)/pip config list | grep -qE 'index-url|find-links'; then \
+	  echo "Installing torch as pip finds it"; \
+	  $(BIN)/pip install --quiet --constraint constraints.txt torch; \
+	else \
+	  echo "Installing torch without CUDA: there is no nvidia-smi here"; \
+	  $(BIN)/pip install --quiet --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch; \
+	fi
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed: .venv/.serving
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-serve: install
+serve: .venv/.serving
 	$(BIN)/manta serve
 
 check: install
