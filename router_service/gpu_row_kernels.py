@@ -63,12 +63,13 @@ def choose(
     scores,  # [T, E]
     weights,  # [T, K]
     experts,  # [T, K]
+    renormalised: tl.constexpr,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
     block: tl.constexpr,
     chosen_block: tl.constexpr,
 ) -> None:
-    """Softmax of a row of `scores`; the K highest → `experts` and `weights`, which add up to one.
+    """Softmax of a row of `scores`; the K highest → `experts` and `weights`, which add up to one if `renormalised`.
 
     Of equal ones the first. A row that is not finite goes to experts that there are, with weights that are not numbers.
     """
@@ -89,7 +90,9 @@ def choose(
         chosen = tl.where(k == choice, of_best, chosen)
         indices = tl.where(k == choice, best, indices)
         left = tl.where(expert == best, -1.0, left)
-    tl.store(weights + row * top_k + k, chosen / whole, mask=k < top_k)
+    if renormalised:
+        chosen = chosen / whole
+    tl.store(weights + row * top_k + k, chosen, mask=k < top_k)
     tl.store(experts + row * top_k + k, indices.to(tl.int64), mask=k < top_k)
 
 

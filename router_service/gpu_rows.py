@@ -43,13 +43,16 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return x
 
 
-def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def choose(scores: Tensor, top_k: int, *, renormalised: bool = True) -> tuple[Tensor, Tensor]:
     """See rows.py; of equal ones the first."""
     num_rows, num_experts = scores.shape
     weights = torch.empty(num_rows, top_k, dtype=torch.float32, device=scores.device)
     experts = torch.empty(num_rows, top_k, dtype=torch.int64, device=scores.device)
     blocks = _block(num_experts), _block(top_k)
-    launch(kernels.choose, (num_rows,), scores.contiguous(), weights, experts, num_experts, top_k, *blocks, num_warps=1)
+    launch(
+        kernels.choose, (num_rows,), scores.contiguous(), weights, experts, renormalised, num_experts, top_k, *blocks,
+        num_warps=1,
+    )  # fmt: skip
     return weights, experts
 
 

@@ -107,10 +107,10 @@ def choose(scores: torch.Tensor, top_k: int, *, renormalised: bool = True) -> Pa
 
     Softmax over all in fp32, and, if `renormalised`, over the chosen.
     """
-    if is_launched(scores) and renormalised:
+    if is_launched(scores):
         from router_service import gpu_rows
 
-        return gpu_rows.choose(scores, top_k)
+        return gpu_rows.choose(scores, top_k, renormalised=renormalised)
     if not is_compiled(scores, 0):
         probabilities = scores.float().softmax(dim=-1)  # [T, E]
         weights, experts = probabilities.topk(top_k, dim=-1)  # [T, K], [T, K]

@@ -65,13 +65,14 @@ def test_heads_are_rotated_as_torch_rotates_them(head_dim, dtype, device, by_tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("renormalised", [True, False])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (8, 1), (5, 5), (64, 6)])
-def test_the_gate_chooses_as_torch_does(num_experts, top_k, dtype, device, by_torch):
+def test_the_gate_chooses_as_torch_does(num_experts, top_k, dtype, device, by_torch, renormalised):
     """Scores of a row differ here: of equal ones torch says nothing about which comes first."""
     order = torch.stack([torch.randperm(num_experts, generator=torch.Generator().manual_seed(row)) for row in range(9)])
     scores = (order.float() / 4 - num_experts / 8).to(device, dtype)
-    weights, experts = gpu_rows.choose(scores, top_k)
-    expected, chosen = by_torch.choose(scores, top_k)
+    weights, experts = gpu_rows.choose(scores, top_k, renormalised=renormalised)
+    expected, chosen = by_torch.choose(scores, top_k, renormalised=renormalised)
     assert torch.equal(experts, chosen)
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
 
