@@ -48,16 +48,16 @@ class Tokens:
 
         return Tokens(self.queries, of(self.keys), of(self.values))
 
-    def expected(self, window: int | None) -> torch.Tensor:
-        """Attention of every position in float64, by the formula."""
+    def expected(self, window: int | None, first: int = 0) -> torch.Tensor:
+        """Attention of every position from `first` on in float64, by the formula."""
         length, num_heads, head_dim = self.queries.shape
         times = num_heads // self.keys.shape[1]
         keys, values = (x.double().repeat_interleave(times, dim=1) for x in (self.keys, self.values))
-        scores = torch.einsum("qnh,knh->nqk", self.queries.double(), keys) / head_dim**0.5
+        scores = torch.einsum("qnh,knh->nqk", self.queries[first:].double(), keys) / head_dim**0.5
         positions = torch.arange(length, device=keys.device)
-        seen = positions[None] <= positions[:, None]
+        seen = positions[None] <= positions[first:, None]
         if window:
-            seen &= positions[None] > positions[:, None] - window
+            seen &= positions[None] > positions[first:, None] - window
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return torch.einsum("nqk,knh->qnh", weights, values)
 

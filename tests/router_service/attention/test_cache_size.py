@@ -114,26 +114,34 @@ def test_one_line_says_what_fits(tmp_path, caplog):
     assert re.search(r"a step takes up to 0\.\d\d GiB beside it", line)
 
 
-@pytest.mark.parametrize("kept_in", ["auto", "int8"])
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_no_step_takes_more_than_is_kept_for_it(tmp_path, kind, kept_in):
-    """Sixteen sequences of full length that are sampled from in every way, or the end of a long prompt with scores."""
-    context, sequences, tokens = 4096, 16, 1024
+CONTEXT = 4096
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose steps take megabytes."""
+    directory = tmp_path_factory.mktemp("wide")
     write_checkpoint(
-        tmp_path,
+        directory,
         hidden_size=256,
         intermediate_size=512,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
         vocab_size=16000,
-        max_position_embeddings=context,
+        max_position_embeddings=CONTEXT,
     )
+    return directory
+
+
+@pytest.mark.parametrize("kept_in", ["auto", "int8"])
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_no_step_takes_more_than_is_kept_for_it(wide, kind, kept_in):
+    """Sixteen sequences of full length that are sampled from in every way, or the end of a long prompt with scores."""
+    context, sequences, tokens = CONTEXT, 16, 1024
     sizes = {"max_num_seqs": sequences, "max_num_batched_tokens": tokens, "max_model_len": context}
     blocks_of_all = sequences * context // 64
-    bench = Bench(
-        tmp_path, dtype="float32", kv_cache_dtype=kept_in, block_size=64, num_kv_blocks=blocks_of_all, **sizes
-    )
+    bench = Bench(wide, dtype="float32", kv_cache_dtype=kept_in, block_size=64, num_kv_blocks=blocks_of_all, **sizes)
     runner, blocks = bench.engine.model_runner, bench.engine.scheduler.block_manager
     for memory in (runner.kv_cache.keys, runner.kv_cache.values):
         memory.view(torch.uint8).fill_(0x3C)  # numbers near 0.01, of codes the scales as well

@@ -1,5 +1,6 @@
 """Embeddings of the engine against transformers' hidden states pooled by hand, however the work is cut or shared."""
 
+import itertools
 import random
 
 import pytest
@@ -32,23 +33,30 @@ def by_hand(model, pooling, length):
     return hidden.mean(0) if pooling == "mean" else hidden[-1]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+def generating():
+    """Requests of others."""
+    return [make_request(prompt(90 + i)[i:], max_tokens=100, ignore_eos=True) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, device):
+    """What each of them gets by itself."""
+    return Bench(tiny[0], device=device).one_by_one(*generating())
+
+
 @cut_by("together", "chunked-prefill", "token-by-token", "one-at-a-time", "preempted-in-chunks", "two-microbatches")
-def test_they_are_the_hidden_states_pooled_by_hand(tiny, pooling, config, device):
+def test_they_are_the_hidden_states_pooled_by_hand(tiny, alone, config, device):
     directory, model = tiny
     bench = Bench(directory, device=device, **config)
     bench.run(make_request(prompt(300), max_tokens=1))  # the prefix cache has their beginning
-    generated = [make_request(prompt(90 + i)[i:], max_tokens=100, ignore_eos=True) for i in range(6)]
-    requests = {length: make_request(prompt(length), pooling=pooling) for length in LENGTHS}
+    generated, asked = generating(), list(itertools.product(("mean", "last"), LENGTHS))
+    requests = {(pooling, length): make_request(prompt(length), pooling=pooling) for pooling, length in asked}
     outputs = bench.run(*generated[:3], *requests.values(), *generated[3:])
-    for length, request in requests.items():
+    for (pooling, length), request in requests.items():
         embedding = bench.embeddings[request.key]
         torch.testing.assert_close(embedding, by_hand(model, pooling, length), atol=1e-3, rtol=0)
         assert not bench.chunks[request.key], "nothing is generated"
-    alone = [make_request(prompt(90 + i)[i:], max_tokens=100, ignore_eos=True) for i in range(6)]
-    assert [*outputs[:3], *outputs[-3:]] == Bench(directory, device=device).one_by_one(*alone), (
-        "others get their own tokens"
-    )
+    assert [*outputs[:3], *outputs[-3:]] == alone, "others get their own tokens"
     stats = bench.engine.stats()
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.num_kv_blocks_used) == (0, 0, 0)
     if config.get("num_kv_blocks") == 34:
