@@ -75,8 +75,12 @@ class GatewayReplica(GrpcDoor):
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         self._termination = Termination(grace_s, self.watches.end)
 
-    def check_health(self) -> None:
-        """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another."""
+    async def check_health(self) -> None:
+        """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another.
+
+        On the loop that requests are answered on: Serve calls what is not asynchronous in a thread.
+        """
+        self.frontend.metrics.loop.start()
         self._termination.check()
 
     async def metrics(self) -> ProcessFigures:
@@ -88,10 +92,7 @@ class GatewayReplica(GrpcDoor):
         return {LOAD: float(self.frontend.num_ongoing)}
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        app = build_app(self.frontend)
-        # Serve calls this last, on the loop that requests are answered on: before, there was nobody to keep waiting.
-        self.frontend.metrics.loop.start()
-        return app
+        return build_app(self.frontend)
 
 
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))

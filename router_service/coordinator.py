@@ -87,7 +87,6 @@ class Coordinator:
         await asyncio.to_thread(
             self._load, directory, fingerprint, model_impl, engine, experts, groups, of_tiers, shares
         )
-        self._metrics.loop.start()  # loading holds the interpreter, and nobody waits for it
 
     def _load(
         self,
@@ -268,8 +267,9 @@ class Coordinator:
         used = max(stats.num_kv_blocks_used / stats.num_kv_blocks, stats.num_requests_running / max_num_seqs)
         return {LOAD: used, WAITING: float(stats.num_requests_waiting)}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve; raises EngineDead when only a new process can help, Unavailable after SIGTERM."""
+        self._metrics.loop.start()
         self._termination.check()
         self._engine.check_alive()
 

@@ -30,6 +30,7 @@ class LoopWatch(Collector):
     def __init__(self, registry: CollectorRegistry, beat_s: float = BEAT_S) -> None:
         self._beat_s = beat_s
         self._now = self._clocks()
+        self._is_started = False
         self._window_ends = 0.0
         self._window = self._last_window = (0.0, 0.0, 0.0)
         self.longest = (0.0, 0.0, 0.0)  # since `start`, in the order of TIMES
@@ -42,7 +43,14 @@ class LoopWatch(Collector):
         registry.register(self)
 
     def start(self) -> None:
-        """Watch the running loop for as long as it runs. What is done before anybody can ask keeps nobody waiting."""
+        """Watch the running loop from now on, for as long as it runs. Idempotent.
+
+        For a replica's `check_health`: Serve calls it first when all is done that keeps nobody waiting, its own
+        imports and the collection of garbage after ours as well, and no request comes before it has returned.
+        """
+        if self._is_started:
+            return
+        self._is_started = True
         loop = asyncio.get_running_loop()
 
         def beat() -> None:

@@ -181,5 +181,5 @@ def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard)
 
 
 def test_a_gateways_loop_is_watched_from_when_it_is_ready() -> None:
-    """What it imports and builds before, 0.6 s, was told as the longest time that anybody waited."""
+    """What is imported and collected before, by Serve as well, was told as the longest time that anybody waited."""
     assert said_by("watched_gateway").split() == ["True", "True"]

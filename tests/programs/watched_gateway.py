@@ -1,4 +1,4 @@
-"""Whether a gateway's loop is watched, and whether making the application counts as a block of it."""
+"""Whether a gateway's loop is watched, and whether what Serve does with it before it is ready counts as a block."""
 
 import asyncio
 import time
@@ -6,33 +6,26 @@ import types
 
 from ray import serve
 
-import gateway.service
 from cluster.config import GatewayConfig
 from gateway.service import GatewayReplica
 
 name = types.SimpleNamespace(unique_id="r")
 config = types.SimpleNamespace(graceful_shutdown_timeout_s=60.0)
 serve.get_replica_context = lambda: types.SimpleNamespace(replica_id=name, _deployment_config=config)
-build_app = gateway.service.build_app
-
-
-def build_slowly(frontend):
-    while time.thread_time() < until:
-        pass
-    return build_app(frontend)
-
-
-gateway.service.build_app = build_slowly
 
 
 async def start():
-    global until
+    """As Serve does: it makes the application, imports what serves it, collects garbage, asks whether it is well."""
     replica = GatewayReplica(GatewayConfig(), ())
-    until = time.thread_time() + 0.2
     replica.__serve_build_asgi_app__()
-    watch = replica.frontend.metrics.loop
-    await asyncio.sleep(0.1)
-    return watch
+    await asyncio.sleep(0.05)
+    until = time.thread_time() + 0.2
+    while time.thread_time() < until:
+        pass
+    for _ in range(3):
+        await replica.check_health()
+        await asyncio.sleep(0.05)
+    return replica.frontend.metrics.loop
 
 
 watch = asyncio.run(start())
