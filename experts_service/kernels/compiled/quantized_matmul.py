@@ -363,33 +363,25 @@ def _multiply_rows(job, panel, height, block, blocks, words, arithmetic, rows_at
 
 
 @kernel
-def _multiply_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums):  # type: ignore[no-untyped-def]
-    """All rows of a job with one panel, as many at once as fit the registers."""
+def _multiply_panel(job, panel, gated, block, blocks, words, arithmetic, rows_at, y, sums, ups):  # type: ignore[no-untyped-def]
+    """All rows of a job with one panel, as many at once as fit the registers.
+
+    Gated, with a panel of w1 and the one of w3 that follows it: both products, then what is made of them.
+    """
     row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
     first = panel * WIDTH
     width = min(WIDTH, y.shape[1] - first)
     highest = _HIGHEST_OF_FLOATS if job[_BITS] == _FLOAT8 else _HIGHEST
+    stored = 2 * panel if gated else panel
     while row < end:
         height = height_of(end - row, highest)
         at = rows_at + row * words * 4
-        _multiply_rows(job, panel, height, block, blocks, words, arithmetic, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
-        write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
-        row += height
-
-
-@kernel
-def _gate_up_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, gates, ups):  # type: ignore[no-untyped-def]
-    """The same with a panel of w1 and the one of w3 that follows it: both products, then what is made of them."""
-    row, end = job[_FIRST_ROW], job[_FIRST_ROW] + job[_NUM_ROWS]
-    first = panel * WIDTH
-    width = min(WIDTH, y.shape[1] - first)
-    highest = _HIGHEST_OF_FLOATS if job[_BITS] == _FLOAT8 else _HIGHEST
-    while row < end:
-        height = height_of(end - row, highest)
-        at = rows_at + row * words * 4
-        _multiply_rows(job, 2 * panel, height, block, blocks, words, arithmetic, at, gates.ctypes.data)  # type: ignore[no-untyped-call]
-        _multiply_rows(job, 2 * panel + 1, height, block, blocks, words, arithmetic, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
-        write_gated(gates, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
+        _multiply_rows(job, stored, height, block, blocks, words, arithmetic, at, sums.ctypes.data)  # type: ignore[no-untyped-call]
+        if gated:
+            _multiply_rows(job, stored + 1, height, block, blocks, words, arithmetic, at, ups.ctypes.data)  # type: ignore[no-untyped-call]
+            write_gated(sums, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
+        else:
+            write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
@@ -411,8 +403,5 @@ def _products(task):  # type: ignore[no-untyped-def]
             return
         while item < end:
             job, panel = jobs[item // panels], item % panels
-            if gated:
-                _gate_up_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums, ups)  # type: ignore[no-untyped-call]
-            else:
-                _multiply_panel(job, panel, block, blocks, words, arithmetic, rows_at, y, sums)  # type: ignore[no-untyped-call]
+            _multiply_panel(job, panel, gated, block, blocks, words, arithmetic, rows_at, y, sums, ups)  # type: ignore[no-untyped-call]
             item += 1
