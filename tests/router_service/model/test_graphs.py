@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -209,6 +210,46 @@ def test_all_sizes_are_captured_at_start_and_no_step_captures(directory):
     eager.run(*(expected := requests(7)))
     assert told(bench, asked) == told(eager, expected)
     assert len(made) == 4
+
+
+class Driver:
+    """In place of `torch.cuda.CUDAGraph`: what it is told, in order. A capture that went wrong cannot end well."""
+
+    def __init__(self):
+        self.told = []
+        self.is_broken = False
+
+    def capture_begin(self, **how):
+        self.told.append(("begin", how))
+
+    def capture_end(self):
+        self.told.append("end")
+        if self.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self):
+        self.told.append("replay")
+
+
+def test_a_capture_ends_whatever_happens_in_it_and_says_what_did(monkeypatch):
+    """What torch says of a capture that was left open hid that memory was short: graphs were off for good."""
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(stream))
+    graph = graphs.CudaGraph("pool", "stream")
+    assert graph.capture(lambda: driver.told.append("run") or 7) == 7
+    graph.replay()
+    begun = ("begin", {"pool": "pool", "capture_error_mode": "thread_local"})
+    assert driver.told == [begun, "run", "end", "replay"]
+    driver.told.clear()
+    driver.is_broken = True
+
+    def short():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graph.capture(short)
+    assert driver.told == [begun, "end"]
 
 
 @needs_numba
