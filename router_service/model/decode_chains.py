@@ -51,7 +51,7 @@ class Layer:
     post_attention_norm: torch.Tensor  # [D]
     gate: Gate | None  # who computes its feed-forward,
     dense: SwiGLU | None  # or what does; of both the sum
-    dense_gate: torch.Tensor | None  # [1, D] of what it says
+    dense_gate: torch.Tensor | None  # [1, D] of what it says, fp32
 
     @property
     def is_plain(self) -> bool:

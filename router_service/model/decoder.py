@@ -263,7 +263,7 @@ def _layer(weights: Mapping[str, Weight], index: int, architecture: Architecture
         post_attention_norm=dense(weights[f"{prefix}.post_attention_layernorm.weight"]),
         gate=gate,
         dense=dense_network,
-        dense_gate=dense(weights[f"{prefix}.mlp.shared_expert_gate.weight"]) if spec.dense_is_gated else None,
+        dense_gate=dense(weights[f"{prefix}.mlp.shared_expert_gate.weight"]).float() if spec.dense_is_gated else None,
     )
 
 
@@ -275,5 +275,5 @@ def _shared_expert(layer: Layer, rows: torch.Tensor) -> torch.Tensor | None:
     if layer.dense_gate is None:
         return said
     # A row's product is one sum: a matmul of one output would add in an order that depends on the number of rows.
-    scores = (rows.float() * layer.dense_gate.float()).sum(dim=-1, keepdim=True).to(rows.dtype)  # [T, 1]
+    scores = (rows.float() * layer.dense_gate).sum(dim=-1, keepdim=True).to(rows.dtype)  # [T, 1]
     return said.mul_(scores.sigmoid())
