@@ -40,7 +40,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             "name": f"in-{number}",
             "path": str(directory),
             "engine": {"max_model_len": 256, "kv_cache_gib": 0.05},
-            "experts": {"groups": [[*range(i, 8, number)] for i in range(number)], "transport": "lane"},
+            "experts": {"groups": [[*range(i, 8, number)] for i in range(number)], "transport": "lane"}
+            | {"expert_timeout_s": 150.0},  # six processes start again, on two cores
         }
         for number in NUM_PROCESSES
     ]
@@ -50,7 +51,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def client(family: tuple[Server, Any]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{family[0].url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{family[0].url}/v1", api_key="none", timeout=300, max_retries=0) as client:
         yield client
 
 
