@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +25,7 @@ from experts_service.shard.shard import ShardSpec
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.shards import shard_spec
 from tests.programs import said_by
+from tests.waiting import wait_for
 
 APPLICATION = "experts-test"
 GROUPS = (ExpertGroup(0, (0, 1)), ExpertGroup(1, (2, 3)))
@@ -54,7 +54,7 @@ def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
     names = [r.actor for g in GROUPS for r in TABLE.replicas(Deployment(APPLICATION, f"expert-{g.index}"))]
     serve.delete(APPLICATION)
     for name in names:
-        wait_until(lambda name=name: not alive(name), 15.0)
+        wait_for(lambda name=name: not alive(name), 120, f"the end of {name}")
 
 
 def alive(name: str) -> bool:
@@ -63,13 +63,6 @@ def alive(name: str) -> bool:
     except (ValueError, ray.exceptions.RayActorError):
         return False
     return True
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
 
 
 def test_the_pool_knows_each_group_and_its_rows_come_back(pool: ExpertPool, checkpoint: Checkpoint) -> None:
@@ -89,7 +82,7 @@ def test_a_killed_shard_comes_back_under_the_same_replica(pool: ExpertPool, chec
     deployment = Deployment(APPLICATION, "expert-1")
     (replica,) = TABLE.replicas(deployment)
     shard = ray.get_actor(replica.actor, namespace=NAMESPACE)
-    pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+    pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
     epoch = TABLE.epoch
     os.kill(pid, signal.SIGKILL)
     there = Dispatcher(GROUPS, pool.transport(checkpoint.fingerprint, timeout_s=60.0))
@@ -109,7 +102,7 @@ def test_a_suspected_shard_that_lives_is_trusted_again(pool: ExpertPool) -> None
     (replica,) = TABLE.replicas(deployment)
     TABLE.suspect(deployment, replica.replica_id, TABLE.epoch)
     assert pool.missing() == ["expert-0"]
-    wait_until(lambda: pool.missing() == [], 20.0)
+    wait_for(lambda: pool.missing() == [], 120, "the shard to be trusted")
 
 
 def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkpoint) -> None:
@@ -129,7 +122,7 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
         first = handle.stats.remote().result(timeout_s=10).incarnation
         metadata = handle.record_replica_metadata.remote().result(timeout_s=10)
         shard = ray.get_actor(metadata["actor"], namespace=NAMESPACE)
-        pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+        pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
         os.kill(pid, signal.SIGSTOP)
 
         def incarnation() -> str:
@@ -137,7 +130,7 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
                 return str(handle.stats.remote().result(timeout_s=10).incarnation)
             return first
 
-        wait_until(lambda: incarnation() != first, 60.0)
+        wait_for(lambda: incarnation() != first, 300, "another shard")
         assert not psutil.pid_exists(pid)
     finally:
         serve.delete(name)

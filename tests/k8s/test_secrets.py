@@ -78,7 +78,7 @@ def write_certificate(directory: Path) -> tuple[Path, Path]:
         "/CN=test",
     ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     return certificate, key
 
 

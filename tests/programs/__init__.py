@@ -20,7 +20,7 @@ def said_by(
     *arguments: object,
     stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
-    timeout_s: float = 120.0,
+    timeout_s: float = 300.0,
 ) -> str:
     """Standard output of one, which must succeed; `environment` is all that it has, where it is given."""
     done = subprocess.run(

@@ -27,7 +27,7 @@ from cluster.commands.chat.slash_commands import Leave, obey
 from cluster.errors import RequestError, Unavailable
 from tests.programs import REPOSITORY, program
 
-DEADLINE_S = 30.0  # for a subprocess on a busy machine
+DEADLINE_S = 120.0  # for a subprocess on a busy machine
 
 
 class FakeServer:

@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, ConfigError, SetupError
 from tests.waiting import wait_for
 
 MODEL, REVISION = "acme/demo", "5c79a376139be989ef1838f360bf4f1f256d7aec"
-TIMEOUT_S = 60
+TIMEOUT_S = 240
 
 
 @pytest.fixture

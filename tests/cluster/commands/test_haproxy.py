@@ -75,7 +75,7 @@ def test_without_a_replica_it_answers_as_all_errors_are_and_its_admin_socket_is_
 
     def is_answered() -> bool:
         try:
-            answers.append(httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10))
+            answers.append(httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60))
         except httpx.ConnectError:
             return False
         return True

@@ -133,10 +133,10 @@ def test_a_server_removes_its_folder_and_that_of_one_that_was_killed(temporary: 
     ended_in, killed_in, living_in = map(folder, started)
     (killed_in / "node").mkdir()
     (killed_in / "node" / "cli").touch()
-    ended.communicate(timeout=20)
+    ended.communicate(timeout=180)
     assert not ended_in.exists()
     killed.kill()
-    killed.communicate(timeout=20)
+    killed.communicate(timeout=180)
     assert killed_in.exists(), "nobody could"
     last = start(temporary)
     last_in = folder(last)
@@ -144,7 +144,7 @@ def test_a_server_removes_its_folder_and_that_of_one_that_was_killed(temporary: 
     assert living_in.exists(), "it lives"
     assert last_in.exists()
     for process in (living, last):
-        process.communicate(timeout=20)
+        process.communicate(timeout=180)
     assert not list((temporary / f"manta-{os.geteuid()}").glob("ha-*"))
 
 

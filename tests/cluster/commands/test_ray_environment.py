@@ -35,9 +35,9 @@ def test_two_servers_that_start_at_once_take_different_ports_and_the_port_is_fre
         assert ports[0] != ports[1]
     finally:
         for server in servers:
-            server.communicate(timeout=20)
+            server.communicate(timeout=180)
     last = start(port)
     try:
         assert chosen(last) == port
     finally:
-        last.communicate(timeout=20)
+        last.communicate(timeout=180)

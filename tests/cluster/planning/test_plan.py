@@ -144,7 +144,7 @@ def test_splitting_loses_for_few_sequences_and_wins_for_many_where_the_wire_is_f
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("manta"), "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_the_command_shows_and_prints_the_same_plan() -> None:

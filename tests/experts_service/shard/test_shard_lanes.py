@@ -110,12 +110,12 @@ def test_rows_are_run_though_their_shard_was_killed(
     transport = lane(checkpoint, secret_file, table(checkpoint))
     remote = Dispatcher(GROUPS, transport)
     assert_equal_to_local(remote, checkpoint, 4)
-    before = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=10)
+    before = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=60)
     [process] = [int(line.split()[0]) for line in _listeners(before.path)] or [0]
     assert process, "the shard's process is found by its socket"
     os.kill(process, signal.SIGKILL)
     assert_equal_to_local(remote, checkpoint, 4)
-    after = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=10)
+    after = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=60)
     assert after.incarnation != before.incarnation
     transport.close()
 
@@ -126,7 +126,7 @@ def test_a_shard_without_lanes_is_reached_through_the_object_store(
     known = table(checkpoint, first="without")
     lanes = lane(checkpoint, secret_file, known)
     with pytest.raises(ExpertUnavailable):
-        ray.get(shards["without"].lane_address.remote(), timeout=10)
+        ray.get(shards["without"].lane_address.remote(), timeout=60)
     object_store = ObjectStoreTransport(DEPLOYMENTS, known, fingerprint=checkpoint.fingerprint, timeout_s=30.0)
     auto = AutoTransport(lanes, object_store)
     assert_equal_to_local(Dispatcher(GROUPS, auto), checkpoint, 5)

@@ -122,7 +122,7 @@ def test_what_serves_can_be_imported_without_compiled_code(tmp_path: Path, how: 
         ],
         env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path]), "HOME": str(tmp_path), **environment},
         check=True,
-        timeout=120,
+        timeout=300,
     )
 
 
