@@ -332,11 +332,11 @@ class ModelConfig(_Frozen):
     reasoning_parser: ReasoningParser = "auto"
     """What its reasoning is told from the answer by. `auto`: the tags that its chat template holds, if any. `qwen3`:
     `<think>`, `deepseek_r1`: the same, and an answer begins with reasoning also where nothing says so, `mistral`:
-    `[THINK]`, `none`: nothing, and tags are text.
+    `[THINK]`, `openai_gptoss`: the messages of harmony, `none`: nothing, and tags are text.
     """
     tool_parser: ToolParser = "auto"
     """How it writes calls of tools. `auto`: as its chat template does. `hermes`: in `<tool_call>`, Qwen's too,
-    `llama3_json`: as JSON alone, `mistral`: after `[TOOL_CALLS]`.
+    `llama3_json`: as JSON alone, `openai`: in messages of harmony, `mistral`: after `[TOOL_CALLS]`.
     """
     num_coordinators: int = Field(1, ge=1)
     """Coordinators, where `coordinator_scaling` does not say it."""

@@ -76,8 +76,8 @@ class TextGrammar:
 Answer = JsonSchema | TextGrammar
 
 
-ToolFormat = Literal["mistral", "hermes", "llama3_json"]
-ToolParser = Literal["auto", "mistral", "hermes", "llama3_json"]
+ToolFormat = Literal["mistral", "hermes", "llama3_json", "openai"]
+ToolParser = Literal["auto", "mistral", "hermes", "llama3_json", "openai"]
 
 
 CALL_TAGS = ("<tool_call>", "</tool_call>")  # around each call of format hermes
@@ -103,6 +103,7 @@ class ToolCallGrammar:
                    `[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{…}`
     hermes         `<tool_call>`, `{"name": "f", "arguments": {…}}` and `</tool_call>`, each on a line
     llama3_json    `{"name": "f", "parameters": {…}}; …`
+    openai         a message of harmony; in a HarmonyGrammar
     """
 
     tools: tuple[
@@ -115,7 +116,7 @@ class ToolCallGrammar:
     tokens: ToolTokens = ToolTokens()
 
 
-ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
+ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,28 @@ class ReasonedGrammar:
     answer: Answer | ToolCallGrammar
 
 
-Grammar = Answer | ToolCallGrammar | ReasonedGrammar  # a constraint on the output, compiled on the coordinator's side
+@dataclass(frozen=True, slots=True)
+class HarmonyTokens:
+    """Ids of the special tokens between the messages of harmony, gpt-oss's format."""
+
+    start: int
+    channel: int
+    message: int
+    constrain: int
+    end: int
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonyGrammar:
+    """Messages of harmony: any that are thought or told before, and the one that is held to something, or a call."""
+
+    tokens: HarmonyTokens
+    answer: Answer | ToolCallGrammar
+
+
+# A constraint on the output, compiled on the coordinator's side.
+Grammar = Answer | ToolCallGrammar | ReasonedGrammar | HarmonyGrammar
 
 
 @dataclass(frozen=True, slots=True)

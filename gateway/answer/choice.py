@@ -13,6 +13,8 @@ import numpy as np
 from cluster.errors import Unavailable
 from cluster.messages import (
     FinishReason,
+    HarmonyGrammar,
+    HarmonyTokens,
     ReasonedGrammar,
     Request,
     TokenChunk,
@@ -20,8 +22,9 @@ from cluster.messages import (
     ToolCallGrammar,
 )
 from gateway.answer.calls import ToolCall
+from gateway.answer.harmony_reader import HarmonyCalls, HarmonyReader
 from gateway.answer.reasoning_reader import ReasoningReader
-from gateway.answer.tools_reader import tool_call_reader
+from gateway.answer.tools_reader import CallReader, tool_call_reader
 from gateway.request.validator import Generation
 from gateway.text.detokenizer import Detokenizer
 from gateway.text.reasoning import Reasoning
@@ -88,18 +91,22 @@ class Choice:
         self._thought: list[str] = []  # since the last delta
         self._tells_reasoning = generation.tells_reasoning
         self._num_reasoning_tokens = 0  # that are in the usage
-        self._reasoning: ReasoningReader | None = None
-        if generation.reasoning is not None:
+        grammar = request.grammar
+        if isinstance(grammar, ReasonedGrammar | HarmonyGrammar):
+            grammar = grammar.answer
+        tools = grammar if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
+        self._reasoning = (
+            None if generation.reasoning is None else _reasoning_reader(generation.reasoning, generation.begin, tools)
+        )
+        if self._reasoning is not None:
             usage.reasoning_tokens = usage.reasoning_tokens or 0
-            self._reasoning = ReasoningReader(
-                Reasoning(generation.reasoning.tags) if self._begin else generation.reasoning
-            )
             thought, self._begin = self._reasoning.push(-1, self._begin)
             self._thought.append(thought)
-        grammar = request.grammar
-        if isinstance(grammar, ReasonedGrammar):
-            grammar = grammar.answer
-        self._tool_calls = tool_call_reader(grammar) if isinstance(grammar, ToolCallGrammar) and grammar.tools else None
+        self._tool_calls: CallReader | HarmonyCalls | None = None
+        if isinstance(self._reasoning, HarmonyReader):
+            self._tool_calls = self._reasoning.tool_calls
+        elif tools is not None:
+            self._tool_calls = tool_call_reader(tools)
         self._min_tokens = generation.min_tokens
         self._is_prompt_only = generation.is_prompt_only
         self._top_k = generation.card.top_k
@@ -205,3 +212,13 @@ class Choice:
         if not piece or self._num_tokens + used <= self._min_tokens:
             return piece
         return self._stop_strings.push(piece)
+
+
+def _reasoning_reader(
+    reasoning: Reasoning, begin: str, tools: ToolCallGrammar | None
+) -> ReasoningReader | HarmonyReader:
+    """`begin`: text of the message that is continued, where the answer repeats it: it is read with the rest."""
+    if isinstance(reasoning.tags, HarmonyTokens):
+        names = frozenset(name for name, _ in tools.tools) if tools else frozenset[str]()
+        return HarmonyReader(reasoning.tags, names, in_answer=reasoning.stage == "is over")
+    return ReasoningReader(reasoning.tags, "may come" if begin else reasoning.stage)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from gateway.text.reasoning import Reasoning
+from cluster.messages import ReasoningTags
+from gateway.text.reasoning import Stage
 
 
 class Split(NamedTuple):
@@ -23,13 +24,11 @@ class Split(NamedTuple):
 class ReasoningReader:
     """`push` each token and its text, then `flush`."""
 
-    def __init__(self, reasoning: Reasoning) -> None:
+    def __init__(self, tags: ReasoningTags, stage: Stage = "may come") -> None:
         self.num_tokens = 0  # of the reasoning and its tags
-        self._tags = reasoning.tags
-        self._has_begun = reasoning.stage == "has begun"  # with or without a tag in the output
-        self._part: Literal["undecided", "reasoning", "answer"] = (
-            "answer" if reasoning.stage == "is over" else "undecided"
-        )
+        self._tags = tags
+        self._has_begun = stage == "has begun"  # with or without a tag in the output
+        self._part: Literal["undecided", "reasoning", "answer"] = "answer" if stage == "is over" else "undecided"
         self._num_undecided = 0  # tokens
         self._held = ""  # undecided: blanks and part of a tag; in the reasoning: part of the tag that ends it
         self._num_breaks = 0  # in the reasoning, before what is held: line breaks that may be the tag's

@@ -109,6 +109,8 @@ def _read(message: Message, path: str) -> ChatMessage:
         ]
     if role == "assistant" and (thought := message.reasoning_content or message.reasoning):
         read["reasoning_content"] = thought
+        if not (read["content"] and "tool_calls" in read):  # gpt-oss's template takes one of both
+            read["thinking"] = thought  # its name for it
     if role == "tool":
         if not isinstance(message.tool_call_id, str) or not message.tool_call_id:
             raise InvalidRequest(f"{path}.tool_call_id: field required", param=f"{path}.tool_call_id")

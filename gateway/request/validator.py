@@ -16,7 +16,10 @@ from cluster.config import GatewayConfig
 from cluster.deadline import Deadline
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.messages import (
+    Answer,
     Grammar,
+    HarmonyGrammar,
+    HarmonyTokens,
     ModelCard,
     ReasonedGrammar,
     Request,
@@ -126,7 +129,7 @@ class Validator:
             prompt = cut(prompt)
         reasoning = self._reasoning(body, prompt, how)
         if reasoning is not None and reasoning.stage != "is over" and held_to is not None:
-            grammar = ReasonedGrammar(reasoning.tags, has_begun=reasoning.stage == "has begun", answer=held_to)
+            grammar = _after_reasoning(held_to, reasoning)
         asked = _Asked(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             prompts=[prompt],
@@ -263,6 +266,12 @@ class Validator:
                 param=asked.max_tokens_field,
             )
         return max_tokens
+
+
+def _after_reasoning(held_to: Answer | ToolCallGrammar, reasoning: Reasoning) -> Grammar:
+    if isinstance(reasoning.tags, HarmonyTokens):
+        return HarmonyGrammar(reasoning.tags, held_to)
+    return ReasonedGrammar(reasoning.tags, has_begun=reasoning.stage == "has begun", answer=held_to)
 
 
 def _check_prompt_scores(field: str, number: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from cluster.checkpoint.vocabulary import byte_level_alphabet, is_byte_level, piece_bytes, tokenizer_file
 from cluster.errors import InvalidRequest
-from cluster.messages import AUTO, Parsers, ToolTokens
+from cluster.messages import AUTO, HarmonyTokens, Parsers, ToolTokens
 from gateway.json_bounds import check_bounds
 from gateway.text.chat_template import ANSWER, REFUSALS, ChatTemplate, Rendering, refusal
 from gateway.text.control_tokens import ControlTokens
@@ -97,8 +97,11 @@ class HuggingFaceTokenizer:
         template = str(self._hf.chat_template)
         self.renders_tools = "tools" in template and "tool_calls" in template
         special = {token: i for token, i in vocabulary.items() if i in self.special_ids}
-        self.tool_tokens = tool_tokens(parsers.tools, template, special, renders_tools=self.renders_tools)
-        self.reasoning = reasoning_format(parsers.reasoning, template, special)
+        self.reasoning = reasoning_format(parsers, template, special)
+        if self.reasoning is not None and isinstance(self.reasoning.tags, HarmonyTokens):
+            self.tool_tokens = ToolTokens(format="openai")  # calls are messages as well
+        else:
+            self.tool_tokens = tool_tokens(parsers.tools, template, special, renders_tools=self.renders_tools)
         self._byte_of = byte_level_alphabet() if is_byte_level(self._rust) else None
         self._control_tokens = ControlTokens(self._rust)
         self._template = ChatTemplate(self._hf, self._control_tokens.texts)
@@ -219,7 +222,7 @@ class MistralTokenizer:
             args=special.get(ARGS) if version >= 11 else None,
             call_id=special.get(CALL_ID) if 11 <= version < 13 else None,
         )
-        self.reasoning = reasoning_format(parsers.reasoning, "".join(special), special)
+        self.reasoning = reasoning_format(parsers, "".join(special), special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         bos = add_special_tokens or text.startswith(self._bos)
@@ -235,6 +238,8 @@ class MistralTokenizer:
             path = "chat_template_kwargs"
             raise InvalidRequest(f"{path}: this model's chat format is no template, and reads no variables", param=path)
         chat = list(map(_for_mistral, messages))
+        for message in chat:
+            message.pop("thinking", None)
         if self.reasoning is None:
             for message in chat:
                 message.pop("reasoning_content", None)  # before version 13 there is none

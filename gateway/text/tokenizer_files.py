@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from cluster.checkpoint.layouts import Layout
 from cluster.checkpoint.vocabulary import tokenizer_file
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.messages import AUTO, Parsers
+from cluster.messages import AUTO, Parsers, ToolTokens
 from gateway.text.tokenizer import HuggingFaceTokenizer, MistralTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,10 @@ def load_tokenizer(directory: Path, layout: Layout, num_embeddings: int, parsers
         for token_id in (spelled.calls, spelled.args, spelled.call_id, spelled.end)
     )
     tokenizer.tool_tokens = replace(spelled, calls=calls, args=args, call_id=call_id, end=end)
-    if tokenizer.reasoning is not None and (tokenizer.reasoning.tags.end_id or 0) >= num_embeddings:
+    if tokenizer.reasoning is not None and max(tokenizer.reasoning.token_ids, default=0) >= num_embeddings:
         tokenizer.reasoning = None  # no answer can hold such a tag
+        if spelled.format == "openai":
+            tokenizer.tool_tokens = ToolTokens()
     chat = _least_chat(tokenizer, directory)
     if tokenizer.vocab_size > num_embeddings:
         _check_unembedded(tokenizer, chat, directory, num_embeddings)
@@ -59,6 +61,8 @@ def _load_huggingface(directory: Path, parsers: Parsers) -> HuggingFaceTokenizer
         raise CheckpointError(
             f"{_template_file(directory)}: the chat template does not compile: line {error.lineno}: {error.message}"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers and tokenizers raise; the latter have no class of their own
         raise CheckpointError(_blame(directory, error)) from error
     return tokenizer
@@ -68,6 +72,8 @@ def _load_mistral(directory: Path, parsers: Parsers) -> MistralTokenizer:
     file = tokenizer_file(directory)
     try:
         return MistralTokenizer(directory, parsers)
+    except CheckpointError:
+        raise
     except Exception as error:  # of four libraries
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {_first_line(error)}") from error
 

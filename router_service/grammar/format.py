@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.json_schema.subschemas import subschemas
-from cluster.messages import CALL_TAGS, Answer, Grammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
+from cluster.messages import CALL_TAGS, Answer, Grammar, HarmonyGrammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
 from router_service.grammar.elements import (
     Format,
     any_text,
@@ -19,6 +19,7 @@ from router_service.grammar.elements import (
     sequence,
     token,
 )
+from router_service.grammar.harmony import harmony
 from router_service.grammar.json_calls import hermes, llama3_json
 from router_service.grammar.schema import schema_grammar
 
@@ -32,7 +33,7 @@ def structural_tag(grammar: Grammar) -> str:
 
 def parts(grammar: Grammar) -> tuple[Answer, ...]:
     """Every schema and text grammar that a client wrote."""
-    if isinstance(grammar, ReasonedGrammar):
+    if isinstance(grammar, ReasonedGrammar | HarmonyGrammar):
         return parts(grammar.answer)
     if not isinstance(grammar, ToolCallGrammar):
         return (grammar,)
@@ -64,6 +65,8 @@ def _whole(grammar: Grammar, excluded: Sequence[str] = ()) -> Format:
     """`excluded`: what text of the answer's own, that nothing else is held to, has none of."""
     if isinstance(grammar, ReasonedGrammar):
         return _reasoned(grammar)
+    if isinstance(grammar, HarmonyGrammar):
+        return harmony(grammar)
     if not isinstance(grammar, ToolCallGrammar):
         return one_of(grammar)
     match grammar.tokens.format:
@@ -73,6 +76,8 @@ def _whole(grammar: Grammar, excluded: Sequence[str] = ()) -> Format:
             return llama3_json(grammar, excluded)
         case "mistral":
             return _answer(grammar)
+        case "openai":  # within its last message, where no call begins
+            return one_of(grammar.answer) if grammar.answer else any_text()
 
 
 def _reasoned(grammar: ReasonedGrammar) -> Format:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import InvalidRequest, MantaError
-from cluster.messages import Grammar, ReasonedGrammar, Request, ToolCallGrammar
+from cluster.messages import Grammar, HarmonyGrammar, ReasonedGrammar, Request, ToolCallGrammar
 from router_service.grammar.workers import GrammarWorkers
 from router_service.step_failures import told
 
@@ -151,6 +151,6 @@ class GrammarState:
 
 def param(grammar: Grammar) -> str:
     """The field of the client's request that the grammar comes from."""
-    if isinstance(grammar, ReasonedGrammar):
+    if isinstance(grammar, ReasonedGrammar | HarmonyGrammar):
         return param(grammar.answer)
     return "tools" if isinstance(grammar, ToolCallGrammar) else grammar.param

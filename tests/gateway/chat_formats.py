@@ -56,3 +56,28 @@ LLAMA3 = (
 def write_llama3(directory: Path) -> Path:
     special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
     return write_tokenizer(directory, chat_template=LLAMA3, special=special)
+
+
+# As gpt-oss has it: harmony, messages between special tokens.
+GPT_OSS = (
+    "<|start|>system<|message|>Reasoning: {{ reasoning_effort | default('medium') }}\n"
+    "# Valid channels: analysis, commentary, final.<|end|>"
+    "{% if tools %}<|start|>developer<|message|>namespace functions {% for tool in tools %}{{ tool.function | tojson }}"
+    "{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}"
+    "{% if m.content and m.thinking %}{{ raise_exception('content or thinking') }}{% endif %}"
+    "{% if m.thinking or m.content %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking or m.content }}<|end|>{% endif %}"
+    "{% set call = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ call.name }}"
+    "<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}"
+    "{% elif m.role == 'tool' %}<|start|>functions.{{ m.name }} to=assistant<|channel|>commentary<|message|>"
+    "{{ m.content | tojson }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"]
+
+
+def write_gpt_oss(directory: Path) -> Path:
+    return write_tokenizer(directory, chat_template=GPT_OSS, special=HARMONY)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.messages import ReasoningTags
 from gateway.answer.reasoning_reader import ReasoningReader
-from gateway.text.reasoning import Reasoning, Stage
+from gateway.text.reasoning import Stage
 
 TAGS = ReasoningTags("<think>", "</think>")
 SPECIAL = ReasoningTags("[THINK]", "[/THINK]", begin_id=7, end_id=8)
@@ -20,7 +20,7 @@ TEXTS = st.lists(st.sampled_from(WORDS), max_size=12).map("".join)
 
 def read(pieces: list[str], stage: Stage = "may come") -> tuple[str, str, int]:
     """Reasoning, answer, and how many of the pieces were reasoning."""
-    reader = ReasoningReader(Reasoning(TAGS, stage))
+    reader = ReasoningReader(TAGS, stage)
     splits = [reader.push(100 + i, piece) for i, piece in enumerate(pieces)]
     splits.append(reader.flush())
     return "".join(one.reasoning for one in splits), "".join(one.answer for one in splits), reader.num_tokens
@@ -69,7 +69,7 @@ def test_tags_and_the_line_breaks_beside_them_go(pieces: list[str], stage: Stage
 
 def test_tags_that_are_tokens_are_no_text() -> None:
     """As Mistral has them: the same words as text are text."""
-    reader = ReasoningReader(Reasoning(SPECIAL))
+    reader = ReasoningReader(SPECIAL)
     tokens = [(7, ""), (20, "So [/THINK] is"), (21, " it\n"), (8, ""), (22, "\n42 [THINK]"), (8, "")]
     splits = [reader.push(*token) for token in tokens]
     assert "".join(one.reasoning for one in splits) == "So [/THINK] is it"
@@ -79,7 +79,7 @@ def test_tags_that_are_tokens_are_no_text() -> None:
 
 def test_a_million_line_breaks_are_held_for_nothing() -> None:
     """A reader that kept them as text would copy it with every token."""
-    reader = ReasoningReader(Reasoning(TAGS, "has begun"))
+    reader = ReasoningReader(TAGS, "has begun")
     assert reader.push(1, "a").reasoning == "a"
     for _ in range(1000):
         assert reader.push(2, "\n" * 1000) == ("", "")

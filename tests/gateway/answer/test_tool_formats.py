@@ -12,14 +12,14 @@ import openai
 import pytest
 
 from cluster.config import GatewayConfig
-from cluster.messages import Parsers, ReasonedGrammar, ToolCallGrammar, ToolTokens
+from cluster.messages import HarmonyGrammar, Parsers, ReasonedGrammar, ToolCallGrammar, ToolTokens
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.request.protocol import ChatCompletionRequest, parse_body
 from gateway.request.validator import Validator
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from gateway.text.tokenizer_files import load_tokenizer
 from tests.gateway.answer.test_round_trip import CHAT, FLAT, Saying
-from tests.gateway.chat_formats import LLAMA3, QWEN3, write_llama3, write_qwen3
+from tests.gateway.chat_formats import LLAMA3, QWEN3, write_gpt_oss, write_llama3, write_qwen3
 from tests.gateway.doubles import CHAT_TEMPLATE, build_frontend, http_server, model_card, write_tokenizer
 from tests.gateway.grpc.test_grpc import grpc_server
 from tests.gateway.request.test_tools import USER
@@ -67,8 +67,40 @@ CASES = {
         Case(f'{{"name": "paris", "parameters": {PARIS}}}', text=f'{{"name": "paris", "parameters": {PARIS}}}'),
         Case('{"name": "time", "parameters": {"a', "", "", (("time", '{"a'),), "length"),
     ],
+    "gpt-oss": [
+        Case("<|channel|>final<|message|>It rains.", text="It rains."),
+        Case(
+            "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>Rain.",
+            *("Paris?", "Rain."),
+        ),
+        Case(
+            "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+            f"<|constrain|>json<|message|>{PARIS}<|call|>",
+            *("Paris?", "", (("weather", PARIS),), "tool_calls"),
+        ),
+        Case(
+            "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+            f"<|end|><|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{PARIS}",
+            *("Paris?", "I look.", (("weather", PARIS),), "tool_calls"),
+        ),
+        Case(
+            " to=functions.time<|channel|>commentary json<|message|>{}<|call|><|start|>assistant<|channel|>commentary "
+            "to=functions.time json<|message|>{}<|call|>",
+            *("", "", (("time", "{}"), ("time", "{}")), "tool_calls"),
+        ),
+        Case("<|channel|>analysis<|message|>Par", "Par", reason="length"),
+        Case("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b", "a\nb"),
+        Case('<|channel|>commentary to=functions.time json<|message|>{"a', "", "", (("time", '{"a'),), "length"),
+        Case("<|channel|>commentary to=functions.paris json<|message|>{}", text="{}"),
+        Case("to=you, plainly <|start|>assistant<|channel|>fin", text="to=you, plainly "),
+        Case("It rains.", text="It rains."),
+    ],
 }
-WRITE: dict[str, Callable[[Path], Path]] = {"qwen3": write_qwen3, "llama3": write_llama3}
+WRITE: dict[str, Callable[[Path], Path]] = {
+    "qwen3": write_qwen3,
+    "llama3": write_llama3,
+    "gpt-oss": write_gpt_oss,
+}
 
 
 @pytest.fixture(scope="module", params=WRITE)
@@ -148,7 +180,7 @@ def test_every_door_reads_what_a_model_writes(doors: Any) -> None:
 
 def test_what_was_called_is_history_as_it_was_written(doors: Any) -> None:
     name, saying, client, _, tokenizer = doors
-    [case] = [case for case in CASES[name] if len(case.calls) == 1 and case.reason == "tool_calls"]
+    case = next(case for case in CASES[name] if len(case.calls) == 1 and case.reason == "tool_calls")
     saying.token_ids, saying.is_cut = list(tokenizer.encode(case.written, add_special_tokens=False)), False
     _, message = chat(client)
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
@@ -156,13 +188,15 @@ def test_what_was_called_is_history_as_it_was_written(doors: Any) -> None:
     prompt = tokenizer.decode(saying.coordinator.requests[-1].prompt_token_ids)
     assert PARIS in prompt
     assert "rain" in prompt
+    if name != "llama3":
+        assert "Paris?" in prompt
 
 
 def test_a_tool_that_must_be_called_is_called_in_the_model_s_own_format(doors: Any) -> None:
     """By any, one or none; after the reasoning, where the model reasons."""
     name, saying, client, *_ = doors
     saying.token_ids = []
-    expected = {"qwen3": "hermes", "llama3": "llama3_json"}[name]
+    expected = {"qwen3": "hermes", "llama3": "llama3_json", "gpt-oss": "openai"}[name]
     for choice, names, required in (
         ("required", ["weather", "time"], True),
         ({"type": "function", "function": {"name": "time"}}, ["time"], True),
@@ -171,8 +205,8 @@ def test_a_tool_that_must_be_called_is_called_in_the_model_s_own_format(doors: A
     ):
         client.chat.completions.create(messages=[USER], tool_choice=choice, **CHAT)
         grammar = saying.coordinator.requests[-1].grammar
-        if name == "qwen3":
-            assert isinstance(grammar, ReasonedGrammar)
+        if name != "llama3":
+            assert isinstance(grammar, ReasonedGrammar if name == "qwen3" else HarmonyGrammar)
             grammar = grammar.answer
         assert isinstance(grammar, ToolCallGrammar)
         assert ([tool for tool, _ in grammar.tools], grammar.required) == (names, required)
