@@ -92,22 +92,22 @@ class Parts:
 
         return timed
 
-    def _resumed(self, original: Callable[..., Generator[None, None, Any]], part: str) -> Callable[..., Any]:
+    def _resumed(self, original: Callable[..., Generator[Any, None, Any]], part: str) -> Callable[..., Any]:
         """A generator runs only while somebody resumes it."""
 
         @wraps(original)
-        def timed(*args: Any, **kwargs: Any) -> Generator[None, None, Any]:
+        def timed(*args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
             generator = original(*args, **kwargs)
             try:
                 while True:
                     self._enter(part)
                     try:
-                        next(generator)
+                        reached = next(generator)
                     except StopIteration as finished:
                         return finished.value
                     finally:
                         self._leave()
-                    yield
+                    yield reached
             finally:
                 generator.close()
 
