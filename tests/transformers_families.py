@@ -51,13 +51,14 @@ SIZES: dict[str, Any] = {
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "llama4_text": {"interleave_moe_layer_step": 2, "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24]},
     "minimax_m2": {"rotary_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "glm4_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "mellum": {},
 }
 
 logging.disable_progress_bar()
@@ -71,6 +72,7 @@ def tiny_config(model_type: str) -> Any:
     sizes = {key: value for key, value in SIZES.items() if key in known}
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)  # it is what is rotated of it
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
 
 

@@ -107,6 +107,6 @@ def _num_kv_heads(config: JsonDocument, num_heads: int) -> int:
 def _head_dim(config: JsonDocument, hidden_size: int, num_heads: int) -> int:
     """The mean of keys' and values', rounded up, where they differ."""
     if config.has("kv_lora_rank"):
-        keys = config.integer("qk_nope_head_dim") + config.integer("qk_rope_head_dim")
+        keys = config.integer("qk_nope_head_dim") + config.integer("qk_rope_head_dim", minimum=0)
         return -(-(keys + config.integer("v_head_dim")) // 2)
     return config.integer("head_dim", default=max(1, hidden_size // num_heads))

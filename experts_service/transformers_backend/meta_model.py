@@ -5,6 +5,7 @@ No code of a checkpoint is ever run: families that the installed transformers do
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from experts_service.transformers_backend.layer_attention import LayerAttention
-from experts_service.transformers_backend.probe import ATTENTION, is_experts, probe
+from experts_service.transformers_backend.probe import ATTENTION, Refuse, check_rope, is_experts, probe
 
 SCALED_BEFORE = "Llama4TextMoe"  # weighs rows before its experts, which are not behind the experts interface
 
@@ -30,6 +33,8 @@ class MetaModel:
     """A causal language model of which no number is there yet."""
 
     model: Any  # PreTrainedModel
+    layers: Any  # from ids to the last hidden states
+    head: Any  # from these, as `inputs_embeds`, to logits
     experts: tuple[tuple[str, nn.Module], ...]  # of each layer that has some, in order, by their names in the model
     attention: tuple[LayerAttention, ...]  # by the cache's layers
     directory: Path
@@ -69,7 +74,15 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
     for name, module in experts:
         if module.num_experts != architecture.num_experts:
             raise refuse(f"{name} has {module.num_experts} experts, and config.json says {architecture.num_experts}")
-    return MetaModel(model, experts, probe(model, refuse), directory)
+    layers, head = _parted(model, refuse)
+    return MetaModel(model, layers, head, experts, probe(model, layers, head, refuse), directory)
+
+
+def check(checkpoint: Checkpoint, max_model_len: int | None) -> None:
+    """Raises CheckpointError where it cannot be served, by name. Reads no weight."""
+    architecture = checkpoint.architecture
+    meta = build(checkpoint.directory, architecture, torch.float32)
+    check_rope(meta.model.config, max_model_len or architecture.max_position_embeddings, meta.error)
 
 
 def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -96,3 +109,20 @@ def _text_config(directory: Path) -> Any:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+class _Given(nn.Module):
+    """In place of the layers: what they made is there already."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _parted(model: Any, refuse: Refuse) -> tuple[Any, Any]:
+    """Its layers, and the model without them: what it does between the last of them and logits is its own code."""
+    layers = next((module for module in model.children() if hasattr(module, "layers")), None)
+    if layers is None:
+        raise refuse("its layers cannot be told from its head")
+    head = copy.copy(model)
+    head._modules = {name: _Given() if module is layers else module for name, module in model._modules.items()}
+    return layers, head

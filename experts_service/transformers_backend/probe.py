@@ -35,7 +35,7 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def probe(model: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
+def probe(model: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
     """What attention is in each layer, by index. Raises CheckpointError, which names what cannot be served."""
     config = model.config
     _check_caches(model, refuse)
@@ -52,7 +52,14 @@ def probe(model: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
     try:
         with torch.inference_mode():
             # The mask is not looked at; without one positions would be, and there are none.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+            output = layers(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=positions,
+                use_cache=False,
+                return_dict=True,
+            )
+            head(inputs_embeds=output.last_hidden_state, use_cache=False, return_dict=True)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         lines = str(error).strip().splitlines()
         raise refuse(
@@ -62,8 +69,7 @@ def probe(model: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
         del AttentionMaskInterface._global_mapping[ATTENTION]  # so that no mask is made for steps
         for module in model.modules():
             module.__dict__.pop("forward", None)
-    layers = range(config.num_hidden_layers)
-    if missing := sorted(set(layers) - set(seen.layers)):
+    if missing := sorted(set(range(config.num_hidden_layers)) - set(seen.layers)):
         names = sorted({type(module).__name__ for module in _mixers(model, missing)})
         raise refuse(
             f"layers {', '.join(map(str, missing[:4]))}{', …' if len(missing) > 4 else ''} have no softmax attention "

@@ -37,6 +37,10 @@ class Model:
         """What is in its headers. Raises MantaError."""
         self._opened = open_checkpoint(resolve_model(self._name, None))
         a = self._opened.architecture
+        if self._opened.model_impl == "transformers":
+            from experts_service.transformers_backend.meta_model import check  # takes seconds to import
+
+            check(self._opened, None)
         experts = "dense" if a.is_dense else f"{a.num_experts} experts, {a.top_k} for a token"
         return good(f"{self._opened.directory}: {a.num_layers} layers, {experts}")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import ceil, inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.checkpoint.architecture import compute_dtype
-from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_GPU = "H100"
+NOT_KNOWN_OF_TRANSFORMERS = (  # a model that its code computes
+    "bytes of weights are those of the files; operations are those of a plain decoder of these sizes",
+    "which layers have experts, how wide keys and values are in each, and whether its layers can be served: "
+    "manta serve finds out before it loads",
+    "how fast that code is: attention copies the context, and nothing has measured it",
+)
 HUB_IDS = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
@@ -98,13 +104,17 @@ def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dic
         return _plan_tiers(config, question, chosen=chosen)
     if question.observed is not None:
         raise ConfigError("--observed: it says which experts are on the GPU, beside those in --ram")
-    planner, plan = plan_one(config, question, chosen=chosen)
+    checkpoint = checkpoint_of(config.path, config.model_impl)
+    planner, plan = plan_one(config, checkpoint, question, chosen=chosen)
+    unknown = NOT_KNOWN_OF_TRANSFORMERS if checkpoint.model_impl == "transformers" else ()
 
     def draw(console: Console) -> None:
         tables.draw(config.name, question.target, planner, plan, console)
         tables.draw_figures(figures(question, plan), console)
+        for one in unknown:
+            console.print(f"Not known: {one}.")
 
-    return document(config.name, question, planner, plan), draw
+    return document(config.name, question, planner, plan) | {"not_known": unknown}, draw
 
 
 def _plan_tiers(
@@ -115,7 +125,9 @@ def _plan_tiers(
     has_tiers = chosen and bool(config.experts.tiers)
     if question.ram is None and not has_tiers:
         raise ConfigError("--gpu-memory: how much memory is beside the card? Give --ram (64GB)")
-    checkpoint, load = checkpoint_of(config.path), question.target.load
+    checkpoint, load = checkpoint_of(config.path, config.model_impl), question.target.load
+    if checkpoint.model_impl == "transformers":
+        raise ConfigError(f"--ram: {config.path} is for transformers' code, whose weights are not rounded for tiers")
     if question.any_load:
         load = Load(1, load.context)
     observed = None
@@ -167,9 +179,9 @@ def _cards(config: ModelConfig) -> int:
     return max(1, ceil(sum(shares) + config.coordinators.min_replicas * of_coordinator - 1e-9))
 
 
-def plan_one(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[Planner, Plan]:
+def plan_one(config: ModelConfig, checkpoint: Checkpoint, question: Question, *, chosen: bool) -> tuple[Planner, Plan]:
     """The best layout, or with `chosen` the one that the configuration says where it says one."""
-    checkpoint, engine = checkpoint_of(config.path), engine_of(config, question)
+    engine = engine_of(config, question)
     dtype = compute_dtype(engine.dtype, checkpoint.architecture)
     check_kv_dtype(engine.kv_cache_dtype, "cuda")
     weights = held_weights(checkpoint.rounded(engine.rounding), dtype, "cuda")
@@ -195,10 +207,10 @@ def engine_of(config: ModelConfig, question: Question) -> EngineConfig:
     return parse_config({"models": [document]}, source="manta plan").models[0].engine
 
 
-def checkpoint_of(path: str) -> Checkpoint:
+def checkpoint_of(path: str, model_impl: Literal["auto"] | ModelImpl = "auto") -> Checkpoint:
     """Of a directory or an embedded model; an outline of a model of the hub that is known, or of a named shape."""
     if Path(path).expanduser().is_dir():
-        return open_checkpoint(Path(path).expanduser())
+        return open_checkpoint(Path(path).expanduser(), model_impl)
     if path in EMBEDDED:
         return open_checkpoint(EMBEDDED[path])
     if path in KNOWN_MODELS:

@@ -5,18 +5,16 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, K experts per
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.transformers_backend.loading import load_own
-from experts_service.transformers_backend.meta_model import SCALED_BEFORE, MetaModel, build
+from experts_service.transformers_backend.meta_model import SCALED_BEFORE, build
 from experts_service.transformers_backend.probe import check_rope
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
@@ -63,7 +61,7 @@ class TransformersDecoder:
             if type(moe).__name__ == SCALED_BEFORE:
                 moe.forward = _ScaledBefore(moe)
         self.attention = meta.attention
-        self._layers, self._head = _parted(meta)
+        self._layers, self._head = meta.layers, meta.head
         load()
         for module in self._model.modules():
             module.manta_attention = self._attend
@@ -165,20 +163,3 @@ class _ScaledBefore:
             weighed.flatten(0, 1), experts.view(-1, 1), torch.ones_like(scores[:, :1]).repeat(moe.top_k, 1)
         )
         return moe.shared_expert(rows) + each.view(weighed.shape).sum(1), logits
-
-
-class _Given(nn.Module):
-    """In place of the layers: what they made is there already."""
-
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-
-
-def _parted(meta: MetaModel) -> tuple[Any, Any]:
-    """Its layers, and the model without them: what it does between the last of them and logits is its own code."""
-    layers = next((module for module in meta.model.children() if hasattr(module, "layers")), None)
-    if layers is None:
-        raise meta.error("its layers cannot be told from its head")
-    head = copy.copy(meta.model)
-    head._modules = {name: _Given() if module is layers else module for name, module in meta.model._modules.items()}
-    return layers, head

@@ -2,14 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.errors import CheckpointError, ConfigError
+from cluster.commands import serve
+from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
+from cluster.planning.placement import ExpertGroup
 from experts_service.loaded_experts import load_experts
+from experts_service.shard.shard import ExpertShard
 from tests.checkpoints import write_checkpoint
+from tests.experts_service.shards import shard_spec
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.transformers_families import SHOWN, generated, prompt, random_model, tiny_config, write_family
@@ -78,8 +83,8 @@ def outline(directory, config):
     ("family", "message"),
     [
         ("qwen3_next", "cannot serve qwen3_next: its layers keep more than keys and values of softmax attention"),
-        ("lfm2_moe", "cannot serve lfm2_moe: "),
-        ("jamba", "cannot serve jamba: "),
+        ("lfm2_moe", "cannot serve lfm2_moe: its layers keep more than keys and values of softmax attention"),
+        ("jamba", "cannot serve jamba: its layers keep more than keys and values of softmax attention"),
     ],
 )
 def test_layers_that_keep_something_else_are_refused_by_name(tmp_path, family, message):
@@ -134,3 +139,45 @@ def test_what_only_models_of_ours_can_do_is_refused(tmp_path):
         Bench(tmp_path, kv_cache_dtype="int8")
     with pytest.raises(ConfigError, match=r"engine.quantization: the transformers backend rounds no weights"):
         Bench(tmp_path, quantization="int8")
+
+
+def test_the_text_model_of_one_that_sees_is_served_from_its_checkpoint(tmp_path):
+    """Llama 4 is stored with what sees: its names have a prefix, and its config.json a part for each."""
+    model = write_family(tmp_path, "llama4_text")
+    text = json.loads((tmp_path / "config.json").read_text())
+    whole = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefixed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(
+        prefixed | {"vision_model.class_embedding": torch.zeros(4)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert Bench(tmp_path, num_groups=2).run(*requests(16)) == expected(model, 16)
+
+
+def test_manta_serve_refuses_before_it_starts_anything(tmp_path, monkeypatch):
+    def started(*_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.commands.serve.check_tokenizer", lambda _: None)
+    monkeypatch.setattr("cluster.commands.serve._ray", started)
+    monkeypatch.setattr("cluster.commands.serve.look_at_gpus", started)
+    with pytest.raises(CheckpointError, match="cannot serve jamba: its layers keep more"):
+        serve.run(str(outline(tmp_path, tiny_config("jamba"))), None, None, None, {})
+
+
+def test_a_shard_runs_the_models_own_experts(tmp_path):
+    """As its actor does, without the actor: biases and clamps of gpt-oss are in the answers."""
+    write_family(tmp_path, "gpt_oss")
+    checkpoint = open_checkpoint(tmp_path)
+    group = ExpertGroup(0, (5, 2))
+    spec = shard_spec(checkpoint, group, "alone", dtype="float32", model_impl=checkpoint.model_impl)
+    shard = ExpertShard(spec)
+    rows = torch.randn(3, checkpoint.architecture.hidden_size)
+    answers = shard.run(checkpoint.fingerprint, 1, (1, 2), rows.numpy(), np.array([2, 0, 1]))
+    here = load_experts(checkpoint, (5, 2), dtype=torch.float32, device=torch.device("cpu"))
+    assert torch.equal(torch.from_numpy(answers), here(1, rows[[2, 0, 1]], [1, 2]))
+    with pytest.raises(ExpertUnavailable, match="experts of two versions never mix"):
+        shard.run("0123456789", 1, (1, 0), rows.numpy(), np.array([0]))

@@ -1,0 +1,37 @@
+"""What is planned of a model that transformers' code computes, and what is said not to be known."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.cli import app
+from cluster.errors import ConfigError
+from cluster.planning.weights import held_weights
+from tests.transformers_families import write_family
+
+
+@pytest.fixture
+def directory(tmp_path):
+    write_family(tmp_path, "glm4_moe")
+    return tmp_path
+
+
+def test_bytes_are_counted_and_the_rest_is_said_not_to_be_known(directory):
+    done = CliRunner().invoke(app, ["plan", str(directory), "--json", "--context", "128"])
+    assert done.exit_code == 0, done.output
+    [plan] = json.loads(done.stdout)
+    checkpoint = open_checkpoint(directory)
+    weights = held_weights(checkpoint, "float32", "cuda")
+    assert plan["weight_bytes"] == weights.coordinator + 8 * weights.expert
+    assert plan["weight_bytes"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert any("operations are those of a plain decoder" in one for one in plan["not_known"])
+    text = CliRunner().invoke(app, ["plan", str(directory), "--context", "128"]).stdout
+    assert "Not known: bytes of weights are those of the files" in text.replace("\n", " ")
+
+
+def test_tiers_are_not_planned(directory):
+    question = CliRunner().invoke(app, ["plan", str(directory), "--ram", "64GB"])
+    assert isinstance(question.exception, ConfigError)
+    assert "is for transformers' code, whose weights are not rounded for tiers" in str(question.exception)
