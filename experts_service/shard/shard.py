@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -216,7 +217,7 @@ class ExpertShard:
         self._host = ray.util.get_node_ip_address()
         shape = LaneShape(self._experts.num_layers, len(spec.experts), self._experts.hidden, getattr(torch, spec.dtype))
         server = LaneServer(
-            self._run,
+            partial(ExpertShard._run, self),  # Ray wraps what an actor's own class has, for traces
             shape,
             secret=secret,
             fingerprint=spec.fingerprint,

@@ -61,34 +61,31 @@ class _Identity:
     def __init__(self, dtype: torch.dtype, hidden: int) -> None:
         self.dtype = dtype
         self.hidden = hidden
+        self.profiler = cProfile.Profile()  # of the thread that runs rows
+        self.is_to_be_profiled = False  # from the next rows on
+        self._is_profiled = False
 
     def __call__(self, _layer: int, rows: Tensor, _counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
+        if self._is_profiled != self.is_to_be_profiled:
+            self._is_profiled = self.is_to_be_profiled
+            self.profiler.enable() if self._is_profiled else self.profiler.disable()
         return rows if answers is None else answers.copy_(rows)
 
 
 class IdentityShard(ExpertShard):
     """A shard as it is, but for its weights: `directory` says how long a row is."""
 
-    def __init__(self, spec: ShardSpec) -> None:
-        self._profiler = cProfile.Profile()
-        self._is_profiled = self._is_to_be_profiled = False
-        super().__init__(spec)
+    _experts: _Identity  # type: ignore[assignment]
 
     def profile(self, is_wanted: bool) -> None:
         """Have the thread that runs rows count its calls, or not any more, from the next rows on."""
-        self._is_to_be_profiled = is_wanted
+        self._experts.is_to_be_profiled = is_wanted
 
     def calls(self) -> list[Call]:
         """What it has counted; then it starts anew."""
-        calls = _calls(self._profiler)
-        self._profiler.clear()
+        calls = _calls(self._experts.profiler)
+        self._experts.profiler.clear()
         return calls
-
-    def _run(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
-        if self._is_profiled != self._is_to_be_profiled:
-            self._is_profiled = self._is_to_be_profiled
-            self._profiler.enable() if self._is_profiled else self._profiler.disable()
-        return super()._run(layer, rows, counts, answers)
 
     def _load(self) -> Any:
         torch.set_num_threads(1)

@@ -26,7 +26,9 @@ def test_every_transport_is_timed_and_the_bare_bytes_beside_them(tmp_path):
     assert seen == {(name, rows, 2) for name in (*TRANSPORTS, "bare") for rows in (1, 3)}
     assert all(0 < one["p50_us"] <= one["p99_us"] for one in document["results"])
     assert "memory, 2 × 3: calls here" in done.stdout
-    assert "memory, 2 × 3: calls in a shard" in done.stdout
+    _, _, of_shard = done.stdout.partition("memory, 2 × 3: calls in a shard")
+    assert "shard.py _run" in of_shard
+    assert "_resume_span" not in of_shard.partition("calls here")[0], "Ray's traces are of calls of the actor alone"
     assert "connection.py receive" in done.stdout
     assert "method 'sendmsg'" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
