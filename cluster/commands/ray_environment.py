@@ -33,6 +33,16 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
+def prepare_benchmark() -> None:
+    """For one whose coordinator is this process: Ray's workers, the shards, do not give way to it.
+
+    In a server both are workers, which Ray has give way to all else. Beside other work, 16 sequences of the bench model
+    over 4 shards took 164 ms a step where the shards alone gave way, 96 where nobody did.
+    """
+    prepare()
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def prepare_server() -> None:
     """For a Ray that we start ourselves: HAProxy and direct replicas, each unless the user says otherwise."""
     prepare()

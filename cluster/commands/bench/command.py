@@ -123,7 +123,7 @@ def dispatch(
     plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE.png", help="Draw cost over rows.")] = None,
 ) -> None:
     """Time one layer's dispatch and combine, without maths, for each transport."""
-    ray_environment.prepare()
+    ray_environment.prepare_benchmark()
     from cluster.commands.bench.dispatch import run
 
     names = tuple(one.value for one in transport)
@@ -173,7 +173,7 @@ def decode(
     no_prefill: Annotated[bool, typer.Option("--no-prefill", help="Time no prefill; --context implies it.")] = False,
 ) -> None:
     """Time engine steps without the gateway, against the memory bandwidth and against other engines."""
-    ray_environment.prepare()
+    ray_environment.prepare_benchmark()
     from cluster.commands.bench.openmp import load_torch
     from cluster.config import EngineConfig
     from cluster.errors import ConfigError
