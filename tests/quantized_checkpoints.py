@@ -326,10 +326,13 @@ def write_quantized_family(directory: Path, of: Format, model: PreTrainedModel) 
     return reference
 
 
-def write_quantized_demo(directory: Path, of: Format) -> None:
-    """Write the demo model quantised, with its tokenizer and template."""
+def write_quantized_demo(directory: Path, of: Format) -> CausalLM:
+    """Write the demo model quantised, with its tokenizer and template; returns the model of what it stands for."""
     shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("dense", "training", "*.py", "*.safetensors"))
-    _write(directory, of, AutoModelForCausalLM.from_pretrained(DIRECTORY))
+    model: CausalLM = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+    wide = _write(directory, of, model)
+    _load(model.float(), wide)
+    return model
 
 
 def _write(
