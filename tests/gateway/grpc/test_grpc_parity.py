@@ -30,7 +30,11 @@ RPCS: dict[str, tuple[Any, Callable[[Any], Body]]] = {
     "/tokenize": (chat_pb2.TokenizeRequest, _tokenize_body),
     "/detokenize": (chat_pb2.DetokenizeRequest, _detokenize_body),
 }
-WITHOUT_RPC = {"/v1/responses": "stores nothing, so it is Chat in other words"}
+WITHOUT_RPC = {
+    "/v1/responses": "stores nothing, so it is Chat in other words",
+    "/v1/messages": "Anthropic's words for Chat",
+    "/v1/messages/count_tokens": "Tokenize has the number",
+}
 WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
     SamplingFields: {
         "random_seed": "Mistral's name for `seed`",
