@@ -42,6 +42,8 @@ READ: list[tuple[bool, Changes]] = [
         {"rope_scaling": {"type": "default"}, "rope_theta": 777.0},
         {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_theta": 777.0},
         {"rope_scaling": {"type": "linear", "factor": 1.0, "rope_theta": 777.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 777.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 777.0},
         {"rope_scaling": None, "rope_theta": 777.0},
         {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "rope_theta": 5.0},
@@ -78,8 +80,8 @@ READ: list[tuple[bool, Changes]] = [
 # (dense, changes, key): transformers computes something else with it, or with any of its kind, so it is refused.
 REFUSED: list[tuple[bool, Changes, str]] = [
     *((dense, changes, key) for dense in (False, True) for changes, key in (
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters"),
         ({"rope_scaling": {"rope_theta": 777.0, "mrope_section": [1, 2, 3]}}, "rope_scaling.mrope_section"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 777.0}}}, "rope_parameters.full_attention"),
