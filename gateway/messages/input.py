@@ -7,7 +7,7 @@ thinking              what the assistant thought before its turn, for chat templ
 redacted_thinking     nothing that anybody here could read
 every other block     refused: images and documents, which no model here reads, and tools that Anthropic itself runs
 
-Turns of one role that follow each other are one.
+Turns of one role that follow each other are one, joined once, whatever their number. A user's turn says something.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _OF_USER, _OF_ASSISTANT = ("text", "tool_result"), ("text", "tool_use", "thinkin
 
 def chat_messages(system: Any, messages: Any) -> list[Json]:
     """The conversation. Raises InvalidRequest with the path of what is no message."""
-    chat: list[Json] = []
-    if system is not None:
-        chat.append({"role": "system", "content": "\n\n".join(_texts(system, "system"))})
+    turns: list[list[Json]] = []  # each list is one turn of the chat
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages: expected a list of messages", param="messages")
     for i, message in enumerate(messages):
@@ -36,24 +34,33 @@ def chat_messages(system: Any, messages: Any) -> list[Json]:
         match message.get("role"):
             case "user":
                 for turn in _user(message.get("content"), f"{path}.content"):
-                    _add(chat, turn)
+                    _add(turns, turn)
             case "assistant":
-                _add(chat, _assistant(message.get("content"), f"{path}.content"))
+                _add(turns, _assistant(message.get("content"), f"{path}.content"))
             case _:
                 raise InvalidRequest(f"{path}.role: expected user or assistant", param=f"{path}.role")
-    return chat
+    said = [] if system is None else _texts(system, "system")
+    return [*([{"role": "system", "content": "\n\n".join(said)}] if said else []), *map(_one, turns)]
 
 
-def _add(chat: list[Json], turn: Json) -> None:
+def _add(turns: list[list[Json]], turn: Json) -> None:
     """A turn, or more of the last one."""
-    last = chat[-1] if chat else None
-    if last is None or last["role"] != turn["role"] or turn["role"] == "tool":
-        chat.append(turn)
-        return
-    last["content"] = "\n".join(text for text in (last["content"], turn["content"]) if text)
-    for field in ("tool_calls", "reasoning_content"):
-        if field in turn:
-            last[field] = last[field] + turn[field] if field in last else turn[field]
+    if turns and turns[-1][0]["role"] == turn["role"] != "tool":
+        turns[-1].append(turn)
+    else:
+        turns.append([turn])
+
+
+def _one(parts: list[Json]) -> Json:
+    """The turn that these are parts of."""
+    if len(parts) == 1:
+        return parts[0]
+    turn: Json = {"role": parts[0]["role"], "content": "\n".join(part["content"] for part in parts if part["content"])}
+    if thought := [part["reasoning_content"] for part in parts if "reasoning_content" in part]:
+        turn["reasoning_content"] = "".join(thought)
+    if calls := [call for part in parts for call in part.get("tool_calls", ())]:
+        turn["tool_calls"] = calls
+    return turn
 
 
 def _user(content: Any, path: str) -> Iterator[Json]:
@@ -61,6 +68,8 @@ def _user(content: Any, path: str) -> Iterator[Json]:
     if isinstance(content, str):
         yield {"role": "user", "content": content}
         return
+    if content == []:
+        raise InvalidRequest(f"{path}: must not be empty", param=path)
     said = []
     for block, here in _blocks(content, path, _OF_USER):
         if block["type"] == "text":
@@ -70,7 +79,7 @@ def _user(content: Any, path: str) -> Iterator[Json]:
         text = "" if result is None else "\n".join(_texts(result, f"{here}.content"))
         if block.get("is_error") is True:
             text = f"Error: {text}"
-        yield {"role": "tool", "tool_call_id": _string(block, "tool_use_id", here), "content": text}
+        yield {"role": "tool", "tool_call_id": _name(block, "tool_use_id", here), "content": text}
     if said:
         yield {"role": "user", "content": "\n".join(said)}
 
@@ -99,8 +108,8 @@ def _call(block: Json, path: str) -> Json:
     arguments = block.get("input")
     if not isinstance(arguments, dict):
         raise InvalidRequest(f"{path}.input: expected an object", param=f"{path}.input")
-    function = {"name": _string(block, "name", path), "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return {"id": _string(block, "id", path), "type": "function", "function": function}
+    function = {"name": _name(block, "name", path), "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": _name(block, "id", path), "type": "function", "function": function}
 
 
 def _texts(content: Any, path: str) -> list[str]:
@@ -127,4 +136,11 @@ def _string(block: Json, field: str, path: str) -> str:
     value = block.get(field)
     if not isinstance(value, str):
         raise InvalidRequest(f"{path}.{field}: expected a string", param=f"{path}.{field}")
+    return value
+
+
+def _name(block: Json, field: str, path: str) -> str:
+    value = _string(block, field, path)
+    if not value:
+        raise InvalidRequest(f"{path}.{field}: must not be empty", param=f"{path}.{field}")
     return value

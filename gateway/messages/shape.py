@@ -49,11 +49,11 @@ class MessagesShape:
 
     def push(self, delta: Delta) -> Iterator[Json]:
         """The events of more text and of more of the calls."""
-        if delta.reasoning:
-            yield from self._say("thinking", delta.reasoning)
         for piece in delta.tool_calls:
             if not piece.id:  # of a call that has begun, before what else is new
                 yield from self._more_arguments(piece.arguments)
+        if delta.reasoning:
+            yield from self._say("thinking", delta.reasoning)
         if delta.text:
             yield from self._say("text", delta.text)
         for piece in delta.tool_calls:

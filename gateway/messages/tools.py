@@ -30,7 +30,7 @@ def chat_tool_choice(choice: Any) -> tuple[Any, bool | None]:
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind == "tool" and isinstance(choice.get("name"), str):
         chosen: Any = {"type": "function", "function": {"name": choice["name"]}}
-    elif kind in _MODES:
+    elif isinstance(kind, str) and kind in _MODES:
         chosen = _MODES[kind]
     else:
         raise InvalidRequest(

@@ -8,8 +8,8 @@ from typing import Any
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
+from gateway.answer.calls import ToolCall
 from gateway.answer.choice import Delta, Usage
-from gateway.answer.tools_reader import ToolCall
 from gateway.messages.input import chat_messages
 from gateway.messages.shape import MessagesShape
 
@@ -55,6 +55,23 @@ def test_thought_text_and_calls_are_blocks_in_their_order() -> None:
     ]
     assert whole["stop_reason"] == "tool_use"
     assert whole["usage"]["input_tokens"] + whole["usage"]["cache_read_input_tokens"] == 9
+
+
+def test_what_is_thought_after_a_call_is_no_part_of_its_input() -> None:
+    """gpt-oss may think again after a call: both came in one delta, and its input became thought."""
+    generation: Any = SimpleNamespace(id="chatcmpl-1f", card=SimpleNamespace(name="tiny"))
+    shape, usage = MessagesShape(generation), Usage(9)
+    deltas = [
+        delta(tool_calls=(ToolCall(0, "call00001", "f", '{"a"'),)),
+        delta(tool_calls=(ToolCall(0, "", "", ": 1}"),), reasoning="And now?"),
+        delta(finish_reason="tool_calls"),
+    ]
+    for event in (*(event for one in deltas for event in shape.push(one)), *shape.end(usage)):
+        EVENT.validate_python(event)
+    assert shape.whole(usage)["content"] == [
+        {"type": "tool_use", "id": "call00001", "name": "f", "input": {"a": 1}},
+        {"type": "thinking", "thinking": "And now?", "signature": ""},
+    ]
 
 
 def test_what_was_thought_goes_back_to_the_template() -> None:
