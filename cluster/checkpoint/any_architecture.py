@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
 from cluster.checkpoint.families.family import MAX_LAYERS
 from cluster.checkpoint.hyperparameters import stored_dtype
-from cluster.checkpoint.json_document import JsonDocument
+from cluster.checkpoint.json_document import LARGEST, JsonDocument
 from cluster.checkpoint.layouts import SUPPORTED_DTYPES
 from cluster.checkpoint.safetensors_header import StoredTensor
 from cluster.checkpoint.tensor_ref import TensorRef
@@ -92,7 +92,7 @@ def _first(config: JsonDocument, keys: Sequence[str]) -> int:
     """The first that is there; 0: none is."""
     for key in keys:
         if isinstance(config.values.get(key), list):  # one for each layer
-            return max((int(size) for size in config.values[key]), default=0)
+            return max(config.integers(key, LARGEST), default=0)
         if config.has(key):
             return config.integer(key, minimum=0)
     return 0

@@ -120,6 +120,12 @@ def open_checkpoint(directory: Path | str, model_impl: Literal["auto"] | ModelIm
     quantization = None
     if layout == "huggingface":
         config = JsonDocument.read(directory / "config.json")
+        if not is_native(config):
+            raise config.error(
+                "model_type",
+                f"is {config.values['model_type']!r}, of which Manta has no code of its own; without `model_impl: "
+                "native` it is computed by that of transformers",
+            )
         architecture_from_config(config)  # what is not supported is said before weights are looked at
         quantization = read_quantization(config)
         stored = read_headers(directory, layout)

@@ -79,7 +79,7 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
 def is_native(config: JsonDocument) -> bool:
     """Whether the family has code of ours, or cannot be told."""
     model_type = config.values.get("model_type")
-    return model_type is None or model_type in FAMILIES
+    return not isinstance(model_type, str) or model_type in FAMILIES
 
 
 def refuse_remote_code(config: JsonDocument) -> None:

@@ -21,7 +21,15 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from experts_service.transformers_backend.layer_attention import LayerAttention
-from experts_service.transformers_backend.probe import ATTENTION, Refuse, check_rope, is_experts, probe
+from experts_service.transformers_backend.probe import (
+    ATTENTION,
+    NO_MODEL,
+    Refuse,
+    check_rope,
+    first_line,
+    is_experts,
+    probe,
+)
 
 SCALED_BEFORE = "Llama4TextMoe"  # weighs rows before its experts, which are not behind the experts interface
 
@@ -64,8 +72,8 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
             )
-    except (ValueError, ImportError, NotImplementedError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise refusal(directory, config.model_type, _first_line(error)) from error
+    except NO_MODEL as error:
+        raise refusal(directory, config.model_type, first_line(error)) from error
     model.eval()
     experts = tuple((name, module) for name, module in model.named_modules() if is_experts(module))
     refuse = partial(refusal, directory, config.model_type)
@@ -95,20 +103,15 @@ def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
 def _text_config(directory: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except NO_MODEL as error:
         raise CheckpointError(
             f"{directory / 'config.json'} is of no model that the installed transformers can build, and Manta runs no "
-            f"remote code: {_first_line(error)}"
+            f"remote code: {first_line(error)}."
         ) from error
     text = config.get_text_config(decoder=True)
     if type(text) not in AutoModelForCausalLM._model_mapping:
         raise refusal(directory, config.model_type, "transformers has no causal language model over text alone for it")
     return text
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 class _Given(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -24,6 +25,11 @@ MEANINGLESS = ("dropout", "is_causal", "output_attentions", "use_cache", "positi
 MEANT = ("scaling", "sliding_window", "s_aux")
 LENGTH_ROPES = ("dynamic", "longrope")
 PROBED = 2  # tokens
+# What transformers raises where a config.json makes no sense to it.
+NO_MODEL = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError, ImportError),
+    *(OSError, ArithmeticError, StrictDataclassError),
+)
 
 Refuse = Callable[[str], CheckpointError]  # of what is wrong
 
@@ -60,11 +66,8 @@ def probe(model: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAtte
                 return_dict=True,
             )
             head(inputs_embeds=output.last_hidden_state, use_cache=False, return_dict=True)
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-        lines = str(error).strip().splitlines()
-        raise refuse(
-            f"its code does not run without numbers ({lines[0] if lines else type(error).__name__})"
-        ) from error
+    except NO_MODEL as error:
+        raise refuse(f"its code does not run without numbers ({first_line(error)})") from error
     finally:
         del AttentionMaskInterface._global_mapping[ATTENTION]  # so that no mask is made for steps
         for module in model.modules():
@@ -76,6 +79,14 @@ def probe(model: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAtte
             f"whose keys and values could be kept ({', '.join(names)})"
         )
     return tuple(seen.layers[index] for index in range(max(seen.layers) + 1))
+
+
+def first_line(error: Exception) -> str:
+    """What an error of transformers says, for a message: its first line, and one more that this announces."""
+    lines = [line.strip().rstrip(".") for line in str(error).strip().splitlines()[:2]]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 class _Seen:
@@ -108,6 +119,10 @@ class _Seen:
                 raise self._refuse(f"{what} hands {name} to attention, which is not honoured")
         if key.shape[2] != PROBED or value.shape[2] != PROBED:
             raise self._refuse(f"{what} has keys that are not those of its tokens")
+        if query.shape[1] % key.shape[1]:
+            raise self._refuse(
+                f"{what} has {query.shape[1]} heads, and keys of {key.shape[1]}, which do not divide them"
+            )
         scaling = kwargs.get("scaling")
         self.layers[layer] = LayerAttention(
             num_kv_heads=key.shape[1],
@@ -152,7 +167,11 @@ def _sight(shows: Any, size: int | None, chunk: int | None) -> Sight | None:
 
 
 def _check_caches(model: Any, refuse: Refuse) -> None:
-    others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - set(KEPT)
+    try:
+        caches = DynamicCache(config=model.config).layers
+    except NO_MODEL as error:
+        raise refuse(f"transformers makes no cache for its layers ({first_line(error)})") from error
+    others = {type(cache).__name__ for cache in caches} - set(KEPT)
     if others:
         raise refuse(f"its layers keep more than keys and values of softmax attention ({', '.join(sorted(others))})")
     for name, module in model.named_modules():

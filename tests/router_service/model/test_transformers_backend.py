@@ -13,6 +13,7 @@ from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.planning.placement import ExpertGroup
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
+from experts_service.transformers_backend.meta_model import check
 from tests.checkpoints import write_checkpoint
 from tests.experts_service.shards import shard_spec
 from tests.router_service.engines import Bench
@@ -90,6 +91,26 @@ def outline(directory, config):
 def test_layers_that_keep_something_else_are_refused_by_name(tmp_path, family, message):
     with pytest.raises(CheckpointError, match=message):
         Bench(outline(tmp_path, tiny_config(family)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "`num_hidden_layers` .4. must be equal to the number of `layer_types`"),
+        ({"sliding_window": "x"}, "'sliding_window'.*expected int, got str"),
+        ({"sliding_window": None}, "cannot serve gpt_oss: transformers makes no cache for its layers"),
+        ({"num_local_experts": ["many"]}, "num_local_experts holds 'many'; expected integers"),
+        ({"num_key_value_heads": 3}, "cannot serve gpt_oss: GptOssAttention has 4 heads, and keys of 3"),
+        ({"model_type": ["gpt_oss"]}, r"model_type is \['gpt_oss'\], which Manta does not run"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, changes, message):
+    """transformers raised errors of other libraries, and `manta serve` and `manta doctor` showed their stack traces."""
+    directory = outline(tmp_path, tiny_config("gpt_oss"))
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        check(open_checkpoint(directory), None)
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
