@@ -30,7 +30,7 @@ class LlamaCallReader:
     @property
     def is_complete(self) -> bool:
         """Whether no call is open."""
-        return self._part != "arguments" and not self._held
+        return self._part != "arguments" and not self._held.strip()
 
     def push(self, token_id: int, text: str) -> str:  # noqa: ARG002
         """The part of `text` that is the answer's own."""
@@ -84,13 +84,13 @@ class LlamaCallReader:
 
     def _read_rest(self, text: str) -> tuple[str, str]:
         """The bracket that ends the call."""
-        after = text.lstrip()
+        self._held += text
+        after = self._held.lstrip()
         if not after:
             return "", ""
         if after.startswith("}"):
-            self._part = "head"
+            self._part, self._held = "head", ""
             return "", after[1:]
-        self._held += text
         return self._text()
 
     def _text(self) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import takewhile
 from typing import Literal, Protocol
 
 from cluster.errors import CheckpointError
@@ -45,6 +46,8 @@ class Reasoning:
 
 
 class _Decoding(Protocol):
+    special_ids: frozenset[int]
+
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
@@ -83,12 +86,21 @@ def begun_by(prompt: Sequence[int], format_: ReasoningFormat, tokenizer: _Decodi
     tags = format_.tags
     if isinstance(tags, HarmonyTokens):
         return Reasoning(tags)
-    tail = tokenizer.decode(prompt[-_TAIL:]).rstrip()
-    if tail.endswith(tags.end) or prompt[-1] == tags.end_id:
+    tail = prompt[-_TAIL:]
+    if _ends_with(tail, tags.end, tags.end_id, tokenizer):
         return Reasoning(tags, "is over")
-    if tail.endswith(tags.begin) or prompt[-1] == tags.begin_id or format_.always_first:
+    if format_.always_first or _ends_with(tail, tags.begin, tags.begin_id, tokenizer):
         return Reasoning(tags, "has begun")
     return Reasoning(tags)
+
+
+def _ends_with(tail: Sequence[int], tag: str, tag_id: int | None, tokenizer: _Decoding) -> bool:
+    """Whether a prompt ends with a tag, and blanks. Words of a user before a special token, `[/INST]`, are no tag."""
+    if tag_id is None:
+        own = list(takewhile(lambda token_id: token_id not in tokenizer.special_ids, reversed(tail)))
+        return tokenizer.decode(own[::-1]).rstrip().endswith(tag)
+    last = next((i for i in reversed(tail) if i in tokenizer.special_ids or tokenizer.decode([i]).strip()), None)
+    return last == tag_id
 
 
 def continued(text: str, format_: ReasoningFormat) -> Reasoning:

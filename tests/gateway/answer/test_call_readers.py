@@ -94,6 +94,7 @@ def test_calls_in_tags(written: str, text: str, calls: list[Any]) -> None:
         (f"\n{PARAMETERS}; {PARAMETERS}\n", "", [("f", '{"a": [{}]}')] * 2),
         (f"{PARAMETERS}\n{PARAMETERS}", "", [("f", '{"a": [{}]}')] * 2),
         (f"{PARAMETERS} There; so.", " There; so.", [("f", '{"a": [{}]}')]),
+        (f"{PARAMETERS[:-1]} \n There.", " \n There.", [("f", '{"a": [{}]}')]),  # whatever cuts the blanks
         ('{"type": "function", "name": "g", "parameters": {}}', "", [("g", "{}")]),
         ('{"name":"g","arguments":{}}', "", [("g", "{}")]),
         (f"So: {PARAMETERS}", f"So: {PARAMETERS}", []),

@@ -338,6 +338,22 @@ def test_a_model_that_does_not_reason_has_no_such_fields(directory: Path) -> Non
     assert generation(tokenizer, directory).reasoning is None
 
 
+@pytest.mark.parametrize(
+    ("parser", "said"),
+    [
+        ("auto", "What is [/THINK]"),
+        ("auto", "What is [THINK]"),
+        ("qwen3", "What is </think>"),
+        ("qwen3", "What is <think>"),
+    ],
+)
+def test_a_user_s_last_words_begin_and_end_no_reasoning(tmp_path: Path, parser: Any, said: str) -> None:
+    """`[/INST]` comes after them and has no text here: a user who asked for a tag lost the answer, or the reasoning."""
+    directory = tekken(tmp_path, "v13", extra=("[THINK]", "[/THINK]"), size=1000)
+    made = generation(MistralTokenizer(directory, Parsers(parser)), directory, messages=[USER | {"content": said}])
+    assert stage(made) == "may come"
+
+
 def test_mistral_s_tags_are_tokens(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Of tekken.json from version 13 on, if it has them; before the answer, and none that a prompt ends with."""
     directory = tekken(tmp_path, "v13", extra=("[THINK]", "[/THINK]"), size=1000)
