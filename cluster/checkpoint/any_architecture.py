@@ -34,20 +34,22 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
 
     Raises CheckpointError where a size is missing.
     """
-    if config.has("quantization_config"):
-        raise config.error("quantization_config", "is there, and the transformers backend reads plain weights only")
     text = config.section("text_config") if config.has("text_config") else config
+    for part in (config, text):
+        if part.has("quantization_config"):
+            raise part.error("quantization_config", "is there, and the transformers backend reads plain weights only")
     vocab_size = text.integer("vocab_size")
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
     num_experts = _first(text, NUM_EXPERTS)
     bos = text.integers("bos_token_id", vocab_size - 1) or config.integers("bos_token_id", vocab_size - 1)
     eos = text.integers("eos_token_id", vocab_size - 1) or config.integers("eos_token_id", vocab_size - 1)
-    layer = LayerSpec(gate=GateSpec()) if num_experts else LayerSpec(dense_size=1)  # which have experts is not told
+    size = _first(text, INTERMEDIATE_SIZE) or 1
+    layer = LayerSpec(gate=GateSpec()) if num_experts else LayerSpec(dense_size=size)  # which have experts is not told
     return Architecture(
         layers=text.integer("num_hidden_layers", maximum=MAX_LAYERS) * (layer,),
         hidden_size=hidden_size,
-        intermediate_size=_first(text, INTERMEDIATE_SIZE) or 1,
+        intermediate_size=size,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(text, num_heads),
         head_dim=_head_dim(text, hidden_size, num_heads),

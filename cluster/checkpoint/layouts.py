@@ -77,9 +77,10 @@ def locate_tensors(
                 continue
         source = next((source for source in sources if source.name in stored), None)
         if source is None:
+            missing = _spelled_as_others(sources, stored)
             raise CheckpointError(
-                f"{directory} has no tensor {sources[0].name!r}; expected one of shape {shape}"
-                f"{_hint(sources[0].name, stored, quantization)}."
+                f"{directory} has no tensor {missing.name!r}; expected one of shape {missing.shape}"
+                f"{_hint(missing.name, stored, quantization)}."
             )
         refs[name] = _locate(name, shape, source, stored[source.name])
         used.add(source.name)
@@ -121,6 +122,17 @@ def _locate_quantized(
             f"{schemes[0]}, in {wanted!r}. Where it is meant to be as it was, name it in quantization_config.ignore."
         )
     return ref
+
+
+def _spelled_as_others(sources: list[Source], stored: Mapping[str, StoredTensor]) -> Source:
+    """The one of its names that the checkpoint has in another layer, or of another expert; else the hub's."""
+    others = {_anywhere(name) for name in stored}
+    return next((source for source in sources if _anywhere(source.name) in others), sources[0])
+
+
+def _anywhere(name: str) -> str:
+    """Its module in any layer, of any expert."""
+    return re.sub(r"\.\d+\.", ".N.", name.rpartition(".")[0])
 
 
 def _hint(name: str, stored: Mapping[str, StoredTensor], quantization: Quantization | None) -> str:

@@ -107,6 +107,8 @@ def decoder(
     )
 
 
-def window(config: JsonDocument) -> int | None:
-    """Of all layers, where it is said so plainly."""
+def window(config: JsonDocument, default: int | None = None) -> int | None:
+    """Of all layers, where it is said so plainly. `default`: where config.json does not even say null."""
+    if "sliding_window" not in config.values:
+        return default
     return config.integer("sliding_window") if config.has("sliding_window") else None

@@ -20,7 +20,7 @@ def _window(config: JsonDocument) -> int | None:
     kinds = config.values.get("layer_types")
     if isinstance(kinds, list) and kinds and all(kind == "full_attention" for kind in kinds):
         return None  # such a Mistral is a Ministral to transformers
-    return window(config) if "sliding_window" in config.values else WINDOW
+    return window(config, WINDOW)
 
 
 FAMILY = Family("mistral", "MistralForCausalLM", read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.checkpoint.architecture import Architecture, LayerSpec
+from cluster.checkpoint.families import family
 from cluster.checkpoint.families.family import Defaults, Family, decoder, num_layers
 from cluster.checkpoint.json_document import JsonDocument, names
 
@@ -27,7 +28,7 @@ def window(config: JsonDocument) -> int | None:
         raise config.error(
             "use_sliding_window", "is true from layer max_window_layers on; Manta runs one window in all layers or none"
         )
-    return config.integer("sliding_window", default=WINDOW)
+    return family.window(config, WINDOW)
 
 
 FAMILY = Family("qwen2", "Qwen2ForCausalLM", read, KEYS, ONE_VALUE)

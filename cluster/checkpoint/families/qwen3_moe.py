@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.checkpoint.architecture import Architecture, LayerSpec
 from cluster.checkpoint.families import qwen2, qwen2_moe
-from cluster.checkpoint.families.family import Defaults, Family, decoder, experts
+from cluster.checkpoint.families.family import Defaults, Family, decoder, experts, window
 from cluster.checkpoint.json_document import JsonDocument
 
 DEFAULTS = Defaults(kv_heads=4)
@@ -24,7 +24,7 @@ def _window(config: JsonDocument) -> int | None:
     """Of all layers, whatever max_window_layers says."""
     if not config.boolean("use_sliding_window", default=False):
         return None
-    return config.integer("sliding_window", default=qwen2.WINDOW)
+    return window(config, qwen2.WINDOW)
 
 
 FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, qwen2.KEYS | qwen2_moe.KEYS, qwen2.ONE_VALUE)

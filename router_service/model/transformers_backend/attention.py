@@ -150,11 +150,13 @@ def _attend(
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=queries.shape[1] != keys.shape[1]
         )
-    group = queries.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = queries @ keys.transpose(2, 3) * scaling  # [B, N, L, S]
+    # The N / G query heads that share a key head stand as more queries of it: no key is repeated.
+    grouped = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[3])  # [B, G, N / G · L, H]
+    scores = grouped @ keys.transpose(2, 3) * scaling  # [B, G, N / G · L, S]
+    scores = scores.view(*queries.shape[:3], -1)  # [B, N, L, S]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
     sunk = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     shares = torch.softmax(torch.cat([scores, sunk], dim=-1), dim=-1)[..., :-1]
-    return shares @ values
+    attended = shares.reshape(*grouped.shape[:3], -1) @ values  # [B, G, N / G · L, W]
+    return attended.view(*queries.shape[:3], -1)

@@ -80,6 +80,8 @@ def test_some_layers_of_qwen_are_dense(changes: dict[str, Any], experts_in: list
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
         ("llama", {"num_experts": 8}, "num_experts is not known"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "one window in all layers or none"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}, "they contradict"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}, "they contradict"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types is not 'full_attention' throughout"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
@@ -109,3 +111,5 @@ def test_a_window_of_all_layers_is_read() -> None:
     said = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
     assert [read(model_type, **said).sliding_window for model_type in ("qwen2", "qwen3", "qwen3_moe")] == [64] * 3
     assert read("qwen3_moe", **said | {"max_window_layers": 4}).sliding_window == 64, "it asks no layer there"
+    del said["sliding_window"]
+    assert [read(model_type, **said).sliding_window for model_type in ("qwen2", "qwen3", "qwen3_moe")] == [4096] * 3

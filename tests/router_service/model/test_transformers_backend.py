@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from cluster.checkpoint.any_architecture import any_architecture
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands import serve
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.planning.placement import ExpertGroup
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
 from experts_service.transformers_backend.meta_model import check
+from router_service.model.transformers_backend.attention import _attend
+from tests import families
 from tests.checkpoints import write_checkpoint
 from tests.experts_service.shards import shard_spec
+from tests.families import CONFIGS
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.transformers_families import SHOWN, generated, prompt, random_model, tiny_config, write_family
@@ -23,6 +30,7 @@ from tests.transformers_families import SHOWN, generated, prompt, random_model, 
 NEW_TOKENS = 64
 LENGTHS = (40, 5, 23)
 FAST = ("gpt_oss", "deepseek_v3", "llama4_text")  # sinks and windows; wide keys and narrow values; no interface, chunks
+QUICK = ("mixtral", "llama-3.1", "qwen2_moe", "granitemoe")  # of those that are native
 SLOW = [family for family in SHOWN if family not in FAST]
 
 
@@ -46,10 +54,25 @@ def test_a_batch_generates_what_transformers_does(tmp_path, family):
     assert sum(bench.engine.model_runner.decoder.dispatcher.rows_per_expert) > 0
 
 
-def test_a_native_family_has_the_same_ids_by_either_code(tmp_path):
-    model = write_checkpoint(tmp_path, num_local_experts=8)
-    native = Bench(tmp_path, model_impl="native").run(*requests(16))
-    assert native == Bench(tmp_path, model_impl="transformers", num_groups=4).run(*requests(16)) == expected(model, 16)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ("mixtral", "mistral", *CONFIGS)],
+)
+def test_a_native_family_has_the_same_ids_and_vectors_by_either_code(tmp_path, name):
+    if name in CONFIGS:
+        model = families.random_model(name)
+        families.write_model(tmp_path, model)
+    else:
+        model = write_checkpoint(tmp_path, dense=name == "mistral")
+    groups = 4 if open_checkpoint(tmp_path).architecture.num_experts else 1
+    ids, vectors = [], []
+    for model_impl in ("native", "transformers"):
+        bench = Bench(tmp_path, model_impl=model_impl, num_groups=groups, max_num_batched_tokens=17)
+        embed = make_request(prompt(30), pooling="last")
+        ids.append(bench.run(*requests(24), embed)[:3])
+        vectors.append(bench.embeddings[embed.key])
+    assert ids[0] == ids[1] == expected(model, 24)
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-4, rtol=0)
     assert open_checkpoint(tmp_path).model_impl == "native"
 
 
@@ -70,6 +93,44 @@ def test_experts_read_their_own_bytes_only_and_compute_what_all_of_them_do(tmp_p
         torch.testing.assert_close(
             part(0, torch.cat([rows[1:], rows[:1]]), [2, 1]), torch.cat([of_whole[1:], of_whole[:1]])
         )
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that is made meanwhile."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_with_sinks_repeats_no_key(length):
+    """Memory for steps is counted with one copy of what is read: gpt-oss has 8 query heads for each key head."""
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(2, 16, length, 32), torch.randn(2, 2, 64, 32), torch.randn(2, 2, 64, 24)
+    sinks = torch.randn(16)
+    seen = torch.arange(64) <= torch.arange(64 - length, 64)[:, None]
+    scores = queries @ keys.repeat_interleave(8, 1).transpose(2, 3) * 0.2
+    scores = torch.cat([scores.masked_fill(~seen, -torch.inf), sinks.view(1, -1, 1, 1).expand(2, 16, length, 1)], -1)
+    by_hand = scores.softmax(-1)[..., :-1] @ values.repeat_interleave(8, 1)
+    with Largest() as largest:
+        attended = _attend(queries, keys, values, seen, 0.2, sinks)
+    torch.testing.assert_close(attended, by_hand)
+    assert largest.numel <= max(keys.numel(), 2 * 16 * length * 65)
+
+
+def test_a_dense_model_has_a_feed_forward_as_wide_as_its_config_says(tmp_path):
+    """It was 1 wide to who counts a step's memory and costs. Weights that are quantised in a part are refused, too."""
+    config = {"model_type": "gemma3", "text_config": {"intermediate_size": 48, "hidden_size": 32, "vocab_size": 96}}
+    config["text_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    architecture = any_architecture(JsonDocument(tmp_path / "config.json", config))
+    assert [layer.dense_size for layer in architecture.layers] == [48, 48]
+    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    with pytest.raises(CheckpointError, match=r"text_config.quantization_config is there, and the"):
+        any_architecture(JsonDocument(tmp_path / "config.json", config))
 
 
 def outline(directory, config):
