@@ -545,7 +545,7 @@ def test_an_answer_that_comes_byte_by_byte_keeps_nobody_from_the_clock() -> None
         slow = threading.Thread(target=trickle)
         slow.start()
         started = time.monotonic()
-        carrier.poll([one], started + 2 * WAIT_S, 0.0)
+        carrier.poll([one], started + 2 * WAIT_S, 0.0, each=False)
         seconds = time.monotonic() - started
         done.set()
         slow.join()
