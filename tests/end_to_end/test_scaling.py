@@ -45,9 +45,9 @@ def sleeping_service() -> type:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._experts, name)
 
-        def __call__(self, layer: int, rows: Any, counts: Any) -> Any:
+        def __call__(self, layer: int, rows: Any, counts: Any, answers: Any = None) -> Any:
             time.sleep(SERVICE_S * len(rows))
-            return self._experts(layer, rows, counts)
+            return self._experts(layer, rows, counts, answers)
 
     class SleepingShard(ExpertShard):
         def _load(self) -> Any:
