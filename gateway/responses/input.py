@@ -21,6 +21,7 @@ ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 PART_TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # by type: its field
 ROLES = ("system", "developer", "user", "assistant")
 _INSTRUCTING = ("system", "developer")
+_MORE = "more"  # of a message under way: by field, texts that follow the one that it has
 
 
 def chat_messages(instructions: str | None, items: Any) -> list[Json]:
@@ -35,7 +36,7 @@ def chat_messages(instructions: str | None, items: Any) -> list[Json]:
     for i, item in enumerate(items):
         _add(messages, item, f"input[{i}]")
     _drop_mere_thought(messages)
-    return _with_one_system(messages)
+    return _with_one_system(list(map(_joined, messages)))
 
 
 def _add(messages: list[Json], item: Any, path: str) -> None:
@@ -50,7 +51,7 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
         case "message":
             message = _message(item, path)
             if message["role"] == "assistant" and messages and _is_of_one_answer(messages[-1]):
-                messages[-1]["content"] += message["content"]
+                _extend(messages[-1], "content", message["content"])
             else:
                 messages.append(message)
         case "function_call":
@@ -71,13 +72,27 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
             )
 
 
+def _extend(message: Json, field: str, text: str) -> None:
+    """More of a message. Its texts are joined once: text by text would take the square of their number."""
+    if message[field]:
+        message.setdefault(_MORE, {}).setdefault(field, []).append(text)
+    else:
+        message[field] = text
+
+
+def _joined(message: Json) -> Json:
+    """The message, and no more under way."""
+    more = message.pop(_MORE, {})
+    return message | {field: "".join((message[field], *texts)) for field, texts in more.items()}
+
+
 def _add_thought(messages: list[Json], item: Json) -> None:
     """What an assistant's next turn was thought by. An item of another server may say nothing that is read here."""
     content = item.get("content")
     parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     thought = "".join(text for text in parts if isinstance(text, str))
     if messages and _is_mere_thought(messages[-1]):
-        messages[-1]["reasoning_content"] += thought
+        _extend(messages[-1], "reasoning_content", thought)
     elif thought:
         messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
 
