@@ -33,6 +33,8 @@ from experts_service.transformers_backend.probe import (
 
 SCALED_BEFORE = "Llama4TextMoe"  # weighs rows before its experts, which are not behind the experts interface
 
+COUNTS_ROWS = "Llama4TextAttention"  # takes positions from how many tokens a cache holds, and not from `position_ids`
+
 transformers_logging.disable_progress_bar()
 
 

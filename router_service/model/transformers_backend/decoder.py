@@ -14,7 +14,7 @@ from torch import nn
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.transformers_backend.loading import load_own
-from experts_service.transformers_backend.meta_model import SCALED_BEFORE, build
+from experts_service.transformers_backend.meta_model import COUNTS_ROWS, SCALED_BEFORE, build
 from experts_service.transformers_backend.probe import check_rope
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
@@ -62,6 +62,7 @@ class TransformersDecoder:
                 moe.forward = _ScaledBefore(moe)
         self.attention = meta.attention
         self._layers, self._head = meta.layers, meta.head
+        self._counts_rows = any(type(module).__name__ == COUNTS_ROWS for module in meta.layers.modules())
         load()
         for module in self._model.modules():
             module.manta_attention = self._attend
@@ -80,7 +81,11 @@ class TransformersDecoder:
         assert isinstance(attention, SdpaPlan)
         with self._of(_Step(attention, kv_cache, routed)):
             output = self._layers(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, return_dict=True
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                past_key_values=_Before(positions) if self._counts_rows else None,
+                use_cache=False,
+                return_dict=True,
             )
         self.dispatcher.end_step()
         hidden: torch.Tensor = output.last_hidden_state[0]
@@ -133,6 +138,22 @@ class TransformersDecoder:
             self._step.routed.append(experts)
         with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
             return self.dispatcher.combine(dispatch, weights.contiguous())
+
+
+class _Before:
+    """In place of a cache, for layers that count rows: what is to be added to a row's number to make its position."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        """`positions` [T]."""
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer: int = 0) -> torch.Tensor:  # noqa: ARG002
+        """Of each row [T], where transformers' own tells one number."""
+        return self._before
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        """Those of this step: the attention function keeps them."""
+        return keys, values
 
 
 class _Experts(nn.Module):
