@@ -163,9 +163,9 @@ class HermesCallReader:
         """The same, once it says something: blanks alone may be a call's."""
         if self._blanks is None:
             return text
-        text = self._blanks + text
-        if not text.strip():
-            self._blanks = text
+        if not text.strip():  # not of all blanks so far, which may be many
+            self._blanks += text
             return ""
+        text = self._blanks + text
         self._blanks = None
         return text

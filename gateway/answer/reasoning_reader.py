@@ -30,7 +30,8 @@ class ReasoningReader:
         self._has_begun = stage == "has begun"  # with or without a tag in the output
         self._part: Literal["undecided", "reasoning", "answer"] = "answer" if stage == "is over" else "undecided"
         self._num_undecided = 0  # tokens
-        self._held = ""  # undecided: blanks and part of a tag; in the reasoning: part of the tag that ends it
+        self._blanks = ""  # undecided: before all else
+        self._held = ""  # part of a tag: undecided, of the one that begins the reasoning, in it of the one that ends it
         self._num_breaks = 0  # in the reasoning, before what is held: line breaks that may be the tag's
         self._is_after_tag = False  # so line breaks are the tag's
 
@@ -60,8 +61,8 @@ class ReasoningReader:
 
     def flush(self) -> Split:
         """What was held back, once nothing follows."""
-        held = "\n" * self._num_breaks + self._held
-        self._held, self._num_breaks = "", 0
+        held = self._blanks + "\n" * self._num_breaks + self._held
+        self._blanks, self._held, self._num_breaks = "", "", 0
         return Split(held, "") if self._has_begun and self._part != "answer" else Split("", held)
 
     def _read(self, text: str) -> Split:
@@ -71,14 +72,15 @@ class ReasoningReader:
 
     def _undecided(self, text: str) -> Split:
         tag, is_text = self._tags.begin, self._tags.begin_id is None
-        self._held += text
-        said = self._held.lstrip(" \n")
+        said = self._held + (text if self._held else text.lstrip(" \n"))  # not of all blanks so far, which may be many
+        self._blanks += text[: len(self._held) + len(text) - len(said)]
         if is_text and said.startswith(tag):
             self._begin()
             return self._reasoning(said.removeprefix(tag))
         if not said or (is_text and tag.startswith(said)):
+            self._held = said
             return Split("", "")
-        held, self._held = self._held, ""
+        held, self._blanks, self._held = self._blanks + said, "", ""
         if self._has_begun:
             self._begin()
             return self._reasoning(held)
@@ -86,7 +88,8 @@ class ReasoningReader:
         return Split("", held)
 
     def _begin(self) -> None:
-        self._part, self._held, self._has_begun, self._is_after_tag = "reasoning", "", True, True
+        self._part, self._has_begun, self._is_after_tag = "reasoning", True, True
+        self._blanks, self._held = "", ""
 
     def _end(self) -> None:
         self._part, self._held, self._num_breaks, self._is_after_tag = "answer", "", 0, True

@@ -31,6 +31,7 @@ class ToolCallReader:
         self._is_required = grammar.required
         self._is_text = False  # decided: no marker can come any more
         self._held = ""  # what may still be the marker; in the calls, the present one's text before its arguments
+        self._is_blank = True  # all that is held
         self._in_calls = False
         self._in_arguments = False
         self._depth = 0
@@ -52,6 +53,9 @@ class ToolCallReader:
         if self._is_text:
             return text
         self._held += text
+        self._is_blank = self._is_blank and not text.strip(" \n")
+        if self._is_blank:  # not looked at once more with every token, for blanks may be many
+            return ""
         begin = self._held.lstrip(" \n")
         if begin.startswith(self._marker):
             self._in_calls, self._held = True, ""

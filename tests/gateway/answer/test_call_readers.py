@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -197,3 +198,11 @@ def test_every_beginning_of_a_head_may_become_one() -> None:
         assert call_head(head) is not None
         assert call_head(head) != "part"
     assert call_head('{"type": "method"') is None
+
+
+@pytest.mark.parametrize("tokens", [FORMATS["hermes"], ToolTokens()])
+def test_blanks_without_end_are_not_read_over_with_every_token(tokens: ToolTokens) -> None:
+    """A caller may bias a model to write nothing else, and the event loop reads them."""
+    started = time.thread_time()
+    assert read(tokens, [(100, "    ")] * 32_000)[:2] == ("    " * 32_000, [])
+    assert time.thread_time() - started < 2
