@@ -70,3 +70,19 @@ def test_every_token_has_its_experts_over_grpc(frontend: Frontend) -> None:
         assert lists(stub.Generate(asking).choices[0]) == EXPECTED
         assert [token for chunk in stub.GenerateStream(asking) for token in lists(chunk.choice)] == EXPECTED
         assert lists(stub.Generate(chat_pb2.GenerateRequest(model="tiny", text="x")).choices[0]) == []
+
+
+def test_more_experts_than_a_byte_tells_are_refused(card: ModelCard) -> None:
+    """Expert 300 of a model of the transformers backend was told as expert 44."""
+
+    async def never(request: Request) -> AsyncIterator[TokenChunk]:
+        raise AssertionError(request)
+        yield
+
+    frontend = build_frontend(replace(card, num_experts=384, top_k=8), ScriptedCoordinator(never))
+    with http_server(frontend) as url:
+        answer = httpx.post(
+            f"{url}/v1/completions", json={"model": "tiny", "prompt": "x", "return_routed_experts": True}
+        )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("return_routed_experts: 384 experts are more than the 256")
