@@ -122,13 +122,15 @@ def session_logs() -> Path | None:
 
 
 def tails(logs: Path | None) -> Iterator[Part]:
-    """The ends of the newest files of a folder and those below."""
+    """The ends of the newest files of a folder and those below, in whole lines: half a secret would not be known."""
     if logs is None:
         return
     files = [file for file in logs.rglob("*") if file.is_file() and not file.is_symlink()]
     for file in sorted(files, key=lambda one: one.stat().st_mtime)[-MAX_LOGS:]:
         with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
+            if (size := file.stat().st_size) > LOG_TAIL_BYTES:
+                stream.seek(size - LOG_TAIL_BYTES - 1)
+                stream.readline()
             content = stream.read(LOG_TAIL_BYTES)
         if content:
             yield f"logs/{file.relative_to(logs)}", content

@@ -48,11 +48,18 @@ def test_of_logs_the_ends_of_the_newest_are_taken(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(debug, "MAX_LOGS", 2)
     (tmp_path / "serve").mkdir()
     for age, name in enumerate(("serve/new.log", "long.err", "old.log")):
-        (tmp_path / name).write_text(f"begin {name[-7:]}")
+        (tmp_path / name).write_text(f"begin {name[-7:-4]}\n{name[-4:]}")
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "link.log").symlink_to("/etc/hostname")
     assert dict(debug.tails(tmp_path)) == {"logs/serve/new.log": b".log", "logs/long.err": b".err"}
     assert list(debug.tails(None)) == []
+
+
+def test_a_tail_begins_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second half of a token was in the bundle: nothing before it said what it is."""
+    monkeypatch.setattr(debug, "LOG_TAIL_BYTES", 20)
+    (tmp_path / "a.log").write_text("Authorization: Bearer hunter2-hunter2\nanswered\n")
+    assert dict(debug.tails(tmp_path)) == {"logs/a.log": b"answered\n"}
 
 
 @pytest.mark.parametrize(
