@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
-from cluster.checkpoint.families.family import MAX_EXPERTS, MAX_LAYERS
+from cluster.checkpoint.families.family import MAX_LAYERS
 from cluster.checkpoint.hyperparameters import stored_dtype
 from cluster.checkpoint.json_document import LARGEST, JsonDocument
 from cluster.checkpoint.layouts import SUPPORTED_DTYPES
@@ -41,7 +41,7 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     vocab_size = text.integer("vocab_size")
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
-    num_experts = _first(text, NUM_EXPERTS, MAX_EXPERTS)
+    num_experts = _first(text, NUM_EXPERTS)
     bos = text.integers("bos_token_id", vocab_size - 1) or config.integers("bos_token_id", vocab_size - 1)
     eos = text.integers("eos_token_id", vocab_size - 1) or config.integers("eos_token_id", vocab_size - 1)
     size = _first(text, INTERMEDIATE_SIZE) or 1
@@ -90,13 +90,13 @@ def divided(sizes: Mapping[str, tuple[Shape, int]], num_experts: int) -> tuple[i
     return own, -(-of_experts // max(1, num_experts))
 
 
-def _first(config: JsonDocument, keys: Sequence[str], maximum: int = LARGEST) -> int:
+def _first(config: JsonDocument, keys: Sequence[str]) -> int:
     """The first that is there; 0: none is."""
     for key in keys:
         if isinstance(config.values.get(key), list):  # one for each layer
-            return max(config.integers(key, maximum), default=0)
+            return max(config.integers(key, LARGEST), default=0)
         if config.has(key):
-            return config.integer(key, minimum=0, maximum=maximum)
+            return config.integer(key, minimum=0)
     return 0
 
 
