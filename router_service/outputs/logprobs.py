@@ -28,19 +28,30 @@ def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) 
 
 
 class _Launched:
-    """They are on their way to the host."""
+    """They are on their way to the host.
+
+    On a CPU they are there, and read at once: small tensors that stay between large ones keep malloc from using the
+    memory of those again.
+    """
 
     def __init__(self, logits: torch.Tensor, token_ids: Seq[int], counts: Seq[int]) -> None:
         logprobs = logits.log_softmax(dim=-1)
         [chosen] = upload([np.array(token_ids, np.int64)], logits.device)
         largest, columns = top(logprobs, max(counts))
+        of_tokens = logprobs.gather(1, chosen[:, None])  # [P, 1]
         self._counts = counts
-        self._of_tokens = HostCopy(logprobs.gather(1, chosen[:, None]))  # [P, 1]
-        self._largest, self._columns = HostCopy(largest), HostCopy(columns)  # [P, K]
+        self._copies = [HostCopy(tensor) for tensor in (of_tokens, columns, largest)]  # the last two [P, K]
+        self._scores: list[TokenLogprobs] | None = None
+        if logits.is_cpu:
+            self._scores = self._read()
 
     def wait(self) -> list[TokenLogprobs]:
         """Once they are there. Raises what the device raised meanwhile."""
-        arrived = (copy.wait().tolist() for copy in (self._of_tokens, self._columns, self._largest))
+        return self._read() if self._scores is None else self._scores
+
+    def _read(self) -> list[TokenLogprobs]:
+        arrived = [copy.wait().tolist() for copy in self._copies]
+        self._copies.clear()
         return [
             TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
             for [logprob], ids, values, count in zip(*arrived, self._counts, strict=True)
