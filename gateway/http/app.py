@@ -304,7 +304,8 @@ async def _http_exception(request: HttpRequest, error: Exception) -> Response:
     kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
     request_id = f"req-{uuid.uuid4().hex}"
     document = body(str(error.detail), kind, None, None)
+    headers = {REQUEST_ID_HEADER: request_id, **(error.headers or {})}
     if request.url.path.startswith(MESSAGES):
         document = of_messages(document, error.status_code, request_id)
-    headers = {REQUEST_ID_HEADER: request_id, **(error.headers or {})}
+        headers["request-id"] = request_id
     return json_response(document, error.status_code, headers)

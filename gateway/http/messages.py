@@ -16,7 +16,7 @@ from gateway.answer.choice import Usage
 from gateway.frontend import Frontend
 from gateway.http.body import read_body
 from gateway.http.errors import REQUEST_ID_HEADER, error_body, json_response, of_messages, status_of
-from gateway.http.sse import EventStream, begun, event, unless_disconnected
+from gateway.http.sse import EventStream, begun, named_events, unless_disconnected
 from gateway.json_object import parse_object
 from gateway.messages.fields import Json, MessagesRequest, parse_count_body, parse_messages_body, renamed
 from gateway.messages.shape import MessagesShape
@@ -83,14 +83,14 @@ class MessagesDoor:
             async for delta in deltas:
                 if not has_begun:
                     has_begun = True
-                    yield _joined(*shape.begin(usage))
+                    yield named_events(*shape.begin(usage))
                 size += num_bytes(delta)
                 if said := await self._said(num_bytes(delta), shape.push(delta)):
                     yield said
         yield await self._said(size, shape.end(usage))
 
     async def _said(self, size: int, documents: Iterable[Json]) -> bytes:
-        return await self._frontend.answer_worker.run(size, lambda: _joined(*documents, size=size))
+        return await self._frontend.answer_worker.run(size, lambda: named_events(*documents, size=size))
 
 
 def _parsed(data: bytes) -> tuple[MessagesRequest, ChatCompletionRequest]:
@@ -113,9 +113,4 @@ def _counted(data: bytes) -> TokenizeRequest:
 def _error(error: Exception, request_id: str) -> bytes:
     """The event that ends a stream in the middle."""
     named = renamed(error) if isinstance(error, InvalidRequest) else error
-    return _joined(of_messages(error_body(named, request_id), status_of(named)[0], request_id))
-
-
-def _joined(*documents: Json, size: int = 0) -> bytes:
-    """Events with their names, as this API has them."""
-    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document, size) for document in documents)
+    return named_events(of_messages(error_body(named, request_id), status_of(named)[0], request_id))

@@ -15,7 +15,7 @@ from gateway.answer.choice import Usage
 from gateway.frontend import Frontend
 from gateway.http.body import read_body
 from gateway.http.errors import REQUEST_ID_HEADER, error_body, json_response
-from gateway.http.sse import EventStream, begun, event, unless_disconnected
+from gateway.http.sse import EventStream, begun, named_events, unless_disconnected
 from gateway.json_object import parse_object
 from gateway.request.protocol import ChatCompletionRequest
 from gateway.request.validator import Generation
@@ -47,7 +47,7 @@ class ResponsesDoor:
         events = await begun(
             request,
             self._events(body, generation, shape),
-            lambda error: _joined(shape.error(error_body(_named(error), generation.id))),
+            lambda error: named_events(shape.error(error_body(_named(error), generation.id))),
         )
         return EventStream(events, {REQUEST_ID_HEADER: generation.id}, self._frontend.config.keepalive_s)
 
@@ -85,7 +85,7 @@ class ResponsesDoor:
 
     async def _said(self, size: int, documents: Iterable[Json]) -> bytes:
         """Events that have the whole of the request or of its answer."""
-        return await self._frontend.answer_worker.run(size, lambda: _joined(*documents, size=size))
+        return await self._frontend.answer_worker.run(size, lambda: named_events(*documents, size=size))
 
 
 def _parsed(data: bytes) -> tuple[ResponsesRequest, ChatCompletionRequest]:
@@ -101,8 +101,3 @@ def _num_bytes(body: ResponsesRequest, usage: Usage) -> int:
     """About how long the answer's JSON gets: it has what was asked, and the text."""
     logprobs = 100 * (1 + (body.top_logprobs or 0)) if body.wants_logprobs else 0
     return body.num_bytes + (4 + logprobs) * usage.completion_tokens
-
-
-def _joined(*documents: Json, size: int = 0) -> bytes:
-    """Events with their names, as this API has them."""
-    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document, size) for document in documents)

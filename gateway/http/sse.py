@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -39,6 +39,11 @@ def json_bytes(document: object, num_bytes: int = 0) -> bytes:
 def event(document: object, num_bytes: int = 0) -> bytes:
     """One event."""
     return b"data: " + json_bytes(document, num_bytes) + b"\n\n"
+
+
+def named_events(*documents: Mapping[str, Any], size: int = 0) -> bytes:
+    """Events that say their `type` in a line of their own, of about `size` bytes each."""
+    return b"".join(b"event: " + document["type"].encode() + b"\n" + event(document, size) for document in documents)
 
 
 async def unless_disconnected(request: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:

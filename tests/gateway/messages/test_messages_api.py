@@ -179,6 +179,7 @@ def test_errors_are_those_that_the_client_knows(
     assert unknown.value.body["error"]["type"] == "not_found_error"  # type: ignore[index, call-overload]
     wrong_method = httpx.get(f"{door[0]}/v1/messages")
     assert (wrong_method.status_code, wrong_method.json()["type"]) == (405, "error")
+    assert wrong_method.headers["request-id"] == wrong_method.json()["request_id"]
     no_json = httpx.post(f"{door[0]}/v1/messages", content=b"{", headers={"content-type": "application/json"})
     assert (no_json.status_code, no_json.json()["error"]["type"]) == (400, "invalid_request_error")
 
