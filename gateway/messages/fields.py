@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from cluster.errors import InvalidRequest
 from gateway.messages.input import chat_messages
 from gateway.messages.tools import chat_tool_choice, chat_tools
+from gateway.request.foreign_fields import without_refused
 from gateway.request.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Integer, Strings, parse_body
 from gateway.request.tools import MAX_TOOLS
 
@@ -70,10 +71,7 @@ class MessagesRequest(CountTokensRequest):
 
 def parse_messages_body(document: Json, num_bytes: int) -> tuple[MessagesRequest, ChatCompletionRequest]:
     """The typed body, and the chat that it asks for. Raises InvalidRequest; `renamed` gives it the client's field."""
-    for name, harmless in REFUSED.items():
-        if document.get(name) is not None and document[name] not in harmless:
-            raise InvalidRequest(f"{name}: not supported by this server", param=name)
-    body = parse_body(MessagesRequest, {k: v for k, v in document.items() if k not in REFUSED}, num_bytes)
+    body = parse_body(MessagesRequest, without_refused(document, REFUSED), num_bytes)
     if body.max_tokens < 1:
         raise InvalidRequest("max_tokens: expected at least 1", param="max_tokens")
     chat = _of_prompt(body) | {
@@ -89,7 +87,8 @@ def parse_messages_body(document: Json, num_bytes: int) -> tuple[MessagesRequest
 
 def parse_count_body(document: Json, num_bytes: int) -> ChatCompletionRequest:
     """The chat of a body that only asks how long its prompt is."""
-    return parse_body(ChatCompletionRequest, _of_prompt(parse_body(CountTokensRequest, document, num_bytes)), num_bytes)
+    body = parse_body(CountTokensRequest, without_refused(document, REFUSED), num_bytes)
+    return parse_body(ChatCompletionRequest, _of_prompt(body), num_bytes)
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:

@@ -220,6 +220,13 @@ def refuse_foreign(document: Mapping[str, Any], known: Container[str]) -> None:
             _refuse(name, value, REFUSED, name)
 
 
+def without_refused(document: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields that are none of `refused`, field → values that ask for nothing. Raises InvalidRequest for others."""
+    for name in refused:
+        _refuse(name, document.get(name), refused, name)
+    return {name: value for name, value in document.items() if name not in refused}
+
+
 def refuse_in_message(unknown: Mapping[str, Any], path: str) -> None:
     """The same for the fields of one message, whose `path` it names."""
     for name, value in unknown.items():

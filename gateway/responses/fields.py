@@ -6,12 +6,12 @@ here is a hint (to caches, to billing, to models that reason) and changes nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cluster.errors import InvalidRequest
+from gateway.request.foreign_fields import without_refused
 from gateway.request.protocol import MAX_MESSAGES, Body, ChatCompletionRequest, Effort, Integer, parse_body
 from gateway.request.sampling_options import MAX_TOP_LOGPROBS, between
 from gateway.request.tools import MAX_TOOLS
@@ -101,8 +101,7 @@ class ResponsesRequest(Body):
 
 def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesRequest, ChatCompletionRequest]:
     """The typed body, and the chat that it asks for. Raises InvalidRequest; `renamed` gives it the client's field."""
-    _refuse(document)
-    body = parse_body(ResponsesRequest, {k: v for k, v in document.items() if k not in REFUSED}, num_bytes)
+    body = parse_body(ResponsesRequest, without_refused(document, REFUSED), num_bytes)
     between("top_logprobs", body.top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
     chat = {
         "model": body.model,
@@ -139,10 +138,3 @@ def _response_format(body: ResponsesRequest) -> Json | None:
     if given is None or given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
-
-
-def _refuse(document: Mapping[str, Any]) -> None:
-    for name, harmless in REFUSED.items():
-        value = document.get(name)
-        if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
-            raise InvalidRequest(f"{name}: not supported by this server", param=name)

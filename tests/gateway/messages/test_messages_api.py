@@ -127,6 +127,8 @@ def test_tokens_are_counted_as_they_would_be_asked(
     assert len(coordinator.requests) == num_asked, "no model is asked"
     assert client.messages.create(**asked, max_tokens=1).usage.input_tokens == counted
     assert client.messages.count_tokens(model="tiny", messages=HELLO).input_tokens < counted
+    with pytest.raises(anthropic.BadRequestError, match="mcp_servers: not supported"):
+        client.messages.count_tokens(**asked, extra_body={"mcp_servers": [{"url": "https://x"}]})
 
 
 @pytest.mark.parametrize(
