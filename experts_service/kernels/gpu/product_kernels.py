@@ -127,9 +127,10 @@ def multiply(
         end = tl.sum(tl.where(mine, end_of, 0), 0)
     halves: tl.constexpr = 2 if gated else 1
     bytes_of_row: tl.constexpr = width // 2 if kind == INT4 else width
-    blocks: tl.constexpr = tl.cdiv(width, block)
-    blocks_of_part: tl.constexpr = tl.cdiv(blocks, parts)
-    groups: tl.constexpr = tl.cdiv(blocks, blocks_of_group) if blocks_of_group else 1
+    # Not tl.cdiv: in Triton 3.6 what it makes of two constants is none.
+    blocks: tl.constexpr = (width + block - 1) // block
+    blocks_of_part: tl.constexpr = (blocks + parts - 1) // parts
+    groups: tl.constexpr = (blocks + blocks_of_group - 1) // blocks_of_group if blocks_of_group else 1
     is_whole: tl.constexpr = width % block == 0 if kind == PLAIN else in_features == width
     at_once: tl.constexpr = block // 2 if kind == INT4 else block
 
