@@ -20,8 +20,8 @@ from cluster.planning.scaling_policy import LOAD, replica_options
 from cluster.telemetry.metrics import ProcessFigures
 from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
-from gateway.coordinators.client import ServeCoordinatorClient
 from gateway.coordinators.health import Health, probe_serve
+from gateway.coordinators.serve_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
 from gateway.grpc.door import GrpcDoor
 from gateway.grpc.server.server import install

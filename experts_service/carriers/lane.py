@@ -27,7 +27,8 @@ from torch import Tensor
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.core_balance import CoreBalance
 from experts_service.carriers.dialer import Dialer
-from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, LinkLost
+from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, Link, LinkLost
+from experts_service.carriers.links import LaneLinks
 from experts_service.carriers.memory import rows_of
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
@@ -68,7 +69,7 @@ LaneRows = tuple[LaneBatch, GroupRows]  # what a frame is made of
 class LaneCarrier:
     """Frames over the connections that `routes` has."""
 
-    def __init__(self, routes: LaneRoutes) -> None:
+    def __init__(self, routes: LaneRoutes[Link]) -> None:
         self._routes = routes
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
         self._next_id = 0
@@ -163,7 +164,8 @@ class LaneTransport:
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.latency = latency or {group: DispatchCounts() for group in self.deployments}
-        self.routes = LaneRoutes(self.deployments, table, dialer, timeout_s, cores)
+        links = LaneLinks(dialer, table, timeout_s)
+        self.routes = LaneRoutes(self.deployments, table, links, timeout_s, cores)
         self.deliveries: Deliveries[LaneRows, LaneAttempt] = Deliveries(
             LaneCarrier(self.routes), self.routes, table, self.deployments, timeout_s, self.latency
         )

@@ -179,6 +179,13 @@ class Link:
             while self.forgotten:
                 self.receive(nobody, socket.MSG_DONTWAIT)
 
+    def owed(self) -> int:
+        """Attempts that the shard has not answered, also those that nobody waits for any more."""
+        if self.forgotten:
+            with suppress(LinkLost):
+                self.skip_forgotten()
+        return len(self.outstanding) + len(self.forgotten)
+
     def give_up(self, reason: str) -> None:
         """Close it although the shard has not: whoever waits for an answer has to ask elsewhere."""
         for attempt in self.outstanding.values():

@@ -5,37 +5,80 @@ What is worked out holds for one epoch of the table: whoever fails, comes back, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 from experts_service.carriers.core_balance import CoreBalance
-from experts_service.carriers.dialer import Dialer
-from experts_service.carriers.link import Link, LinkLost
-from experts_service.carriers.links import LaneLinks
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 
 
-class LaneRoutes:
+class Connection(Protocol):
+    """One to a replica."""
+
+    @property
+    def lost(self) -> bool: ...
+
+    @property
+    def thread_id(self) -> int:
+        """Of the one thread that computes at its other end, on this machine; 0: it is not here."""
+
+    def owed(self) -> int:
+        """Attempts that the shard has not answered, also those that nobody waits for any more."""
+
+
+L = TypeVar("L", bound=Connection)
+L_co = TypeVar("L_co", bound=Connection, covariant=True)
+
+
+class Connections(Protocol[L_co]):
+    """One at most for each replica; `links.LaneLinks` has those over sockets."""
+
+    def get(self, replica_id: str) -> L_co | None:
+        """One that is not known to be lost."""
+
+    def dial(self, deployment: Deployment, replica: Replica) -> None:
+        """Have a connection made, unless there is one. Success renews the replica in the table."""
+
+    def refusal(self, replica_id: str) -> str:
+        """Why its last dial failed; nothing while none has."""
+
+    def hurry(self, replica_id: str) -> None:
+        """Cut the pause before its next dial short."""
+
+    def wait(self, replicas: Iterable[Replica], timeout_s: float) -> str:
+        """Return once one of these is connected, or each has refused once more; why the last one did, or nothing."""
+
+    def take(self) -> None:
+        """Have `get` know what was dialled."""
+
+    def keep_only(self, known: set[str]) -> None:
+        """Let go of replicas that left, once they owe no answer that somebody waits for."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class LaneRoutes(Generic[L]):
     """The connected replicas of every group. Used by one thread, the engine's."""
 
     def __init__(
         self,
         deployments: Mapping[int, Deployment],
         table: RoutingTable,
-        dialer: Dialer,
+        links: Connections[L],
         timeout_s: float,
         cores: CoreBalance | None,
     ) -> None:
         self._deployments = deployments  # group → its deployment
         self._table = table
-        self._links = LaneLinks(dialer, table, timeout_s)
+        self._links = links
         self._timeout_s = timeout_s
         self._cores = cores
         self._epoch = -1
         self._wanted: dict[int, tuple[Replica, ...]] = {}  # group → trusted replicas, or all where none is trusted
         self._reachable: dict[int, tuple[Replica, ...]] = {}  # those of them that are connected
         self._all_connected = False
-        self._present: dict[str, Link] = {}  # by replica id
+        self._present: dict[str, L] = {}  # by replica id
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
@@ -66,14 +109,9 @@ class LaneRoutes:
 
     def owed(self, replica_id: str) -> int:
         link = self._links.get(replica_id)
-        if link is None:
-            return 0
-        if link.forgotten:
-            with suppress(LinkLost):
-                link.skip_forgotten()
-        return len(link.outstanding) + len(link.forgotten)
+        return 0 if link is None else link.owed()
 
-    def link(self, replica: Replica) -> Link | None:
+    def link(self, replica: Replica) -> L | None:
         """The connection to a replica; None when it is lost, which changes what is reachable."""
         link = self._present.get(replica.replica_id)
         if link is None or link.lost:

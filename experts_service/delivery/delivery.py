@@ -141,23 +141,11 @@ class Deliveries(Generic[Rows, A]):
         Until `soon` answers are looked for without sleeping.
         """
         while waiting:
-            live: list[A] = []
-            until, each = math.inf, False
-            for delivery in waiting:
-                each = each or delivery.is_measured
-                until = min(until, delivery.due_at, delivery.deadline)
-                for attempt in (delivery.first, delivery.second):
-                    if attempt is None:
-                        continue
-                    if attempt.state is POSTED:
-                        live.append(attempt)
-                    else:  # the carrier read its answer, or lost it, while it posted or read those of others
-                        until = 0.0
+            live, until, each = self.awaited(waiting)
             if live:
                 self.carrier.poll(live, until, soon, each=each)
             else:
-                timeout_s = min(until - self.clock(), LONGEST_PAUSE_S)
-                self.table.wait_for_change(self.table.epoch, max(0.0, timeout_s))
+                self.table.wait_for_change(self.table.epoch, max(0.0, until - self.clock()))
             now = self.clock()
             still = []
             for delivery in waiting:
@@ -167,6 +155,27 @@ class Deliveries(Generic[Rows, A]):
                 else:
                     still.append(delivery)
             waiting = still
+
+    def awaited(self, waiting: Sequence[Delivery[Rows, A]]) -> tuple[list[A], float, bool]:
+        """What each of `waiting` can go on with: attempts that are posted, or where there is none, the table.
+
+        Second, at what moment it goes on in any case, 0: at once. Third, whether the moment of each answer counts.
+        """
+        live: list[A] = []
+        until, each = math.inf, False
+        for delivery in waiting:
+            each = each or delivery.is_measured
+            until = min(until, delivery.due_at, delivery.deadline)
+            for attempt in (delivery.first, delivery.second):
+                if attempt is None:
+                    continue
+                if attempt.state is POSTED:
+                    live.append(attempt)
+                else:  # the carrier read its answer, or lost it, while it posted or read those of others
+                    until = 0.0
+        if not live:
+            until = min(until, self.clock() + LONGEST_PAUSE_S)
+        return live, until, each
 
     def look_at_table(self) -> None:
         """Forget what is known of replicas that left."""

@@ -7,7 +7,6 @@ answer with numbers that are not, another replica is asked.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Generic
@@ -31,7 +30,7 @@ class RemoteFlight(Generic[Rows, A]):
     def __init__(self, deliveries: Deliveries[Rows, A], layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> None:
         """`rows` [T, D] on the host; the answers of `parts` are written when `wait` returns."""
         deliveries.look_at_table()
-        self.sent_at = time.monotonic()
+        self.sent_at = deliveries.clock()
         self.received: Tensor | None = None  # [N, D] on the host
         self._staged_for: Tensor | None = None  # on the device
         if parts:
@@ -58,7 +57,7 @@ class RemoteFlight(Generic[Rows, A]):
     def wait(self) -> None:
         """Return once every answer is written. Raises ExpertUnavailable, or what a shard says of these rows."""
         shared = self._shared
-        started = time.monotonic()
+        started = shared.clock()
         soon = started + SOON_S if shared.answers_soon else started
         waiting = self._under_way
         while waiting:
@@ -67,7 +66,7 @@ class RemoteFlight(Generic[Rows, A]):
                     raise self._failure(delivery)
                 shared.counts[delivery.group].observe(now - self.sent_at)
             if waiting is self._under_way:
-                shared.answers_soon = time.monotonic() - started < SOON_S
+                shared.answers_soon = shared.clock() - started < SOON_S
             waiting = self._rejected()
         if self._staged_for is not None and self.received is not None:
             # Nobody gets the memory that it is read from before it has been read, though nobody here keeps it.

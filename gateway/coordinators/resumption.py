@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -106,9 +105,9 @@ class _Attempts:
             self._failed_on += (lost.coordinator,)
             if len(self._failed_on) > MAX_FAILED_STEPS:
                 raise lost
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if went_on or self.number == 0:
-            self._give_up_at = now + min(self._timeout_s, self._request.deadline.remaining_s)
+            self._give_up_at = now + min(self._timeout_s, self._request.deadline.at - now)
             self._pause_s = 0.0
         if now + self._pause_s >= self._give_up_at:
             raise lost

@@ -1,19 +1,12 @@
-"""Chooses the coordinator of a request: the one that has seen its beginning, unless that is much busier than another.
+"""Gives each request the coordinator that `choice` ranks first, and streams of tokens the one that they belong to.
 
-A coordinator's prefix cache is its own, so requests that begin alike have a favourite: the coordinator that wins a
-rendezvous hash over their first tokens. Every gateway finds it by itself, and few change when coordinators come
-or go. While the favourite is much busier than another, that one is taken. Requests without a favourite go to the less
-busy of two, streams of tokens where they belong, and nothing to a coordinator that is silent, unless all are, nor to
-one a step of which failed with the request. Serve builds the router in every process that holds a handle.
+Serve builds the router in every process that holds a handle, and pickles this module by value.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-from array import array
 from collections import Counter
-from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,9 +14,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from cluster.messages import Request, TokenStream
 from gateway.coordinators import table
-
-PREFIX_TOKENS = 32  # what two prompts must share; a shorter one has no favourite, it is as quickly computed anywhere
-MOST_BEHIND = 8  # requests of this process that the favourite may have more than the least busy coordinator
+from gateway.coordinators.choice import prefix_of, ranked
 
 
 class _Coordinator(RunningReplica):  # type: ignore[misc]
@@ -82,30 +73,16 @@ class CoordinatorRouter(RequestRouter):  # type: ignore[misc]
             argument = _first_argument(pending_request)
             if isinstance(argument, TokenStream):
                 return [[each for each in candidate_replicas if each.replica_id.unique_id == argument.coordinator]]
-        silent = table.TABLE.silent
-        speaking = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in silent]
-        candidate_replicas = speaking or candidate_replicas
         request = None if pending_request is None else _first_request(pending_request)
-        if request is not None and request.failed_on:
-            others = [each for each in candidate_replicas if each.replica_id.unique_id not in request.failed_on]
-            candidate_replicas = others or candidate_replicas
-        two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
-        prefix = None if pending_request is None else prefix_of(pending_request)
-        if prefix is None or len(candidate_replicas) < 2:
-            return [two]
-        favourite = max(candidate_replicas, key=lambda replica: _weight(prefix, replica))
-        least = min(self._ongoing[replica.replica_id] for replica in candidate_replicas)
-        if self._ongoing[favourite.replica_id] - least >= MOST_BEHIND:
-            return [[min(candidate_replicas, key=lambda replica: self._ongoing[replica.replica_id])], two]
-        return [[favourite], two]
-
-
-def prefix_of(pending_request: PendingRequest) -> bytes | None:
-    """What requests that share a prefix cache's blocks have in common; None for other calls and short prompts."""
-    request = _first_argument(pending_request)
-    if not isinstance(request, Request) or len(request.prompt_token_ids) < PREFIX_TOKENS:
-        return None
-    return request.cache_salt.encode() + array("i", request.prompt_token_ids[:PREFIX_TOKENS]).tobytes()
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        ranks = ranked(
+            list(by_id),
+            {each: self._ongoing[replica.replica_id] for each, replica in by_id.items()},
+            table.TABLE.silent,
+            failed_on=() if request is None else request.failed_on,
+            prefix=None if pending_request is None else prefix_of(_first_argument(pending_request)),
+        )
+        return [[by_id[each] for each in rank] for rank in ranks]
 
 
 def _first_request(pending_request: PendingRequest) -> Request | None:
@@ -125,8 +102,3 @@ def _this_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None, "this is a coroutine"
     return task
-
-
-def _weight(prefix: bytes, replica: RunningReplica) -> bytes:
-    """The replica of the largest digest is the favourite."""
-    return blake2b(prefix + replica.replica_id.unique_id.encode(), digest_size=8).digest()

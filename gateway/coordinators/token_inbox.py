@@ -86,8 +86,8 @@ class ChunkQueue:
 class TokenInbox:
     """The queues of one gateway's requests to the coordinators of one application."""
 
-    def __init__(self, table: CoordinatorTable) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(self, table: CoordinatorTable, inbox_id: str = "") -> None:
+        self.id = inbox_id or uuid.uuid4().hex
         self._table = table
         self._queues: dict[Key, ChunkQueue] = {}
 

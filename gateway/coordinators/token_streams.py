@@ -57,7 +57,7 @@ class TokenStreams:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _open_missing(self) -> None:
-        for coordinator in self._table.coordinators(self._application) - self._readers.keys():
+        for coordinator in sorted(self._table.coordinators(self._application) - self._readers.keys()):
             reader = asyncio.get_running_loop().create_task(self._read(coordinator), context=Context())
             self._readers[coordinator] = reader
             self._missed[coordinator] = 0

@@ -20,7 +20,7 @@ import pytest
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.config import GatewayConfig, ModelConfig
 from cluster.deploy.app import describe_cluster, model_application, plan_model
-from gateway.coordinators.client import ServeCoordinatorClient
+from gateway.coordinators.serve_client import ServeCoordinatorClient
 from tests.checkpoints import TINY, bias_gates, write_checkpoint
 from tests.conftest import DTYPES
 from tests.gateway.doubles import model_card

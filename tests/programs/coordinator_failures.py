@@ -4,7 +4,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import ExpertUnavailable
-from gateway.coordinators.client import manta_error
+from gateway.coordinators.serve_client import manta_error
 
 wrapped = RayTaskError("generate", "traceback", ExpertUnavailable("no expert", retry_after_s=4.0))
 print(manta_error(wrapped).retry_after_s, manta_error(wrapped.as_instanceof_cause()).message)

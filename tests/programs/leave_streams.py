@@ -7,7 +7,7 @@ from ray.serve.exceptions import BackPressureError
 
 from cluster.messages import Request, SamplingParams, TokenChunk
 from gateway.coordinators import client as coordinator_client
-from gateway.coordinators.client import ServeCoordinatorClient
+from gateway.coordinators.serve_client import ServeCoordinatorClient
 
 coordinator_client.LAST_TOKENS_S = 0.1
 
@@ -24,7 +24,7 @@ class Response:
     async def answer(self):
         for position in range(self.tokens):
             reason = "length" if position == 2 else None
-            self.client._inbox.deliver((TokenChunk("r", 0, position, (7,), finish_reason=reason),))
+            self.client.inbox.deliver((TokenChunk("r", 0, position, (7,), finish_reason=reason),))
             await asyncio.sleep(0)
         if self.error is not None:
             raise self.error

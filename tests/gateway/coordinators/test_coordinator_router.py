@@ -16,8 +16,9 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.errors import CoordinatorLost
 from cluster.messages import ModelCard, Request, SamplingParams, TokenChunk
-from gateway.coordinators.client import COORDINATOR, ServeCoordinatorClient
-from gateway.coordinators.router import MOST_BEHIND, PREFIX_TOKENS, CoordinatorRouter
+from gateway.coordinators.choice import MOST_BEHIND, PREFIX_TOKENS
+from gateway.coordinators.router import CoordinatorRouter
+from gateway.coordinators.serve_client import COORDINATOR, ServeCoordinatorClient
 from gateway.coordinators.table import TABLE, CoordinatorTable
 from router_service.token_outbox import TokenOutboxes
 from tests.gateway.doubles import model_card
@@ -169,7 +170,7 @@ def test_embeddings_of_a_lost_coordinator_are_not_waited_for(asked_card: ModelCa
             embeddings = asyncio.ensure_future(client.embed((asked, request(100, 1))))
             while (place := TABLE.place(asked.key)) is None:
                 await asyncio.sleep(0.01)
-            client._inbox.lose(place, "it is silent")
+            client.inbox.lose(place, "it is silent")
             with pytest.raises(CoordinatorLost, match="it is silent"):
                 await embeddings
             assert TABLE.place(asked.key) is None
