@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their files, configurations, layouts and tensors' places.
+"""Checkpoints on disk: their configurations, their tensors' places, and how both are written.
 
 Knows no torch, no Ray and no placement.
 """

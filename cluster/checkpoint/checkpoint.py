@@ -15,10 +15,14 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.checkpoint.any_architecture import any_architecture, divided, stored_tensors
 from cluster.checkpoint.architecture import Architecture, StoredDtype, coordinator_tensors, expert_tensors
-from cluster.checkpoint.generation_config import GenerationConfig, read_generation_config
-from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params, is_native
+from cluster.checkpoint.configuration.any_architecture import any_architecture, divided, stored_tensors
+from cluster.checkpoint.configuration.generation_config import GenerationConfig, read_generation_config
+from cluster.checkpoint.configuration.hyperparameters import (
+    architecture_from_config,
+    architecture_from_params,
+    is_native,
+)
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.layouts import Layout, Ref, locate_tensors
 from cluster.checkpoint.quantization.config import read_quantization

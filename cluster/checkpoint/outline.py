@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.checkpoint.generation_config import GenerationConfig
+from cluster.checkpoint.configuration.generation_config import GenerationConfig
 from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.scheme import READ, Awq, Gptq, Scheme, Values

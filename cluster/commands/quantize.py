@@ -17,12 +17,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.checkpoint.json_document import JsonDocument
-from cluster.checkpoint.new_model import new_directory, new_file, write_json, write_weights
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef, Rounding
-from cluster.checkpoint.rounded_model import part_names, quantization_config, scale_dtype, stored_units
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.checkpoint.weight_files import UNSAFE_SUFFIXES
+from cluster.checkpoint.writing.new_model import new_directory, new_file, write_json, write_weights
+from cluster.checkpoint.writing.rounded_model import part_names, quantization_config, scale_dtype, stored_units
 from cluster.errors import CheckpointError, ConfigError
 from experts_service.quantization.pack import stored_parts
 from experts_service.quantization.weight import QuantizedWeight

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.checkpoint.generation_config import FILE as GENERATION_CONFIG
+from cluster.checkpoint.configuration.generation_config import FILE as GENERATION_CONFIG
 from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.config import (
     EngineConfig,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from cluster.checkpoint.any_architecture import divided
 from cluster.checkpoint.architecture import Shape, coordinator_tensors, expert_tensors
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.configuration.any_architecture import divided
 from cluster.checkpoint.layouts import Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef

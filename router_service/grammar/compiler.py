@@ -20,8 +20,8 @@ from cluster.errors import InvalidRequest, MantaError, Overloaded
 from cluster.fairness import is_refused
 from cluster.messages import Answer, Grammar, JsonSchema, Request
 from router_service.grammar.cost import begins, is_plain, is_program
-from router_service.grammar.format import part_tag, parts, structural_tag
 from router_service.grammar.grammar import GrammarState, param
+from router_service.grammar.structural_tags.format import part_tag, parts, structural_tag
 from router_service.grammar.trial import TrialProcess
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from router_service.grammar.workers import GrammarWorkers, yield_to_others

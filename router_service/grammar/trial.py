@@ -29,8 +29,8 @@ import psutil
 from cluster.errors import InvalidRequest, Overloaded, Unavailable
 from cluster.messages import Grammar
 from router_service.grammar.cost import walk
-from router_service.grammar.format import part_tag, parts, pattern_tags, structural_tag
 from router_service.grammar.grammar import param
+from router_service.grammar.structural_tags.format import part_tag, parts, pattern_tags, structural_tag
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from experts_service.loaded_experts import load_experts
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatcher
 from router_service.engine import Engine, Event
-from router_service.grammar.format import structural_tag
 from router_service.grammar.grammar import GrammarState
+from router_service.grammar.structural_tags.format import structural_tag
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from router_service.grammar.workers import GrammarWorkers
 from router_service.scheduling.sequence import Sequence

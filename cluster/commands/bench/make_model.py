@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
-from cluster.checkpoint.new_model import NewTensor, new_directory, write_json, write_weights
+from cluster.checkpoint.writing.new_model import NewTensor, new_directory, write_json, write_weights
 from cluster.commands.bench.shapes import SHAPES, hub_config, num_parameters, standard_deviation
 from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import SetupError

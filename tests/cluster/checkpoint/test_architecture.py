@@ -7,7 +7,7 @@ import pytest
 from transformers import MistralConfig, MixtralConfig
 
 from cluster.checkpoint.architecture import Architecture, all_tensors, coordinator_tensors, expert_tensors
-from cluster.checkpoint.hyperparameters import architecture_from_config, architecture_from_params
+from cluster.checkpoint.configuration.hyperparameters import architecture_from_config, architecture_from_params
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.errors import CheckpointError

@@ -16,7 +16,7 @@ from transformers import GenerationConfig as GenerationReference
 
 from cluster.checkpoint.architecture import GateSpec, LayerSpec, Multipliers
 from cluster.checkpoint.checkpoint import fingerprint, open_checkpoint
-from cluster.checkpoint.generation_config import GenerationConfig
+from cluster.checkpoint.configuration.generation_config import GenerationConfig
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.checkpoint.rope import LinearRope
 from cluster.checkpoint.safetensors_header import read_header as checked_header

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig
 
 from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.configuration.hyperparameters import architecture_from_config
 from cluster.checkpoint.families import FAMILIES
-from cluster.checkpoint.hyperparameters import architecture_from_config
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.errors import CheckpointError
 

@@ -19,7 +19,7 @@ from gateway.request.text_grammar import MAX_BYTES, MAX_CHOICES, checked_choice
 from router_service.grammar import trial
 from router_service.grammar.compiler import GrammarCompiler
 from router_service.grammar.cost import is_plain
-from router_service.grammar.schema import schema_grammar
+from router_service.grammar.rules.schema import schema_grammar
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.requests import make_request

@@ -15,7 +15,7 @@ from xgrammar import GrammarMatcher, TokenizerInfo, VocabType, allocate_token_bi
 
 from cluster.errors import InvalidRequest
 from gateway.request.structured_schema import checked_schema
-from router_service.grammar.format import structural_tag
+from router_service.grammar.structural_tags.format import structural_tag
 from router_service.grammar.vocabulary import compile_tag, new_compiler
 
 # Every byte, and tokens that go past the end of a string, a number or an escape, as those of real vocabularies do.

@@ -20,7 +20,7 @@ from cluster.errors import InvalidRequest
 from cluster.messages import Answer, JsonSchema, TextGrammar, ToolCallGrammar, ToolTokens
 from gateway.request.text_grammar import checked_choice, checked_regex, checked_rules
 from router_service.grammar.compiler import GrammarCompiler
-from router_service.grammar.format import structural_tag
+from router_service.grammar.structural_tags.format import structural_tag
 from router_service.grammar.vocabulary import GrammarVocabulary, compile_tag, new_compiler
 from tests.router_service.engines import Bench, follow
 from tests.router_service.grammar.test_grammar_walks import INFO, PATTERNS, quietly, walk

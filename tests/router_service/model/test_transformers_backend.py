@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cluster.checkpoint.any_architecture import any_architecture
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.configuration.any_architecture import any_architecture
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands import serve
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable

@@ -10,7 +10,17 @@ places.
 from __future__ import annotations
 
 from cluster.messages import Answer, HarmonyGrammar, HarmonyTokens, JsonSchema, ToolCallGrammar
-from router_service.grammar.elements import Format, any_text, const, either, one_of, regex, repeated, sequence, token
+from router_service.grammar.structural_tags.elements import (
+    Format,
+    any_text,
+    const,
+    either,
+    one_of,
+    regex,
+    repeated,
+    sequence,
+    token,
+)
 
 
 def harmony(grammar: HarmonyGrammar) -> Format:

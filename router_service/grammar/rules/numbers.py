@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cluster.ebnf import choice
 from cluster.json_schema.numbers import Range
-from router_service.grammar.rules import Rules
+from router_service.grammar.rules.rules import Rules
 
 ANY_INTEGER = '"-"? ("0" | [1-9] [0-9]{0,17})'
 ANY_NUMBER = f'{ANY_INTEGER} ("." [0-9]{{1,17}})? ([eE] [+\\-]? [0-9]{{1,2}})?'

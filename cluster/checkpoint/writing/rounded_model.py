@@ -11,10 +11,10 @@ from typing import Any
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.checkpoint.new_model import NewTensor
 from cluster.checkpoint.quantization.rounding import RoundedRef, Rounding
 from cluster.checkpoint.quantization.scheme import Role, Values
 from cluster.checkpoint.tensor_ref import TensorRef
+from cluster.checkpoint.writing.new_model import NewTensor
 from cluster.errors import CheckpointError, ConfigError
 
 _IGNORED = {"attention": "re:.*\\.self_attn\\..*", "experts": "re:.*\\.(block_sparse_moe|mlp)\\..*"}

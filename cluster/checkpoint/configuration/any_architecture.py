@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
+from cluster.checkpoint.configuration.hyperparameters import stored_dtype
 from cluster.checkpoint.families.family import MAX_LAYERS
-from cluster.checkpoint.hyperparameters import stored_dtype
 from cluster.checkpoint.json_document import LARGEST, JsonDocument
 from cluster.checkpoint.layouts import SUPPORTED_DTYPES
 from cluster.checkpoint.safetensors_header import StoredTensor

@@ -8,7 +8,8 @@ from typing import Any
 
 from cluster.json_schema.subschemas import subschemas
 from cluster.messages import CALL_TAGS, Answer, Grammar, HarmonyGrammar, JsonSchema, ReasonedGrammar, ToolCallGrammar
-from router_service.grammar.elements import (
+from router_service.grammar.rules.schema import schema_grammar
+from router_service.grammar.structural_tags.elements import (
     Format,
     any_text,
     const,
@@ -19,9 +20,8 @@ from router_service.grammar.elements import (
     sequence,
     token,
 )
-from router_service.grammar.harmony import harmony
-from router_service.grammar.json_calls import hermes, llama3_json
-from router_service.grammar.schema import schema_grammar
+from router_service.grammar.structural_tags.harmony import harmony
+from router_service.grammar.structural_tags.json_calls import hermes, llama3_json
 
 _BLANK: Format = regex(" ?")  # after a special token; Tekken's models write none
 

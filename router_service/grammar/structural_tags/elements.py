@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.messages import Answer, JsonSchema
-from router_service.grammar.schema import schema_grammar
-from router_service.grammar.texts import text_rules
+from router_service.grammar.rules.schema import schema_grammar
+from router_service.grammar.rules.texts import text_rules
 
 Format = dict[str, Any]
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from cluster.ebnf import choice, literal, repeat
 from cluster.json_schema.patterns import Chars, Choice, Pattern, Ranges, Repeat, Sequence
-from router_service.grammar.rules import Rules
+from router_service.grammar.rules.rules import Rules
 
 _UTF8_LENGTHS: Ranges = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF))
 _MAX_STATES = 32  # of one expression's characters, by number

@@ -17,9 +17,9 @@ from cluster.ebnf import choice, literal, repeat
 from cluster.json_schema.numbers import NUMBER_WORDS, number_ranges
 from cluster.json_schema.patterns import of_length, parse_pattern
 from cluster.json_schema.subschemas import target
-from router_service.grammar.numbers import ANY_INTEGER, ANY_NUMBER, numbers
-from router_service.grammar.rules import Rules
-from router_service.grammar.strings import (
+from router_service.grammar.rules.numbers import ANY_INTEGER, ANY_NUMBER, numbers
+from router_service.grammar.rules.rules import Rules
+from router_service.grammar.rules.strings import (
     any_string,
     key_but,
     string_of_format,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from cluster.messages import CALL_TAGS, ToolCallGrammar
-from router_service.grammar.elements import (
+from router_service.grammar.structural_tags.elements import (
     Format,
     any_text,
     const,

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.messages import ReasonedGrammar, ReasoningTags, TextGrammar, ToolCallGrammar
-from router_service.grammar.format import parts
 from router_service.grammar.grammar import param
+from router_service.grammar.structural_tags.format import parts
 from tests.checkpoints import write_checkpoint
 from tests.gateway.doubles import write_tokenizer
 from tests.router_service.engines import Bench, follow

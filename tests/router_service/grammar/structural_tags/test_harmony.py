@@ -13,8 +13,8 @@ from gateway.answer.calls import joined
 from gateway.answer.harmony_reader import HarmonyReader
 from gateway.text.detokenizer import Detokenizer
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from router_service.grammar.format import parts
 from router_service.grammar.grammar import param
+from router_service.grammar.structural_tags.format import parts
 from tests.checkpoints import write_checkpoint
 from tests.gateway.chat_formats import write_gpt_oss
 from tests.router_service.engines import Bench, follow

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import cast, get_args
 
 from cluster.checkpoint.architecture import Architecture, LayerSpec, StoredDtype
-from cluster.checkpoint.config_keys import check_config, check_params
+from cluster.checkpoint.configuration.config_keys import check_config, check_params
 from cluster.checkpoint.families import FAMILIES, mistral, mixtral
 from cluster.checkpoint.families.family import MAX_EXPERTS, MAX_LAYERS, Family, experts_key
 from cluster.checkpoint.json_document import JsonDocument, shortened

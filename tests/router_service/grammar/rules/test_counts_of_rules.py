@@ -17,7 +17,7 @@ from xgrammar import CompiledGrammar, GrammarMatcher
 
 from gateway.request.structured_schema import checked_schema
 from gateway.request.text_grammar import checked_rules
-from router_service.grammar.format import structural_tag
+from router_service.grammar.structural_tags.format import structural_tag
 from router_service.grammar.vocabulary import compile_tag, new_compiler
 from tests.router_service.grammar.test_grammar_walks import INFO, quietly
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from cluster.ebnf import char_class, choice, literal
 from cluster.json_schema.patterns import Pattern, Ranges, parse_pattern, without
-from router_service.grammar.regexes import class_of, pattern_rule, repeated
-from router_service.grammar.rules import Rules
+from router_service.grammar.rules.regexes import class_of, pattern_rule, repeated
+from router_service.grammar.rules.rules import Rules
 
 _ESCAPED: Ranges = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 _PLAIN_RANGES = without(((0, 0x10FFFF),), (*_ESCAPED, (0xD800, 0xDFFF)))

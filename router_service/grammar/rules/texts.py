@@ -7,8 +7,8 @@ import json
 from cluster.ebnf import choice, literal
 from cluster.json_schema.patterns import of_length, parse_pattern
 from cluster.messages import TextGrammar
-from router_service.grammar.regexes import class_of, pattern_rule
-from router_service.grammar.rules import Rules
+from router_service.grammar.rules.regexes import class_of, pattern_rule
+from router_service.grammar.rules.rules import Rules
 
 
 def text_rules(grammar: TextGrammar) -> str:

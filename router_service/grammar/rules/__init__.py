@@ -1,0 +1,1 @@
+"""Rules in the EBNF of xgrammar: of JSON Schemas, strings, numbers and texts. Knows no call, vocabulary or process."""
