@@ -1,7 +1,7 @@
 """Makes Triton's interpreter compute in bf16 what a GPU does. Imported for its effect, by the tests of kernels.
 
 Its numbers in bf16 are their 16 bits as integers (Triton 3.7): products of them are products of those. And it cuts off
-what float32 has more, where a GPU rounds to the nearest.
+what float32 has more, where a GPU rounds to the nearest. And what it makes of integers in bf16 are their lower bits.
 """
 
 from __future__ import annotations
@@ -32,5 +32,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         to_even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return TensorHandle(np.where(np.isnan(numbers), 0x7FC0, to_even).astype(np.uint16), tl.bfloat16)
 
+    def _from_integers(create):  # type: ignore[no-untyped-def]
+        def created(self, src, dst_type):  # type: ignore[no-untyped-def]
+            if dst_type.scalar != tl.bfloat16:
+                return create(self, src, dst_type)
+            return _rounded(self, TensorHandle(src.data.astype(np.float32), tl.float32), dst_type)
+
+        return created
+
+    InterpreterBuilder.create_si_to_fp = _from_integers(InterpreterBuilder.create_si_to_fp)
+    InterpreterBuilder.create_ui_to_fp = _from_integers(InterpreterBuilder.create_ui_to_fp)
     InterpreterBuilder.create_dot = _dot_of_widened
     InterpreterBuilder.create_fp_trunc = _rounded

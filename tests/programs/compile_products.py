@@ -46,7 +46,7 @@ def matrices(kind: int, dtype: torch.dtype, outputs: int, inputs: int, group: in
         dtype=dtype,
         in_features=inputs,
         width=inputs,
-        block=128 // dtype.itemsize if kind == PLAIN else min(group or 128, 128),
+        block=256 // dtype.itemsize if kind == PLAIN else min(group or 128, 128),
         blocks_of_group=-(-group // 128) if group else 0,
     )
 
@@ -86,6 +86,9 @@ def compiled(capability: int, kernel: Any, arguments: tuple[Any, ...], options: 
 def main(capability: int) -> None:
     """Both products, few rows and many, in each format."""
     found: list[dict[str, Any]] = []
+    is_large = divmod(capability, 10) in products._LARGE_CARDS
+    plain = products._PLAIN if is_large else products._PLAIN_SMALL
+    products.tiles = lambda matrices: plain if matrices.kind == PLAIN else products._WIDENED
     started: list[tuple[Any, tuple[Any, ...], dict[str, int]]] = []
     products.launch = lambda kernel, _grid, *arguments, **options: started.append((kernel, arguments, options))  # type: ignore[assignment]
     bf16, fp32 = torch.bfloat16, torch.float32

@@ -68,8 +68,9 @@ def test_every_packing_gives_the_bits_of_transformers(
     for name, packing in PACKINGS.items():
         remote = dispatcher(block, packing)
         answer = remote.combine(remote.dispatch(0, rows, experts), weights)
-        if device == "cuda" and dtype is torch.bfloat16:  # one grouped matmul, which rounds otherwise
-            torch.testing.assert_close(answer, expected, atol=3e-2, rtol=3e-2)
+        if device == "cuda":  # products of all rows at once, which are added up in another order
+            tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
+            torch.testing.assert_close(answer, expected, atol=tolerance, rtol=tolerance)
         else:
             assert torch.equal(answer, expected), name
         remote.end_step()

@@ -86,7 +86,8 @@ def test_experts_that_take_ends_answer_as_those_that_are_told_counts(num_rows, d
     rows = torch.randn(num_rows, HIDDEN).to(device, dtype)
     for layer in range(2):
         dispatches = [dispatcher.dispatch(layer, rows, chosen) for dispatcher in (by_ends, by_counts)]
-        assert (dispatches[0].routing is None, dispatches[1].routing is None) == (False, True)
+        assert dispatches[0].routing is not None
+        assert dispatches[1].routing is None or device == "cuda"  # there answers are combined as they lie
         answers = [
             dispatcher.combine(dispatch, weights)
             for dispatcher, dispatch in zip((by_ends, by_counts), dispatches, strict=True)

@@ -97,11 +97,15 @@ def make_model(
     shape: Annotated[ShapeName, typer.Argument(help="bench: 0.79 B parameters; mixtral-8x7b: 46.7 B, 93 GB.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made, or empty.", file_okay=False)],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many, where all would not fit. [default: all]", show_default=False),
+    ] = None,
 ) -> None:
     """Write a random model in bf16 in the hub's layout, with a tokenizer, so that it can be served."""
     from cluster.commands.bench.make_model import run
 
-    run(shape.value, directory, seed)
+    run(shape.value, directory, seed, layers)
 
 
 @app.command()

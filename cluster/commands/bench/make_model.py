@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from cluster.errors import SetupError
 SHARD_BYTES = 10**9
 
 
-def run(shape: str, directory: Path, seed: int) -> None:
-    """Raises SetupError when the directory is in use or the disk too small."""
+def run(shape: str, directory: Path, seed: int, num_layers: int | None = None) -> None:
+    """The first `num_layers` of a shape, or all. Raises SetupError when the directory is in use or the disk too small."""
     architecture = SHAPES[shape]
+    architecture = replace(architecture, layers=architecture.layers[:num_layers])
     total = 2 * num_parameters(architecture)
     out, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True)
-    out.print(f"{shape}: {total / 2e9:.2f} B parameters in bf16, {total / 1e9:.2f} GB, seed {seed}")
+    out.print(
+        f"{shape}, {architecture.num_layers} layers: {total / 2e9:.2f} B parameters in bf16, {total / 1e9:.2f} GB, seed {seed}"
+    )
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress, transient=True) as bars:
         bar = bars.add_task("", total=total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -19,10 +19,15 @@ Grid = tuple[int, ...]
 
 
 class Kernel(Protocol):
-    """What `triton.jit` makes of a function."""
+    """What `triton.jit` makes of a function, and what is compiled of that for one kind of arguments."""
 
-    def __getitem__(self, grid: Grid) -> Callable[..., object]:
+    def __getitem__(self, grid: Grid) -> Callable[..., Any]:
         """The kernel, to be started in so many programs along each axis."""
+
+
+_Kinds = tuple[tuple[str, Callable[[Any], Hashable]], ...]
+_KINDS: dict[int, _Kinds] = {}  # by a kernel's id, of each parameter its name, and what the kernel is compiled for
+_COMPILED: dict[tuple[Hashable, ...], Kernel] = {}
 
 
 @cache
@@ -44,6 +49,43 @@ def compiles_for(device: torch.device) -> bool:
 def launch(kernel: Kernel, grid: Grid, *arguments: Any, **constants: Any) -> None:
     """Start `kernel` in `grid` programs, behind what the current stream has to do. Does not wait.
 
-    The one place where kernels are started, so that a test can count them and look at what they are given.
+    `arguments`, and the last ones by name among `constants`: its parameters. Other constants are options of Triton,
+    `num_warps` for example.
+
+    The one place where kernels are started, so that a test can count them and look at what they are given. What Triton
+    does at each start takes the host longer than most kernels take a GPU. So it is asked once for each kind of
+    arguments, and what it has compiled is kept here.
     """
-    kernel[grid](*arguments, **constants)
+    parameters = getattr(kernel, "params", None)
+    if parameters is None:  # the interpreter compiles nothing
+        kernel[grid](*arguments, **constants)
+        return
+    kinds = _KINDS.get(id(kernel))
+    if kinds is None:
+        kinds = _KINDS[id(kernel)] = tuple((one.name, _kind_of(one)) for one in parameters)
+    values = [*arguments, *[constants[name] for name, _ in kinds[len(arguments) :]]]
+    key = (id(kernel), *[kind(value) for (_, kind), value in zip(kinds, values, strict=True)], *constants.values())
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        _COMPILED[key] = kernel[grid](*arguments, **constants)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values)
+
+
+def _kind_of(parameter: Any) -> Callable[[Any], Hashable]:
+    """What Triton looks at in an argument."""
+    if parameter.is_constexpr:
+        return _itself
+    return type if parameter.do_not_specialize else _kind
+
+
+def _itself(constant: Any) -> Hashable:
+    return constant  # type: ignore[no-any-return]
+
+
+def _kind(argument: Any) -> Hashable:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return type(argument)

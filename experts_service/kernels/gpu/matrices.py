@@ -26,7 +26,8 @@ _MIDDLE = 8  # of 4 bits: what stands for 0
 _FLOAT8_FACTOR = 256.0  # between FP8's numbers and those that its bits are in float16
 _NOT_A_NUMBER = 0x7F  # of FP8, but for the sign
 _MOST_PADDED = 2  # times the inputs: groups of very different sizes are not filled up to the largest
-_MOST_BLOCK, _LEAST_BLOCK = 128, 16  # k at once; a tensor core takes no fewer
+_MOST_BLOCK, _LEAST_BLOCK = 128, 16  # k of a block; a tensor core takes no fewer
+_MOST_BYTES = 256  # of a block of plain weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Matrices:
     dtype: torch.dtype
     in_features: int  # K
     width: int  # K'
-    block: int  # k that are multiplied at once
+    block: int  # k of which parts of a sum are made, and groups with a scale
     blocks_of_group: int  # 0: all are one group
 
     @classmethod
@@ -65,7 +66,7 @@ class Matrices:
             dtype=first.dtype,
             in_features=in_features,
             width=in_features,
-            block=min(_power_of_two(in_features), _MOST_BLOCK // first.dtype.itemsize),
+            block=min(_power_of_two(in_features), _MOST_BYTES // first.dtype.itemsize),
             blocks_of_group=0,
         )
 

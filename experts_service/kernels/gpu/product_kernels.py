@@ -23,24 +23,33 @@ HALF = tl.constexpr(matrices.HALF)
 
 
 @triton.jit
-def _numbers(codes, zero, kind: tl.constexpr, dtype: tl.constexpr):
-    """Codes [N, K] less what stands for 0 [N, 1] or a number, exactly."""
+def _numbers(codes, zero, has_zeros: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
+    """Codes [N, K] less what stands for 0 [N, 1], exactly.
+
+    Triton widens bytes by few instructions, so of 4 bits zero is taken off before.
+    """
     if kind == FLOAT8:
         codes = codes.to(tl.int16)
         bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
+        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32).to(dtype)
+    elif kind == INT4:
+        numbers = (codes.to(tl.int8) - zero).to(dtype)
+    elif has_zeros:
+        numbers = (codes.to(tl.float32) - zero.to(tl.float32)).to(dtype)
     else:
-        numbers = codes.to(tl.float32) - zero
-    return numbers.to(dtype)
+        numbers = codes.to(dtype)
+    return numbers
 
 
 @triton.jit
 def _zero(zeros, at, kind: tl.constexpr):
     """What stands for 0: of each output [N, 1], or of all."""
     if zeros is not None:
-        zero = tl.load(zeros + at).to(tl.float32)[:, None]
+        zero = tl.load(zeros + at)[:, None]
+        if kind == INT4:
+            zero = zero.to(tl.int8)
     else:
-        zero: tl.constexpr = 8.0 if kind == INT4 else 0.0
+        zero: tl.constexpr = 8 if kind == INT4 else 0
     return zero
 
 
@@ -58,8 +67,9 @@ def _inputs(x_rows, k, columns, in_features: tl.constexpr, is_whole: tl.constexp
 
 @triton.jit
 def _product(
-    weight_rows, at, zero, low, high, sums, in_features: tl.constexpr, is_whole: tl.constexpr, kind: tl.constexpr
-):
+    weight_rows, at, zero, low, high, sums,
+    in_features: tl.constexpr, is_whole: tl.constexpr, has_zeros: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
     """`sums` [N, M] and what a block of k adds to it."""
     if kind == PLAIN:
         if is_whole:
@@ -70,10 +80,10 @@ def _product(
     else:
         codes = tl.load(weight_rows[:, None] + at[None, :])
         if kind == INT4:
-            sums = tl.dot(_numbers(codes & 15, zero, kind, low.dtype), low, sums, input_precision="ieee")
-            sums = tl.dot(_numbers(codes >> 4, zero, kind, low.dtype), high, sums, input_precision="ieee")
+            sums = tl.dot(_numbers(codes & 15, zero, has_zeros, kind, low.dtype), low, sums, input_precision="ieee")
+            sums = tl.dot(_numbers(codes >> 4, zero, has_zeros, kind, low.dtype), high, sums, input_precision="ieee")
         else:
-            sums = tl.dot(_numbers(codes, zero, kind, low.dtype), low, sums, input_precision="ieee")
+            sums = tl.dot(_numbers(codes, zero, has_zeros, kind, low.dtype), low, sums, input_precision="ieee")
     return sums
 
 
@@ -83,6 +93,68 @@ def _gated(gate, up, dtype: tl.constexpr):
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     return silu * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _part(
+    x_rows,
+    gate_rows,
+    up_rows,
+    scales,
+    zeros,
+    of_scales,
+    columns,
+    part,
+    out_features: tl.constexpr,
+    in_features: tl.constexpr,
+    width: tl.constexpr,
+    k_of_part: tl.constexpr,
+    k_of_group: tl.constexpr,
+    kind: tl.constexpr,
+    gated: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_outputs: tl.constexpr,
+    block: tl.constexpr,
+):
+    """What one part of k adds up to: gate and up [N, M], the latter zeros where there is none."""
+    halves: tl.constexpr = 2 if gated else 1
+    is_whole: tl.constexpr = width % block == 0 if kind == PLAIN else in_features == width
+    at_once: tl.constexpr = block // 2 if kind == INT4 else block
+    # Not tl.cdiv: in Triton 3.6 what it makes of two constants is none.
+    blocks: tl.constexpr = (width + block - 1) // block
+    gate = tl.zeros((tile_outputs, tile_rows), tl.float32)
+    up = gate
+    for index in range(part * (k_of_part // block), tl.minimum((part + 1) * (k_of_part // block), blocks)):
+        at = index * at_once + tl.arange(0, at_once)
+        if kind == INT4:
+            k = at // HALF * (2 * HALF) + at % HALF
+            low = _inputs(x_rows, k, columns, in_features, is_whole)
+            high = _inputs(x_rows, k + HALF, columns, in_features, is_whole)
+        else:
+            low = _inputs(x_rows, at, columns, in_features, is_whole)
+            high = low
+        if k_of_group:
+            of_group = of_scales + index // (k_of_group // block) * halves * out_features
+            nothing = tl.zeros((tile_outputs, tile_rows), tl.float32)
+            zero = _zero(zeros, of_group, kind)
+            sums = _product(gate_rows, at, zero, low, high, nothing, in_features, is_whole, zeros is not None, kind)
+            gate += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
+            if gated:
+                of_group += out_features
+                zero = _zero(zeros, of_group, kind)
+                sums = _product(up_rows, at, zero, low, high, nothing, in_features, is_whole, zeros is not None, kind)
+                up += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
+        else:
+            zero = _zero(zeros, of_scales, kind)
+            gate = _product(gate_rows, at, zero, low, high, gate, in_features, is_whole, zeros is not None, kind)
+            if gated:
+                zero = _zero(zeros, of_scales + out_features, kind)
+                up = _product(up_rows, at, zero, low, high, up, in_features, is_whole, zeros is not None, kind)
+    if kind != PLAIN and not k_of_group:
+        gate *= tl.load(scales + of_scales).to(tl.float32)[:, None]
+        if gated:
+            up *= tl.load(scales + of_scales + out_features).to(tl.float32)[:, None]
+    return gate, up
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -99,17 +171,28 @@ def multiply(
     out_features: tl.constexpr,  # N
     in_features: tl.constexpr,  # K
     width: tl.constexpr,  # K'
-    blocks_of_group: tl.constexpr,
+    k_of_part: tl.constexpr,
+    k_of_group: tl.constexpr,  # that share a scale; 0: all
     kind: tl.constexpr,
     gated: tl.constexpr,
     parts: tl.constexpr,
     split: tl.constexpr,  # a part a program
     tile_rows: tl.constexpr,
     tile_outputs: tl.constexpr,
-    block: tl.constexpr,  # k
+    block: tl.constexpr,  # k that are multiplied at once
+    tiles_together: tl.constexpr,  # of rows, whose outputs are computed at about the same time
 ) -> None:
-    """A tile of `y`."""
-    tile = tl.program_id(0)
+    """A tile of `y`.
+
+    Programs run about in their order, so neighbours are to share rows, or outputs: some tiles of rows go through all
+    outputs before the next do, and what they read is found in the card's cache.
+    """
+    output_tiles: tl.constexpr = (out_features + tile_outputs - 1) // tile_outputs
+    program = tl.program_id(0)
+    first_tile = program // (tiles_together * output_tiles) * tiles_together
+    tiles = tl.minimum(tl.num_programs(0) // output_tiles - first_tile, tiles_together)
+    place = program % (tiles_together * output_tiles)
+    tile = first_tile + place % tiles
     expert = 0
     first, end = tile * tile_rows, num_rows
     if ends is not None:
@@ -117,26 +200,21 @@ def multiply(
         each = tl.arange(0, many)
         end_of = tl.load(ends + each, mask=each < num_matrices, other=0)
         start_of = tl.load(ends + each - 1, mask=(each > 0) & (each < num_matrices), other=0)
-        tiles = tl.cdiv(tl.where(each < num_matrices, end_of - start_of, 0), tile_rows)
-        tiles_end = tl.cumsum(tiles, 0)
+        tiles_of = tl.cdiv(tl.where(each < num_matrices, end_of - start_of, 0), tile_rows)
+        tiles_end = tl.cumsum(tiles_of, 0)
         expert = tl.sum((tiles_end <= tile).to(tl.int32), 0)
         if expert >= num_matrices:
             return  # one too many: the grid is made for the worst case
         mine = each == expert
-        first = tl.sum(tl.where(mine, start_of + (tile - tiles_end + tiles) * tile_rows, 0), 0)
+        first = tl.sum(tl.where(mine, start_of + (tile - tiles_end + tiles_of) * tile_rows, 0), 0)
         end = tl.sum(tl.where(mine, end_of, 0), 0)
     halves: tl.constexpr = 2 if gated else 1
     bytes_of_row: tl.constexpr = width // 2 if kind == INT4 else width
-    # Not tl.cdiv: in Triton 3.6 what it makes of two constants is none.
-    blocks: tl.constexpr = (width + block - 1) // block
-    blocks_of_part: tl.constexpr = (blocks + parts - 1) // parts
-    groups: tl.constexpr = (blocks + blocks_of_group - 1) // blocks_of_group if blocks_of_group else 1
-    is_whole: tl.constexpr = width % block == 0 if kind == PLAIN else in_features == width
-    at_once: tl.constexpr = block // 2 if kind == INT4 else block
+    groups: tl.constexpr = (width + k_of_group - 1) // k_of_group if k_of_group else 1
 
     row = first + tl.arange(0, tile_rows)
     x_rows = x + tl.minimum(row, end - 1).to(tl.int64) * in_features  # [M]
-    output = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
+    output = place // tiles * tile_outputs + tl.arange(0, tile_outputs)
     read = tl.minimum(output, out_features - 1)
     expert = tl.cast(expert, tl.int64)
     gate_rows = weights + (expert * halves * out_features + read) * bytes_of_row  # [N]
@@ -145,57 +223,31 @@ def multiply(
     if columns is not None:
         columns += expert * width
 
-    gate_total = tl.zeros((tile_outputs, tile_rows), tl.float32)
-    up_total = gate_total
-    first_part = tl.program_id(2) if split else 0
-    end_part = first_part + 1 if split else parts
-    for part in range(first_part, end_part):
-        gate = tl.zeros((tile_outputs, tile_rows), tl.float32)
-        up = gate
-        for index in range(part * blocks_of_part, tl.minimum((part + 1) * blocks_of_part, blocks)):
-            at = index * at_once + tl.arange(0, at_once)
-            if kind == INT4:
-                k = at // HALF * (2 * HALF) + at % HALF
-                low = _inputs(x_rows, k, columns, in_features, is_whole)
-                high = _inputs(x_rows, k + HALF, columns, in_features, is_whole)
-            else:
-                low = _inputs(x_rows, at, columns, in_features, is_whole)
-                high = low
-            if blocks_of_group:
-                of_group = of_scales + index // blocks_of_group * halves * out_features
-                nothing = tl.zeros((tile_outputs, tile_rows), tl.float32)
-                zero = _zero(zeros, of_group, kind)
-                sums = _product(gate_rows, at, zero, low, high, nothing, in_features, is_whole, kind)
-                gate += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
-                if gated:
-                    of_group += out_features
-                    zero = _zero(zeros, of_group, kind)
-                    sums = _product(up_rows, at, zero, low, high, nothing, in_features, is_whole, kind)
-                    up += sums * tl.load(scales + of_group).to(tl.float32)[:, None]
-            else:
-                zero = _zero(zeros, of_scales, kind)
-                gate = _product(gate_rows, at, zero, low, high, gate, in_features, is_whole, kind)
-                if gated:
-                    zero = _zero(zeros, of_scales + out_features, kind)
-                    up = _product(up_rows, at, zero, low, high, up, in_features, is_whole, kind)
-        if kind != PLAIN and not blocks_of_group:
-            gate *= tl.load(scales + of_scales).to(tl.float32)[:, None]
-            if gated:
-                up *= tl.load(scales + of_scales + out_features).to(tl.float32)[:, None]
-        gate_total += gate
-        up_total += up
+    first_part = tl.program_id(1) if split else 0
+    gate, up = _part(
+        x_rows, gate_rows, up_rows, scales, zeros, of_scales, columns, first_part, out_features, in_features, width,
+        k_of_part, k_of_group, kind, gated, tile_rows, tile_outputs, block,
+    )  # fmt: skip
+    if not split:
+        for part in range(1, parts):
+            more_gate, more_up = _part(
+                x_rows, gate_rows, up_rows, scales, zeros, of_scales, columns, part, out_features, in_features, width,
+                k_of_part, k_of_group, kind, gated, tile_rows, tile_outputs, block,
+            )  # fmt: skip
+            gate += more_gate
+            up += more_up
 
     is_written = (output < out_features)[:, None] & (row < end)[None, :]
     if split:
         at = (first_part * num_rows + row).to(tl.int64)[None, :] * (halves * out_features) + output[:, None]
-        tl.store(y + at, gate_total, mask=is_written)
+        tl.store(y + at, gate, mask=is_written)
         if gated:
-            tl.store(y + at + out_features, up_total, mask=is_written)
+            tl.store(y + at + out_features, up, mask=is_written)
     else:
         if gated:
-            gate_total = _gated(gate_total, up_total, y.dtype.element_ty)
+            gate = _gated(gate, up, y.dtype.element_ty)
         at = row.to(tl.int64)[None, :] * out_features + output[:, None]
-        tl.store(y + at, gate_total.to(y.dtype.element_ty), mask=is_written)
+        tl.store(y + at, gate.to(y.dtype.element_ty), mask=is_written)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

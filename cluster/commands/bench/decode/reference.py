@@ -27,7 +27,7 @@ from cluster.errors import SetupError
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 ATTENTION = ("sdpa", "eager")
-OPENMP_SETTINGS: tuple[Mapping[str, str], ...] = ({}, {SPIN_COUNT: str(EngineConfig().openmp_spin_count)})
+OPENMP_SETTINGS: tuple[Mapping[str, str], ...] = ({}, {SPIN_COUNT: str(EngineConfig().openmp_spin_count)})  # on a CPU
 COPIES_FRACTION = 0.25  # of free memory: batched_mm copies the weights of an expert for each row
 
 
@@ -62,6 +62,7 @@ class Reference(RivalProcess[Implementation]):
         super().__init__(_serve, str(directory), dtype, device, variables=variables)
         self._architecture = architecture
         self._dtype_bytes = 2 if dtype == "bfloat16" else 4
+        self._on_cpu = device == "cpu"
 
     def run(self, workload: Workload, way: Implementation) -> Run:
         prompts = workload.prompts(self._architecture.vocab_size)
@@ -74,7 +75,7 @@ class Reference(RivalProcess[Implementation]):
     def ways(self, workload: Workload) -> list[Implementation]:
         a = self._architecture
         expert_bytes = self._dtype_bytes * 3 * a.hidden_size * a.intermediate_size
-        room = COPIES_FRACTION * psutil.virtual_memory().available / expert_bytes  # rows
+        room = COPIES_FRACTION * _free_bytes(on_cpu=self._on_cpu) / expert_bytes  # rows
         rows = a.top_k * workload.num_sequences
         computed = rows * (workload.prompt_tokens - workload.context)
         ways = []
@@ -93,7 +94,11 @@ class Reference(RivalProcess[Implementation]):
 def fastest_reference(
     directory: Path, architecture: Architecture, dtype: str, device: str, workload: Workload
 ) -> Iterator[Reference]:
-    """The process with the better of two OpenMP settings, by the decode steps of a short run."""
+    """The process; on a CPU with the better of two OpenMP settings, by the decode steps of a short run."""
+    if device != "cpu":
+        with Reference(directory, architecture, dtype, device, {}) as reference:
+            yield reference
+        return
     implementation = Implementation("eager", "sdpa", "eager")
     short = replace(workload, output_tokens=min(workload.output_tokens, CALIBRATION_TOKENS))
     best: tuple[float, Mapping[str, str]] | None = None
@@ -109,6 +114,13 @@ def fastest_reference(
     assert best is not None, "there is a setting"
     with Reference(directory, architecture, dtype, device, best[1]) as reference:
         yield reference
+
+
+def _free_bytes(*, on_cpu: bool) -> int:
+    """Where weights are."""
+    import torch
+
+    return int(psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0])
 
 
 class _Stopwatch:

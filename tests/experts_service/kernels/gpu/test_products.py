@@ -16,7 +16,8 @@ from torch import Tensor
 
 import tests.triton_interpreter  # noqa: F401
 from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices
-from experts_service.kernels.gpu.products import FEW_ROWS, MANY_ROWS, gate_up, multiply, num_parts, num_tiles
+from experts_service.kernels.gpu import products
+from experts_service.kernels.gpu.products import FEW_ROWS, gate_up, multiply, num_parts, num_tiles
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense
 from tests.experts_service.kernels.broken_rows import check_that_a_broken_row_is_alone
 from tests.experts_service.kernels.compiled.test_quantized_matmul import floats_of, weight_of
@@ -97,6 +98,7 @@ def test_a_network_rounds_where_the_reference_does(device: str, name: str) -> No
     torch.testing.assert_close(hidden, expected, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # NumPy's, of the interpreter
 @pytest.mark.parametrize("run", [multiply, pytest.param(gate_up, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in FORMATS)])
@@ -104,7 +106,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device: str, name: str, 
     """Whichever place of whichever tile it gets, and whoever adds up the parts of its sum."""
     width = 1050 if name == "plain" else 2100  # k in parts, the last block short
     matrices = Matrices.pack(on(device, [a_weight(name, (40, width), dtype, seed=seed) for seed in range(2)]))
-    many = (FEW_ROWS + 5, MANY_ROWS + 1)
+    most = products.tiles(matrices).many.rows
+    many = (FEW_ROWS + 5, most + 1)
     x = randn(sum(many), width, dtype=FP32)
     if device == "cpu":
         # What the interpreter adds up inside a block has an order of NumPy's own, so numbers of a block are few and of
@@ -113,7 +116,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device: str, name: str, 
         x = x.sign() * sizes.repeat_interleave(16)[:width]
     x = x.to(dtype).to(device)
     together = run(x, matrices, ends_of(many, device))
-    for before, after in (3, 5), (1, 0), (0, 1), (many[0], MANY_ROWS):
+    for before, after in (3, 5), (1, 0), (0, 1), (many[0], most):
         counted = slice(many[0] - before, many[0] + after)
         assert torch.equal(run(x[counted], matrices, ends_of((before, after), device)), together[counted])
 
@@ -167,7 +170,7 @@ def test_packed_weights_are_as_small_as_is_planned(bits: int, scales_of: torch.d
     assert matrices.weights.nbytes + matrices.scales.nbytes == 64 * 256 // 32 * bytes_of_32
 
 
-@pytest.mark.parametrize("tile_rows", [FEW_ROWS, MANY_ROWS])
+@pytest.mark.parametrize("tile_rows", [FEW_ROWS, 128])
 def test_there_are_as_many_tiles_as_the_worst_case_needs(tile_rows: int) -> None:
     draw = torch.Generator().manual_seed(0)
     for _ in range(300):
@@ -182,8 +185,9 @@ def test_there_are_as_many_tiles_as_the_worst_case_needs(tile_rows: int) -> None
 
 def test_a_matrix_and_few_rows_keep_a_gpu_busy() -> None:
     """Mixtral 8x7B: w1 and w3, w2, attention's matrices, the head."""
-    assert num_parts(14336, 64, 64) == 1
-    assert num_parts(4096, 224, 128) == 4
-    assert num_parts(6144, 64, 128) == 4
-    assert num_parts(32000, 64, 128) == 1
-    assert num_parts(32, 2, 128) == 1, "too few k"
+    assert num_parts(2 * 14336, 32, 8, is_plain=True) == 1
+    assert num_parts(4096, 112, 8, is_plain=True) == 1
+    assert num_parts(4096, 112, 8, is_plain=False) == 4
+    assert num_parts(6144, 32, 1, is_plain=True) == 2
+    assert num_parts(32000, 32, 1, is_plain=True) == 1
+    assert num_parts(32, 2, 1, is_plain=True) == 1, "too few k"
