@@ -1,6 +1,9 @@
-"""The processes of a running server."""
+"""The processes of a running server, and what `manta status` says of them."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import psutil
 
@@ -17,3 +20,16 @@ def processes(server: Server, title: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def status(server: Server, *options: str) -> str:
+    """What `manta status` says of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "status", "--address", server.ray_address, *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

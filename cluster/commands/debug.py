@@ -32,8 +32,6 @@ app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args
 
 LOG_TAIL_BYTES = 256 << 10
 MAX_LOGS = 200  # the newest
-MAX_PAGE_BYTES = 32 << 20
-HTTP_TIMEOUT_S = 20.0
 STACK_TIMEOUT_S = 10.0
 RAY_SESSIONS = Path("/tmp/ray")  # of a cluster that `ray start` made
 
@@ -165,18 +163,12 @@ def _configuration(file: Path | None) -> Iterator[Part]:
 
 
 def _of_gateway(url: str, path: str, name: str, token_file: Path | None) -> Iterator[Part]:
-    import httpx
+    from cluster.commands.gateway_page import read_page
 
-    headers = {} if token_file is None else {"Authorization": f"Bearer {token_file.read_text().split()[0]}"}
-    with httpx.stream("GET", url.rstrip("/") + path, headers=headers, timeout=HTTP_TIMEOUT_S) as answer:
-        content = b""
-        for piece in answer.iter_bytes():
-            content += piece
-            if len(content) > MAX_PAGE_BYTES:
-                raise ConfigError(f"{url}{path} answers with more than {MAX_PAGE_BYTES >> 20} MiB")
+    status, content = read_page(url.rstrip("/") + path, path, token_file)
     yield name, content
-    if answer.status_code in (401, 403):
-        raise ConfigError(f"{url}{path} answers {answer.status_code}: give --metrics-token-file")
+    if status in (401, 403):
+        raise ConfigError(f"{url}{path} answers {status}: give --metrics-token-file")
 
 
 def _status(address: str) -> Iterator[Part]:

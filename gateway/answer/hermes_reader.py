@@ -8,26 +8,20 @@ own text, tags and all; so is everything outside, but for blanks beside a call. 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from cluster.messages import CALL_TAGS, ToolCallGrammar
-from gateway.answer.calls import Calls
-from gateway.answer.json_call import JsonObject, call_head, cut_name, whole_call
+from gateway.answer.json_call import JsonCallReader, call_head, cut_name, whole_call
 from gateway.answer.reasoning_reader import num_begun
 
 BEGIN, END = CALL_TAGS
 
 
-class HermesCallReader:
+class HermesCallReader(JsonCallReader):
     """`push` each token and its text, then `flush`; `calls` has what was read."""
 
     def __init__(self, grammar: ToolCallGrammar) -> None:
-        self.calls = Calls()
+        super().__init__("text")  # of which what is held may be a tag
         self._begin_id, self._end_id = grammar.tokens.calls, grammar.tokens.end
-        self._part: Literal["text", "head", "arguments", "rest", "other"] = "text"
-        self._held = ""  # of the text what may be a tag, of a call what is not decided
         self._blanks: str | None = ""  # before a text that has not begun; None: it has
-        self._arguments = JsonObject()
         self._is_cut = False  # the last call's arguments
 
     @property
@@ -59,22 +53,15 @@ class HermesCallReader:
             return "" if END.startswith(after) else after
         return self._end(is_whole=False)
 
-    def _read(self, text: str) -> str:
-        own = ""
-        while text:
-            match self._part:
-                case "text":
-                    said, text = self._read_text(text)
-                case "head":
-                    said, text = self._read_head(text)
-                case "arguments":
-                    said, text = self._read_arguments(text)
-                case "rest":
-                    said, text = self._read_rest(text)
-                case "other":
-                    said, text = self._read_other(text)
-            own += said
-        return own
+    def _read_part(self, text: str) -> tuple[str, str]:
+        match self._part:
+            case "text":
+                return self._read_text(text)
+            case "head":
+                return self._read_head(text)
+            case "rest":
+                return self._read_rest(text)
+        return self._read_other(text)
 
     def _read_text(self, text: str) -> tuple[str, str]:
         if self._begin_id is not None:
@@ -97,16 +84,7 @@ class HermesCallReader:
         if head is None:
             self._part = "other"
             return "", held
-        self.calls.begin(head.name)
-        self._part, self._arguments = "arguments", JsonObject()
-        return "", held[head.end :]
-
-    def _read_arguments(self, text: str) -> tuple[str, str]:
-        arguments, rest = self._arguments.push(text)
-        self.calls.add(arguments)
-        if self._arguments.is_over:
-            self._part = "rest"
-        return "", rest
+        return self._begin_arguments(head, held)
 
     def _read_rest(self, text: str) -> tuple[str, str]:
         """After the arguments: a bracket and the tag, or more keys that nobody asked for; what else follows is text."""

@@ -1,4 +1,4 @@
-"""One call as a JSON object: where its name is, and where its arguments end. Knows JSON; knows no tags and no tokens.
+"""Calls as JSON objects: where a name is, and where its arguments end. Knows JSON; knows no tags and no tokens.
 
 {"name": "f", "arguments": {…}}          Hermes, Qwen
 {"name": "f", "parameters": {…}}         Llama 3, also with "type": "function" before the name
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
+from gateway.answer.calls import Calls
+
+Part = Literal["text", "head", "arguments", "rest", "other"]
 _MAX_HEAD = 1024  # characters before the arguments; a longer one is no call
 
 
@@ -80,6 +84,41 @@ class JsonObject:
                     self.is_over = True
                     return text[: i + 1], text[i + 1 :]
         return text, ""
+
+
+class JsonCallReader(ABC):
+    """Reads an answer part by part, of which the arguments are read alike however a call is spelled."""
+
+    def __init__(self, part: Part) -> None:
+        self.calls = Calls()
+        self._part: Part = part
+        self._held = ""  # what is not decided of the part that it is in
+        self._arguments = JsonObject()
+
+    def _read(self, text: str) -> str:
+        """The part of `text` that is the answer's own."""
+        own = ""
+        while text:
+            said, text = self._read_arguments(text) if self._part == "arguments" else self._read_part(text)
+            own += said
+        return own
+
+    @abstractmethod
+    def _read_part(self, text: str) -> tuple[str, str]:
+        """What is the answer's own, and what the next part has to read."""
+
+    def _begin_arguments(self, head: Head, text: str) -> tuple[str, str]:
+        """Of the call that a text begins with."""
+        self.calls.begin(head.name)
+        self._part, self._held, self._arguments = "arguments", "", JsonObject()
+        return "", text[head.end :]
+
+    def _read_arguments(self, text: str) -> tuple[str, str]:
+        arguments, rest = self._arguments.push(text)
+        self.calls.add(arguments)
+        if self._arguments.is_over:
+            self._part = "rest"
+        return "", rest
 
 
 def _string(text: str) -> str | None:

@@ -8,24 +8,18 @@ follows it.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from cluster.messages import ToolCallGrammar
-from gateway.answer.calls import Calls
-from gateway.answer.json_call import JsonObject, call_head, cut_name
+from gateway.answer.json_call import JsonCallReader, call_head, cut_name
 
 _BETWEEN = " \n\t;"
 
 
-class LlamaCallReader:
+class LlamaCallReader(JsonCallReader):
     """`push` each token and its text, then `flush`; `calls` has what was read."""
 
     def __init__(self, grammar: ToolCallGrammar) -> None:
-        self.calls = Calls()
+        super().__init__("head")
         self._names = {name for name, _ in grammar.tools}
-        self._part: Literal["head", "arguments", "rest", "text"] = "head"
-        self._held = ""
-        self._arguments = JsonObject()
 
     @property
     def is_complete(self) -> bool:
@@ -34,19 +28,7 @@ class LlamaCallReader:
 
     def push(self, token_id: int, text: str) -> str:  # noqa: ARG002
         """The part of `text` that is the answer's own."""
-        own = ""
-        while text:
-            match self._part:
-                case "text":
-                    return own + text
-                case "head":
-                    said, text = self._read_head(text)
-                case "arguments":
-                    said, text = self._read_arguments(text)
-                case "rest":
-                    said, text = self._read_rest(text)
-            own += said
-        return own
+        return self._read(text)
 
     def flush(self, *, has_ended: bool) -> str:
         """What was held back and is the answer's own, once nothing follows; a call that is cut loses nothing."""
@@ -58,6 +40,14 @@ class LlamaCallReader:
             return ""
         held, self._held = self._held, ""
         return "" if self.calls.num_calls and not held.strip(_BETWEEN) else held
+
+    def _read_part(self, text: str) -> tuple[str, str]:
+        match self._part:
+            case "head":
+                return self._read_head(text)
+            case "rest":
+                return self._read_rest(text)
+        return text, ""
 
     def _between(self) -> str:
         """What is held without what stands between two calls."""
@@ -71,16 +61,7 @@ class LlamaCallReader:
             return "", ""
         if head is None or head.name not in self._names:
             return self._text()
-        self.calls.begin(head.name)
-        self._part, self._held, self._arguments = "arguments", "", JsonObject()
-        return "", held[head.end :]
-
-    def _read_arguments(self, text: str) -> tuple[str, str]:
-        arguments, rest = self._arguments.push(text)
-        self.calls.add(arguments)
-        if self._arguments.is_over:
-            self._part = "rest"
-        return "", rest
+        return self._begin_arguments(head, held)
 
     def _read_rest(self, text: str) -> tuple[str, str]:
         """The bracket that ends the call."""

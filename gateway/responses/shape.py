@@ -32,7 +32,7 @@ Json = dict[str, Any]
 
 
 class ResponsesShape:
-    """The answer to one request: `begin`, `push` each delta, `end`; the last event has the whole of it."""
+    """The answer to one request: `begin`, `push` each delta, `end`; `whole` is what the last event has."""
 
     def __init__(self, generation: Generation, body: ResponsesRequest, tokenizer: Tokenizer) -> None:
         random = generation.id.rpartition("-")[2]
@@ -47,6 +47,7 @@ class ResponsesShape:
         self._call: list[ToolCall] = []  # pieces of the call that is open
         self._output: list[Json] = []  # complete items
         self._number = 0
+        self._status = "completed"
         self._response: Json = {
             "id": f"resp_{random}",
             "object": "response",
@@ -77,7 +78,7 @@ class ResponsesShape:
             "truncation": body.truncation or "disabled",
         }
 
-    def begin(self) -> Iterator[Json]:
+    def begin(self, usage: Usage) -> Iterator[Json]:  # noqa: ARG002
         """The events before the first token."""
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
@@ -86,6 +87,8 @@ class ResponsesShape:
 
     def push(self, delta: Delta) -> Iterator[Json]:
         """The events of more text and of more of the calls."""
+        if delta.finish_reason == "length":
+            self._status = "incomplete"
         if delta.logprobs:
             self._untold += logprobs_body(self._names, delta.token_ids, delta.logprobs)
         self._untold = self._untold[delta.num_reasoning_tokens :]
@@ -109,15 +112,18 @@ class ResponsesShape:
             yield self._item_event("response.output_item.added", self._call_item("in_progress"))
             yield from self._more_arguments(piece)
 
-    def end(self, finish_reason: str | None, usage: Usage) -> Iterator[Json]:
+    def end(self, usage: Usage) -> Iterator[Json]:
         """The events after the last token."""
-        status = "incomplete" if finish_reason == "length" else "completed"
         if not self._output and self._text is None and self._thought is None and not self._call:
             yield from self._open_message()
-        yield from self._close_item(status)
-        whole = self._response | {
-            "status": status,
-            "incomplete_details": None if status == "completed" else {"reason": "max_output_tokens"},
+        yield from self._close_item(self._status)
+        yield self._event(f"response.{self._status}", response=self.whole(usage))
+
+    def whole(self, usage: Usage) -> Json:
+        """All of it, after `end`."""
+        return self._response | {
+            "status": self._status,
+            "incomplete_details": None if self._status == "completed" else {"reason": "max_output_tokens"},
             "output": self._output,
             "usage": {
                 "input_tokens": usage.prompt_tokens,
@@ -127,7 +133,6 @@ class ResponsesShape:
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }
-        yield self._event(f"response.{status}", response=whole)
 
     def error(self, body: Json) -> Json:
         """The event that ends a stream in the middle; `body` is the error as other routes answer it."""

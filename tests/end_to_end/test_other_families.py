@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import families, transformers_families
 from tests.conftest import Server, running_server
 from tests.gateway.chat_formats import write_gpt_oss, write_qwen3
-from tests.processes import processes
+from tests.processes import processes, status
 from tests.transformers_families import generated
 
 pytestmark = pytest.mark.long
@@ -225,15 +223,3 @@ def test_what_there_is_and_what_computes_is_told(server: Server, client: openai.
     assert answer.status_code == 200
     for model in MODELS:
         assert f'model="{model}"' in answer.text
-
-
-def status(server: Server, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "status", "--address", server.ray_address, *options],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

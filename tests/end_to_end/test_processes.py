@@ -1,7 +1,6 @@
 """What the server's processes are: light doors, one actor per expert group, all gone at the end."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import httpx
 import psutil
 
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from tests.processes import status
 from tests.waiting import wait_for
 
 
@@ -59,18 +59,6 @@ def test_a_request_is_one_line_of_the_gateway_s_log_and_none_of_the_coordinator_
     replicas = [path for path in (log.parent / "serve").glob("replica_*") if "coordinator" in path.name]
     assert replicas
     assert not any("CALL" in path.read_text() for path in replicas)
-
-
-def status(server, *options):
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "status", "--address", server.ray_address, *options],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_status_shows_groups_queue_and_rows(server):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.commands.gateway_page import read_page
 from cluster.errors import ConfigError
 
 SERIES = "manta_expert_rows_total"
-TIMEOUT_S, MAX_BYTES = 10.0, 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +39,17 @@ def observe(url: str, token_file: Path | None, model: str, num_experts: int) -> 
 
 
 def _page(url: str, token_file: Path | None) -> str:
-    headers = {}
-    if token_file is not None:
-        headers["Authorization"] = f"Bearer {token_file.read_text().partition(chr(10))[0].strip()}"
     try:
-        address = httpx.URL(url if "://" in url else f"http://{url}")
-        if address.path in ("", "/"):
-            address = address.copy_with(path="/metrics")
-        content = bytearray()
-        with httpx.stream("GET", address, headers=headers, timeout=TIMEOUT_S) as response:
-            if response.status_code in (401, 403):
-                raise ConfigError(
-                    f"--observed: {url} answers {response.status_code}: give --observed-token-file, a file whose first "
-                    "line is that of gateway.metrics_token_file"
-                )
-            if response.status_code != 200:
-                raise ConfigError(f"--observed: {url} answers {response.status_code}")
-            for piece in response.iter_bytes():
-                content += piece
-                if len(content) > MAX_BYTES:
-                    raise ConfigError(f"--observed: {url} answers with more than {MAX_BYTES >> 20} MiB")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConfigError(f"--observed: {url} cannot be reached: {error or type(error).__name__}") from error
+        status, content = read_page(url, "/metrics", token_file)
+    except ConfigError as error:
+        raise ConfigError(f"--observed: {error}") from error
+    if status in (401, 403):
+        raise ConfigError(
+            f"--observed: {url} answers {status}: give --observed-token-file, a file whose first line is that of "
+            "gateway.metrics_token_file"
+        )
+    if status != 200:
+        raise ConfigError(f"--observed: {url} answers {status}")
     return content.decode(errors="replace")
 
 
