@@ -23,13 +23,14 @@ SHARD_BYTES = 10**9
 
 
 def run(shape: str, directory: Path, seed: int, num_layers: int | None = None) -> None:
-    """The first `num_layers` of a shape, or all. Raises SetupError when the directory is in use or the disk too small."""
+    """The first `num_layers` of a shape, or all. Raises SetupError: the directory is in use, or the disk too small."""
     architecture = SHAPES[shape]
     architecture = replace(architecture, layers=architecture.layers[:num_layers])
     total = 2 * num_parameters(architecture)
     out, progress = Console(highlight=False, soft_wrap=True), Console(stderr=True)
     out.print(
-        f"{shape}, {architecture.num_layers} layers: {total / 2e9:.2f} B parameters in bf16, {total / 1e9:.2f} GB, seed {seed}"
+        f"{shape}, {architecture.num_layers} layers: {total / 2e9:.2f} B parameters in bf16, {total / 1e9:.2f} GB, "
+        f"seed {seed}"
     )
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress, transient=True) as bars:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tests.triton_interpreter  # noqa: F401
-from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices
 from experts_service.kernels.gpu import products
+from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices
 from experts_service.kernels.gpu.products import FEW_ROWS, gate_up, multiply, num_parts, num_tiles
 from experts_service.quantization.weight import QuantizedWeight, Weight, dense
 from tests.experts_service.kernels.broken_rows import check_that_a_broken_row_is_alone
