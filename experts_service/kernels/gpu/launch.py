@@ -88,4 +88,4 @@ def _kind(argument: Any) -> Hashable:
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument)
+    return type(argument).__qualname__
