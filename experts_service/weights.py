@@ -1,6 +1,7 @@
 """Reads tensors of a checkpoint into memory, only the byte ranges asked for. Knows nothing of layers or experts.
 
-What is quantised stays so, and what is to be rounded is rounded here.
+What is quantised stays so, and what is to be rounded is rounded here. transformers' code multiplies with plain
+numbers only: for that, what is quantised is widened here.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.quantization.scheme import READ
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 from experts_service.memory import mapped
+from experts_service.quantization.microscaled import widen_mxfp4
 from experts_service.quantization.rounding import rounded
 from experts_service.quantization.unpack import quantized_weight
 from experts_service.quantization.weight import Weight
@@ -32,6 +36,7 @@ _TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
+    "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
 }
@@ -74,6 +79,25 @@ def read_tensors(
                 tensor = mapped(tensor.numel() * dtype.itemsize).view(dtype).view(tensor.shape).copy_(tensor)
             tensors[name] = tensor.to(device)
     return {name: tensors[name] for name in refs}
+
+
+def read_widened(
+    ref: TensorRef | QuantizedRef | Mxfp4Ref, dtype: torch.dtype, on_bytes: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """One tensor, in `dtype` where it is stored in fewer bits, else as it is stored. From any thread.
+
+    Each number is computed in fp32 and rounded once. Raises CheckpointError.
+    """
+    if isinstance(ref, TensorRef):
+        return read_stored(ref, on_bytes)
+    if isinstance(ref, QuantizedRef):
+        parts = {role: read_stored(ref.parts[role], on_bytes) for role in READ if role in ref.parts}
+        return quantized_weight(ref.name, ref.shape, ref.scheme, parts, dtype).dequantize(dtype)
+    whole = mapped(prod(ref.shape) * dtype.itemsize).view(dtype).view(ref.shape)
+    for expert, out in enumerate(whole):
+        codes, scales = (read_stored(part, on_bytes)[0] for part in ref.of_expert(expert).stored)
+        widen_mxfp4(ref.name, codes, scales, out)
+    return whole
 
 
 def read_stored(ref: TensorRef, on_bytes: Callable[[int], None] | None = None) -> torch.Tensor:

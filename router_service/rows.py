@@ -165,6 +165,7 @@ def combine(
     None: one row's, as they stand. Only where `is_compiled`.
     """
     totals = answers.new_empty(weights.shape[0], answers.shape[-1])
+    assert weights.dtype is torch.float32, "the kernel reads them so"
     weights = weights.contiguous()
     places = None if places is None else places.contiguous()
     pairs = None if pairs is None else pairs.contiguous()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from cluster.checkpoint.configuration.hyperparameters import (
 )
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.layouts import Layout, Ref, locate_tensors
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
 from cluster.checkpoint.quantization.config import read_quantization
 from cluster.checkpoint.quantization.contents import check_contents
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
@@ -82,7 +83,19 @@ class Checkpoint:
 
     def _divided(self) -> tuple[int, int]:
         sizes = {name: (ref.shape, ref.nbytes) for name, ref in self.tensors.items()}
-        return divided(sizes, self.architecture.num_experts)
+        return divided(sizes, self.architecture)
+
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """How matrices are stored that are widened while they are read, whatever device computes with them."""
+        if self.model_impl == "native":
+            return ()
+        refs = (ref for ref in self.tensors.values() if isinstance(ref, QuantizedRef | Mxfp4Ref))
+        return tuple(dict.fromkeys(str(ref.scheme if isinstance(ref, QuantizedRef) else ref) for ref in refs))
+
+    def widening(self, dtype: str) -> str:
+        """The same, for a log."""
+        return f"weights in {'; '.join(self.widened)} are widened to {dtype} while they are read"
 
     def rounded(self, rounding: Rounding | None, key: str = "engine.quantization") -> Checkpoint:
         """The same, some of its matrices rounded while they are read, with a fingerprint of its own.
@@ -163,12 +176,11 @@ def check_config(config: JsonDocument) -> None:
 def _open_for_transformers(directory: Path, config: JsonDocument) -> Checkpoint:
     """Of any family: what it is made of is known when transformers has built it."""
     any_architecture(config)  # what is not supported is said before weights are looked at
-    stored = read_headers(directory, "huggingface")
-    architecture = any_architecture(config, _most_common_dtype(stored))
+    tensors = stored_tensors(read_headers(directory, "huggingface"), config)
+    architecture = any_architecture(config, _most_common_dtype(tensors.values()))
     generation = read_generation_config(directory, architecture.vocab_size)
     eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
     architecture = replace(architecture, eos_token_ids=eos_token_ids)
-    tensors = stored_tensors(stored)
     # What a model computes is in all of its config.json: there are more keys than sizes.
     of_config = json.dumps(config.values, sort_keys=True)
     known = hashlib.sha256(f"{fingerprint(architecture, tensors)} {of_config}".encode()).hexdigest()
@@ -225,6 +237,7 @@ def _stored_dtype(stored: Mapping[str, StoredTensor], name: str) -> StoredDtype:
     return _DTYPES.get(stored[name].dtype, "float32") if name in stored else "float32"
 
 
-def _most_common_dtype(stored: Mapping[str, StoredTensor]) -> StoredDtype:
-    counts = Counter(tensor.dtype for tensor in stored.values())
+def _most_common_dtype(refs: Iterable[Ref]) -> StoredDtype:
+    """Of the tensors that are not quantised."""
+    counts = Counter(ref.dtype for ref in refs if isinstance(ref, TensorRef))
     return _DTYPES.get(counts.most_common(1)[0][0], "float32") if counts else "float32"

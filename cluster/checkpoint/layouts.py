@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
 from cluster.checkpoint.quantization.config import Quantization
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef, codes_name, is_unused, locate_quantized
 from cluster.checkpoint.safetensors_header import StoredTensor
@@ -53,7 +54,7 @@ _MISTRAL_NAMES = {
 }
 
 
-Ref = TensorRef | QuantizedRef
+Ref = TensorRef | QuantizedRef | Mxfp4Ref  # the last of families that transformers computes
 
 
 def locate_tensors(

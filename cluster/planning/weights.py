@@ -13,6 +13,7 @@ from cluster.checkpoint.architecture import Shape, coordinator_tensors, expert_t
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.configuration.any_architecture import divided
 from cluster.checkpoint.layouts import Ref
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.quantization.scheme import Scheme, Values, num_groups
@@ -29,8 +30,11 @@ def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightByt
     """Of a model whose files are here."""
     a = checkpoint.architecture
     if checkpoint.model_impl == "transformers":
-        sizes = {name: (ref.shape, held_bytes(ref, dtype, device)) for name, ref in checkpoint.tensors.items()}
-        return WeightBytes(*divided(sizes, a.num_experts))
+        # transformers multiplies with plain numbers: what is stored in fewer bits is widened.
+        sizes = {
+            name: (ref.shape, math.prod(ref.shape) * DTYPE_BYTES[dtype]) for name, ref in checkpoint.tensors.items()
+        }
+        return WeightBytes(*divided(sizes, a))
 
     def held(names: Iterable[str]) -> int:
         return sum(held_bytes(checkpoint.tensors[name], dtype, device) for name in names)
@@ -50,7 +54,7 @@ def held_bytes(ref: Ref | RoundedRef, dtype: Dtype, device: str) -> int:
     elif isinstance(ref, QuantizedRef):
         scheme, has_zero_points = ref.scheme, ref.has_zero_points
         has_narrow_scales = ref.parts["scales"].dtype in NARROW_SCALES
-    if isinstance(ref, TensorRef) or not _stays_as_it_is(ref.shape, scheme, dtype, device):
+    if isinstance(ref, TensorRef | Mxfp4Ref) or not _stays_as_it_is(ref.shape, scheme, dtype, device):
         return math.prod(ref.shape) * DTYPE_BYTES[dtype]
     of_group = NARROW_SCALE_BYTES if has_narrow_scales else SCALE_BYTES
     if has_zero_points:

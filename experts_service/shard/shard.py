@@ -271,6 +271,8 @@ class ExpertShard:
         checkpoint = open_checkpoint(spec.directory, spec.model_impl).rounded(spec.rounding)
         if checkpoint.fingerprint != spec.fingerprint:
             raise CheckpointError(f"{spec.directory} changed since the server started; restart it to serve the new one")
+        if checkpoint.widened:
+            logger.info("%s: %s", spec.name, checkpoint.widening(spec.dtype))
         total = checkpoint.expert_bytes(spec.experts)
         experts = load_experts(
             checkpoint,

@@ -4,7 +4,8 @@
     in memory   model.layers.1.mlp.experts.gate_up_proj        [E, 2F, D]
 
 transformers renames, stacks, joins and transposes; here is decided what it is given: the coordinator's tensors, or
-those of some experts, of which only their bytes are read. Experts stored in one tensor are its first dimension.
+those of some experts, of which only their bytes are read. Experts stored in one tensor are its first dimension. What
+is stored in fewer bits it is given widened, under the name that it would have in bf16, so it knows of none.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.layouts import Ref
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
+from cluster.checkpoint.quantization.rounding import RoundedRef
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
 from experts_service.transformers_backend.meta_model import MetaModel
-from experts_service.weights import read_stored
+from experts_service.weights import read_widened
 
 OnBytes = Callable[[int], None]
 
@@ -37,25 +41,34 @@ _EXPERT = re.compile(r"\.(\d+)\.")
 _TEXT_MODEL = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 
 
-class _Rows:
-    """A stored tensor, or rows of it, that is read when transformers asks for it."""
+class _Stored:
+    """A stored tensor, or some experts' part of it, that is read when transformers asks for it, widened to `dtype`."""
 
-    def __init__(self, ref: TensorRef, rows: Sequence[int] | None, on_bytes: OnBytes | None) -> None:
-        self._ref, self._rows, self._on_bytes = ref, rows, on_bytes
+    def __init__(
+        self, ref: Ref, dtype: torch.dtype, on_bytes: OnBytes | None, experts: Sequence[int] | None = None
+    ) -> None:
+        self._ref, self._dtype, self._on_bytes, self._experts = ref, dtype, on_bytes, experts
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         ref = self._ref
-        if self._rows is None:
-            return read_stored(ref, self._on_bytes)
-        nbytes = ref.nbytes // ref.shape[0]
-        return torch.stack(
-            [
-                read_stored(
-                    replace(ref, shape=ref.shape[1:], offset=ref.offset + row * nbytes, nbytes=nbytes), self._on_bytes
-                )
-                for row in self._rows
-            ]
-        )
+        if self._experts is None:
+            return read_widened(ref, self._dtype, self._on_bytes)
+        parts = (read_widened(_of_expert(ref, expert), self._dtype, self._on_bytes) for expert in self._experts)
+        first = next(parts)
+        whole = first.new_empty(len(self._experts), *ref.shape[1:])
+        whole[:1] = first
+        for place, part in enumerate(parts, 1):
+            whole[place : place + 1] = part
+        return whole
+
+
+def _of_expert(ref: Ref, expert: int) -> Ref:
+    """Of a tensor that has all experts of a layer."""
+    if isinstance(ref, Mxfp4Ref):
+        return ref.of_expert(expert)
+    assert isinstance(ref, TensorRef), "no other format has all experts in a tensor"
+    nbytes = ref.nbytes // ref.shape[0]
+    return replace(ref, shape=(1, *ref.shape[1:]), offset=ref.offset + expert * nbytes, nbytes=nbytes)
 
 
 class _Names:
@@ -79,6 +92,11 @@ class _Names:
                     return candidate, parameter
         return None
 
+    def dtype(self, parameter: str) -> torch.dtype:
+        """In which the model has it."""
+        dtype: torch.dtype = self._parameters[parameter].dtype
+        return dtype
+
     def is_of_experts(self, parameter: str) -> bool:
         return parameter.startswith(self._experts)
 
@@ -92,7 +110,7 @@ def load_own(
     for name, ref in _refs(checkpoint):
         of_name = names(name)
         if of_name is not None and not names.is_of_experts(of_name[1]):
-            own[of_name[0]] = _Rows(ref, None, on_bytes)
+            own[of_name[0]] = _Stored(ref, names.dtype(of_name[1]), on_bytes)
 
     def load() -> None:
         config = _config(meta, names, device)
@@ -125,11 +143,11 @@ def load_experts(
         if number is not None:
             if int(number[1]) in place:  # numbered anew: transformers stacks them in this order
                 key = f"{key[: number.start(1)]}{place[int(number[1])]}{key[number.end(1) :]}"
-                own[key] = _Rows(ref, None, on_bytes)
+                own[key] = _Stored(ref, names.dtype(parameter), on_bytes)
         elif shapes[parameter][0] != checkpoint.architecture.num_experts:
-            own[key] = _Rows(ref, None, on_bytes)  # all experts of the layer share it
+            own[key] = _Stored(ref, names.dtype(parameter), on_bytes)  # all experts of the layer share it
         elif ref.shape[0] == checkpoint.architecture.num_experts:
-            own[key] = _Rows(ref, experts, on_bytes)
+            own[key] = _Stored(ref, names.dtype(parameter), on_bytes, experts)
         else:
             raise meta.error(f"the tensor {name!r} of {list(ref.shape)} cannot be divided among experts")
     for _, module in meta.experts:
@@ -143,22 +161,9 @@ def load_experts(
     return [module for _, module in meta.experts]
 
 
-def own_bytes(meta: MetaModel, checkpoint: Checkpoint) -> tuple[int, int]:
-    """Of the coordinator's tensors as they are stored, and of all experts'."""
-    names = _Names(meta)
-    own = of_experts = 0
-    for name, ref in _refs(checkpoint):
-        of_name = names(name)
-        if of_name is not None and names.is_of_experts(of_name[1]):
-            of_experts += ref.nbytes
-        elif of_name is not None:
-            own += ref.nbytes
-    return own, of_experts
-
-
-def _refs(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
+def _refs(checkpoint: Checkpoint) -> Iterator[tuple[str, Ref]]:
     for name, ref in checkpoint.tensors.items():
-        assert isinstance(ref, TensorRef), "nothing is quantised or rounded here"
+        assert not isinstance(ref, RoundedRef), "nothing is rounded here"
         yield name, ref
 
 

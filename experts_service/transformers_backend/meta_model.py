@@ -111,6 +111,8 @@ def _text_config(directory: Path) -> Any:
             f"remote code: {first_line(error)}."
         ) from error
     text = config.get_text_config(decoder=True)
+    for part in (config, text):
+        part.__dict__.pop("quantization_config", None)  # what it is given is plain
     if type(text) not in AutoModelForCausalLM._model_mapping:
         raise refusal(directory, config.model_type, "transformers has no causal language model over text alone for it")
     return text

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from cluster.checkpoint.architecture import compute_dtype
+from cluster.checkpoint.architecture import ComputeDtype, compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import MantaError
@@ -59,7 +59,7 @@ class Bench:
         settings = EngineConfig(**{**tiny, "device": device, **config})
         checkpoint = open_checkpoint(directory, model_impl).rounded(settings.rounding)
         kernel = None if settings.kernels == "auto" else Kernel(settings.kernels)
-        dispatcher = dispatcher or local_dispatcher(checkpoint, num_groups, device, kernel)
+        dispatcher = dispatcher or local_dispatcher(checkpoint, num_groups, device, kernel, settings.dtype)
         self.engine: Engine = build_engine(checkpoint, settings, dispatcher, self._collect)
         architecture = checkpoint.architecture
         self.vocabulary = GrammarVocabulary(
@@ -107,12 +107,18 @@ class Bench:
         return [self.run(request)[0] for request in requests]
 
 
-def local_dispatcher(checkpoint: Checkpoint, num_groups: int, device: str, kernel: Kernel | None = None) -> Dispatcher:
+def local_dispatcher(
+    checkpoint: Checkpoint,
+    num_groups: int,
+    device: str,
+    kernel: Kernel | None = None,
+    of_config: Literal["auto"] | ComputeDtype = "auto",
+) -> Dispatcher:
     """Experts of a checkpoint in this process, packed into `num_groups` groups; a dense model has none."""
     architecture = checkpoint.architecture
     if architecture.is_dense:
         return Dispatcher((), LocalTransport({}))
-    dtype = getattr(torch, compute_dtype("auto", architecture))
+    dtype = getattr(torch, compute_dtype(of_config, architecture))
     size = architecture.num_experts // num_groups
     groups = [ExpertGroup(g, tuple(range(g * size, (g + 1) * size))) for g in range(num_groups)]
     loaded = {

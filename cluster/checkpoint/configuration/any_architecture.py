@@ -6,6 +6,7 @@ but what is missing; what that code cannot do behind our interfaces it is refuse
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
@@ -13,6 +14,9 @@ from cluster.checkpoint.configuration.hyperparameters import stored_dtype
 from cluster.checkpoint.families.family import MAX_LAYERS
 from cluster.checkpoint.json_document import LARGEST, JsonDocument
 from cluster.checkpoint.layouts import SUPPORTED_DTYPES
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref, quantized_matrices
+from cluster.checkpoint.quantization.contents import check_contents
+from cluster.checkpoint.quantization.quantized_ref import QuantizedRef, is_unused
 from cluster.checkpoint.safetensors_header import StoredTensor
 from cluster.checkpoint.tensor_ref import TensorRef
 from cluster.errors import CheckpointError
@@ -28,6 +32,9 @@ TOP_K = (
 INTERMEDIATE_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim", "intermediate_size")
 UNTOLD_CONTEXT = 4096  # tokens, where config.json does not say how many
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NOT_SERVED = re.compile(r"(?:^|\.)(?:mtp\w*|vision\w*|visual|audio\w*|multi_modal_projector)\.")
+
 
 def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
     """Sizes of the text model. Keys and values are as wide as a head is where they are kept expanded.
@@ -35,9 +42,6 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     Raises CheckpointError where a size is missing.
     """
     text = config.section("text_config") if config.has("text_config") else config
-    for part in (config, text):
-        if part.has("quantization_config"):
-            raise part.error("quantization_config", "is there, and the transformers backend reads plain weights only")
     vocab_size = text.integer("vocab_size")
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
@@ -67,22 +71,41 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     )
 
 
-def stored_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, TensorRef]:
-    """Each as it lies in its file, under its own name. Raises CheckpointError for one in a dtype that is not plain."""
+def stored_tensors(
+    stored: Mapping[str, StoredTensor], config: JsonDocument
+) -> dict[str, TensorRef | QuantizedRef | Mxfp4Ref]:
+    """Each under its own name, a quantised matrix under the one that it would have in bf16.
+
+    Raises CheckpointError for one that is neither plain numbers nor a quantised matrix as config.json tells of them.
+    """
+    text = config.section("text_config") if config.has("text_config") else config
+    of_matrices = text if text.has("quantization_config") else config
+    matrices, used = quantized_matrices(of_matrices, stored)
+    tensors: dict[str, TensorRef | QuantizedRef | Mxfp4Ref] = dict(matrices)
     for name, tensor in stored.items():
+        if name in used or (matrices and is_unused(name)):
+            continue
         if tensor.dtype not in SUPPORTED_DTYPES and tensor.dtype not in ("I64", "I32", "BOOL"):
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is {tensor.dtype}; expected plain numbers")
-    return {
-        name: TensorRef(name, tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
-        for name, tensor in stored.items()
-    }
+            told = (
+                f"quantization_config tells of none in {tensor.dtype} there" if matrices else "expected plain numbers"
+            )
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} is {tensor.dtype}; {told}")
+        tensors[name] = TensorRef(name, tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
+    if matrices:
+        check_contents(tensors)
+    return tensors
 
 
-def divided(sizes: Mapping[str, tuple[Shape, int]], num_experts: int) -> tuple[int, int]:
+def divided(sizes: Mapping[str, tuple[Shape, int]], architecture: Architecture) -> tuple[int, int]:
     """What the coordinator has of these sizes, and one expert in all layers: by names and shapes, as families have
-    them."""
+    them. What predicts further tokens, sees or hears is of neither.
+    """
     own = of_experts = 0
+    num_experts = architecture.num_experts
     for name, (shape, size) in sizes.items():
+        layer = _LAYER.search(name)
+        if _NOT_SERVED.search(name) or (layer is not None and int(layer[1]) >= architecture.num_layers):
+            continue
         if ".experts." in name or (num_experts and len(shape) == 3 and shape[0] == num_experts):
             of_experts += size
         else:

@@ -102,7 +102,7 @@ def _fp8_schemes(section: JsonDocument) -> tuple[Scheme, ...]:
     """transformers' fine-grained FP8 has `weight_scale_inv`; AutoFP8's has one `weight_scale` a matrix."""
     _refuse_unknown(section, _FP8_KEYS)
     _one_of(section, "activation_scheme", ("dynamic", "static"))
-    _one_of(section, "fmt", ("e4m3",))
+    _one_of(section, "fmt", ("e4m3", "float8_e4m3fn"))
     _one_of(section, "scale_fmt", ("float", "ue8m0"))
     _one_of(section, "expert_dtype", ("fp8",))
     block: Block = FP8_BLOCK

@@ -7,6 +7,7 @@ import sys
 from array import array
 from collections.abc import Mapping
 
+from cluster.checkpoint.quantization.any_matrix import Mxfp4Ref
 from cluster.checkpoint.quantization.quantized_ref import QuantizedRef
 from cluster.checkpoint.quantization.scheme import NEIGHBOURS, WORD_BITS, Awq, Gptq, Values, num_groups
 from cluster.checkpoint.tensor_ref import TensorRef
@@ -16,7 +17,7 @@ _LOOKED_AT_BYTES = 4096
 _TYPE_CODES = {"I32": "i", "I64": "q"}
 
 
-def check_contents(refs: Mapping[str, TensorRef | QuantizedRef]) -> None:
+def check_contents(refs: Mapping[str, TensorRef | QuantizedRef | Mxfp4Ref]) -> None:
     """Raises CheckpointError, naming file and tensor: a group of inputs that is not there, another shape, a bias, zero
     points where there are said to be none.
     """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GPU = "H100"
 NOT_KNOWN_OF_TRANSFORMERS = (  # a model that its code computes
-    "bytes of weights are those of the files; operations are those of a plain decoder of these sizes",
+    "operations are those of a plain decoder of these sizes",
     "which layers have experts, how wide keys and values are in each, and whether its layers can be served: "
     "manta serve finds out before it loads",
     "how fast that code is: attention copies the context, and nothing has measured it",
@@ -111,10 +111,13 @@ def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dic
     def draw(console: Console) -> None:
         tables.draw(config.name, question.target, planner, plan, console)
         tables.draw_figures(figures(question, plan), console)
+        if checkpoint.widened:
+            console.print(f"Bytes are those in memory: {checkpoint.widening(planner.model.dtype)}.")
         for one in unknown:
             console.print(f"Not known: {one}.")
 
-    return document(config.name, question, planner, plan) | {"not_known": unknown}, draw
+    shown = document(config.name, question, planner, plan)
+    return shown | {"not_known": unknown, "widened": checkpoint.widened}, draw
 
 
 def _plan_tiers(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands.doctor.model import generate
 from router_service.engine import Engine
 
@@ -109,7 +110,7 @@ class Reference:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=dtype, trust_remote_code=False, local_files_only=True
+            checkpoint.directory, dtype=dtype, trust_remote_code=False, local_files_only=True, **_plain(checkpoint)
         )
         self._model.to(device).eval()
         self._layers = Layers()
@@ -146,3 +147,15 @@ class Reference:
             self._layers.experts[index] = arguments[1].sort(1).values.cpu()
 
         return note
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Has transformers widen what we widen; it would multiply some formats as they are on a GPU."""
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    config = JsonDocument.read(checkpoint.directory / "config.json")
+    if not checkpoint.widened or not config.has("quantization_config"):
+        return {}
+    method = config.section("quantization_config").values.get("quant_method")
+    plain: dict[object, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    return {"quantization_config": plain[method](dequantize=True)} if method in plain else {}

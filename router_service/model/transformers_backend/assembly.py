@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from router_service.attention.backend import AttentionBackend
 from router_service.dispatcher import Dispatcher
 from router_service.model.transformers_backend.attention import PagedSdpa
 from router_service.model.transformers_backend.decoder import TransformersDecoder
+
+logger = logging.getLogger(__name__)
 
 
 def transformers_model(
@@ -33,6 +36,8 @@ def transformers_model(
     """
     if config.kv_cache_dtype != "auto":
         raise ConfigError(f"engine.kv_cache_dtype: {config.kv_cache_dtype} is for native models; this one needs auto")
+    if checkpoint.widened:
+        logger.info("%s", checkpoint.widening(str(dtype).removeprefix("torch.")))
     decoder = TransformersDecoder(
         checkpoint, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
     )

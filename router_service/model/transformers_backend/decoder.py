@@ -137,7 +137,7 @@ class TransformersDecoder:
         if self._step.routed is not None:
             self._step.routed.append(experts)
         with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
-            return self.dispatcher.combine(dispatch, weights.contiguous())
+            return self.dispatcher.combine(dispatch, weights.float().contiguous())  # some families' are in bf16
 
 
 class _Before:

@@ -1,6 +1,7 @@
 """What is planned of a model that transformers' code computes, and what is said not to be known."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from cluster.cli import app
 from cluster.errors import ConfigError
 from cluster.planning.weights import held_weights
 from tests.transformers_families import write_family
+from tests.widened_checkpoints import write_mxfp4
 
 
 @pytest.fixture
@@ -28,7 +30,20 @@ def test_bytes_are_counted_and_the_rest_is_said_not_to_be_known(directory):
     assert plan["weight_bytes"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     assert any("operations are those of a plain decoder" in one for one in plan["not_known"])
     text = CliRunner().invoke(app, ["plan", str(directory), "--context", "128"]).stdout
-    assert "Not known: bytes of weights are those of the files" in text.replace("\n", " ")
+    assert "Not known: operations are those of a plain decoder" in text.replace("\n", " ")
+    assert "Bytes are those in memory" not in text
+
+
+def test_bytes_of_what_is_widened_are_those_in_memory(tmp_path):
+    """gpt-oss in MXFP4 takes four times what its files do."""
+    write_mxfp4(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    [plan] = json.loads(CliRunner().invoke(app, ["plan", str(tmp_path), "--json", "--context", "128"]).stdout)
+    numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    assert plan["weight_bytes"] == 2 * numbers > 1.5 * sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert plan["widened"] == ["MXFP4"]
+    text = CliRunner().invoke(app, ["plan", str(tmp_path), "--context", "128"]).stdout.replace("\n", " ")
+    assert "Bytes are those in memory: weights in MXFP4 are widened to bfloat16 while they  are read." in text
 
 
 def test_tiers_are_not_planned(directory):
