@@ -76,11 +76,15 @@ def _kind_of(parameter: Any) -> Callable[[Any], Hashable]:
     """What Triton looks at in an argument."""
     if parameter.is_constexpr:
         return _itself
-    return type if parameter.do_not_specialize else _kind
+    return _type if parameter.do_not_specialize else _kind
 
 
 def _itself(constant: Any) -> Hashable:
     return constant  # type: ignore[no-any-return]
+
+
+def _type(argument: object) -> Hashable:
+    return argument.__class__.__name__
 
 
 def _kind(argument: Any) -> Hashable:

@@ -9,6 +9,7 @@ the program itself, or, where there are few, by `add_parts`, in the same order.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import triton
@@ -20,20 +21,65 @@ PLAIN = tl.constexpr(matrices.PLAIN)
 INT4 = tl.constexpr(matrices.INT4)
 FLOAT8 = tl.constexpr(matrices.FLOAT8)
 HALF = tl.constexpr(matrices.HALF)
+IS_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+
+# Four bytes to four numbers in bf16, of which a register holds two. The interpreter knows no PTX: it does what else is
+# done in `_numbers`.
+# Bits 0x4300 and 4 more are 128 and those: less 128 and what stands for 0, both exact.
+_LOW_HALVES = tl.constexpr("""{
+    .reg .b32 codes, one;
+    mov.b32 one, 0x3f803f80;
+    and.b32 codes, $2, 0x0f0f0f0f;
+    prmt.b32 $0, codes, 0x43434343, 0x4140;
+    prmt.b32 $1, codes, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $0, $0, one, $3;
+    fma.rn.bf16x2 $1, $1, one, $4;
+}""")
+# The bits of FP8 (e4m3) behind bf16's sign and first four bits of its exponent are the number times 2^-120, subnormals
+# too; times 2^112 it is what the scales are made for.
+_FLOAT8_BYTES = tl.constexpr("""{
+    .reg .b32 high, low, zeros, minus_zeros, factors;
+    mov.b32 zeros, 0;
+    mov.b32 minus_zeros, 0x80008000;
+    mov.b32 factors, 0x77807780;
+    prmt.b32 low, $2, zeros, 0x1404;
+    prmt.b32 high, $2, zeros, 0x3424;
+    shr.u32 $0, low, 4;
+    shr.u32 $1, high, 4;
+    and.b32 $0, $0, 0x07f007f0;
+    and.b32 $1, $1, 0x07f007f0;
+    lop3.b32 $0, low, 0x80008000, $0, 0xea;
+    lop3.b32 $1, high, 0x80008000, $1, 0xea;
+    fma.rn.bf16x2 $0, $0, factors, minus_zeros;
+    fma.rn.bf16x2 $1, $1, factors, minus_zeros;
+}""")
 
 
 @triton.jit
-def _numbers(codes, zero, has_zeros: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
-    """Codes [N, K] less what stands for 0 [N, 1], exactly.
-
-    Triton widens bytes by few instructions, so of 4 bits zero is taken off before.
-    """
+def _numbers(
+    codes, zero, has_zeros: tl.constexpr, is_upper: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """Codes [N, K] less what stands for 0 [N, 1], exactly; of 4 bits those in the lower halves, or the upper."""
     if kind == FLOAT8:
-        codes = codes.to(tl.int16)
-        bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32).to(dtype)
+        if IS_COMPILED and dtype == tl.bfloat16:
+            numbers = tl.inline_asm_elementwise(
+                _FLOAT8_BYTES, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            codes = codes.to(tl.int16)
+            bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
+            numbers = bits.to(tl.float16, bitcast=True).to(tl.float32).to(dtype)
     elif kind == INT4:
-        numbers = (codes.to(tl.int8) - zero).to(dtype)
+        if is_upper:
+            codes = codes >> 4
+        if IS_COMPILED and dtype == tl.bfloat16:
+            less = tl.zeros(codes.shape, tl.bfloat16) - (zero + 128).to(tl.float32).to(tl.bfloat16)
+            numbers = tl.inline_asm_elementwise(
+                _LOW_HALVES, "=r,=r,r,r,r", [codes, less], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            numbers = ((codes & 15).to(tl.int8) - zero).to(dtype)
     elif has_zeros:
         numbers = (codes.to(tl.float32) - zero.to(tl.float32)).to(dtype)
     else:
@@ -46,8 +92,6 @@ def _zero(zeros, at, kind: tl.constexpr):
     """What stands for 0: of each output [N, 1], or of all."""
     if zeros is not None:
         zero = tl.load(zeros + at)[:, None]
-        if kind == INT4:
-            zero = zero.to(tl.int8)
     else:
         zero: tl.constexpr = 8 if kind == INT4 else 0
     return zero
@@ -80,10 +124,13 @@ def _product(
     else:
         codes = tl.load(weight_rows[:, None] + at[None, :])
         if kind == INT4:
-            sums = tl.dot(_numbers(codes & 15, zero, has_zeros, kind, low.dtype), low, sums, input_precision="ieee")
-            sums = tl.dot(_numbers(codes >> 4, zero, has_zeros, kind, low.dtype), high, sums, input_precision="ieee")
+            lower = _numbers(codes, zero, has_zeros, False, kind, low.dtype)
+            upper = _numbers(codes, zero, has_zeros, True, kind, low.dtype)
+            sums = tl.dot(lower, low, sums, input_precision="ieee")
+            sums = tl.dot(upper, high, sums, input_precision="ieee")
         else:
-            sums = tl.dot(_numbers(codes, zero, has_zeros, kind, low.dtype), low, sums, input_precision="ieee")
+            numbers = _numbers(codes, zero, has_zeros, False, kind, low.dtype)
+            sums = tl.dot(numbers, low, sums, input_precision="ieee")
     return sums
 
 
