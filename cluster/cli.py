@@ -279,6 +279,104 @@ def plan(
 
 
 @app.command()
+def simulate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML configuration, or a model as manta plan takes it.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Which of several models of the configuration.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A CSV of arrivals with prompt and output tokens: Azure's, BurstGPT."
+        ),
+    ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rate=2,…",
+            help="Made arrivals: rate, hours, swing, bursts, burst_factor, burst_s, prompt, output, spread, start.",
+        ),
+    ] = None,
+    scale: Annotated[float, typer.Option(min=0.001, help="So many times as many requests in the same time.")] = 1.0,
+    popularity: Annotated[
+        str,
+        typer.Option(
+            help="uniform; zipf:1.0, with :layers, :drift=HOURS; or a running server's URL, for its /metrics."
+        ),
+    ] = "zipf:0.7:layers",
+    observed_token_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its first line opens that /metrics.")
+    ] = None,
+    first_token: Annotated[float, typer.Option(min=0.001, help="Seconds until the first token, to be good.")] = 2.0,
+    token: Annotated[float, typer.Option(min=0.001, help="Milliseconds of each later one, on average.")] = 100.0,
+    gpu: Annotated[str | None, typer.Option(help="The GPUs' type, or cpu. [default: the profile's, else H100]")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What manta doctor --profile measured.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Of a machine with experts on CPUs. [default: 8]")] = None,
+    quantization: Annotated[str | None, typer.Option(help="What engine.quantization takes.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Of whole (a), together (b), single (c), tiers (d).")
+    ] = "whole,together,single,tiers",
+    max_replicas: Annotated[
+        int, typer.Option(min=1, help="Of a deployment that the configuration keeps at one number.")
+    ] = 64,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="Scale nothing that the configuration keeps at one number.")
+    ] = False,
+    whole_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Of a replica of the whole model. [default: the fewest that hold it]")
+    ] = None,
+    start: Annotated[float, typer.Option(min=0, help="Seconds until a new replica begins to load.")] = 20.0,
+    load_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of weights that are loaded.")] = 2.0,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Rows of several coordinators never share a batch of a shard.")
+    ] = False,
+    keep_batch: Annotated[
+        bool,
+        typer.Option(
+            "--keep-batch", help="engine.max_num_seqs as configured, also where a step of it takes longer than --token."
+        ),
+    ] = False,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds whose requests are not counted.")] = 900.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals and popularity.")] = 0,
+    break_even: Annotated[
+        bool, typer.Option("--break-even", help="Even loads instead, over load, skew and length of prompts.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Draw a .png or an .svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+) -> None:
+    """Serve hours of requests in simulated time: whole replicas, experts together, one by one, and on tiers."""
+    from cluster.commands.simulate.command import Question, chosen, run
+    from cluster.simulation.fleet.outcome import Objective
+    from cluster.simulation.fleet.variants import Options
+
+    run(
+        Question(
+            config=config,
+            model=model,
+            trace=trace,
+            synthetic=synthetic,
+            scale=scale,
+            popularity=popularity,
+            observed_token_file=observed_token_file,
+            objective=Objective(first_token, token / 1e3, warm_up),
+            gpu=gpu,
+            profile=profile,
+            cores=cores,
+            quantization=quantization,
+            variants=chosen(variants),
+            options=Options(max_replicas, fixed, whole_gpus, start, load_bandwidth * 1e9, not alone),
+            keep_batch=keep_batch,
+            seed=seed,
+            as_json=as_json,
+            plot=plot,
+            break_even=break_even,
+        )
+    )
+
+
+@app.command()
 def status(
     address: Annotated[str, typer.Option(metavar="RAY", help="The Ray cluster: auto, or host:port.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.config import CoordinatorScalingConfig, GatewayScalingConfig, ScalingConfig
+
+if TYPE_CHECKING:
+    from cluster.planning.tier_loads import TierLoads
 
 LOAD, WAITING = "load", "waiting"  # of one replica
 SLACK = 0.8  # fewer replicas only when they would carry less than this part of the target: no to and fro
@@ -58,11 +61,17 @@ class Reports(Protocol):
 class ScalingPolicy:
     """`desired_replicas` as Serve calls it; a class, because only those are given arguments."""
 
-    def __init__(self, target_load: float, max_waiting: float, tiers: Sequence[str] = ()) -> None:
-        """`tiers`: the deployments of this one's expert group, where one of them begins without a replica."""
+    def __init__(
+        self, target_load: float, max_waiting: float, tiers: Sequence[str] = (), loads: TierLoads | None = None
+    ) -> None:
+        """`tiers`: the deployments of this one's expert group, where one of them begins without a replica.
+
+        `loads`: what they tell each other; None: this process's, which all policies of Serve's controller share.
+        """
         self._target_load = target_load
         self._max_waiting = max_waiting
         self._tiers = list(tiers)
+        self._loads = loads
 
     def __call__(self, context: Reports) -> tuple[int, dict[str, Any]]:
         reported = context.aggregated_metrics or {}
@@ -80,7 +89,7 @@ class ScalingPolicy:
         """The same where the tier before this one is preferred; the bound of this one keeps what it has at least."""
         from cluster.planning import tier_loads
 
-        loads = tier_loads.LOADS
+        loads = self._loads or tier_loads.LOADS
         now, application = context.current_time or 0.0, context.app_name or ""
         place = self._tiers.index(context.deployment_name)
         if place:

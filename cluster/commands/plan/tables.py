@@ -27,6 +27,10 @@ def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Conso
     if plan.rival is not None:
         console.print(_comparison(plan))
         console.print(_verdict(plan))
+    if plan.layout.groups:
+        console.print(
+            "What a day of requests costs, with replicas that follow it: manta simulate (docs/does-it-pay.md)."
+        )
 
 
 def draw_figures(figures: Sequence[Figure], console: Console) -> None:

@@ -1,0 +1,1 @@
+"""`manta simulate`: options to fleets, and what came of them as tables, JSON and a plot. Decides nothing."""
