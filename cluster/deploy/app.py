@@ -286,16 +286,20 @@ def check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
             raise ConfigError(f"experts.group_scaling: there is no group {index}; groups are 0 to {num_groups - 1}")
 
 
-def _gpu_shares(config: ModelConfig, num_groups: int, num_gpus: int) -> tuple[float, float]:
-    """GPUs of a shard and of a coordinator."""
-    if num_groups == 0:
+def _gpu_shares(config: ModelConfig, num_shards: int, num_gpus: int) -> tuple[float, float]:
+    """GPUs of a shard and of a coordinator, which takes what those leave that have to be on its own."""
+    if num_shards == 0:
         return 0.0, 1.0
     if tiers := config.experts.tiers:
         fractions = [tier.gpus for tier in tiers if 0 < tier.gpus < 1]
         return 0.0, max(SHARED_GPU_OF_COORDINATOR, 1 - max(fractions)) if fractions else 1.0
     if (given := config.experts.gpus_per_shard) is not None:
-        return given, 1.0 if given >= 1 else max(SHARED_GPU_OF_COORDINATOR, 1 - given)
-    if config.experts.transport == "local" or num_gpus >= num_groups + config.coordinators.min_replicas:
+        if given >= 1 or not given:
+            return given, 1.0
+        elsewhere = max(0, num_gpus - 1) * int(1.0 / given + 1e-9)
+        beside = max(1, num_shards - elsewhere)
+        return given, max(SHARED_GPU_OF_COORDINATOR, 1 - beside * given)
+    if config.experts.transport == "local" or num_gpus >= num_shards + config.coordinators.min_replicas:
         return 1.0, 1.0
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR
 

@@ -88,6 +88,15 @@ def test_gpus_are_shared_only_when_they_are_too_few(gpus, groups, shares):
     assert (laid_out.gpus_per_shard, laid_out.gpus_per_coordinator) == shares
 
 
+def test_several_shards_and_a_coordinator_share_one_gpu():
+    """The coordinator took all but one shard's part, so two shards and it did not fit one card."""
+    experts = ExpertsConfig(groups=((0, 1, 2, 3), (4, 5, 6, 7)), transport="lane", gpus_per_shard=0.15)
+    twice = experts.model_copy(update={"scaling": ScalingConfig(min_replicas=2, max_replicas=2)})
+    for setting, coordinator in (experts, 0.7), (twice, 0.4):
+        laid_out = plan(machine(gpus=1, memory=200 * GIB), experts=setting, engine={"kv_cache_gib": 1})
+        assert laid_out.gpus_per_coordinator == pytest.approx(coordinator)
+
+
 @pytest.mark.parametrize(("given", "coordinator"), [(1.0, 1.0), (2.0, 1.0), (0.75, 0.25), (0.9, 0.1)])
 def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordinator):
     """It was given a tenth of one beside shards that had been given whole ones, so two coordinators could share."""
