@@ -25,11 +25,14 @@
         └── DoesNotFit              the model needs more memory or GPUs than the cluster has
 
 Errors cross process boundaries, so each keeps all its state in keyword attributes and survives pickling.
+
+Each class has a `reason`, one word that figures, logs and answers tell (docs/logs.md lists them); an Overloaded's says
+which bound was reached.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 MAX_MESSAGE_CHARS = 2000
 MAX_PARAM_CHARS = 200
@@ -37,6 +40,8 @@ MAX_PARAM_CHARS = 200
 
 class MantaError(Exception):
     """Root of the tree. `message` is a full sentence for a person; extra keyword attributes are kept."""
+
+    reason = "internal"
 
     def __init__(self, message: str = "", **attributes: Any) -> None:
         super().__init__(message)
@@ -71,6 +76,8 @@ class RequestError(MantaError):
 class InvalidRequest(RequestError):
     """A field of the request is wrong. `param` is its path as the client wrote it, `messages[0].role` for example."""
 
+    reason = "bad_request"
+
     def __init__(self, message: str = "", param: str | None = None, **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.param = None if param is None else _clipped(param, MAX_PARAM_CHARS)
@@ -78,6 +85,8 @@ class InvalidRequest(RequestError):
 
 class ContextTooLong(InvalidRequest):
     """The prompt, or prompt plus requested output, exceeds the model's context length."""
+
+    reason = "context_too_long"
 
 
 class UnsupportedEncoding(InvalidRequest):
@@ -87,45 +96,73 @@ class UnsupportedEncoding(InvalidRequest):
 class Unauthorized(RequestError):
     """No API key, or one that is not known."""
 
+    reason = "unauthorized"
+
 
 class ModelNotFound(RequestError):
     """No model of that name is served; the message lists those that are."""
+
+    reason = "unknown_model"
 
 
 class PayloadTooLarge(RequestError):
     """The request body is over the configured limit."""
 
+    reason = "too_large"
+
+
+Shed = Literal["shed_gateway", "shed_bodies", "shed_messages", "shed_watches", "shed_queue", "shed_grammars", "shed"]
+
 
 class Overloaded(RequestError):
-    """A queue bound is reached. `retry_after_s` says when another try is worth it."""
+    """A bound is reached; `reason` says which. `retry_after_s` says when another try is worth it."""
 
-    def __init__(self, message: str = "", retry_after_s: float = 1.0, **attributes: Any) -> None:
+    reason: str = "shed"
+
+    def __init__(self, message: str = "", retry_after_s: float = 1.0, reason: Shed = "shed", **attributes: Any) -> None:
         super().__init__(message, **attributes)
         self.retry_after_s = retry_after_s
+        self.reason = reason
+
+
+KEY_LIMITS = {  # of a key, and the reason where it is reached
+    "requests per minute": "key_requests",
+    "tokens per minute": "key_tokens",
+    "choices at once": "key_choices",
+}
 
 
 class RateLimited(Overloaded):
-    """A limit of the caller's own key is reached; `limit` names it."""
+    """A limit of the caller's own key is reached; `limit`, of KEY_LIMITS, names it."""
 
     def __init__(self, message: str = "", retry_after_s: float = 1.0, limit: str = "", **attributes: Any) -> None:
         super().__init__(message, retry_after_s, **attributes)
         self.limit = limit
+        self.reason = KEY_LIMITS.get(limit, "key_limit")
 
 
 class RequestCancelled(RequestError):
     """The client left, or asked to stop."""
 
+    reason = "client_gone"
+
 
 class DeadlineExceeded(RequestError):
     """The deadline of the request passed before it was complete."""
+
+    reason = "deadline"
 
 
 class BodyTimeout(DeadlineExceeded):
     """The client did not send all of its request in time."""
 
+    reason = "body_timeout"
+
 
 class Unavailable(MantaError):
     """The server cannot answer now; the same request may succeed later."""
+
+    reason = "unavailable"
 
     def __init__(self, message: str = "", retry_after_s: float = 1.0, **attributes: Any) -> None:
         super().__init__(message, **attributes)
@@ -135,17 +172,25 @@ class Unavailable(MantaError):
 class ModelLoading(Unavailable):
     """The model's weights are still being read."""
 
+    reason = "loading"
+
 
 class ExpertUnavailable(Unavailable):
     """No replica of an expert group answered before the deadline. Never answered by dropping the expert."""
+
+    reason = "experts_missing"
 
 
 class CoordinatorLost(Unavailable):
     """The coordinator went away while it answered. Another one can go on from the tokens that arrived."""
 
+    reason = "coordinator_lost"
+
 
 class EngineDead(Unavailable):
     """The engine thread of a coordinator stopped; the replica fails its health check and Serve replaces it."""
+
+    reason = "engine_failed"
 
 
 class StepFailed(MantaError):
@@ -153,6 +198,8 @@ class StepFailed(MantaError):
 
     `coordinator` is whose engine it was. Another one can go on, but what a request breaks once it may break again.
     """
+
+    reason = "engine_failed"
 
     def __init__(self, message: str = "", coordinator: str = "", **attributes: Any) -> None:
         super().__init__(message, **attributes)

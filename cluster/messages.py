@@ -177,6 +177,7 @@ class Request:
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
     traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced
+    traces_layers: bool = False  # steps that it is in have a span for each group of layers
     failed_on: tuple[str, ...] = ()  # coordinators, a step of which failed with it; others are asked first
 
     @property

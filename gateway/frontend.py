@@ -36,8 +36,9 @@ from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, E
 from gateway.request.validator import Generation, Validator
 from gateway.telemetry.kernel_watch import KernelWatch
 from gateway.telemetry.logs import RequestRecord, current_record
-from gateway.telemetry.metrics import GatewayMetrics, RequestTimer, error_name
+from gateway.telemetry.metrics import GatewayMetrics, RequestTimer
 from gateway.telemetry.metrics_page import MetricsPage
+from gateway.telemetry.request_ends import RequestEnds
 from gateway.text.tokenizer import Tokenizer
 from gateway.worker import Worker
 
@@ -82,6 +83,7 @@ class Frontend:
         self.worker = Worker("body")
         self.answer_worker = Worker("answer")  # no first token waits for its caller's next prompt to be read
         self.metrics = metrics or GatewayMetrics()
+        self.ends = RequestEnds(self.metrics)
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self.kernels = kernels or KernelWatch()
@@ -192,7 +194,8 @@ class Frontend:
             requests = generation.requests
             timer.asked = (requests[-1].choice_index + 1, requests[0].sampling.max_tokens)
             if span:
-                requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
+                parent, layers = span.traceparent, record.traces_layers
+                requests = tuple(replace(one, traceparent=parent, traces_layers=layers) for one in requests)
             choices = [Choice(i, r, generation, model.tokenizer, usage) for i, r in enumerate(requests)]
             scores = {r.request_id: PromptScores() for r in requests if r.sampling.prompt_logprobs is not None}
             streams = [
@@ -254,11 +257,12 @@ class Frontend:
             raise
         finally:
             self._ongoing -= Counter((caller.id,))
-            timer.end(usage.prompt_tokens, usage.completion_tokens, failure)
+            timer.end(usage.prompt_tokens, usage.completion_tokens)
             record.model = model
             record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
             record.completion_tokens = usage.completion_tokens
-            record.error = "" if timer.is_complete else error_name(failure)
+            if not timer.is_complete:
+                record.fail(failure)
 
     @contextmanager
     def _traced(self, record: RequestRecord, generation: Generation) -> Iterator[Span]:
@@ -287,6 +291,8 @@ class Frontend:
             others = ", ".join(card.name for card in self.cards if card.kind == kind) or "none"
             does, wanted = ("makes embeddings", "chat") if kind == "chat" else ("chats", "embeddings")
             raise InvalidRequest(f"model: {name!r} {does} only; served for {wanted}: {others}", param="model")
+        if record := current_record():
+            record.model = model.card.name
         self._refuse_when_full()
         self._refusals.check(model.card.name, current_caller().id)
         return self.served(await self.health.require(self._versions_of(model.card.name)))
@@ -300,7 +306,9 @@ class Frontend:
     def _refuse_when_full(self) -> None:
         bound = self.config.max_ongoing_requests
         if is_refused(self._ongoing, current_caller().id, bound):
-            raise Overloaded(f"the gateway is at its limit of {bound} requests")
+            raise Overloaded(
+                f"the gateway is at its limit of {bound} requests (gateway.max_ongoing_requests)", reason="shed_gateway"
+            )
 
 
 def _end_span(span: Span, record: RequestRecord) -> None:

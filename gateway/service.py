@@ -70,7 +70,7 @@ class GatewayReplica(GrpcDoor):
             metrics_page=MetricsPage(metrics, cards, ServeProcesses("metrics"), self._replica),
             kernels=kernels,
         )
-        install(config, frontend.access)
+        install(config, frontend.access, frontend.ends)
         super().__init__(frontend)
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         self._termination = Termination(grace_s, self.watches.end)

@@ -152,6 +152,7 @@ class Coordinator:
             selection=selection,
         )
         rounds = engine.rounding is not None and (local or engine.rounding.has("attention"))
+        self._engine.model_runner.decoder.layer_times = self._traces.layer_times
         self._kernels = process_kernels(self._engine, selection, str(engine.rounding) if rounds else "")
         for handler in logging.getLogger("router_service").handlers:
             handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start

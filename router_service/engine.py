@@ -152,7 +152,10 @@ class Engine:
             if self._inbox_closed:
                 raise EngineDead("the engine stopped")
             if is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting):
-                raise Overloaded(f"{self.max_waiting} requests wait already; try again later")
+                raise Overloaded(
+                    f"{self.max_waiting} requests wait already (engine.max_waiting); try again later",
+                    reason="shed_queue",
+                )
 
     def submit(
         self, request: Request, grammar: GrammarState | None = None, adjustments: Adjustments | None = None

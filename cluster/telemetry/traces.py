@@ -42,8 +42,8 @@ class Span:
         """OpenTelemetry's SpanContext."""
         return self._span.get_span_context()
 
-    def end(self, attributes: Mapping[str, Any], error: str = "") -> None:
-        """`error` is a class's name; without it all went well."""
+    def end(self, attributes: Mapping[str, Any], error: str = "", ended_ns: int | None = None) -> None:
+        """`error` is a class's name; without it all went well. `ended_ns`: None is now."""
         if self._span is None:
             return
         from opentelemetry.trace import Status, StatusCode
@@ -52,7 +52,7 @@ class Span:
         if error:
             self._span.set_attribute("error.type", error)
             self._span.set_status(Status(StatusCode.ERROR))
-        self._span.end()
+        self._span.end(ended_ns)
 
 
 NO_SPAN = Span()

@@ -32,7 +32,10 @@ class HeldBytes:
         """Raises Overloaded."""
         is_full = sum(self._held.values()) + size > MOST_TIMES * self._max_bytes
         if is_full or is_refused(self._held, tenant, self._max_bytes - size):
-            raise Overloaded("too many large requests are being received; try again later")
+            raise Overloaded(
+                "too many large requests are being received (gateway.max_bytes_received); try again later",
+                reason="shed_bodies",
+            )
         self._held[tenant] += size
 
     def remove(self, tenant: str, size: int) -> None:

@@ -15,7 +15,7 @@ from cluster.errors import InvalidRequest, RateLimited
 from gateway.admission.api_keys import ApiKey
 from gateway.admission.bucket import Bucket
 
-AT_ONCE = "choices at once"
+AT_ONCE = "choices at once"  # one of cluster.errors.KEY_LIMITS
 CONCURRENCY_RETRY_S = 1.0  # a guess: who knows when a request of theirs ends
 
 

@@ -26,10 +26,16 @@ class RecentRefusals:
         now = self._clock()
         self._refused = {who: at for who, at in self._refused.items() if now - at[0] < HOLD_S}
         # Not the error itself: its traceback holds the refused request.
-        self._refused[model, caller] = (now, Overloaded(str(error), retry_after_s=error.retry_after_s))
+        self._refused[model, caller] = (now, _same(error))
 
     def check(self, model: str, caller: str) -> None:
         """Raises Overloaded, as the coordinator did."""
         at, error = self._refused.get((model, caller), (float("-inf"), None))
         if error is not None and self._clock() - at < HOLD_S:
-            raise Overloaded(str(error), retry_after_s=error.retry_after_s)
+            raise _same(error)
+
+
+def _same(error: Overloaded) -> Overloaded:
+    copy = Overloaded(str(error), retry_after_s=error.retry_after_s)
+    copy.reason = error.reason
+    return copy

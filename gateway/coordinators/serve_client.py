@@ -102,7 +102,7 @@ def manta_error(error: BaseException) -> BaseException:
     if isinstance(error, MantaError):
         return error
     if isinstance(error, BackPressureError):
-        return Overloaded("every coordinator's queue is full")
+        return Overloaded("every coordinator's queue is full", reason="shed_queue")
     if isinstance(error, DeploymentUnavailableError):
         return Unavailable("the model's coordinator is not available")
     if isinstance(error, RayActorError | WorkerCrashedError | TaskCancelledError | RequestCancelledError):

@@ -44,9 +44,9 @@ def connection(context: Any) -> str:
     return peer
 
 
-def traceparent(context: Any) -> str:
-    """The client's span, as W3C writes it; empty for none."""
-    return next((str(value) for name, value in context.invocation_metadata() if name == "traceparent"), "")
+def trace_header(context: Any, header: str) -> str:
+    """W3C's `traceparent` or `tracestate` of the client; empty for none."""
+    return next((str(value) for name, value in context.invocation_metadata() if name == header), "")
 
 
 def peer_address(peer: str) -> str | None:

@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cluster.errors import PayloadTooLarge
+from cluster.telemetry.layer_times import wants_layers
 from gateway.admission.caller import ANONYMOUS
 from gateway.frontend import Frontend
-from gateway.grpc.authentication import authenticate, traceparent
-from gateway.grpc.errors import RpcFailed, fail, retry_after, status_of
+from gateway.grpc.authentication import authenticate, trace_header
+from gateway.grpc.errors import RpcFailed, error_metadata, fail, status_of
 from gateway.telemetry.logs import RequestRecord, open_record
-from gateway.telemetry.metrics import error_name
 
 
 class RpcCall:
@@ -45,7 +45,9 @@ async def rpc_call(
     An error sets the RPC's status and leaves as RpcFailed. `is_counted`: as a request of the caller's key.
     """
     rpc = type(request).__name__.removesuffix("Request") + suffix
-    record = open_record(RequestRecord("grpc", rpc, traceparent=traceparent(context)))
+    traces_layers = wants_layers(trace_header(context, "tracestate"))
+    parent = trace_header(context, "traceparent")
+    record = open_record(RequestRecord("grpc", rpc, traceparent=parent, traces_layers=traces_layers))
     call = RpcCall(context, record)
     caller = ANONYMOUS
     try:
@@ -58,12 +60,13 @@ async def rpc_call(
         yield call
         record.status = "OK"
     except Exception as error:
-        context.set_trailing_metadata([("x-request-id", call.id), *retry_after(error)])
+        context.set_trailing_metadata([("x-request-id", call.id), *error_metadata(error)])
         status = status_of(error, call.id)
-        record.status, record.error = status[0].name, error_name(error)
+        record.status = status[0].name
+        record.fail(error)
         await fail(context, *status)
         raise RpcFailed from None
     finally:
         caller.leave()
         record.key_id = caller.id
-        record.write()
+        frontend.ends(record)

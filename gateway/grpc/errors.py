@@ -22,7 +22,8 @@ from cluster.errors import (
     Unavailable,
 )
 from gateway.grpc.trailers import fitting_details
-from gateway.http.errors import INTERNAL_MESSAGE, retry_after_seconds
+from gateway.http.errors import INTERNAL_MESSAGE, REASON_HEADER, retry_after_seconds
+from gateway.telemetry.metrics import error_reason
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,11 @@ def status_of(error: BaseException, request_id: str) -> tuple[Any, str]:
     return code, str(error)
 
 
-def retry_after(error: BaseException) -> list[tuple[str, str]]:
-    """Trailing metadata: when another try is worth it, in whole seconds as HTTP's Retry-After."""
+def error_metadata(error: BaseException) -> list[tuple[str, str]]:
+    """Trailing metadata, as HTTP's headers: why, and when another try is worth it, in whole seconds."""
     seconds = retry_after_seconds(error)
-    return [] if seconds is None else [("retry-after", str(seconds))]
+    reason = (REASON_HEADER, error_reason(error))
+    return [reason] if seconds is None else [reason, ("retry-after", str(seconds))]
 
 
 async def fail(context: Any, code: Any, details: str) -> None:

@@ -53,7 +53,7 @@ class HealthRpcs:
                             yield health_pb2.HealthCheckResponse(status=status)
                         with suppress(TimeoutError):
                             await asyncio.wait_for(over.wait(), WATCH_INTERVAL_S)
-                raise Overloaded("this watch has to give way; watch again")
+                raise Overloaded("this watch has to give way; watch again", reason="shed_watches")
             except Overloaded as error:
                 await fail(grpc_context, *status_of(error, ""))
                 raise RpcFailed from None

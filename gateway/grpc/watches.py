@@ -30,10 +30,10 @@ class Watches:
     def place(self, caller: str) -> Iterator[asyncio.Event]:
         """For the time of one watch, which has to end when the event is set. Raises Overloaded."""
         if self._is_ending:
-            raise Overloaded("this gateway ends; watch again")
+            raise Overloaded("this gateway ends; watch again", reason="shed_watches")
         counts = Counter(self._callers.values())
         if counts[caller] >= MAX_OF_CALLER:
-            raise Overloaded(f"at most {MAX_OF_CALLER} watches of one connection")
+            raise Overloaded(f"at most {MAX_OF_CALLER} watches of one connection", reason="shed_watches")
         if len(self._callers) >= MAX_OF_ALL:
             [(most, _)] = counts.most_common(1)
             oldest = next(over for over, one in self._callers.items() if one == most)

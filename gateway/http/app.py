@@ -27,6 +27,7 @@ from gateway.http.authentication import Authentication
 from gateway.http.body import read_body
 from gateway.http.errors import (
     MESSAGES,
+    REASON_HEADER,
     REQUEST_ID_HEADER,
     ErrorAnswers,
     body,
@@ -54,11 +55,13 @@ from gateway.request.protocol import (
 )
 from gateway.request.validator import Generation
 from gateway.responses.fields import ResponsesRequest
+from gateway.telemetry.logs import current_record
 from gateway.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 
 VERSION = version("manta-serve")
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
 ANTHROPIC_VERSION = "anthropic-version"  # the header of its clients, whose list of models has another shape
+UNKNOWN_ROUTE = "unknown_route"  # a reason, also of a method that a route has not
 HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -112,12 +115,12 @@ def build_app(frontend: Frontend) -> Starlette:
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", REQUEST_ID_HEADER, "retry-after"],
+            expose_headers=["x-request-id", REQUEST_ID_HEADER, REASON_HEADER, "retry-after"],
         )
         middleware.insert(0, cors)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(HttpLog), *middleware],
+        middleware=[Middleware(HttpLog, ends=frontend.ends), *middleware],
         exception_handlers={HTTPException: _http_exception},
     )
     app.router.redirect_slashes = False
@@ -304,7 +307,9 @@ async def _http_exception(request: HttpRequest, error: Exception) -> Response:
     kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
     request_id = f"req-{uuid.uuid4().hex}"
     document = body(str(error.detail), kind, None, None)
-    headers = {REQUEST_ID_HEADER: request_id, **(error.headers or {})}
+    headers = {REQUEST_ID_HEADER: request_id, REASON_HEADER: UNKNOWN_ROUTE, **(error.headers or {})}
+    if record := current_record():
+        record.error, record.reason = "UnknownRoute", UNKNOWN_ROUTE
     if request.url.path.startswith(MESSAGES):
         document = of_messages(document, error.status_code, request_id)
         headers["request-id"] = request_id

@@ -32,7 +32,7 @@ from gateway.admission.caller import current_caller
 from gateway.http.asgi import HttpMiddleware
 from gateway.http.sse import json_bytes
 from gateway.telemetry.logs import current_record
-from gateway.telemetry.metrics import error_name
+from gateway.telemetry.metrics import error_reason
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ MESSAGES_TYPES = {
     504: "timeout_error",
 }
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
+REASON_HEADER = "x-manta-reason"  # why there is no answer, as logs and figures say it
 UNREAD = frozenset({401, 408, 413, 415})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id, {request_id}"
@@ -105,7 +106,7 @@ def of_messages(document: Mapping[str, Any], status: int, request_id: str) -> di
 
 def error_response(error: BaseException, request_id: str, path: str = "") -> Response:
     """The whole answer on a route, with Retry-After where another try is worth it."""
-    headers = {REQUEST_ID_HEADER: request_id, **current_caller().headers()}
+    headers = {REQUEST_ID_HEADER: request_id, REASON_HEADER: error_reason(error), **current_caller().headers()}
     seconds = retry_after_seconds(error)
     if seconds is not None:
         headers["retry-after"] = str(seconds)
@@ -144,7 +145,7 @@ class ErrorAnswers(HttpMiddleware):
             await self.app(scope, receive, watched)
         except Exception as error:
             if record := current_record():
-                record.error = error_name(error)
+                record.fail(error)
             request_id = scope.get("state", {}).get("request_id") or f"req-{uuid.uuid4().hex}"
             if started:
                 raise  # the connection is cut: what was sent must not look complete

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.telemetry.layer_times import wants_layers
 from gateway.admission.caller import ANONYMOUS, current_caller, set_caller
 from gateway.http.asgi import HttpMiddleware
 from gateway.http.errors import REQUEST_ID_HEADER
 from gateway.telemetry.logs import RequestRecord, open_record
-from gateway.telemetry.metrics import error_name
+from gateway.telemetry.request_ends import RequestEnds
 
 QUIET_ROUTES = frozenset({"/", "/health", "/metrics"})  # asked for all the time; logged only when they fail
 
@@ -17,9 +18,14 @@ QUIET_ROUTES = frozenset({"/", "/health", "/metrics"})  # asked for all the time
 class HttpLog(HttpMiddleware):
     """ASGI middleware, outside of all that answers."""
 
+    def __init__(self, app: ASGIApp, ends: RequestEnds) -> None:
+        super().__init__(app)
+        self._ends = ends
+
     async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        traceparent = Headers(scope=scope).get("traceparent", "")
-        record = open_record(RequestRecord("http", "", traceparent=traceparent))
+        headers = Headers(scope=scope)
+        traced = headers.get("traceparent", ""), wants_layers(headers.get("tracestate", ""))
+        record = open_record(RequestRecord("http", "", traceparent=traced[0], traces_layers=traced[1]))
         set_caller(ANONYMOUS)
 
         async def watched(message: Message) -> None:
@@ -31,10 +37,10 @@ class HttpLog(HttpMiddleware):
         try:
             await self.app(scope, receive, watched)
         except BaseException as error:
-            record.error = record.error or error_name(error)
+            if not record.error:
+                record.fail(error)
             raise
         finally:
             record.route = getattr(scope.get("route"), "path", "unknown")
             record.key_id = current_caller().id
-            if record.route not in QUIET_ROUTES or record.status not in ("", "200"):
-                record.write()
+            self._ends(record, is_quiet=record.route in QUIET_ROUTES and record.status in ("", "200"))

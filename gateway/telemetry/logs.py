@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
+from gateway.telemetry.metrics import error_name, error_reason
+
 REQUESTS = "gateway.requests"  # the logger
 logger = logging.getLogger(REQUESTS)
 
@@ -30,6 +32,7 @@ class RequestRecord:
     model: str = ""
     key_id: str = ""
     error: str = ""  # a class of ours, or InternalError
+    reason: str = ""  # why it failed, one word; docs/logs.md lists them
     finish_reasons: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -37,7 +40,12 @@ class RequestRecord:
     time_to_first_token_s: float | None = None
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # Unix time
-    traceparent: str = ""  # the client's, not in the line
+    traceparent: str = ""  # the client's, not in the line; nor this:
+    traces_layers: bool = False  # it asks for spans of layers
+
+    def fail(self, error: BaseException | None) -> None:
+        """There is no complete answer, for this error, or as the client has gone."""
+        self.error, self.reason = error_name(error), error_reason(error)
 
     def write(self) -> None:
         """The request has ended."""
@@ -49,6 +57,7 @@ class RequestRecord:
             "model": self.model,
             "key_id": self.key_id,
             "error": self.error,
+            "reason": self.reason,
             "finish_reasons": self.finish_reasons,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,

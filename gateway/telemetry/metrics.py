@@ -9,7 +9,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from cluster.errors import MantaError
+from cluster.errors import MantaError, RequestCancelled
 from cluster.telemetry.loop_watch import LoopWatch
 from cluster.telemetry.metrics import ProcessFigures
 
@@ -51,7 +51,10 @@ class GatewayMetrics:
             "vllm:request_success", "Complete answers, per choice.", ["model", "finished_reason"], registry=registry
         )
         self.failures = Counter(
-            "manta_request_failures", "Requests without a complete answer.", ["model", "error"], registry=registry
+            "manta_request_failures",
+            "Requests without a complete answer, at either door, by why.",
+            ["model", "error", "reason"],
+            registry=registry,
         )
         self.ongoing = Gauge("manta_requests_ongoing", "Requests in this gateway now.", ["model"], registry=registry)
         self.scrape_failures = Counter(
@@ -101,8 +104,8 @@ class RequestTimer:
         """Whether every choice has ended."""
         return self._waiting == 0
 
-    def end(self, prompt_tokens: int, completion_tokens: int, error: BaseException | None) -> None:
-        """Whatever became of it; a request that its client left counts as `RequestCancelled`."""
+    def end(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Whatever became of it. Failures are counted at the doors, where those are known that came no further."""
         self._ongoing.dec()
         if self.is_complete:
             self._metrics.e2e_request_latency.labels(self._model).observe(time.monotonic() - self.started)
@@ -112,8 +115,6 @@ class RequestTimer:
                 n, max_tokens = self.asked
                 self._metrics.params_n.labels(self._model).observe(n)
                 self._metrics.params_max_tokens.labels(self._model).observe(max_tokens)
-        else:
-            self._metrics.failures.labels(self._model, error_name(error)).inc()
 
 
 def error_name(error: BaseException | None) -> str:
@@ -121,3 +122,10 @@ def error_name(error: BaseException | None) -> str:
     if isinstance(error, MantaError):
         return type(error).__name__
     return "InternalError" if isinstance(error, Exception) else "RequestCancelled"
+
+
+def error_reason(error: BaseException | None) -> str:
+    """Why a request failed, in one word of docs/logs.md."""
+    if isinstance(error, MantaError):
+        return error.reason
+    return MantaError.reason if isinstance(error, Exception) else RequestCancelled.reason

@@ -84,7 +84,9 @@ class GrammarCompiler:
             _, task = self._pending[grammar]
         else:
             if is_refused(Counter(owner for owner, _ in self._pending.values()), tenant, _MAX_PENDING):
-                raise Overloaded(f"{_MAX_PENDING} grammars wait to be compiled already; try again later")
+                raise Overloaded(
+                    f"{_MAX_PENDING} grammars wait to be compiled already; try again later", reason="shed_grammars"
+                )
             task = asyncio.create_task(self._compile(grammar, tenant))
             self._pending[grammar] = tenant, task
             task.add_done_callback(lambda _: self._pending.pop(grammar))
@@ -92,7 +94,7 @@ class GrammarCompiler:
             async with asyncio.timeout(_START_S + _MAX_WAIT_TIMES * self._timeout_s):
                 return await asyncio.shield(task)  # others may wait for the same one
         except TimeoutError:
-            raise Overloaded("too many grammars wait to be compiled; try again later") from None
+            raise Overloaded("too many grammars wait to be compiled; try again later", reason="shed_grammars") from None
 
     async def _compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar | MantaError:
         """The compiled grammar, or what is wrong with it; both are kept, an error of our own is not."""

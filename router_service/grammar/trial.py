@@ -58,7 +58,7 @@ class TrialProcess:
         """
         verdict = self._ask(grammar)
         if verdict["is_late"]:
-            raise Overloaded("the machine is too busy to compile a grammar; try again later")
+            raise Overloaded("the machine is too busy to compile a grammar; try again later", reason="shed_grammars")
         if verdict["error"] is not None:
             at = verdict["at"]
             field = parts(grammar)[at].param if at is not None else param(grammar)

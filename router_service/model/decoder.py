@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.checkpoint.architecture import Architecture, feed_forward_tensors
+from cluster.telemetry.layer_times import LayerPass, LayerTimes
 from experts_service.kernels.kernel import Kernel, kernel_for
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import Chained, SwiGLU
@@ -74,6 +76,7 @@ class Decoder:
                 self._experts = [experts for experts in here if experts is not None]
         self._threads = StepThreads(choose=not self.kernel.is_own)
         self._rotary = Rotary(architecture, self.dtype, self.device)
+        self.layer_times = LayerTimes()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,12 +104,13 @@ class Decoder:
         what it saw of earlier tokens included: it is a sum, each token sees itself, and NaN stays NaN.
         """
         num_rows = token_ids.shape[0]
+        times = self.layer_times.begin()
         rotary = self._rotary(positions)
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
         if self._multipliers.embedding != 1:
             x = x * self._multipliers.embedding
         if self._has_chains and 0 < num_rows <= MOST_ROWS:
-            return (yield from self._decode(x, rotary, attention, kv_cache, routed))
+            return (yield from self._decode(x, rotary, attention, kv_cache, routed, times))
         work = num_rows * self._multiplications
         delta = None  # [T, D]; what the feed-forward before adds to x
         for index, layer in enumerate(self.layers):
@@ -119,14 +123,19 @@ class Decoder:
             if layer.gate is None:
                 assert layer.dense is not None, "a layer has a feed-forward"
                 delta = self._scaled(layer.dense(rows))
+                if times is not None:
+                    times.layer()
                 continue
             if routed is not None:
                 routed.append(experts)
+            sent_at = time.perf_counter()
             with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
                 shared = _shared_expert(layer, rows)  # while rows are under way
                 yield dispatch
                 delta = self.dispatcher.combine(dispatch, weights)
             delta = self._scaled(delta if shared is None else delta.add_(shared))
+            if times is not None:
+                times.layer(time.perf_counter() - sent_at)
         self.dispatcher.end_step()
         return x if delta is None else x.add_(delta)
 
@@ -137,6 +146,7 @@ class Decoder:
         attention: AttentionPlan,
         kv_cache: KVCache,
         routed: list[torch.Tensor] | None,
+        times: LayerPass | None,
     ) -> Generator[Dispatch, None, torch.Tensor]:
         """The same in chains, with the same bits. It waits for nobody where the experts are here."""
         num_rows = x.shape[0]
@@ -151,10 +161,10 @@ class Decoder:
         chains.cosines.copy_(rotary[0])
         chains.sines.copy_(rotary[1])
         chains.set_attention(attention)
-        if chains.has_attention and chains.has_experts:
+        if chains.has_attention and chains.has_experts and times is None:
             chains.run()
         else:
-            yield from self._decode_by_layers(chains, attention)
+            yield from self._decode_by_layers(chains, attention, times)
         if chains.has_experts:
             self.dispatcher.count(chains.counts)
         if routed is not None:
@@ -163,8 +173,10 @@ class Decoder:
         self._chains = [*self._chains, chains][-KEPT:]
         return x
 
-    def _decode_by_layers(self, chains: DecodeChains, attention: AttentionPlan) -> Generator[Dispatch, None, None]:
-        """Where attention or the experts are calls of their own."""
+    def _decode_by_layers(
+        self, chains: DecodeChains, attention: AttentionPlan, times: LayerPass | None
+    ) -> Generator[Dispatch, None, None]:
+        """Where attention or the experts are calls of their own, or each layer is timed."""
         chains.begin()
         for index, layer in enumerate(self.layers):
             if not chains.has_attention:
@@ -172,8 +184,11 @@ class Decoder:
                 chains.attended.copy_(attended.flatten(1))
             if chains.has_experts:
                 chains.feed_forward(index)
+                if times is not None:
+                    times.layer()
                 continue
             chains.choose_experts(index)
+            sent_at = time.perf_counter()
             if layer.dense is not None:
                 chains.delta.copy_(layer.dense(chains.rows))
             else:
@@ -181,6 +196,8 @@ class Decoder:
                 with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
                     yield dispatch
                     chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
+            if times is not None:
+                times.layer(time.perf_counter() - sent_at if layer.dense is None else 0.0)
             chains.next(index)
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,13 +22,13 @@ from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
 from gateway.admission.access import AccessPolicy
 from gateway.admission.held_bytes import HeldBytes
 from gateway.grpc.authentication import connection, identify
-from gateway.grpc.errors import note_own_server, retry_after, status_of
+from gateway.grpc.errors import error_metadata, note_own_server, status_of
 from gateway.grpc.proto import chat_pb2
 from gateway.grpc.server.slots import ReadSlots
 from gateway.grpc.server.wire_bounds import check_parts, parts_of
 from gateway.grpc.trailers import FittingContext
 from gateway.telemetry.logs import RequestRecord
-from gateway.telemetry.metrics import error_name
+from gateway.telemetry.request_ends import RequestEnds
 
 GRACE_S = 2.0  # for a message to arrive while others wait to be read
 MAX_WAITING, MAX_PUBLIC_WAITING = 1024, 256  # to be read
@@ -52,7 +52,9 @@ EMPTY = frozenset(
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """One per server. Without `access`, where no key can be checked, that is left to the RPCs."""
 
-    def __init__(self, config: GatewayConfig, access: AccessPolicy | None) -> None:
+    def __init__(self, config: GatewayConfig, access: AccessPolicy | None, ends: RequestEnds | None = None) -> None:
+        """`ends` is told of what ends here, before an RPC; None, in Serve's proxies: such is logged only."""
+        self._ends = ends or RequestEnds()
         self._access = access
         self._max_bytes = config.max_body_bytes
         self._bytes = HeldBytes(config.max_bytes_received)
@@ -84,7 +86,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _end(method, context, error)
+                await _end(method, context, error, self._ends)
 
         return answer
 
@@ -102,7 +104,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _end(method, context, error)
+                await _end(method, context, error, self._ends)
 
         return answer
 
@@ -135,13 +137,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return _parsed(deserialize, data)
 
 
-async def _end(method: str, context: FittingContext, error: Exception) -> None:
+async def _end(method: str, context: FittingContext, error: Exception, ends: RequestEnds) -> None:
     """With the error's status, a request id and a line in the log. Raises AbortError."""
     request_id = f"req-{uuid.uuid4().hex}"
     code, details = status_of(error, request_id)
-    record = RequestRecord("grpc", method.rpartition("/")[2], request_id, code.name, error=error_name(error))
-    record.write()
-    await context.abort(code, details, (("x-request-id", request_id), *retry_after(error)))
+    record = RequestRecord("grpc", method.rpartition("/")[2], request_id, code.name)
+    record.fail(error)
+    ends(record)
+    await context.abort(code, details, (("x-request-id", request_id), *error_metadata(error)))
 
 
 async def _read(context: FittingContext, max_bytes: int) -> bytes:

@@ -22,12 +22,13 @@ from gateway.admission.access import AccessPolicy, is_loopback
 from gateway.grpc.server.gate import Gate
 from gateway.grpc.server.options import server_options
 from gateway.grpc.server.serve_log import quiet_serve
+from gateway.telemetry.request_ends import RequestEnds
 
 
-def install(config: GatewayConfig, access: AccessPolicy | None) -> None:
+def install(config: GatewayConfig, access: AccessPolicy | None, ends: RequestEnds | None = None) -> None:
     """From now on Serve's gRPC servers in this process are ours, and its log is silent about what clients do there."""
     quiet_serve()
-    grpc_util.gRPCGenericServer = functools.partial(DoorServer, config, access)
+    grpc_util.gRPCGenericServer = functools.partial(DoorServer, config, access, ends)
 
 
 def install_in_proxy() -> None:
@@ -50,6 +51,7 @@ class DoorServer(grpc_util.gRPCGenericServer):  # type: ignore[misc]
         self,
         config: GatewayConfig,
         access: AccessPolicy | None,
+        ends: RequestEnds | None,
         service_handler_factory: Callable[..., Any],
         *,
         extra_options: Sequence[tuple[str, str]] = (),
@@ -59,7 +61,7 @@ class DoorServer(grpc_util.gRPCGenericServer):  # type: ignore[misc]
             self,
             thread_pool=None,
             generic_handlers=(),
-            interceptors=(Gate(config, access),),
+            interceptors=(Gate(config, access, ends),),
             maximum_concurrent_rpcs=None,
             compression=None,
             options=[*server_options(config), *extra_options],

@@ -58,7 +58,7 @@ class ReadSlots:
     async def _wait(self, tenant: str, own: asyncio.Semaphore) -> None:
         """Until it is the tenant's turn, who has taken a place of its `own` and one of all then."""
         if is_refused(self._waiting, tenant, self._max_waiting):
-            raise Overloaded("too many messages wait to be read; try again later")
+            raise Overloaded("too many messages wait to be read; try again later", reason="shed_messages")
         self._waiting[tenant] += 1
         try:
             await own.acquire()

@@ -5,14 +5,17 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, K experts per
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.telemetry.layer_times import LayerPass, LayerTimes
 from experts_service.transformers_backend.loading import load_own
 from experts_service.transformers_backend.meta_model import COUNTS_ROWS, SCALED_BEFORE, build
 from experts_service.transformers_backend.probe import check_rope
@@ -22,12 +25,20 @@ from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model.transformers_backend.attention import SdpaPlan
 
 
-class _Step(NamedTuple):
+@dataclass(slots=True)
+class _Step:
     """What a forward pass is of."""
 
     attention: SdpaPlan
     kv_cache: KVCache
     routed: list[torch.Tensor] | None
+    times: LayerPass | None
+    experts_s: float = 0.0  # that the layer waited for its experts
+
+    def end_layer(self) -> None:
+        if self.times is not None:
+            self.times.layer(self.experts_s)
+            self.experts_s = 0.0
 
 
 class TransformersDecoder:
@@ -50,6 +61,7 @@ class TransformersDecoder:
         self.dispatcher = dispatcher
         self.dtype, self.device = dtype, device
         self._step: _Step | None = None
+        self.layer_times = LayerTimes()
         meta = build(checkpoint.directory, checkpoint.architecture, dtype)
         check_rope(meta.model.config, max_model_len, meta.error)
         load = load_own(meta, checkpoint, device, on_bytes)
@@ -79,7 +91,7 @@ class TransformersDecoder:
         """Run all layers without yielding. Returns the last hidden states [T, D]; NaN stays NaN."""
         yield from ()
         assert isinstance(attention, SdpaPlan)
-        with self._of(_Step(attention, kv_cache, routed)):
+        with self._of(_Step(attention, kv_cache, routed, self.layer_times.begin())) as step:
             output = self._layers(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
@@ -87,6 +99,7 @@ class TransformersDecoder:
                 use_cache=False,
                 return_dict=True,
             )
+            step.end_layer()
         self.dispatcher.end_step()
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
@@ -101,10 +114,10 @@ class TransformersDecoder:
         return logits.float()
 
     @contextmanager
-    def _of(self, step: _Step) -> Generator[None]:
+    def _of(self, step: _Step) -> Generator[_Step]:
         self._step = step
         try:
-            yield
+            yield step
         finally:
             self._step = None
 
@@ -120,6 +133,8 @@ class TransformersDecoder:
     ) -> tuple[torch.Tensor, None]:
         """The attention function: returns [1, T, N, W]."""
         assert self._step is not None
+        if module.layer_idx:
+            self._step.end_layer()  # the one before
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
         plan, kv_cache = self._step.attention, self._step.kv_cache
         plan.write(module.layer_idx, keys, values, kv_cache)
@@ -136,8 +151,11 @@ class TransformersDecoder:
         assert self._step is not None
         if self._step.routed is not None:
             self._step.routed.append(experts)
+        sent_at = time.perf_counter()
         with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
-            return self.dispatcher.combine(dispatch, weights.float().contiguous())  # some families' are in bf16
+            combined = self.dispatcher.combine(dispatch, weights.float().contiguous())  # some families' are in bf16
+        self._step.experts_s += time.perf_counter() - sent_at
+        return combined
 
 
 class _Before:

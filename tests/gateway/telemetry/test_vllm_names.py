@@ -25,7 +25,7 @@ def families() -> dict[str, set[str]]:
     timer.asked = (1, 5)
     for reason in (None, "stop"):
         timer.tokens(0, 1, reason)
-    timer.end(3, 2, None)
+    timer.end(3, 2)
     coordinator = EngineMetrics("r", (), {})
     stats = EngineStats(0, 0, 8, 0, 0, 0, 0, 0, 0, ())
     cache: dict[str, object] = {"block_size": 16, "num_gpu_blocks": 8, "enable_prefix_caching": True}

@@ -1,0 +1,212 @@
+"""Why requests have no complete answer: one word, the same in figures, logs and answers, and all of them documented."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import grpc
+import httpx
+import pytest
+
+from cluster.config import GatewayConfig
+from cluster.errors import (
+    KEY_LIMITS,
+    ExpertUnavailable,
+    MantaError,
+    Overloaded,
+    RateLimited,
+    RequestError,
+    SetupError,
+    Shed,
+    StepFailed,
+    Unavailable,
+)
+from cluster.messages import ModelCard
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from gateway.http.app import UNKNOWN_ROUTE
+from gateway.telemetry.logs import RequestRecord
+from gateway.telemetry.request_ends import WARN_EVERY_S, RequestEnds
+from gateway.text.tokenizer import HuggingFaceTokenizer
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
+from tests.gateway.grpc.test_grpc import grpc_server
+from tests.gateway.telemetry.test_metrics import samples
+from tests.waiting import wait_for
+
+PAGE = Path(__file__).parents[3] / "docs" / "logs.md"
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def failures(url: str, headers: dict[str, str] | None = None) -> dict[tuple[str, str, str], float]:
+    """`manta_request_failures_total` by (model, error, reason)."""
+    found = samples(httpx.get(url + "/metrics", headers=headers).text)
+    pairs = {labels: value for (name, labels), value in found.items() if name == "manta_request_failures_total"}
+    return {tuple(dict(labels)[name] for name in ("model", "error", "reason")): n for labels, n in pairs.items()}
+
+
+def documented() -> set[str]:
+    table = PAGE.read_text().split("\n## Reasons\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+def subclasses(cls: type[MantaError]) -> Iterator[type[MantaError]]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from subclasses(one)
+
+
+def test_every_reason_is_on_the_page_and_no_other() -> None:
+    classes = {*subclasses(RequestError), *subclasses(Unavailable), Unavailable, StepFailed}
+    reasons = {cls.reason for cls in classes} | {*get_args(Shed), *KEY_LIMITS.values(), UNKNOWN_ROUTE, "internal"}
+    assert reasons - {"shed"} == documented()
+    assert {cls.reason for cls in subclasses(SetupError)} == {"internal"}, "which no request meets"
+
+
+def test_a_reason_crosses_processes() -> None:
+    for error in (Overloaded("full", reason="shed_queue"), RateLimited("slow", limit="tokens per minute")):
+        assert pickle.loads(pickle.dumps(error)).reason == error.reason
+    assert RateLimited("slow", limit="tokens per minute").reason == "key_tokens"
+
+
+def test_failures_are_counted_by_reason_over_http(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer, tmp_path: Path
+) -> None:
+    """What failed before it was admitted was in no figure."""
+    keys, token = tmp_path / "keys.yaml", tmp_path / "token"
+    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("alice", "bob")}
+    keys.write_text(
+        f'- {{id: alice, sha256: "{hashes["alice"]}"}}\n'
+        f'- {{id: bob, sha256: "{hashes["bob"]}", requests_per_minute: 1}}\n'
+    )
+    token.write_text("metrics")
+    config = GatewayConfig(
+        api_keys_file=str(keys), metrics_token_file=str(token), max_body_bytes=4096, request_timeout_s=0.3
+    )
+    slow = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 40)[1:], pause_s=0.05, eos=None))
+    alice, bob = ({"authorization": f"Bearer {name}"} for name in ("alice", "bob"))
+    scrape = {"authorization": "Bearer metrics"}
+    with http_server(build_frontend(card, slow, config)) as url:
+        answers = [
+            httpx.post(url + CHAT, json=BODY | {"temperature": "x"}, headers=alice),
+            httpx.post(url + CHAT, json=BODY | {"max_tokens": 9999}, headers=alice),
+            httpx.post(url + CHAT, json=BODY | {"model": "other"}, headers=alice),
+            httpx.post(url + CHAT, content=b" " * 5000, headers=alice),
+            httpx.post(url + "/v1/nothing", json=BODY, headers=alice),
+            httpx.post(url + CHAT, json=BODY),
+            httpx.post(url + CHAT, json=BODY, headers=alice),
+            httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}, headers=bob),
+            httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}, headers=bob),
+        ]
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + CHAT, json=BODY, headers=alice, timeout=0.1)
+        wait_for(lambda: any("client_gone" in labels for labels in failures(url, scrape)), 60, "the one that left")
+        found = failures(url, scrape)
+    said = [(answer.status_code, answer.headers.get("x-manta-reason")) for answer in answers]
+    assert said == [
+        (400, "bad_request"),
+        (400, "context_too_long"),
+        (404, "unknown_model"),
+        (413, "too_large"),
+        (404, "unknown_route"),
+        (401, "unauthorized"),
+        (504, "deadline"),
+        (200, None),
+        (429, "key_requests"),
+    ]
+    assert found == {
+        ("", "InvalidRequest", "bad_request"): 1,
+        ("tiny", "ContextTooLong", "context_too_long"): 1,
+        ("", "ModelNotFound", "unknown_model"): 1,
+        ("", "PayloadTooLarge", "too_large"): 1,
+        ("", "UnknownRoute", "unknown_route"): 1,
+        ("", "Unauthorized", "unauthorized"): 1,
+        ("tiny", "DeadlineExceeded", "deadline"): 1,
+        ("", "RateLimited", "key_requests"): 1,
+        ("tiny", "RequestCancelled", "client_gone"): 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Overloaded("9 requests wait already", reason="shed_queue"), "shed_queue"),
+        (ExpertUnavailable("gone"), "experts_missing"),
+        (StepFailed("broken"), "engine_failed"),
+        (KeyError("x"), "internal"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_both_doors_say_and_count_the_same_reason(card: ModelCard, error: Exception, reason: str) -> None:
+    frontend = build_frontend(card, ScriptedCoordinator(failing_script([], error)))
+    with http_server(frontend) as url:
+        for stream in (False, True):
+            answer = httpx.post(url + CHAT, json=BODY | {"stream": stream})
+            assert answer.headers["x-manta-reason"] == reason
+        assert failures(url) == {("tiny", failures_name(error), reason): 2}
+    frontend = build_frontend(card, ScriptedCoordinator(failing_script([], error)))
+    with grpc_server(frontend) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+        request = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(role="user", content="Hello")])
+        for call in (stub.Chat, lambda one: list(stub.ChatStream(one))):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(request)
+            assert dict(refused.value.trailing_metadata())["x-manta-reason"] == reason  # type: ignore[attr-defined]
+    [series] = [s for f in frontend.metrics.failures.collect() for s in f.samples if s.name.endswith("_total")]
+    assert (series.labels["reason"], series.value) == (reason, 2)
+
+
+def failures_name(error: Exception) -> str:
+    return type(error).__name__ if isinstance(error, MantaError) else "InternalError"
+
+
+def test_a_full_gateway_names_its_limit(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+    slow = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 40)[1:], pause_s=0.1, eos=None))
+
+    async def two_at_once(url: str) -> list[httpx.Response]:
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=30) as client,
+            client.stream("POST", CHAT, json=BODY | {"stream": True}) as first,
+        ):
+            received = first.aiter_bytes()
+            await anext(received)
+            return [await client.post(CHAT, json=BODY) for _ in range(2)]
+
+    with http_server(build_frontend(card, slow, GatewayConfig(max_ongoing_requests=1))) as url:
+        refused = asyncio.run(two_at_once(url))
+    for answer in refused:
+        assert (answer.status_code, answer.headers["x-manta-reason"]) == (429, "shed_gateway")
+        assert "gateway.max_ongoing_requests" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "overloaded"
+
+
+def test_a_bound_that_is_reached_is_warned_of_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    ends = RequestEnds(clock=lambda: now)
+
+    def refuse(error: Exception) -> None:
+        record = RequestRecord("http", CHAT, model="tiny")
+        record.fail(error)
+        ends(record)
+
+    with caplog.at_level(logging.WARNING, "gateway"):
+        for _ in range(5):
+            refuse(Overloaded("full", reason="shed_queue"))
+        refuse(Overloaded("full", reason="shed_gateway"))
+        refuse(RateLimited("slow", limit="tokens per minute"))
+        refuse(Unavailable("gone"))
+        now += WARN_EVERY_S
+        refuse(Overloaded("full", reason="shed_queue"))
+    said = [record.__dict__["figures"] for record in caplog.records]
+    assert [(one["reason"], one["requests"]) for one in said] == [
+        ("shed_queue", 1),
+        ("shed_gateway", 1),
+        ("shed_queue", 5),
+    ]
+    assert {record.getMessage() for record in caplog.records} == {"load is shed"}

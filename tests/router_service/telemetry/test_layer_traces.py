@@ -1,0 +1,113 @@
+"""Spans of groups of layers, for a request that asks for them: the steps' own times, and the same tokens."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.planning.placement import ExpertGroup
+from cluster.telemetry.layer_times import MOST_GROUPS, LayerPass, wants_layers
+from cluster.telemetry.traces import Traces
+from experts_service.carriers.local import LocalTransport
+from experts_service.loaded_experts import load_experts
+from router_service.dispatcher import Dispatcher
+from router_service.telemetry.engine_traces import EngineTraces
+from tests.checkpoints import write_checkpoint
+from tests.collector import attributes, collector
+from tests.router_service.engines import Bench
+from tests.router_service.requests import make_request
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def bf16_experts(directory):
+    checkpoint = open_checkpoint(directory)
+    experts = load_experts(checkpoint, range(4), dtype=torch.bfloat16, device=torch.device("cpu"))
+    return Dispatcher([ExpertGroup(0, tuple(range(4)))], LocalTransport({0: experts}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, {"dtype": "bfloat16"}),
+        ({}, {"dtype": "float32"}),
+        ({"dense": True}, {}),
+        ({}, {"microbatches": 2}),
+        ({}, {"model_impl": "transformers"}),
+    ],
+    ids=["chained", "layer by layer", "dense", "microbatches", "transformers"],
+)
+def test_layers_of_the_steps_that_a_request_is_in(tmp_path, changes, config):
+    write_checkpoint(tmp_path, num_hidden_layers=3, **changes)
+    config = config | ({"dispatcher": bf16_experts(tmp_path)} if config.get("dtype") == "bfloat16" else {})
+    request = replace(make_request(range(3, 13), max_tokens=4, ignore_eos=True), traceparent=PARENT)
+    plain = Bench(tmp_path, **config)
+    plain.run(request)
+    with collector() as found:
+        traces = EngineTraces(Traces("manta-coordinator", found.url))
+        bench = Bench(tmp_path, **config)
+        bench.engine.model_runner.decoder.layer_times = traces.layer_times
+        bench.engine._observe_step = traces.observe_step
+        for one in (replace(request, traces_layers=True), replace(request, request_id="other")):
+            span = traces.begin(one)
+            bench.run(one, make_request(range(20, 30), max_tokens=4, ignore_eos=True))
+            traces.end(one, span, 4, None)
+        traces.close()
+    tokens = [[id_ for chunk in one.chunks[request.key] for id_ in chunk.token_ids] for one in (plain, bench)]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 4
+    steps = {span.span_id: span for span in found.named("step")}
+    assert len(steps) == 8, "four of each request"
+    layers = found.named("layers")
+    with_layers = {span.parent_span_id for span in layers}
+    assert len(with_layers) == 4, "only those of the request that asked"
+    for step_id in with_layers:
+        step = steps[step_id]
+        mine = [span for span in layers if span.parent_span_id == step_id]
+        mine.sort(key=lambda one: (attributes(one)["manta.microbatch"], one.start_time_unix_nano))
+        assert {attributes(one)["manta.microbatch"] for one in mine} == set(range(config.get("microbatches", 1)))
+        mine = mine[:3]
+        assert [(attributes(one)["manta.first_layer"], attributes(one)["manta.last_layer"]) for one in mine] == [
+            (0, 0),
+            (1, 1),
+            (2, 2),
+        ]
+        slack = 1_000  # ns, of rounding
+        assert step.start_time_unix_nano - slack <= mine[0].start_time_unix_nano
+        assert mine[-1].end_time_unix_nano <= step.end_time_unix_nano + slack
+        for before, after in pairwise(mine):
+            assert before.end_time_unix_nano <= after.start_time_unix_nano + 1000
+        for one in mine:
+            took = (one.end_time_unix_nano - one.start_time_unix_nano) / 1e9
+            assert 0 <= attributes(one)["manta.experts_s"] <= took + 1e-6
+
+
+def test_many_layers_are_few_groups():
+    for num_layers, sizes in ((1, [1]), (8, [1] * 8), (9, [2, 2, 2, 2, 1]), (32, [4] * 8), (61, [8] * 7 + [5])):
+        one = LayerPass()
+        for _ in range(num_layers):
+            one.layer(0.25)
+        groups = one.groups()
+        assert [group.last - group.first + 1 for group in groups] == sizes
+        assert len(groups) <= MOST_GROUPS
+        assert groups[-1].last == num_layers - 1
+        assert sum(group.experts_s for group in groups) == num_layers * 0.25
+        assert groups[0].began == one.began
+        assert groups[-1].ended == one.layers[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("tracestate", "wanted"),
+    [
+        ("manta=layers", True),
+        ("congo=t61rcWkgMzE, manta=layers", True),
+        ("manta=all", False),
+        ("manta=layers2", False),
+        ("", False),
+        ("a=b," * 500 + "manta=layers", False),
+    ],
+)
+def test_who_asks(tracestate, wanted):
+    assert wants_layers(tracestate) is wanted
