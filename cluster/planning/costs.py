@@ -1,7 +1,7 @@
 """What a step takes beside the bytes and operations of a data sheet: each figure says where it is from. Numbers only.
 
-No GPU has run this code, so what is of GPUs is assumed. What is of lanes, Python and CPU kernels was measured on the
-two CPU cores of docs/benchmarks.md. A profile of the user's own machine (profile.py) takes the place of either.
+What is of GPUs was measured on one H100, what is of lanes, Python and CPU kernels on two CPU cores: docs/benchmarks.md
+has both. A profile of the user's own machine (profile.py) takes the place of either.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ LAYER_S = Figure(
     0.31e-3, "0.31 ms of Python and calls for a layer", True, "Where a step's time goes, next to no weights"
 )
 
-GPU_BANDWIDTH = Figure(0.7, "kernels reach 0.7 of the data sheet's bandwidth", False, "no GPU was timed")
-GPU_SPEED = Figure(0.7, "kernels reach 0.7 of the data sheet's speed", False, "no GPU was timed")
-GPU_PYTHON_S = Figure(LAYER_S.value, "a GPU's layer takes as much Python as a CPU's", False, "no GPU was timed")
+ON_A_GPU = "On a GPU"
+GPU_BANDWIDTH = Figure(0.74, "a step reaches 0.74 of the data sheet's bandwidth", True, ON_A_GPU)
+GPU_SPEED = Figure(0.44, "a prompt reaches 0.44 of the data sheet's speed", True, ON_A_GPU)
+GPU_PYTHON_S = Figure(0.73e-3, "0.73 ms of Python for a layer", True, ON_A_GPU)
 LAUNCHES = Figure(20, "20 launches in a layer", False, "the most by a count without a GPU: docs/gpu.md")
-LAUNCH_S = Figure(5e-6, "5 µs of the host for a launch", False, "no GPU was timed")
-STEP_S = Figure(
-    1.1e-3, "1.1 ms of Python around a step whose layers are one CUDA graph", False, "as around a CPU's layers"
+LAUNCH_S = Figure(10e-6, "10 µs of the host for a launch", True, ON_A_GPU)
+STEP_S = Figure(1.7e-3, "1.7 ms of Python around a step whose layers are one CUDA graph", True, ON_A_GPU)
+COPY_S = Figure(17e-6, "17 µs for a copy between GPU and host", True, ON_A_GPU)
+COPY_SHARE = Figure(0.85, "copies between GPU and host reach 0.85 of its PCIe link", True, ON_A_GPU)
+HOP_S = Figure(
+    10e-6, "10 µs for each of the 2 exchanges of tensor parallelism in a layer", False, "no two GPUs were timed"
 )
-COPY_S = Figure(10e-6, "10 µs for a copy between GPU and host", False, "no GPU was timed")
-COPY_SHARE = Figure(0.6, "copies between GPU and host reach 0.6 of its PCIe link", False, "no GPU was timed")
-HOP_S = Figure(10e-6, "10 µs for each of the 2 exchanges of tensor parallelism in a layer", False, "no GPU was timed")
 
 KERNELS = Figure(
     2.76, "one row is multiplied 1.77 times as fast with int8 and 2.76 with int4 as with bf16", True, "Matmuls on a CPU"

@@ -4,8 +4,7 @@ What a unit computes does not depend on how the step is cut (`triton_kernels.py`
 card: tiles of queries, and where too few of those keep it busy, the splits of their contexts. All that a step's kernels
 are told is packed into one tensor, copied once, and nothing waits for the device.
 
-That a row of a tile is summed alike wherever it stands in the tile is so in the interpreter, and of tensor cores by
-reasoning: no card has run this.
+That a row of a tile is summed alike wherever it stands in the tile is so in the interpreter, and on an H100.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ class Kernel(Protocol):
 
 
 _Kinds = tuple[tuple[str, Callable[[Any], Hashable]], ...]
-_KINDS: dict[int, _Kinds] = {}  # by a kernel's id, of each parameter its name, and what the kernel is compiled for
+# Of each parameter of a kernel its name, and what the kernel is compiled for. By the kernel's id, for Triton's hash of it
+# takes long; that the kernel is kept as well keeps the id its own.
+_KINDS: dict[int, tuple[Kernel, _Kinds]] = {}
 _COMPILED: dict[tuple[Hashable, ...], Kernel] = {}
 
 
@@ -60,9 +62,10 @@ def launch(kernel: Kernel, grid: Grid, *arguments: Any, **constants: Any) -> Non
     if parameters is None:  # the interpreter compiles nothing
         kernel[grid](*arguments, **constants)
         return
-    kinds = _KINDS.get(id(kernel))
-    if kinds is None:
-        kinds = _KINDS[id(kernel)] = tuple((one.name, _kind_of(one)) for one in parameters)
+    known = _KINDS.get(id(kernel))
+    if known is None:
+        known = _KINDS[id(kernel)] = kernel, tuple((one.name, _kind_of(one)) for one in parameters)
+    kinds = known[1]
     values = [*arguments, *[constants[name] for name, _ in kinds[len(arguments) :]]]
     key = (id(kernel), *[kind(value) for (_, kind), value in zip(kinds, values, strict=True)], *constants.values())
     compiled = _COMPILED.get(key)

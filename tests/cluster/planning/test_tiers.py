@@ -34,7 +34,7 @@ def tiered(*shards: Shard, **changes: object) -> TieredModel:
 def test_a_step_waits_for_the_slower_side() -> None:
     times = tiered(GPU_SHARD, CPU_SHARD).step(Load(1, 1000))
     assert times.attention_s == pytest.approx(attention_s(MODEL, ASSUMED.reached(L4), Load(1, 1000)))
-    assert times.gpu_s == pytest.approx(0.25 * ONE / (0.7 * 300e9))
+    assert times.gpu_s == pytest.approx(0.25 * ONE / ASSUMED.reached(L4).bandwidth)
     assert times.cpu_s == pytest.approx(7 * 0.25 * ONE / 40e9 / 1.77), "what bf16 would take, by the measured gain"
     assert times.host_s == pytest.approx(32 * ASSUMED.layer_s)
     assert times.all_s == pytest.approx(times.attention_s + times.cpu_s + times.wire_s + times.host_s)

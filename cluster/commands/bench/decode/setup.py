@@ -80,12 +80,24 @@ def config_for(
             }
         )
         experts = ExpertsConfig.model_validate(
-            {"groups": tuple(group.experts for group in groups), "transport": transport}
+            {
+                "groups": tuple(group.experts for group in groups),
+                "transport": transport,
+                "gpus_per_shard": None if transport == "local" else _gpus_per_shard(len(groups)),
+            }
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return ModelConfig(name="bench", path=str(checkpoint.directory), engine=engine, experts=experts)
+
+
+def _gpus_per_shard(num_groups: int) -> float | None:
+    """Where there are too few for each to have one: what lets all of them, and this process, share those there are."""
+    num_gpus = torch.cuda.device_count()
+    if not 0 < num_gpus <= num_groups:
+        return None
+    return round(0.9 / -(-num_groups // num_gpus), 3)
 
 
 def check_memory(

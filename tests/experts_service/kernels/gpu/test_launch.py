@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -44,6 +47,71 @@ def test_a_kernel_rounds_to_bf16_as_torch_does(device: str) -> None:
     copies = torch.empty(4096, dtype=torch.bfloat16, device=device)
     launch(_copy, (1,), numbers.to(device), copies, 4096)
     torch.testing.assert_close(copies.cpu(), numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@dataclass
+class Parameter:
+    name: str
+    is_constexpr: bool = False
+    do_not_specialize: bool = False
+
+
+@dataclass
+class Compiled:
+    """What is compiled for one kind of arguments."""
+
+    started: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.started.append((grid, *arguments))
+
+
+class Kernel:
+    """Compiles when it is started, as Triton's do."""
+
+    params = (Parameter("x"), Parameter("num_rows", do_not_specialize=True), Parameter("stride"), Parameter("N", True))
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def start(*_: Any, **__: Any) -> Compiled:
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return start
+
+
+def test_what_was_compiled_is_started_again_for_the_same_kind_of_arguments() -> None:
+    kernel, x = Kernel(), torch.zeros(64)
+    launch(kernel, (3,), x, 5, 7, N=8, num_warps=4)
+    launch(kernel, (4, 2), x[4:], 9, 9, N=8, num_warps=4)  # another length, place and number, all of one kind
+    [compiled] = kernel.compiled
+    [(grid, pointer, *numbers)] = compiled.started
+    assert (grid, numbers) == ((4, 2, 1), [9, 9, 8])
+    assert torch.equal(pointer, x[4:])
+
+
+@pytest.mark.parametrize(
+    ("others", "constants"),
+    [
+        ((torch.zeros(64)[1:], 5, 7), {}),  # a pointer that is no multiple of 16
+        ((torch.zeros(64, dtype=torch.bfloat16), 5, 7), {}),
+        ((torch.zeros(64), 5, 1), {}),
+        ((torch.zeros(64), 5, 32), {}),
+        ((torch.zeros(64), 5, 2**40), {}),
+        ((None, 5, 7), {}),
+        ((torch.zeros(64), 5, 7), {"N": 9}),
+        ((torch.zeros(64), 5, 7), {"num_warps": 8}),
+    ],
+)
+def test_another_kind_is_compiled_for_itself(others: tuple[Any, ...], constants: dict[str, int]) -> None:
+    """What is compiled for pointers that are multiples of 16 reads past the others."""
+    kernel, usual = Kernel(), {"N": 8, "num_warps": 4}
+    launch(kernel, (1,), torch.zeros(64), 5, 7, **usual)
+    launch(kernel, (1,), *others, **usual | constants)
+    assert len(kernel.compiled) == 2
+    assert not any(compiled.started for compiled in kernel.compiled)
 
 
 @pytest.mark.parametrize(("compiler", "expected"), [(None, False), ("/usr/bin/gcc", True)])
