@@ -26,8 +26,8 @@ class Kernel(Protocol):
 
 
 _Kinds = tuple[tuple[str, Callable[[Any], Hashable]], ...]
-# Of each parameter of a kernel its name, and what the kernel is compiled for. By the kernel's id, for Triton's hash of it
-# takes long; that the kernel is kept as well keeps the id its own.
+# Of each parameter of a kernel its name, and what the kernel is compiled for. By the kernel's id, for Triton's hash of
+# it takes long; that the kernel is kept as well keeps the id its own.
 _KINDS: dict[int, tuple[Kernel, _Kinds]] = {}
 _COMPILED: dict[tuple[Hashable, ...], Kernel] = {}
 
@@ -87,12 +87,12 @@ def _itself(constant: Any) -> Hashable:
 
 
 def _type(argument: object) -> Hashable:
-    return argument.__class__.__name__
+    return -(2**31) <= argument < 2**31 if isinstance(argument, int) else argument.__class__.__name__
 
 
 def _kind(argument: Any) -> Hashable:
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument).__qualname__
+        return argument == 1, argument % 16 == 0, _type(argument)
+    return _type(argument)
