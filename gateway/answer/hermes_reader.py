@@ -23,11 +23,12 @@ class HermesCallReader(JsonCallReader):
         self._begin_id, self._end_id = grammar.tokens.calls, grammar.tokens.end
         self._blanks: str | None = ""  # before a text that has not begun; None: it has
         self._is_cut = False  # the last call's arguments
+        self._looked_at: list[str] = []  # before what is held, and has no end tag: long calls are looked at once
 
     @property
     def is_complete(self) -> bool:
         """Whether no call is open."""
-        return self._part in ("text", "rest") and not self._is_cut
+        return self._part in ("text", "rest", "keys") and not self._is_cut
 
     def push(self, token_id: int, text: str) -> str:
         """The part of `text` that is the answer's own."""
@@ -49,8 +50,10 @@ class HermesCallReader(JsonCallReader):
             self.calls.begin(name)
             return ""
         if self._part == "rest":
-            after = self._held.lstrip().removeprefix("}").lstrip()
+            after = self._held.removeprefix("}").lstrip()
             return "" if END.startswith(after) else after
+        if self._part == "keys":
+            return self._all_held()
         return self._end(is_whole=False)
 
     def _read_part(self, text: str) -> tuple[str, str]:
@@ -61,7 +64,7 @@ class HermesCallReader(JsonCallReader):
                 return self._read_head(text)
             case "rest":
                 return self._read_rest(text)
-        return self._read_other(text)
+        return self._to_end_tag(text)
 
     def _read_text(self, text: str) -> tuple[str, str]:
         if self._begin_id is not None:
@@ -88,37 +91,47 @@ class HermesCallReader(JsonCallReader):
 
     def _read_rest(self, text: str) -> tuple[str, str]:
         """After the arguments: a bracket and the tag, or more keys that nobody asked for; what else follows is text."""
-        self._held += text
-        after = self._held.lstrip()
-        if not after or after.startswith(","):
-            return self._to_end_tag()
-        after = after.removeprefix("}").lstrip()
+        self._held = (self._held + text).lstrip()
+        if not self._held:
+            return "", ""
+        if self._held.startswith(","):
+            held, self._held, self._part = self._held, "", "keys"
+            return self._to_end_tag(held)
+        after = self._held.removeprefix("}").lstrip()
         if self._end_id is None and len(after) < len(END) and END.startswith(after):
+            self._held = "}" * self._held.startswith("}") + after
             return "", ""
         self._held = ""
         self._over()
         return "", after.removeprefix(END) if self._end_id is None else after
 
-    def _read_other(self, text: str) -> tuple[str, str]:
-        self._held += text
-        return self._to_end_tag()
-
-    def _to_end_tag(self) -> tuple[str, str]:
+    def _to_end_tag(self, text: str) -> tuple[str, str]:
+        """What is held is looked at for the tag once, but for its end, where one may have begun."""
+        held = self._held + text
         if self._end_id is not None:
+            self._looked_at.append(held)
+            self._held = ""
             return "", ""
-        inside, end, rest = self._held.partition(END)
-        if not end:
-            return "", ""
-        self._held = inside
-        return self._end(), rest
+        inside, end, rest = held.partition(END)
+        if end:
+            self._held = inside
+            return self._end(), rest
+        looked_at = max(0, len(held) - len(END) + 1)
+        self._looked_at.append(held[:looked_at])
+        self._held = held[looked_at:]
+        return "", ""
+
+    def _all_held(self) -> str:
+        held = "".join(self._looked_at) + self._held
+        self._looked_at, self._held = [], ""
+        return held
 
     def _begin(self) -> None:
         self._part, self._held, self._blanks = "head", "", ""
 
     def _end(self, *, is_whole: bool = True) -> str:
         """What is in the tags has no more."""
-        part, held = self._part, self._held
-        self._held = ""
+        part, held = self._part, self._all_held()
         if part == "text":
             return ""
         self._is_cut = part == "arguments"

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from gateway.answer.calls import Calls
 
-Part = Literal["text", "head", "arguments", "rest", "other"]
+Part = Literal["text", "head", "arguments", "rest", "keys", "other"]  # keys: more than a call has
 _MAX_HEAD = 1024  # characters before the arguments; a longer one is no call
 
 

@@ -46,6 +46,9 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
     num_experts = _first(text, NUM_EXPERTS)
+    top_k = _first(text, TOP_K, minimum=min(1, num_experts))
+    if text.values.get("sliding_window") == 0 and text.values.get("use_sliding_window") is not False:
+        raise text.error("sliding_window", "is 0, and no token would see one; where there is no window it is null")
     bos = text.integers("bos_token_id", vocab_size - 1) or config.integers("bos_token_id", vocab_size - 1)
     eos = text.integers("eos_token_id", vocab_size - 1) or config.integers("eos_token_id", vocab_size - 1)
     size = _first(text, INTERMEDIATE_SIZE) or 1
@@ -58,7 +61,7 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
         num_kv_heads=_num_kv_heads(text, num_heads),
         head_dim=_head_dim(text, hidden_size, num_heads),
         num_experts=num_experts,
-        top_k=_first(text, TOP_K) or 1 if num_experts else 0,
+        top_k=top_k or 1 if num_experts else 0,
         vocab_size=vocab_size,
         rms_norm_eps=1e-6,
         rope_theta=1e4,
@@ -113,13 +116,13 @@ def divided(sizes: Mapping[str, tuple[Shape, int]], architecture: Architecture) 
     return own, -(-of_experts // max(1, num_experts))
 
 
-def _first(config: JsonDocument, keys: Sequence[str]) -> int:
+def _first(config: JsonDocument, keys: Sequence[str], minimum: int = 0) -> int:
     """The first that is there; 0: none is."""
     for key in keys:
         if isinstance(config.values.get(key), list):  # one for each layer
             return max(config.integers(key, LARGEST), default=0)
         if config.has(key):
-            return config.integer(key, minimum=0)
+            return config.integer(key, minimum=minimum)
     return 0
 
 

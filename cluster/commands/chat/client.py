@@ -25,6 +25,7 @@ class Delta:
     """One event of a streamed answer. `completion_tokens` comes with the usage, mostly last."""
 
     text: str = ""
+    reasoning: str = ""  # what the model thinks before it answers
     finish_reason: str | None = None
     completion_tokens: int | None = None
 
@@ -120,8 +121,10 @@ def _delta(event: Any) -> Delta:
     if "error" in event or event.get("object") == "error":
         raise Unavailable(_message(event) or "the server reported an error without a message")
     choices = event.get("choices") or [{}]
+    delta = choices[0].get("delta") or {}
     return Delta(
-        text=(choices[0].get("delta") or {}).get("content") or "",
+        text=delta.get("content") or "",
+        reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",  # the newer name of others' servers
         finish_reason=choices[0].get("finish_reason"),
         completion_tokens=(event.get("usage") or {}).get("completion_tokens"),
     )

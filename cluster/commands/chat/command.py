@@ -96,8 +96,12 @@ class Chat:
         return line.strip()
 
     def _answer(self, prompt: str) -> None:
-        """Stream one answer and its figures. Whatever ends it, what was shown is kept in the history."""
+        """Stream one answer and its figures. Whatever ends it, what was shown is kept in the history.
+
+        What the model thinks goes where notices go, and into no history.
+        """
         shown: list[str] = []
+        is_thinking = False
         started = time.monotonic()
         first = last = None
         tokens: int | None = None
@@ -106,15 +110,24 @@ class Chat:
         try:
             with closing(stream), self.notices.status("", spinner="dots") as waiting:
                 for delta in stream:
-                    if delta.text:
+                    if delta.text or delta.reasoning:
                         waiting.stop()
                         last = time.monotonic()
                         first = first or last
+                    if delta.reasoning:
+                        is_thinking = True
+                        self.notices.out(_printable(delta.reasoning), end="", style="dim", highlight=False)
+                    if delta.text:
+                        if is_thinking:
+                            is_thinking = False
+                            self.notices.out("")
                         shown.append(delta.text)
                         self.answers.out(_printable(delta.text), end="", highlight=False)
                     tokens = delta.completion_tokens if delta.completion_tokens is not None else tokens
                     finish_reason = delta.finish_reason or finish_reason
         finally:
+            if is_thinking:
+                self.notices.out("")
             self.conversation.record(prompt, "".join(shown))
             if shown:
                 self.answers.out("")

@@ -76,6 +76,9 @@ class FakeServer:
             finally:
                 self.disconnected.set()
         yield b": a comment\n\n"
+        if prompt == "think":
+            for name in ("reasoning_content", "reasoning"):
+                yield event({"delta": {name: "Let me \x1b[31msee. "}})
         for piece in {"separators": ["a\u2028b", "\x85c\n", "\n  d"], "escape": ["\x1b[31mred\x07"]}.get(
             prompt, ["You said ", f"«{prompt}» ", "🎣."]
         ):
@@ -210,6 +213,14 @@ def test_piped_lines(server: FakeServer, tmp_path) -> None:
     assert re.search(r"7 tokens · [\d.]+ tokens/s · first token after [\d.]+ s", done.stderr)
     assert done.stderr.count("stopped at the length limit") == 1
     assert "also served: other" in done.stderr
+
+
+def test_what_the_model_thinks_is_shown_beside_the_answer(server: FakeServer) -> None:
+    """It is no part of the answer, nor of the conversation; a long thought was a blank screen."""
+    done = manta_chat(server.url, "think\nhello\n")
+    assert done.stdout == "You said «think» 🎣.\nYou said «hello» 🎣.\n"
+    assert "Let me [31msee. Let me [31msee. \n" in done.stderr
+    assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "You said «think» 🎣."}
 
 
 def test_a_server_error_is_shown_and_the_chat_goes_on(server: FakeServer) -> None:

@@ -206,3 +206,12 @@ def test_blanks_without_end_are_not_read_over_with_every_token(tokens: ToolToken
     started = time.thread_time()
     assert read(tokens, [(100, "    ")] * 32_000)[:2] == ("    " * 32_000, [])
     assert time.thread_time() - started < 2
+
+
+@pytest.mark.parametrize("begin", ["<tool_call>\nx", f"<tool_call>{CALL[:-1]}, "])
+def test_what_a_tag_holds_is_looked_at_once(begin: str) -> None:
+    """No call, or keys after one: all of it was searched for the end of the tag with every token."""
+    started = time.thread_time()
+    told = read(FORMATS["hermes"], [(100, begin), *[(100, "abcdefghij" * 8)] * 32_000])
+    assert told[0].endswith("abcdefghij" * 8 * 32_000)
+    assert time.thread_time() - started < 2

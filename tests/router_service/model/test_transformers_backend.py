@@ -172,6 +172,8 @@ def test_layers_that_keep_something_else_are_refused_by_name(tmp_path, family, m
         ({"sliding_window": "x"}, "'sliding_window'.*expected int, got str"),
         ({"sliding_window": None}, "cannot serve gpt_oss: transformers makes no cache for its layers"),
         ({"num_local_experts": ["many"]}, "num_local_experts holds 'many'; expected integers"),
+        ({"num_experts_per_tok": 0}, "config.json: num_experts_per_tok is 0; expected an integer from 1"),
+        ({"sliding_window": 0}, "config.json: sliding_window is 0, and no token would see one"),
         ({"num_key_value_heads": 3}, "cannot serve gpt_oss: GptOssAttention has 4 heads, and keys of 3"),
         ({"model_type": ["gpt_oss"]}, r"model_type is \['gpt_oss'\], which Manta does not run"),
     ],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.commands.local_ray import start_local_ray
@@ -24,6 +25,7 @@ from tests.experts_service.shards import shard_spec
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.transformers_families import SHOWN, generated, prompt, write_family
+from tests.widened_checkpoints import by_transformers, write_fp8, write_mxfp4
 
 pytestmark = pytest.mark.long
 
@@ -73,7 +75,23 @@ def test_experts_in_processes_say_the_same_and_one_may_die(
     tmp_path: Path, secret_file: Path, family: str, number: int
 ) -> None:
     """The ids are those of transformers in one process, before a shard is killed and while another takes its rows."""
-    model = write_family(tmp_path / "model", family)
+    say_the_same(tmp_path, secret_file, write_family(tmp_path / "model", family), number)
+
+
+@pytest.mark.usefixtures("own_ray")
+@pytest.mark.parametrize("write", [write_mxfp4, write_fp8])
+def test_experts_that_are_widened_say_the_same(
+    tmp_path: Path, secret_file: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    """gpt-oss in MXFP4, DeepSeek-V3 in FP8: each process widens its own."""
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model")
+    model = by_transformers(tmp_path / "model", torch.float32, monkeypatch).float()
+    say_the_same(tmp_path, secret_file, model, 2)
+
+
+def say_the_same(tmp_path: Path, secret_file: Path, model: Any, number: int) -> None:
+    """Of the checkpoint that is in tmp_path / "model"."""
     checkpoint = open_checkpoint(tmp_path / "model")
     size = checkpoint.architecture.num_experts // number
     groups = [ExpertGroup(index, tuple(range(index * size, (index + 1) * size))) for index in range(number)]
@@ -95,7 +113,7 @@ def test_experts_in_processes_say_the_same_and_one_may_die(
             node_id=ray.get_runtime_context().get_node_id(),
         )
         dispatcher = Dispatcher(groups, LaneTransport(deployments, table, dialer, timeout_s=60.0))
-        bench = Bench(tmp_path / "model", dispatcher=dispatcher, max_num_batched_tokens=17)
+        bench = Bench(tmp_path / "model", dtype="float32", dispatcher=dispatcher, max_num_batched_tokens=17)
         expected = [generated(model, prompt(length, length), NEW_TOKENS) for length in LENGTHS]
         assert bench.run(*requests()) == expected
         disturbed = requests()
