@@ -39,8 +39,10 @@ LAYER_S = Figure(
 )
 
 ON_A_GPU = "On a GPU"
-GPU_BANDWIDTH = Figure(0.74, "a step reaches 0.74 of the data sheet's bandwidth", True, ON_A_GPU)
-GPU_SPEED = Figure(0.44, "a prompt reaches 0.44 of the data sheet's speed", True, ON_A_GPU)
+GPU_BANDWIDTH = Figure(0.90, "a GPU's memory is read at 0.9 of the data sheet's bandwidth", True, ON_A_GPU)
+GPU_SPEED = Figure(0.77, "matrices are multiplied at 0.77 of the data sheet's speed", True, ON_A_GPU)
+STEP_SHARE = Figure(0.82, "a step reaches 0.82 of the bandwidth", True, ON_A_GPU)
+PROMPT_SHARE = Figure(0.57, "a prompt reaches 0.57 of the speed", True, ON_A_GPU)
 GPU_PYTHON_S = Figure(0.73e-3, "0.73 ms of Python for a layer", True, ON_A_GPU)
 LAUNCHES = Figure(20, "20 launches in a layer", False, "the most by a count without a GPU: docs/gpu.md")
 LAUNCH_S = Figure(10e-6, "10 µs of the host for a launch", True, ON_A_GPU)
@@ -82,6 +84,8 @@ class Costs:
     memory_bandwidth: Figure = MEMORY_BANDWIDTH
     gpu_bandwidth: Figure = GPU_BANDWIDTH  # of the data sheet's
     gpu_speed: Figure = GPU_SPEED  # the same
+    step_share: Figure = STEP_SHARE  # of the bandwidth that a card has
+    prompt_share: Figure = PROMPT_SHARE  # of its speed
     python: Figure = GPU_PYTHON_S  # of a layer, without launches
     launches: Figure = LAUNCHES  # of a layer
     launch: Figure = LAUNCH_S
@@ -109,7 +113,8 @@ class Costs:
     def of_gpus(self) -> tuple[Figure, ...]:
         """What a step on a GPU costs beside its bytes and operations."""
         of_launches = (self.launches, self.launch) if self.launches.value else ()
-        return (self.gpu_bandwidth, self.gpu_speed, self.python, *of_launches)
+        of_card = (self.gpu_bandwidth, self.step_share, self.gpu_speed, self.prompt_share)
+        return (*of_card, self.python, *of_launches)
 
     @property
     def of_steps(self) -> tuple[Figure, ...]:
@@ -122,8 +127,12 @@ class Costs:
         return (self.copy, self.copy_share)
 
     def reached(self, gpu: GpuType) -> GpuType:
-        """What kernels make of it."""
-        return replace(gpu, bandwidth=gpu.bandwidth * self.gpu_bandwidth.value, flops=gpu.flops * self.gpu_speed.value)
+        """What steps and prompts make of it."""
+        return replace(
+            gpu,
+            bandwidth=gpu.bandwidth * self.gpu_bandwidth.value * self.step_share.value,
+            flops=gpu.flops * self.gpu_speed.value * self.prompt_share.value,
+        )
 
     def between_devices(self, link: Link, gpu: GpuType, gpus: int) -> Link:
         """The same where rows lie on GPUs at so many of its two ends: they are copied to the host and back again."""

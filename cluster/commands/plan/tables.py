@@ -35,7 +35,10 @@ def draw(name: str, target: Target, planner: Planner, plan: Plan, console: Conso
 
 def draw_figures(figures: Sequence[Figure], console: Console) -> None:
     """What was measured, and what is assumed."""
-    for title, measured in (("Measured (headings are of docs/benchmarks.md, 2 CPU cores)", True), ("Assumed", False)):
+    for title, measured in (
+        ("Measured (headings are of docs/benchmarks.md: 2 CPU cores, or one H100)", True),
+        ("Assumed", False),
+    ):
         lines = [f"{one.what} ({one.source})" for one in figures if one.measured is measured]
         if lines:
             console.print(f"{title}: {'; '.join(lines)}.")

@@ -32,6 +32,7 @@ from experts_service.delivery import replica_load
 MODEL = Model.plain(MIXTRAL_8X7B, "bfloat16")
 SKEWED = Popularity(32, 8, 2, exponent=1.0).chances()
 EVEN = Popularity(32, 8, 2).chances()
+WHOLE = replace(ASSUMED.gpu_bandwidth, value=1.0)
 HARDWARE = Hardware(GPUS["H200"], ASSUMED, Cpus(50e9, 2e12), ASSUMED.lanes)
 EACH = tuple(Group((expert,), MODEL.one_expert_bytes) for expert in range(8))
 APART = Stations(tuple((group,) for group in range(8)))
