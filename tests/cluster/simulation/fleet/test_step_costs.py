@@ -77,9 +77,7 @@ def test_weights_are_read_once_for_a_chunk_beside_decoding_sequences() -> None:
 def test_by_hand_two_groups_and_one_row() -> None:
     """Bytes count alone: a row asks for 2 of 8 experts, each half has one of them."""
     gpu = GpuType("slow memory", 10**12, 1e9, 1e30)
-    hardware = replace(
-        HARDWARE, gpu=gpu, costs=replace(ASSUMED, gpu_bandwidth=replace(ASSUMED.gpu_bandwidth, value=1.0))
-    )
+    hardware = replace(HARDWARE, gpu=gpu, costs=replace(ASSUMED, gpu_bandwidth=WHOLE, step_share=WHOLE))
     halves = (Group((0, 1, 2, 3), MODEL.one_expert_bytes), Group((4, 5, 6, 7), MODEL.one_expert_bytes))
     costs = SplitCosts(MODEL, hardware, halves)
     experts = costs.experts(1, 1, Stations(((0,), (1,))), EVEN, 0, 0.0)
