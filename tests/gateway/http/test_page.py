@@ -18,7 +18,8 @@ from cluster.config import GatewayConfig
 from cluster.messages import ModelCard, Request, TokenChunk, TokenLogprobs
 from gateway.http.page import content_security_policy
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, tokens_script
+from tests.gateway.chat_formats import write_qwen3
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -226,3 +227,31 @@ def test_a_page_of_another_site_cannot_ask_and_ours_can(browser: Any, card: Mode
             assert page.evaluate(attack, f"{url}/v1/completions") == "sent"
             assert len(coordinator.requests) == count, site
         context.close()
+
+
+@needs_chromium
+def test_what_a_model_thinks_is_folded_once_it_answers(page: Any, tmp_path: Path) -> None:
+    """A long thought was an empty answer for as long as it took."""
+    directory = write_qwen3(tmp_path)
+    thought, end = "<think>\nSix <b>sevens</b>.\n", "</think>\n\nForty-two."
+    tokenizer = HuggingFaceTokenizer(directory)
+    begun, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (thought, thought + end))
+    frontends = [
+        build_frontend(model_card(directory, vocab_size=400, max_model_len=4096), ScriptedCoordinator(script))
+        for script in (tokens_script(begun, pause_s=0.5), tokens_script(whole))
+    ]
+    with http_server(frontends[0]) as url:
+        page.goto(url)
+        ask(page, "Six times seven?")
+        until(page, lambda: page.locator(".thought p").count() == 1)
+        assert page.locator(".thought").get_attribute("open") is not None
+        page.keyboard.press("Escape")
+        page.wait_for_selector("text=Stopped.")
+    with http_server(frontends[1]) as url:
+        page.goto(url)
+        ask(page, "Six times seven?")
+        page.wait_for_selector("text=The answer is complete.")
+        assert page.inner_text(".assistant .text") == "Forty-two."
+        assert page.locator(".thought").get_attribute("open") is None
+        page.click(".thought summary")
+        assert page.inner_text(".thought p") == "Six <b>sevens</b>."
