@@ -335,7 +335,8 @@ def simulate(
     keep_batch: Annotated[
         bool,
         typer.Option(
-            "--keep-batch", help="engine.max_num_seqs as configured, also where a step of it takes longer than --token."
+            "--keep-batch",
+            help="engine.max_num_seqs as configured, not the most of 512 that steps within --token let be.",
         ),
     ] = False,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds whose requests are not counted.")] = 900.0,

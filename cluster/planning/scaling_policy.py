@@ -97,7 +97,7 @@ class ScalingPolicy:
             if not context.current_num_replicas:
                 wanted = int(loads.lacks(before, context.config.upscale_delay_s, now))
             elif context.current_num_replicas == 1 == wanted and loads.can_take(
-                before, load, SLACK * self._target_load
+                before, (application, context.deployment_name), load, SLACK * self._target_load, now
             ):
                 wanted = 0
         loads.tell(

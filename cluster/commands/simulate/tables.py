@@ -106,13 +106,13 @@ def draw_break_even(document: dict[str, Any], output: Output) -> None:
     )
     output.table(
         "At an even load",
-        ("requests/s", "skew", "prompt", *(LETTERS[name] for name in ("whole", "together", "single")), "least"),
+        ("requests/s", "skew", "prompt", *(LETTERS[name] for name in ("whole", "single")), "least"),
         (
             (
                 f"{cell['rate']:g}",
                 f"{cell['skew']:g}",
                 str(cell["prompt"]),
-                *(_cost(cell["variants"][name]) for name in ("whole", "together", "single")),
+                *(_cost(cell["variants"][name]) for name in ("whole", "single")),
                 LETTERS[cell["least"]] if cell["least"] else "–",
             )
             for cell in document["cells"]

@@ -24,6 +24,7 @@ from cluster.planning.placement import gib, kv_bytes_per_token, kv_dtype, plan_g
 from cluster.planning.plan import USABLE
 from cluster.planning.roofline import Model
 from cluster.planning.weights import held_bits, held_weights
+from cluster.simulation.fleet.coordinator import LEAST_PROMPT_TOKENS
 from cluster.simulation.fleet.fleet import Fleet, ShardDeployment, placed
 from cluster.simulation.fleet.outcome import Objective
 from cluster.simulation.fleet.popularity import Popularity
@@ -33,6 +34,7 @@ from cluster.simulation.fleet.trace import Arrival
 WHOLE, TOGETHER, SINGLE, TIERS = NAMES = ("whole", "together", "single", "tiers")
 MOST_ON_A_CARD = 8  # shards that share one
 AUTO_GROUPS = 8  # of a model with more experts, where nobody says how many
+LARGEST_BATCH = 512  # sequences, whatever the configuration has
 TUNED = 0.8  # of the objective that a step of a full batch may take: the rest is for what comes together
 TYPICAL_SEQUENCES = 8  # of a coordinator, with which experts on CPUs have to keep the objective
 
@@ -265,22 +267,31 @@ class Served:
 def tuned(fleet: Fleet, objective: Objective, arrivals: Sequence[Arrival]) -> Fleet:
     """With as many sequences in a batch as leave its steps within the objective: the policies know of no objective.
 
-    A step of a full batch has beside its tokens as much of prompts as these arrivals bring for each of them.
+    Of the steps of a full batch some have a chunk beside their tokens: as many as these arrivals bring prompts for.
+    Where not even one sequence is within it, the configuration's number stays.
     """
     if not arrivals:
         return fleet
     prompt = sum(one.prompt_tokens for one in arrivals) / len(arrivals)
     output = sum(one.output_tokens for one in arrivals) / len(arrivals)
-    chances, number = fleet.popularity.chances(), fleet.engine.max_num_seqs
-    while number > 1:
-        work = Work(number, prompt + output / 2, number * prompt / output)
-        if isinstance(fleet.costs, WholeCosts):
-            step_s = fleet.costs.step_s(work, chances)
-        else:
-            alone = [1] * len(fleet.costs.groups)
-            found = fleet.costs.experts(work.rows, 1, placed(fleet.shards, alone), chances, 0, fleet.costs.own_s(work))
-            step_s = fleet.costs.step_s(work, found.step_s)
-        if step_s <= TUNED * objective.token_s:
-            break
+    chunk = max(fleet.engine.max_num_batched_tokens / 4, LEAST_PROMPT_TOKENS)
+    number = LARGEST_BATCH
+    while number:
+        context = prompt + output / 2
+        with_chunk = number * prompt / output / chunk  # of the steps
+        token_s = max(0.0, 1 - with_chunk) * _alone_s(fleet, Work(number, context))
+        token_s += with_chunk * _alone_s(fleet, Work(number, context, chunk, prompt / 2))
+        if token_s <= TUNED * objective.token_s:
+            return replace(fleet, engine=fleet.engine.model_copy(update={"max_num_seqs": number}))
         number //= 2
-    return replace(fleet, engine=fleet.engine.model_copy(update={"max_num_seqs": number}))
+    return fleet
+
+
+def _alone_s(fleet: Fleet, work: Work) -> float:
+    """A step where there is one coordinator, and one replica of each group."""
+    chances = fleet.popularity.chances()
+    if isinstance(fleet.costs, WholeCosts):
+        return fleet.costs.step_s(work, chances)
+    stations = placed(fleet.shards, [1] * len(fleet.shards))
+    found = fleet.costs.experts(work.rows, 1, stations, chances, 0, fleet.costs.own_s(work))
+    return fleet.costs.step_s(work, found.step_s)

@@ -117,6 +117,17 @@ def test_a_tier_that_begins_with_none_gets_one_when_the_tier_before_needs_more_t
     assert tiers.after(60, on_first=0.4) == (1, 0), "it does not come and go"
 
 
+def test_a_slow_tier_takes_back_what_it_could_carry_and_no_more(monkeypatch):
+    """5 % of a GPU's time was all that CPUs could do: they took it back, could not carry it, and lost it again."""
+    tiers = Tiers(monkeypatch)
+    tiers.running["expert-2"] = 1
+    tiers.after(20, on_first=1.0)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(300, on_second=0.05) == (1, 1)
+    assert tiers.after(300, on_second=0.03) == (1, 1), "the CPUs would be busy for 0.6 of the time"
+    assert tiers.after(1, on_second=0.02) == (1, 0)
+
+
 def test_a_tier_that_begins_with_none_stands_in_for_one_that_has_lost_all(monkeypatch):
     tiers = Tiers(monkeypatch)
     tiers.running["expert-2"] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -133,12 +134,26 @@ def test_tiers_of_a_configuration_are_named_and_scaled_as_serve_has_them() -> No
     assert outcome.machine_s > 0
 
 
+def test_a_slow_tier_does_not_take_back_what_a_fast_one_took_from_it() -> None:
+    """Loads are parts of the time: a GPU that was busy for 5 % gave its rows back to CPUs that could not carry them, 73
+    times in two hours; the first fault that a simulated fleet showed."""
+    tiers = [
+        {"groups": [0, 1], "device": "cpu", "scaling": {"min_replicas": 1, "max_replicas": 1}},
+        {"groups": [0], "device": "cuda", "scaling": {"min_replicas": 0, "max_replicas": 2}},
+    ]
+    experts = {"groups": [[0, 1, 2, 3], [4, 5, 6, 7]], "tiers": tiers, "mixed_replicas": True}
+    even = Synthetic(rate=0.05, hours=1.0, swing=0.0, bursts=0.0, prompt=50.0, output=60.0)
+    seen = [sample.shards[1] for sample in serve(fleet("tiers", 0.0, experts=experts), even.arrivals(1), 1).samples]
+    assert max(seen) == 1, "the CPUs need it"
+    assert sum(before != after for before, after in pairwise(seen)) <= 3
+
+
 def test_batches_are_as_large_as_the_objective_lets_them_be() -> None:
     arrivals = [Arrival(0.0, 1000, 100)]
     wide, narrow = (
         tuned(fleet("single"), Objective(2.0, token_s), arrivals).engine.max_num_seqs for token_s in (1.0, 0.02)
     )
-    assert wide == 64
+    assert wide > 64
     assert 1 <= narrow < 64
 
 
