@@ -58,7 +58,9 @@ def draw_break_even(document: dict[str, Any], file: Path) -> None:
                 label=f"zipf {skew:g}",
             )  # fmt: skip
         panel.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
-        panel.set(xlabel="requests a second", title=f"prompts of {prompt}", xscale="log", yscale="log")
+        panel.set(xlabel="requests a second", title=f"prompts of {prompt}")
+        if any(cell["ratio"] for cell in of_prompt):
+            panel.set(xscale="log", yscale="log")
         panel.legend(fontsize=7)
     panels[0].set_ylabel("below 1: scaling experts one by one pays")
     _save(figure, file)

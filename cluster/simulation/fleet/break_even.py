@@ -23,7 +23,7 @@ class Grid:
     rates: tuple[float, ...] = (0.25, 1.0, 4.0)  # times the rate that was asked for
     skews: tuple[float, ...] = (0.0, 1.4)
     prompts: tuple[int, ...] = (256, 8192)
-    hours: float = 0.1  # after as long that is not counted
+    hours: float = 0.12  # after as long that is not counted
 
     @property
     def number(self) -> int:
