@@ -33,8 +33,9 @@ from experts_service.kernels.compiled.float8_tile import (
 from experts_service.kernels.compiled.jit import AVAILABLE, kernel, pointer
 from experts_service.kernels.compiled.matmul import RUN_BYTES, height_of, write_gated, write_sums
 from experts_service.kernels.compiled.quantized_rows import quantize_task, row_words
-from experts_service.kernels.compiled.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, WIDTH, multiply_rows
+from experts_service.kernels.compiled.quantized_tile import HEIGHTS, MAX_BLOCK, OFFSETS, STEP, multiply_rows
 from experts_service.kernels.compiled.routine import Routine, Task, num_threads, take_run
+from experts_service.kernels.compiled.tile import WIDTH
 from experts_service.memory import mapped
 from experts_service.quantization.groups import group_width, grouped_columns
 from experts_service.quantization.weight import QuantizedWeight, Weight
