@@ -45,6 +45,38 @@ class Flight(Protocol):
         """Nobody waits for answers that have not come: they are written nowhere. On the sender's thread. Idempotent."""
 
 
+class Answers(NamedTuple):
+    """Where the answers of a dispatch lie: a table of pieces, in int64, by ascending row of the combine buffer."""
+
+    table: int  # address of the first piece's entry: the first row of it, and the address where that lies
+    stride: int  # int64 from one entry to the next
+    number: int  # of pieces
+
+
+class InPlaceFlight:
+    """Rows under way whose answers need not be written anywhere."""
+
+    def wait_in_place(self) -> Answers:
+        """As `wait`, but the answers may lie elsewhere, until `release` is called.
+
+        Others may change them meanwhile: read each number once, and look at what was made of it. If that is not
+        finite, `wait` has the answers written, those that are not finite from others.
+        """
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """The answers have been read."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """As `Flight` has it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """As `Flight` has it."""
+        raise NotImplementedError
+
+
 class Transport(Protocol):
     """How rows reach the groups. Used by one thread, the engine's."""
 

@@ -26,10 +26,10 @@ from experts_service.carriers.local import ANSWERED, LocalTransport
 from experts_service.device import HostCopy, on_host, pinned, upload, wait_for_queue
 from experts_service.kernels.swiglu import Chained
 from experts_service.loaded_experts import LoadedExperts
-from experts_service.transport import Flight, GroupRows, Transport
+from experts_service.transport import Flight, GroupRows, InPlaceFlight, Transport
 from router_service import routing
 from router_service.routing import Routing
-from router_service.rows import combine, is_compiled
+from router_service.rows import combine, combine_in_place, is_compiled
 
 Indices = npt.NDArray[np.int64]
 
@@ -207,6 +207,11 @@ class Dispatcher:
             return routing.combine(dispatch.answers, weights, dispatch.routing)
         answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
         if is_compiled(answers, answers.shape[-1]):
+            if isinstance(dispatch.flight, InPlaceFlight):
+                total, is_finite = combine_in_place(dispatch.flight.wait_in_place(), weights, take, pairs, answers)
+                if is_finite:
+                    dispatch.flight.release()
+                    return total
             dispatch.flight.wait()
             return combine(answers, weights, take, pairs)
         weights = weights.t()  # [K, T]

@@ -27,8 +27,10 @@ from experts_service.kernels.compiled.vectors import (
     multiply,
     multiply_add,
     rounded,
+    rounded_number,
     splat,
     store,
+    store_rounded,
     total,
 )
 
@@ -168,3 +170,59 @@ def combine(task):  # type: ignore[no-untyped-def]
                     if k:
                         term = add(load(totals, row * width + i), term)
                     store(totals, row * width + i, term)
+
+
+@Routine
+def combine_in_place(task):  # type: ignore[no-untyped-def]
+    """The same of answers that lie in pieces, each number read once. task[12] is 1 where a total is not finite.
+
+    Piece p begins with the answer of `table` [p], and lies at the address that follows; entries are `stride` apart.
+    """
+    num_rows, top_k, width = task[1], task[2], task[3]
+    stride, number = task[10], task[11]
+    table, weights, totals = (
+        carray(pointer(task[4]), 1, np.int64),
+        _array(task[5], np.float32),
+        _array(task[8], np.uint16),
+    )
+    places, pairs = _array(task[6], np.int64), _array(task[7], np.int64)
+    nothing = splat(_ZERO)
+    of_row, lie_at = np.empty(top_k, np.float32), np.empty(top_k, np.int64)
+    while True:
+        first = take(task) * ROWS
+        if first >= num_rows:
+            return
+        odd = nothing  # 0 · x is no number where x is not finite
+        for row in range(first, min(first + ROWS, num_rows)):
+            for k in range(top_k):
+                pair, place = k * num_rows + row, k
+                if task[6] != 0:
+                    place = places[pair]
+                choice = k
+                if task[7] != 0:
+                    choice = pairs[pair] // num_rows
+                piece = number - 1
+                while table[piece * stride] > place:
+                    piece -= 1
+                lie_at[k] = table[piece * stride + 1] + 2 * width * (place - table[piece * stride])
+                of_row[k] = weights[row * top_k + choice]
+                odd = multiply_add(splat(of_row[k]), nothing, odd)
+            at = row * width
+            if top_k == 2:
+                left, right = _array(lie_at[0], np.uint16), _array(lie_at[1], np.uint16)
+                of_left, of_right = splat(of_row[0]), splat(of_row[1])
+                for i in range(0, width, LANES):
+                    term = rounded_number(multiply(load(left, i), of_left))
+                    term = rounded_number(add(term, rounded_number(multiply(load(right, i), of_right))))
+                    odd = multiply_add(term, nothing, odd)
+                    store_rounded(totals, at + i, term)
+                continue
+            for i in range(0, width, LANES):
+                term = rounded_number(multiply(load(_array(lie_at[0], np.uint16), i), splat(of_row[0])))
+                for k in range(1, top_k):
+                    more = multiply(load(_array(lie_at[k], np.uint16), i), splat(of_row[k]))
+                    term = rounded_number(add(term, rounded_number(more)))
+                odd = multiply_add(term, nothing, odd)
+                store_rounded(totals, at + i, term)
+        if total(odd) != _ZERO:
+            task[12] = 1

@@ -19,6 +19,7 @@ from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.compiled.route import Route
 from experts_service.kernels.compiled.routine import Task, num_threads
 from experts_service.kernels.gpu.launch import compiles_for
+from experts_service.transport import Answers
 
 if AVAILABLE:
     from experts_service.kernels.compiled.vectors import LANES
@@ -26,13 +27,20 @@ if AVAILABLE:
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+_InPlaceTask = ctypes.c_int64 * 13
 _BYTES = 8  # that an element takes: it is read, read again and written
 
 
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     """Have what serves such rows compiled, or read from where it is kept: a step does not wait for that."""
     if is_compiled(torch.empty(0, dtype=dtype, device=device), 0):
-        for routine in (row_kernels.norm, row_kernels.rotate, row_kernels.choose, row_kernels.combine):
+        for routine in (
+            row_kernels.norm,
+            row_kernels.rotate,
+            row_kernels.choose,
+            row_kernels.combine,
+            row_kernels.combine_in_place,
+        ):
             routine.load()
         Chain.load()
         Route.load()
@@ -171,6 +179,40 @@ def combine(
     pairs = None if pairs is None else pairs.contiguous()
     combine_task(answers, weights, places, pairs, totals).run()
     return totals
+
+
+def combine_in_place(
+    answers: Answers,
+    weights: torch.Tensor,
+    places: torch.Tensor | None,
+    pairs: torch.Tensor | None,
+    like: torch.Tensor,
+) -> tuple[torch.Tensor, bool]:
+    """The same of answers that lie where others may write, and whether all sums are finite. `like` has their width."""
+    num_rows, top_k = weights.shape
+    width = like.shape[-1]
+    totals = like.new_empty(num_rows, width)
+    weights = weights.contiguous()
+    places = None if places is None else places.contiguous()
+    pairs = None if pairs is None else pairs.contiguous()
+    task = _InPlaceTask(
+        0,
+        num_rows,
+        top_k,
+        width,
+        answers.table,
+        weights.data_ptr(),
+        0 if places is None else places.data_ptr(),
+        0 if pairs is None else pairs.data_ptr(),
+        totals.data_ptr(),
+        0,
+        answers.stride,
+        answers.number,
+        0,
+    )
+    threads = 1 if num_rows == 1 else _num_threads(num_rows * top_k, width)
+    row_kernels.combine_in_place.run_at(ctypes.addressof(task), threads)
+    return totals, not task[12]
 
 
 def combine_task(

@@ -6,30 +6,29 @@
             answer in a slot is copied there when its head has come
 
 Where rows wait to be sent, where an attempt may soon be hedged, and where an answer is late, all connections are polled
-at once instead.
+at once instead. The usual dispatch over memory makes none of this: `fast_path` posts it and takes its answers, and
+hands over what turns out to be unusual.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import count
 from socket import MSG_DONTWAIT
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.core_balance import CoreBalance
 from experts_service.carriers.dialer import Dialer
+from experts_service.carriers.fast_path import FastPath
+from experts_service.carriers.lane_rows import LaneBatch, LaneRows
 from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, Link, LinkLost
 from experts_service.carriers.links import LaneLinks
-from experts_service.carriers.memory import rows_of
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
@@ -40,48 +39,21 @@ from experts_service.transport import Flight, GroupRows
 from experts_service.wire.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
 
 
-@dataclass(slots=True)
-class LaneBatch:
-    """What the frames of one dispatch are made of."""
-
-    layer: int
-    dtype: torch.dtype
-    hidden: int
-    rows: memoryview  # [T, D], as bytes
-    answers: memoryview  # [N, D], as bytes
-    row_bytes: int
-
-    def place(self, part: GroupRows) -> memoryview:
-        """Where its answer [R, D] belongs."""
-        start = part.start * self.row_bytes
-        return self.answers[start : start + len(part.row_indices) * self.row_bytes]
-
-    def gather(self, part: GroupRows) -> memoryview:
-        """Its rows [R, D] as bytes."""
-        if len(part.row_indices) == 1 and len(self.rows) == self.row_bytes:
-            return self.rows
-        return rows_of(self.rows, self.row_bytes).take(part.row_indices, axis=0).data.cast("B")
-
-
-LaneRows = tuple[LaneBatch, GroupRows]  # what a frame is made of
-
-
 class LaneCarrier:
     """Frames over the connections that `routes` has."""
 
-    def __init__(self, routes: LaneRoutes[Link]) -> None:
+    def __init__(self, routes: LaneRoutes[Link], request_ids: Iterator[int]) -> None:
         self._routes = routes
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
-        self._next_id = 0
+        self._request_ids = request_ids
 
     def post(
         self, rows: LaneRows, replica: Replica, epoch: int, number: int, remaining_s: float, *, spare: bool
     ) -> LaneAttempt:
-        self._next_id += 1
         batch, part = rows
         place = batch.place(part)
         memory = memoryview(bytearray(len(place))) if spare else place
-        attempt = LaneAttempt(replica, epoch, self._next_id, memory, place if spare else None)
+        attempt = LaneAttempt(replica, epoch, next(self._request_ids), memory, place if spare else None)
         link = self._routes.link(replica)
         if link is None:
             attempt.fail("its connection was lost")
@@ -166,22 +138,23 @@ class LaneTransport:
         self.latency = latency or {group: DispatchCounts() for group in self.deployments}
         links = LaneLinks(dialer, table, timeout_s)
         self.routes = LaneRoutes(self.deployments, table, links, timeout_s, cores)
+        request_ids = count(1)
         self.deliveries: Deliveries[LaneRows, LaneAttempt] = Deliveries(
-            LaneCarrier(self.routes), self.routes, table, self.deployments, timeout_s, self.latency
+            LaneCarrier(self.routes, request_ids), self.routes, table, self.deployments, timeout_s, self.latency
         )
         self._cores = cores
+        self._fast_path = FastPath(self.deliveries, self.routes, request_ids, None if cores is None else self._spread)
         finite.load()  # no answer waits for it
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
+        if (fast := self._fast_path.send(layer, rows, parts)) is not None:
+            return fast
         flight = RemoteFlight(self.deliveries, layer, rows, parts)
         if flight.received is None:
             return flight
-        hidden, dtype = rows.shape[-1], rows.dtype
-        of_rows, of_answers = _bytes_of(rows.contiguous()), _bytes_of(flight.received)
-        batch = LaneBatch(layer, dtype, hidden, of_rows, of_answers, hidden * dtype.itemsize)
+        batch = LaneBatch.of(layer, rows, flight.received)
         parts = pieces(parts, self.routes, self.deliveries.loads)
-        if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
-            self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
+        self._spread(parts)
         connected = self.routes.all_connected()
         try:
             for part in parts:
@@ -193,22 +166,17 @@ class LaneTransport:
             raise
         return flight
 
+    def _spread(self, parts: Sequence[GroupRows]) -> None:
+        """Have shards that are about to be asked run on different cores."""
+        if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
+            self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
+
     def reaches(self, group: int) -> bool:
         """Whether a replica of the group has a lane to us. Waits where none has been dialled yet."""
         return self.routes.reaches(group)
 
     def close(self) -> None:
         self.routes.close()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a tensor on the host, without gaps. It lives as long as somebody has the view.
-
-    A fifth of what two calls of torch take for it, in every layer.
-    """
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor
-    return memoryview(memory).cast("B")
 
 
 def _read(attempt: LaneAttempt) -> None:

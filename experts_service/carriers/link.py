@@ -65,6 +65,7 @@ class Link:
         channel.settimeout(None)
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack("@ll", seconds, micros))
         self.channel = channel
+        self.descriptor = channel.fileno()
         self.thread_id = thread_id
         self.memory = None if memory is None else LaneMemory(memory)
         self.lost = False
@@ -163,6 +164,22 @@ class Link:
             data = bytes(attempt.follows[:early])
             self._finish()
             self._feed(memoryview(data))
+
+    @property
+    def is_at_border(self) -> bool:
+        """Whether it is alive, and no frame has been read or written in part."""
+        return not (self.lost or self._filled or self.unsent)
+
+    def take(self, data: memoryview) -> None:
+        """Bytes that somebody else read at the border of two frames. Raises LinkLost."""
+        self._feed(data)
+
+    def sent(self, head: bytes | bytearray, count: int, error: OSError | None) -> None:
+        """Somebody else sent so many bytes of a head, or had an error: what is left is sent by `flush`."""
+        if error is not None:
+            self._gone(error)
+        else:
+            self.unsent.append(memoryview(head)[count:])
 
     def forget(self, attempt: LaneAttempt) -> None:
         """Its answer, should it come, is nobody's."""

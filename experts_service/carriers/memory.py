@@ -18,9 +18,10 @@ class LaneMemory:
 
     def __init__(self, memory: SharedMemory) -> None:
         self.slots = Slots(memory.num_slots)
-        self._slot_bytes = memory.slot_bytes
         self._requests: memoryview = memory.requests.numpy().data
         self._answers: memoryview = memory.answers.numpy().data
+        self.slot_bytes = memory.slot_bytes
+        self.requests_at, self.answers_at = memory.requests.data_ptr(), memory.answers.data_ptr()
 
     def write(self, request_id: int, host: memoryview, row_bytes: int, row_indices: npt.NDArray[np.int64]) -> int:
         """Gather the rows `row_indices` [R] of `host`, the bytes of [T, D], into free slots.
@@ -28,10 +29,10 @@ class LaneMemory:
         Returns what a head says of them: 1 for slot 0, and so on; 0: there is no room.
         """
         size = len(row_indices) * row_bytes
-        first = self.slots.take(request_id, -(-size // self._slot_bytes))
+        first = self.slots.take(request_id, -(-size // self.slot_bytes))
         if first is None:
             return 0
-        start = first * self._slot_bytes
+        start = first * self.slot_bytes
         if size == row_bytes == len(host):
             self._requests[start : start + size] = host
         else:
@@ -41,7 +42,7 @@ class LaneMemory:
 
     def read(self, slot: int, answer: memoryview) -> None:
         """Copy the answer that lies where a head with this `slot` says."""
-        start = (slot - 1) * self._slot_bytes
+        start = (slot - 1) * self.slot_bytes
         answer[:] = self._answers[start : start + len(answer)]
 
 

@@ -78,6 +78,7 @@ class LaneRoutes(Generic[L]):
         self._wanted: dict[int, tuple[Replica, ...]] = {}  # group → trusted replicas, or all where none is trusted
         self._reachable: dict[int, tuple[Replica, ...]] = {}  # those of them that are connected
         self._all_connected = False
+        self._only: dict[int, tuple[Replica, L]] = {}
         self._present: dict[str, L] = {}  # by replica id
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
 
@@ -89,6 +90,12 @@ class LaneRoutes(Generic[L]):
     def all_connected(self) -> bool:
         """Whether every group has a replica that is connected."""
         return self._epoch == self._table.epoch and self._all_connected
+
+    def only(self) -> Mapping[int, tuple[Replica, L]]:
+        """By group the one replica that can be asked, where there is one."""
+        if self._epoch != self._table.epoch:
+            self._look_at_table()
+        return self._only
 
     def connect(self, group: int) -> None:
         """Return once a replica of the group is connected, or each that was never dialled before has refused."""
@@ -158,6 +165,8 @@ class LaneRoutes(Generic[L]):
             self._wanted[group] = tuple(r for r in replicas if not r.suspected) or replicas
             self._reachable[group] = tuple(r for r in self._wanted[group] if r.replica_id in present)
         self._all_connected = all(self._reachable.values())
+        only = ((group, replicas[0]) for group, replicas in self._reachable.items() if len(replicas) == 1)
+        self._only = {group: (replica, present[replica.replica_id]) for group, replica in only}
         links.keep_only(known)
         self._threads = self._threads_to_spread()
         self._epoch = epoch

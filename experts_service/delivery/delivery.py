@@ -259,10 +259,19 @@ class Delivery(Generic[Rows, A]):
             replica = own[0] if own else shared.loads.choose(replicas, shared.routes.owed)
             patience_s = shared.loads.patience_s(group, self.num_rows, self._replica_id if own else None)
         self._replica_id = None  # if it fails, whoever is best
-        self.first = self._post(replica, now, spare=False)
+        self._begin(self._post(replica, now, spare=False), now, patience_s)
+
+    def adopt(self, attempt: A, posted_at: float) -> None:
+        """This one was posted, to the only replica that could be reached."""
+        self._num_attempts = 1
+        attempt.posted_at = posted_at
+        self._begin(attempt, posted_at, OVERDUE_S)
+
+    def _begin(self, first: A, now: float, patience_s: float) -> None:
+        self.first = first
         self._hedge_at = now + patience_s
-        self._silent_at = now + shared.timeout_s / SILENCES_PER_TIMEOUT
-        self.due_at = now if self.first.state is FAILED else min(self._hedge_at, self._silent_at)
+        self._silent_at = now + self._shared.timeout_s / SILENCES_PER_TIMEOUT
+        self.due_at = now if first.state is FAILED else min(self._hedge_at, self._silent_at)
 
     def step(self, now: float) -> None:
         """React to what became of the attempts, and to the time."""

@@ -54,6 +54,14 @@ class RemoteFlight(Generic[Rows, A]):
         self._under_way.append(delivery)
         delivery.post(self.sent_at)
 
+    def adopt(self, part: GroupRows, rows: Rows, attempt: A, sent_at: float) -> None:
+        """One part was asked for at `sent_at` already, of the only replica that could be reached."""
+        self.sent_at, self._deadline = sent_at, sent_at + self._shared.timeout_s
+        delivery = Delivery(self._shared, part.group, len(part.row_indices), rows, self._deadline)
+        self._parts.append(part)
+        self._under_way.append(delivery)
+        delivery.adopt(attempt, sent_at)
+
     def wait(self) -> None:
         """Return once every answer is written. Raises ExpertUnavailable, or what a shard says of these rows."""
         shared = self._shared

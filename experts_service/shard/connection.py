@@ -17,13 +17,16 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from experts_service.wire.frame import (
+    ANSWER,
     DRAINING,
     ERROR,
+    HEAD_BYTES,
     MAX_MESSAGE_BYTES,
     LaneShape,
     RowsFormat,
@@ -40,6 +43,9 @@ COPIED_BYTES = 128 * 1024  # an answer up to this size is copied into the frame'
 
 
 NOTHING = memoryview(b"")
+_MOST_REQUESTS = 1024
+# where a head says whose it is, of which layer, of how many rows and which slot, how long it may take, how many bytes
+_KIND, _REQUEST_ID, _LAYER, _SIZES, _DEADLINE, _PAYLOAD = 5, 8, 20, 24, 36, 40
 
 
 class PeerLeft(Exception):
@@ -58,6 +64,16 @@ class RowsFrame:
     answer: Tensor | None  # [R, D], beside the rows in that slot
     arrived: float
     deadline: float
+
+
+class SlotRequest(NamedTuple):
+    """Rows that lie in slots, and where their answer goes."""
+
+    layer: int
+    rows: Tensor  # [R, D]
+    answer: Tensor  # [R, D]
+    counts: tuple[int, ...]
+    num_rows: int  # R
 
 
 class SlotRows:
@@ -102,6 +118,8 @@ class Connection:
         self._pool = pool
         self._deliver = deliver
         self._head = bytearray(self._form.head_bytes)
+        self._reply = memoryview(self._head)[:HEAD_BYTES]  # to rows that came alone
+        self._requests: dict[bytes, SlotRequest] = {}  # by what heads say of rows: they come again and again
         self._buffer = pool.take()
         self._filled = 0  # bytes of the present frame, head and payload
         self._read: RowsHead | None = None  # its head, once that is complete
@@ -139,10 +157,77 @@ class Connection:
                 count = self.channel.recv_into(buffer.view[got : self._read.payload_bytes])
         except BlockingIOError:
             return
+        self._take(count)
+
+    def receive_alone(self) -> SlotRequest | None:
+        """Read once: rows in slots that have come alone, to be answered by `reply_alone` before anything else is done.
+
+        None: whatever has come is treated as `receive` does. Raises the same.
+        """
+        if self._filled or self._broken or self._unsent or self.waiting or self._slots is None:
+            self.receive()
+            return None
+        head = self._head
+        try:
+            count = self.channel.recvmsg_into((head, self._buffer.view))[0]
+        except BlockingIOError:
+            return None
+        if count == len(head):
+            key = bytes(head[:_REQUEST_ID] + head[_SIZES:_DEADLINE] + head[_PAYLOAD:])
+            request = self._requests.get(key) or self._look_at(key)
+            layer = head[_LAYER] + 256 * head[_LAYER + 1]
+            if request is not None and layer < self._shape.num_layers and any(head[_DEADLINE:_PAYLOAD]):
+                return request._replace(layer=layer) if layer != request.layer else request
+        self._take(count)
+        return None
+
+    def reply_alone(self) -> None:
+        """The answer to what `receive_alone` returned lies in its slots."""
+        head = self._head
+        head[_KIND] = ANSWER
+        try:
+            sent = self.channel.send(self._reply)
+        except OSError as error:  # the peer has no room, or left: the next read says so to whoever owns this connection
+            sent = 0
+            if not isinstance(error, BlockingIOError):
+                self._break()
+        if sent < HEAD_BYTES:
+            self._keep(bytes(self._reply), NOTHING, sent)
+
+    def frame_alone(self, request: SlotRequest) -> RowsFrame:
+        """The same, to be answered like others."""
+        head = self._form.read(self._head, self._shape, self._num_slots)
+        now = time.monotonic()
+        self.waiting += 1
+        return RowsFrame(
+            self,
+            head,
+            answer_head(self._head),
+            request.rows,
+            None,
+            request.answer,
+            now,
+            now + head.deadline_ms / 1000.0,
+        )
+
+    def _look_at(self, key: bytes) -> SlotRequest | None:
+        """What a head says for the first time of rows in slots, with all its numbers checked. Raises FrameError."""
+        head = self._form.read(self._head, self._shape, self._num_slots)
+        if not head.slot or self._slots is None:
+            return None
+        request = SlotRequest(head.layer, *self._slots.at(head.slot, head.rows), head.counts, head.rows)
+        if head.rows <= ROWS_PER_SLOT:
+            if len(self._requests) >= _MOST_REQUESTS:
+                self._requests.clear()
+            self._requests[key] = request
+        return request
+
+    def _take(self, count: int) -> None:
+        """So many bytes have come."""
         if count == 0:
             raise PeerLeft
         self._filled += count
-        while self._filled >= len(head) and self._complete_frame():
+        while self._filled >= len(self._head) and self._complete_frame():
             pass
 
     def reply(self, frame: RowsFrame, answer: Tensor) -> None:
@@ -190,6 +275,7 @@ class Connection:
             self.channel.close()
             self._unsent.clear()
             self._slots = None  # frames that are being run keep it mapped
+            self._requests.clear()
             self._pool.give_back(self._buffer)
 
     def _say(self, head: bytes, payload: memoryview) -> None:
@@ -207,10 +293,14 @@ class Connection:
         except BlockingIOError:
             return 0
         except OSError:
-            self._broken = True  # the next read says so to whoever owns this connection
-            with suppress(OSError):
-                self.channel.shutdown(socket.SHUT_RDWR)
+            self._break()
             return 0
+
+    def _break(self) -> None:
+        """The next read says so to whoever owns this connection."""
+        self._broken = True
+        with suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)
 
     def _keep(self, head: bytes, payload: memoryview, sent: int) -> None:
         """What is left of a frame is sent later."""

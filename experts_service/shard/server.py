@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from experts_service.shard.batch import Maths, run_as_one
-from experts_service.shard.connection import Connection, PeerLeft, RowsFrame
+from experts_service.shard.connection import Connection, PeerLeft, RowsFrame, SlotRequest
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
 from experts_service.wire.frame import FAILED, LATE, FrameError, LaneShape
 from experts_service.wire.handshake import NO_MEMORY, HandshakeRefused, ShardHandshake
@@ -162,7 +162,13 @@ class LaneServer:
     def _serve(self) -> None:
         try:
             while not self._stopping:
-                for descriptor, events in self._epoll.poll(0 if self._queue else self._patience()):
+                ready = self._epoll.poll(0 if self._queue else self._patience())
+                if len(ready) == 1 and ready[0][1] == _READ and not self._queue:
+                    connection = self._connections.get(ready[0][0])
+                    if connection is not None and connection.has_memory:
+                        self._serve_alone(ready[0][0], connection)
+                        ready = []
+                for descriptor, events in ready:
                     connection = self._connections.get(descriptor)
                     if connection is not None:
                         self._attend(descriptor, connection, events)
@@ -178,6 +184,48 @@ class LaneServer:
             logger.exception("the lane server ends; coordinators see their connections close")
         finally:
             self._end()
+
+    def _serve_alone(self, descriptor: int, connection: Connection) -> None:
+        """Nobody else has anything to say: rows in slots are run and answered at once, with nothing made of them."""
+        self._running = True  # before anything is read: who drains then either waits for it, or has said so
+        try:
+            if self._draining:
+                self._attend(descriptor, connection, _READ)
+            elif (request := connection.receive_alone()) is not None:
+                self._run_alone(connection, request)
+            else:
+                self._adjust(connection)
+        except FrameError as error:
+            self._refuse(descriptor, f"closed a lane: {error}")
+        except (PeerLeft, OSError):
+            self._drop(descriptor)
+        finally:
+            self._running = False
+
+    def _run_alone(self, connection: Connection, request: SlotRequest) -> None:
+        layer, rows, place, counts, num_rows = request
+        started = time.monotonic()
+        failure = ""
+        try:
+            answer = self._maths(layer, rows, counts, place)
+            if answer is not place:
+                place.copy_(answer)
+        except Exception as error:
+            logger.exception("layer %d failed for 1 frames", layer)
+            failure = f"{type(error).__name__}: {error}"
+        self._busy_s += time.monotonic() - started
+        self._batches += 1
+        self._frames += 1
+        self._in_memory += 1
+        self._rows += num_rows
+        if failure:
+            frame = connection.frame_alone(request)
+            connection.refuse(frame, FAILED, failure)
+            self._let_go(frame)
+            return
+        connection.reply_alone()
+        if connection.wants_to_write:
+            self._adjust(connection)
 
     def _attend(self, descriptor: int, connection: Connection, events: int) -> None:
         """Read from, or write to, one connection."""

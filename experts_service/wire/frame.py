@@ -113,6 +113,27 @@ class RowsFormat:
             self._num_experts, slot, deadline_ms, payload, *counts,
         )  # fmt: skip
 
+    def pack_into(
+        self,
+        buffer: bytearray,
+        at: int,
+        dtype: int,
+        request_id: int,
+        epoch: int,
+        layer: int,
+        rows: int,
+        hidden: int,
+        deadline_ms: int,
+        counts: tuple[int, ...],
+        slot: int,
+        payload_bytes: int,
+    ) -> None:
+        """The head of a first attempt whose rows lie in a `slot`, at a place in `buffer`. `dtype`: of DTYPES."""
+        self._struct.pack_into(
+            buffer, at, MAGIC, VERSION, ROWS, dtype, 0, request_id, epoch & 0xFFFFFFFF, layer, 1, rows, hidden,
+            self._num_experts, slot, deadline_ms, payload_bytes, *counts,
+        )  # fmt: skip
+
     def read(self, head: bytearray, shape: LaneShape, num_slots: int = 0) -> RowsHead:
         """The fields of a head, all checked against `shape` and the connection's slots. Raises FrameError."""
         fields = self._struct.unpack_from(head)

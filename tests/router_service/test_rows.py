@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 
 from experts_service.kernels.compiled import jit
+from experts_service.transport import Answers
 from router_service import rows
 from router_service.dispatcher import Dispatch, Dispatcher
-from router_service.rows import choose, combine, norm, rotate
+from router_service.rows import choose, combine, combine_in_place, norm, rotate
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -155,3 +157,31 @@ def test_answers_are_added_up_as_torch_does_it(num_rows, top_k, by_torch):
         as_they_stand = Dispatch(0, 1, None, None, answers, _There())
         expected = by_torch(lambda: Dispatcher((), None).combine(as_they_stand, weights))
         assert torch.equal(combine(answers, weights, None, None), expected)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_rows", [1, 17, 700])
+def test_answers_in_pieces_are_added_up_where_they_lie(num_rows: int, top_k: int) -> None:
+    """And one that is not finite is noticed, whichever it is: they are not looked at before."""
+    width, number = 48, num_rows * top_k
+    answers, weights = randn(number, width), torch.rand(num_rows, top_k)
+    take = torch.randperm(number).view(top_k, num_rows)
+    pairs = torch.arange(number).view(top_k, num_rows).flip(0).contiguous()
+    cuts = sorted({0, number // 3, number // 2, number})
+    pieces = [answers[start:end].clone() for start, end in pairwise(cuts)]
+    table = torch.tensor([(start, piece.data_ptr(), 0) for start, piece in zip(cuts, pieces, strict=False)])
+    where = Answers(table.data_ptr(), 3, len(pieces))
+    for places, whose in ((take, pairs), (None, None)) if num_rows == 1 else ((take, pairs),):
+        total, is_finite = combine_in_place(where, weights, places, whose, answers)
+        assert is_finite
+        assert torch.equal(total, combine(answers, weights, places, whose))
+    for value in (torch.inf, -torch.inf, torch.nan):
+        for row in {0, number // 2, number - 1}:
+            piece, at = next((p, row - s) for s, p in reversed(list(zip(cuts, pieces, strict=False))) if s <= row)
+            column = row % width
+            kept, piece[at, column] = piece[at, column].clone(), value
+            assert not combine_in_place(where, weights, take, pairs, answers)[1]
+            piece[at, column] = kept
+    weights[num_rows // 2, 0] = torch.nan
+    assert not combine_in_place(where, weights, take, pairs, answers)[1]

@@ -56,12 +56,13 @@ class Routine:
         return compile_routine(self._function)
 
     @cached_property
-    def _alone(self) -> Any:
+    def alone(self) -> Any:
+        """To be called with the address of a task: this thread does all of it. The GIL is free meanwhile."""
         return _Function(self.address)
 
     def load(self) -> None:
         """Compile it now, or read what was compiled."""
-        _ = self._alone
+        _ = self.alone
 
     def run(self, num_threads: int, *arguments: int) -> None:
         """Return when all items are done. The GIL is free meanwhile."""
@@ -73,7 +74,7 @@ class Routine:
         if num_threads > 1 and _gomp_parallel is not None:
             _gomp_parallel(self.address, task, num_threads, 0)
         else:
-            self._alone(task)
+            self.alone(task)
 
 
 class Task(NamedTuple):

@@ -217,6 +217,32 @@ def rounded(_context: Any, _value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def rounded_number(_context: Any, _value: Any) -> Any:
+    """The same in two thirds of the instructions. What is no number stays so if its lowest 16 bits are 0."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], _INTS)
+        lowest_kept = builder.and_(builder.lshr(bits, _all_ints(16)), _all_ints(1))
+        sums = builder.add(bits, builder.add(lowest_kept, _all_ints(0x7FFF)))
+        return builder.bitcast(builder.and_(sums, _all_ints(-0x10000)), FLOATS)
+
+    return _vector(_vector), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_rounded(_context: Any, at: Any, _offset: Any, _value: Any) -> Any:
+    """Write sixteen numbers that are bf16 already as its bits, uint16."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        shorts = builder.trunc(builder.lshr(builder.bitcast(arguments[2], _INTS), _all_ints(16)), _SHORTS)
+        builder.store(shorts, builder.bitcast(address, _SHORTS.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(at, types.intp, _vector), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def larger(_context: Any, _a: Any, _b: Any) -> Any:
     """Of each lane the larger one; b where a is NaN."""
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from experts_service.carriers import exchange_kernels
 from experts_service.kernels import finite
 from experts_service.wire.frame import RowsFormat
 from experts_service.wire.handshake import COORDINATOR, hello
@@ -66,6 +67,7 @@ def test_damaged_frames_harm_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         raise AssertionError("something was unpickled")
 
     finite.load()  # compiled code that this user kept is unpickled, by whoever looks at answers first
+    exchange_kernels.load()
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "load", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)

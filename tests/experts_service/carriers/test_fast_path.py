@@ -1,0 +1,374 @@
+"""Dispatches of the usual kind, by compiled calls: the bits of ordinary ones, and what becomes of the unusual."""
+
+from __future__ import annotations
+
+import cProfile
+import os
+import pstats
+import random
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.telemetry.metrics import DispatchCounts
+from experts_service.carriers import fast_path
+from experts_service.carriers.fast_path import FastFlight, FastPath
+from experts_service.carriers.lane import LaneCarrier
+from experts_service.carriers.link import NOBODY, NOTHING, LaneAttempt, Link, LinkLost
+from experts_service.carriers.local import LocalTransport
+from experts_service.delivery.delivery import ANSWERED, POSTED, Deliveries
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.experts import Experts
+from experts_service.routing_table import RoutingTable
+from experts_service.shard.server import LaneServer
+from experts_service.transport import GroupRows
+from experts_service.wire.frame import HEAD_BYTES, LaneShape, answer_head
+from experts_service.wire.shared_memory import SharedMemory, create
+from router_service.dispatcher import Dispatcher
+from tests.experts_service import lanes
+from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, maths, shards
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")
+
+WIDTH, LAYER, MOST_CALLS = 32, 1, 60
+ROW_BYTES = 2 * WIDTH
+
+
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "MEMORY", True)
+    monkeypatch.setattr(lanes, "HIDDEN", WIDTH)
+
+
+@pytest.fixture
+def running() -> Iterator[Shards]:
+    with shards(dtype=torch.bfloat16) as started:
+        yield started
+
+
+def batch(num_rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return lanes.batch(num_rows, torch.bfloat16, seed)
+
+
+def combined(dispatcher: Dispatcher, dispatch: Any, num_rows: int) -> Tensor:
+    weights = torch.rand(num_rows, 2, generator=torch.Generator().manual_seed(3))
+    return dispatcher.combine(dispatch, weights)
+
+
+def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, layer: int = LAYER) -> Tensor:
+    return combined(dispatcher, dispatcher.dispatch(layer, rows, experts), len(rows))
+
+
+def expected(rows: Tensor, experts: Tensor, layer: int = LAYER) -> Tensor:
+    return ask(Dispatcher(GROUPS, LocalMaths()), rows, experts, layer)
+
+
+def both(running: Shards) -> Dispatcher:
+    """Shards of both groups, and a coordinator that is connected to them."""
+    for group in (0, 1):
+        if f"{group}a" not in running.servers:
+            running.start(f"{group}a", group)
+    remote = Dispatcher(GROUPS, running.transport())
+    ask(remote, *batch(5))
+    return remote
+
+
+def links(running: Shards) -> list[Link]:
+    return list(running.transports[0].routes._links._links.values())
+
+
+def none_has_slots(running: Shards) -> bool:
+    return not any(len(link.memory.slots) or link.outstanding for link in links(running) if link.memory)
+
+
+def test_bits_are_those_of_local_experts_and_nothing_is_copied(running: Shards) -> None:
+    remote = both(running)
+    for num_rows in (1, 2, 7, 64, 500):
+        rows, experts = batch(num_rows, seed=num_rows)
+        dispatch = remote.dispatch(LAYER, rows, experts)
+        assert isinstance(dispatch.flight, FastFlight)
+        dispatch.answers.fill_(7.0)
+        assert torch.equal(combined(remote, dispatch, num_rows), expected(rows, experts)), num_rows
+        assert (dispatch.answers == 7.0).all(), "they are added up where they lie"
+        assert none_has_slots(running)
+    assert all(server.stats().in_memory for server in running.servers.values())
+
+
+def test_one_row_to_two_groups_takes_few_calls(running: Shards) -> None:
+    remote = both(running)
+    rows, experts = batch(1)[0], torch.tensor([[GROUPS[0].experts[0], GROUPS[1].experts[0]]])
+    ask(remote, rows, experts)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(20):
+        ask(remote, rows, experts)
+    profiler.disable()
+    entries: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    assert sum(calls for (file, _, _), (_, calls, *_) in entries.items() if file != "~") / 20 <= MOST_CALLS
+
+
+def test_flights_may_be_waited_for_in_any_order(running: Shards) -> None:
+    """Who is waited for first reads the head of another one's answer, and gives it to that one."""
+    remote = both(running)
+    batches = [batch(20, seed=seed) for seed in range(3)]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        flights = [remote.dispatch(LAYER, *one) for one in batches]
+        for index in order:
+            assert torch.equal(combined(remote, flights[index], 20), expected(*batches[index])), order
+        assert none_has_slots(running)
+
+
+def test_an_answer_that_is_not_finite_is_asked_for_again(running: Shards) -> None:
+    said: list[int] = []
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        answer = maths(GROUPS[0].experts)(layer, rows, counts)
+        said.append(len(rows))
+        if len(said) == 2:
+            answer[-1, -1] = torch.nan
+        return answer
+
+    running.start("0a", 0, run)
+    remote = both(running)
+    rows, experts = batch(9)
+    assert len(said) == 1
+    dispatch = remote.dispatch(LAYER, rows, experts)
+    assert isinstance(dispatch.flight, FastFlight)
+    assert torch.equal(combined(remote, dispatch, 9), expected(rows, experts))
+    assert len(said) == 3
+    assert none_has_slots(running)
+
+
+def test_a_shard_that_dies_over_the_rows_is_asked_again_when_it_is_back(running: Shards) -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        if layer == 2:
+            entered.set()
+            assert opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    running.start("0a", 0, run)
+    remote = both(running)
+    rows, experts = batch(40)
+    dispatch = remote.dispatch(2, rows, experts)
+    assert isinstance(dispatch.flight, FastFlight)
+    assert entered.wait(5)
+    dying = running.servers["0a"]
+    dying._stopping = True
+    opened.set()
+    dying.close()
+    running.start("0a", 0)
+    assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts, 2))
+    assert none_has_slots(running)
+
+
+def test_a_late_answer_keeps_its_slots_until_it_has_come(running: Shards) -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        if layer == 2:
+            entered.set()
+            assert opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    running.start("0a", 0, run)
+    remote = both(running)
+    dropped = remote.dispatch(2, *batch(40, seed=1))
+    assert entered.wait(5)
+    dropped.close()
+    memory = running.transports[0].routes._links._links["0a"].memory
+    assert memory is not None
+    assert len(memory.slots) == 1
+    rows, experts = batch(40, seed=2)
+    flight = remote.dispatch(1, rows, experts)
+    assert len(memory.slots) == 2
+    opened.set()
+    assert torch.equal(combined(remote, flight, 40), expected(rows, experts))
+    assert len(memory.slots) == 0
+
+
+def test_heads_that_a_socket_has_no_room_for_are_sent_later(running: Shards) -> None:
+    opened = threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        assert layer != 2 or opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    running.start("0a", 0, run)
+    remote = both(running)
+    for link in links(running):
+        link.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    batches = [batch(2, seed=seed) for seed in range(50)]
+    flights = [remote.dispatch(2, *one) for one in batches]
+    assert any(link.unsent for link in links(running))
+    opened.set()
+    for flight, one in zip(flights, batches, strict=True):
+        assert torch.equal(combined(remote, flight, 2), expected(*one, 2))
+    assert none_has_slots(running)
+
+
+def test_where_slots_are_short_nothing_is_sent_to_anybody(running: Shards) -> None:
+    remote = both(running)
+    memory = next(link.memory for link in links(running) if link.memory)
+    assert memory is not None
+    memory.slots.take(-1, 64)
+    rows, experts = batch(40)
+    dispatch = remote.dispatch(LAYER, rows, experts)
+    assert not isinstance(dispatch.flight, FastFlight)
+    assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts))
+    memory.slots.give_back(-1)
+    assert none_has_slots(running)
+
+
+def test_a_lost_connection_is_not_read_by_its_number(running: Shards) -> None:
+    """Its descriptor may be somebody else's by the time it is waited for."""
+    remote = both(running)
+    rows, experts = batch(40)
+    dispatch = remote.dispatch(LAYER, rows, experts)
+    numbers = [link.descriptor for link in links(running)]
+    for link in links(running):
+        link.give_up("lost")
+    pairs = [socket.socketpair() for _ in range(4)]
+    ours = [one for pair in pairs for one in pair]
+    assert {one.fileno() for one in ours} & set(numbers)
+    for one in ours:
+        one.send(b"x" * HEAD_BYTES)
+    assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts))
+    for one in ours:
+        assert len(one.recv(1000, socket.MSG_DONTWAIT)) == HEAD_BYTES
+        one.close()
+
+
+def test_flights_leave_no_garbage_behind(running: Shards) -> None:
+    """What a cycle keeps, keeps the memory of a connection that is gone."""
+    remote = both(running)
+    spaces = running.transports[0]._fast_path._spaces
+    for _ in range(5):
+        ask(remote, *batch(40))
+    assert len(spaces) == 1
+    assert spaces[0].rows is None
+    running.transports[0].close()
+    for server in running.servers.values():
+        server.close()
+    maps = Path("/proc/self/maps")
+    wait_for(lambda: "memfd:manta-rows" not in maps.read_text(), 5, "its mappings to go")
+
+
+class Said:
+    """Flights over one connection whose other end is the test's."""
+
+    def __init__(self, number: int) -> None:
+        ours, self.shard = socket.socketpair()
+        self.memory, descriptor = create(ROW_BYTES)
+        self.link = link = Link(ours, 0, SharedMemory(descriptor, self.memory.num_slots, self.memory.slot_bytes))
+        os.close(descriptor)
+        routes: Any = SimpleNamespace(only=lambda: {0: (NOBODY, link)})
+        ids = count(1)
+        carrier = LaneCarrier(routes, ids)
+        deliveries: Any = Deliveries(carrier, routes, RoutingTable(), {}, 1.0, {0: DispatchCounts()})
+        path = FastPath(deliveries, routes, ids, None)
+        rows = torch.arange(10 * WIDTH).view(10, WIDTH).to(torch.bfloat16)
+        self.places = [torch.full((10, WIDTH), 7.0, dtype=torch.bfloat16) for _ in range(number)]
+        self.flights = []
+        for answers in self.places:
+            flight = path.send(0, rows, [GroupRows(0, np.arange(9), (4, 5), answers, 0)])
+            assert flight is not None
+            self.flights.append(flight)
+        self.attempts = [flight.attempts[0] for flight in self.flights]
+        self.heads = [bytes(self.shard.recv(HEAD_BYTES + 8))[:HEAD_BYTES] for _ in self.flights]
+
+
+def damaged(random_: random.Random, heads: Sequence[bytes]) -> bytes:
+    """What a hostile shard may say: right heads, heads of others, damaged ones, and noise."""
+    said = b""
+    for _ in range(random_.randint(1, 6)):
+        reply = bytearray(answer_head(random_.choice(heads)))
+        match random_.randrange(5):
+            case 0 | 1:
+                pass
+            case 2:
+                reply[random_.randrange(HEAD_BYTES)] = random_.randrange(256)
+            case 3:
+                reply[34:36] = random_.randrange(2**16).to_bytes(2, "little")  # another slot
+            case 4:
+                reply = bytearray(random_.randbytes(random_.randint(1, 100)))
+        said += reply
+    return said
+
+
+@pytest.mark.parametrize("num_cases", [500, pytest.param(10_000, marks=pytest.mark.long)])
+def test_a_hostile_shard_changes_nothing_but_its_answers(num_cases: int) -> None:
+    """A flight is answered only by its own head, its answer is its slot's, and nothing is written beside it."""
+    nobody, fast, handed_over = LaneAttempt(NOBODY, 0, 0, NOTHING), 0, 0
+    for seed in range(num_cases):
+        random_ = random.Random(seed)
+        case = Said(3)
+        noise = bytearray(random_.randbytes(len(case.memory.answers)))
+        case.memory.answers.copy_(torch.frombuffer(noise, dtype=torch.uint8))
+        said = damaged(random_, case.heads)
+        with case.shard:
+            case.shard.sendall(said)
+            case.shard.shutdown(socket.SHUT_WR)
+            for index in random_.sample(range(3), 3):
+                flight, attempt = case.flights[index], case.attempts[index]
+                slot = (attempt.slot - 1) * case.memory.slot_bytes
+                if flight._take_answers():
+                    fast += 1
+                    assert answer_head(case.heads[index]) in said
+                    at = flight.space.words[fast_path.HEADER + fast_path.ANSWERS]
+                    assert at == attempt.shared.answers_at + slot
+                    flight.release()
+                    assert (case.places[index] == 7.0).all()
+                elif attempt.state is ANSWERED:
+                    handed_over += 1
+                    assert answer_head(case.heads[index]) in said
+                    wanted = case.memory.answers[slot : slot + 9 * ROW_BYTES].view(torch.bfloat16).view(9, WIDTH)
+                    assert case.places[index][:9].view(torch.int16).equal(wanted.view(torch.int16))
+                    assert (case.places[index][9] == 7.0).all()
+                else:
+                    assert (case.places[index] == 7.0).all()
+            try:
+                while True:
+                    case.link.receive(nobody, socket.MSG_DONTWAIT)
+            except (LinkLost, BlockingIOError):
+                pass
+        assert not any(attempt.state is POSTED for attempt in case.attempts), "the link was lost"
+        case.link.close()
+    assert fast > num_cases / 8
+    assert handed_over > num_cases / 20
+
+
+def test_experts_that_write_into_slots_give_the_bits_of_local_ones(checkpoint: Checkpoint, running: Shards) -> None:
+    architecture = checkpoint.architecture
+    experts = {
+        group.index: Experts.load(checkpoint, group.experts, dtype=torch.bfloat16, device=torch.device("cpu"))
+        for group in GROUPS
+    }
+    for group, of_group in experts.items():
+        shape = LaneShape(architecture.num_layers, len(of_group.experts), architecture.hidden_size, torch.bfloat16)
+        server = LaneServer(of_group, shape, secret=lanes.SECRET, fingerprint=lanes.FINGERPRINT)
+        server.start()
+        running.servers[f"{group}a"] = server
+    running.publish()
+    remote, local = Dispatcher(GROUPS, running.transport()), Dispatcher(GROUPS, LocalTransport(experts))
+    for layer in range(architecture.num_layers):
+        for num_rows in (1, 3, 200, 1):
+            rows = torch.randn(num_rows, architecture.hidden_size).bfloat16()
+            chosen, weights = torch.rand(num_rows, architecture.num_experts).topk(2).indices, torch.rand(num_rows, 2)
+            dispatch = remote.dispatch(layer, rows, chosen)
+            assert isinstance(dispatch.flight, FastFlight) or layer == 0
+            expected = local.combine(local.dispatch(layer, rows, chosen), weights)
+            assert torch.equal(remote.combine(dispatch, weights), expected)
+    assert none_has_slots(running)
