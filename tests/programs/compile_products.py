@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from experts_service.kernels.gpu import products
-from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices
+from experts_service.kernels.gpu.matrices import FLOAT8, INT4, INT8, PLAIN, Matrices, most_block
 
 HIDDEN, INTERMEDIATE, EXPERTS = 4096, 14336, 8
 TYPES = {
@@ -30,8 +30,9 @@ TYPES = {
 
 
 def matrices(kind: int, dtype: torch.dtype, outputs: int, inputs: int, group: int) -> Matrices:
-    """Without memory, as `pack` makes them."""
+    """Without memory, as `pack` makes them. In groups of 32: with zeros, and inputs in an order of their own."""
     groups = inputs // group if group else 1
+    block = 256 // dtype.itemsize if kind == PLAIN else min(group or 128, most_block(dtype))
     stored = {PLAIN: dtype, INT8: torch.int8, INT4: torch.uint8, FLOAT8: torch.uint8}[kind]
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -40,14 +41,14 @@ def matrices(kind: int, dtype: torch.dtype, outputs: int, inputs: int, group: in
     return Matrices(
         weights=empty(EXPERTS, outputs, inputs // (2 if kind == INT4 else 1), dtype=stored),
         scales=None if kind == PLAIN else empty(EXPERTS, groups, outputs, dtype=torch.bfloat16),
-        zeros=empty(EXPERTS, groups, outputs, dtype=torch.int16) if kind == INT4 else None,
-        columns=empty(EXPERTS, inputs, dtype=torch.int32) if kind == INT4 else None,
+        zeros=empty(EXPERTS, groups, outputs, dtype=torch.int16) if group == 32 else None,
+        columns=empty(EXPERTS, inputs, dtype=torch.int32) if group == 32 else None,
         kind=kind,
         dtype=dtype,
         in_features=inputs,
         width=inputs,
-        block=256 // dtype.itemsize if kind == PLAIN else min(group or 128, 128),
-        blocks_of_group=-(-group // 128) if group else 0,
+        block=block,
+        blocks_of_group=group // block,
     )
 
 
@@ -96,7 +97,9 @@ def main(capability: int) -> None:
         (PLAIN, bf16, 0),
         (PLAIN, fp32, 0),
         (INT8, bf16, 0),
+        (INT8, fp32, 0),
         (INT4, bf16, 32),
+        (INT4, bf16, 128),
         (FLOAT8, bf16, 128),
     ):
         for rows in 2, 1024:

@@ -67,7 +67,7 @@ def launch(kernel: Kernel, grid: Grid, *arguments: Any, **constants: Any) -> Non
         known = _KINDS[id(kernel)] = kernel, tuple((one.name, _kind_of(one)) for one in parameters)
     kinds = known[1]
     values = [*arguments, *[constants[name] for name, _ in kinds[len(arguments) :]]]
-    key = (id(kernel), *[kind(value) for (_, kind), value in zip(kinds, values, strict=True)], *constants.values())
+    key = (id(kernel), *[kind(value) for (_, kind), value in zip(kinds, values, strict=True)], *constants.items())
     compiled = _COMPILED.get(key)
     if compiled is None:
         _COMPILED[key] = kernel[grid](*arguments, **constants)
@@ -86,13 +86,15 @@ def _itself(constant: Any) -> Hashable:
     return constant  # type: ignore[no-any-return]
 
 
-def _type(argument: object) -> Hashable:
-    return -(2**31) <= argument < 2**31 if isinstance(argument, int) else argument.__class__.__name__
+def _type(argument: Any) -> Hashable:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.get_device()  # what is compiled is loaded by one card
+    return -(2**31) <= argument < 2**31 if type(argument) is int else argument.__class__.__name__  # a bool is none
 
 
 def _kind(argument: Any) -> Hashable:
     if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, int):
+        return argument.dtype, argument.get_device(), argument.data_ptr() % 16
+    if type(argument) is int:
         return argument == 1, argument % 16 == 0, _type(argument)
     return _type(argument)

@@ -27,6 +27,7 @@ _FLOAT8_FACTOR = 256.0  # between FP8's numbers and those that its bits are in f
 _NOT_A_NUMBER = 0x7F  # of FP8, but for the sign
 _MOST_PADDED = 2  # times the inputs: groups of very different sizes are not filled up to the largest
 _MOST_BLOCK, _LEAST_BLOCK = 128, 16  # k of a block; a tensor core takes no fewer
+_MOST_FP32_BLOCK = 32  # no tensor core multiplies them: more would not fit registers, nor the 99 KiB of small cards
 _MOST_BYTES = 256  # of a block of plain weights
 
 
@@ -76,10 +77,10 @@ class Matrices:
         kind = _kind(first)
         group = max(group_width(weight, _step(kind)) for weight in weights)
         if first.num_groups == 1:
-            block = min(_power_of_two(group), _MOST_BLOCK)
+            block = min(_power_of_two(group), most_block(first.dtype))
             group = -(-group // block) * block
         else:
-            block = min(group & -group, _MOST_BLOCK)
+            block = min(group & -group, most_block(first.dtype))
         width = group * first.num_groups
         in_order = [grouped_columns(weight, group) for weight in weights]
         columns = None
@@ -118,6 +119,11 @@ class Matrices:
     def out_features(self) -> int:
         """N."""
         return self.weights.shape[1]
+
+
+def most_block(dtype: torch.dtype) -> int:
+    """Of small numbers: k that are widened and multiplied at once, with rows of `dtype`."""
+    return _MOST_FP32_BLOCK if dtype == torch.float32 else _MOST_BLOCK
 
 
 def stays_small(weight: Weight) -> TypeGuard[QuantizedWeight]:

@@ -6,8 +6,8 @@
 
 The host knows how many rows there are at most, and not whose: programs find that out. A row has the same bits alone, in
 any batch and in any place of it, on one kind of GPU. That needs an order of sums which hangs on the matrix alone, and
-tensor cores that add up a block alike whether a tile has 16 rows or 64: the rows are the narrow side of their
-instruction, and the others, outputs × k, are one for both.
+on whether there are others (`num_parts`); and tensor cores that add up a block alike whether a tile has 16 rows or 128:
+the rows are the narrow side of their instruction, and the others, outputs × k, are one for both.
 """
 
 from __future__ import annotations

@@ -82,6 +82,11 @@ class Kernel:
         return start
 
 
+class OnAnotherCard(torch.Tensor):
+    def get_device(self) -> int:
+        return 1
+
+
 def test_what_was_compiled_is_started_again_for_the_same_kind_of_arguments() -> None:
     kernel, x = Kernel(), torch.zeros(64)
     launch(kernel, (3,), x, 5, 7, N=8, num_warps=4)
@@ -103,15 +108,33 @@ def test_what_was_compiled_is_started_again_for_the_same_kind_of_arguments() -> 
         ((None, 5, 7), {}),
         ((torch.zeros(64), 5, 7), {"N": 9}),
         ((torch.zeros(64), 5, 7), {"num_warps": 8}),
+        ((torch.zeros(64).as_subclass(OnAnotherCard), 5, 7), {}),
+        ((torch.zeros(64), True, 7), {}),
+        ((torch.zeros(64), torch.zeros(64), 7), {}),
     ],
 )
 def test_another_kind_is_compiled_for_itself(others: tuple[Any, ...], constants: dict[str, int]) -> None:
-    """What is compiled for pointers that are multiples of 16 reads past the others."""
+    """What is compiled for pointers that are multiples of 16 reads past the others, and is loaded by one card."""
     kernel, usual = Kernel(), {"N": 8, "num_warps": 4}
     launch(kernel, (1,), torch.zeros(64), 5, 7, **usual)
     launch(kernel, (1,), *others, **usual | constants)
     assert len(kernel.compiled) == 2
     assert not any(compiled.started for compiled in kernel.compiled)
+
+
+def test_a_pointer_that_nothing_is_specialised_for_has_a_type() -> None:
+    kernel, x = Kernel(), torch.zeros(64)
+    launch(kernel, (1,), x, x, 7, N=8)
+    launch(kernel, (1,), x, x.bfloat16(), 7, N=8)
+    assert len(kernel.compiled) == 2
+
+
+def test_an_option_is_told_by_its_name() -> None:
+    """Else four stages would be started as four warps."""
+    kernel, x = Kernel(), torch.zeros(64)
+    launch(kernel, (1,), x, 5, 7, N=8, num_warps=4)
+    launch(kernel, (1,), x, 5, 7, N=8, num_stages=4)
+    assert len(kernel.compiled) == 2
 
 
 @pytest.mark.parametrize(("compiler", "expected"), [(None, False), ("/usr/bin/gcc", True)])
