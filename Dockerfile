@@ -2,7 +2,7 @@
 # The image of every pod. Two targets, for linux/amd64:
 #
 #   docker build --target cuda -t registry.example/manta .
-#   docker build --target cpu --build-arg TORCH_CPU_SHA256=… -t localhost/manta:cpu .
+#   docker build --target cpu -t localhost/manta:cpu .
 #
 # Everything that is installed is named by its hash: see requirements/README.md.
 
@@ -30,12 +30,9 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM build AS cpu-environment
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-ARG TORCH_CPU_SHA256
 COPY requirements/torch-cpu.txt /requirements/
-RUN test -n "$TORCH_CPU_SHA256" || { echo "say --build-arg TORCH_CPU_SHA256=…: see requirements/README.md" >&2; exit 1; } \
-    && sed "s/@TORCH_CPU_SHA256@/$TORCH_CPU_SHA256/" /requirements/torch-cpu.txt > /requirements/torch-cpu-hashed.txt \
-    && pip install --require-hashes --only-binary :all: --no-deps --index-url "$TORCH_CPU_INDEX" \
-        --requirement /requirements/torch-cpu-hashed.txt
+RUN pip install --require-hashes --only-binary :all: --no-deps --index-url "$TORCH_CPU_INDEX" \
+        --requirement /requirements/torch-cpu.txt
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-deps --no-index /wheels/*.whl && pip check && pip uninstall --yes pip
 
@@ -59,6 +56,8 @@ CMD ["manta", "serve"]
 
 FROM runtime AS cpu
 COPY --from=cpu-environment /opt/manta /opt/manta
+COPY requirements/sbom.py /usr/local/share/manta/
+RUN python /usr/local/share/manta/sbom.py > /usr/local/share/manta/sbom.json
 USER 10001:10001
 
 FROM runtime AS cuda
@@ -67,4 +66,6 @@ FROM runtime AS cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=cuda-environment /opt/manta /opt/manta
+COPY requirements/sbom.py /usr/local/share/manta/
+RUN python /usr/local/share/manta/sbom.py > /usr/local/share/manta/sbom.json
 USER 10001:10001

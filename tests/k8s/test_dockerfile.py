@@ -72,7 +72,7 @@ def test_every_copied_path_exists_and_is_sent() -> None:
 
 def test_the_image_for_gpus_has_the_compiler_that_triton_needs() -> None:
     """Without one no kernel of a GPU starts: a model was served by copies of its contexts."""
-    [install] = [arguments for stage, name, arguments in _instructions() if (stage, name) == ("cuda", "RUN")]
+    install, _ = (arguments for stage, name, arguments in _instructions() if (stage, name) == ("cuda", "RUN"))
     assert "apt-get install --yes --no-install-recommends gcc libc6-dev" in install
 
 
@@ -210,7 +210,16 @@ def test_versions_are_those_of_the_tests() -> None:
     for name, version in common.items():
         assert pins[name] == version, name
     torch = (REPOSITORY / "requirements" / "torch-cpu.txt").read_text()
-    assert f"torch=={pins['torch']}+cpu --hash=sha256:@TORCH_CPU_SHA256@" in torch
+    assert re.search(rf"^torch=={re.escape(pins['torch'])}\+cpu --hash=sha256:[0-9a-f]{{64}}$", torch, re.MULTILINE)
+
+
+def test_the_list_of_packages_has_a_licence_for_each() -> None:
+    """Of what is installed here; an image makes its own when it is built."""
+    program = REPOSITORY / "requirements" / "sbom.py"
+    said = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, timeout=240).stdout
+    components = json.loads(said)["components"]
+    assert {"torch", "ray", "numpy"} <= {one["name"] for one in components}
+    assert [one["name"] for one in components if not one["licenses"]] == []
 
 
 def test_the_locks_hold_all_that_is_needed() -> None:
