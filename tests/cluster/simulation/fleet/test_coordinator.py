@@ -83,3 +83,16 @@ def test_the_cache_that_is_used_is_what_sequences_hold() -> None:
     assert coordinator.kv_used == 350
     assert coordinator.work().context == 350
     assert coordinator.used_fraction == 1 / 64
+
+
+def test_who_ends_gives_back_what_it_held_while_others_go_on() -> None:
+    coordinator = Coordinator(EngineConfig(), 10**6)
+    coordinator.take(Sequence(Arrival(0.0, 500, 101), 0))
+    for now in range(25):
+        coordinator.settle(float(now))
+        if now == 10:
+            coordinator.take(Sequence(Arrival(10.0, 300, 6), 1))
+        coordinator.advance(1e9)
+        coordinator.plan(1.0, coordinator.work().chunk)
+    assert coordinator.running == 1
+    assert coordinator.kv_used == 523, "its prompt, and a token a step after that"

@@ -9,12 +9,13 @@ from itertools import pairwise
 
 import pytest
 
+from cluster.planning.gpus import GPUS
 from cluster.simulation.fleet.fleet import Fleet, placed, serve
 from cluster.simulation.fleet.outcome import Objective, Outcome, quantile
 from cluster.simulation.fleet.step_costs import SplitCosts, Work
 from cluster.simulation.fleet.trace import Arrival, Synthetic
 from cluster.simulation.fleet.variants import NAMES, WHOLE, Options, tuned
-from tests.cluster.simulation.fleet.models import served
+from tests.cluster.simulation.fleet.models import hardware, served
 
 OBJECTIVE = Objective(2.0, 0.1)
 BUSY = Synthetic(rate=6.0, hours=0.06, burst_factor=6.0, bursts=2000.0, burst_s=20.0, prompt=700.0, output=150.0)
@@ -83,6 +84,8 @@ def test_gpu_hours_are_those_that_were_held() -> None:
     assert outcome.peak_gpus == 6
     whole = serve(served(0.0, options).whole(), [Arrival(0.0, 10, 2), Arrival(3599.5, 10, 2)])
     assert whole.gpu_hours == pytest.approx(1.0, rel=0.001), "an H200 holds it"
+    on_two = served(0.0, options, hardware(gpu=GPUS["H100"])).whole()
+    assert serve(on_two, [Arrival(0.0, 10, 2), Arrival(3599.5, 10, 2)]).gpu_hours == pytest.approx(2.0, rel=0.001)
 
 
 def good(outcome: Outcome) -> int:
