@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,29 +29,23 @@ def run_as_one(
     if len(batches) == 1:
         rows, counts, place = batches[0]
         answer = maths(layer, rows, counts, place)
-        return [answer if answer is place else _gathered(answer, [(0, len(rows))], place)]
-    num_experts = len(batches[0][1])
-    pieces: list[Tensor] = []
-    places: list[list[tuple[int, int]]] = [[] for _ in batches]  # of each batch's pieces in the merged rows
-    starts = [0] * len(batches)
-    merged_counts = []
-    total = 0
-    for expert in range(num_experts):
-        before = total
-        for index, (rows, counts, _) in enumerate(batches):
-            if count := counts[expert]:
-                pieces.append(rows[starts[index] : starts[index] + count])
-                places[index].append((total, total + count))
-                starts[index] += count
-                total += count
-        merged_counts.append(total - before)
-    merged = torch.cat(pieces, out=pinned((total, pieces[0].shape[1]), pieces[0].dtype) if for_gpu else None)
-    answer = maths(layer, merged, tuple(merged_counts), None)  # [R of all, D]
-    return [_gathered(answer, ranges, place) for ranges, (_, _, place) in zip(places, batches, strict=True)]
-
-
-def _gathered(answer: Tensor, ranges: list[tuple[int, int]], place: Tensor | None) -> Tensor:
-    if len(ranges) > 1:
-        return torch.cat([answer[start:end] for start, end in ranges], out=place)
-    start, end = ranges[0]
-    return answer[start:end].contiguous() if place is None else place.copy_(answer[start:end])
+        if answer is place:
+            return [answer]
+        return [answer.contiguous() if place is None else place.copy_(answer)]
+    counts_of = np.array([counts for _, counts, _ in batches])  # [B, E]
+    of_all = counts_of.sum(0)  # [E]
+    first = of_all.cumsum() - of_all + counts_of.cumsum(0) - counts_of  # [B, E]; of each batch's expert, in merged rows
+    shift = first - (counts_of.cumsum(1) - counts_of)  # [B, E]; from where they are in the batch
+    places = [  # of each batch's rows in the merged ones
+        by.repeat(counts) + np.arange(len(rows))
+        for (rows, _, _), counts, by in zip(batches, counts_of, shift, strict=True)
+    ]
+    order = torch.from_numpy(np.concatenate(places).argsort())
+    side_by_side = torch.cat([rows for rows, _, _ in batches])
+    out = pinned(side_by_side.shape, side_by_side.dtype) if for_gpu else None
+    merged = torch.index_select(side_by_side, 0, order, out=out)
+    answer = maths(layer, merged, tuple(of_all.tolist()), None)  # [R of all, D]
+    return [
+        torch.index_select(answer, 0, torch.from_numpy(of_batch), out=place)
+        for of_batch, (_, _, place) in zip(places, batches, strict=True)
+    ]

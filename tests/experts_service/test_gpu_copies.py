@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +47,11 @@ def test_a_shard_waits_once_for_its_gpu(monkeypatch):
 def test_answers_of_all_groups_go_to_the_gpu_by_one_copy_that_nobody_waits_for(monkeypatch):
     monkeypatch.setattr(RemoteFlight, "_rejected", lambda _: [])  # it looks at numbers
     deliveries = SimpleNamespace(
-        look_at_table=lambda: None, timeout_s=1.0, answers_soon=False, settle=lambda waiting, soon: []
+        clock=time.monotonic,
+        look_at_table=lambda: None,
+        timeout_s=1.0,
+        answers_soon=False,
+        settle=lambda waiting, soon: [],
     )
     with fake_gpu(monkeypatch) as counts:
         rows, answers = torch.empty(2, HIDDEN), torch.empty(4, HIDDEN, device=DEVICE)
