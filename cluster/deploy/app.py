@@ -287,7 +287,10 @@ def check_scaled_groups(experts: ExpertsConfig, num_groups: int) -> None:
 
 
 def _gpu_shares(config: ModelConfig, num_shards: int, num_gpus: int) -> tuple[float, float]:
-    """GPUs of a shard and of a coordinator, which takes what those leave that have to be on its own."""
+    """GPUs of a shard and of a coordinator, which takes what those leave that have to be on its own.
+
+    Coordinators are on cards of their own while there are enough, and those that are not divide what is left.
+    """
     if num_shards == 0:
         return 0.0, 1.0
     if tiers := config.experts.tiers:
@@ -296,9 +299,12 @@ def _gpu_shares(config: ModelConfig, num_shards: int, num_gpus: int) -> tuple[fl
     if (given := config.experts.gpus_per_shard) is not None:
         if given >= 1 or not given:
             return given, 1.0
-        elsewhere = max(0, num_gpus - 1) * int(1.0 / given + 1e-9)
-        beside = max(1, num_shards - elsewhere)
-        return given, max(SHARED_GPU_OF_COORDINATOR, 1 - beside * given)
+        num_coordinators = max(1, config.coordinators.min_replicas)
+        cards = min(num_coordinators, max(1, num_gpus))  # that have a coordinator
+        elsewhere = (max(1, num_gpus) - cards) * int(1.0 / given + 1e-9)
+        beside = max(1, -(-(num_shards - elsewhere) // cards))
+        left = (1 - beside * given) / -(-num_coordinators // cards)
+        return given, max(SHARED_GPU_OF_COORDINATOR, left)
     if config.experts.transport == "local" or num_gpus >= num_shards + config.coordinators.min_replicas:
         return 1.0, 1.0
     return SHARED_GPU_OF_SHARD, SHARED_GPU_OF_COORDINATOR

@@ -30,6 +30,7 @@ from cluster.commands.bench.decode.figures import (
     kv_bytes_per_step,
     weight_bytes_per_step,
 )
+from cluster.commands.bench.decode.setup import _gpus_per_shard
 from cluster.commands.bench.memory import resident_memory
 from cluster.commands.bench.shapes import BENCH, num_parameters
 from cluster.config import EngineConfig
@@ -260,3 +261,16 @@ def test_prompts_that_never_decode_side_by_side_are_an_error_not_nan(monkeypatch
     assert "nan" not in result.output
     assert "do not decode side by side" in str(result.exception)
     assert "1 would, or with more --output-tokens; with --context 1100" in str(result.exception)
+
+
+@pytest.mark.parametrize("num_groups", range(1, 17))
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_a_bench_fits_the_cards_that_it_shares(monkeypatch, gpus, num_groups):
+    """With seven groups on a card shards took 0.903 of it, and its coordinator waited for a tenth."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    given = _gpus_per_shard(num_groups)
+    if num_groups < gpus:
+        assert given is None
+    else:
+        assert given > 0
+        assert given * -(-num_groups // gpus) <= 0.9

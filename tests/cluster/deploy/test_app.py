@@ -97,6 +97,20 @@ def test_several_shards_and_a_coordinator_share_one_gpu():
         assert laid_out.gpus_per_coordinator == pytest.approx(coordinator)
 
 
+@pytest.mark.parametrize(("gpus", "coordinators", "share"), [(2, 2, 0.7), (1, 2, 0.2), (3, 2, 0.85), (4, 1, 0.85)])
+def test_coordinators_that_share_cards_with_shards_all_fit(gpus, coordinators, share):
+    """Each took what one alone would have had, so two of them and four shards did not fit two cards."""
+    twice = ScalingConfig(min_replicas=2, max_replicas=2)
+    experts = ExpertsConfig(groups=((0, 1, 2, 3), (4, 5, 6, 7)), transport="lane", gpus_per_shard=0.15, scaling=twice)
+    laid_out = plan(
+        machine(gpus=gpus, memory=400 * GIB),
+        experts=experts,
+        num_coordinators=coordinators,
+        engine={"kv_cache_gib": 1},
+    )
+    assert laid_out.gpus_per_coordinator == pytest.approx(share)
+
+
 @pytest.mark.parametrize(("given", "coordinator"), [(1.0, 1.0), (2.0, 1.0), (0.75, 0.25), (0.9, 0.1)])
 def test_a_coordinator_has_a_gpu_of_its_own_where_every_shard_has(given, coordinator):
     """It was given a tenth of one beside shards that had been given whole ones, so two coordinators could share."""

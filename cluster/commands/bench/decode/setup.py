@@ -97,7 +97,7 @@ def _gpus_per_shard(num_groups: int) -> float | None:
     num_gpus = torch.cuda.device_count()
     if not 0 < num_gpus <= num_groups:
         return None
-    return round(0.9 / -(-num_groups // num_gpus), 3)
+    return 900 // -(-num_groups // num_gpus) / 1000  # rounded up, seven of them left a coordinator too little
 
 
 def check_memory(
