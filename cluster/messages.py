@@ -174,6 +174,7 @@ class Request:
     choice_index: int = 0
     deadline: Deadline = NEVER
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
+    priority: int = 0  # among those of its salt the lower is served earlier
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
     traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced

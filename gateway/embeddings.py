@@ -26,7 +26,7 @@ from cluster.messages import Embedding, ModelCard, Request, SamplingParams
 from gateway.admission.caller import current_caller
 from gateway.request.prompts import PromptReader
 from gateway.request.protocol import EmbeddingRequest, OutputDtype
-from gateway.request.sampling_options import between
+from gateway.request.sampling_options import between, read_priority
 from gateway.text.tokenizer import Tokenizer
 
 Vector = npt.NDArray[Any]  # [D] of float32, int8 or uint8; of bits [D / 8]
@@ -74,6 +74,7 @@ class EmbeddingValidator:
         num_tokens = sum(map(len, prompts))
         if num_tokens > most:
             raise InvalidRequest(f"input: {num_tokens} tokens in all, at most {most} in this request", param="input")
+        priority = read_priority(body.priority)
         longest = self._config.request_timeout_s
         deadline = Deadline.after(longest if timeout_s is None else min(timeout_s, longest))
         job_id = f"embd-{uuid.uuid4().hex}"
@@ -90,6 +91,7 @@ class EmbeddingValidator:
                     choice_index=i,
                     deadline=deadline,
                     cache_salt=current_caller().id,
+                    priority=priority,
                     pooling=self._card.pooling,
                 )
                 for i, prompt in enumerate(prompts)

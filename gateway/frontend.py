@@ -138,18 +138,18 @@ class Frontend:
         self, body: ChatCompletionRequest, timeout_s: float | None = None, *, drops_oldest: bool = False
     ) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
-        model = await self._admit(body.model, "chat")
+        model = await self._admit(body.model, "chat", body.priority)
         work = partial(model.validator.chat, body, timeout_s, drops_oldest=drops_oldest)
         return self._admitted(await self.worker.run(body.num_bytes, work))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
-        model = await self._admit(body.model, "chat")
+        model = await self._admit(body.model, "chat", body.priority)
         return self._admitted(await self.worker.run(body.num_bytes, model.validator.completion, body, timeout_s))
 
     async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
-        model = await self._admit(body.model, "embedding")
+        model = await self._admit(body.model, "embedding", body.priority)
         job = await self.worker.run(body.num_bytes, model.embedding_validator.job, body, timeout_s)
         current_caller().take_prompt(job.num_prompt_tokens)
         return job
@@ -158,7 +158,7 @@ class Frontend:
         """That of each input, in order. Cancelling aborts them. Raises MantaError."""
         self._refuse_when_full()
         record = current_record() or RequestRecord("http", "")
-        with self._counted(job.card.name, len(job.requests), Usage(job.num_prompt_tokens), record) as timer:
+        with self._counted(job.card.name, job.requests, Usage(job.num_prompt_tokens), record) as timer:
             coordinator = self.served(job.card).coordinator
             embeddings: list[Embedding] = []
             try:
@@ -186,7 +186,7 @@ class Frontend:
         caller = current_caller()
         with (
             self._traced(record, generation) as span,
-            self._counted(generation.card.name, len(generation.requests), usage, record) as timer,
+            self._counted(generation.card.name, generation.requests, usage, record) as timer,
             PromptBill(caller, {r.request_id: len(r.prompt_token_ids) for r in generation.requests}) as bill,
         ):
             record.finish_reasons = timer.finish_reasons
@@ -242,18 +242,20 @@ class Frontend:
         return self._ongoing.total()
 
     @contextmanager
-    def _counted(self, model: str, num_choices: int, usage: Usage, record: RequestRecord) -> Iterator[RequestTimer]:
+    def _counted(
+        self, model: str, requests: Sequence[Request], usage: Usage, record: RequestRecord
+    ) -> Iterator[RequestTimer]:
         """Around the answer to an admitted request: one more is ongoing; at the end figures and record are told."""
         caller = current_caller()
         self._ongoing[caller.id] += 1
-        timer = RequestTimer(self.metrics, model, num_choices)
+        timer = RequestTimer(self.metrics, model, len(requests))
         failure: BaseException | None = None
         try:
             yield timer
         except BaseException as error:
             failure = error
             if isinstance(error, Overloaded):
-                self._refusals.note(model, caller.id, error)
+                self._refusals.note(model, caller.id, error, requests[0].priority)
             raise
         finally:
             self._ongoing -= Counter((caller.id,))
@@ -281,7 +283,7 @@ class Frontend:
         finally:
             _end_span(span, record)
 
-    async def _admit(self, name: str | None, kind: Kind) -> ServedModel:
+    async def _admit(self, name: str | None, kind: Kind, priority: int | None) -> ServedModel:
         if not name and not self.config.accept_any_model:
             served = [card.name for card in self.cards if card.kind == kind]
             if len(served) != 1:
@@ -294,7 +296,7 @@ class Frontend:
         if record := current_record():
             record.model = model.card.name
         self._refuse_when_full()
-        self._refusals.check(model.card.name, current_caller().id)
+        self._refusals.check(model.card.name, current_caller().id, priority or 0)
         return self.served(await self.health.require(self._versions_of(model.card.name)))
 
     def _admitted(self, generation: Generation) -> Generation:

@@ -151,26 +151,39 @@ class Engine:
         with self._inbox_lock:
             if self._inbox_closed:
                 raise EngineDead("the engine stopped")
-            if is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting):
-                raise Overloaded(
-                    f"{self.max_waiting} requests wait already (engine.max_waiting); try again later",
-                    reason="shed_queue",
-                )
+            if self._is_full(request) and self._displaced_by(request) is None:
+                raise self._full()
 
     def submit(
         self, request: Request, grammar: GrammarState | None = None, adjustments: Adjustments | None = None
     ) -> None:
-        """Queue a request with what was made for it. Raises Overloaded, EngineDead, or InvalidRequest."""
+        """Queue a request with what was made for it. Raises Overloaded, EngineDead, or InvalidRequest.
+
+        Where the queue is full, a more urgent request takes the place of one of its tenant that nothing was done for.
+        """
         with self._inbox_lock:
             self.check_admission(request)
             _check_token_ids(request, self.model_runner.decoder.architecture.vocab_size)
             sequence = Sequence(request, grammar, adjustments)
+            displaces = self._is_full(request)
             self._arriving[request.cache_salt] += 1
-            self._inbox.put(lambda: self._arrive(sequence))
+            self._inbox.put(lambda: self._arrive(sequence, displaces=displaces))
 
     def abort(self, key: Key) -> None:
         """Drop a sequence and free its blocks, before the next step. Unknown keys are ignored: it may have ended."""
         self._inbox.put(lambda: self._abort(key))
+
+    def _is_full(self, request: Request) -> bool:
+        """Whether the queue has no place left for this request's tenant."""
+        return is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting)
+
+    def _displaced_by(self, request: Request) -> Sequence | None:
+        return self.scheduler.waiting.displaced_by(request.priority, request.cache_salt)
+
+    def _full(self) -> Overloaded:
+        return Overloaded(
+            f"{self.max_waiting} requests wait already (engine.max_waiting); try again later", reason="shed_queue"
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -412,12 +425,25 @@ class Engine:
     def _stop(self) -> None:
         self._stopping = True
 
-    def _arrive(self, sequence: Sequence) -> None:
+    def _arrive(self, sequence: Sequence, *, displaces: bool) -> None:
         try:
-            self._add(sequence)
+            if displaces:
+                self._displace_for(sequence)
+            else:
+                self._add(sequence)
         finally:
             with self._inbox_lock:
                 self._arriving[sequence.request.cache_salt] -= 1
+
+    def _displace_for(self, sequence: Sequence) -> None:
+        """The queue was full: it takes the place of a less urgent one of its tenant, if there still is one."""
+        displaced = self._displaced_by(sequence.request)
+        if displaced is None:
+            self._tell([(sequence.request.key, self._full())])
+            return
+        self._abort(displaced.request.key)
+        self._tell([(displaced.request.key, self._full())])
+        self._add(sequence)
 
     def _add(self, sequence: Sequence) -> None:
         key = sequence.request.key

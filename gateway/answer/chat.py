@@ -9,7 +9,7 @@ from cluster.messages import ModelCard, TokenLogprobs
 from cluster.telemetry.kernels import ModelKernels
 from gateway.answer.calls import ToolCall, joined
 from gateway.answer.choice import Delta, Usage
-from gateway.request.protocol import SamplingFields
+from gateway.request.protocol import ChatCompletionRequest
 from gateway.request.validator import Generation
 from gateway.text.tokenizer import Tokenizer
 
@@ -82,11 +82,14 @@ class TokenNames:
         return list(self._tokenizer.token_bytes(token_id)) if has_text else self._no_bytes
 
 
+SERVICE_TIER = "default"  # OpenAI's name of the only one that there is
+
+
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, asked: SamplingFields) -> None:
-        self._head = head(generation)
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, asked: ChatCompletionRequest) -> None:
+        self._head = head(generation) | ({} if asked.service_tier is None else {"service_tier": SERVICE_TIER})
         self._has_reasoning = generation.reasoning is not None and generation.tells_reasoning
         self._names = TokenNames(tokenizer, by_id=bool(asked.return_tokens_as_token_ids))
         self.return_token_ids = bool(asked.return_token_ids)

@@ -66,7 +66,7 @@ def completion_fields(request: chat_pb2.GenerateRequest) -> dict[str, Any]:
 def embedding_fields(request: chat_pb2.EmbedRequest) -> dict[str, Any]:
     """The body of the same request over HTTP."""
     fields: dict[str, Any] = {"model": request.model, "input": _prompts(request.inputs, "input")}
-    fields |= set_fields(request, "dimensions", "normalize")
+    fields |= set_fields(request, "dimensions", "normalize", "priority")
     if request.output_dtype:
         fields["output_dtype"] = request.output_dtype
     return fields

@@ -24,7 +24,6 @@ IGNORED = frozenset(
             "request_id",
             "rid",
             "session_id",
-            "priority",
         ),
         *(
             "prompt_cache_key",

@@ -96,6 +96,7 @@ class SamplingFields(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: Integer | None = None
+    priority: Integer | None = None  # among the requests of one API key the lower is served earlier; 0 unless said
     random_seed: Integer | None = None  # Mistral's name
     n: Integer | None = None
     stop: Strings | None = None
@@ -178,6 +179,7 @@ class ChatCompletionRequest(SamplingFields, TemplateFields, AnswerFields):
     MAX_LENGTHS: ClassVar = SamplingFields.MAX_LENGTHS | TemplateFields.MAX_LENGTHS
 
     messages: Messages
+    service_tier: Any = None  # OpenAI's; there is one tier, which the answer names as OpenAI's does
     safe_prompt: bool | None = None  # Mistral's: a fixed system prompt before the conversation
     echo: bool | None = None  # the answer begins with the message that it continues
     include_reasoning: bool | None = None  # vLLM's: true unless said
@@ -211,6 +213,7 @@ class EmbeddingRequest(Body):
     output_dimension: Integer | None = None  # Mistral's name
     output_dtype: OutputDtype | None = None  # Mistral's, as Cohere and vLLM make them
     normalize: bool | None = None  # to length 1: true unless said
+    priority: Integer | None = None  # as of chats
 
 
 _BodyT = TypeVar("_BodyT", bound=Body)

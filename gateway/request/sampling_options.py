@@ -27,6 +27,7 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
         between("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     if body.n is not None:
         between("n", body.n, 1, max_choices)
+    read_priority(body.priority)
     for name, seed in (("seed", body.seed), ("random_seed", body.random_seed)):
         if seed is not None:
             between(name, seed, -(2**63), 2**63 - 1)
@@ -53,6 +54,11 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
         "ignore_eos": bool(body.ignore_eos),
         "routed_experts": bool(body.return_routed_experts),
     }
+
+
+def read_priority(priority: int | None) -> int:
+    """0 unless said. Raises InvalidRequest."""
+    return 0 if priority is None else int(between("priority", priority, -(2**31), 2**31 - 1))
 
 
 def check_token_id(token_id: int, card: ModelCard, path: str) -> None:

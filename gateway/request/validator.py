@@ -221,6 +221,7 @@ class Validator:
                     choice_index=choice,
                     deadline=deadline,
                     cache_salt=current_caller().id,
+                    priority=body.priority or 0,
                     grammar=asked.grammar,
                 )
                 for choice in range(body.n or 1)

@@ -92,6 +92,8 @@ class ResponsesRequest(Body):
     reasoning: ReasoningOptions | None = None
     prompt_cache_options: PromptCacheOptions | None = None
     metadata: dict[str, str] | None = None
+    priority: Integer | None = None  # as of chats
+    service_tier: Any = None  # there is one, which the answer names
 
     @property
     def wants_logprobs(self) -> bool:
@@ -108,6 +110,7 @@ def parse_responses_body(document: Json, num_bytes: int) -> tuple[ResponsesReque
         "messages": chat_messages(body.instructions, body.input),
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
+        "priority": body.priority,
         "top_p": body.top_p,
         "response_format": _response_format(body),
         "tools": chat_tools(body.tools),

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.answer.calls import ToolCall, joined
-from gateway.answer.chat import TokenNames, logprobs_body
+from gateway.answer.chat import SERVICE_TIER, TokenNames, logprobs_body
 from gateway.answer.choice import Delta, Usage
 from gateway.request.validator import Generation
 from gateway.responses.fields import ReasoningOptions, ResponsesRequest
@@ -65,6 +65,7 @@ class ResponsesShape:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": (body.reasoning or ReasoningOptions()).model_dump(),
+            **({} if body.service_tier is None else {"service_tier": SERVICE_TIER}),
             "store": False,
             "temperature": sampling.temperature,
             "text": {

@@ -8,9 +8,11 @@ of its token budget B. Its promises, R being the sequences that run and T the te
 - **Steps stay short.** While anybody decodes, prompts get at most a quarter of B (or 64 tokens). Tokens count by what
   they cost (`step_cost.py`): the chunks of a long prompt become shorter as its context grows. While tenants share the
   engine, their decoding costs at most as much in a step, and those who got least in it go first.
+- **A priority is the tenant's own affair.** It orders what a tenant has waiting, and says which of its sequences gives
+  way; to others it means nothing. So nobody is starved by another's, and a tenant may starve its own.
 - **Prompts do not wait for long ones.** The budget for prompts goes to the tenants in even shares, and half of a
-  tenant's share to its short prompts. Of each kind it computes one after the other, in the order of arrival. Whoever
-  has begun goes on at least every 2T steps (4T with B < 4).
+  tenant's share to its short prompts, unless one kind is more urgent. Of each kind it computes one after the other, by
+  priority and arrival. Whoever has begun goes on at least every 2T steps (4T with B < 4), but for more urgent ones.
 - **Slots and blocks are shared.** Where one of them is short, the tenant that holds most gives way to one that would
   hold less even then: its newest sequence gives its blocks back, and is computed again later (preemption by recompute).
   While tenants share the engine, and for `RECENT_STEPS` more, the last eighth of both stays free for others, so that
@@ -28,6 +30,7 @@ from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
+from math import inf
 
 from router_service.scheduling.block_manager import BlockManager
 from router_service.scheduling.sequence import Sequence
@@ -122,7 +125,7 @@ class Scheduler:
         self._kept_until = 0  # before it has so many tokens
         # Of the step that is being made:
         self._batch: dict[Sequence, ScheduledSequence] = {}
-        self._in_progress: dict[Line, Sequence] = {}  # whose prompts are computed in part
+        self._in_progress: dict[Line, list[Sequence]] = {}  # whose prompts are computed in part; none is empty
         self._being_computed: set[bytes] = set()  # the next block of each prompt in progress
 
     def add(self, sequence: Sequence) -> None:
@@ -213,9 +216,11 @@ class Scheduler:
             return
         self._in_progress = {}
         for sequence in prefilling:
-            self._in_progress.setdefault(self.waiting.line_of(sequence), sequence)
+            self._in_progress.setdefault(self.waiting.line_of(sequence), []).append(sequence)
+        for line in self._in_progress.values():
+            line.sort(key=lambda one: one.priority)
         self._being_computed = set()
-        for sequence in self._in_progress.values():
+        for sequence in [line[0] for line in self._in_progress.values()]:
             self.looking_at = sequence
             self._note_computing(sequence)
 
@@ -243,28 +248,54 @@ class Scheduler:
         """Spend at most about `budget` on prompts of a tenant. Returns what was spent."""
         tenant = self._tenants[name]
         first, second = (name, tenant.long_first), (name, not tenant.long_first)
-        is_alone = second not in self._in_progress and self.waiting.head(second) is None
-        spent = self._serve_line(first, budget if is_alone else (budget + 1) // 2)
-        if spent:
+        urgency, of_second = self._urgency(first), self._urgency(second)
+        if of_second < urgency:
+            first, second = second, first
+        spent = self._serve_line(first, (budget + 1) // 2 if urgency == of_second else budget)
+        if spent and (urgency == of_second or inf == of_second):
             tenant.long_first = not tenant.long_first
         spent += self._serve_line(second, budget - spent)
         if spent:
             tenant.last_turn = self._num_steps
         return spent
 
+    def _urgency(self, line: Line) -> float:
+        """The lowest priority in a line, of those who wait or are computed in part; infinite where nobody is."""
+        heads = (self._first_in_progress(line), self.waiting.head(line))
+        return min((one.priority for one in heads if one is not None), default=inf)
+
+    def _first_in_progress(self, line: Line) -> Sequence | None:
+        return self._in_progress[line][0] if line in self._in_progress else None
+
+    def _next(self, line: Line) -> Sequence | None:
+        """Who goes on, or is admitted: of one priority who has begun."""
+        sequence, head = self._first_in_progress(line), self.waiting.head(line)
+        if head is not None and (sequence is None or head.priority < sequence.priority):
+            return self._admit(line) or sequence
+        return sequence
+
     def _serve_line(self, line: Line, budget: int) -> int:
-        """One prompt after the other, so that at most one of a line is computed in part."""
+        """One prompt after the other, so that at most one of a line and a priority is computed in part."""
         spent = 0
         while spent < budget:
-            sequence = self.looking_at = self._in_progress.get(line) or self._admit(line)
+            sequence = self.looking_at = self._next(line)
             if sequence is None:
                 break
+            in_progress = self._in_progress.setdefault(line, [])
+            if sequence not in in_progress:
+                in_progress.insert(0, sequence)
             spent += self._extend(sequence, budget - spent)
             if not self._batch[sequence].is_complete:
-                self._in_progress[line] = sequence
                 break
-            self._in_progress.pop(line, None)
+            self._no_longer_in_progress(sequence, line)
         return spent
+
+    def _no_longer_in_progress(self, sequence: Sequence, line: Line) -> None:
+        in_progress = self._in_progress.get(line, [])
+        if sequence in in_progress:
+            in_progress.remove(sequence)
+        if not in_progress:
+            self._in_progress.pop(line, None)
 
     def _extend(self, sequence: Sequence, budget: int) -> int:
         """Compute more of a prompt in this step, at least one token. Returns what it costs."""
@@ -345,6 +376,8 @@ class Scheduler:
         blocked = self._blocked
         if blocked is None or blocked is sequence:
             return True
+        if blocked.tenant == sequence.tenant and sequence.priority < blocked.priority:
+            return True
         if blocked.tenant == sequence.tenant:
             line = self.waiting.line_of(blocked)  # a preempted one may stand before it
             is_before = self.waiting.line_of(sequence) == line and self.waiting.head(line) is not blocked
@@ -397,7 +430,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_missing: int) -> list[Sequence] | None:
         """Who has to leave so that there are a slot and so many blocks more; None if it has to wait.
 
-        The newest of whoever holds most, as long as that is more than the tenant of `sequence` would hold.
+        The least urgent of whoever holds most, of these the newest, as long as that is more than the tenant of
+        `sequence` would hold.
         """
         blocks = self.block_manager
         would_hold = blocks.held[sequence.tenant] + num_missing
@@ -420,6 +454,8 @@ class Scheduler:
         for one in self.running:
             if one not in leaving and one.tenant in held and self._gives_way(one):
                 others[one.tenant].append(one)
+        for line in others.values():
+            line.sort(key=lambda one: one.priority)  # the last one leaves first
         while lacking > 0:
             most = max(held, key=held.__getitem__, default="")
             if not held or held[most] <= would_hold:
@@ -516,11 +552,9 @@ class Scheduler:
         if sequence is self._kept:
             self._kept = None
         self._batch.pop(sequence, None)
-        line = self.waiting.line_of(sequence)
-        if self._in_progress.get(line) is sequence:
-            del self._in_progress[line]
+        self._no_longer_in_progress(sequence, self.waiting.line_of(sequence))
 
 
 def _newest(running: list[Sequence], held: Counter[str]) -> Sequence:
-    """Of the tenant that holds most."""
-    return max(reversed(running), key=lambda sequence: held[sequence.tenant])
+    """Of the tenant that holds most, and of its least urgent."""
+    return max(reversed(running), key=lambda sequence: (held[sequence.tenant], sequence.priority))

@@ -103,6 +103,16 @@ class Sequence:
         return self.request.cache_salt
 
     @property
+    def priority(self) -> int:
+        """Among its tenant's the lower is served earlier; those who share one are served as they come."""
+        return self.request.priority
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of its answer may be with its client."""
+        return self.was_admitted or bool(self.request.output_token_ids)
+
+    @property
     def num_output_tokens(self) -> int:
         """Generated so far, resumed ones included."""
         return len(self) - self.num_prompt_tokens

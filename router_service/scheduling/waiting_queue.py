@@ -1,28 +1,31 @@
 """The sequences that wait for a place in the running batch. Knows who came when, whose they are, and which are long.
 
 Every tenant, the requests of one API key (one salt of the prefix cache), has two lines: short prompts do not stand
-behind its long ones. In a line the first to come is the first to go; one that was preempted goes before those that
-have not begun. Whose turn it is, the Scheduler says.
+behind its long ones. In a line the lowest `priority` goes first, and of one priority the first to come; one that was
+preempted goes before those that have not begun. Whose turn it is, the Scheduler says.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
+from operator import attrgetter
 
 from router_service.scheduling.sequence import Sequence
 
+_PRIORITY = attrgetter("priority")
 Line = tuple[str, bool]  # (tenant, whether it is the line of its long prompts)
 
 
 class WaitingQueue:
-    """First in, first out, in each line."""
+    """First in, first out, among those of one priority in each line."""
 
     def __init__(self, longest_short: int) -> None:
         """A sequence of more than `longest_short` tokens is long."""
         self.longest_short = longest_short
-        self._lines: dict[Line, deque[Sequence]] = {}  # none is empty
+        self._lines: dict[Line, list[Sequence]] = {}  # none is empty
 
     def __len__(self) -> int:
         return sum(self.counts().values())
@@ -49,16 +52,26 @@ class WaitingQueue:
         return sequence in self._lines.get(self.line_of(sequence), ())
 
     def push(self, sequence: Sequence) -> None:
-        """Behind those of its line."""
-        self._lines.setdefault(self.line_of(sequence), deque()).append(sequence)
+        """Behind those of its line that are as urgent."""
+        line = self._lines.setdefault(self.line_of(sequence), [])
+        line.insert(bisect_right(line, sequence.priority, key=_PRIORITY), sequence)
 
     def push_preempted(self, sequence: Sequence) -> None:
-        """Before those of its line."""
-        self._lines.setdefault(self.line_of(sequence), deque()).appendleft(sequence)
+        """Before those of its line that are as urgent."""
+        line = self._lines.setdefault(self.line_of(sequence), [])
+        line.insert(bisect_left(line, sequence.priority, key=_PRIORITY), sequence)
 
     def head(self, line: Line) -> Sequence | None:
         """The next of a line, if any."""
         return self._lines[line][0] if line in self._lines else None
+
+    def displaced_by(self, priority: int, tenant: str) -> Sequence | None:
+        """Whose place a more urgent one may take: of the tenant's least urgent the last to come, and nothing of it has
+        been computed. May be called from any thread.
+        """
+        lines = (list(line) for (name, _), line in list(self._lines.items()) if name == tenant)
+        lower = [one for one in chain.from_iterable(lines) if one.priority > priority and not one.has_begun]
+        return max(lower, key=lambda one: (one.priority, one.arrived_at), default=None)
 
     def heads(self) -> list[Sequence]:
         """The next of each line."""

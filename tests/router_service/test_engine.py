@@ -275,6 +275,45 @@ def test_past_the_bound_of_waiting_requests_more_are_refused(tiny):
     bench.engine.stop()
 
 
+def test_in_a_full_queue_a_more_urgent_request_takes_the_place_of_the_least_urgent(tiny):
+    bench = Bench(tiny[0], max_waiting=3, max_num_seqs=1)
+    bench.engine._thread = SimpleNamespace(is_alive=lambda: True)  # steps are taken by hand
+    lowest, low, middle, urgent, last = (
+        make_request(prompt(5), max_tokens=3, priority=priority, ignore_eos=True) for priority in (9, 5, 0, -5, 9)
+    )
+    for request in (lowest, low, middle):
+        bench.engine.submit(request)
+    bench.engine._take_pending_commands()
+    bench.engine.check_admission(urgent)
+    bench.engine.submit(urgent)
+    bench.engine._take_pending_commands()
+    assert bench.errors[lowest.key].reason == "shed_queue"
+    with pytest.raises(Overloaded, match="3 requests wait"):
+        bench.engine.submit(last)
+    assert bench.engine.num_waiting == 3
+    with pytest.raises(Overloaded):
+        bench.engine.submit(make_request(prompt(5), priority=5))  # as urgent as the least urgent
+    ended = []
+    while bench.engine._sequences:
+        bench.engine.step()
+        ended += [key for key, chunks in bench.chunks.items() if chunks[-1].finish_reason and key not in ended]
+    assert ended == [urgent.key, middle.key, low.key]
+    assert list(bench.errors) == [lowest.key]
+
+
+def test_two_that_come_for_one_place_at_once_do_not_both_get_it(tiny):
+    bench = Bench(tiny[0], max_waiting=1, max_num_seqs=1)
+    bench.engine._thread = SimpleNamespace(is_alive=lambda: True)
+    low, *urgent = (make_request(prompt(5), max_tokens=3, priority=priority) for priority in (9, 0, 0))
+    bench.engine.submit(low)
+    bench.engine._take_pending_commands()
+    for request in urgent:
+        bench.engine.submit(request)
+    bench.engine._take_pending_commands()
+    assert list(bench.errors) == [low.key, urgent[1].key]
+    assert bench.engine.num_waiting == 1
+
+
 def test_a_full_queue_still_takes_another_tenants_request_and_serves_it_next(tiny):
     bench = Bench(tiny[0], max_waiting=4, max_num_seqs=1)
     bench.engine._thread = SimpleNamespace(is_alive=lambda: True)  # steps are taken by hand

@@ -47,7 +47,10 @@ WITHOUT_FIELD: dict[type[Body], dict[str, str]] = {
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "regex", "ebnf", "grammar"),
         "others' names for what `structured_outputs` says",
     ),
-    ChatCompletionRequest: {"max_completion_tokens": "OpenAI's newer name for `max_tokens`"},
+    ChatCompletionRequest: {
+        "max_completion_tokens": "OpenAI's newer name for `max_tokens`",
+        "service_tier": "there is one",
+    },
     Message: {
         "refusal": "an assistant's content, whether it refused or not",
         "reasoning": "vLLM's newer name for `reasoning_content`",

@@ -46,7 +46,7 @@ HONOURED = {
     "top_p",
     "truncation",
 }
-SAID_BACK = {"max_tool_calls", "reasoning"}
+SAID_BACK = {"max_tool_calls", "reasoning", "service_tier"}
 HINTS: dict[str, Any] = {  # change nothing: a value of each
     "access_programs": {"cyber": "standard"},
     "image": {"context_compression": "auto"},  # of images, which are refused
@@ -54,7 +54,6 @@ HINTS: dict[str, Any] = {  # change nothing: a value of each
     "prompt_cache_options": {"mode": "implicit", "ttl": "30m"},
     "prompt_cache_retention": "24h",
     "safety_identifier": "s",
-    "service_tier": "auto",
     "store": True,  # the answer says that it was not
     "stream_options": {"include_obfuscation": False},
     "user": "u",

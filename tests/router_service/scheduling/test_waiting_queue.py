@@ -72,3 +72,34 @@ def test_what_is_held_stays_bounded(bound, arrivals):
         elif held.total() < bound:
             raise AssertionError("refused below the bound")
     assert held.total() <= sum(max(1, bound // n) for n in range(1, 11))
+
+
+def test_in_a_line_the_lowest_priority_goes_first_and_of_one_priority_the_first_to_come():
+    queue = WaitingQueue(longest_short=LONG)
+    came = [(0, "a"), (5, "b"), (-5, "c"), (0, "d"), (-5, "e"), (5, "f")]
+    sequences = {name: make_sequence([1], priority=priority) for priority, name in came}
+    for sequence in sequences.values():
+        queue.push(sequence)
+    preempted = make_sequence([1], priority=0)
+    queue.push_preempted(preempted)
+    gone = []
+    while queue:
+        gone.append(queue.head(("", False)))
+        queue.remove(gone[-1])
+    assert gone == [sequences["c"], sequences["e"], preempted, *(sequences[name] for name in "adbf")]
+
+
+def test_a_more_urgent_one_displaces_the_last_of_the_least_urgent_that_has_not_begun():
+    queue = WaitingQueue(longest_short=LONG)
+    begun = make_sequence([1], priority=9, cache_salt="a")
+    begun.was_admitted = True
+    resumed = make_sequence([1], priority=9, cache_salt="a", output=[7])
+    first, second = (make_sequence([1], priority=5, cache_salt="a") for _ in range(2))
+    first.arrived_at, second.arrived_at = 1.0, 2.0
+    others = make_sequence([1], priority=9, cache_salt="b")
+    for sequence in (begun, resumed, second, first, others, make_sequence(range(99), priority=3, cache_salt="a")):
+        queue.push(sequence)
+    assert queue.displaced_by(0, "a") is second
+    assert queue.displaced_by(4, "a") is second
+    assert queue.displaced_by(5, "a") is None, "as urgent is not more urgent"
+    assert queue.displaced_by(0, "c") is None
