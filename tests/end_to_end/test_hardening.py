@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from experts_service.kernels.compiled.jit import cache_directory
 from tests.hosts import Host, NotPossible, hosts
 from tests.programs import REPOSITORY
 from tests.waiting import wait_for
@@ -95,12 +96,16 @@ def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
     """The process, once it answers."""
     log = tmp_path_factory.mktemp("hardening") / "log"
     manta = Path(sys.executable).with_name("manta")
+    # Which half a minute of CPU goes into, and which has tests of its own.
+    subprocess.run([sys.executable, "-m", "router_service.compile_kernels", "bfloat16"], cwd=REPOSITORY, check=True)
+    compiled = cache_directory()
     with log.open("w") as out:
         process = host.start(
             ["unshare", "--mount", "sh", CONFINE, manta, "serve", "--config", OVERLAY],
             stdout=out, stderr=subprocess.STDOUT,
             env={
                 **os.environ, "REPOSITORY": str(REPOSITORY), "USER_ID": str(USER),
+                "KERNELS": str(compiled),
                 "NEEDED": f"{REPOSITORY} {sys.prefix} {sys.base_prefix}",
             },
         )  # fmt: skip
