@@ -32,14 +32,13 @@ from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.routing_table import TABLE, Deployment, Replica
+from experts_service.suspects import look_at_suspects
 from experts_service.transport import Transport
 from experts_service.wire.secret import read_lane_secret
 
 logger = logging.getLogger(__name__)
 
 REATTACH_PAUSE_S = 0.2
-LOOK_S = 1.0  # between two looks at suspected replicas,
-LONGEST_LOOK_S = 30.0  # and at one that shows signs of life and fails again and again
 SIGN_OF_LIFE_S = 2.0
 
 
@@ -72,7 +71,9 @@ class ExpertPool:
             task = asyncio.run_coroutine_threadsafe(self._stay_attached(name, handle), self._loop)
             task.add_done_callback(_report)
             self._tasks.append(task)
-        looks = asyncio.run_coroutine_threadsafe(self._look_at_suspects(), self._loop)
+        looks = asyncio.run_coroutine_threadsafe(
+            look_at_suspects(self._table, self._deployments.values(), _lives), self._loop
+        )
         looks.add_done_callback(_report)
         self._tasks.append(looks)
         self._table.wait_for(self._deployments.values(), timeout_s)
@@ -175,23 +176,6 @@ class ExpertPool:
                     ended.cancel()
                 self._attached.pop(name, None)
             await asyncio.sleep(REATTACH_PAUSE_S)
-
-    async def _look_at_suspects(self) -> None:
-        """Trust a suspected replica again when its shard shows a sign of life.
-
-        No row would find out: those go to other replicas, and where there is none, nothing is admitted any more.
-        """
-        due: dict[str, tuple[float, float]] = {}  # replica id → when to look again, and the pause after that
-        while True:
-            await asyncio.sleep(LOOK_S)
-            now = time.monotonic()
-            due = {replica_id: at for replica_id, at in due.items() if now < at[0] + LONGEST_LOOK_S}
-            for deployment in self._deployments.values():
-                for replica in self._table.replicas(deployment):
-                    look_at, pause_s = due.get(replica.replica_id, (now, LOOK_S))
-                    if replica.suspected and now >= look_at and await _lives(replica):
-                        due[replica.replica_id] = (now + pause_s, min(2 * pause_s, LONGEST_LOOK_S))
-                        self._table.trust(deployment, replica.replica_id)
 
     def _on_change(self) -> None:
         self._loop.call_soon_threadsafe(self._leave_the_departed)

@@ -26,7 +26,7 @@ class DeadlineTimer:
 
     def __enter__(self) -> DeadlineTimer:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, self._deadline.remaining_s), self._end)
+        self._timer = loop.call_later(max(0.0, self._deadline.at - loop.time()), self._end)
         return self
 
     def __exit__(self, *_: object) -> None:

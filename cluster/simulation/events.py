@@ -52,6 +52,7 @@ class EventQueue:
         self.seed = seed
         self.now = 0.0  # seconds since the beginning
         self.num_events = 0  # that have happened
+        self.watch: Callable[[Event], object] | None = None  # is shown each event before it happens
         self._waiting: list[tuple[float, int, Event]] = []
         self._number = 0
         self._chances: dict[str, Random] = {}
@@ -87,6 +88,8 @@ class EventQueue:
             if action is not None:
                 self.now = event.at
                 self.num_events += 1
+                if self.watch is not None:
+                    self.watch(event)
                 event.cancel()
                 action(*arguments)
                 return True

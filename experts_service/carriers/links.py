@@ -110,10 +110,14 @@ class LaneLinks:
                 self._links[replica_id] = Link(*dialled)
             self._dialled.clear()
 
-    def keep_only(self, known: set[str]) -> None:
-        """Let go of replicas that left, once they owe no answer that somebody waits for."""
-        for replica_id in [r for r in self._links if r not in known and not self._links[r].outstanding]:
-            self._links.pop(replica_id).close()
+    def keep_only(self, known: set[str]) -> bool:
+        """Let go of replicas that left and owe no answer that somebody waits for. Whether none is left of them."""
+        departed = [replica_id for replica_id in self._links if replica_id not in known]
+        owing = [replica_id for replica_id in departed if self._links[replica_id].outstanding]
+        for replica_id in departed:
+            if replica_id not in owing:
+                self._links.pop(replica_id).close()
+        return not owing
 
     def close(self) -> None:
         """Idempotent."""

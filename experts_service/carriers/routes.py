@@ -51,8 +51,8 @@ class Connections(Protocol[L_co]):
     def take(self) -> None:
         """Have `get` know what was dialled."""
 
-    def keep_only(self, known: set[str]) -> None:
-        """Let go of replicas that left, once they owe no answer that somebody waits for."""
+    def keep_only(self, known: set[str]) -> bool:
+        """Let go of replicas that left and owe no answer that somebody waits for. Whether none is left of them."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -79,12 +79,16 @@ class LaneRoutes(Generic[L]):
         self._reachable: dict[int, tuple[Replica, ...]] = {}  # those of them that are connected
         self._all_connected = False
         self._only: dict[int, tuple[Replica, L]] = {}
+        self._known: set[str] = set()  # ids of all replicas
+        self._departing = False  # whether there is a connection to another
         self._present: dict[str, L] = {}  # by replica id
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
         if self._epoch != self._table.epoch:
             self._look_at_table()
+        elif self._departing:
+            self._departing = not self._links.keep_only(self._known)
         return self._reachable[group]
 
     def all_connected(self) -> bool:
@@ -152,7 +156,7 @@ class LaneRoutes(Generic[L]):
         """Dial those without a connection; let go of those that left."""
         epoch, links = self._table.epoch, self._links
         links.take()
-        known: set[str] = set()
+        known = self._known = set()
         present = self._present = {}
         for group, deployment in self._deployments.items():
             replicas = self._table.replicas(deployment)
@@ -167,7 +171,7 @@ class LaneRoutes(Generic[L]):
         self._all_connected = all(self._reachable.values())
         only = ((group, replicas[0]) for group, replicas in self._reachable.items() if len(replicas) == 1)
         self._only = {group: (replica, present[replica.replica_id]) for group, replica in only}
-        links.keep_only(known)
+        self._departing = not links.keep_only(known)
         self._threads = self._threads_to_spread()
         self._epoch = epoch
 

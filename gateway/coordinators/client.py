@@ -13,11 +13,15 @@ from gateway.coordinators.token_inbox import ChunkQueue, TokenInbox
 LAST_TOKENS_S = 5.0  # that tokens may come after the call has returned which sent them
 
 
-class CoordinatorClient(Protocol):
-    """One model's coordinators. Closing the stream of `generate` early aborts the sequence."""
+class Generating(Protocol):
+    """One model's coordinators, as answers come from them. Closing a stream early aborts the sequence."""
 
     def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         """Chunks of one choice. Raises MantaError."""
+
+
+class CoordinatorClient(Generating, Protocol):
+    """One model's coordinators."""
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         """The embedding of each prompt, in order; cancelling aborts them. Raises MantaError."""

@@ -18,7 +18,7 @@ from typing import cast
 
 from cluster.errors import CoordinatorLost, EngineDead, MantaError, Overloaded, StepFailed
 from cluster.messages import Embedding, Request, TokenChunk
-from gateway.coordinators.client import CoordinatorClient
+from gateway.coordinators.client import CoordinatorClient, Generating
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0  # between attempts; the first comes 
 
 
 async def generate(
-    coordinator: CoordinatorClient, request: Request, resume_timeout_s: float
+    coordinator: Generating, request: Request, resume_timeout_s: float
 ) -> AsyncGenerator[TokenChunk, None]:
     """Chunks of one choice to its end, from as many coordinators as it takes. Raises MantaError.
 
