@@ -93,11 +93,12 @@ class ScalingPolicy:
         now, application = context.current_time or 0.0, context.app_name or ""
         place = self._tiers.index(context.deployment_name)
         if place:
-            before = application, self._tiers[place - 1]
+            before, this = (application, self._tiers[place - 1]), (application, context.deployment_name)
+            loads.learn(this, before, load=load, replicas=context.current_num_replicas, now=now)
             if not context.current_num_replicas:
                 wanted = int(loads.lacks(before, context.config.upscale_delay_s, now))
             elif context.current_num_replicas == 1 == wanted and loads.can_take(
-                before, (application, context.deployment_name), load, SLACK * self._target_load, now
+                before, this, load, SLACK * self._target_load
             ):
                 wanted = 0
         loads.tell(

@@ -4,7 +4,8 @@
     expert-2-tier1    no replica at first: gets one when the tier before it has lacked one for `upscale_delay_s`
 
 Loads are parts of the time, and a tier may be many times faster than the one before it: what 5 % of a GPU's time does,
-all of a CPU's may be too little for. So what a tier's load is worth is what it took from the one before it.
+all of a CPU's may be too little for. So what a tier's load is worth is what it took from the one before it when it
+had its first replica. Later both have other requests, and their loads tell nothing of each other.
 
 One table a process, that of Serve's controller, where all policies run. They travel there by value, each with a copy of
 its module, and come to this one by name.
@@ -25,12 +26,9 @@ class TierLoad:
     replicas: int  # that run
     lacks_since: float | None  # they cannot carry what there is, or have all died, and there may be no more of them
     has_run: bool
-    lacked: float  # its load when it last lacked replicas
 
 
-SETTLED_S = (
-    15.0  # after so long with replicas what a tier does is what it took from the one before: thrice Serve's average
-)
+SETTLED_S = 15.0  # with replicas, until a tier has taken what it takes: thrice what Serve averages over
 
 
 class TierLoads:
@@ -38,8 +36,8 @@ class TierLoads:
 
     def __init__(self) -> None:
         self._tiers: dict[Tier, TierLoad] = {}
-        self._began: dict[Tier, float] = {}  # when a tier had its first replica, since it had none
-        self._worth: dict[Tier, float] = {}  # what its load is on the tier before it, since then
+        self._began: dict[Tier, tuple[float, float]] = {}  # when a tier last had nothing to do, and the load before it
+        self._worth: dict[Tier, float] = {}  # what a part of its load is on the tier before it
 
     def tell(self, tier: Tier, *, load: float, replicas: int, has_enough: bool, now: float) -> None:
         """What a tier has to do at `now`, in seconds; one that has had replicas and has none does not have enough."""
@@ -48,22 +46,30 @@ class TierLoads:
         lacks_since = None
         if not has_enough or (has_run and not replicas):
             lacks_since = now if before is None or before.lacks_since is None else before.lacks_since
-        lacked = 0.0 if before is None else before.lacked
-        self._tiers[tier] = TierLoad(
-            load, replicas, lacks_since, has_run, load if lacks_since is not None and replicas else lacked
-        )
-        if replicas:
-            self._began.setdefault(tier, now)
-        else:
-            self._began.pop(tier, None)
+        self._tiers[tier] = TierLoad(load, replicas, lacks_since, has_run)
+
+    def learn(self, tier: Tier, before: Tier, *, load: float, replicas: int, now: float) -> None:
+        """What the load of `tier` is worth on the one before it, once it has settled. Told of each moment."""
+        of_before = self._tiers.get(before)
+        now_before = 0.0 if of_before is None else of_before.load
+        if not replicas:
             self._worth.pop(tier, None)
+            self._began[tier] = now, now_before
+            return
+        began, load_before = self._began.setdefault(tier, (now, now_before))
+        if tier in self._worth or now - began < SETTLED_S:
+            return
+        if load:
+            self._worth[tier] = max(1.0, (load_before - now_before) / load)
+        else:  # it has taken nothing yet
+            self._began[tier] = now, now_before
 
     def lacks(self, tier: Tier, delay_s: float, now: float) -> bool:
         """Whether a tier has needed more than it may have for so long."""
         of_tier = self._tiers.get(tier)
         return of_tier is not None and of_tier.lacks_since is not None and now - of_tier.lacks_since >= delay_s
 
-    def can_take(self, tier: Tier, after: Tier, load: float, most: float, now: float) -> bool:
+    def can_take(self, tier: Tier, after: Tier, load: float, most: float) -> bool:
         """Whether it would carry what the one after it does as well, and each of its replicas at most `most`.
 
         `load`: of the one after it.
@@ -72,9 +78,7 @@ class TierLoads:
         if of_tier is None or of_tier.lacks_since is not None:
             return False
         if load and after not in self._worth:
-            if now - self._began.get(after, now) < SETTLED_S:
-                return False
-            self._worth[after] = max(1.0, (of_tier.lacked - of_tier.load) / load)
+            return False
         return of_tier.load + self._worth.get(after, 1.0) * load <= most * of_tier.replicas
 
 

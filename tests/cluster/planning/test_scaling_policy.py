@@ -128,6 +128,28 @@ def test_a_slow_tier_takes_back_what_it_could_carry_and_no_more(monkeypatch):
     assert tiers.after(1, on_second=0.02) == (1, 0)
 
 
+def test_a_burst_that_is_over_before_the_other_tier_loads_keeps_no_replica_of_it(monkeypatch):
+    """What the burst had been counted as taken by the tier that came after it, so 0.002 was worth 0.8 for good."""
+    tiers = Tiers(monkeypatch)
+    tiers.running["expert-2"] = 1
+    tiers.after(20, on_first=1.0)
+    tiers.after(60, on_first=0.25)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(10, on_first=0.2, on_second=0.002) == (1, 1), "it is not known yet what it takes"
+    assert tiers.after(60, on_first=0.2, on_second=0.002) == (1, 0)
+
+
+def test_what_a_tier_takes_is_learned_while_it_has_several_replicas(monkeypatch):
+    """It was learned when only one was left, hours after: the load that the tier before had had was another day's."""
+    tiers = Tiers(monkeypatch)
+    tiers.running["expert-2"] = 1
+    tiers.after(20, on_first=1.0)
+    tiers.running["expert-2-tier1"] = 2
+    tiers.after(60, on_first=0.2, on_second=0.4)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_first=0.1, on_second=0.1) == (1, 0)
+
+
 def test_a_tier_that_begins_with_none_stands_in_for_one_that_has_lost_all(monkeypatch):
     tiers = Tiers(monkeypatch)
     tiers.running["expert-2"] = 1
