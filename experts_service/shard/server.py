@@ -211,7 +211,7 @@ class LaneServer:
             if answer is not place:
                 place.copy_(answer)
         except Exception as error:
-            logger.exception("layer %d failed for 1 frames", layer)
+            logger.exception("layer %d failed for %d frames", layer, 1)
             failure = f"{type(error).__name__}: {error}"
         self._busy_s += time.monotonic() - started
         self._batches += 1

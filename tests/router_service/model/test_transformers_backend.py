@@ -103,7 +103,7 @@ def test_weights_of_a_gate_may_be_in_bf16(tmp_path):
     rows = torch.randn(9, 32).bfloat16()
     _, weights, experts = model.model.layers[1].mlp.router(rows)
     assert weights.dtype is torch.bfloat16
-    with torch.inference_mode(), decoder._of(_Step(None, None, None)):
+    with torch.inference_mode(), decoder._of(_Step(None, None, None, None)):
         answers = decoder.ask_experts(1, rows, experts, weights)
         expected = model.model.layers[1].mlp.experts(rows, experts, weights)
     torch.testing.assert_close(answers, expected, atol=0.02, rtol=0.02)
