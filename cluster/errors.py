@@ -176,7 +176,13 @@ class ModelLoading(Unavailable):
 
 
 class ExpertUnavailable(Unavailable):
-    """No replica of an expert group answered before the deadline. Never answered by dropping the expert."""
+    """No replica of an expert group answered before the deadline. Never answered by dropping the expert.
+
+    `coordinator` is who was not answered: the fault may be in its own network. `elsewhere`: there is another to ask.
+    """
+
+    coordinator = ""
+    elsewhere = False
 
     reason = "experts_missing"
 

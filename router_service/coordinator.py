@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.checkpoint.checkpoint import ModelImpl, open_checkpoint
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ExpertsConfig
-from cluster.errors import CheckpointError, CoordinatorLost, MantaError, StepFailed
+from cluster.errors import CheckpointError, CoordinatorLost, ExpertUnavailable, MantaError, StepFailed
 from cluster.messages import Embedding, EngineStats, Key, Request, TokenChunk, TokenStream
 from cluster.planning.placement import DeviceShare, ExpertGroup, as_one
 from cluster.planning.scaling_policy import LOAD, WAITING, replica_options
@@ -197,7 +197,7 @@ class Coordinator:
                 await outgoing.sent()
             except Exception as error:
                 failure = error
-                if isinstance(error, StepFailed):
+                if isinstance(error, StepFailed | ExpertUnavailable):
                     error.coordinator = self._replica
                 raise
             finally:
@@ -241,7 +241,7 @@ class Coordinator:
                 for request in asked:
                     self._engine.submit(request)
                 embeddings += await asyncio.gather(*(pending.get() for pending in part.values()))
-            except StepFailed as error:
+            except (StepFailed, ExpertUnavailable) as error:
                 error.coordinator = self._replica
                 raise
             finally:

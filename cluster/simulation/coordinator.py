@@ -163,6 +163,9 @@ class Coordinator:
             try:
                 self._submit(request)
                 await outgoing.sent()
+            except ExpertUnavailable as error:
+                error.coordinator = self.process.name
+                raise
             finally:
                 del self._waiting[request.key]
                 self._command(lambda: self._abort(request.key))

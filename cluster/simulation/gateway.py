@@ -139,6 +139,10 @@ class Client(StreamingClient):
     def meaning(self, error: BaseException) -> BaseException:
         return error
 
+    def has_another(self, coordinator: str) -> bool:
+        table = self._gateway.table
+        return bool(table.coordinators(APPLICATION) - table.silent - {coordinator})
+
     def open_stream(self, stream: TokenStream) -> AsyncIterator[tuple[TokenChunk, ...]]:
         return _Stream(self, stream)
 

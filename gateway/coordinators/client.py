@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from cluster.errors import CoordinatorLost, MantaError
+from cluster.errors import CoordinatorLost, ExpertUnavailable, MantaError
 from cluster.messages import Embedding, EngineStats, Request, TokenChunk
 from gateway.coordinators.token_inbox import ChunkQueue, TokenInbox
 
@@ -44,6 +44,10 @@ class StreamingClient:
         """What a failed call means to a client; an error that nobody designed stays what it is."""
         raise NotImplementedError
 
+    def has_another(self, coordinator: str) -> bool:
+        """Whether there is another one that speaks."""
+        raise NotImplementedError
+
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         with self.inbox.expect(request) as queue:
             response = self.ask(request)
@@ -61,7 +65,12 @@ class StreamingClient:
         if call.cancelled():
             return CoordinatorLost("the call of the model's coordinator was cancelled")
         error = call.exception()
-        return None if error is None else self.meaning(error)
+        if error is None:
+            return None
+        error = self.meaning(error)
+        if isinstance(error, ExpertUnavailable):
+            error.elsewhere = self.has_another(error.coordinator)
+        return error
 
     def _tell(self, queue: ChunkQueue, call: asyncio.Future[Any]) -> None:
         """The call of a request has ended: with an error, or a little before or after its last tokens have come."""

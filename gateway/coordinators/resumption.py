@@ -5,6 +5,7 @@
 
 What the client has is what arrived here, so nothing is lost or doubled: `Request.output_token_ids` says where to go on.
 A request that steps have failed with goes on elsewhere MAX_FAILED_STEPS times, and no more: the fault may be in it.
+One whose coordinator no replica of a group has answered goes on at another one, once: the fault may be in its network.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from cluster.errors import CoordinatorLost, EngineDead, MantaError, Overloaded, StepFailed
+from cluster.errors import CoordinatorLost, EngineDead, ExpertUnavailable, MantaError, Overloaded, StepFailed
 from cluster.messages import Embedding, Request, TokenChunk
 from gateway.coordinators.client import CoordinatorClient, Generating
 
@@ -51,6 +52,10 @@ async def generate(
             lost: MantaError = CoordinatorLost("the coordinator's stream ended before the answer was complete")
         except (CoordinatorLost, EngineDead, StepFailed) as error:
             lost = error
+        except ExpertUnavailable as error:
+            if not error.elsewhere:
+                raise
+            lost = error
         except Overloaded as error:
             if attempts.number == 0:
                 raise
@@ -77,6 +82,10 @@ async def embed(
             return await coordinator.embed(asked)
         except (CoordinatorLost, EngineDead, StepFailed) as error:
             lost: MantaError = error
+        except ExpertUnavailable as error:
+            if not error.elsewhere:
+                raise
+            lost = error
         except Overloaded as error:
             if not has_begun and attempts.number == 0:
                 raise
@@ -93,6 +102,8 @@ class _Attempts:
         self._request = request
         self._timeout_s = timeout_s
         self._failed_on: tuple[str, ...] = ()
+        self._num_failed_steps = 0
+        self._was_unanswered = False
         self._give_up_at = 0.0
         self._pause_s = 0.0
 
@@ -103,8 +114,14 @@ class _Attempts:
         """
         if isinstance(lost, StepFailed):
             self._failed_on += (lost.coordinator,)
-            if len(self._failed_on) > MAX_FAILED_STEPS:
+            self._num_failed_steps += 1
+            if self._num_failed_steps > MAX_FAILED_STEPS:
                 raise lost
+        elif isinstance(lost, ExpertUnavailable):
+            self._failed_on += (lost.coordinator,)
+            if self._was_unanswered:
+                raise lost
+            self._was_unanswered = True
         now = asyncio.get_running_loop().time()
         if went_on or self.number == 0:
             self._give_up_at = now + min(self._timeout_s, self._request.deadline.at - now)

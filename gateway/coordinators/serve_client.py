@@ -40,6 +40,9 @@ class ServeCoordinatorClient(StreamingClient):
     def meaning(self, error: BaseException) -> BaseException:
         return manta_error(error)
 
+    def has_another(self, coordinator: str) -> bool:
+        return bool(TABLE.coordinators(self._card.application) - TABLE.silent - {coordinator})
+
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()
         with self.inbox.expect(requests[0]) as queue:  # no token comes, only word that the coordinator is lost

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.deadline import Deadline
-from cluster.errors import CoordinatorLost, EngineDead, InvalidRequest, Overloaded, StepFailed, Unavailable
+from cluster.errors import (
+    CoordinatorLost,
+    EngineDead,
+    ExpertUnavailable,
+    InvalidRequest,
+    Overloaded,
+    StepFailed,
+    Unavailable,
+)
 from cluster.messages import Request, SamplingParams, TokenChunk
 from gateway.coordinators.resumption import embed, generate
 
@@ -162,3 +170,19 @@ def test_embeddings_are_asked_of_another_coordinator_under_another_id():
     prompts = tuple(request(request_id=name) for name in ("a", "b"))
     assert asyncio.run(embed(Coordinators(), prompts, 5.0)) == ("one", "two")
     assert ids == [["a", "b"], ["a~1", "b~1"], ["a~2", "b~2"]]
+
+
+def test_a_coordinator_that_no_expert_answers_is_left_once_and_only_for_another() -> None:
+    """It may be cut off by itself: its streams failed though others could go on (seed 209 of the simulation)."""
+    unanswered = ExpertUnavailable("no answer", coordinator="a", elsewhere=True)
+    coordinator = Mortal(Death(3, unanswered))
+    assert [t for chunk in read(coordinator, request()) for t in chunk.token_ids] == list(ANSWER)
+    assert [(one.output_token_ids, one.failed_on) for one in coordinator.requests] == [((), ()), (ANSWER[:3], ("a",))]
+
+    again = ExpertUnavailable("no answer", coordinator="b", elsewhere=True)
+    with pytest.raises(ExpertUnavailable):
+        read(Mortal(Death(3, unanswered), Death(5, again)), request())
+    alone = Mortal(Death(3, ExpertUnavailable("no answer", coordinator="a")))
+    with pytest.raises(ExpertUnavailable):
+        read(alone, request())
+    assert len(alone.requests) == 1
