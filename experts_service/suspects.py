@@ -27,7 +27,9 @@ async def look_at_suspects(
         due = {replica_id: at for replica_id, at in due.items() if now < at[0] + LONGEST_LOOK_S}
         for deployment in of_groups:
             for replica in table.replicas(deployment):
+                if not replica.suspected:
+                    continue
                 look_at, pause_s = due.get(replica.replica_id, (now, LOOK_S))
-                if replica.suspected and now >= look_at and await lives(replica):
+                if now >= look_at and await lives(replica):
                     due[replica.replica_id] = (now + pause_s, min(2 * pause_s, LONGEST_LOOK_S))
                     table.trust(deployment, replica.replica_id)

@@ -48,6 +48,7 @@ class ReplicaLoads:
     def __init__(self) -> None:
         self._usual: dict[tuple[int, int], _Usual] = {}  # by group, and size to a power of two
         self._slowness: dict[str, deque[float]] = {}  # the latest by replica id; 1: as usual
+        self._usual_slowness: dict[str, float] = {}  # their medians
         self._row_s: dict[str, deque[float]] = {}  # seconds for each of many rows, the latest by replica id
         self._asked: dict[str, int] = {}  # the turn at which it was last asked
         self._turn = 0
@@ -66,14 +67,18 @@ class ReplicaLoads:
 
     def soonest(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
         """The first of those that will have answered soonest, by what they owe and by how slow they are."""
-        slowness = [_median(self._slowness.get(replica.replica_id), 1.0) for replica in replicas]
+        known = self._usual_slowness
+        slowness = [known.get(replica.replica_id, 1.0) for replica in replicas]
         fastest = min(slowness)
-
-        def answers_after(index: int) -> float:
-            times = slowness[index] / fastest
-            return (1 + owed(replicas[index].replica_id)) * (times if times > CLEARLY else 1.0)
-
-        return replicas[min(range(len(replicas)), key=answers_after)]
+        best, soonest = replicas[0], float("inf")
+        for replica, own in zip(replicas, slowness, strict=True):
+            times = own / fastest
+            after = (1 + owed(replica.replica_id)) * (times if times > CLEARLY else 1.0)
+            if after == 1.0:
+                return replica  # none is better, and of hundreds of replicas most owe nothing
+            if after < soonest:
+                best, soonest = replica, after
+        return best
 
     def shares(self, replicas: Sequence[Replica], rows: int) -> list[tuple[str | None, int]]:
         """How many of so many rows each replica is to run; None: whoever `choose` says. No share is small.
@@ -117,6 +122,7 @@ class ReplicaLoads:
             if recent is None:
                 recent = self._slowness[replica] = deque([1.0] * RECENT, maxlen=RECENT)
             recent.append((seconds + NOISE_S) / (usual.median_s + NOISE_S))
+            self._usual_slowness[replica] = _median(recent, 1.0)
         if rows >= SPLIT_ROWS:
             self._row_s.setdefault(replica, deque(maxlen=RECENT)).append(seconds / rows)
         if not beaten:
@@ -156,7 +162,7 @@ class ReplicaLoads:
 
     def forget(self, known: set[str]) -> None:
         """Drop what is known of replicas that left."""
-        for table in (self._slowness, self._row_s, self._asked):
+        for table in (self._slowness, self._usual_slowness, self._row_s, self._asked):
             for replica_id in [r for r in table if r not in known]:
                 del table[replica_id]
 

@@ -75,5 +75,5 @@ MUTATIONS = [
         "self._references[block] += 2",
     ),
     Mutation("a load is rounded down", scaling_policy, "desired_replicas", "math.ceil(", "math.floor("),
-    Mutation("suspects are not looked at", coordinator, "look_at_suspects", "if replica.suspected and", "if False and"),
+    Mutation("suspects are not looked at", coordinator, "look_at_suspects", "if now >= look_at and", "if False and"),
 ]
