@@ -175,6 +175,7 @@ class Request:
     deadline: Deadline = NEVER
     cache_salt: str = ""  # prefix-cache blocks are shared only within one salt
     priority: int = 0  # among those of its salt the lower is served earlier
+    num_siblings: int = 0  # other choices or prompts of the client's request, which all fail if one does
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # the prompt becomes one Embedding, and nothing is generated
     traceparent: str = ""  # W3C's, of the gateway's span; empty: not traced

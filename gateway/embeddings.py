@@ -92,6 +92,7 @@ class EmbeddingValidator:
                     deadline=deadline,
                     cache_salt=current_caller().id,
                     priority=priority,
+                    num_siblings=len(prompts) - 1,
                     pooling=self._card.pooling,
                 )
                 for i, prompt in enumerate(prompts)

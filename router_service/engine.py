@@ -436,7 +436,14 @@ class Engine:
                 self._arriving[sequence.request.cache_salt] -= 1
 
     def _displace_for(self, sequence: Sequence) -> None:
-        """The queue was full: it takes the place of a less urgent one of its tenant, if there still is one."""
+        """The queue was full: unless it has room by now, it takes the place of a less urgent one, if there is one.
+
+        Those in the inbox behind it were promised a place beside it, or take another's.
+        """
+        tenant = sequence.tenant
+        if not is_refused(self.scheduler.waiting.counts(), tenant, self.max_waiting):
+            self._add(sequence)
+            return
         displaced = self._displaced_by(sequence.request)
         if displaced is None:
             self._tell([(sequence.request.key, self._full())])

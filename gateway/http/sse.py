@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import RequestCancelled
+from gateway.telemetry.logs import current_record
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still at work\n\n"  # as the standard has it; clients overlook it
@@ -143,6 +144,8 @@ async def _chain(
         async for data in rest:
             yield data
     except Exception as error:
+        if record := current_record():
+            record.fail(error)  # it closed `rest` before, as a client's leave would
         yield error_event(error)
     finally:
         await _end(first)

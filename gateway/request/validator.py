@@ -222,6 +222,7 @@ class Validator:
                     deadline=deadline,
                     cache_salt=current_caller().id,
                     priority=body.priority or 0,
+                    num_siblings=len(asked.prompts) * (body.n or 1) - 1,
                     grammar=asked.grammar,
                 )
                 for choice in range(body.n or 1)

@@ -343,6 +343,9 @@ class Scheduler:
         self._num_passed += 1
         self._num_admitted += 1
         self._tenants[sequence.tenant].num_admitted += 1
+        for one in self.waiting.less_urgent(sequence):  # they wait for their own tenant, and hold up nobody for that
+            if one.waits_since is not None:
+                one.waits_since = self._num_admitted_beside(one.tenant)
         if self._may_keep_its_blocks(sequence):
             self._kept, self._kept_until = sequence, len(sequence) + KEPT_TOKENS
             sequence.waits_since = None
@@ -556,5 +559,7 @@ class Scheduler:
 
 
 def _newest(running: list[Sequence], held: Counter[str]) -> Sequence:
-    """Of the tenant that holds most, and of its least urgent."""
-    return max(reversed(running), key=lambda sequence: (held[sequence.tenant], sequence.priority))
+    """Of the tenant that holds most, and of its least urgent. Of two that hold as much, the tenant of the newest."""
+    tenant = max(reversed(running), key=lambda sequence: held[sequence.tenant]).tenant
+    of_tenant = (sequence for sequence in reversed(running) if sequence.tenant == tenant)
+    return max(of_tenant, key=lambda sequence: sequence.priority)

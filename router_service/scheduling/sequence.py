@@ -108,9 +108,9 @@ class Sequence:
         return self.request.priority
 
     @property
-    def has_begun(self) -> bool:
-        """Whether something of its answer may be with its client."""
-        return self.was_admitted or bool(self.request.output_token_ids)
+    def may_be_displaced(self) -> bool:
+        """Whether certainly nothing was computed for its client's request. Siblings may be anywhere."""
+        return not (self.was_admitted or self.request.output_token_ids or self.request.num_siblings)
 
     @property
     def num_output_tokens(self) -> int:

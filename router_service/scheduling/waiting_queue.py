@@ -66,12 +66,18 @@ class WaitingQueue:
         return self._lines[line][0] if line in self._lines else None
 
     def displaced_by(self, priority: int, tenant: str) -> Sequence | None:
-        """Whose place a more urgent one may take: of the tenant's least urgent the last to come, and nothing of it has
-        been computed. May be called from any thread.
+        """Whose place a more urgent one may take: of the tenant's least urgent the last to come. Nothing of it has been
+        computed, nor of siblings, which would fail with it. May be called from any thread.
         """
         lines = (list(line) for (name, _), line in list(self._lines.items()) if name == tenant)
-        lower = [one for one in chain.from_iterable(lines) if one.priority > priority and not one.has_begun]
+        lower = [one for one in chain.from_iterable(lines) if one.priority > priority and one.may_be_displaced]
         return max(lower, key=lambda one: (one.priority, one.arrived_at), default=None)
+
+    def less_urgent(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Those of its tenant that a sequence goes before, whatever their length."""
+        for is_long in (False, True):
+            line = self._lines.get((sequence.tenant, is_long), [])
+            yield from line[bisect_right(line, sequence.priority, key=_PRIORITY) :]
 
     def heads(self) -> list[Sequence]:
         """The next of each line."""

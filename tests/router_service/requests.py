@@ -17,7 +17,7 @@ def make_request(prompt: Iterable[int], *, output: Iterable[int] = (), seed: int
     request_id = fields.pop("request_id", f"request-{next(_numbers)}")
     of_request = {
         name: fields.pop(name)
-        for name in ("choice_index", "deadline", "cache_salt", "grammar", "pooling", "priority")
+        for name in ("choice_index", "deadline", "cache_salt", "grammar", "pooling", "priority", "num_siblings")
         if name in fields
     }
     sampling = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **fields})

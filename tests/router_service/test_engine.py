@@ -314,6 +314,21 @@ def test_two_that_come_for_one_place_at_once_do_not_both_get_it(tiny):
     assert bench.engine.num_waiting == 1
 
 
+def test_a_queue_that_was_full_when_an_urgent_request_came_may_have_room_when_it_arrives(tiny):
+    """It was refused, or put another out, though there was a place."""
+    bench = Bench(tiny[0], max_waiting=2, max_num_seqs=1)
+    bench.engine._thread = SimpleNamespace(is_alive=lambda: True)
+    first, low, urgent = (make_request(prompt(5), max_tokens=3, priority=priority) for priority in (9, 9, 0))
+    for request in (first, low):
+        bench.engine.submit(request)
+    bench.engine._take_pending_commands()
+    bench.engine.submit(urgent)
+    bench.engine.step()  # the first is begun
+    bench.engine._take_pending_commands()
+    assert bench.errors == {}
+    assert bench.engine.num_waiting == 2
+
+
 def test_a_full_queue_still_takes_another_tenants_request_and_serves_it_next(tiny):
     bench = Bench(tiny[0], max_waiting=4, max_num_seqs=1)
     bench.engine._thread = SimpleNamespace(is_alive=lambda: True)  # steps are taken by hand

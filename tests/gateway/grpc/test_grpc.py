@@ -50,7 +50,7 @@ def grpc_address(frontend: Frontend) -> Iterator[str]:
     thread.start()
 
     async def start() -> tuple[Any, int]:
-        gate = Gate(frontend.config, frontend.access)
+        gate = Gate(frontend.config, frontend.access, frontend.ends)
         server = grpc.aio.server(interceptors=(gate,), options=server_options(frontend.config))
         door = GrpcDoor(frontend)
         chat_pb2_grpc.add_MantaServicer_to_server(door, server)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import pickle
 import re
@@ -29,6 +30,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.messages import ModelCard
+from gateway.frontend import Frontend
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.http.app import UNKNOWN_ROUTE
 from gateway.telemetry.logs import RequestRecord
@@ -160,6 +162,36 @@ def test_both_doors_say_and_count_the_same_reason(card: ModelCard, error: Except
             assert dict(refused.value.trailing_metadata())["x-manta-reason"] == reason  # type: ignore[attr-defined]
     [series] = [s for f in frontend.metrics.failures.collect() for s in f.samples if s.name.endswith("_total")]
     assert (series.labels["reason"], series.value) == (reason, 2)
+
+
+def counted(frontend: Frontend) -> dict[str, float]:
+    """How many requests failed, by reason."""
+    found = [s for family in frontend.metrics.failures.collect() for s in family.samples if s.name.endswith("_total")]
+    return {one.labels["reason"]: one.value for one in found}
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/responses", "/v1/messages"])
+def test_a_fault_in_the_midst_of_a_stream_is_no_client_that_left(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """What broke beside the coordinator closed its tokens, as a client does, and was counted so."""
+    frontend = build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 9)[1:])))
+    run, numbers = frontend.answer_worker.run, itertools.count()
+
+    async def broken(*args: Any, **kwargs: Any) -> Any:
+        if next(numbers) == 3:
+            raise KeyError("x")
+        return await run(*args, **kwargs)
+
+    monkeypatch.setattr(frontend.answer_worker, "run", broken)
+    body = BODY | {"stream": True, "max_tokens": 9}
+    if route == "/v1/responses":
+        body = {"model": "tiny", "input": "Hello", "stream": True}
+    with http_server(frontend) as url:
+        answer = httpx.post(url + route, json=body)
+        assert answer.status_code == 200
+        assert "error" in answer.text
+    assert counted(frontend) == {"internal": 1}
 
 
 def failures_name(error: Exception) -> str:

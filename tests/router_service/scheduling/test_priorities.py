@@ -61,6 +61,20 @@ def test_of_one_tenant_the_least_urgent_gives_its_blocks_back():
 
 
 @pytest.mark.parametrize("priority", [-1000, 0, 1000])
+def test_of_two_tenants_that_hold_as_much_the_newest_gives_way_whatever_its_priority(priority):
+    """Who said a low number kept its blocks at the other's cost."""
+    scheduler = make_scheduler(num_blocks=8, block_size=4, budget=64)
+    first = make_sequence(range(11), cache_salt="a", max_tokens=20)
+    second = make_sequence(range(11), cache_salt="b", priority=priority, max_tokens=20)
+    for one in (first, second):
+        scheduler.add(one)
+        run(scheduler)
+    while not scheduler.num_preemptions:
+        run(scheduler)
+    assert scheduler.running == [first]
+
+
+@pytest.mark.parametrize("priority", [-1000, 0, 1000])
 def test_to_others_a_priority_means_nothing(priority):
     """Whatever a tenant says of all that it sends, each step is the same."""
     steps = []
@@ -104,3 +118,19 @@ def test_a_flood_of_urgent_requests_starves_no_other_tenant(seed):
         ends.append(max(finished(scheduler, mine)))
     assert ends[1] <= 1.5 * ends[0] + 10
     assert ends[1] < 120, "of the hundreds of steps that the flood takes"
+
+
+def test_a_long_prompt_that_its_own_tenant_overtakes_holds_up_no_other():
+    """Blocks stayed free for it that its tenant's urgent requests never let it take: the other tenant got half."""
+    scheduler = make_scheduler(num_blocks=60, block_size=4, max_num_seqs=8, budget=64)
+    theirs = []
+    for step in range(600):
+        if step % 3 == 0:
+            scheduler.add(make_sequence(range(20), cache_salt="a", max_tokens=12))
+        if step == 20:
+            scheduler.add(make_sequence(range(190), cache_salt="a", priority=1, max_tokens=2))
+        while sum(one.finish_reason is None for one in theirs) < 4:
+            theirs.append(make_sequence(range(20), cache_salt="b", max_tokens=12))
+            scheduler.add(theirs[-1])
+        run(scheduler)
+    assert sum(one.finish_reason is not None for one in theirs) > 170, "190 where the long prompt is as urgent"

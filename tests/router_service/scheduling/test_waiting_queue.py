@@ -96,8 +96,17 @@ def test_a_more_urgent_one_displaces_the_last_of_the_least_urgent_that_has_not_b
     resumed = make_sequence([1], priority=9, cache_salt="a", output=[7])
     first, second = (make_sequence([1], priority=5, cache_salt="a") for _ in range(2))
     first.arrived_at, second.arrived_at = 1.0, 2.0
+    sibling = make_sequence([1], priority=9, cache_salt="a", num_siblings=1)
     others = make_sequence([1], priority=9, cache_salt="b")
-    for sequence in (begun, resumed, second, first, others, make_sequence(range(99), priority=3, cache_salt="a")):
+    for sequence in (
+        begun,
+        resumed,
+        sibling,
+        second,
+        first,
+        others,
+        make_sequence(range(99), priority=3, cache_salt="a"),
+    ):
         queue.push(sequence)
     assert queue.displaced_by(0, "a") is second
     assert queue.displaced_by(4, "a") is second
