@@ -37,15 +37,16 @@ def run_as_one(
     first = of_all.cumsum() - of_all + counts_of.cumsum(0) - counts_of  # [B, E]; of each batch's expert, in merged rows
     shift = first - (counts_of.cumsum(1) - counts_of)  # [B, E]; from where they are in the batch
     places = [  # of each batch's rows in the merged ones
-        by.repeat(counts) + np.arange(len(rows))
+        torch.from_numpy(by.repeat(counts) + np.arange(len(rows)))
         for (rows, _, _), counts, by in zip(batches, counts_of, shift, strict=True)
     ]
-    order = torch.from_numpy(np.concatenate(places).argsort())
-    side_by_side = torch.cat([rows for rows, _, _ in batches])
-    out = pinned(side_by_side.shape, side_by_side.dtype) if for_gpu else None
-    merged = torch.index_select(side_by_side, 0, order, out=out)
+    some = batches[0][0]
+    size = (int(of_all.sum()), some.shape[1])
+    merged = pinned(size, some.dtype) if for_gpu else some.new_empty(size)
+    for of_batch, (rows, _, _) in zip(places, batches, strict=True):
+        merged.index_copy_(0, of_batch, rows)
     answer = maths(layer, merged, tuple(of_all.tolist()), None)  # [R of all, D]
     return [
-        torch.index_select(answer, 0, torch.from_numpy(of_batch), out=place)
+        torch.index_select(answer, 0, of_batch, out=place)
         for of_batch, (_, _, place) in zip(places, batches, strict=True)
     ]
