@@ -248,6 +248,8 @@ class FastPath:
         """`rows` [T, D] to all `parts`, or to none of them: None."""
         if not (AVAILABLE and parts and rows.dtype is torch.bfloat16 and rows.is_cpu and rows.is_contiguous()):
             return None
+        if not parts[0].answers.is_cpu:
+            return None
         only = self._routes.only()
         num_rows, hidden = rows.shape
         row_bytes = 2 * hidden
@@ -257,12 +259,11 @@ class FastPath:
         epoch = self.deliveries.table.epoch
         attempts, memory = flight.attempts, space.memory
         head_at, reply, at = space.heads_at, space.address + space.replies_at, _HEADER.size
-        answers_are_here = parts[0].answers.is_cpu
         try:
             for part in parts:
                 group, indices, counts, _, start, _ = part
                 found = only.get(group)
-                if found is None or not answers_are_here:
+                if found is None:
                     self._give_up(flight)
                     return None
                 replica, link = found

@@ -1,7 +1,7 @@
 """The coordinator's use of a lane's memory: rows into slots, answers out of them. Knows no socket and no replica.
 
-An answer is copied to where it belongs as soon as its head has come, and only then are its slots free. It is not used
-where it lies: its shard could change it after it was looked at.
+An answer is copied to where it belongs as soon as its head has come, and only then are its slots free: its shard could
+change it after it was looked at. `fast_path` alone has answers read where they lie, each number once.
 """
 
 from __future__ import annotations

@@ -85,10 +85,8 @@ class LaneRoutes(Generic[L]):
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
-        if self._epoch != self._table.epoch:
-            self._look_at_table()
-        elif self._departing:
-            self._departing = not self._links.keep_only(self._known)
+        if self._departing or self._epoch != self._table.epoch:
+            self._look()
         return self._reachable[group]
 
     def all_connected(self) -> bool:
@@ -97,8 +95,8 @@ class LaneRoutes(Generic[L]):
 
     def only(self) -> Mapping[int, tuple[Replica, L]]:
         """By group the one replica that can be asked, where there is one."""
-        if self._epoch != self._table.epoch:
-            self._look_at_table()
+        if self._departing or self._epoch != self._table.epoch:
+            self._look()
         return self._only
 
     def connect(self, group: int) -> None:
@@ -151,6 +149,12 @@ class LaneRoutes(Generic[L]):
     def close(self) -> None:
         """Idempotent."""
         self._links.close()
+
+    def _look(self) -> None:
+        if self._epoch != self._table.epoch:
+            self._look_at_table()
+        else:
+            self._departing = not self._links.keep_only(self._known)
 
     def _look_at_table(self) -> None:
         """Dial those without a connection; let go of those that left."""

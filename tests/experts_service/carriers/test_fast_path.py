@@ -232,6 +232,43 @@ def test_where_slots_are_short_nothing_is_sent_to_anybody(running: Shards) -> No
     assert none_has_slots(running)
 
 
+def test_a_replica_that_left_while_it_owed_an_answer_is_let_go_of(running: Shards) -> None:
+    """Its lane stayed open, with its memory, for as long as all dispatches were of the usual kind."""
+    entered, opened = threading.Event(), threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        if layer == 2:
+            entered.set()
+            assert opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    leaving = running.start("0a", 0, run)
+    remote = both(running)
+    rows, experts = batch(40)
+    owed = remote.dispatch(2, rows, experts)
+    assert entered.wait(5)
+    del running.servers["0a"]
+    running.start("0b", 0)
+    routes = running.transports[0].routes
+    wait_for(lambda: [one.replica_id for one in routes.reachable(0)] == ["0b"], 5, "the other replica")
+    opened.set()
+    assert torch.equal(combined(remote, owed, 40), expected(rows, experts, 2))
+    dispatch = remote.dispatch(LAYER, rows, experts)
+    assert isinstance(dispatch.flight, FastFlight)
+    assert set(routes._links._links) == {"0b", "1a"}
+    assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts))
+    leaving.close()
+
+
+def test_answers_that_belong_on_a_device_are_not_asked_for_by_compiled_calls(running: Shards) -> None:
+    both(running)
+    path = running.transports[0]._fast_path
+    rows, answers = batch(2)[0], torch.empty(4, WIDTH, dtype=torch.bfloat16, device="meta")
+    parts = [GroupRows(0, np.arange(2), (1, 1), answers, 0)]
+    assert path.send(LAYER, rows, parts) is None
+    assert none_has_slots(running)
+
+
 def test_a_lost_connection_is_not_read_by_its_number(running: Shards) -> None:
     """Its descriptor may be somebody else's by the time it is waited for."""
     remote = both(running)
