@@ -21,6 +21,9 @@ from experts_service.wire.address import private_directory
 # Between two looks of Serve's controller at its replicas. Its own choice, 0.1, keeps the controller and Ray's GCS at
 # 8 % of a core while nothing happens; with 1 it is 3 %. The engine and the experts have better use for the core.
 _CONTROL_LOOP_INTERVAL_S = "0.5"
+# Serve's controller gives a proxy three times this to start, by its own choice 15 s, and then kills it. `serve.start`
+# waits for that proxy alone, for 60 s: on a busy machine it failed with "The actor never ran".
+_PROXY_READY_S = "20"
 # First ports of gateway replicas. gRPC lets two servers listen on one port, and each would then get calls of the other,
 # so a second server has a range of its own.
 _RANGES = {"HTTP": 30000, "GRPC": 40000}
@@ -48,6 +51,7 @@ def prepare_server() -> None:
     prepare()
     launcher = _haproxy_launcher()
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", _CONTROL_LOOP_INTERVAL_S)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _PROXY_READY_S)
     if launcher is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
         return
     for name, value in haproxy(launcher).items():

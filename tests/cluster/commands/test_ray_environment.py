@@ -57,3 +57,13 @@ def test_shards_of_a_benchmark_do_not_give_way_to_the_coordinator_that_runs_in_i
     monkeypatch.setattr(os, "environ", {NICENESS: "7"})
     ray_environment.prepare_benchmark()
     assert os.environ[NICENESS] == "7", "the user's own"
+
+
+def test_a_proxy_has_as_long_to_start_as_serve_waits_for_it(monkeypatch) -> None:
+    """On a busy machine the controller killed it after 15 s, and `manta serve` failed: "The actor never ran"."""
+    from ray.serve._private.constants import HTTP_PROXY_TIMEOUT, PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD
+
+    monkeypatch.setattr(os, "environ", {"RAY_SERVE_ENABLE_HA_PROXY": "0"})
+    ray_environment.prepare_server()
+    once_s = float(os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"])
+    assert once_s * PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD >= HTTP_PROXY_TIMEOUT
