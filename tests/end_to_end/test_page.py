@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+
+import gateway.http
+from cluster.demo_model.training.corpus import entries
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -34,3 +39,47 @@ def test_a_question_is_answered_and_its_experts_are_shown(server, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off on a phone"
         page.screenshot(path=tmp_path / "phone.png")
         browser.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize(("locale", "language"), [("de-AT", "de"), ("en-GB", "en"), ("ja-JP", "en")])
+def test_a_suggestion_is_in_the_readers_language_and_a_click_asks_it(server, locale, language):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(locale=locale)
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        page.wait_for_selector("#model option", state="attached")
+        page.select_option("#model", "manta-demo")
+        page.evaluate("document.getElementById('temperature').value = '0'")
+        offered = page.locator("#suggestions button")
+        assert offered.all_inner_texts() == suggestions()[language]
+        question = offered.first.inner_text()
+        offered.first.click()
+        page.wait_for_selector("text=The answer is complete.")
+        assert page.inner_text(".user .text") == question
+        assert page.inner_text(".assistant .text") == answers(language)[question]
+        browser.close()
+
+
+def test_every_suggestion_is_a_question_of_the_demo_models_corpus():
+    offered = suggestions()
+    assert set(offered) == {"en", "fr", "de", "es", "it"}
+    for language, questions in offered.items():
+        assert len(questions) > 3
+        assert set(questions) <= set(answers(language))
+
+
+def suggestions() -> dict[str, list[str]]:
+    """By language, as the page has them."""
+    page = (Path(gateway.http.__file__).parent / "page.html").read_text(encoding="utf-8")
+    lists = re.search(r"const SUGGESTIONS = \{(.*?)\n\};", page, re.DOTALL)
+    assert lists is not None
+    return {language: re.findall(r'"([^"]+)"', line) for language, line in re.findall(r"(\w+): \[(.*)\]", lists[1])}
+
+
+def answers(language: str) -> dict[str, str]:
+    """Of every question in that language, in all its wordings."""
+    return {question: entry.answer for entry in entries() if entry.language == language for question in entry.questions}
