@@ -45,11 +45,13 @@ RUN pip install --no-deps --no-index /wheels/*.whl && pip check && pip uninstall
 # What runs: Python, bash (KubeRay's commands need one) and the environment; nobody in it can write.
 FROM ${PYTHON_IMAGE} AS runtime
 RUN groupadd --gid 10001 manta && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin manta
-ENV PATH=/opt/manta/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PATH=/opt/manta/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    MANTA_HOST=0.0.0.0 MANTA_MAKE_API_KEY=1
 WORKDIR /home/manta
 EXPOSE 8000 9000
 STOPSIGNAL SIGTERM
-# One machine: `docker run … manta serve`. On Kubernetes the pods' own probes count, and KubeRay writes the command.
+# One machine: `docker run -p 8000:8000 …`. Other machines reach its doors, so there is a key: of a file, MANTA_API_KEY,
+# or one that is made and printed. On Kubernetes the pods' own probes count, and KubeRay writes the command.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=6 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 CMD ["manta", "serve"]

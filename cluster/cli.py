@@ -72,11 +72,16 @@ def serve(
         str | None, typer.Option(help="Of a hub id: a commit, a branch or a tag. [default: main]")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
-    host: Annotated[str | None, typer.Option(help="Where HTTP listens. [default: 127.0.0.1]")] = None,
+    host: Annotated[
+        str | None, typer.Option(envvar="MANTA_HOST", help="Where HTTP listens. [default: 127.0.0.1]")
+    ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: 8000]")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="gRPC port. [default: 9000]")] = None,
     api_keys_file: Annotated[
-        Path | None, typer.Option(help="Hashes of API keys; without it only this machine is answered.")
+        Path | None,
+        typer.Option(
+            envvar="MANTA_API_KEYS_FILE", help="Hashes of API keys; without it only this machine is answered."
+        ),
     ] = None,
     address: Annotated[
         str | None, typer.Option(metavar="RAY", help="A running Ray cluster to join, instead of starting one.")

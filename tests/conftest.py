@@ -84,6 +84,7 @@ class Server:
     ray_address: str
     process: subprocess.Popen[str]
     start_s: float  # until the first answer of /health with 200
+    announcement: str  # what it has said by then
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -138,9 +139,10 @@ def _started_server(*arguments: str) -> Iterator[Server]:
         _wait_for_health(url, process, output)
         start_s = time.monotonic() - started
         wait_for(lambda: "Ctrl-C stops" in "".join(output), 30, "the announcement")
-        ray_address = re.search(r"Ray (\S+:\d+)", "".join(output))
-        assert ray_address is not None, "".join(output)
-        yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s)
+        announcement = "".join(output)
+        ray_address = re.search(r"Ray (\S+:\d+)", announcement)
+        assert ray_address is not None, announcement
+        yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s, announcement)
         if process.poll() is None:  # a test may have ended it
             children = psutil.Process(process.pid).children(recursive=True)
             [raylet] = [child for child in children if child.name() == "raylet"]

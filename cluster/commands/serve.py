@@ -23,6 +23,7 @@ from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.at_start import look_at_gpus
+from cluster.commands.door_keys import with_key
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
 from cluster.config import GatewayConfig, MantaConfig, load_config
@@ -55,7 +56,12 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM; `gateway` goes before the file's. Raises MantaError for what a user can mend."""
     config = _read_config(model, revision, config_file)
-    config = config.model_copy(update={"gateway": config.gateway.model_copy(update=dict(gateway))})
+    with with_key(config.gateway.model_copy(update=dict(gateway))) as (doors_with_key, key):
+        _serve(config.model_copy(update={"gateway": doors_with_key}), address, key)
+
+
+def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
+    """Until a signal; `key` is what was made for this server, to be shown."""
     check_doors(config.gateway)
     AccessPolicy(config.gateway)  # which reads the key files
     checkpoints = [
@@ -81,7 +87,7 @@ def run(
         plans = plan_models(config.models, checkpoints, cluster)
         with _serving(config, plans, stop, joined=address is not None):
             if not stop.requested.is_set():
-                _announce(config, plans, ray.get_runtime_context().gcs_address)
+                _announce(config, plans, ray.get_runtime_context().gcs_address, key)
             stop.requested.wait()
             console.print("Stopping … (Ctrl-C again: at once)")
 
@@ -273,9 +279,10 @@ def _failure(application: Any) -> str:
     return " ".join(lines) or application.app_status.message
 
 
-def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str) -> None:
+def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str, made_key: str | None) -> None:
     gateway = config.gateway
-    url = f"http://{gateway.host}:{gateway.http_port}"
+    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host  # all of them, this machine's too
+    url = f"http://{host}:{gateway.http_port}"
     name = plans[0].config.name
     for plan in plans:
         where = f"{len(plan.groups)} expert groups" if plan.expert_deployments else "experts in the coordinator"
@@ -283,14 +290,17 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
             where = "dense" if plan.config.kind == "chat" else "dense, embeddings"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
     console.print(
-        f"\n  Chat page {url}/   HTTP {url}/v1   gRPC {gateway.host}:{gateway.grpc_port}   Ray {ray_address}\n",
+        f"\n  Chat page {url}/   HTTP {url}/v1   gRPC {host}:{gateway.grpc_port}   Ray {ray_address}\n",
         highlight=False,
     )
     question = "What is the best French cheese?"
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
     key, header = "none", ""
     if gateway.api_keys_file is not None:
-        key, header = "YOUR_KEY", " -H 'Authorization: Bearer YOUR_KEY'"
+        key = made_key or "YOUR_KEY"
+        header = f" -H 'Authorization: Bearer {key}'"
+    if made_key is not None:
+        console.print(f"  API key, made for this start and shown only here: {made_key}\n", **_PLAIN)
     console.print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n  -d '{body}'\n", **_PLAIN
     )
