@@ -27,8 +27,8 @@ if AVAILABLE:
 # of a task
 NUMBER, ROWS_AT, ROW_BYTES, SLEEP_AT, CLOCK, OUTCOME, HEADER = 1, 2, 3, 4, 5, 6, 8
 # of a part: its socket, its head and where the reply's is read, its slot, whose rows, how many; what became of it; then
-# where its answers are to stand among all, and where they lie
-SOCKET, HEAD, HEAD_SIZE, REPLY, SLOT, INDICES, COUNT, RESULT, START, ANSWERS, FIELDS = range(11)
+# where its answers are to stand among all, and where they lie; when they came (ns, monotonic)
+SOCKET, HEAD, HEAD_SIZE, REPLY, SLOT, INDICES, COUNT, RESULT, START, ANSWERS, CAME, FIELDS = range(12)
 
 ALL, LATE, UNUSUAL = 1, 2, 3  # outcomes
 REPLY_BYTES = 48  # room for a head, in whole words
@@ -103,7 +103,8 @@ def take_replies(task):  # type: ignore[no-untyped-def]
                 task[at + RESULT], task[OUTCOME] = -1 - count, UNUSUAL
                 return
             break
-        task[at + RESULT] = 1
+        _clock_gettime(_MONOTONIC, pointer(task[CLOCK]))
+        task[at + RESULT], task[at + CAME] = 1, clock[0] * 1_000_000_000 + clock[1]
     task[OUTCOME] = ALL
 
 

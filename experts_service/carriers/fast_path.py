@@ -29,6 +29,7 @@ from experts_service.carriers import exchange_kernels
 from experts_service.carriers.exchange_kernels import (
     ALL,
     ANSWERS,
+    CAME,
     FIELDS,
     HEAD_SIZE,
     HEADER,
@@ -128,7 +129,6 @@ class FastFlight(InPlaceFlight):
         self._parts = parts
         self.space = space
         self._sent_at = time.monotonic()
-        self._took_s = 0.0  # until all answers were there
         self.attempts: list[FastAttempt] = []
         self._ordinary: RemoteFlight[LaneRows, LaneAttempt] | None = None
 
@@ -148,10 +148,12 @@ class FastFlight(InPlaceFlight):
         if self._ordinary is not None:
             return
         counts = self._path.deliveries.counts
+        at = HEADER + CAME
         for attempt in self.attempts:
             attempt.is_in_place = False
             attempt.shared.slots.give_back(attempt.request_id)
-            counts[attempt.part.group].observe(self._took_s)
+            counts[attempt.part.group].observe(self.space.words[at] * 1e-9 - self._sent_at)
+            at += FIELDS
         self.attempts = []
         self._path.give_back(self.space)
 
@@ -189,7 +191,6 @@ class FastFlight(InPlaceFlight):
                 attempt.is_in_place = True
             at += FIELDS
         if words[OUTCOME] == ALL:
-            self._took_s = now - self._sent_at
             deliveries.answers_soon = now - started < SOON_S
             return True
         self._hand_over()
@@ -294,7 +295,7 @@ class FastPath:
                 _PART.pack_into(
                     memory, at, link.descriptor, space.address + head_at, form.head_bytes, reply,
                     shared.requests_at + offset, indices.ctypes.data if num_rows > 1 else 0, count, 0, start,
-                    shared.answers_at + offset,
+                    shared.answers_at + offset, 0,
                 )  # fmt: skip
                 head_at += space.head_bytes
                 reply += REPLY_BYTES

@@ -8,6 +8,7 @@ import pstats
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -258,6 +259,24 @@ def test_a_replica_that_left_while_it_owed_an_answer_is_let_go_of(running: Shard
     assert set(routes._links._links) == {"0b", "1a"}
     assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts))
     leaving.close()
+
+
+def test_each_group_is_said_to_take_as_long_as_it_took(running: Shards) -> None:
+    """Once all were said to take as long as the slowest."""
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        time.sleep(0.4 if layer == 2 else 0)
+        return maths(GROUPS[1].experts)(layer, rows, counts)
+
+    running.start("1a", 1, run)
+    remote = both(running)
+    latency = running.transports[0].latency
+    before = [latency[group].total_s for group in (0, 1)]
+    dispatch = remote.dispatch(2, *batch(40))
+    combined(remote, dispatch, 40)
+    fast, slow = (latency[group].total_s - before[group] for group in (0, 1))
+    assert slow > 0.39
+    assert fast < 0.35
 
 
 def test_answers_that_belong_on_a_device_are_not_asked_for_by_compiled_calls(running: Shards) -> None:
