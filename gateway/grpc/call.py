@@ -66,6 +66,10 @@ async def rpc_call(
         record.fail(error)
         await fail(context, *status)
         raise RpcFailed from None
+    except BaseException as error:  # the client left, maybe before anything was done for it
+        if not record.reason:
+            record.fail(error)
+        raise
     finally:
         caller.leave()
         record.key_id = caller.id

@@ -8,6 +8,9 @@ import itertools
 import logging
 import pickle
 import re
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -164,10 +167,51 @@ def test_both_doors_say_and_count_the_same_reason(card: ModelCard, error: Except
     assert (series.labels["reason"], series.value) == (reason, 2)
 
 
-def counted(frontend: Frontend) -> dict[str, float]:
+def counted(frontend: Frontend) -> Counter[str]:
     """How many requests failed, by reason."""
     found = [s for family in frontend.metrics.failures.collect() for s in family.samples if s.name.endswith("_total")]
-    return {one.labels["reason"]: one.value for one in found}
+    counts: Counter[str] = Counter()
+    for one in found:
+        counts[one.labels["reason"]] += int(one.value)
+    return counts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_over_grpc_is_counted_once_however_early(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer, stream: bool
+) -> None:
+    """Those were in no figure who left before their request was admitted, or before all of it was there."""
+    slow = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 40)[1:], pause_s=0.1, eos=None))
+    frontend = build_frontend(card, slow)
+    request = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(role="user", content="Hello")])
+
+    async def never(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    with grpc_server(frontend) as channel:
+        stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
+        admitted = frontend.chat
+        for number, chat in enumerate((admitted, never), 1):
+            frontend.chat = chat  # type: ignore[assignment,method-assign]
+            leaving = stub.ChatStream(request) if stream else stub.Chat.future(request)
+            time.sleep(0.3)
+            leaving.cancel()
+            wait_for(lambda n=number: counted(frontend) == {"client_gone": n}, 15, "the one that left")  # type: ignore[misc]
+        method = f"/manta.v1.Manta/Chat{'Stream' * stream}"
+        silent = (channel.stream_stream if stream else channel.stream_unary)(method)
+        held = threading.Event()
+        call = silent(_unsent(held)) if stream else silent.future(_unsent(held))
+        time.sleep(0.3)
+        call.cancel()
+        wait_for(lambda: counted(frontend) == {"client_gone": 3}, 15, "the one that sent nothing")
+        held.set()
+        time.sleep(0.2)
+    assert counted(frontend) == {"client_gone": 3}
+
+
+def _unsent(until: threading.Event) -> Iterator[bytes]:
+    until.wait(60)
+    yield from ()
 
 
 @pytest.mark.parametrize("route", [CHAT, "/v1/responses", "/v1/messages"])
