@@ -50,8 +50,8 @@ OnScaled = Callable[[str, Scaling, int, Mapping[str, tuple[float, ...]]], object
 
 
 @dataclass(slots=True)
-class _Context:
-    """What a policy is called with."""
+class PolicyContext:
+    """What a policy sees of Serve, also of a fleet over hours."""
 
     app_name: str | None
     deployment_name: str
@@ -406,7 +406,7 @@ class Serve:
         averages = {who: tuple(sum(one) / len(seen) for one in zip(*seen, strict=True)) for who, seen in loads.items()}
         self._on_load(name, scaling, averages)
         wanted, _ = scaling.policy(
-            _Context(
+            PolicyContext(
                 APPLICATION, name, current, bounds.max_replicas,
                 {
                     LOAD: {who: load for who, (load, _) in averages.items()},

@@ -9,13 +9,12 @@ delays against Ray's own. Serve decides some ten times a second, and this once: 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cluster.config import CoordinatorScalingConfig, ScalingConfig
 from cluster.planning.scaling_policy import LOAD, LOOK_BACK_S, REPORT_INTERVAL_S, WAITING, ScalingPolicy
 from cluster.planning.tier_loads import TierLoads
+from cluster.simulation.serve import PolicyContext
 
 EPSILON_S = 1e-6  # Serve's, of what has elapsed
 
@@ -40,19 +39,6 @@ class Delays:
             return target
         self._direction, self._since = 0, None
         return max(1, desired) if direction < 0 and target > 1 else desired
-
-
-@dataclass
-class _Context:
-    """What the policy sees of Serve."""
-
-    app_name: str | None
-    deployment_name: str
-    current_num_replicas: int
-    capacity_adjusted_max_replicas: int
-    aggregated_metrics: Mapping[str, Mapping[Any, float]] | None
-    current_time: float | None
-    config: Any
 
 
 @dataclass
@@ -113,7 +99,7 @@ class Deployment:
                 LOAD: dict.fromkeys(replicas, sum(loads) / len(loads)),
                 WAITING: dict.fromkeys(replicas, sum(waits) / len(waits)),
             }
-        context = _Context(
+        context = PolicyContext(
             "fleet", self.name, self.running, self.scaling.max_replicas, aggregated, now, config=self.scaling
         )
         desired, _ = self._policy(context)
