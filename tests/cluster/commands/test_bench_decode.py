@@ -219,11 +219,13 @@ def test_the_peak_of_a_block_is_what_it_held_for_a_while() -> None:
 def test_experts_in_processes_of_their_own() -> None:
     """In a process of its own, as it starts a Ray. The deployments were once looked for where they no longer were."""
     command = [Path(sys.executable).with_name("manta"), "bench", "decode", "--transport", "lane", "--groups", "2"]
-    options = "--batch 1 --prompt-tokens 4 --output-tokens 3 --pairs 1 --no-prefill"
+    options = "--batch 1 --prompt-tokens 4 --output-tokens 3 --pairs 1 --no-prefill --compare local"
     done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert (line["transport"], line["groups"], [row["batch"] for row in line["results"]]) == ("lane", 2, [1])
+    beside = line["results"][0]["rivals"][0]
+    assert (beside["name"], beside["implementation"], beside["equal_tokens"]) == ("local", "experts in this process", 1)
 
 
 def test_prefill_is_timed_without_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +246,7 @@ def test_prefill_is_timed_without_steps(monkeypatch: pytest.MonkeyPatch) -> None
         ("--batch 100000 --context 30000", "such sequences would fit"),
         ("--context 64 --prefill 16x64", "either --context or --prefill"),
         ("--prefill 16", "write 16x64"),
+        ("--compare local", "give --transport auto"),
     ],
 )
 def test_what_cannot_be_measured_is_said_first(options: str, sentence: str) -> None:

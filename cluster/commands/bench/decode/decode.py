@@ -46,6 +46,7 @@ from cluster.commands.bench.decode.figures import (
 )
 from cluster.commands.bench.decode.gguf_file import GgufType
 from cluster.commands.bench.decode.llama_cpp import llama_cpp
+from cluster.commands.bench.decode.local_rival import LocalRival
 from cluster.commands.bench.decode.reference import fastest_reference
 from cluster.commands.bench.decode.rival_process import RivalProcess
 from cluster.commands.bench.decode.setup import check_memory, config_for, even_groups
@@ -62,6 +63,7 @@ from router_service.assembly import resolve_device
 
 PREFILLS = (Workload(16, 64, 1), Workload(1, 2048, 1))
 
+Other = RivalProcess[Any] | LocalRival
 Tell = Callable[[str, int], None]  # what is done now, and how many runs more are done
 
 
@@ -77,6 +79,7 @@ class Plan:
     output_tokens: int
     pairs: int
     transformers: bool  # whether to compare with it
+    local: bool  # the same, with an engine that has its experts in this process
     gguf_types: tuple[str, ...]  # of llama.cpp's weights; none: it is not compared with
     dtype: str
     quantizations: tuple[str, ...]  # as `engine.quantization` has them; an engine each
@@ -105,6 +108,8 @@ def run(model: str | None, plan: Plan) -> None:
         raise ConfigError("several engines are measured with --transport local")
     if plan.transport != "local" and plan.quantizations != ("none",):
         raise ConfigError("--quantization is measured with --transport local")
+    if plan.transport == "local" and plan.local:
+        raise ConfigError("--compare local: give --transport auto, so that there is something to compare")
     configs = [
         config_for(
             checkpoint,
@@ -120,8 +125,9 @@ def run(model: str | None, plan: Plan) -> None:
     settings = configs[0].engine
     device, dtype = resolve_device(settings), compute_dtype(settings.dtype, architecture)
     kept_in = {_named(one, dtype): kv_dtype(one.engine.kv_cache_dtype, dtype, device.type) for one in configs}
+    num_engines = len(configs) + plan.local
     for one in kept_in.values():
-        check_memory(architecture, dtype, device, [*decodes, *prefills], engines=len(configs), kv_dtype=one)
+        check_memory(architecture, dtype, device, [*decodes, *prefills], engines=num_engines, kv_dtype=one)
 
     machine, output = this_machine(), Output()
     model_name = checkpoint.directory.name
@@ -168,7 +174,13 @@ def run(model: str | None, plan: Plan) -> None:
             loadings.append(Loading(name, time.perf_counter() - started, grown))
         kernels = engines[_named(configs[0], dtype)].kernels
         output.line("kernels: " + "; ".join(f"{what}: {which}" for what, which in kernels.items()))
-        others: list[RivalProcess[Any]] = []
+        others: list[Other] = []
+        if plan.local:
+            tell("loading experts here")
+            together = as_one(groups) if device.type == "cuda" else groups
+            local = stack.enter_context(local_experts(checkpoint, together, getattr(torch, dtype), device))
+            beside = EngineUnderTest(checkpoint, settings, CountingDispatcher(together, local))
+            others.append(LocalRival(stack.enter_context(beside)))
         if plan.transformers:
             tell("loading transformers")
             arguments = (checkpoint.directory, architecture, dtype, device.type, decodes[0])
@@ -231,7 +243,7 @@ def run(model: str | None, plan: Plan) -> None:
 
 def _rounds(
     engines: Mapping[str, EngineUnderTest],
-    others: Sequence[RivalProcess[Any]],
+    others: Sequence[Other],
     workload: Workload,
     rounds: int,
     tell: Tell,
