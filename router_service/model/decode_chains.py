@@ -1,23 +1,22 @@
 """The layers of a step of few rows as calls that are put together once for a number of rows.
 
-    begin            norm of x → q, k, v → rotated                                                   of the first layer
+    project          norm of x + what the layer before says → q, k, v → rotated
     choose_experts   attention → o → norm of x + that → the gate's choice
-    next             norm of x + what experts say → q, k, v → rotated
-    feed_forward     `choose_experts`, then rows by expert → experts → combined, where experts are here, and `next`
-    run              all layers: `begin`, then `feed_forward` of each
+    feed_forward     `choose_experts`, then rows by expert → experts → combined, where experts are here
+    run              all layers at once
 
-Attention is in them where the backend has tasks; else it is called before `choose_experts` or `feed_forward`, and there
-is no `run`. In bf16 on a CPU, with the bits of the same calls one by one. The buffers stay where they are, so nothing
-is made anew in a step. Knows nothing of dispatchers.
+Attention is in them where the backend has tasks: then `project` is a part of the others. Else it is called between
+`project` and them, and there is no `run`. In bf16 on a CPU, with the bits of the same calls one by one. The buffers
+stay where they are, so nothing is made anew in a step. Knows nothing of dispatchers.
 
 Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, E experts, K experts per token, L layers.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -110,27 +109,16 @@ class DecodeChains:
         self._integers = torch.empty(
             num_rows * max(linear.integers for layer in layers for linear in layer.linears), dtype=torch.int32
         )
-        before = [self._before(layer, has_delta=index > 0) for index, layer in enumerate(layers)]
+        self._before = [self._up_to_attention(layer, has_delta=index > 0) for index, layer in enumerate(layers)]
         self._attention: ChainedAttention | None = None
         if attention is not None:
             self._attention = attention.chained(self.queries, self.keys, self.values, self.attended, kv_cache)
         self._threads = 1  # that attention is worth
-        after = [self._after(index, layer) for index, layer in enumerate(layers)]
-        self._begin = Chain(before[0])
-        self._choose = [Chain(of_layer) for of_layer in after]
-        self._next = [Chain(of_layer) for of_layer in before[1:]]
-        self._feed_forward: list[Chain] = []
-        self._all: Chain | None = None
+        self._after = [self._up_to_choice(index, layer) for index, layer in enumerate(layers)]
+        self._experts: list[list[Task]] = []
         if experts is not None:
-            of_experts = self._expert_tasks(experts, architecture)
-            of_layers = [
-                [*after[index], *of_experts(index, self.choices[index]), *following]
-                for index, following in enumerate([*before[1:], []])
-            ]
-            if self._attention is None:
-                self._feed_forward = [Chain(of_layer) for of_layer in of_layers]
-            else:
-                self._all = Chain([*before[0], *itertools.chain(*of_layers)])
+            of_layer = self._expert_tasks(experts, architecture)
+            self._experts = [of_layer(index, choice) for index, choice in enumerate(self.choices)]
 
     @property
     def has_attention(self) -> bool:
@@ -140,7 +128,7 @@ class DecodeChains:
     @property
     def has_experts(self) -> bool:
         """Whether they are in the calls: of `feed_forward`, or of `run` with attention."""
-        return self._all is not None or bool(self._feed_forward)
+        return bool(self._experts)
 
     def set_attention(self, plan: AttentionPlan) -> None:
         """That of the step."""
@@ -149,46 +137,66 @@ class DecodeChains:
 
     def run(self) -> None:
         """From `x` of all layers to `x` and `delta` of the last."""
-        assert self._all is not None, "attention and experts are in one call"
         halted = self._all.run(self._threads)
         while halted:
             for choice in self.choices:
                 choice.settle()
             halted = self._all.go_on(self._threads)
 
-    def begin(self) -> None:
-        """From `x` to `queries`, `keys` and `values` of the first layer."""
-        self._begin.run()
+    def project(self, layer: int) -> None:
+        """From `x`, and `delta` of the layer before, to `queries`, `keys` and `values`. Where attention is called."""
+        self._project[layer].run()
 
     def choose_experts(self, layer: int) -> None:
-        """From `queries`, `keys` and `values`, or from `attended`, to `rows`, and to the gate's choice."""
+        """From what `project` takes, or from `attended`, to `rows`, and to the gate's choice."""
         self._choose[layer].run(self._threads)
         if self.choices:
             self.choices[layer].settle()
 
-    def next(self, layer: int) -> None:
-        """From `delta` to `queries`, `keys` and `values` of the layer after this one, if there is one."""
-        if layer < len(self._next):
-            self._next[layer].run()
-
     def feed_forward(self, layer: int) -> None:
-        """From `attended` to `queries`, `keys` and `values` of the next layer, or after the last one to `delta`."""
+        """From the same to `delta`."""
         chain = self._feed_forward[layer]
-        if chain.run():
+        if chain.run(self._threads):
             self.choices[layer].settle()
-            chain.go_on()
+            chain.go_on(self._threads)
+
+    # Those that a step uses are put together when it does first.
+
+    @cached_property
+    def _project(self) -> list[Chain]:
+        return [Chain(tasks) for tasks in self._before]
+
+    @cached_property
+    def _choose(self) -> list[Chain]:
+        return [Chain(tasks) for tasks in self._leading()]
+
+    @cached_property
+    def _feed_forward(self) -> list[Chain]:
+        return [Chain([*first, *then]) for first, then in zip(self._leading(), self._experts, strict=True)]
+
+    @cached_property
+    def _all(self) -> Chain:
+        assert self.has_attention
+        of_layers = zip(self._leading(), self._experts, strict=True)
+        return Chain([task for first, then in of_layers for task in (*first, *then)])
+
+    def _leading(self) -> list[list[Task]]:
+        """Of each layer, up to the gate's choice from where attention was called, if it is."""
+        if not self.has_attention:
+            return self._after
+        return [[*before, *after] for before, after in zip(self._before, self._after, strict=True)]
 
     def _rows(self, *shape: int) -> torch.Tensor:
         return torch.empty((self.num_rows, *shape), dtype=torch.bfloat16)
 
-    def _before(self, layer: Layer, *, has_delta: bool) -> list[Task]:
+    def _up_to_attention(self, layer: Layer, *, has_delta: bool) -> list[Task]:
         return [
             norm_task(self.x, layer.input_norm, self._epsilon, self.delta if has_delta else None, self.rows),
             *layer.qkv.tasks(self.rows, self._qkv, self._integers),
             rotate_task(self._rotated, self.cosines, self.sines),
         ]
 
-    def _after(self, index: int, layer: Layer) -> list[Task]:
+    def _up_to_choice(self, index: int, layer: Layer) -> list[Task]:
         tasks = [
             *(() if self._attention is None else self._attention.tasks(index)),
             *layer.o.tasks(self.attended, self.delta, self._integers),

@@ -177,9 +177,9 @@ class Decoder:
         self, chains: DecodeChains, attention: AttentionPlan, times: LayerPass | None
     ) -> Generator[Dispatch, None, None]:
         """Where attention or the experts are calls of their own, or each layer is timed."""
-        chains.begin()
         for index, layer in enumerate(self.layers):
             if not chains.has_attention:
+                chains.project(index)
                 attended = attention.attend(index, chains.queries, chains.keys, chains.values, chains.kv_cache)
                 chains.attended.copy_(attended.flatten(1))
             if chains.has_experts:
@@ -198,7 +198,6 @@ class Decoder:
                     chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
             if times is not None:
                 times.layer(time.perf_counter() - sent_at if layer.dense is None else 0.0)
-            chains.next(index)
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""

@@ -20,7 +20,9 @@ from tests.router_service.requests import make_request
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": 300}
-NONE, HALVES, LAYERS, ALL = "one by one", "but for the experts", "but for attention", "the whole step"
+NONE, HALVES, LAYERS, TIMED, ALL = (
+    "one by one", "but for the experts", "but for attention", "layer by layer", "the whole step",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,11 @@ class Steps:
             context.setattr(Decoder, "logits", watched)
             context.setattr(DecodeChains, "feed_forward", counted(DecodeChains.feed_forward, LAYERS))
             context.setattr(DecodeChains, "run", counted(DecodeChains.run, ALL))
-            context.setattr(Decoder, "chains_attention", way in (HALVES, ALL))
+            context.setattr(Decoder, "chains_attention", way in (HALVES, TIMED, ALL))
             if way is HALVES:  # as where experts are elsewhere
                 context.setattr(Dispatcher, "chained", lambda _dispatcher, _layer: None)
             bench = Bench(directory, prefix_caching=False, num_threads=3, **config)
+            bench.engine.model_runner.decoder.layer_times.wanted = way is TIMED
             requests = [make_request(range(3, 9 + 5 * i), max_tokens=8, ignore_eos=True) for i in range(3)]
             bench.run(*requests)
         torch.set_num_threads(before)
@@ -87,11 +90,11 @@ def test_it_has_the_same_bits(
     directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
     """Three microbatches of one row each have buffers of their own."""
-    ways = (NONE, HALVES, LAYERS, ALL)
+    ways = (NONE, HALVES, LAYERS, TIMED, ALL)
     expected, *others = runs = [Steps(directories["experts"], monkeypatch, way, **config) for way in ways]
     assert len(expected.logits) >= 8
-    assert [steps.chained[LAYERS] > 0 for steps in runs] == [False, False, True, False]
-    assert [steps.chained[ALL] > 0 for steps in runs] == [False, False, False, True]
+    assert [steps.chained[LAYERS] > 0 for steps in runs] == [False, False, True, True, False]
+    assert [steps.chained[ALL] > 0 for steps in runs] == [False, False, False, False, True]
     for steps in others:
         assert steps.rows_per_expert == expected.rows_per_expert
         assert all(map(torch.equal, steps.logits, expected.logits))

@@ -31,7 +31,7 @@ def bf16_experts(directory):
 @pytest.mark.parametrize(
     ("changes", "config"),
     [
-        ({}, {"dtype": "bfloat16"}),
+        ({"hidden_size": 96, "head_dim": 32}, {"dtype": "bfloat16"}),
         ({}, {"dtype": "float32"}),
         ({"dense": True}, {}),
         ({}, {"microbatches": 2}),
