@@ -5,7 +5,9 @@ Knows torch and memory: neither experts nor engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +61,20 @@ def on_host(tensor: Tensor) -> Tensor:
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU reads and writes by itself. What is dropped while it does so, nobody gets before."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+
+def pin(memory: Tensor) -> Callable[[], object] | None:
+    """Have GPUs read and write host memory by themselves that is not torch's own; all of it, from its first byte.
+
+    Returns what undoes it, before the memory is unmapped; None: the driver cannot.
+    """
+    driver = torch.cuda.cudart()
+    address = memory.data_ptr()
+    if int(driver.cudaHostRegister(address, memory.nbytes, 0)):
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # takes the error away, which the next kernel would be blamed for
+        return None
+    return partial(driver.cudaHostUnregister, address)
 
 
 def wait_for_queue(device: torch.device) -> None:

@@ -223,7 +223,7 @@ def kv_bytes_per_token(architecture: Architecture, dtype: KvDtype) -> int:
 
 
 def shared_memory_bytes(architecture: Architecture, dtype: Dtype) -> int:
-    """Of the memory that one coordinator and one shard on CPUs of its machine both map."""
+    """Of the memory that one coordinator and one shard of its machine both map."""
     return 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype]
 
 
@@ -252,7 +252,7 @@ def check_fit(
     coordinator holds all experts itself. `weights`: None where none is quantised. `places`: that of each of `groups`;
     None: all are where the coordinators are. `name`: the model's, for the message, where it may be one of several.
     `kv_dtype`: what the cache is kept in; None: `dtype`. `label_selector`: of the coordinators; that of a shard is its
-    place's. `shares_memory`: coordinators and shards on the CPUs of one node map memory that both use.
+    place's. `shares_memory`: coordinators and shards of one node map memory that both use.
     """
     coordinators_selector = label_selector or {}
     weights = weights or WeightBytes.of(architecture, dtype)
@@ -278,12 +278,12 @@ def check_fit(
     ]
     processes = coordinators + shards
     of_pair = shared_memory_bytes(architecture, dtype) if shares_memory else 0
-    shards_on, coordinators_on = Counter[int](), Counter[int]()  # nodes, those on its CPUs
+    shards_on, coordinators_on = Counter[int](), Counter[int]()  # by node
     memory, gpus = sum(room.memory), room.gpu_bytes
     for process, held, share, is_shard, selector in sorted(processes, key=lambda process: -process.held):
         host = TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES + (0 if share else held)
         own, others = (shards_on, coordinators_on) if is_shard else (coordinators_on, shards_on)
-        beside_it = {} if share else {at: of_pair * there for at, there in others.items()}
+        beside_it = {at: of_pair * there for at, there in others.items()}
         node = room.place(share, held, host, beside_it, selector)
         if node is None:
             needs = gib(sum(one.held for one in processes))
@@ -302,13 +302,13 @@ def check_fit(
                     f"needs {needs} on {wanted:g} GPUs in all, and{beside} the cluster has {gib(sum(gpus))} on "
                     f"{len(gpus)} GPUs"
                 )
-            most = gib(room.memory[suited[0]])
+            roomiest = suited[0]
+            host, most = host + beside_it.get(roomiest, 0), gib(room.memory[roomiest])
             raise DoesNotFit(
                 f"{process}{of} needs {gib(host)} of memory, and the most that a {kind} has left is {most}: {model} "
                 f"needs {needs} in all, and{beside} the cluster has {gib(memory)} free"
             )
-        if not share:
-            own[node] += 1
+        own[node] += 1
     room.models.append(name or "a model")
 
 

@@ -7,9 +7,11 @@ attempts that were posted: what to do then is decided there, and nowhere else.
     send    rows into slots, heads out                  post_rows
     wait    heads in                                    take_replies
             the caller adds up the answers where they lie, `release` frees their slots
+            or, where they belong on a GPU, they are looked at, and the GPU copies them from there
 
 An answer is read where it lies once, number by number, and what was made of it is what is looked at afterwards: a shard
-that changes it meanwhile changes its own answer. Its slots are not used again before `release`.
+that changes it meanwhile changes its own answer. Its slots are not used again before `release`. What a GPU copies is
+looked at before: a shard that changes it after that has changed its own answer, and the step looks at its sums.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import ANSWERED, POSTED, SILENCES_PER_TIMEOUT, Deliveries
 from experts_service.delivery.flight import SOON_S, RemoteFlight
 from experts_service.delivery.replica_load import OVERDUE_S
+from experts_service.device import pinned, wait_for_queue
 from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.finite import all_finite
 from experts_service.routing_table import Replica
 from experts_service.transport import Answers, GroupRows, InPlaceFlight
 from experts_service.wire.frame import DTYPES, HEAD_BYTES, MAX_DEADLINE_MS, RowsFormat, answer_head
@@ -76,20 +80,30 @@ class _Space:
         self.layer = 0
         self.rows: Tensor | None = None  # [T, D]
         self.answers: Tensor | None = None  # [N, D]
+        self._received: Tensor | None = None
         self._batch: LaneBatch | None = None
+
+    @property
+    def received(self) -> Tensor:
+        """Where an ordinary flight receives the answers, on the host."""
+        assert self.answers is not None
+        if self.answers.is_cpu:
+            return self.answers
+        if self._received is None:
+            self._received = pinned(self.answers.shape, self.answers.dtype)
+        return self._received
 
     @property
     def batch(self) -> LaneBatch:
         """What an ordinary flight asks for: worked out when that does."""
         if self._batch is None:
             assert self.rows is not None
-            assert self.answers is not None
-            self._batch = LaneBatch.of(self.layer, self.rows, self.answers)
+            self._batch = LaneBatch.of(self.layer, self.rows, self.received)
         return self._batch
 
     def forget(self) -> None:
         """Nobody has it any more."""
-        self.rows = self.answers = self._batch = None
+        self.rows = self.answers = self._received = self._batch = None
 
 
 class FastAttempt(LaneAttempt):
@@ -142,7 +156,8 @@ class FastFlight(InPlaceFlight):
         return Answers(space.table, FIELDS, 1)
 
     def wait(self) -> None:
-        self._as_ordinary().wait()
+        if not self._copied_to_device():
+            self._as_ordinary().wait()
 
     def release(self) -> None:
         if self._ordinary is not None:
@@ -167,6 +182,20 @@ class FastFlight(InPlaceFlight):
             elif attempt.state is POSTED:
                 self._path.deliveries.carrier.cancel(attempt)
         self.attempts = []
+
+    def _copied_to_device(self) -> bool:
+        """Whether the answers belong on a device, have come as asked for, are finite and were copied there."""
+        answers = self.space.answers
+        if self._ordinary is not None or answers is None or answers.is_cpu or not self._take_answers():
+            return False
+        lying = [attempt.shared.answer(attempt.slot, attempt.part.answer) for attempt in self.attempts]
+        if not all(map(all_finite, lying)):
+            return False
+        for attempt, answer in zip(self.attempts, lying, strict=True):
+            attempt.part.answer.copy_(answer, non_blocking=True)
+        wait_for_queue(answers.device)
+        self.release()
+        return True
 
     def _take_answers(self) -> bool:
         """Whether all answers lie in their slots, each as it was asked for."""
@@ -212,7 +241,7 @@ class FastFlight(InPlaceFlight):
         if self._ordinary is None:
             assert self.space.rows is not None
             flight: RemoteFlight[LaneRows, LaneAttempt] = RemoteFlight(
-                self._path.deliveries, self.space.layer, self.space.rows, self._parts
+                self._path.deliveries, self.space.layer, self.space.rows, self._parts, self.space.received
             )
             for attempt in self.attempts:
                 if attempt.is_in_place:
@@ -248,8 +277,6 @@ class FastPath:
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> FastFlight | None:
         """`rows` [T, D] to all `parts`, or to none of them: None."""
         if not (AVAILABLE and parts and rows.dtype is torch.bfloat16 and rows.is_cpu and rows.is_contiguous()):
-            return None
-        if not parts[0].answers.is_cpu:
             return None
         only = self._routes.only()
         num_rows, hidden = rows.shape

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from experts_service.device import pin
 from experts_service.wire.shared_memory import SharedMemory
 from experts_service.wire.slots import Slots
 
@@ -18,6 +20,8 @@ class LaneMemory:
 
     def __init__(self, memory: SharedMemory) -> None:
         self.slots = Slots(memory.num_slots)
+        self._memory = memory
+        self._was_pinned = False
         self._requests: memoryview = memory.requests.numpy().data
         self._answers: memoryview = memory.answers.numpy().data
         self.slot_bytes = memory.slot_bytes
@@ -39,6 +43,14 @@ class LaneMemory:
             place = rows_of(self._requests[start : start + size], row_bytes)
             rows_of(host, row_bytes).take(row_indices, 0, place, "clip")  # "raise" would copy once more
         return first + 1
+
+    def answer(self, slot: int, like: Tensor) -> Tensor:
+        """The answer there, of the shape and dtype of `like`, where it lies: for a GPU, which reads it by itself."""
+        if not self._was_pinned:
+            self._was_pinned = True
+            self._memory.pin(pin)  # where the driver cannot, a copy of it is only slower
+        start = (slot - 1) * self.slot_bytes
+        return self._memory.answers[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
     def read(self, slot: int, answer: memoryview) -> None:
         """Copy the answer that lies where a head with this `slot` says."""

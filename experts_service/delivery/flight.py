@@ -27,8 +27,18 @@ SOON_S = 0.0005  # for this long an answer is looked for without sleeping, if th
 class RemoteFlight(Generic[Rows, A]):
     """Rows of one layer under way to replicas."""
 
-    def __init__(self, deliveries: Deliveries[Rows, A], layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> None:
-        """`rows` [T, D] on the host; the answers of `parts` are written when `wait` returns."""
+    def __init__(
+        self,
+        deliveries: Deliveries[Rows, A],
+        layer: int,
+        rows: Tensor,
+        parts: Sequence[GroupRows],
+        received: Tensor | None = None,
+    ) -> None:
+        """`rows` [T, D] on the host; the answers of `parts` are written when `wait` returns.
+
+        `received` [N, D]: where answers that belong on a device are received; None: in memory of its own.
+        """
         deliveries.look_at_table()
         self.sent_at = deliveries.clock()
         self.received: Tensor | None = None  # [N, D] on the host
@@ -38,7 +48,7 @@ class RemoteFlight(Generic[Rows, A]):
             if answers.is_cpu:
                 self.received = answers
             else:
-                self.received = pinned(answers.shape, answers.dtype)
+                self.received = pinned(answers.shape, answers.dtype) if received is None else received
                 self._staged_for = answers
         self._shared = deliveries
         self._layer = layer

@@ -28,6 +28,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
+from experts_service.device import pin
 from experts_service.shard.batch import Maths, run_as_one
 from experts_service.shard.connection import Connection, PeerLeft, RowsFrame, SlotRequest
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
@@ -85,6 +86,7 @@ class LaneServer:
         directory: Path | None = None,  # of the Unix socket; None: this user's own
         pinned: bool = False,
     ) -> None:
+        """`pinned`: the maths are a GPU's, which reads rows and writes answers by itself."""
         self._maths = maths
         self._shape = shape
         self._secret = secret
@@ -363,7 +365,7 @@ class LaneServer:
             _say(peer.channel, proof)
             return None
         mapped = sum(connection.has_memory for connection in self._connections.values())
-        if self._for_gpu or peer.channel.family != socket.AF_UNIX or mapped >= MAX_MEMORIES:
+        if peer.channel.family != socket.AF_UNIX or mapped >= MAX_MEMORIES:
             _say(peer.channel, proof + NO_MEMORY)
             return None
         try:
@@ -373,6 +375,10 @@ class LaneServer:
             _say(peer.channel, proof + NO_MEMORY)
             return None
         try:
+            if self._for_gpu and not memory.pin(pin):
+                self._warn("rows of a coordinator on this node are sent, not shared: the GPU's driver cannot map them")
+                _say(peer.channel, proof + NO_MEMORY)
+                return None
             _say(peer.channel, proof + memory.description, descriptor)
         finally:
             os.close(descriptor)

@@ -167,7 +167,7 @@ class ExpertShard:
                 if self._experts.device.type == "cpu":
                     answer = self._experts(layer, rows, counts, answers)  # [R, D]
                 else:
-                    answer = self._run_on_gpu(layer, rows, counts)
+                    answer = self._run_on_gpu(layer, rows, counts, answers)
             except Exception:
                 self._end_without_a_device()
                 raise
@@ -176,12 +176,13 @@ class ExpertShard:
             self._busy_s += time.perf_counter() - started
         return answer
 
-    def _run_on_gpu(self, layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def _run_on_gpu(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
         from experts_service.device import on_host
 
         # The rows stay where they are until the answer is there.
         rows = rows.to(self._experts.device, non_blocking=True)
-        return on_host(self._experts(layer, rows, counts))
+        answer = self._experts(layer, rows, counts)
+        return on_host(answer) if answers is None else answers.copy_(answer)
 
     def _end_without_a_device(self) -> None:
         """After an error: end the process where its device does not work any more.

@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from struct import Struct
 
@@ -41,6 +42,16 @@ def memory_bytes(row_bytes: int) -> int:
     return 2 * NUM_SLOTS * ROWS_PER_SLOT * row_bytes
 
 
+class _Mapping(mmap.mmap):
+    """Unmapped with its last reference, a tensor's, say."""
+
+    before_unmapping: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.before_unmapping is not None:
+            self.before_unmapping()
+
+
 class SharedMemory:
     """One mapping. It lasts as long as something refers to it or to its tensors."""
 
@@ -49,11 +60,17 @@ class SharedMemory:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.description = DESCRIPTION.pack(num_slots, slot_bytes)  # for the other end
-        memory = mmap.mmap(descriptor, 2 * num_slots * slot_bytes)
+        self._mapping = memory = _Mapping(descriptor, 2 * num_slots * slot_bytes)
         with suppress(OSError):
             memory.madvise(mmap.MADV_DONTFORK)  # a child of this process has nothing to do with it
         halves = torch.frombuffer(memory, dtype=torch.uint8).view(2, -1)
         self.requests, self.answers = halves[0], halves[1]  # [slots · bytes], uint8
+
+    def pin(self, pin: Callable[[torch.Tensor], Callable[[], object] | None]) -> bool:
+        """Have `pin` prepare all of it for a device, and undo that before it is unmapped. Whether it could."""
+        undo = pin(torch.frombuffer(self._mapping, dtype=torch.uint8))
+        self._mapping.before_unmapping = undo
+        return undo is not None
 
 
 def create(row_bytes: int) -> tuple[SharedMemory, int]:

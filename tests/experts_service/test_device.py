@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from experts_service.device import on_host
+from experts_service.device import on_host, pin
 from experts_service.shard.shard import DEVICE_IS_GONE
 from router_service.attention import choice
 from router_service.attention.choice import attention_backend
@@ -36,6 +37,34 @@ def test_what_is_on_the_host_already_is_not_copied():
     rows = torch.arange(6.0).view(3, 2)
     assert on_host(rows).data_ptr() == rows.data_ptr()
     assert on_host(rows.t()).is_contiguous()
+
+
+@pytest.mark.parametrize("error", [0, 1])
+def test_memory_that_a_driver_cannot_pin_is_used_as_it_is(monkeypatch, error):
+    """Its error is taken away as well: torch would blame the next kernel for it."""
+    registered, asked = {}, []
+
+    def register(address, size, flags):
+        registered[address] = size
+        return error
+
+    driver = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=registered.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+
+    def ones(*_, **device):
+        asked.append(device)
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    memory = torch.empty(4096, dtype=torch.uint8)
+    undo = pin(memory)
+    assert registered == {memory.data_ptr(): 4096}
+    if error:
+        assert undo is None
+        assert asked == [{"device": "cuda"}]
+    else:
+        undo()
+        assert (registered, asked) == ({}, [])
 
 
 @pytest.mark.gpu

@@ -21,27 +21,48 @@ from tests.fake_gpu import DEVICE, fake_gpu
 HIDDEN, INTERMEDIATE = 32, 64
 
 
-def test_a_shard_waits_once_for_its_gpu(monkeypatch):
+@pytest.fixture
+def counts(monkeypatch):
+    with fake_gpu(monkeypatch) as counted:
+        yield counted
+
+
+@pytest.fixture
+def shard_on_gpu(counts):
+    weights = {}
+    for expert in range(2):
+        w1, w2, w3 = expert_tensor_names(0, expert)
+        weights[w1] = weights[w3] = torch.empty(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+        weights[w2] = torch.empty(HIDDEN, INTERMEDIATE, dtype=torch.bfloat16, device=DEVICE)
+    shard = object.__new__(ExpertShard)  # without loading
+    shard._spec = ShardSpec("app", "", "", 0, (0, 1), 1, "bfloat16", "cuda")
+    shard._experts = Experts((0, 1), [weights])
+    shard._one_at_a_time = threading.Lock()
+    shard._rows, shard._calls, shard._busy_s = [0, 0], 0, 0.0
+    return shard
+
+
+def test_a_shard_waits_once_for_its_gpu(shard_on_gpu, counts):
     """Rows go there from the frame's memory, and how many each expert has; answers come back into pinned memory."""
-    with fake_gpu(monkeypatch) as counts:
-        weights = {}
-        for expert in range(2):
-            w1, w2, w3 = expert_tensor_names(0, expert)
-            weights[w1] = weights[w3] = torch.empty(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
-            weights[w2] = torch.empty(HIDDEN, INTERMEDIATE, dtype=torch.bfloat16, device=DEVICE)
-        shard = object.__new__(ExpertShard)  # without loading
-        shard._spec = ShardSpec("app", "", "", 0, (0, 1), 1, "bfloat16", "cuda")
-        shard._experts = Experts((0, 1), [weights])
-        shard._one_at_a_time = threading.Lock()
-        shard._rows, shard._calls, shard._busy_s = [0, 0], 0, 0.0
-        before = counts.copy()
-        answer = shard._run(0, torch.empty(3, HIDDEN, dtype=torch.bfloat16, pin_memory=True), (2, 1))
-        counts -= before
+    before = counts.copy()
+    answer = shard_on_gpu._run(0, torch.empty(3, HIDDEN, dtype=torch.bfloat16, pin_memory=True), (2, 1))
+    counts -= before
     assert (answer.device.type, tuple(answer.shape)) == ("cpu", (3, HIDDEN))
-    assert shard._rows == [2, 1]
+    assert shard_on_gpu._rows == [2, 1]
     assert counts.waits == {"to host": 1}
     assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
     assert counts.bytes_to_host == 3 * HIDDEN * 2
+
+
+def test_its_answers_are_copied_to_where_they_belong(shard_on_gpu, counts):
+    """A slot, say, which the coordinator maps as well: nothing is copied on the host."""
+    before = counts.copy()
+    place = torch.empty(3, HIDDEN, dtype=torch.bfloat16)
+    answer = shard_on_gpu._run(0, torch.empty(3, HIDDEN, dtype=torch.bfloat16), (2, 1), place)
+    counts -= before
+    assert answer is place
+    assert counts.waits == {"to host": 1}
+    assert (counts.copies_to_device, counts.copies_to_host) == (2, 1)
 
 
 def test_answers_of_all_groups_go_to_the_gpu_by_one_copy_that_nobody_waits_for(monkeypatch):

@@ -299,6 +299,7 @@ def test_a_tier_holds_what_its_device_computes_with(tmp_path):
     )
     coordinator = held_weights(checkpoint, "float32", "cpu").coordinator + 16 * 2**20
     host = coordinator + (number - 1) * on_cpu + (number + 1) * 460 * 10**6
+    host += shared_memory_bytes(checkpoint.architecture, "float32")  # with the one on the GPU
     plan_model(model, checkpoint, Cluster(2, (Node("a", host, (on_gpu,)),)))
     for memory, gpu in ((host, on_gpu - 1), (host - 17 * 2**20, on_gpu)):
         with pytest.raises(DoesNotFit, match=r"expert group|coordinator"):

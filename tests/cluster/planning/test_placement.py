@@ -148,22 +148,25 @@ def test_keys_and_values_in_8_bits_are_counted_as_such() -> None:
         check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=tokens)
 
 
-def test_memory_that_coordinators_share_with_shards_is_counted() -> None:
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_memory_that_coordinators_share_with_shards_is_counted(gpus: float) -> None:
     """A machine with room for the weights alone came to its limit once coordinators were connected."""
     of_pair = shared_memory_bytes(MIXTRAL_8X7B, "bfloat16")
     assert of_pair == memory_bytes(2 * MIXTRAL_8X7B.hidden_size) == 32 * 2**20
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=8)
 
     def fits(memory: int) -> bool:
-        room = Room([Node("machine", memory)])
+        room = Room([Node("machine", memory, (80 * GIB,) * 11 if gpus else ())])
+        of_gpus = {"gpus_per_shard": gpus, "gpus_per_coordinator": gpus}
         try:
-            check_fit(MIXTRAL_8X7B, "bfloat16", groups, room, kv_tokens=4096, num_coordinators=3)
+            check_fit(MIXTRAL_8X7B, "bfloat16", groups, room, kv_tokens=4096, num_coordinators=3, **of_gpus)
         except DoesNotFit:
             return False
         return True
 
     weights = WeightBytes.of(MIXTRAL_8X7B, "bfloat16")
     held = 3 * (weights.coordinator + 4096 * kv_bytes_per_token(MIXTRAL_8X7B, "bfloat16")) + 8 * weights.expert
+    held = 0 if gpus else held  # of the machine's own memory
     processes = 11 * (TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES)
     assert fits(held + processes + 3 * 8 * of_pair)
     assert not fits(held + processes + 3 * 8 * of_pair - 1)

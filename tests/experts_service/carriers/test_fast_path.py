@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.telemetry.metrics import DispatchCounts
-from experts_service.carriers import fast_path
+from experts_service.carriers import fast_path, memory
 from experts_service.carriers.fast_path import FastFlight, FastPath
 from experts_service.carriers.lane import LaneCarrier
 from experts_service.carriers.link import NOBODY, NOTHING, LaneAttempt, Link, LinkLost
@@ -279,12 +279,121 @@ def test_each_group_is_said_to_take_as_long_as_it_took(running: Shards) -> None:
     assert fast < 0.35
 
 
-def test_answers_that_belong_on_a_device_are_not_asked_for_by_compiled_calls(running: Shards) -> None:
+class Elsewhere(Tensor):
+    """As if it were on a device."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+
+@pytest.fixture
+def on_device(running: Shards, monkeypatch: pytest.MonkeyPatch) -> OnDevice:
+    return OnDevice(running, monkeypatch)
+
+
+class OnDevice:
+    """A dispatch whose answers belong on a device, and what was done with its memory and its queue."""
+
+    def __init__(self, running: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.running = running
+        self.pinned, self.waits, self.staged = 0, 0, 0
+        monkeypatch.setattr(fast_path, "pinned", self._pinned)
+        monkeypatch.setattr(fast_path, "wait_for_queue", self._wait)
+        monkeypatch.setattr(memory, "pin", self._pin)
+
+    def _pin(self, whole: Tensor) -> None:
+        assert whole.nbytes % 4096 == whole.data_ptr() % 4096 == 0, "pages"
+        self.pinned += 1
+
+    def _wait(self, _: torch.device) -> None:
+        self.waits += 1
+
+    def _pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.staged += 1
+        return torch.empty(*shape, dtype=dtype)
+
+    def send(self, rows: Tensor, experts: Tensor, layer: int = LAYER) -> tuple[FastFlight, Tensor]:
+        """The flight, and where its answers belong."""
+        sent: list[Any] = []
+        path = self.running.transports[0]._fast_path
+
+        class Transport:
+            def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Any:
+                sent.append(path.send(layer, rows, [part._replace(answers=answers) for part in parts]))
+                return sent[0]
+
+        answers = torch.full((experts.numel(), WIDTH), 7.0, dtype=rows.dtype).as_subclass(Elsewhere)
+        transport: Any = Transport()
+        Dispatcher(GROUPS, transport).dispatch(layer, rows, experts)
+        assert isinstance(sent[0], FastFlight)
+        return sent[0], answers
+
+
+def alone(rows: Tensor, experts: Tensor, layer: int = LAYER) -> Tensor:
+    """The answers [K * T, D], as a dispatch to local experts has them."""
+    dispatch = Dispatcher(GROUPS, LocalMaths()).dispatch(layer, rows, experts)
+    dispatch.flight.wait()
+    return dispatch.answers
+
+
+def test_answers_that_belong_on_a_device_are_copied_there_from_where_they_lie(
+    running: Shards, on_device: OnDevice
+) -> None:
+    """Memory is made known to the device once a connection, and its slots are free when the device has read them."""
     both(running)
-    path = running.transports[0]._fast_path
-    rows, answers = batch(2)[0], torch.empty(4, WIDTH, dtype=torch.bfloat16, device="meta")
-    parts = [GroupRows(0, np.arange(2), (1, 1), answers, 0)]
-    assert path.send(LAYER, rows, parts) is None
+    for num_rows in (1, 9, 200):
+        rows, experts = batch(num_rows, seed=num_rows)
+        flight, answers = on_device.send(rows, experts)
+        flight.wait()
+        flight.close()
+        assert torch.equal(torch.Tensor(answers), torch.Tensor(alone(rows, experts)))
+        assert none_has_slots(running)
+    assert (on_device.pinned, on_device.waits, on_device.staged) == (2, 3, 0)
+    assert len(running.transports[0]._fast_path._spaces) == 1
+
+
+def test_those_that_are_not_finite_are_asked_for_again(running: Shards, on_device: OnDevice) -> None:
+    said: list[int] = []
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        answer = maths(GROUPS[0].experts)(layer, rows, counts)
+        said.append(len(rows))
+        if len(said) == 2:
+            answer[-1, -1] = torch.inf
+        return answer
+
+    running.start("0a", 0, run)
+    both(running)
+    rows, experts = batch(9)
+    flight, answers = on_device.send(rows, experts)
+    flight.wait()
+    flight.close()
+    assert torch.equal(torch.Tensor(answers), torch.Tensor(alone(rows, experts)))
+    assert (len(said), on_device.staged) == (3, 1)
+    assert none_has_slots(running)
+
+
+def test_those_of_a_shard_that_died_come_from_the_next_one(running: Shards, on_device: OnDevice) -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        if layer == 2:
+            entered.set()
+            assert opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    running.start("0a", 0, run)
+    both(running)
+    rows, experts = batch(40)
+    flight, answers = on_device.send(rows, experts, 2)
+    assert entered.wait(5)
+    dying = running.servers["0a"]
+    dying._stopping = True
+    opened.set()
+    dying.close()
+    running.start("0a", 0)
+    flight.wait()
+    flight.close()
+    assert torch.equal(torch.Tensor(answers), torch.Tensor(alone(rows, experts, 2)))
     assert none_has_slots(running)
 
 

@@ -159,6 +159,38 @@ def test_a_machine_that_has_no_memory_to_give_sends_rows(monkeypatch: pytest.Mon
         assert [server.stats().in_memory for server in running.servers.values()] == [0, 0]
 
 
+@pytest.mark.parametrize("can_pin", [True, False])
+def test_memory_of_a_shard_on_a_gpu_is_the_gpus_as_well_until_it_is_unmapped(
+    monkeypatch: pytest.MonkeyPatch, can_pin: bool
+) -> None:
+    """The driver would read and write it after it is gone; where it cannot, rows are sent as between machines."""
+    known: list[range] = []
+
+    def pin(whole: Tensor) -> Callable[[], None] | None:
+        place = range(whole.data_ptr(), whole.data_ptr() + whole.nbytes)
+        known.append(place)
+
+        def undo() -> None:
+            assert any(
+                line.startswith(f"{place.start:x}-") for line in Path("/proc/self/maps").read_text().splitlines()
+            )
+            known.remove(place)
+
+        return undo if can_pin else None
+
+    monkeypatch.setattr(shard_server, "pin", pin)
+    with shards() as running:
+        server = running.start("0a", 0)
+        server._for_gpu = True
+        remote = Dispatcher(GROUPS, running.transport())
+        rows, experts = batch(40)[0], torch.tensor(GROUPS[0].experts).repeat(40, 1)[:, :1]
+        assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+        assert server.stats().in_memory == can_pin
+        assert [len(place) for place in known] == [2 * NUM_SLOTS * ROWS_PER_SLOT * ROW_BYTES]
+        assert mappings() == (2 if can_pin else 0)
+    assert (mappings(), known) == (0, [] if can_pin else known[:1])
+
+
 def test_coordinators_beyond_a_bound_have_their_rows_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_server, "MAX_MEMORIES", 1)
     with shards() as running:
