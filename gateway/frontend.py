@@ -83,11 +83,11 @@ class Frontend:
         self.worker = Worker("body")
         self.answer_worker = Worker("answer")  # no first token waits for its caller's next prompt to be read
         self.metrics = metrics or GatewayMetrics()
-        self.ends = RequestEnds(self.metrics)
+        self._traces = traces or Traces("manta-gateway", None)
+        self.ends = RequestEnds(self.metrics, traces=self._traces)
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self.kernels = kernels or KernelWatch()
-        self._traces = traces or Traces("manta-gateway", None)
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
         self._refusals = RecentRefusals()
         self._versions: dict[str, list[ModelCard]] = {}  # by name and alias, in the order of the configuration
@@ -278,6 +278,7 @@ class Frontend:
         span = self._traces.start(
             "request", attributes, kind="server", parent=record.traceparent, started_ns=record.started_ns
         )
+        record.is_traced = bool(span)
         try:
             yield span
         finally:
@@ -315,13 +316,15 @@ class Frontend:
 
 def _end_span(span: Span, record: RequestRecord) -> None:
     if span:
-        attributes = {
+        attributes: dict[str, object] = {
             "gen_ai.usage.input_tokens": record.prompt_tokens,
             "gen_ai.usage.output_tokens": record.completion_tokens,
             "gen_ai.response.finish_reasons": record.finish_reasons,
             "manta.cached_tokens": record.cached_tokens,
             "manta.time_to_first_token_s": record.time_to_first_token_s or 0.0,
         }
+        if record.reason:
+            attributes["manta.reason"] = record.reason
         span.end(attributes, record.error)
 
 

@@ -159,7 +159,8 @@ class Engine:
     ) -> None:
         """Queue a request with what was made for it. Raises Overloaded, EngineDead, or InvalidRequest.
 
-        Where the queue is full, a more urgent request takes the place of one of its tenant that nothing was done for.
+        Where the queue is full, a more urgent request of one choice takes the place of one of its tenant that nothing
+        was done for.
         """
         with self._inbox_lock:
             self.check_admission(request)
@@ -178,6 +179,8 @@ class Engine:
         return is_refused(self._waiting_by_tenant(), request.cache_salt, self.max_waiting)
 
     def _displaced_by(self, request: Request) -> Sequence | None:
+        if request.num_siblings:  # one of them might find none to displace, and all fail: one was put out for nothing
+            return None
         return self.scheduler.waiting.displaced_by(request.priority, request.cache_salt)
 
     def _full(self) -> Overloaded:

@@ -34,10 +34,21 @@ class LayerPass:
 
     began: float = field(default_factory=time.perf_counter)
     layers: list[tuple[float, float]] = field(default_factory=list)  # the end of each, and the seconds of its experts
+    _sent_at: float = 0.0  # the same of the layer that is computed
+    _experts_s: float = 0.0
 
-    def layer(self, experts_s: float = 0.0) -> None:
+    def sent(self) -> None:
+        """The layer's rows go to its experts now."""
+        self._sent_at = time.perf_counter()
+
+    def combined(self) -> None:
+        """They have answered, and the answers are combined."""
+        self._experts_s += time.perf_counter() - self._sent_at
+
+    def layer(self) -> None:
         """The next one has ended."""
-        self.layers.append((time.perf_counter(), experts_s))
+        self.layers.append((time.perf_counter(), self._experts_s))
+        self._experts_s = 0.0
 
     def groups(self) -> list[LayerGroup]:
         """At most MOST_GROUPS, of as many layers each as can be."""

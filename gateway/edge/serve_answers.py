@@ -14,17 +14,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http.asgi import HttpMiddleware
-from gateway.http.errors import body
+from gateway.http.errors import REASON_HEADER, UNKNOWN_ROUTE, body
 from gateway.http.sse import json_bytes
 
 _OWN_PATHS = "/-/"  # Serve's health and routes, which HAProxy and people read
-_MEANINGS = {  # status → (type, code)
-    400: ("invalid_request_error", None),
-    404: ("not_found_error", None),
-    408: ("timeout_error", "deadline_exceeded"),
-    429: ("rate_limit_error", "overloaded"),
-    503: ("service_unavailable", "unavailable"),
+_MEANINGS = {  # status → (type, code, reason)
+    400: ("invalid_request_error", None, "bad_request"),
+    404: ("not_found_error", None, UNKNOWN_ROUTE),
+    408: ("timeout_error", "deadline_exceeded", "deadline"),
+    429: ("rate_limit_error", "overloaded", "shed_gateway"),
+    503: ("service_unavailable", "unavailable", "unavailable"),
 }
+_INTERNAL = ("internal_error", None, "internal")
 
 
 class ServeAnswers(HttpMiddleware):
@@ -51,6 +52,7 @@ class ServeAnswers(HttpMiddleware):
                     content = _shaped(start["status"], text.decode("utf-8", "replace"))
                     headers = MutableHeaders(raw=[(name, value) for name, value in start["headers"]])
                     headers["content-type"], headers["content-length"] = "application/json", str(len(content))
+                    headers[REASON_HEADER] = _meaning(start["status"])[2]
                     await send({**start, "headers": headers.raw})
                     await send({"type": "http.response.body", "body": content})
 
@@ -72,7 +74,7 @@ def _send_400(protocol: HttpToolsProtocol | H11Protocol, text: str) -> None:
     content = _shaped(400, text)
     head = (
         "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        f"content-length: {len(content)}\r\n\r\n"
+        f"content-length: {len(content)}\r\n{REASON_HEADER}: {_meaning(400)[2]}\r\n\r\n"
     )
     protocol.transport.write(head.encode() + content)
     protocol.transport.close()
@@ -83,7 +85,11 @@ def _is_plain(start: Message) -> bool:
     return headers.get("content-type", "").startswith("text/plain")
 
 
+def _meaning(status: int) -> tuple[str, str | None, str]:
+    return _MEANINGS.get(status, _INTERNAL)
+
+
 def _shaped(status: int, text: str) -> bytes:
-    kind, code = _MEANINGS.get(status, ("internal_error", None))
+    kind, code, _ = _meaning(status)
     message = text if status < 500 else "the request could not be answered"  # a stack of Serve's, perhaps
     return json_bytes(body(message, kind, None, code))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from typing import TypeVar
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,17 +21,16 @@ from gateway.answer.completions import CompletionShape
 from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
 from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings_body, vectors
 from gateway.frontend import Frontend
-from gateway.http.authentication import Authentication
+from gateway.http.authentication import Authentication, CrossOrigin
 from gateway.http.body import read_body
 from gateway.http.errors import (
     MESSAGES,
     REASON_HEADER,
     REQUEST_ID_HEADER,
     ErrorAnswers,
-    body,
     error_body,
     json_response,
-    of_messages,
+    no_route,
 )
 from gateway.http.log import HttpLog
 from gateway.http.messages import MessagesDoor
@@ -55,14 +52,11 @@ from gateway.request.protocol import (
 )
 from gateway.request.validator import Generation
 from gateway.responses.fields import ResponsesRequest
-from gateway.telemetry.logs import current_record
 from gateway.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenize_body
 
 VERSION = version("manta-serve")
 NUMBER_BYTES, TOKEN_BYTES = 20, 16  # about, of an embedding and of a tokenized text, as JSON
 ANTHROPIC_VERSION = "anthropic-version"  # the header of its clients, whose list of models has another shape
-UNKNOWN_ROUTE = "unknown_route"  # a reason, also of a method that a route has not
-HTTP_TYPES = {404: "not_found_error", 405: "method_not_allowed"}
 
 _BodyT = TypeVar("_BodyT", bound=Body)
 
@@ -111,7 +105,7 @@ def build_app(frontend: Frontend) -> Starlette:
     ]
     if config.cors_origins:
         cors = Middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
@@ -302,15 +296,6 @@ def _event(shape: ChatShape | CompletionShape, delta: Delta, usage: Json | None,
 
 
 async def _http_exception(request: HttpRequest, error: Exception) -> Response:
-    """An unknown route or method, in the shape of the API that it would be of."""
+    """An unknown route or method."""
     assert isinstance(error, HTTPException)
-    kind = HTTP_TYPES.get(error.status_code, "invalid_request_error")
-    request_id = f"req-{uuid.uuid4().hex}"
-    document = body(str(error.detail), kind, None, None)
-    headers = {REQUEST_ID_HEADER: request_id, REASON_HEADER: UNKNOWN_ROUTE, **(error.headers or {})}
-    if record := current_record():
-        record.error, record.reason = "UnknownRoute", UNKNOWN_ROUTE
-    if request.url.path.startswith(MESSAGES):
-        document = of_messages(document, error.status_code, request_id)
-        headers["request-id"] = request_id
-    return json_response(document, error.status_code, headers)
+    return no_route(error.status_code, str(error.detail), request.url.path, error.headers)

@@ -6,14 +6,19 @@ public one is not on the list.
 
 from __future__ import annotations
 
+import uuid
+
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import InvalidRequest
 from gateway.admission.access import AccessPolicy
 from gateway.admission.caller import ANONYMOUS, Caller, set_caller
 from gateway.admission.limits import Limiter
-from gateway.http.errors import body, json_response
+from gateway.http.errors import error_response, no_route
+from gateway.telemetry.logs import current_record
 
 PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests of a key
@@ -30,8 +35,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there is no such route
-            refusal = body("there are no WebSockets here", "not_found_error", None, None)
-            await json_response(refusal, 403)(scope, receive, send)
+            await no_route(403, "there are no WebSockets here", scope["path"])(scope, receive, send)
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -74,3 +78,19 @@ class Authentication:
                 param="Origin",
             )
         return caller
+
+
+class CrossOrigin(CORSMiddleware):
+    """Outside of all that answers, so that pages may read errors. What it refuses is an error like any other."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        why = bytes(response.body).decode()
+        error = InvalidRequest(f"{why}; gateway.cors_origins lists the pages that may ask", param="Origin")
+        if record := current_record():
+            record.fail(error)
+        refusal = error_response(error, f"req-{uuid.uuid4().hex}")
+        refusal.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
+        return refusal

@@ -66,6 +66,8 @@ MESSAGES_TYPES = {
 }
 REQUEST_ID_HEADER = "x-manta-request-id"  # our own; Serve itself answers with the client's x-request-id
 REASON_HEADER = "x-manta-reason"  # why there is no answer, as logs and figures say it
+UNKNOWN_ROUTE = "unknown_route"  # a reason, also of a method that a route has not
+ROUTE_TYPES = {403: "not_found_error", 404: "not_found_error", 405: "method_not_allowed"}
 UNREAD = frozenset({401, 408, 413, 415})  # answered before the body was read, which is not waited for
 INTERNAL = (500, "internal_error", None)
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id, {request_id}"
@@ -120,6 +122,19 @@ def error_response(error: BaseException, request_id: str, path: str = "") -> Res
         document = of_messages(document, status, request_id)
         headers["request-id"] = request_id
     return json_response(document, status, headers)
+
+
+def no_route(status: int, message: str, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """There is nothing at a path, in the shape of the API that it would be of; the log's line says so as well."""
+    request_id = f"req-{uuid.uuid4().hex}"
+    document = body(message, ROUTE_TYPES.get(status, "invalid_request_error"), None, None)
+    of_route = {REQUEST_ID_HEADER: request_id, REASON_HEADER: UNKNOWN_ROUTE, **(headers or {})}
+    if record := current_record():
+        record.error, record.reason = "UnknownRoute", UNKNOWN_ROUTE
+    if path.startswith(MESSAGES):
+        document = of_messages(document, status, request_id)
+        of_route["request-id"] = request_id
+    return json_response(document, status, of_route)
 
 
 def json_response(

@@ -42,6 +42,7 @@ class RequestRecord:
     started_ns: int = field(default_factory=time.time_ns)  # Unix time
     traceparent: str = ""  # the client's, not in the line; nor this:
     traces_layers: bool = False  # it asks for spans of layers
+    is_traced: bool = False  # it has a span of its own
 
     def fail(self, error: BaseException | None) -> None:
         """There is no complete answer, for this error, or as the client has gone."""

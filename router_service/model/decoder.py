@@ -9,7 +9,6 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, H head_dim, K
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
@@ -128,14 +127,16 @@ class Decoder:
                 continue
             if routed is not None:
                 routed.append(experts)
-            sent_at = time.perf_counter()
+            if times is not None:
+                times.sent()
             with closing(self.dispatcher.dispatch(index, rows, experts, num_real)) as dispatch:
                 shared = _shared_expert(layer, rows)  # while rows are under way
                 yield dispatch
                 delta = self.dispatcher.combine(dispatch, weights)
             delta = self._scaled(delta if shared is None else delta.add_(shared))
             if times is not None:
-                times.layer(time.perf_counter() - sent_at)
+                times.combined()
+                times.layer()
         self.dispatcher.end_step()
         return x if delta is None else x.add_(delta)
 
@@ -188,16 +189,19 @@ class Decoder:
                     times.layer()
                 continue
             chains.choose_experts(index)
-            sent_at = time.perf_counter()
             if layer.dense is not None:
                 chains.delta.copy_(layer.dense(chains.rows))
             else:
+                if times is not None:
+                    times.sent()
                 choice = chains.choices[index]
                 with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
                     yield dispatch
                     chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
+                if times is not None:
+                    times.combined()
             if times is not None:
-                times.layer(time.perf_counter() - sent_at if layer.dense is None else 0.0)
+                times.layer()
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""

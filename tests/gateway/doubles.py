@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
 from cluster.messages import Embedding, EngineStats, ModelCard, Request, TokenChunk, TokenLogprobs
+from cluster.telemetry.traces import Traces
 from gateway.coordinators.client import CoordinatorClient
 from gateway.coordinators.health import Health, ModelHealth, Probe
 from gateway.frontend import Frontend
@@ -162,7 +163,11 @@ def ready(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
 
 
 def build_frontend(
-    card: ModelCard, coordinator: CoordinatorClient, config: GatewayConfig | None = None, probe: Probe = ready
+    card: ModelCard,
+    coordinator: CoordinatorClient,
+    config: GatewayConfig | None = None,
+    probe: Probe = ready,
+    traces: Traces | None = None,
 ) -> Frontend:
     return Frontend(
         config or GatewayConfig(),
@@ -170,6 +175,7 @@ def build_frontend(
         {card.application: _tokenizer(card.directory)},
         {card.application: coordinator},
         Health((card,), probe),
+        traces=traces,
     )
 
 

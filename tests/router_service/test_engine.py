@@ -314,6 +314,23 @@ def test_two_that_come_for_one_place_at_once_do_not_both_get_it(tiny):
     assert bench.engine.num_waiting == 1
 
 
+def test_who_asks_for_several_choices_puts_none_out(tiny):
+    """The first choice put one out, the second found none, and then the whole request was refused as well."""
+    bench = Bench(tiny[0], max_waiting=1, max_num_seqs=1)
+    bench.engine._thread = SimpleNamespace(is_alive=lambda: True)
+    low = make_request(prompt(5), max_tokens=3, priority=9)
+    bench.engine.submit(low)
+    bench.engine._take_pending_commands()
+    for index in range(2):
+        choice = make_request(prompt(5), max_tokens=3, priority=0, choice_index=index, num_siblings=1)
+        for refuse in (bench.engine.check_admission, bench.engine.submit):
+            with pytest.raises(Overloaded):
+                refuse(choice)
+    bench.engine._take_pending_commands()
+    assert bench.errors == {}
+    assert bench.engine.num_waiting == 1
+
+
 def test_a_queue_that_was_full_when_an_urgent_request_came_may_have_room_when_it_arrives(tiny):
     """It was refused, or put another out, though there was a place."""
     bench = Bench(tiny[0], max_waiting=2, max_num_seqs=1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -118,23 +118,36 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return
         key = None if self._access is None else identify(self._access, context)
         tenant = connection(context) if key is None else key.id
-        async with self._reads.slot(tenant):
-            data = await _read(context, self._max_bytes)
         with self._bytes.of(tenant) as held:
-            held.add(len(data))
-            if len(data) <= INLINE_BYTES:
-                message = _checked(method, deserialize, data)
-            else:
-                message = await asyncio.to_thread(_checked, method, deserialize, data)
-            del data
+            with self._counting_who_leaves(method):
+                async with self._reads.slot(tenant):
+                    data = await _read(context, self._max_bytes)
+                held.add(len(data))
+                if len(data) <= INLINE_BYTES:
+                    message = _checked(method, deserialize, data)
+                else:
+                    message = await asyncio.to_thread(_checked, method, deserialize, data)
+                del data
             yield message, held.release
 
     async def _public_message(self, method: str, deserialize: Callable[[bytes], Any], context: FittingContext) -> Any:
         if method in EMPTY:
             return deserialize(b"")
-        async with self._public_reads.slot(connection(context)):
-            data = await _read(context, PUBLIC_MESSAGE_BYTES)
+        with self._counting_who_leaves(method):
+            async with self._public_reads.slot(connection(context)):
+                data = await _read(context, PUBLIC_MESSAGE_BYTES)
         return _parsed(deserialize, data)
+
+    @contextmanager
+    def _counting_who_leaves(self, method: str) -> Iterator[None]:
+        """While a message is read: a client that leaves then has a line of its own, as no RPC begins that would."""
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            record = RequestRecord("grpc", method.rpartition("/")[2], f"req-{uuid.uuid4().hex}")
+            record.fail(error)
+            self._ends(record)
+            raise
 
 
 async def _end(method: str, context: FittingContext, error: Exception, ends: RequestEnds) -> None:

@@ -5,7 +5,6 @@ Shapes: T tokens, D hidden size, N query heads, G key-value heads, K experts per
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -33,12 +32,10 @@ class _Step:
     kv_cache: KVCache
     routed: list[torch.Tensor] | None
     times: LayerPass | None
-    experts_s: float = 0.0  # that the layer waited for its experts
 
     def end_layer(self) -> None:
         if self.times is not None:
-            self.times.layer(self.experts_s)
-            self.experts_s = 0.0
+            self.times.layer()
 
 
 class TransformersDecoder:
@@ -151,10 +148,13 @@ class TransformersDecoder:
         assert self._step is not None
         if self._step.routed is not None:
             self._step.routed.append(experts)
-        sent_at = time.perf_counter()
+        times = self._step.times
+        if times is not None:
+            times.sent()
         with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
             combined = self.dispatcher.combine(dispatch, weights.float().contiguous())  # some families' are in bf16
-        self._step.experts_s += time.perf_counter() - sent_at
+        if times is not None:
+            times.combined()
         return combined
 
 

@@ -45,20 +45,23 @@ def answered(messages: list[Any], path: str = "/v1/models") -> tuple[Any, bytes]
 
 
 @pytest.mark.parametrize(
-    ("status", "text", "kind", "code"),
+    ("status", "text", "kind", "code", "reason"),
     [
-        (429, BACKPRESSURE, "rate_limit_error", "overloaded"),
-        (408, "Request 1 timed out after 605.0s.", "timeout_error", "deadline_exceeded"),
-        (404, "Path '/v1' not found.", "not_found_error", None),
-        (500, "Traceback (most recent call last): …", "internal_error", None),
+        (429, BACKPRESSURE, "rate_limit_error", "overloaded", "shed_gateway"),
+        (408, "Request 1 timed out after 605.0s.", "timeout_error", "deadline_exceeded", "deadline"),
+        (404, "Path '/v1' not found.", "not_found_error", None, "unknown_route"),
+        (500, "Traceback (most recent call last): …", "internal_error", None, "internal"),
     ],
 )
-def test_a_plain_text_becomes_an_error_of_ours(status: int, text: str, kind: str, code: str | None) -> None:
+def test_a_plain_text_becomes_an_error_of_ours(
+    status: int, text: str, kind: str, code: str | None, reason: str
+) -> None:
     head, content = answered(convert_object_to_asgi_messages(text, status, [(b"retry-after", b"1")]))
     headers = dict(head["headers"])
     assert head["status"] == status
     assert headers[b"content-type"] == b"application/json"
     assert headers[b"retry-after"] == b"1"
+    assert headers[b"x-manta-reason"] == reason.encode()
     assert int(headers[b"content-length"]) == len(content)
     error = json.loads(content)["error"]
     assert (error["type"], error["code"], error["param"]) == (kind, code, None)

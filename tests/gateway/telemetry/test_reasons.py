@@ -35,13 +35,17 @@ from cluster.errors import (
 from cluster.messages import ModelCard
 from gateway.frontend import Frontend
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from gateway.http.app import UNKNOWN_ROUTE
+from gateway.grpc.server.gate import Gate
+from gateway.grpc.server.slots import ReadSlots
+from gateway.grpc.trailers import FittingContext
+from gateway.http.errors import UNKNOWN_ROUTE
 from gateway.telemetry.logs import RequestRecord
 from gateway.telemetry.request_ends import WARN_EVERY_S, RequestEnds
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
 from tests.gateway.telemetry.test_metrics import samples
+from tests.raw_http import WEBSOCKET, exchange
 from tests.waiting import wait_for
 
 PAGE = Path(__file__).parents[3] / "docs" / "logs.md"
@@ -209,6 +213,44 @@ def test_who_leaves_over_grpc_is_counted_once_however_early(
     assert counted(frontend) == {"client_gone": 3}
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_is_gone_while_a_message_waits_to_be_read_is_counted(card: ModelCard, streams: bool) -> None:
+    """The RPC's task is cancelled there, and neither the gate's errors nor an RPC's knew of it."""
+    frontend = build_frontend(card, ScriptedCoordinator(tokens_script([40])))
+    method = f"/manta.v1.Manta/Chat{'Stream' * streams}"
+
+    class Silent:
+        """A context whose message does not come."""
+
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        def peer(self) -> str:
+            return "ipv4:127.0.0.1:1"
+
+        async def read(self) -> bytes:
+            await asyncio.sleep(60)
+            return b""
+
+    async def call(gate: Gate) -> None:
+        context = FittingContext(Silent())
+        async with gate._message(method, chat_pb2.ChatRequest.FromString, context):
+            raise AssertionError("there is no message")
+
+    async def run() -> None:
+        gate = Gate(frontend.config, frontend.access, frontend.ends)
+        gate._reads = ReadSlots(4, max_waiting=9, timeout_s=60, grace_s=60)
+        tasks = [asyncio.create_task(call(gate)) for _ in range(3)]  # of one caller one is read, two wait
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(one) for one in ended] == [asyncio.CancelledError] * 3
+
+    asyncio.run(run())
+    assert counted(frontend) == {"client_gone": 3}
+
+
 def _unsent(until: threading.Event) -> Iterator[bytes]:
     until.wait(60)
     yield from ()
@@ -236,6 +278,30 @@ def test_a_fault_in_the_midst_of_a_stream_is_no_client_that_left(
         assert answer.status_code == 200
         assert "error" in answer.text
     assert counted(frontend) == {"internal": 1}
+
+
+def test_a_page_of_elsewhere_and_a_websocket_are_refused_with_a_reason(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Both were lines without a reason or no line at all, and in no figure."""
+    config = GatewayConfig(cors_origins=("https://friend.example",))
+    frontend = build_frontend(card, ScriptedCoordinator(tokens_script(tokenizer.encode("x"))), config)
+    asks = {"origin": "https://friend.example", "access-control-request-method": "POST"}
+    with http_server(frontend) as url:
+        good = httpx.options(url + CHAT, headers=asks)
+        assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, "https://friend.example")
+        for changed, why in (
+            ({"origin": "https://evil.example"}, "origin"),
+            ({"access-control-request-method": "DELETE"}, "method"),
+        ):
+            refused = httpx.options(url + CHAT, headers=asks | changed)
+            assert (refused.status_code, refused.headers["x-manta-reason"]) == (400, "bad_request")
+            assert refused.json()["error"]["message"].startswith(f"Disallowed CORS {why}; gateway.cors_origins")
+            assert refused.headers["x-manta-request-id"].startswith("req-")
+            assert "vary" in refused.headers
+        status, headers, _ = exchange(int(url.rpartition(":")[2]), WEBSOCKET)
+        assert (status, headers["x-manta-reason"]) == (403, "unknown_route")
+    assert counted(frontend) == {"bad_request": 2, "unknown_route": 1}
 
 
 def failures_name(error: Exception) -> str:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
-from cluster.errors import ExpertUnavailable
+from cluster.errors import ExpertUnavailable, Overloaded
 from cluster.messages import ModelCard, Request, TokenChunk
 from cluster.telemetry.traces import Traces
+from gateway.admission.caller import ANONYMOUS
+from gateway.admission.recent_refusals import RecentRefusals
+from gateway.coordinators.health import ModelHealth
 from gateway.text.tokenizer import HuggingFaceTokenizer
+from router_service.scheduling import sequence
 from router_service.scheduling.scheduler import ScheduledSequence
-from router_service.scheduling.sequence import Sequence
 from router_service.telemetry.engine_traces import EngineTraces
 from tests.collector import attributes, collector
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
+from tests.gateway.doubles import (
+    ScriptedCoordinator,
+    build_frontend,
+    failing_script,
+    http_server,
+    ready,
+    tokens_script,
+)
 from tests.programs import said_by
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -30,7 +40,7 @@ def traced_coordinator(traces: EngineTraces, tokens: tuple[int, ...]) -> Scripte
         count = 0
         try:
             async for chunk in inner(request):
-                traces.observe_step(0.01, [ScheduledSequence(Sequence(request), 0, 1)])
+                traces.observe_step(0.01, [ScheduledSequence(sequence.Sequence(request), 0, 1)])
                 count += len(chunk.token_ids)
                 yield chunk
         finally:
@@ -45,8 +55,7 @@ def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
     tokens = tokenizer.encode("Hello")[1:]
     with collector() as found:
         ours, engines = Traces("manta-gateway", found.url), EngineTraces(Traces("manta-coordinator", found.url))
-        frontend = build_frontend(card, traced_coordinator(engines, tokens))
-        frontend._traces = ours
+        frontend = build_frontend(card, traced_coordinator(engines, tokens), traces=ours)
         with http_server(frontend) as url:
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
             answer = httpx.post(url + "/v1/chat/completions", json=BODY | {"n": 2}, headers=headers).json()
@@ -77,14 +86,44 @@ def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
 
 def test_a_failed_request_names_its_error(card: ModelCard) -> None:
     with collector() as found:
-        frontend = build_frontend(card, ScriptedCoordinator(failing_script([], ExpertUnavailable("gone"))))
-        frontend._traces = traces = Traces("manta-gateway", found.url)
+        traces = Traces("manta-gateway", found.url)
+        frontend = build_frontend(
+            card, ScriptedCoordinator(failing_script([], ExpertUnavailable("gone"))), traces=traces
+        )
         with http_server(frontend) as url:
             assert httpx.post(url + "/v1/chat/completions", json=BODY).status_code == 503
         traces.close()
     [span] = found.named("request")
     assert attributes(span)["error.type"] == "ExpertUnavailable"
+    assert attributes(span)["manta.reason"] == "experts_missing"
     assert span.status.code == 2
+
+
+def test_what_is_refused_before_it_is_answered_has_a_span_that_says_why(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """Load that was shed was in logs and figures; a client's trace ended at its own call."""
+
+    def loading(cards: Sequence[ModelCard]) -> dict[str, ModelHealth]:
+        return {card.application: ModelHealth("loading") for card in cards}
+
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:]))
+    parent = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with collector() as found:
+        for probe, status in ((ready, 429), (loading, 503)):
+            traces = Traces("manta-gateway", found.url)
+            frontend = build_frontend(card, coordinator, probe=probe, traces=traces)
+            if probe is ready:
+                frontend._refusals = RecentRefusals(clock=lambda: 0.0)
+                frontend._refusals.note("tiny", ANONYMOUS.id, Overloaded("full", reason="shed_queue"))
+            with http_server(frontend) as url:
+                answer = httpx.post(url + "/v1/chat/completions", json=BODY, headers=parent)
+                assert answer.status_code == status
+                httpx.post(url + "/v1/chat/completions", json=BODY | {"model": "other"}, headers=parent)
+            traces.close()
+    spans = [attributes(span) for span in found.named("request")]
+    assert sorted(span["manta.reason"] for span in spans) == ["loading", "shed_queue"], "none of an unknown model"
+    assert {(span.trace_id.hex(), span.parent_span_id.hex()) for span in found.named("request")} == {(TRACE, PARENT)}
 
 
 def test_without_an_endpoint_nothing_is_sent_or_imported(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

@@ -1,5 +1,7 @@
 """Spans of groups of layers, for a request that asks for them: the steps' own times, and the same tokens."""
 
+import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -84,11 +86,33 @@ def test_layers_of_the_steps_that_a_request_is_in(tmp_path, changes, config):
             assert 0 <= attributes(one)["manta.experts_s"] <= took + 1e-6
 
 
-def test_many_layers_are_few_groups():
+@pytest.mark.parametrize("model_impl", ["native", "transformers"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_layer_reads_a_clock_while_nobody_asks(tmp_path, monkeypatch, dtype, model_impl):
+    write_checkpoint(tmp_path, num_hidden_layers=3)
+    dispatcher = bf16_experts(tmp_path) if dtype == "bfloat16" else None
+    bench = Bench(tmp_path, dtype=dtype, model_impl=model_impl, **({"dispatcher": dispatcher} if dispatcher else {}))
+    clock, readers = time.perf_counter, set()
+
+    def read():
+        readers.add(sys._getframe(1).f_globals["__name__"])
+        return clock()
+
+    monkeypatch.setattr(time, "perf_counter", read)
+    bench.run(make_request(range(3, 13), max_tokens=4, ignore_eos=True))
+    assert readers, "the engine times steps"
+    assert not {name for name in readers if name.startswith("router_service.model.") or "layer_times" in name}
+
+
+def test_many_layers_are_few_groups(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now) / 4)
     for num_layers, sizes in ((1, [1]), (8, [1] * 8), (9, [2, 2, 2, 2, 1]), (32, [4] * 8), (61, [8] * 7 + [5])):
-        one = LayerPass()
+        one = LayerPass(began=time.perf_counter())
         for _ in range(num_layers):
-            one.layer(0.25)
+            one.sent()
+            one.combined()
+            one.layer()
         groups = one.groups()
         assert [group.last - group.first + 1 for group in groups] == sizes
         assert len(groups) <= MOST_GROUPS
