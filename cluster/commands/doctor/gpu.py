@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,11 +17,14 @@ import torch
 from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable, told
 from cluster.planning.placement import gib
+from experts_service.device import pin, wait_for_queue
 from experts_service.kernels.gpu.launch import can_compile
+from experts_service.wire.shared_memory import create
 
 LEAST_CAPABILITY = (8, 0)  # the first with bf16
 MOST_TAKEN = 0.05  # of a card's memory, by others, CUDA's own contexts among them
 _NUMBERS = 1000  # that Triton's first kernel doubles
+_HIDDEN, _ROWS = 4096, 16  # of rows in bf16 that are shared
 
 
 def driver() -> Finding:
@@ -145,6 +150,32 @@ def _reaches(one: int, other: int) -> bool:
     return one != other and torch.cuda.can_device_access_peer(one, other)
 
 
+def shared_rows(device: torch.device) -> Finding:
+    """Whether rows and answers reach the card through memory that a coordinator and a shard both map."""
+    try:
+        shared, descriptor = create(2 * _HIDDEN)
+    except OSError as error:
+        return good(f"rows are sent, which is slower: there is no memory to share: {told(error)}")
+    os.close(descriptor)
+    started = time.perf_counter()
+    if not shared.pin(pin):
+        return good("rows are sent, which is slower: the driver cannot read and write memory that two processes map")
+    pinned_s = time.perf_counter() - started
+    rows, answers = (half.view(torch.bfloat16)[: _ROWS * _HIDDEN] for half in (shared.requests, shared.answers))
+    for number in (1.0, 2.0):  # the first is not measured
+        rows.fill_(number)
+        started = time.perf_counter()
+        there = rows.to(device, non_blocking=True)
+        answers.copy_(there + 1, non_blocking=True)
+        wait_for_queue(device)
+        took_s = time.perf_counter() - started
+        if not bool((answers == number + 1).all()):
+            return failed("rows came back as others", "experts.transport: lane; and please report it")
+    size = shared.requests.nbytes * 2 >> 20
+    there_and_back = f"{_ROWS} rows there and back in {1e6 * took_s:.0f} µs"
+    return good(f"{size} MiB pinned in {1e3 * pinned_s:.1f} ms; {there_and_back}")
+
+
 def slices() -> Finding:
     """Whether a card is a slice of one (MIG)."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -202,6 +233,11 @@ def checks(device: torch.device) -> tuple[Check, ...]:
         Check("compute mode", "Processes that share a card need the mode Default.", modes),
         Check("GPU memory", "Weights, keys and values lie there, budgeted by the card's total.", memory),
         Check("peers", "Manta sends rows through the host; what reads its neighbour is told for planning.", peers),
+        Check(
+            "shared rows",
+            "A coordinator and shards on GPUs of one machine exchange rows by memory that both map.",
+            lambda: shared_rows(device),
+        ),
         Check("slices", "A slice of a card (MIG) is a small card of its own.", slices),
         Check("Triton", "Kernels for GPUs are compiled by it when they are first started.", lambda: compiles(device)),
     )

@@ -132,6 +132,26 @@ def test_one_card_has_no_neighbours_and_an_old_one_no_bf16(monkeypatch: pytest.M
     assert "engine.dtype: float32" in finding.advice
 
 
+def test_rows_go_through_memory_that_the_driver_pins_or_it_is_said_that_they_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr(gpu, "pin", lambda whole: pinned.append(whole.nbytes) or pinned.clear)
+    finding = gpu.shared_rows(torch.device("cpu"))
+    assert finding.status is Status.GOOD
+    assert finding.found.startswith("32 MiB pinned in ")
+    assert pinned == [], "and unpinned"
+
+    monkeypatch.setattr(gpu, "pin", lambda _: None)
+    finding = gpu.shared_rows(torch.device("cpu"))
+    assert finding.found.startswith("rows are sent, which is slower: the driver cannot")
+
+    monkeypatch.setattr(gpu, "pin", lambda _: list)
+    monkeypatch.setattr(gpu, "wait_for_queue", lambda _: _raise(RuntimeError("CUDA error: unspecified launch failure")))
+    with pytest.raises(RuntimeError, match="launch failure"):
+        gpu.shared_rows(torch.device("cpu"))
+
+
 def test_a_slice_of_a_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     Cards(monkeypatch, "NVIDIA H100 80GB HBM3 MIG 3g.40gb")
     assert "MIG 3g.40gb" in gpu.slices().found
