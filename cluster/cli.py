@@ -202,7 +202,9 @@ def plan(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML configuration, instead of MODEL.")] = None,
     gpu: Annotated[str | None, typer.Option(help="The GPUs' type, by Ray's name for it. [default: H100]")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="At most so many. With --ram: so many cards.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="At most so many. With --ram: so many cards; 0: all on CPUs.")
+    ] = None,
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="With --ram: of a card, 24GB, where --gpu does not say it.")
     ] = None,

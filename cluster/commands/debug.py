@@ -26,6 +26,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands.private_files import session_logs
 from cluster.errors import ConfigError, MantaError
 
 app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args_is_help=True)
@@ -33,7 +34,6 @@ app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args
 LOG_TAIL_BYTES = 256 << 10
 MAX_LOGS = 200  # the newest
 STACK_TIMEOUT_S = 10.0
-RAY_SESSIONS = Path("/tmp/ray")  # of a cluster that `ray start` made
 
 _README = """\
 What `manta debug bundle` collected on {when}. Look through it before you send it.
@@ -109,14 +109,6 @@ def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]]) -> dict[
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
     return missing
-
-
-def session_logs() -> Path | None:
-    """The logs of Ray's last session on this machine, of `manta serve` or of `ray start`, whichever wrote last."""
-    from cluster.commands.private_files import ray_directory
-
-    found = [root / "session_latest" / "logs" for root in (ray_directory(), RAY_SESSIONS)]
-    return max((logs for logs in found if logs.is_dir()), key=lambda logs: logs.stat().st_mtime, default=None)
 
 
 def tails(logs: Path | None) -> Iterator[Part]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cluster.errors import ConfigError
 
 app = typer.Typer(name="keys", help="Make API keys.", no_args_is_help=True)
 
@@ -18,8 +23,12 @@ def _group() -> None:
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(metavar="ID", help="What logs and metrics call the key.")],
+    file: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Add the entry to this file, made if need be, and print the key alone."),
+    ] = None,
 ) -> None:
-    """Print a new key, and the entry to add to the file that gateway.api_keys_file names."""
+    """Print a new key, and the entry for the file that gateway.api_keys_file names."""
     from pydantic import ValidationError
 
     from gateway.admission.api_keys import ApiKey, digest, new_key
@@ -29,6 +38,32 @@ def new(
         entry = ApiKey(id=name, sha256=digest(key))
     except ValidationError:
         raise typer.BadParameter("expected 1 to 64 letters, digits, dots, dashes or underscores") from None
+    line = f"- {{id: {json.dumps(entry.id)}, sha256: {json.dumps(entry.sha256)}}}"
+    if file is not None:
+        _add(file, line)
+        typer.echo(key)
+        typer.echo(f"{file} has the entry of {name}. The key is shown only now.", err=True)
+        return
     typer.echo(f"key, shown only now:\n\n  {key}\n")
     typer.echo("entry for the API-keys file:\n")
-    typer.echo(f"- {{id: {json.dumps(entry.id)}, sha256: {json.dumps(entry.sha256)}}}")
+    typer.echo(line)
+
+
+def _add(file: Path, line: str) -> None:
+    """Raises ConfigError where the file would not be one of keys then, has that id, or cannot be written."""
+    from gateway.admission.api_keys import read_api_keys
+
+    try:
+        content = file.read_text() if file.exists() else ""
+        added = ("" if not content or content.endswith("\n") else "\n") + line + "\n"
+        with tempfile.TemporaryDirectory() as directory:
+            tried = Path(directory) / file.name
+            tried.write_text(content + added)
+            try:
+                read_api_keys(tried)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(str(tried), str(file))) from None
+        with open(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "w") as end:  # modes and owner stay
+            end.write(added)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ from cluster.errors import SetupError
 from experts_service.wire.address import private_directory
 
 UMASK = 0o077
+RAY_SESSIONS = Path("/tmp/ray")  # of a cluster that `ray start` made
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _HAPROXY = "ha-"
 # HAProxy binds a socket under a longer name first. The folder in between is Serve's, named by the id of the node.
@@ -37,6 +38,12 @@ def ray_directory() -> Path:
         with suppress(OSError):
             os.makedirs(wanted, exist_ok=True)
     return private_directory(_RAY_SOCKET, wanted) / "ray"
+
+
+def session_logs() -> Path | None:
+    """The logs of Ray's last session on this machine, of `manta serve` or of `ray start`, whichever wrote last."""
+    found = [root / "session_latest" / "logs" for root in (ray_directory(), RAY_SESSIONS)]
+    return max((logs for logs in found if logs.is_dir()), key=lambda logs: logs.stat().st_mtime, default=None)
 
 
 def haproxy_directory() -> Path:

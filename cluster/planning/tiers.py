@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cluster.planning.costs import ASSUMED, LANES, Costs, kernel_speed
+from cluster.planning.costs import ASSUMED, LANES, LAYER_S, Costs, kernel_speed
 from cluster.planning.gpus import GpuType
 from cluster.planning.placement import DTYPE_BYTES
 from cluster.planning.roofline import CHUNK, Link, Load, Model, attention_s, chunk_attention_s
@@ -62,6 +62,8 @@ class Times:
 
 def chances(rows: Sequence[float] | None, num_experts: int, top_k: int) -> tuple[float, ...]:
     """That a row asks for each expert, from the rows that were observed. None: all alike."""
+    if not num_experts:
+        return ()
     if rows is None:
         return (top_k / num_experts,) * num_experts
     return tuple(min(1.0, top_k * one / sum(rows)) for one in rows)
@@ -90,7 +92,10 @@ class TieredModel:
     @property
     def host_s(self) -> float:
         """Python and launches of a step."""
-        return self.costs.captured.value if self._captured else self.costs.layer_s * self.model.architecture.num_layers
+        if self._captured:
+            return self.costs.captured.value
+        on_cpus = self.lanes is None and not self.on_gpu
+        return (LAYER_S.value if on_cpus else self.costs.layer_s) * self.model.architecture.num_layers
 
     @property
     def _captured(self) -> bool:

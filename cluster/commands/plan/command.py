@@ -20,7 +20,7 @@ from cluster.commands.plan.observed import observe
 from cluster.commands.plan.tiers import look_at, propose
 from cluster.config import EngineConfig, ModelConfig, load_config, parse_config
 from cluster.errors import ConfigError
-from cluster.planning.costs import ASSUMED, OF_CPUS, Costs, Figure
+from cluster.planning.costs import ASSUMED, LAYER_S, OF_CPUS, Costs, Figure
 from cluster.planning.gpus import GpuType, gpu_type
 from cluster.planning.placement import ExpertGroup, check_kv_dtype, plan_groups
 from cluster.planning.plan import Layout, Plan, Planner, Target, group_list
@@ -100,6 +100,8 @@ def _plan(config: ModelConfig, question: Question, *, chosen: bool) -> tuple[dic
     """As JSON, and what draws it."""
     from cluster.commands.plan import tables
 
+    if question.target.gpus == 0 and question.ram is None:
+        raise ConfigError("--gpus 0: how much memory is there? Give --ram (16GB)")
     if question.ram is not None or question.gpu_memory is not None or (chosen and config.experts.tiers):
         return _plan_tiers(config, question, chosen=chosen)
     if question.observed is not None:
@@ -145,7 +147,7 @@ def _plan_tiers(
         card,
         question.gpu_memory,
         question.ram,
-        cards=question.target.gpus or (_cards(config) if has_tiers else 1),
+        cards=question.target.gpus if question.target.gpus is not None else _cards(config) if has_tiers else 1,
         ram_bandwidth=question.ram_bandwidth,
         measured=of_profile,
         cores=question.cores,
@@ -157,10 +159,10 @@ def _plan_tiers(
     else:
         wanted = None if engine.quantization == "none" else engine.quantization
         planned = propose(config, checkpoint, machine, load, wanted, question.lanes, observed, question.costs)
-    on_cpus = planned.times.cpu_s > 0
+    on_cpus = planned.times.cpu_s > 0 or not machine.cards
+    of_cards = (*question.costs.of_gpus, *_of_rows(question, local=planned.local))
     used = (
-        *question.costs.of_gpus,
-        *_of_rows(question, local=planned.local),
+        *(of_cards if machine.cards else (LAYER_S,)),
         *((question.costs.memory_bandwidth,) if any(one.shares_memory for one in planned.tiered.shards) else ()),
         *(OF_CPUS if on_cpus else ()),
         *machine.assumed(on_cpus=on_cpus),

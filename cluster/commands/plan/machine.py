@@ -13,6 +13,7 @@ from cluster.planning.plan import USABLE
 from cluster.planning.tiers import Cpus
 
 RAM_USABLE = 0.9  # the rest is the system's, Ray's and the gateway's
+NO_CARD = GpuType("no card", 0, 1.0, 1.0)
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([GT])(i?)B?)?", re.IGNORECASE)
 
 
@@ -63,7 +64,11 @@ def machine_of(
 ) -> Machine:
     """From what the command was told; `measured`: the memory's bandwidth, of a profile. Raises ConfigError."""
     card_like = None
-    if gpu_memory is not None:
+    if not cards:
+        if card is not None or gpu_memory is not None:
+            raise ConfigError("--gpus 0 is a machine without a card: leave --gpu and --gpu-memory out")
+        card = NO_CARD
+    elif gpu_memory is not None:
         size = parse_memory(gpu_memory, "--gpu-memory")
         if card is None:
             like = min(
@@ -75,7 +80,9 @@ def machine_of(
             card_like = Figure(like.bandwidth, f"the card is as fast as an {like.name}", False, "give --gpu as well")
         card = replace(card, memory_bytes=size)
     if card is None:
-        raise ConfigError("--ram: which card is beside it? Give --gpu-memory (24GB), --gpu (L4), or both")
+        raise ConfigError(
+            "--ram: which card is beside it? Give --gpu-memory (24GB), --gpu (L4), or both; --gpus 0: there is none"
+        )
     said = ((ram_bandwidth, measured or CPU_BANDWIDTH), (cores, CPU_CORES))
     cpus = Cpus(ram_bandwidth or (measured or CPU_BANDWIDTH).value, (cores or int(CPU_CORES.value)) * CORE_FLOPS.value)
     of_cpus = tuple(figure for given, figure in said if given is None)

@@ -31,6 +31,7 @@ from cluster.planning.step_memory import step_bytes
 from cluster.planning.tiers import Shard, TieredModel, Times, chances
 from cluster.planning.weights import held_bits, held_weights
 
+CPU_FORMATS = ("none", "int8", "int4")  # fp8 is off by more than int8, and no smaller
 GPUS_PER_SHARD = 0.9  # what is left is the coordinator's
 
 
@@ -87,7 +88,7 @@ def look_at(
         engine.device == "cuda",
         machine.card,
         machine.cpus,
-        (_all_experts(plan, weights, dtype),)
+        (() if architecture.is_dense else (_all_experts(plan, weights, dtype),))
         if local
         else tuple(_shards(plan, checkpoint, dtype, over_lanes=lanes is not None)),
         chances(None if observed is None else observed.rows, architecture.num_experts, architecture.top_k),
@@ -130,6 +131,8 @@ def propose(
 
     `wanted`: what experts on CPUs are rounded to; None: as little as may be. Raises DoesNotFit.
     """
+    if not machine.cards:
+        return _propose_on_cpus(config, checkpoint, machine, load, wanted, costs)
     architecture = checkpoint.architecture
     if architecture.is_dense:
         raise ConfigError(f"{config.path} is a dense model: it has no experts to put on tiers")
@@ -175,6 +178,41 @@ def propose(
             f"the others need {gib(left * smallest)} of memory in the smallest format, and of "
             f"{gib(machine.ram_bytes or 0)} there are {gib(max(0, memory))} left for them"
         )
+    (_, best), *others = found
+    return replace(best, proposed=True, others=tuple((split, one.times) for split, one in others))
+
+
+def _propose_on_cpus(
+    config: ModelConfig, checkpoint: Checkpoint, machine: Machine, load: Load, wanted: str | None, costs: Costs
+) -> TieredPlan:
+    """All of it in one process, in the best format that fits. Raises DoesNotFit."""
+    architecture = checkpoint.architecture
+    dtype = compute_dtype(config.engine.dtype, architecture)
+    engine = {key: value for key, value in config.engine.model_dump(exclude_defaults=True).items() if key != "dtype"}
+    engine |= {
+        "device": "cpu",
+        "dtype": dtype,
+        "max_model_len": load.context,
+        "kv_cache_gib": _cache_gib(checkpoint, dtype, load),
+    }
+    held = _held(checkpoint, dtype)
+    if wanted is not None and ("cpu", wanted) not in held:
+        raise ConfigError(f"engine.quantization: {config.path} is quantised already; leave it out")
+    found: list[tuple[Split, TieredPlan]] = []
+    refusal: DoesNotFit | None = None
+    for format_ in (wanted,) if wanted else [one for one in CPU_FORMATS if ("cpu", one) in held]:
+        rounded = {} if format_ == "none" else {"quantization": format_}
+        local = {} if architecture.is_dense else {"experts": {"transport": "local"}}
+        document = config.model_dump(exclude_defaults=True) | {"engine": engine | rounded} | local
+        try:
+            planned = look_at(_parsed(config, document), checkpoint, machine, load, costs=costs)
+        except DoesNotFit as error:
+            refusal = error
+            continue
+        found.append((Split((), tuple(range(architecture.num_experts)), "none", format_), planned))
+    if not found:
+        assert refusal is not None, "something was tried"
+        raise refusal
     (_, best), *others = found
     return replace(best, proposed=True, others=tuple((split, one.times) for split, one in others))
 

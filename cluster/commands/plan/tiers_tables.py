@@ -20,14 +20,18 @@ from cluster.planning.tiers import Shard
 def draw(planned: TieredPlan, figures: Sequence[Figure], console: Console) -> None:
     """What is where, how hot it is, how fast it may be, and the configuration."""
     machine, load = planned.machine, planned.load
-    ram = "" if machine.ram_bytes is None else f" and {gib(machine.ram_bytes)} of memory"
+    memory = "" if machine.ram_bytes is None else f"{gib(machine.ram_bytes)} of memory"
+    where = f"{machine.cards} × {machine.card.name} of {gib(machine.card.memory_bytes)}" + (memory and f" and {memory}")
+    if not machine.cards:
+        where = f"CPUs with {memory}"
     sequences = "sequence" if load.sequences == 1 else "sequences"
     console.print(
         f"[bold]{planned.config.name}[/bold], {planned.tiered.model.dtype}, for {load.sequences:g} {sequences} of "
-        f"{load.context} tokens on {machine.cards} × {machine.card.name} of {gib(machine.card.memory_bytes)}{ram}\n"
+        f"{load.context} tokens on {where}\n"
     )
     console.print(_processes(planned))
-    console.print(_use(planned))
+    if machine.cards:
+        console.print(_use(planned))
     console.print(_expectation(planned))
     if planned.others:
         console.print(_others(planned))
@@ -135,18 +139,24 @@ def _expectation(planned: TieredPlan) -> str:
     sides = [
         f"experts on {on} {_ms(seconds)}" for on, seconds in (("GPUs", times.gpu_s), ("CPUs", times.cpu_s)) if seconds
     ]
+    experts = f", {' and at the same time '.join(sides)}" if sides else ""  # a dense model has none
     return (
         f"Expected: {_ms(times.all_s)} a token for all, {load.sequences / times.all_s:.1f} tokens a second; attention "
-        f"{_ms(times.attention_s)}, {' and at the same time '.join(sides)}{wire}, "
+        f"{_ms(times.attention_s)}{experts}{wire}, "
         f"Python and launches {_ms(times.host_s)}{'' if times.waits else ' meanwhile'}.\n"
         f"First token of a prompt of {load.context} tokens: {planned.first_token_s:.1f} s, when nothing else runs.\n"
     )
 
 
 def _others(planned: TieredPlan) -> Table:
-    table = Table("experts on the GPU", "on CPUs", title="What fits as well, at less quality", title_justify="left")
+    title = "What fits as well, at less quality"
+    columns = ("experts on the GPU", "on CPUs") if planned.machine.cards else ("numbers",)
+    table = Table(*columns, title=title, title_justify="left")
     table.add_column("ms a token", justify="right")
     for split, times in planned.others:
+        if not planned.machine.cards:
+            table.add_row(_format(split.cpu_format), _ms(times.all_s))
+            continue
         number = sum(map(len, split.on_gpus))
         cpus = f"{len(split.on_cpus)}, {_format(split.cpu_format)}" if split.on_cpus else "none"
         table.add_row(f"{number}, {_format(split.gpu_format)}", cpus, _ms(times.all_s))

@@ -13,6 +13,7 @@ from cluster.expert_deployments import expert_deployment_name
 
 GATEWAY = "gateway"
 FULL_CACHE = 0.95  # of the blocks
+_STARTING, _DELETING = ("DEPLOYING", "NOT_STARTED"), "DELETING"  # Serve's words
 _NO_ROOM = "to be scheduled"  # Serve's words for a replica that no node has room for
 
 
@@ -31,9 +32,21 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     if models and GATEWAY not in (application.name for application in snapshot.applications):
         found.append(Finding("No gateway runs: no model can be asked.", "Deploy the configuration again."))
     dead = tuple(node.address for node in snapshot.nodes if not node.alive)
-    down = [finding for application in snapshot.applications for finding in _down(application, dead)]
-    slow = [finding for application in snapshot.applications for finding in _slow(application)]
+    # One that is deleted ends its streams; one that starts is not missed while another version of its model answers.
+    there = [one for one in snapshot.applications if one.status != _DELETING]
+    answering = {one.model[0] for one in there if one.model and _is_up(one)}
+    missed = [one for one in there if not (one.status in _STARTING and one.model and one.model[0] in answering)]
+    down = [finding for application in missed for finding in _down(application, dead)]
+    slow = [finding for application in missed for finding in _slow(application)]
     return (*found, *down, *slow)
+
+
+def _is_up(application: ApplicationStatus) -> bool:
+    """Whether each of its parts has a replica."""
+    groups = {one.group for one in application.deployments if one.group is not None and one.running}
+    return groups == set(application.groups) and any(
+        one.running for one in application.deployments if one.name == COORDINATOR
+    )
 
 
 def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Finding]:

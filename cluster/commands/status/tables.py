@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,24 +23,29 @@ _STYLES = {
 }
 
 
-def draw(snapshot: ClusterSnapshot, console: Console) -> None:
-    """What is wrong, nodes, then every application; below a model's, its queue, KV cache and experts."""
+def draw(snapshot: ClusterSnapshot, console: Console, logs: Path | None = None) -> None:
+    """What is wrong, nodes, then every application; below a model's, its queue, KV cache and experts.
+
+    `logs`: where those of this machine are, for who has to look.
+    """
     console.print(Text(f"Ray cluster at {snapshot.address}", style="bold"))
-    _draw_findings(snapshot, console)
+    _draw_findings(snapshot, console, logs)
     console.print(_nodes(snapshot))
     if not snapshot.applications:
-        console.print(Text("No Serve application runs on it; start one with `manta serve`.", style="yellow"))
+        console.print(Text("Nothing is served on it yet; `manta serve` starts something.", style="yellow"))
     for application in snapshot.applications:
         _draw_application(application, console)
 
 
-def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
+def _draw_findings(snapshot: ClusterSnapshot, console: Console, logs: Path | None) -> None:
     found = findings(snapshot)
     if snapshot.applications and not found:
         console.print(Text("All is well.", style="green"))
     for finding in found:
         console.print(Text(f"✗ {finding.wrong}", style="red"))
         console.print(Text(f"  {finding.first}"))
+    if found and logs is not None:
+        console.print(Text(f"Logs of this machine: {logs} (docs/logs.md says what lines mean)", style="dim"))
 
 
 def _nodes(snapshot: ClusterSnapshot) -> Table:

@@ -60,6 +60,23 @@ def test_a_24_gb_card_and_64_gb_of_memory() -> None:
     assert {one["measured"] for one in found["figures"]} == {True, False}
 
 
+def test_a_machine_without_a_card_gets_the_best_format_that_fits() -> None:
+    """`manta plan --ram` asked for a card, and said nothing of a laptop."""
+    found = plan("allenai/OLMoE-1B-7B-0924", "--gpus", "0", "--ram", "16GB")
+    [model] = parse_config(found["config"]).models
+    assert (model.engine.device, model.engine.quantization, model.experts.transport) == ("cpu", "int8", "local")
+    assert (found["gpu_s"], found["shards"], [one["cpu"] for one in found["others"]]) == (0.0, [], ["int4"])
+    assert found["others"][0]["step_s"] < found["step_s"]
+    larger = plan("allenai/OLMoE-1B-7B-0924", "--gpus", "0", "--ram", "32GB")
+    assert parse_config(larger["config"]).models[0].engine.quantization == "none"
+    dense = plan("mistralai/Mistral-7B-Instruct-v0.3", "--gpus", "0", "--ram", "16GB", "--quantization", "int4")
+    assert parse_config(dense["config"]).models[0].engine.quantization == "int4"
+    assert not any("GPU" in one["what"] for one in dense["figures"])
+    assert "memory" in refusal("mixtral-8x7b", "--gpus", "0", "--ram", "16GB")
+    assert refusal("mixtral-8x7b", "--gpus", "0") == "--gpus 0: how much memory is there? Give --ram (16GB)"
+    assert "leave --gpu" in refusal("mixtral-8x7b", "--gpus", "0", "--ram", "16GB", "--gpu", "L4")
+
+
 def test_rows_to_this_machines_cpus_are_counted_through_memory_where_they_travel_so(tmp_path: Path) -> None:
     def counted(*more: str, **experts: Any) -> tuple[float, bool]:
         """Seconds of rows on their way, and whether memory is among what the plan is made of."""

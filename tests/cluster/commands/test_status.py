@@ -107,7 +107,7 @@ def test_a_model_that_has_served_nothing_is_drawn() -> None:
 
 
 def test_a_cluster_without_applications_says_so() -> None:
-    assert "No Serve application runs on it; start one with `manta serve`." in drawn(ClusterSnapshot("a:1", (), ()))
+    assert "Nothing is served on it yet; `manta serve` starts something." in drawn(ClusterSnapshot("a:1", (), ()))
 
 
 def test_a_document_has_names_spelled_out() -> None:

@@ -60,6 +60,19 @@ def test_a_group_without_a_replica(deployment: DeploymentStatus, first: str) -> 
     assert do.startswith(first)
 
 
+def test_of_two_versions_only_one_has_to_answer() -> None:
+    """While a model was rolled, its new version and then its old one were told to be down, and requests to get 503."""
+    running = cluster()
+    new = ApplicationStatus("mixtral-v2", "DEPLOYING", (DeploymentStatus("coordinator", "UPDATING", {"STARTING": 1}),))
+    both = replace(running, applications=(*running.applications, new))
+    assert findings(both) == ()
+    assert findings(replace(running, applications=(running.applications[0], new))), "alone it is missed"
+    failed = replace(new, status="DEPLOY_FAILED", message="no such file")
+    assert "could not be deployed: no such file" in only(replace(both, applications=(*running.applications, failed)))[0]
+    old = replace(running.applications[1], name="mixtral-v0", status="DELETING", deployments=new.deployments)
+    assert findings(replace(running, applications=(*running.applications, old))) == ()
+
+
 def test_a_group_that_runs_on_its_other_tier_is_not_missing() -> None:
     assert findings(with_group(DeploymentStatus("expert-1", "HEALTHY", {}), up("expert-1-tier1"))) == ()
 
