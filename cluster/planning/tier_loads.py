@@ -5,7 +5,9 @@
 
 Loads are parts of the time, and a tier may be many times faster than the one before it: what 5 % of a GPU's time does,
 all of a CPU's may be too little for. So what a tier's load is worth is what it took from the one before it when it
-had its first replica. Later both have other requests, and their loads tell nothing of each other.
+had its first replica. Later both have other requests, and their loads tell nothing of each other. A tier that was busy
+all the time had more to do than its load says, so then it is worth at least that: less than was learned before is not
+believed. It may give its rows back once too early, and has learned by then.
 
 One table a process, that of Serve's controller, where all policies run. They travel there by value, each with a copy of
 its module, and come to this one by name.
@@ -28,6 +30,8 @@ class TierLoad:
     has_run: bool
 
 
+FULL = 0.95  # of the time: whoever is busy for so much of it has more to do, nobody knows how much
+NOTHING = TierLoad(0.0, 0, None, False)
 SETTLED_S = 15.0  # with replicas, until a tier has taken what it takes: thrice what Serve averages over
 
 
@@ -36,8 +40,9 @@ class TierLoads:
 
     def __init__(self) -> None:
         self._tiers: dict[Tier, TierLoad] = {}
-        self._began: dict[Tier, tuple[float, float]] = {}  # when a tier last had nothing to do, and the load before it
-        self._worth: dict[Tier, float] = {}  # what a part of its load is on the tier before it
+        self._began: dict[Tier, tuple[float, TierLoad]] = {}  # when a tier last had nothing, and the one before it then
+        self._worth: dict[Tier, float] = {}  # what a part of its load is on the tier before it, as last learned
+        self._settled: set[Tier] = set()  # of which that was since their first replica
 
     def tell(self, tier: Tier, *, load: float, replicas: int, has_enough: bool, now: float) -> None:
         """What a tier has to do at `now`, in seconds; one that has had replicas and has none does not have enough."""
@@ -50,19 +55,22 @@ class TierLoads:
 
     def learn(self, tier: Tier, before: Tier, *, load: float, replicas: int, now: float) -> None:
         """What the load of `tier` is worth on the one before it, once it has settled. Told of each moment."""
-        of_before = self._tiers.get(before)
-        now_before = 0.0 if of_before is None else of_before.load
+        of_before = self._tiers.get(before, NOTHING)
         if not replicas:
-            self._worth.pop(tier, None)
-            self._began[tier] = now, now_before
+            self._settled.discard(tier)
+            self._began[tier] = now, of_before
             return
-        began, load_before = self._began.setdefault(tier, (now, now_before))
-        if tier in self._worth or now - began < SETTLED_S:
+        began, at_first = self._began.setdefault(tier, (now, of_before))
+        if tier in self._settled or now - began < SETTLED_S:
             return
         if load:
-            self._worth[tier] = max(1.0, (load_before - now_before) / load)
+            worth = max(1.0, (at_first.load - of_before.load) / load)
+            if at_first.load >= FULL * at_first.replicas:
+                worth = max(worth, self._worth.get(tier, 1.0))
+            self._worth[tier] = worth
+            self._settled.add(tier)
         else:  # it has taken nothing yet
-            self._began[tier] = now, now_before
+            self._began[tier] = now, of_before
 
     def lacks(self, tier: Tier, delay_s: float, now: float) -> bool:
         """Whether a tier has needed more than it may have for so long."""
@@ -77,7 +85,7 @@ class TierLoads:
         of_tier = self._tiers.get(tier)
         if of_tier is None or of_tier.lacks_since is not None:
             return False
-        if load and after not in self._worth:
+        if load and after not in self._settled:
             return False
         return of_tier.load + self._worth.get(after, 1.0) * load <= most * of_tier.replicas
 

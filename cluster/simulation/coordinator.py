@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Protocol
@@ -18,9 +17,9 @@ from cluster.errors import CoordinatorLost, DeadlineExceeded, ExpertUnavailable,
 from cluster.fairness import is_refused
 from cluster.messages import Key, Request, TokenChunk, TokenStream
 from cluster.simulation.lanes import Lane, LaneAttempt, LaneCarrier, Lanes, Rows
-from cluster.simulation.network import Network
-from cluster.simulation.processes import Process
 from cluster.simulation.shards import Shard
+from cluster.simulation.world.network import Network
+from cluster.simulation.world.processes import Process
 from cluster.telemetry.metrics import DispatchCounts
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import Deliveries, Delivery
@@ -85,6 +84,25 @@ class EngineObserver(Protocol):
     def stepped(self, coordinator: Coordinator) -> None:
         """A step is booked."""
 
+    def suspected(self, coordinator: Coordinator, replica: Replica, epoch: int) -> None:
+        """A replica is, for what failed at a choice of that epoch."""
+
+
+class _Table(RoutingTable):
+    """Tells of replicas that become suspected."""
+
+    def __init__(self, on_suspected: Callable[[Replica, int], object]) -> None:
+        super().__init__()
+        self._on_suspected = on_suspected
+
+    def suspect(self, deployment: Deployment, replica_id: str, epoch: int) -> None:
+        before = self.epoch
+        super().suspect(deployment, replica_id, epoch)
+        if self.epoch != before:
+            for replica in self.replicas(deployment):
+                if replica.replica_id == replica_id:
+                    self._on_suspected(replica, epoch)
+
 
 class Coordinator:
     """One replica."""
@@ -102,7 +120,7 @@ class Coordinator:
         """`popularity` [groups]: the part of the rows that each gets."""
         self.process = process
         self.costs = costs
-        self.table = RoutingTable()
+        self.table = _Table(lambda replica, epoch: observer.suspected(self, replica, epoch))
         self.counts = {group: DispatchCounts() for group in deployments}
         self.lanes = Lanes(process, self.table, network, shard_of, self._wake)
         self.routes: LaneRoutes[Lane] = LaneRoutes(deployments, self.table, self.lanes, costs.expert_timeout_s, None)
@@ -170,12 +188,9 @@ class Coordinator:
                 del self._waiting[request.key]
                 self._command(lambda: self._abort(request.key))
 
-    async def token_stream(self, stream: TokenStream) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
-        if stream.coordinator != self.process.name:
-            raise CoordinatorLost("Serve has sent this to another coordinator")
-        async with aclosing(self.outboxes.of(stream.gateway).items()) as items:
-            async for item in items:
-                yield item
+    def token_stream(self, stream: TokenStream) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
+        assert stream.coordinator == self.process.name, "nothing sends it elsewhere here"
+        return self.outboxes.of(stream.gateway).items()
 
     def used_fraction(self) -> float:
         blocks = self.scheduler.block_manager
@@ -434,7 +449,7 @@ class Coordinator:
 
 def received(request: Request, sent_from: Process, here: Process) -> Request:
     """As it is unpickled: its deadline by the clock of this process."""
-    if request.deadline.at == float("inf"):
+    if request.deadline.at == float("inf") or sent_from.clock_offset_s == here.clock_offset_s:
         return request
     remaining_s = request.deadline.at - sent_from.clock()
     return replace(request, deadline=Deadline(here.clock() + remaining_s))

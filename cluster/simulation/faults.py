@@ -1,4 +1,4 @@
-"""What can go wrong, when, and to whom. Knows processes and nodes; a fault that would leave nobody may be left out.
+"""What can go wrong, when, and to whom. Knows processes, nodes and racks; a fault that leaves nobody may be left out.
 
 A fault names its victim by a number, which stands for one of those that there are when it comes. So it means something
 in every run, whichever other faults are left out.
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar, get_args
 
-from cluster.simulation.members import ExpertReplica, Fleet
-from cluster.simulation.processes import Process
+from cluster.simulation.members import HEAD, ExpertReplica, Fleet, rack_of
+from cluster.simulation.world.processes import Process
 
 Kind = Literal[
     "kill shard",
@@ -34,11 +34,18 @@ Kind = Literal[
     "delay packets",
     "answers not finite",
     "maths raises",
+    "kill rack",
+    "cut off rack",
+    "cut the lanes",
+    "late updates",
+    "late calls",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-WEIGHTS = (8, 4, 5, 1, 2, 2, 4, 3, 1, 4, 2, 2, 2, 3, 3, 2, 2, 4, 1)
+WEIGHTS = dict(zip(KINDS, (8, 4, 5, 1, 2, 2, 4, 3, 1, 4, 2, 2, 2, 3, 3, 2, 2, 4, 1, 1, 1, 3, 2, 2), strict=True))
+LATER_KINDS = KINDS[KINDS.index("kill rack") :]  # drawn by themselves: a seed that has found something stays what it is
+FIRST_KINDS = KINDS[: -len(LATER_KINDS)]
 
-
+MOST_LATE_S = 8.0  # that an update of Serve's is; less than what whoever comes back is given
 MUCH_SLOWER = 3.0  # times as long as usual: no replica that anybody could count on
 
 _T = TypeVar("_T")
@@ -58,14 +65,13 @@ class Fault:
         return f"{self.at:12.6f}  {self.kind}, number {self.victim}, for {self.seconds:.1f} s, {self.amount:.2f} bad"
 
 
-def draw(chance: Random, number: int, until: float, kinds: Iterable[Kind] = KINDS) -> list[Fault]:
+def draw(chance: Random, number: int, until: float, kinds: Sequence[Kind] = FIRST_KINDS) -> list[Fault]:
     """So many faults, in the order in which they come."""
-    some = tuple(kinds)
-    weights = [WEIGHTS[KINDS.index(kind)] for kind in some]
+    weights = [WEIGHTS[kind] for kind in kinds]
     faults = [
         Fault(
             at=round(chance.uniform(2.0, until), 3),
-            kind=chance.choices(some, weights)[0],
+            kind=chance.choices(kinds, weights)[0],
             victim=chance.randrange(1000),
             seconds=round(chance.choice([0.3, 2.0, 8.0, 20.0, 50.0]) * chance.uniform(0.5, 1.5), 3),
             amount=round(chance.random(), 3),
@@ -163,14 +169,33 @@ class Faults:
         for connection in self._fleet.network.between(gateway, coordinator):
             connection.break_off()
 
-    # Nodes and the network
+    def _cut_the_lanes(self, fault: Fault) -> None:
+        """Those of a coordinator are reset: to one shard, or to all."""
+        coordinator, one = self._coordinator(fault), self._replica(fault)
+        if coordinator is None or one is None:
+            return
+        some = [one] if fault.amount < 0.5 else self._fleet.replicas.values()
+        shards = [each.shard.process for each in some if each.shard is not None]
+        self._note(fault, f"{coordinator} and {', '.join(map(str, shards))}")
+        for shard in shards:
+            for connection in self._fleet.network.between(coordinator, shard):
+                connection.break_off()
+
+    # Nodes, racks and the network
 
     def _kill_node(self, fault: Fault) -> None:
+        if (node := self._node(fault)) is not None and self._may(fault, nodes=[node]):
+            self._lose(node)
+
+    def _kill_rack(self, fault: Fault) -> None:
+        if (nodes := self._rack(fault)) and self._may(fault, nodes=nodes):
+            for node in nodes:
+                self._lose(node)
+
+    def _lose(self, node: str) -> None:
         fleet = self._fleet
-        if (node := self._node(fault)) is None or not self._may(fault, nodes=[node]):
-            return
         fleet.dead_nodes.add(node)
-        for other in [*fleet.nodes, "head"]:
+        for other in [*fleet.nodes, HEAD]:
             if other != node:
                 fleet.network.block(node, other)
                 fleet.network.block(other, node)
@@ -180,11 +205,16 @@ class Faults:
 
     def _cut_off_node(self, fault: Fault) -> None:
         if (node := self._node(fault)) is not None and self._may(fault, nodes=[node]):
-            self._cut_off(fault, node, inwards=True, outwards=True)
+            self._cut_off(fault, [node], inwards=True, outwards=True)
 
     def _cut_off_one_way(self, fault: Fault) -> None:
         if (node := self._node(fault)) is not None and self._may(fault, nodes=[node]):
-            self._cut_off(fault, node, inwards=fault.amount < 0.5, outwards=fault.amount >= 0.5)
+            self._cut_off(fault, [node], inwards=fault.amount < 0.5, outwards=fault.amount >= 0.5)
+
+    def _cut_off_rack(self, fault: Fault) -> None:
+        """Its nodes still reach each other."""
+        if (nodes := self._rack(fault)) and self._may(fault, nodes=nodes):
+            self._cut_off(fault, nodes, inwards=True, outwards=True)
 
     def _lose_packets(self, fault: Fault) -> None:
         if (node := self._node(fault)) is None:
@@ -194,21 +224,36 @@ class Faults:
             return
         self._note(fault, node)
         network.loss[node] = loss
-        self._until(fault, lambda: network.loss.pop(node, None), ill=node if loss > 0.1 else None)
+        self._until(fault, lambda: network.loss.pop(node, None), ill=[node] if loss > 0.1 else [])
 
     def _delay_packets(self, fault: Fault) -> None:
         if (node := self._node(fault)) is None or not self._may(fault, nodes=[node]):
             return
         network = self._fleet.network
         network.extra_s[node] = fault.amount
-        self._until(fault, lambda: network.extra_s.pop(node, None), ill=node)
+        self._until(fault, lambda: network.extra_s.pop(node, None), ill=[node])
 
-    def _cut_off(self, fault: Fault, node: str, *, inwards: bool, outwards: bool) -> None:
+    def _late_updates(self, fault: Fault) -> None:
+        """Serve's controller is slow: routers hear late of who came and who left."""
+        fleet, late_s = self._fleet, MOST_LATE_S * fault.amount
+        self._note(fault, f"{late_s:.1f} s")
+        fleet.updates_late_s += late_s
+        self._until(fault, lambda: setattr(fleet, "updates_late_s", max(0.0, fleet.updates_late_s - late_s)))
+
+    def _late_calls(self, fault: Fault) -> None:
+        """Calls of actors overtake each other."""
+        network, late_s = self._fleet.network, fault.amount
+        self._note(fault, f"{late_s:.1f} s")
+        network.calls_late_s += late_s
+        self._until(fault, lambda: setattr(network, "calls_late_s", max(0.0, network.calls_late_s - late_s)))
+
+    def _cut_off(self, fault: Fault, nodes: Sequence[str], *, inwards: bool, outwards: bool) -> None:
         network = self._fleet.network
         ways = [
             way
-            for other in [*self._fleet.nodes, "head"]
-            if other != node
+            for node in nodes
+            for other in [*self._fleet.nodes, HEAD]
+            if other not in nodes
             for way in ([(other, node)] if inwards else []) + ([(node, other)] if outwards else [])
         ]
         for way in ways:
@@ -218,7 +263,7 @@ class Faults:
             for way in ways:
                 network.unblock(*way)
 
-        self._until(fault, end, ill=node)
+        self._until(fault, end, ill=nodes)
 
     # Whom
 
@@ -238,6 +283,15 @@ class Faults:
             [node for node in self._fleet.nodes if node not in self._fleet.dead_nodes and node not in gateways],
             fault.victim,
         )
+
+    def _rack(self, fault: Fault) -> list[str]:
+        """The nodes of the rack of one; none where one of them is not to be hit."""
+        node, fleet = self._node(fault), self._fleet
+        if node is None:
+            return []
+        nodes = [each for each in fleet.nodes if each not in fleet.dead_nodes and rack_of(each) == rack_of(node)]
+        gateways = {g.process.node for g in fleet.gateways.values()} if self._gently else set()
+        return [] if gateways & set(nodes) else nodes
 
     def _on(self, node: str) -> list[Process]:
         fleet = self._fleet
@@ -300,16 +354,16 @@ class Faults:
 
         self._until(fault, end)
 
-    def _until(self, fault: Fault, end: Callable[[], object], ill: str | None = None) -> None:
-        """Have it end, and whoever is well again be seen to be."""
+    def _until(self, fault: Fault, end: Callable[[], object], ill: Sequence[str] = ()) -> None:
+        """Have it end, and whoever is well again be seen to be. `ill`: nodes that are not, until then."""
         fleet = self._fleet
-        if ill is not None:
-            fleet.set_ill(ill, True)
+        for node in ill:
+            fleet.set_ill(node, True)
 
         def over() -> None:
             end()
-            if ill is not None:
-                fleet.set_ill(ill, False)
+            for node in ill:
+                fleet.set_ill(node, False)
             fleet.note_change()
 
         fleet.note_change()

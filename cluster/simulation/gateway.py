@@ -7,18 +7,19 @@ with an answer, with the loss of the coordinator as soon as Ray notices it, or w
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from cluster.deadline import Deadline
 from cluster.errors import CoordinatorLost, MantaError
 from cluster.messages import Request, SamplingParams, TokenChunk, TokenStream
 from cluster.simulation.coordinator import Coordinator, received
-from cluster.simulation.network import Connection, Network
-from cluster.simulation.processes import Process
+from cluster.simulation.world.network import Connection, Network
+from cluster.simulation.world.processes import Process
 from gateway.coordinators import resumption
 from gateway.coordinators.choice import prefix_of, ranked
 from gateway.coordinators.client import StreamingClient
@@ -89,7 +90,7 @@ class Gateway:
         request = Request(
             arrival.name,
             tuple((arrival.prefix if i < 32 else hash_of(arrival.name)) + i for i in range(arrival.prompt_tokens)),
-            SamplingParams(arrival.output_tokens),
+            _sampling(arrival.output_tokens),
             seed=hash_of(arrival.name),
             deadline=Deadline(self.process.clock() + arrival.timeout_s),
             cache_salt=arrival.tenant,
@@ -129,6 +130,8 @@ class Client(StreamingClient):
         self._notice_s = notice_s
         self._coordinators = coordinators
         self._ongoing: Counter[str] = Counter()
+        self._listed: frozenset[str] = frozenset()
+        self._sorted: list[str] = []
         self._died: set[str] = set()  # Serve's router drops a replica whose actor it was told has died
         self._chance = gateway.process.queue.chance(f"{gateway.process.name}/router")
         self.num_calls = 0
@@ -151,9 +154,11 @@ class Client(StreamingClient):
         process, table, request = self._gateway.process, self._gateway.table, call.request
         while True:
             await asyncio.sleep(0)
-            known = sorted(table.coordinators(APPLICATION))
-            self._died &= set(known)
-            known = [name for name in known if name not in self._died]
+            listed = table.coordinators(APPLICATION)
+            if listed is not self._listed:
+                self._listed, self._sorted = listed, sorted(listed)
+                self._died &= listed
+            known = [name for name in self._sorted if name not in self._died] if self._died else self._sorted
             if known:
                 break
             await asyncio.sleep(ROUTER_PAUSE_S)
@@ -271,17 +276,23 @@ class _Stream:
         self.asked = asked
         self.connection: Connection | None = None
         self._client = client
-        self._items: asyncio.Queue[tuple[TokenChunk, ...] | None] = asyncio.Queue()
+        self._items: deque[tuple[TokenChunk, ...] | None] = deque()
+        self._arrived: asyncio.Future[None] | None = None
         client.read(self)
 
     def put(self, item: tuple[TokenChunk, ...] | None) -> None:
-        self._items.put_nowait(item)
+        self._items.append(item)
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[tuple[TokenChunk, ...]]:
         return self
 
     async def __anext__(self) -> tuple[TokenChunk, ...]:
-        item = await self._items.get()
+        if not self._items:
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        item = self._items.popleft()
         if item is None:
             raise StopAsyncIteration
         return item
@@ -289,6 +300,11 @@ class _Stream:
     def cancel(self) -> None:
         if self.connection is not None:
             self._client.hang_up(self.connection)
+
+
+@cache
+def _sampling(num_tokens: int) -> SamplingParams:
+    return SamplingParams(num_tokens)
 
 
 def hash_of(name: str) -> int:

@@ -8,7 +8,7 @@ When all is over nobody holds anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import DeadlineExceeded, MantaError, Overloaded
@@ -17,9 +17,10 @@ from cluster.simulation.coordinator import Coordinator, token_of
 from cluster.simulation.gateway import Arrival
 from cluster.simulation.lanes import MOST_DIALS, LaneAttempt, Rows
 from cluster.simulation.members import RECOVERY_S, Fleet
-from cluster.simulation.serve import Scaling
+from cluster.simulation.scaling import Averages, Scaling
 from experts_service.delivery.delivery import ANSWERED, Delivery
 from experts_service.delivery.replica_load import BUDGET, BURST, OVERDUE_S
+from experts_service.routing_table import Replica
 
 LATE_S = 0.2  # that something may come after its deadline: what a step under way takes
 STORM_S = 30.0  # after a mass death, in which what is asked again is counted
@@ -35,15 +36,12 @@ class Violation(AssertionError):
 
 @dataclass(slots=True)
 class Client:
-    """One request, and what came of it."""
+    """One request that has not ended."""
 
     arrival: Arrival
     request: Request
     began: float
     tokens: list[int] = field(default_factory=list)
-    is_over: bool = False
-    error: MantaError | None = None
-    finished: float = 0.0
 
 
 @dataclass(slots=True)
@@ -63,12 +61,10 @@ class Invariants:
     fleet: Fleet
 
     def __init__(self) -> None:
-        self.clients: dict[str, Client] = {}
+        self.clients: dict[str, Client] = {}  # by name, until it has its answer
+        self.num_requests = self.num_failed = 0
         self.asked: dict[str, Asked] = {}
         self.num_attempts = self.num_answers = self.num_hedges = self.num_tokens = 0
-        self.first_tokens_s: list[float] = []
-        self.gaps_s: list[float] = []
-        self._last_token_at: dict[str, float] = {}
         self._failed: dict[tuple[str, str], tuple[float, int]] = {}  # coordinator, replica → when last, and its epoch
         self._busy_since: dict[str, float] = {}
         self._loads_at: dict[str, float] = {}  # of each deployment, when it last went down
@@ -81,38 +77,35 @@ class Invariants:
     # Clients
 
     def began(self, arrival: Arrival, request: Request) -> None:
+        self.num_requests += 1
         self.clients[arrival.name] = Client(arrival, request, self._now)
-        self._last_token_at[arrival.name] = self._now
 
     def received(self, name: str, chunk: TokenChunk) -> None:
-        client = self.clients[name]
-        self._require(not client.is_over, f"{name} got tokens after its end")
+        client = self.clients.get(name)
+        if client is None:
+            raise Violation(f"{name} got tokens after its end")
         tokens, request = client.tokens, client.request
-        self._require(
-            chunk.first_position == len(tokens),
-            f"{name} has {len(tokens)} tokens and got those from {chunk.first_position} on",
-        )
-        if chunk.token_ids:
-            waited_s = self._now - self._last_token_at[name]
-            (self.gaps_s if tokens else self.first_tokens_s).append(waited_s)
-            self._last_token_at[name] = self._now
+        if chunk.first_position != len(tokens):
+            raise Violation(f"{name} has {len(tokens)} tokens and got those from {chunk.first_position} on")
         for token in chunk.token_ids:
             last = tokens[-1] if tokens else request.prompt_token_ids[-1]
-            self._require(token == token_of(request, len(tokens), last), f"token {len(tokens)} of {name} is another")
+            if token != token_of(request, len(tokens), last):
+                raise Violation(f"token {len(tokens)} of {name} is another")
             tokens.append(token)
         self.num_tokens += len(chunk.token_ids)
-        if chunk.finish_reason is not None:
-            self._require(
-                len(tokens) == request.sampling.max_tokens, f"{name} ended with {len(tokens)} tokens: too few, or many"
-            )
+        if chunk.finish_reason is not None and len(tokens) != request.sampling.max_tokens:
+            raise Violation(f"{name} ended with {len(tokens)} tokens: too few, or many")
 
     def ended(self, name: str, error: MantaError | None) -> None:
-        client = self.clients[name]
-        self._require(not client.is_over, f"{name} ended twice")
-        client.is_over, client.error, client.finished = True, error, self._now
+        client = self.clients.pop(name, None)
+        if client is None:
+            raise Violation(f"{name} ended twice")
+        self.fleet.clients_of.pop(name, None)
+        self.num_failed += error is not None
         if error is None:
             wanted = client.request.sampling.max_tokens
-            self._require(len(client.tokens) == wanted, f"{name} ended with {len(client.tokens)} of {wanted} tokens")
+            if len(client.tokens) != wanted:
+                raise Violation(f"{name} ended with {len(client.tokens)} of {wanted} tokens")
         elif not isinstance(error, Overloaded) or client.tokens:
             could = self.fleet.was_served(since=client.began - RECOVERY_S)
             within = isinstance(error, DeadlineExceeded)
@@ -164,28 +157,33 @@ class Invariants:
             )
 
     def accepted(self, coordinator: Coordinator, attempt: LaneAttempt) -> None:
-        self._require(attempt.state is ANSWERED, "an answer that has not come was taken")
-        self._require(attempt.tag == attempt.rows.tag, f"the answer to {attempt.tag} was taken for {attempt.rows.tag}")
+        if attempt.state is not ANSWERED:
+            raise Violation("an answer that has not come was taken")
+        if attempt.tag != attempt.rows.tag:
+            raise Violation(f"the answer to {attempt.tag} was taken for {attempt.rows.tag}")
         asked = self._of(coordinator)
         asked.answered += 1
         self.num_answers += 1
 
     def delivered(self, coordinator: Coordinator, delivery: Delivery[Rows, LaneAttempt], now: float) -> None:
-        self._require(
-            (delivery.answer is not None) != delivery.is_hopeless, "a delivery is over, and has no end or two"
-        )
-        self._require(not delivery.live, "a delivery is over, and an attempt of it is posted")
-        if coordinator.process.queue.now - self.fleet.stopped_at.get(coordinator.process, -1.0) > LATE_S:
+        if (delivery.answer is None) != delivery.is_hopeless:
+            raise Violation("a delivery is over, and has no end or two")
+        if delivery.live:
+            raise Violation("a delivery is over, and an attempt of it is posted")
+        if now > delivery.deadline + LATE_S:
+            stopped_at = self.fleet.stopped_at.get(coordinator.process, -1.0)
             self._require(
-                now <= delivery.deadline + LATE_S, f"a delivery ended {now - delivery.deadline:.2f} s past its deadline"
+                self._now - stopped_at <= LATE_S, f"a delivery ended {now - delivery.deadline:.2f} s past its deadline"
             )
 
     def combined(self, deliveries: Sequence[Delivery[Rows, LaneAttempt]]) -> None:
         """All rows of a layer are there."""
         for delivery in deliveries:
-            self._require(delivery.answer is not None, "rows without an answer were combined")
-            assert delivery.answer is not None
-            self._require(delivery.answer.tag == delivery.answer.rows.tag, "rows were combined with others' answers")
+            answer = delivery.answer
+            if answer is None:
+                raise Violation("rows without an answer were combined")
+            if answer.tag != answer.rows.tag:
+                raise Violation("rows were combined with others' answers")
 
     def stepped(self, coordinator: Coordinator) -> None:
         try:
@@ -194,9 +192,16 @@ class Invariants:
         except AssertionError as error:
             raise Violation(f"{coordinator.process}: {error}") from error
 
-    def scaled(self, name: str, scaling: Scaling, wanted: int, loads: Mapping[str, tuple[float, ...]]) -> None:
+    def suspected(self, coordinator: Coordinator, replica: Replica, epoch: int) -> None:
+        """Bad news of an earlier connection says nothing about this one."""
+        self._require(
+            replica.epoch <= epoch,
+            f"{coordinator.process} suspects {replica.replica_id}, which was connected or trusted after what failed",
+        )
+
+    def scaled(self, scaling: Scaling, wanted: int, loads: Averages) -> None:
         """Serve follows a policy's word. Up again soon after down, though there is no more to do, is to and fro."""
-        before, target = scaling.target, scaling.policy._target_load
+        name, before, target = scaling.name, scaling.target, scaling.target_load
         total = sum(load for load, _ in loads.values())
         if wanted < before:
             self._require(
@@ -206,7 +211,7 @@ class Invariants:
             self._loads_at[name] = total
             return
         changed_at, way = scaling.changed
-        waits = sum(waiting for _, waiting in loads.values()) > scaling.policy._max_waiting * len(loads)
+        waits = sum(waiting for _, waiting in loads.values()) > scaling.max_waiting * len(loads)
         if way < 0 and not waits and self._now - changed_at < scaling.bounds.downscale_delay_s:
             self._require(
                 total > 1.25 * self._loads_at[name],
@@ -214,11 +219,12 @@ class Invariants:
                 f"{total:.2f} after {self._loads_at[name]:.2f}",
             )
 
-    def loaded(self, name: str, scaling: Scaling, loads: Mapping[str, tuple[float, ...]]) -> None:
+    def loaded(self, scaling: Scaling, loads: Averages) -> None:
         """Every second: whoever has clearly too much to do for long gets help."""
+        name = scaling.name
         total = sum(load for load, _ in loads.values())
         few = scaling.target < scaling.bounds.max_replicas
-        if not few or total <= 1.2 * scaling.policy._target_load * scaling.target:
+        if not few or total <= 1.2 * scaling.target_load * scaling.target:
             self._busy_since.pop(name, None)
             return
         seconds = self._now - self._busy_since.setdefault(name, self._now)
@@ -239,7 +245,8 @@ class Invariants:
         """What can be seen at any moment."""
         if self._storm is not None:
             self._check_storm()
-        self.fleet.note_service()
+        if self.fleet.has_news:
+            self.fleet.note_service()
 
     def check_dials(self) -> None:
         """Now and then: nobody dials all the time."""
@@ -254,7 +261,7 @@ class Invariants:
     def check_requests(self) -> None:
         """Now and then: whoever is past the deadline has been told."""
         for name, client in self.clients.items():
-            if not client.is_over and self.fleet.lives_with(name):
+            if self.fleet.lives_with(name):
                 late_s = self._now - client.began - client.arrival.timeout_s
                 self._require(late_s < 1.0, f"{name} is past its deadline by {late_s:.1f} s, and has not been told")
 
@@ -278,8 +285,8 @@ class Invariants:
         """Everybody has left: nobody holds anything."""
         fleet = self.fleet
         self.check_requests()
-        for name, client in self.clients.items():
-            self._require(client.is_over or not fleet.lives_with(name), f"{name} has no end")
+        for name in self.clients:
+            self._require(not fleet.lives_with(name), f"{name} has no end")
         for coordinator in fleet.coordinators.values():
             whose = coordinator.process
             self._require(coordinator.is_idle, f"{whose} still works, and nobody waits")

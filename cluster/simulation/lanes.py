@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from cluster.simulation.events import Event
-from cluster.simulation.network import Connection, Network
-from cluster.simulation.processes import Process
 from cluster.simulation.shards import Frame, Shard
+from cluster.simulation.world.events import Event
+from cluster.simulation.world.network import Connection, Network
+from cluster.simulation.world.processes import Process
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import ANSWERED, CANCELLED, POSTED, Attempt
 from experts_service.routing_table import Deployment, Replica, RoutingTable
@@ -25,8 +24,7 @@ ASK_S = 0.003  # an actor's call
 MOST_DIALS = 60  # that are remembered of one replica
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """What one delivery carries."""
 
     tag: tuple[str, int, int, int]  # coordinator, step, layer, group

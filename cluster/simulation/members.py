@@ -15,15 +15,21 @@ from typing import Protocol
 from cluster.config import CoordinatorScalingConfig, ScalingConfig
 from cluster.expert_deployments import expert_deployment_name
 from cluster.simulation.coordinator import Coordinator, EngineCosts, EngineObserver
-from cluster.simulation.events import EventQueue
 from cluster.simulation.gateway import APPLICATION, Arrival, ClientObserver, Gateway
-from cluster.simulation.network import Network
-from cluster.simulation.processes import Process
 from cluster.simulation.shards import Shard, ShardCosts
+from cluster.simulation.world.events import EventQueue
+from cluster.simulation.world.network import Network
+from cluster.simulation.world.processes import Process
 from experts_service.routing_table import Deployment, Replica
 
 RECOVERY_S = 12.0  # after which a fault is over for whoever it hit: the longest pause between two dials, and a probe
 HEAD = "head"
+RACKS = 3
+
+
+def rack_of(node: str) -> int:
+    """Every third node is in the same one."""
+    return int(node.removeprefix("node")) % RACKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ class Fleet:
         self.stragglers: set[Process] = set()  # much slower than others
         self.controller = Process(queue, "controller", HEAD)
         self.stopped_at: dict[Process, float] = {}  # when a process went on again
+        self.updates_late_s = 0.0  # what Serve's controller tells routers
         self.is_dirty = True
         self.clients_of: dict[str, str] = {}  # request → its gateway
         self._coordinator_well: dict[str, float | None] = {}
@@ -181,8 +188,13 @@ class Fleet:
         gateway = self.gateways.get(self.clients_of.get(request, ""))
         return gateway is not None and gateway.process.runs
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `note_service` has something to note."""
+        return self.is_dirty or not self._is_served or self.queue.now >= self._recovered_at
+
     def note_service(self) -> None:
-        """At every event."""
+        """At every event that leaves news."""
         now = self.queue.now
         if not self.is_dirty and now < self._recovered_at:
             if not self._is_served:

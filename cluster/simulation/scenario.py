@@ -9,13 +9,13 @@ from zlib import crc32
 
 from cluster.config import CoordinatorScalingConfig, ScalingConfig
 from cluster.simulation.coordinator import EngineCosts
-from cluster.simulation.events import Event, EventQueue
-from cluster.simulation.faults import Fault, Faults, draw
+from cluster.simulation.faults import LATER_KINDS, Fault, Faults, draw
 from cluster.simulation.gateway import Arrival
 from cluster.simulation.invariants import Invariants, Violation
 from cluster.simulation.members import Fleet, FleetSpec
 from cluster.simulation.serve import Serve
 from cluster.simulation.shards import ShardCosts
+from cluster.simulation.world.events import Event, EventQueue
 
 LAST_EVENTS = 40
 SETTLE_S = 60.0  # after the last request, so that everybody is well again
@@ -107,11 +107,14 @@ def scenario(seed: int) -> Scenario:
         )
         for index in range(number)
     )
+    faults = draw(chance, chance.choice([0, 2, 4] if scales else [2, 5, 9, 14]), until)
+    later = EventQueue(seed).chance("later faults")
+    faults += draw(later, later.choice([0, 0, 1, 3]), until, LATER_KINDS)
     return Scenario(
         seed,
         spec,
         tuple(sorted(arrivals, key=lambda one: one.at)),
-        tuple(draw(chance, chance.choice([0, 2, 4] if scales else [2, 5, 9, 14]), until)),
+        tuple(sorted(faults, key=lambda one: one.at)),
         kind != "harsh",
         until,
     )
@@ -120,12 +123,12 @@ def scenario(seed: int) -> Scenario:
 class Run:
     """A scenario as it happens."""
 
-    def __init__(self, given: Scenario, *, watched: bool = True) -> None:
+    def __init__(self, given: Scenario, *, watched: bool = True, invariants: Invariants | None = None) -> None:
         """`watched`: events are digested and the last ones remembered, for a tenth of the time."""
         self.given = given
         self._watched = watched
         self.queue = EventQueue(given.seed)
-        self.invariants = Invariants()
+        self.invariants = invariants or Invariants()
         self.fleet = self.invariants.fleet = Fleet(self.queue, given.spec, self.invariants)
         self.serve = Serve(self.fleet, self.invariants.scaled, self.invariants.loaded)
         self.faults = Faults(self.fleet, self.invariants.died_in_masses, gently=given.gently)
@@ -148,8 +151,8 @@ class Run:
             self.queue.now,
             self.queue.num_events,
             self.digest,
-            num_requests=len(invariants.clients),
-            num_failed=sum(client.error is not None for client in invariants.clients.values()),
+            num_requests=invariants.num_requests,
+            num_failed=invariants.num_failed,
             num_tokens=invariants.num_tokens,
             num_attempts=invariants.num_attempts,
             num_answers=invariants.num_answers,
@@ -164,12 +167,14 @@ class Run:
         if self._watched:
             queue.watch = self._see
         self.serve.start()
-        for arrival in given.arrivals:
-            queue.at(arrival.at, self.fleet.send_arrival, arrival)
+        coming = deque(given.arrivals)
         for fault in given.faults:
             queue.at(fault.at, self.faults.happen, fault)
         while queue.now < given.until:
-            queue.run(min(given.until, queue.now + 5.0), invariants.check)
+            until = min(given.until, queue.now + 5.0)
+            while coming and coming[0].at <= until:
+                queue.at(coming[0].at, self.fleet.send_arrival, coming.popleft())
+            queue.run(until, invariants.check)
             invariants.check_dials()
         invariants.check_requests()
         most_s = max((one.timeout_s for one in given.arrivals), default=0.0)
@@ -182,7 +187,7 @@ class Run:
         invariants.check_end()
 
     def _is_quiet(self) -> bool:
-        return all(one.is_over or not self.fleet.lives_with(n) for n, one in self.invariants.clients.items())
+        return not any(self.fleet.lives_with(name) for name in self.invariants.clients)
 
     def _see(self, event: Event) -> None:
         what = described(event)
@@ -208,10 +213,7 @@ class Run:
 def described(event: Event) -> str:
     """Whose event it is, and what happens, in the same words in every run."""
     action, arguments = event.action, event.arguments
-    whose = ""
-    owner = getattr(action, "__self__", None)
-    if arguments and getattr(action, "__name__", "") == "do" and hasattr(owner, "slowness"):
-        whose, action, arguments = f"{owner}: ", arguments[0], arguments[1:]
+    whose = "" if event.owner is None else f"{event.owner}: "
     if arguments and hasattr(arguments[0], "_callback"):
         action = arguments[0]._callback or action
     name = getattr(action, "__qualname__", None) or type(action).__name__

@@ -8,17 +8,17 @@ its health is asked for every second, a silent one after three questions of ten 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from cluster.config import CoordinatorScalingConfig, ReplicaBounds
 from cluster.expert_deployments import expert_deployment_name
-from cluster.planning.scaling_policy import LOAD, LOOK_BACK_S, REPORT_INTERVAL_S, WAITING, ScalingPolicy
+from cluster.planning.scaling_policy import LOOK_BACK_S, REPORT_INTERVAL_S
 from cluster.simulation.coordinator import Coordinator
 from cluster.simulation.gateway import APPLICATION, Gateway
 from cluster.simulation.members import ExpertReplica, Fleet
-from cluster.simulation.processes import Process
+from cluster.simulation.scaling import Averages, Scaling
 from cluster.simulation.shards import Shard
+from cluster.simulation.world.network import Connection
+from cluster.simulation.world.processes import Process
 from experts_service.routing_table import Replica
 
 NOTICE_S = (0.5, 2.0)  # until a dead actor is noticed,
@@ -33,41 +33,16 @@ COORDINATOR_LOAD_S = 3.0
 CALL_FAILS_S = 0.018  # of an actor that has died
 
 
-@dataclass(slots=True)
-class Scaling:
-    """One deployment's numbers, and Serve's memory of a decision."""
-
-    bounds: ReplicaBounds
-    policy: ScalingPolicy
-    target: int
-    wants_since: float | None = None
-    wants_more: bool = False
-    changed: tuple[float, int] = (float("-inf"), 0)  # when it last changed, and whether upwards
-
-
-OnLoad = Callable[[str, Scaling, Mapping[str, tuple[float, ...]]], object]
-OnScaled = Callable[[str, Scaling, int, Mapping[str, tuple[float, ...]]], object]
-
-
-@dataclass(slots=True)
-class PolicyContext:
-    """What a policy sees of Serve, also of a fleet over hours."""
-
-    app_name: str | None
-    deployment_name: str
-    current_num_replicas: int
-    capacity_adjusted_max_replicas: int
-    aggregated_metrics: Mapping[str, Mapping[Any, float]] | None
-    current_time: float | None
-    config: Any
+OnLoad = Callable[[Scaling, Averages], object]
+OnScaled = Callable[[Scaling, int, Averages], object]
 
 
 class Serve:
     """Keeps as many replicas of everything as there should be."""
 
     def __init__(self, fleet: Fleet, on_scaled: OnScaled = lambda *_: None, on_load: OnLoad = lambda *_: None) -> None:
-        """`on_scaled` is called before a deployment's number changes: with its name, what it was, the new number, and
-        the averages of load and waiting that each replica has reported. `on_load`: with those, every second.
+        """`on_scaled` is called before a deployment's number changes: with what it was, the new number, and the
+        averages of load and waiting that each replica has reported. `on_load`: with those, every second.
         """
         self.fleet = fleet
         self._on_load = on_load
@@ -75,22 +50,14 @@ class Serve:
         self.queue = fleet.queue
         self._chance = fleet.queue.chance("serve")
         spec = fleet.spec
-        self.experts = {
-            group: Scaling(
-                spec.experts,
-                ScalingPolicy(spec.experts.target_busy_fraction, spec.experts.max_queue_s),
-                spec.experts.min_replicas,
-            )
-            for group in fleet.deployments
-        }
-        scaling: CoordinatorScalingConfig = spec.coordinators
-        self.coordinators = Scaling(
-            scaling, ScalingPolicy(scaling.target_used_fraction, scaling.max_waiting), scaling.min_replicas
-        )
+        self.experts = {group: Scaling(APPLICATION, one.name, spec.experts) for group, one in fleet.deployments.items()}
+        self.coordinators = Scaling(APPLICATION, "coordinator", spec.coordinators)
         self.num_scaled = 0
         self._pending_nodes = 0
         self._coordinator_loads: dict[str, list[tuple[float, float]]] = {}
         self._silent_since: dict[Process, float] = {}
+        self._ways: dict[Process, Connection] = {}  # to those who are told of changes,
+        self._told_at: dict[Process, float] = {}  # and when each was told last
 
     def start(self) -> None:
         """Everything is up at once."""
@@ -198,21 +165,26 @@ class Serve:
             if at_once:
                 coordinator.table.publish_tier(deployment, deployment.name, listed)
             else:
-                self.queue.after(
-                    self._between(PUBLISH_S),
-                    fleet.network.send,
-                    fleet.controller,
-                    coordinator.process,
-                    coordinator.table.publish_tier,
-                    deployment,
-                    deployment.name,
-                    listed,
-                )
+                self._tell(coordinator.process, coordinator.table.publish_tier, deployment, deployment.name, listed)
         fleet.note_change()
+
+    def _tell(self, router: Process, action: Callable[..., object], *arguments: Any) -> None:
+        """A router is told, one thing after the other: it asks for the next once it has heard of the last."""
+        fleet, now = self.fleet, self.queue.now
+        way = self._ways.get(router)
+        if way is None:
+            way = self._ways[router] = fleet.network.connect(fleet.controller, router)
+            router.on_death.append(lambda: self._ways.pop(router))
+        at = now + self._between(PUBLISH_S) + fleet.updates_late_s
+        at = self._told_at[router] = max(at, self._told_at.get(router, 0.0))
+        self.queue.at(at, way.send, fleet.controller, action, *arguments)
 
     def _take_away(self, group: int) -> None:
         """The newest replica leaves: coordinators first, then what is in flight, then it."""
-        one = [one for one in self.fleet.of_group(group) if one.supervisor.is_alive and not one.is_leaving][-1]
+        here = [one for one in self.fleet.of_group(group) if one.supervisor.is_alive and not one.is_leaving]
+        if not here:
+            return
+        one = here[-1]
         one.is_leaving = True
         self._publish(group)
         self.queue.after(self._between((1.0, LEAVING_S)), self._drain, one)
@@ -278,15 +250,7 @@ class Serve:
             if at_once:
                 gateway.process.do(gateway.table.publish, APPLICATION, listed)
             else:
-                self.queue.after(
-                    self._between(PUBLISH_S),
-                    fleet.network.send,
-                    fleet.controller,
-                    gateway.process,
-                    gateway.table.publish,
-                    APPLICATION,
-                    listed,
-                )
+                self._tell(gateway.process, gateway.table.publish, APPLICATION, listed)
         fleet.note_change()
 
     def _add_gateway(self, number: int) -> None:
@@ -320,12 +284,12 @@ class Serve:
     def _look(self) -> None:
         self.queue.after(REPORT_INTERVAL_S, self._look)
         self._look_for_silence()
-        for one in self.fleet.replicas.values():
-            self._note_load(one)
         for group, scaling in self.experts.items():
-            if scaling.bounds.max_replicas > scaling.bounds.min_replicas:
+            if not scaling.is_fixed:
+                for one in self.fleet.of_group(group):
+                    self._note_load(one)
                 self._scale_experts(group, scaling)
-        if self.coordinators.bounds.max_replicas > self.coordinators.bounds.min_replicas:
+        if not self.coordinators.is_fixed:
             self._scale_coordinators()
 
     def _look_for_silence(self) -> None:
@@ -335,9 +299,9 @@ class Serve:
         asked: list[Process] = [one.supervisor for one in fleet.replicas.values()]
         asked += [c.process for c in fleet.coordinators.values()]
         asked += [g.process for g in fleet.gateways.values()]
+        cut_off = {node for node in fleet.nodes if network.is_blocked(head, node) or network.is_blocked(node, head)}
         for process in asked:
-            cut_off = network.is_blocked(head, process.node) or network.is_blocked(process.node, head)
-            if process.is_alive and (process.is_stopped or cut_off):
+            if process.is_alive and (process.is_stopped or process.node in cut_off):
                 since = self._silent_since.setdefault(process, now)
                 if now - since >= SILENT_S:
                     process.die()
@@ -361,7 +325,7 @@ class Serve:
         ]  # fmt: skip
         loads = {one.replica.replica_id: one.loads for one in running if one.loads}
         before = scaling.target
-        self._decide(expert_deployment_name(group), scaling, len(running), loads)
+        self._decide(scaling, len(running), loads)
         for _ in range(before, scaling.target):
             self._add_replica(group)
         for _ in range(scaling.target, before):
@@ -376,7 +340,7 @@ class Serve:
             del recent[: -int(LOOK_BACK_S / REPORT_INTERVAL_S)]
         loads = {c.process.name: self._coordinator_loads[c.process.name] for c in running}
         before = self.coordinators.target
-        self._decide("coordinator", self.coordinators, len(running), loads)
+        self._decide(self.coordinators, len(running), loads)
         for _ in range(before, self.coordinators.target):
             self._add_coordinator()
         for _ in range(self.coordinators.target, before):
@@ -398,36 +362,14 @@ class Serve:
         coordinator.process.on_death = [coordinator.lanes.close]
         coordinator.process.die()
 
-    def _decide(
-        self, name: str, scaling: Scaling, current: int, loads: Mapping[str, list[tuple[float, float]]]
-    ) -> None:
-        """As Serve does: the policy's number counts once it has been on one side of the target for its delay."""
-        now, bounds = self.queue.now, scaling.bounds
+    def _decide(self, scaling: Scaling, current: int, loads: Mapping[str, list[tuple[float, float]]]) -> None:
         averages = {who: tuple(sum(one) / len(seen) for one in zip(*seen, strict=True)) for who, seen in loads.items()}
-        self._on_load(name, scaling, averages)
-        wanted, _ = scaling.policy(
-            PolicyContext(
-                APPLICATION, name, current, bounds.max_replicas,
-                {
-                    LOAD: {who: load for who, (load, _) in averages.items()},
-                    WAITING: {who: waiting for who, (_, waiting) in averages.items()},
-                },
-                now, bounds,
-            )
-        )  # fmt: skip
-        wanted = min(max(wanted, bounds.min_replicas), bounds.max_replicas)
-        if wanted == scaling.target or not current:
-            scaling.wants_since = None
-            return
-        more = wanted > scaling.target
-        if scaling.wants_since is None or scaling.wants_more != more:
-            scaling.wants_since, scaling.wants_more = now, more
-        if now - scaling.wants_since + 1e-6 >= (bounds.upscale_delay_s if more else bounds.downscale_delay_s):
-            scaling.wants_since = None
+        self._on_load(scaling, averages)
+        wanted = scaling.wanted(current, averages, self.queue.now)
+        if wanted != scaling.target:
             self.num_scaled += 1
-            self._on_scaled(name, scaling, wanted, averages)
-            scaling.changed = (now, 1 if more else -1)
-            scaling.target = wanted
+            self._on_scaled(scaling, wanted, averages)
+            scaling.change(wanted, self.queue.now)
 
     def _node_comes(self) -> None:
         self._pending_nodes -= 1

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.simulation.network import Connection
-from cluster.simulation.processes import Process
+from cluster.simulation.world.network import Connection
+from cluster.simulation.world.processes import Process
 
 MAX_MERGED_ROWS = 4096  # as `experts_service.shard.server` has it
 

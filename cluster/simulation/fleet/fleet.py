@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from cluster.config import CoordinatorScalingConfig, EngineConfig, ScalingConfig
 from cluster.planning.scaling_policy import REPORT_INTERVAL_S
 from cluster.planning.tier_loads import TierLoads
-from cluster.simulation.events import Event, EventQueue
 from cluster.simulation.fleet.coordinator import Coordinator, Sequence
 from cluster.simulation.fleet.deployment import Deployment
 from cluster.simulation.fleet.outcome import Outcome, Sample
 from cluster.simulation.fleet.popularity import Chances, Popularity
 from cluster.simulation.fleet.step_costs import Experts, SplitCosts, Stations, WholeCosts, Work, rounded
 from cluster.simulation.fleet.trace import Arrival
+from cluster.simulation.world.events import Event, EventQueue
 
 SAMPLE_S = 60.0  # of replicas over time
 MOST_CACHED = 50_000  # step times that are remembered
@@ -367,7 +367,6 @@ def serve(fleet: Fleet, arrivals: Sequences[Arrival], seed: int = 0) -> Outcome:
     if arrivals:
         run.queue.at(arrivals[0].at_s, run.arrive)
         run.queue.at(0.0, run.second)
-    while run.queue.step():
-        pass
+    run.queue.run()
     outcome.end(run.sequences)
     return outcome

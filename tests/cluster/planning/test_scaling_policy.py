@@ -150,6 +150,26 @@ def test_what_a_tier_takes_is_learned_while_it_has_several_replicas(monkeypatch)
     assert tiers.after(60, on_first=0.1, on_second=0.1) == (1, 0)
 
 
+def test_a_tier_that_had_more_to_do_than_it_could_takes_its_rows_back_too_early_once(monkeypatch):
+    """All of a GPU's time was 5 CPUs'; 3 were asked for, of which one that is busy says 1: each time anew."""
+    tiers = Tiers(monkeypatch)
+    tiers.running["expert-2"] = 1
+    tiers.after(20, on_first=1.0)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_second=0.6) == (1, 1)
+    assert tiers.after(60, on_second=0.3) == (1, 0), "0.6 seemed to be worth 1"
+    tiers.running["expert-2-tier1"] = 0
+    assert tiers.after(20, on_first=1.0) == (1, 1)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_second=0.3) == (1, 1), "0.3 has been worth more than 1"
+    assert tiers.after(60, on_second=0.1) == (1, 0)
+    tiers.running["expert-2-tier1"] = 0
+    tiers.after(20, on_first=1.0)
+    tiers.running["expert-2-tier1"] = 1
+    assert tiers.after(60, on_second=0.6) == (1, 1)
+    assert tiers.after(60, on_second=0.3) == (1, 1), "the same day again"
+
+
 def test_a_tier_that_begins_with_none_stands_in_for_one_that_has_lost_all(monkeypatch):
     tiers = Tiers(monkeypatch)
     tiers.running["expert-2"] = 1

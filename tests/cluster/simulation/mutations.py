@@ -13,6 +13,7 @@ from cluster.planning import scaling_policy
 from cluster.simulation import coordinator
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import Deliveries, Delivery
+from experts_service.routing_table import RoutingTable
 from gateway.coordinators import resumption
 from gateway.coordinators.token_inbox import TokenInbox
 from gateway.coordinators.token_streams import TokenStreams
@@ -48,6 +49,7 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation("a fence is dropped: old news of a new connection", RoutingTable, "suspect", "if not stale:", "if True:"),
     Mutation("a suspect is forgotten", Deliveries, "suspect", "self.table.suspect", "(lambda *_: None)"),
     Mutation("a hedge is not booked", Delivery, "_look_after", "shared.loads.hedged()", "pass"),
     Mutation("the deadline is late", Delivery, "step", "now >= self.deadline and", "now >= self.deadline + 1 and"),

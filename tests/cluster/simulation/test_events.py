@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cluster.simulation.events import EventQueue
+from cluster.simulation.world.events import EventQueue
 
 
 def test_events_happen_at_their_moments_and_those_of_one_moment_in_the_order_they_were_put_in() -> None:
@@ -52,7 +52,7 @@ def test_chance_depends_on_the_seed_and_the_name_and_on_no_other_draw() -> None:
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_chance_is_the_same_in_every_process(hash_seed: str) -> None:
-    program = "from cluster.simulation.events import EventQueue; print(EventQueue(7).chance('a').random())"
+    program = "from cluster.simulation.world.events import EventQueue; print(EventQueue(7).chance('a').random())"
     told = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed}
     )

@@ -10,7 +10,8 @@ from ray.serve.autoscaling_policy import _apply_delay_logic
 
 from cluster.config import ScalingConfig
 from cluster.planning.tier_loads import TierLoads
-from cluster.simulation.fleet.deployment import Delays, Deployment
+from cluster.simulation.fleet.deployment import Deployment
+from cluster.simulation.scaling import Delays
 
 
 @pytest.mark.parametrize("seed", range(20))

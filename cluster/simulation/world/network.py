@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cluster.simulation.events import EventQueue
-from cluster.simulation.processes import Process
+from cluster.simulation.world.events import EventQueue
+from cluster.simulation.world.processes import Process
 
 RESEND_S = 0.2  # TCP's first, doubled from then on
 
@@ -26,6 +26,8 @@ class Network:
         self.blocked: dict[tuple[str, str], int] = {}  # (from, to) → by how many faults
         self.loss: dict[str, float] = {}  # of a node's packets, in and out
         self.extra_s: dict[str, float] = {}  # by node
+        self.calls_late_s = 0.0  # at most, of messages by themselves
+        self._lateness = queue.chance("network/late")
         self._waiting: dict[tuple[str, str], list[Callable[[], None]]] = {}
         self._connections: dict[Process, dict[Connection, None]] = {}
 
@@ -62,7 +64,10 @@ class Network:
         if self.is_blocked(source.node, target.node):
             self._wait(source.node, target.node, lambda: self.send(source, target, action, *arguments))
         else:
-            target.after(self.delay_s(source.node, target.node), action, *arguments)
+            delay_s = self.delay_s(source.node, target.node)
+            if self.calls_late_s:
+                delay_s += self._lateness.uniform(0.0, self.calls_late_s)
+            target.after(delay_s, action, *arguments)
 
     def connect(self, one: Process, other: Process) -> Connection:
         connection = Connection(self, one, other)
@@ -119,7 +124,7 @@ class Connection:
             return
         at = target.queue.now + network.delay_s(source.node, target.node)
         at = self._arrives_at[target] = max(at, self._arrives_at[target])
-        target.queue.at(at, target.do, self._arrive, target, action, arguments)
+        target.queue.put(at, target, self._arrive, (target, action, arguments))
 
     def close(self, end: Process) -> None:
         """The other end learns of it behind what was sent. Idempotent."""
@@ -133,7 +138,7 @@ class Connection:
         """Both ends see it closed at once, and what was under way is lost."""
         for end in self.ends:
             if not self.closed[end]:
-                end.queue.at(end.queue.now, end.do, self._closed_by_peer, end)
+                end.queue.put(end.queue.now, end, self._closed_by_peer, (end,))
             self.closed[end] = True
 
     def _unstick(self, source: Process, target: Process) -> None:
@@ -145,7 +150,7 @@ class Connection:
         at = target.queue.now + RESEND_S * (1 + 4 * network._chance.random())
         at = self._arrives_at[target] = max(at, self._arrives_at[target])
         for action, arguments in self._stuck.pop(target):
-            target.queue.at(at, target.do, self._arrive, target, action, arguments)
+            target.queue.put(at, target, self._arrive, (target, action, arguments))
 
     def _arrive(self, target: Process, action: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         if not self.closed[target]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, cast
 
-from cluster.simulation.events import Event, EventQueue
+from cluster.simulation.world.events import Event, EventQueue
 
 
 class Process:
@@ -42,18 +42,21 @@ class Process:
 
     def at(self, moment: float, action: Callable[..., object], *arguments: Any) -> Event:
         """Have something happen in it at a moment of its own clock."""
-        return self.queue.at(moment - self.clock_offset_s, self.do, action, *arguments)
+        return self.queue.put(moment - self.clock_offset_s, self, action, arguments)
 
     def after(self, seconds: float, action: Callable[..., object], *arguments: Any) -> Event:
         """The same so many seconds from now."""
-        return self.queue.at(self.queue.now + seconds, self.do, action, *arguments)
+        return self.queue.put(self.queue.now + seconds, self, action, arguments)
 
     def do(self, action: Callable[..., object], *arguments: Any) -> None:
         """Now, or when it goes on."""
         if self.is_stopped:
-            self._put_off.append((action, arguments))
+            self.put_off(action, arguments)
         elif self.is_alive:
             action(*arguments)
+
+    def put_off(self, action: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        self._put_off.append((action, arguments))
 
     def stop(self) -> None:
         """As SIGSTOP does."""
@@ -64,7 +67,7 @@ class Process:
         self.is_stopped = False
         put_off, self._put_off = self._put_off, []
         for action, arguments in put_off:
-            self.queue.at(self.queue.now, self.do, action, *arguments)
+            self.queue.put(self.queue.now, self, action, arguments)
 
     def die(self) -> None:
         """As SIGKILL does. Idempotent."""
@@ -90,12 +93,12 @@ class ProcessLoop:
         return self._process.clock()
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self._as_loop, context)
+        handle = _Handle(callback, args, context or copy_context())
         process = self._process
         if self.is_over:
             self._last.append(handle)
         else:
-            process.queue.at(process.queue.now, process.do, self._run, handle)
+            process.queue.put(process.queue.now, process, self._run, (handle,))
         return handle
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
@@ -107,8 +110,8 @@ class ProcessLoop:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self._as_loop, context)
-        self._process.at(when, self._run, handle)
+        handle = _Timer(when, callback, args, self._as_loop, context)
+        handle.event = self._process.at(when, self._run, handle)
         return handle
 
     def create_task(
@@ -153,19 +156,38 @@ class ProcessLoop:
         finally:
             asyncio._set_running_loop(before)
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """`_run` looks."""
+    def _timer_handle_cancelled(self, handle: _Timer) -> None:
+        if handle.event is not None:
+            handle.event.cancel()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, AssertionError):
             raise error
 
-    def _run(self, handle: asyncio.Handle) -> None:
-        if handle.cancelled():
+    def _run(self, handle: Any) -> None:
+        if handle._cancelled:
             return
         asyncio._set_running_loop(self._as_loop)
         try:
-            handle._run()
+            handle._context.run(handle._callback, *handle._args)
         finally:
             asyncio._set_running_loop(None)
+
+
+class _Handle(asyncio.Handle):
+    """Without what only a loop in debug mode needs: there is one for every step of a task."""
+
+    def __init__(self, callback: Any, arguments: tuple[Any, ...], context: Context) -> None:
+        self._callback, self._args, self._context = callback, arguments, context
+        self._cancelled = False
+        self._repr = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+
+class _Timer(asyncio.TimerHandle):
+    """Takes its event with it when it is cancelled."""
+
+    event: Event | None = None
