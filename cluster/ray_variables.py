@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from cluster.config import GatewayConfig
 
+# The Service that KubeRay keeps at the head of the active Ray cluster; in pods only.
+ACTIVE_HEAD = "MANTA_ACTIVE_HEAD"
 # What Serve's proxies, which are given no configuration of ours, need of the gateway's: JSON.
 DOORS = "MANTA_GATEWAY"
 _OF_PROXIES = {"host", "api_keys_file", "max_body_bytes", "max_bytes_received", "body_timeout_s", "keepalive_s"}

@@ -19,6 +19,7 @@ from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Over
 from cluster.fairness import is_refused
 from cluster.messages import Embedding, Kind, ModelCard, Request, TokenChunk
 from cluster.telemetry.traces import Span, Traces
+from gateway.active_cluster import ActiveCluster
 from gateway.admission.access import AccessPolicy
 from gateway.admission.caller import current_caller
 from gateway.admission.limits import Limiter
@@ -72,6 +73,7 @@ class Frontend:
         metrics_page: MetricsPage | None = None,
         traces: Traces | None = None,
         kernels: KernelWatch | None = None,
+        active_cluster: ActiveCluster | None = None,
     ) -> None:
         """`tokenizers` and `coordinators` are keyed by the card's application.
 
@@ -88,6 +90,7 @@ class Frontend:
         self.limiter = Limiter(self.metrics.registry)
         self.metrics_page = metrics_page or MetricsPage(self.metrics, cards)
         self.kernels = kernels or KernelWatch()
+        self.active_cluster = active_cluster or ActiveCluster()
         self._ongoing: Counter[str] = Counter()  # requests by the caller's id
         self._refusals = RecentRefusals()
         self._versions: dict[str, list[ModelCard]] = {}  # by name and alias, in the order of the configuration

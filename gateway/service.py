@@ -20,6 +20,7 @@ from cluster.planning.scaling_policy import LOAD, replica_options
 from cluster.telemetry.metrics import ProcessFigures
 from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
+from gateway.active_cluster import ActiveCluster
 from gateway.coordinators.health import Health, probe_serve
 from gateway.coordinators.serve_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
@@ -69,6 +70,7 @@ class GatewayReplica(GrpcDoor):
             traces=Traces("manta-gateway", config.otlp_endpoint),
             metrics_page=MetricsPage(metrics, cards, ServeProcesses("metrics"), self._replica),
             kernels=kernels,
+            active_cluster=ActiveCluster.of_environment(),
         )
         install(config, frontend.access, frontend.ends)
         super().__init__(frontend)

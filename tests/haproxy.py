@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +19,17 @@ defaults
     timeout client {client_timeout}
     timeout server 30s
 """
+_CAP_SYS_RESOURCE, _PR_CAPBSET_DROP = 24, 24
+
+
+def with_open_files(number: int) -> Callable[[], None]:
+    """For Popen's `preexec_fn`: the program may have so many, also where it is root's."""
+
+    def bound() -> None:
+        ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_SYS_RESOURCE, 0, 0, 0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+
+    return bound
 
 
 def write_config(directory: Path, rest: str, client_timeout: str = "5s") -> Path:

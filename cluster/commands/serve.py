@@ -24,6 +24,7 @@ from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.at_start import look_at_gpus
 from cluster.commands.door_keys import with_key
+from cluster.commands.haproxy import require_open_files
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
 from cluster.config import GatewayConfig, MantaConfig, load_config
@@ -174,6 +175,7 @@ def _ray(gateway: GatewayConfig, address: str | None) -> Iterator[Cluster]:
     if address is None:
         for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
             _check_free(gateway.host, name, port)
+        require_open_files()
         os.environ.update(doors(gateway))
         console.print("Starting Ray …")
         start_local_ray(SERVER_OBJECT_STORE_BYTES)

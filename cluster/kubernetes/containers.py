@@ -11,7 +11,7 @@ from cluster.config import GatewayConfig
 from cluster.kubernetes import names
 from cluster.kubernetes.names import Role
 from cluster.kubernetes.sizes import PodSize
-from cluster.ray_variables import BASE, doors, haproxy
+from cluster.ray_variables import ACTIVE_HEAD, BASE, doors, haproxy
 
 Document = dict[str, Any]
 
@@ -45,6 +45,7 @@ def ray_container(
     size: PodSize,
     gateway: GatewayConfig,
     *,
+    ray_service: str,
     image: str,
     stream_s: int,
     load_s: int,
@@ -65,7 +66,7 @@ def ray_container(
         "image": image,
         "imagePullPolicy": "IfNotPresent",
         "securityContext": SECURITY,
-        "env": environment(gateway, stream_s, has_models=has_models),
+        "env": environment(gateway, ray_service, stream_s, has_models=has_models),
         "ports": _ports(role),
         "resources": {"requests": dict(limits), "limits": dict(limits)},  # equal: the pod's quality is Guaranteed
         "volumeMounts": mounts(role, has_models=has_models),
@@ -78,7 +79,7 @@ def ray_container(
     return container
 
 
-def environment(gateway: GatewayConfig, stream_s: int, *, has_models: bool) -> list[Document]:
+def environment(gateway: GatewayConfig, ray_service: str, stream_s: int, *, has_models: bool) -> list[Document]:
     """Variables that every process of the cluster needs; KubeRay adds those of Ray's token."""
     # Its RAY_AUTH_MODE is KubeRay's as well, from 1.6 on. One before that knows no authOptions and drops them: no Ray
     # starts then, for want of a token, where else one would start that is open to all.
@@ -86,6 +87,7 @@ def environment(gateway: GatewayConfig, stream_s: int, *, has_models: bool) -> l
     variables |= {
         # HAProxy reloads whenever a gateway comes or goes; the old one ends the streams that it has.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(stream_s),
+        ACTIVE_HEAD: names.head_service(ray_service),
         "HOME": names.CONTAINER_USER_HOME,
     }
     if has_models:
@@ -140,8 +142,11 @@ def _ports(role: Role) -> list[Document]:
 
 
 def _ready(role: Role) -> tuple[str, int]:
-    """A gateway is ready while its doors stand; a model that reloads is its own 503, with a Retry-After."""
-    return ("/-/healthz", 8000) if role == "gateway" else ("/api/healthz", names.AGENT_PORT)
+    """A gateway is ready while its doors stand and its Ray cluster is the active one.
+
+    A model that reloads is its own 503, with a Retry-After.
+    """
+    return ("/-/ready", 8000) if role == "gateway" else ("/api/healthz", names.AGENT_PORT)
 
 
 def _startup_probe(role: Role, load_s: int) -> Document:

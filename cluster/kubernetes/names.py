@@ -28,6 +28,8 @@ METRICS_TOKEN_SECRET, METRICS_TOKEN_FILE = "manta-metrics-token", "/etc/manta/me
 REDIS_PASSWORD_SECRET = "manta-redis-password"  # key `password`; of the overlay with Redis
 HUB_TOKEN_SECRET, HUB_TOKEN_FILE = "manta-hub-token", "/etc/manta/hub/token"
 
+MAX_NAME = 50  # of what KubeRay makes; it keeps the end of a longer one
+
 AGENT_PORT = 52365  # Ray's agent on each node; /api/healthz needs no token
 DASHBOARD_PORT = 8265
 GCS_PORT = 6379
@@ -37,3 +39,9 @@ RAY_METRICS_PORT = 8080
 def priority_class(role: Role) -> str:
     """Of the pods of that role."""
     return f"manta-{role}"
+
+
+def head_service(ray_service: str) -> str:
+    """The Service that KubeRay keeps at the head of the active Ray cluster, by its own rules for names."""
+    name = f"{ray_service}-head-svc"[-MAX_NAME:]
+    return name if name[0].isalpha() else f"r{name[1:]}"

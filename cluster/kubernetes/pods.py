@@ -37,6 +37,7 @@ def pod_template(
         role,
         size,
         in_pods(config).gateway,
+        ray_service=settings.name,
         image=settings.image,
         stream_s=stream_s,
         load_s=load_s,

@@ -21,7 +21,7 @@ from gateway.answer.completions import CompletionShape
 from gateway.answer.whole_calls import WholeCalls, wants_whole_calls
 from gateway.embeddings import EmbeddingJob, Vector, embedding_items, embeddings_body, vectors
 from gateway.frontend import Frontend
-from gateway.http.authentication import Authentication, CrossOrigin
+from gateway.http.authentication import READY_PATH, Authentication, CrossOrigin
 from gateway.http.body import read_body
 from gateway.http.errors import (
     MESSAGES,
@@ -97,6 +97,7 @@ def build_app(frontend: Frontend) -> Starlette:
     routes += [
         Route("/", page_response(), methods=["GET"]),
         Route("/openapi.json", json_response(document), methods=["GET"]),
+        Route(READY_PATH, door.ready, methods=["GET"]),
     ]
     middleware = [
         Middleware(ErrorAnswers),
@@ -188,6 +189,11 @@ class HttpDoor:
             },
         }
         return json_response(document, 200 if ready else 503, None if ready else {"retry-after": "2"})
+
+    async def ready(self, _request: HttpRequest) -> Response:
+        """For Kubernetes: whether new requests belong to this Ray cluster. Models that load are not asked."""
+        is_active = await self._frontend.active_cluster.is_this()
+        return json_response({"active": is_active}, 200 if is_active else 503)
 
     async def metrics(self, _request: HttpRequest) -> Response:
         return await self._frontend.metrics_page.response()

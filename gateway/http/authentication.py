@@ -20,7 +20,8 @@ from gateway.admission.limits import Limiter
 from gateway.http.errors import error_response, no_route
 from gateway.telemetry.logs import current_record
 
-PUBLIC_PATHS = frozenset({"/", "/health"})  # GET and HEAD; the page at / is static
+READY_PATH = "/-/ready"  # a path like those that Serve and HAProxy have for themselves
+PUBLIC_PATHS = frozenset({"/", "/health", READY_PATH})  # GET and HEAD; the page at / is static
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # not counted as requests of a key
 METRICS_PATH = "/metrics"
 

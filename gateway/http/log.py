@@ -7,11 +7,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.telemetry.layer_times import wants_layers
 from gateway.admission.caller import ANONYMOUS, current_caller, set_caller
+from gateway.http.authentication import READY_PATH
 from gateway.http.errors import REQUEST_ID_HEADER
 from gateway.telemetry.logs import RequestRecord, open_record
 from gateway.telemetry.request_ends import RequestEnds
 
 QUIET_ROUTES = frozenset({"/", "/health", "/metrics"})  # asked for all the time; logged only when they fail
+# Asked for every few seconds; its 503 is no failure.
+SILENT_ROUTES = frozenset({READY_PATH})
 
 
 class HttpLog:
@@ -45,4 +48,5 @@ class HttpLog:
         finally:
             record.route = getattr(scope.get("route"), "path", "unknown")
             record.key_id = current_caller().id
-            self._ends(record, is_quiet=record.route in QUIET_ROUTES and record.status in ("", "200"))
+            is_quiet = record.route in QUIET_ROUTES and record.status in ("", "200")
+            self._ends(record, is_quiet=is_quiet or record.route in SILENT_ROUTES)

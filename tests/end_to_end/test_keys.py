@@ -115,7 +115,7 @@ def test_a_strange_host_is_401_without_and_400_with_a_key(guarded, routes):
 
 
 def test_what_stays_public(guarded):
-    for path in ("/", "/health", "/-/healthz", "/-/routes"):
+    for path in ("/", "/health", "/-/healthz", "/-/ready", "/-/routes"):
         assert send(guarded.url, "GET", path)[0] == 200
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import jsonschema
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.http.authentication import PUBLIC_PATHS
+
 Json = dict[str, Any]
 SCHEMAS: Json = json.loads((Path(__file__).parent / "openai_answers.json").read_text())
 WHOLE = {
@@ -80,7 +82,7 @@ def _is_anthropics(scope: Scope) -> bool:
 
 def _documents(path: str, status: int, content_type: str, body: bytes) -> Iterator[tuple[str, bytes]]:
     if status != 200:
-        if content_type == "application/json" and path != "/health":
+        if content_type == "application/json" and path not in PUBLIC_PATHS:
             yield "Error", body
     elif content_type.startswith("text/event-stream"):
         for event in body.split(b"\n\n")[:-1]:  # what follows the last is nothing, or was cut

@@ -14,6 +14,7 @@ from cluster.deploy.serve_config import GatewayArguments, ModelApplicationArgume
 from cluster.kubernetes.check.documents import read_documents
 from cluster.kubernetes.check.problems import problems
 from cluster.kubernetes.manifests import render
+from cluster.kubernetes.names import head_service
 from tests.k8s.overlays import OVERLAYS, RENDERED, build, kuberay_schemas, needs_kubectl, the
 
 # Fields that a kustomization may have: those of the kustomize in kubectl 1.21, and no components.
@@ -36,6 +37,19 @@ def test_committed_is_what_is_rendered(overlay: Path) -> None:
     assert (overlay / "rendered.yaml").read_text() == rendered, (
         f"run: manta k8s render --config {overlay / 'manta.yaml'} > {overlay / 'rendered.yaml'}"
     )
+
+
+@pytest.mark.parametrize(
+    ("ray_service", "expected"),
+    [
+        ("manta", "manta-head-svc"),
+        ("m" * 47, f"{'m' * 41}-head-svc"),
+        (f"{'m' * 5}-{'m' * 40}", f"r{'m' * 40}-head-svc"),
+    ],
+)
+def test_the_head_service_has_kuberays_name(ray_service: str, expected: str) -> None:
+    """Of a long one KubeRay keeps the last 50 characters, and its names begin with a letter."""
+    assert head_service(ray_service) == expected
 
 
 @pytest.mark.parametrize("file", sorted(OVERLAYS[0].parents[1].rglob("kustomization.yaml")), ids=str)

@@ -10,6 +10,9 @@ from ray.serve.config import HTTPOptions
 
 from cluster.kubernetes.check.documents import PodTemplate, pod_templates, read_documents
 from cluster.kubernetes.check.quantities import parse_quantity
+from cluster.ray_variables import ACTIVE_HEAD
+from gateway.active_cluster import LOOK_TIMEOUT_S
+from gateway.http.authentication import READY_PATH
 from tests.k8s.overlays import OVERLAYS, build, needs_kubectl, the
 
 pytestmark = [needs_kubectl, pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)]
@@ -92,6 +95,21 @@ def test_loading_is_not_taken_for_broken(overlay: Path) -> None:
         if group["groupName"] == "gateway":
             assert startup["httpGet"]["path"] == "/health"
             assert startup["failureThreshold"] * startup["periodSeconds"] > load_s
+
+
+def test_requests_follow_the_active_cluster(overlay: Path) -> None:
+    """The Service asks all gateways that are ready, of both clusters of an upgrade; the probe knows which is active."""
+    service, ray_service = the(overlay, "Service", "manta"), the(overlay, "RayService")
+    for group in (_cluster(overlay)["headGroupSpec"], *_cluster(overlay)["workerGroupSpecs"]):
+        pod = group["template"]
+        container = pod["spec"]["containers"][0]
+        variables = {one["name"]: one["value"] for one in container["env"]}
+        assert variables[ACTIVE_HEAD] == f"{ray_service['metadata']['name']}-head-svc"
+        is_asked = service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        probe = container["readinessProbe"]
+        assert (probe["httpGet"] == {"path": READY_PATH, "port": 8000}) == is_asked
+        assert not is_asked or probe["failureThreshold"] * probe["periodSeconds"] <= 10
+        assert probe["timeoutSeconds"] > LOOK_TIMEOUT_S
 
 
 def test_a_gpu_pod_has_one_gpu_and_no_work_is_on_the_head(overlay: Path) -> None:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
+from cluster.commands.haproxy import open_files_needed
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES
 from cluster.planning.placement import gib
 from experts_service.kernels.cores import cores
@@ -22,7 +23,6 @@ from experts_service.wire.address import LaneAddress, connect, listen_tcp, liste
 
 SHOWN = ("torch", "triton", "ray", "transformers")
 LEAST_MEMORY = 3 * 2**30  # the demo's processes, Ray's and Serve's among them
-LEAST_FILES = 4096  # a stream is two or three; Ray's processes have hundreds each
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SHARED_MEMORY = Path("/dev/shm")
 COMPILERS = ("gcc", "clang")  # that Triton looks for, after $CC
@@ -83,8 +83,8 @@ def open_files() -> Finding:
     """How many a process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{_number(soft)}, up to {_number(hard)} where a process asks for it"
-    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
-        return failed(found, f"raise it: ulimit -Hn {16 * LEAST_FILES}, LimitNOFILE= in systemd")
+    if hard != resource.RLIM_INFINITY and hard < open_files_needed():
+        return failed(found, "raise it: ulimit -Hn 65536, LimitNOFILE=65536 in systemd")
     return good(found)
 
 

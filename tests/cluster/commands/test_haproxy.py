@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
+import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
-from cluster.commands.haproxy import part_clients
-from tests.haproxy import running, write_config
+from cluster.commands.haproxy import open_files_needed, part_clients
+from gateway.http.authentication import READY_PATH
+from tests.haproxy import running, with_open_files, write_config
 from tests.ports import free_port
 from tests.raw_http import MALFORMED, check_error, exchange
 from tests.waiting import wait_for
@@ -95,24 +106,12 @@ def test_what_it_answers_itself_is_json_and_its_log_has_no_query(tmp_path: Path)
 
     A request that it cannot read as HTTP it answers before any file of its configuration counts.
     """
-    port = free_port()
-    config = HAProxyConfig(
-        http_options=HTTPOptions(host="127.0.0.1", port=port),
-        socket_path=str(tmp_path / "cli"),
-        server_state_base=str(tmp_path),
-        server_state_file=str(tmp_path / "server-state"),
-        metrics_enabled=False,
-        metrics_port=free_port(),
-        stats_port=free_port(),
-        timeout_client_s=2,
-    )
     gone = BackendConfig("gone", "/gone", servers=[ServerConfig("one", "127.0.0.1", free_port())], app_name="gone")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as log:
         log.bind(("127.0.0.1", 0))
         log.settimeout(30)
-        config.log_target = "{}:{}".format(*log.getsockname())
-        file = tmp_path / "haproxy.cfg"
-        HAProxyApi(config, {"gone": gone}, str(file))._generate_config_file_internal()
+        log_target = "{}:{}".format(*log.getsockname())
+        file, port = _configured(tmp_path, gone, timeout_client_s=2, log_target=log_target)
 
         def ask(path: str) -> tuple[int, dict[str, str], bytes]:
             return exchange(port, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
@@ -140,3 +139,92 @@ def test_what_it_answers_itself_is_json_and_its_log_has_no_query(tmp_path: Path)
         check_error(*answer)
         assert answer[1]["connection"] == "close"
     assert not any("secret" in line for line in lines)
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Well, and ready with the status that it is told."""
+
+    status = 200
+    asked: ClassVar[list[str]] = []
+
+    def _answer(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(self.status if self.path == READY_PATH else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = _answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("gateway", "drained", "expected"),
+    [(200, False, (200, 200)), (503, False, (200, 503)), (200, True, (503, 503)), (None, False, (503, 503))],
+    ids=["ready", "of a cluster that was replaced", "on a node that is drained", "none"],
+)
+def test_a_pod_is_ready_where_haproxy_is_well_and_its_gateway_says_so(
+    tmp_path: Path, gateway: int | None, drained: bool, expected: tuple[int, int]
+) -> None:
+    """By Serve's own rules, with one path more: nobody is asked where HAProxy would say that it is not well."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("It", (Gateway,), {"status": gateway, "asked": (asked := [])}))
+    port = free_port() if gateway is None else server.server_port
+    backend = BackendConfig("gateway", "/", servers=[ServerConfig("one", "127.0.0.1", port)], app_name="gateway")
+    has_received = {"has_received_routes": True, "has_received_servers": True}
+    file, front = _configured(tmp_path, backend, pass_health_checks=not drained, **has_received)
+
+    def status(path: str) -> int | None:
+        try:
+            return httpx.get(f"http://127.0.0.1:{front}{path}", timeout=60).status_code
+        except httpx.TransportError:
+            return None
+
+    with _serving(server), running(file):
+        wait_for(lambda: status("/-/healthz") == expected[0], 60, "HAProxy")
+        assert status(READY_PATH) == expected[1]
+        assert (READY_PATH in asked) == (gateway is not None and not drained)
+
+
+def test_it_starts_with_as_many_open_files_as_are_asked_for(tmp_path: Path) -> None:
+    """And not with a quarter less, which is why `manta serve` looks before it starts anything."""
+    needed = open_files_needed()
+    servers = [ServerConfig(f"server-{index}", "127.0.0.1", free_port()) for index in range(30)]
+    file, _ = _configured(tmp_path, BackendConfig("all", "/", servers=servers, app_name="all"))
+    command = [Path(sys.executable).with_name("manta-haproxy"), "-f", file, "-D", "-p", tmp_path / "pid"]
+    codes = {}
+    for files in (needed * 3 // 4, needed):
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False, preexec_fn=with_open_files(files))
+        codes[files] = done.returncode
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    assert codes == {needed * 3 // 4: 1, needed: 0}
+
+
+def _configured(directory: Path, backend: BackendConfig, **changes: Any) -> tuple[Path, int]:
+    """Serve's own configuration of these servers, and the port that it listens on."""
+    port = free_port()
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        socket_path=str(directory / "cli"),
+        server_state_base=str(directory),
+        server_state_file=str(directory / "server-state"),
+        metrics_enabled=False,
+        metrics_port=free_port(),
+        stats_port=free_port(),
+        **changes,
+    )
+    file = directory / "haproxy.cfg"
+    HAProxyApi(config, {backend.name: backend}, str(file))._generate_config_file_internal()
+    return file, port
+
+
+@contextmanager
+def _serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -7,12 +7,13 @@ import sys
 import pytest
 
 from tests.checkpoints import write_checkpoint
+from tests.haproxy import with_open_files
 
 
-def serve(*arguments):
-    """Exit code and standard error of a `manta serve` that is expected to end by itself."""
+def serve(*arguments, **options):
+    """Exit code and standard error of a `manta serve` that is expected to end by itself; `options` are Popen's."""
     command = [sys.executable, "-m", "cluster.cli", "serve", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
     assert "Traceback" not in ended.stderr
     return ended.returncode, ended.stderr
 
@@ -93,3 +94,11 @@ def test_a_host_that_others_reach_needs_keys(tmp_path):
     code, message = serve("--host", "0.0.0.0", "--api-keys-file", keys)
     assert code == 2
     assert "line 1: sha256: Field required" in message
+
+
+def test_too_few_open_files_are_told_before_ray_starts():
+    """HAProxy ended at once, with a raw alert in a log that nobody reads, and Serve waited for it."""
+    code, message = serve(preexec_fn=with_open_files(1024))
+    assert code == 2
+    assert "a process may have 1024 open files, and HAProxy needs 10500" in message.replace("\n", " ")
+    assert "Starting Ray" not in message
