@@ -43,7 +43,7 @@ test-long: test
 # A fault every ten seconds under load; make soak SOAK_S=600 for ten minutes
 SOAK_S ?= 3600
 soak: install
-	MANTA_SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/end_to_end/test_soak.py
+	MANTA_SOAK_S=$(SOAK_S) $(BIN)/pytest -s tests/end_to_end/failures/test_soak.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.programs import REPOSITORY
+
 T = TypeVar("T")
 
 _NAME = re.compile(r"manta-(\d+)-\d+-\d+")
@@ -139,7 +141,7 @@ class Host:
         _ip("-n", self._switch, "link", "set", far, "up", "master", "bridge")
         self.cut()
         command = ["ip", "netns", "exec", self._switch, sys.executable, "-m", "tests.slow_cable"]
-        cable = subprocess.Popen([*command, self._port, near, str(seconds)], text=True, cwd=Path(__file__).parents[1])
+        cable = subprocess.Popen([*command, self._port, near, str(seconds)], text=True, cwd=REPOSITORY)
         self._cables.append(cable)
 
 

@@ -29,6 +29,7 @@ import yaml
 from cluster.kubernetes.names import ROLE
 from cluster.ray_variables import BASE, PORTS, haproxy
 from tests.ports import free_port
+from tests.programs import REPOSITORY
 from tests.waiting import wait_for
 
 START_TIMEOUT_S = 300
@@ -110,7 +111,7 @@ def _pods(directory: Path, specs: Sequence[Pod]) -> Iterator[Pods]:
     with (directory / "pods.log").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            cwd=Path(__file__).parents[1], env=_environment(directory), start_new_session=True,
+            cwd=REPOSITORY, env=_environment(directory), start_new_session=True,
         )  # fmt: skip
     with process:
         assert process.stdin is not None
@@ -145,7 +146,7 @@ def _environment(directory: Path) -> dict[str, str]:
 
 def overlay(name: str) -> dict[str, Any]:
     """The `serveConfigV2` of an overlay of `k8s/overlays`."""
-    file = Path(__file__).parents[1] / "k8s" / "overlays" / name / "rendered.yaml"
+    file = REPOSITORY / "k8s" / "overlays" / name / "rendered.yaml"
     [service] = [one for one in yaml.safe_load_all(file.read_text()) if one["kind"] == "RayService"]
     document: dict[str, Any] = yaml.safe_load(service["spec"]["serveConfigV2"])
     return document

@@ -17,13 +17,13 @@ from pathlib import Path
 import httpx
 import psutil
 
+from cluster.demo_model import DIRECTORY as DEMO
 from tests.hosts import Host
 from tests.waiting import wait_for
 
 BIN = Path(sys.executable).parent
 PORT, GRPC_PORT, RAY_PORT = 8000, 9000, 6379  # each host has its own
 START_TIMEOUT_S = 300
-DEMO = Path(__file__).parents[1] / "cluster" / "demo_model"
 CONFIG = f"""
 models:
   - name: demo

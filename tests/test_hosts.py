@@ -30,7 +30,7 @@ def two() -> Iterator[tuple[Host, ...]]:
 
 def connect(near: Host, far: Host) -> socket.socket:
     """A connection to the echo on `far`, which is started."""
-    far.start(program("echo_server"), cwd=REPOSITORY)
+    far.start(program("end_to_end.echo_server"), cwd=REPOSITORY)
     connected: list[socket.socket] = []
 
     def is_there() -> bool:
@@ -119,7 +119,7 @@ def test_a_function_sees_the_host_it_runs_on(two) -> None:
 def test_what_a_killed_run_left_is_cleared_away(two) -> None:
     """Its processes still run, in namespaces that carry the number of a process that is gone."""
     run = subprocess.Popen(
-        program("leave_hosts"), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        program("end_to_end.leave_hosts"), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     sleeper = int(run.stdout.readline())
     run.kill()

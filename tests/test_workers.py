@@ -72,7 +72,7 @@ def test_groups_stay_together_and_a_worker_that_dies_is_replaced(suite: Path) ->
 @pytest.mark.skipif(not ENDS_WITH_US, reason="there is no setpriv")
 def test_the_server_of_a_worker_that_dies_ends() -> None:
     worker = subprocess.Popen(
-        program("leave_server"), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        program("end_to_end.leave_server"), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     server = int(worker.stdout.readline())
     assert Path(f"/proc/{server}").exists()

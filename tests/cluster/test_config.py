@@ -1,7 +1,5 @@
 """The configuration refuses what it does not know, and says which key."""
 
-from pathlib import Path
-
 import pytest
 from typer.testing import CliRunner
 
@@ -10,6 +8,7 @@ from cluster.commands.config import reference
 from cluster.config import GatewayConfig, GatewayScalingConfig, ModelConfig, load_config
 from cluster.errors import ConfigError
 from cluster.yaml_document import parse_yaml
+from tests.programs import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_the_page_of_the_documentation_is_what_the_command_prints():
     result = CliRunner().invoke(app, ["config"])
-    assert result.output == (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert result.output == (REPOSITORY / "docs" / "configuration.md").read_text()
 
 
 def test_every_key_says_what_it_is():
@@ -101,7 +100,7 @@ def test_every_key_says_what_it_is():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
 def test_the_example_of_a_page_is_accepted(tmp_path, page):
-    text = (Path(__file__).parents[2] / page).read_text()
+    text = (REPOSITORY / page).read_text()
     file = tmp_path / "manta.yaml"
     file.write_text(text.split("```yaml")[1].split("```")[0])
     assert load_config(file).models[0].experts.groups == ((0, 1), (2, 3), (4, 5), (6, 7))

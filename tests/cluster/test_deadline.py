@@ -12,7 +12,7 @@ from tests.programs import said_by
 
 
 def left_elsewhere(deadline: Deadline) -> list[float]:
-    return [float(number) for number in said_by("deadline_elsewhere", stdin=pickle.dumps(deadline)).split()]
+    return [float(number) for number in said_by("cluster.deadline_elsewhere", stdin=pickle.dumps(deadline)).split()]
 
 
 def test_a_host_whose_clocks_are_others_gives_it_as_long() -> None:

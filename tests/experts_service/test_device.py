@@ -19,8 +19,9 @@ from tests.programs import REPOSITORY, program
 def test_a_shard_whose_device_is_gone_ends_and_one_that_is_short_of_memory_goes_on(lost, code, said):
     """A CUDA error sticks: the shard answered "failed" for ever, and was asked again and again."""
     done = subprocess.run(
-        program("lose_device", lost), cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
-    )
+        program("experts_service.lose_device", lost),
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (code, said), done.stderr
     if lost == "lost":
         assert "expert-0 ends: its device is gone" in done.stderr

@@ -23,7 +23,7 @@ def test_what_is_read_and_dropped_while_experts_load_goes_back(tmp_path: Path, s
     tensors = {name: tensor.to(stored) for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     nbytes = 2 * sum(tensor.numel() for name, tensor in tensors.items() if "experts" in name)  # in bf16
-    told = json.loads(said_by("load_experts", tmp_path))
+    told = json.loads(said_by("experts_service.load_experts", tmp_path))
     assert nbytes < told["grown_by"] < 1.3 * nbytes + 2**24
 
 
@@ -35,5 +35,5 @@ def test_what_rounding_and_packing_need_for_a_moment_goes_back(tmp_path: Path, n
     checkpoint = open_checkpoint(tmp_path).rounded(Rounding.to(numbers, 128, "experts"))
     held = 8 * held_weights(checkpoint, "bfloat16", "cpu").expert
     assert held < checkpoint.architecture.num_layers * 8 * 3 * 512 * 2048 * 1.1
-    told = json.loads(said_by("load_experts", tmp_path, numbers))
+    told = json.loads(said_by("experts_service.load_experts", tmp_path, numbers))
     assert held < told["grown_by"] < 1.15 * held + 2**24

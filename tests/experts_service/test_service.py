@@ -138,6 +138,6 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
 
 def test_a_process_that_only_supervises_does_not_import_torch() -> None:
     """One replica of each group is such a process: 150 MB and two seconds of CPU apart."""
-    modules = said_by("imported_by", "experts_service.service").split()
+    modules = said_by("experts_service.imported_by", "experts_service.service").split()
     assert "experts_service.service" in modules
     assert "torch" not in modules

@@ -23,21 +23,21 @@ from tests.programs import said_by
 
 
 def test_a_gateway_never_imports_torch(tokenizer_directory: Path) -> None:
-    assert said_by("gateway_modules", tokenizer_directory).strip() == "[]"
+    assert said_by("gateway.gateway_modules", tokenizer_directory).strip() == "[]"
 
 
 def test_a_gateway_is_pickled_small() -> None:
-    assert int(said_by("pickled_gateway")) < 20_000
+    assert int(said_by("gateway.pickled_gateway")) < 20_000
 
 
 def test_failures_of_a_coordinator_have_their_class() -> None:
-    lines = said_by("coordinator_failures").splitlines()
+    lines = said_by("gateway.coordinator_failures").splitlines()
     assert lines == ["4.0 no expert", "CoordinatorLost", "Overloaded", "KeyError", "Unavailable"]
 
 
 def test_leaving_a_stream_early_cancels_the_call() -> None:
     """And only that does: a call that has answered, or failed, ends by itself."""
-    assert said_by("leave_streams").splitlines() == [
+    assert said_by("gateway.leave_streams").splitlines() == [
         "True None",
         "False None",
         "False None",
@@ -182,4 +182,4 @@ def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard)
 
 def test_a_gateways_loop_is_watched_from_when_it_is_ready() -> None:
     """What is imported and collected before, by Serve as well, was told as the longest time that anybody waited."""
-    assert said_by("watched_gateway").split() == ["True", "True"]
+    assert said_by("gateway.watched_gateway").split() == ["True", "True"]

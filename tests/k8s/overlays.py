@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from cluster.kubernetes.check.documents import kustomize
+from tests.programs import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 OVERLAYS = sorted(path for path in (REPOSITORY / "k8s" / "overlays").iterdir() if path.is_dir())
 RENDERED = [path for path in OVERLAYS if (path / "manta.yaml").is_file()]
 

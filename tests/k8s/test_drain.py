@@ -19,7 +19,7 @@ TIMEOUT_S = 240
 def test_a_stream_ends_by_itself_and_the_next_one_is_elsewhere(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_SERVE_THROUGHPUT_OPTIMIZED"}
     environment |= {"RAY_TMPDIR": "/tmp/manta-drain", "RAY_ADDRESS": ""}
-    said = said_by("drain_streams", tmp_path, environment=environment, timeout_s=TIMEOUT_S)
+    said = said_by("cluster.drain_streams", tmp_path, environment=environment, timeout_s=TIMEOUT_S)
     seen = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))  # Ray talks, too
     assert seen["still_waiting"], "the pod is kept while its stream goes on, though the replacement is up"
     assert seen["drained"] == "True"

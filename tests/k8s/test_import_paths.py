@@ -45,4 +45,4 @@ def test_every_path_that_is_kept_as_text_imports() -> None:
         "gateway.coordinators.router.CoordinatorRouter",
         "gateway.grpc.cancellation.add_MantaServicer_to_server",
     }
-    assert said_by("import_paths", *sorted(written | told)) == ""
+    assert said_by("cluster.import_paths", *sorted(written | told)) == ""

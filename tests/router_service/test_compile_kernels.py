@@ -19,4 +19,7 @@ pytestmark = [
 def test_a_coordinator_finds_all_of_its_kernels_compiled_and_the_second_start_nothing_to_do(tmp_path: Path) -> None:
     """Three coordinators and two shards compiled on two cores while they loaded: a first start took 20 s longer."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    assert said_by("compile_twice", environment=environment, timeout_s=300) == "0 kernels compiled after it\nno torch\n"
+    assert (
+        said_by("router_service.compile_twice", environment=environment, timeout_s=300)
+        == "0 kernels compiled after it\nno torch\n"
+    )

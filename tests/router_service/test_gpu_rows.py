@@ -123,6 +123,8 @@ def test_rows_are_routed_and_answers_added_up_as_torch_does_it(num_rows, num_rea
 def test_triton_compiles_them_for_cards_that_nobody_has(capability, dtype):
     """A compiler refuses what the interpreter takes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    shared = json.loads(said_by("compile_rows", capability, dtype, environment=environment, timeout_s=600))
+    shared = json.loads(
+        said_by("router_service.compile_rows", capability, dtype, environment=environment, timeout_s=600)
+    )
     assert list(shared) == ["norm", "rotate", "choose", "route", "combine", "silu_product"]
     assert max(shared.values()) <= 99 * 2**10

@@ -122,7 +122,7 @@ def test_a_checkpoint_pickles_small_and_equal(originals: Path):
 
 
 def test_opening_imports_neither_torch_nor_ray(originals: Path):
-    modules = said_by("open_checkpoint", originals / "fused").split()
+    modules = said_by("cluster.open_checkpoint", originals / "fused").split()
     assert "cluster.checkpoint.checkpoint" in modules
     assert not {"torch", "ray"} & set(modules)
 

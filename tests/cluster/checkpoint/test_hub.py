@@ -122,7 +122,7 @@ def resolve(tmp_path: Path):
     ) -> tuple[str, str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint, **environment}
-        said = said_by("resolve_model", model, *([] if revision is None else [revision]), environment=clean)
+        said = said_by("cluster.resolve_model", model, *([] if revision is None else [revision]), environment=clean)
         kind, text = json.loads(said.splitlines()[-1])
         return kind, text
 

@@ -136,7 +136,7 @@ def test_of_several_groups_a_name_goes_before_an_expression_and_that_before_a_cl
 
 def test_opening_imports_no_torch(tmp_path: Path):
     write_quantized(tmp_path, gptq(desc_act=True), num_hidden_layers=1)
-    modules = said_by("open_checkpoint", tmp_path).split()
+    modules = said_by("cluster.open_checkpoint", tmp_path).split()
     assert "cluster.checkpoint.quantization.contents" in modules
     assert not {"torch", "ray", "numpy"} & set(modules)
 

@@ -260,7 +260,7 @@ class Terminal:
         self.master = master
         self.screen = ""
         self.process = subprocess.Popen(
-            program("own_terminal", "chat", "--url", url),
+            program("cluster.own_terminal", "chat", "--url", url),
             cwd=REPOSITORY,
             stdin=slave,
             stdout=slave,

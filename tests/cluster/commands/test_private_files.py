@@ -45,7 +45,7 @@ def mode(path: Path) -> int:
 def start(temporary: Path) -> subprocess.Popen[str]:
     """A server that prepares its files; it lives until its input ends."""
     return subprocess.Popen(
-        program("prepare_server"),
+        program("cluster.prepare_server"),
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -31,8 +31,8 @@ from experts_service.weights import read_tensors
 from tests.checkpoints import Layout, hub_state_dict, write_checkpoint
 from tests.memory import peak_bytes
 from tests.quantized_checkpoints import SIZES, gptq, write_quantized
+from tests.router_service.engine.test_engine import logits_of
 from tests.router_service.engines import Bench
-from tests.router_service.test_engine import logits_of
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 

@@ -17,7 +17,7 @@ NICENESS = "RAY_worker_niceness"  # as Ray spells it
 def start(port: int) -> subprocess.Popen[str]:
     """A process that wants this port, does not listen yet, and lives until its input ends."""
     return subprocess.Popen(
-        program("claim_port", port), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        program("cluster.claim_port", port), cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 

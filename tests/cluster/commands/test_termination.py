@@ -15,7 +15,7 @@ from tests.programs import REPOSITORY, program
 
 @contextmanager
 def replica(drain_s: float, grace_s: float) -> Iterator[subprocess.Popen[str]]:
-    command = program("terminated_replica", drain_s, grace_s)
+    command = program("cluster.terminated_replica", drain_s, grace_s)
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -49,6 +48,7 @@ from cluster.planning.placement import (
 from cluster.planning.weights import held_weights
 from cluster.yaml_document import parse_yaml
 from tests.checkpoints import write_checkpoint
+from tests.programs import REPOSITORY
 from tests.quantized_checkpoints import gptq, write_quantized
 
 GIB = 2**30
@@ -364,7 +364,7 @@ def test_tiers_of_one_kind_of_machine_share_its_cores():
 
 
 def test_the_tiers_of_the_page_on_quantisation_are_what_it_says():
-    page = Path(__file__).parents[3] / "docs" / "quantization.md"
+    page = REPOSITORY / "docs" / "quantization.md"
     [text] = re.findall(r"```yaml\n(# manta serve --config.*?)```", page.read_text(), re.DOTALL)
     [model] = parse_config(parse_yaml(text.encode(), str(page)).value).models
     found = list(named_deployments(model.experts, 8))

@@ -17,13 +17,14 @@ from cluster.planning.gpus import gpu_type
 from cluster.planning.plan import Planner
 from cluster.planning.weights import held_weights
 from tests.checkpoints import write_checkpoint
+from tests.programs import REPOSITORY
 from tests.quantized_checkpoints import compressed_tensors, fine_grained_fp8, gptq, write_quantized
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def test_the_page_says_what_the_arithmetic_says() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text()
+    page = (REPOSITORY / "docs" / "quantization.md").read_text()
     [_, tables] = page.split("<!-- made by `python -m cluster.planning.formats` -->\n")
     assert tables.split("<!-- end -->")[0] == table()
 

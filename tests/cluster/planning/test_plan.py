@@ -21,6 +21,7 @@ from cluster.planning.gpus import GPUS, gpu_type
 from cluster.planning.placement import plan_groups
 from cluster.planning.plan import USABLE, Layout, Planner, Target
 from cluster.planning.roofline import Link, Load, Model
+from tests.programs import REPOSITORY
 
 NO_HOST = replace(ASSUMED, python=replace(ASSUMED.python, value=0.0), launches=replace(ASSUMED.launches, value=0))
 NO_HOST = replace(NO_HOST, captured=replace(ASSUMED.captured, value=0.0))
@@ -110,7 +111,7 @@ def test_the_rival_is_one_that_manta_can_run_or_is_named_as_not_ours() -> None:
 
 def test_what_a_dispatch_costs_is_what_the_page_says_that_it_costs() -> None:
     """242 µs for two groups and 12.5 GB/s were planned with, where 265 and 1.3 to 1.9 had been measured."""
-    page = " ".join((Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text().split())
+    page = " ".join((REPOSITORY / "docs" / "benchmarks.md").read_text().split())
     measured = re.findall(r"\| (\d) groups? \| (\d+) µs \|", page)
     assert [groups for groups, _ in measured] == ["1", "2", "8"]
     for groups, microseconds in measured:

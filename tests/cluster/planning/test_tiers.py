@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +15,7 @@ from cluster.planning.gpus import gpu_type
 from cluster.planning.hot_experts import QUALITY, splits
 from cluster.planning.roofline import Load, Model, attention_s
 from cluster.planning.tiers import Cpus, Shard, TieredModel, chances
+from tests.programs import REPOSITORY
 
 MODEL = Model.plain(MIXTRAL_8X7B, "bfloat16")
 ONE = MODEL.one_expert_bytes
@@ -24,7 +24,7 @@ CPUS = Cpus(40e9, 8 * CORE_FLOPS.value)
 GPU_SHARD = Shard("expert-0", (0,), "cuda", 0.9, {}, ONE, 16)
 CPU_SHARD = Shard("expert-1", tuple(range(1, 8)), "cpu", 0.0, {}, ONE // 2, 8)
 ALIKE = chances(None, 8, 2)
-PAGE = " ".join((Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text().split())
+PAGE = " ".join((REPOSITORY / "docs" / "benchmarks.md").read_text().split())
 
 
 def tiered(*shards: Shard, **changes: object) -> TieredModel:

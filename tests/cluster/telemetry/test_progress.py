@@ -21,4 +21,4 @@ def test_without_ray_publishing_does_nothing(monkeypatch):
 
 def test_other_processes_read_what_is_published_per_application():
     """In a process of its own, so that this one's Ray is left alone."""
-    said_by("loading_progress")
+    said_by("cluster.loading_progress")

@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,10 @@ from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, SharedM
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
 from tests.experts_service.lanes import GROUPS, HIDDEN, NUM_LAYERS, Shards, ask, batch, expected, maths, shards
+from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
 ROW_BYTES = HIDDEN * 4
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +207,7 @@ class ShardProcess:
 
     def __init__(self, group: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.lane_shard", str(group)],
+            program("experts_service.lane_shard", group),
             cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.path, self.port = "", 0
@@ -296,7 +295,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_in_the_shards() -> None:
         running.start("1a", 1)
         paths = [str(server.path) for server in running.servers.values()]
         child = subprocess.Popen(
-            [sys.executable, "-m", "tests.programs.lane_coordinator", *paths],
+            program("experts_service.lane_coordinator", *paths),
             cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:

@@ -25,7 +25,7 @@ def test_serves_server_is_ours_in_a_proxy_too(tmp_path: Path, is_readable: bool)
     if is_readable:
         keys.write_text(json.dumps([{"id": "alice", "sha256": digest("right")}]))
         keys.chmod(0o600)
-    lines = said_by("serves_grpc_server", environment={**os.environ, **doors(config)}).splitlines()
+    lines = said_by("gateway.serves_grpc_server", environment={**os.environ, **doors(config)}).splitlines()
     assert lines == [
         "127.0.0.1",
         "StatusCode.UNAUTHENTICATED False" if is_readable else "StatusCode.OK False",

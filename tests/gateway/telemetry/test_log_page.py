@@ -13,8 +13,8 @@ import pytest
 from cluster.errors import Overloaded
 from gateway.telemetry.logs import RequestRecord
 from gateway.telemetry.request_ends import RequestEnds
+from tests.programs import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[3]
 PAGE = (REPOSITORY / "docs" / "logs.md").read_text()
 LEVELS = {"exception": "ERROR"} | {name: name.upper() for name in ("info", "warning", "error", "critical")}
 WITH_FIELDS = {"request", "load is shed"}

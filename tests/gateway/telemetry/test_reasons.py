@@ -45,10 +45,11 @@ from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
 from tests.gateway.telemetry.test_metrics import samples
+from tests.programs import REPOSITORY
 from tests.raw_http import WEBSOCKET, exchange
 from tests.waiting import wait_for
 
-PAGE = Path(__file__).parents[3] / "docs" / "logs.md"
+PAGE = REPOSITORY / "docs" / "logs.md"
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 

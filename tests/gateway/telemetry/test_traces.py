@@ -132,4 +132,4 @@ def test_without_an_endpoint_nothing_is_sent_or_imported(card: ModelCard, tokeni
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert httpx.post(url + "/v1/chat/completions", json=BODY, headers=headers).status_code == 200
     assert coordinator.requests[0].traceparent == ""
-    assert "opentelemetry" not in said_by("silent_traces")
+    assert "opentelemetry" not in said_by("gateway.silent_traces")

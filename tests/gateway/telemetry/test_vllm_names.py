@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatch
-from pathlib import Path
 
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,9 +12,10 @@ from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ProcessKernels
 from gateway.telemetry.metrics import GatewayMetrics, RequestTimer
 from router_service.telemetry.engine_metrics import EngineMetrics
-from tests.end_to_end.test_metrics import VLLM
+from tests.end_to_end.telemetry.test_metrics import VLLM
+from tests.programs import REPOSITORY
 
-PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
+PAGE = REPOSITORY / "docs" / "metrics.md"
 
 
 def families() -> dict[str, set[str]]:

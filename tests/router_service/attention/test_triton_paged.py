@@ -417,7 +417,9 @@ def test_what_does_not_fit_the_memory_of_small_cards_is_not_served(dtype, heads,
 def test_triton_compiles_it_for_cards_that_nobody_has(capability, dtype, head_dim, heads):
     """Whatever a GPU's compiler refuses, and what would not fit a multiprocessor: 99 KiB on the smallest."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    said = said_by("compile_attention", capability, dtype, head_dim, heads, environment=environment, timeout_s=900)
+    said = said_by(
+        "router_service.compile_attention", capability, dtype, head_dim, heads, environment=environment, timeout_s=900
+    )
     shared = json.loads(said)
     assert list(shared) == ["write", "attend", "merge"]
     assert max(shared.values()) <= 99 * 2**10

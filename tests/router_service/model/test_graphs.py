@@ -19,9 +19,9 @@ from router_service.model import graphs
 from router_service.model.graphs import DecodeGraphs
 from router_service.model.warm_up import capture
 from tests.checkpoints import random_mistral, random_mixtral
+from tests.router_service.engine.test_engine import prompt
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
-from tests.router_service.test_engine import prompt
 
 LARGEST = 5
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": 300}

@@ -6,9 +6,9 @@ import torch
 
 from cluster.token_chunks import join
 from tests.checkpoints import write_checkpoint
+from tests.router_service.engine.test_engine import prompt
 from tests.router_service.engines import Bench, cut_by
 from tests.router_service.requests import make_request
-from tests.router_service.test_engine import prompt
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from gateway.request.sampling_options import sampling_options
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.sequence import Sequence
 from tests.gateway.doubles import model_card
-from tests.router_service.reference_sampler import adjusted
 from tests.router_service.requests import make_request
+from tests.router_service.sampling.reference_sampler import adjusted
 
 EOS = frozenset({2})
 CARD = model_card(Path(), vocab_size=50)

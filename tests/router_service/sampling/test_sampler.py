@@ -27,8 +27,8 @@ from router_service.sampling import sampler as sampler_module
 from router_service.sampling.draw import uniform
 from router_service.sampling.sampler import Sampler
 from router_service.sampling.tokens import NOT_FINITE
-from tests.router_service.reference_sampler import reference_token
 from tests.router_service.requests import make_sequence
+from tests.router_service.sampling.reference_sampler import reference_token
 
 VOCABULARY = 50
 EOS = 2

@@ -169,7 +169,7 @@ def test_what_was_kept_and_is_cut_off_is_compiled_again(tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
 
     def count() -> str:
-        return said_by("count_compiled", environment=environment)
+        return said_by("experts_service.count_compiled", environment=environment)
 
     assert count() == "10\n"
     for kind in ("*.nbc", "*.nbi"):

@@ -22,7 +22,7 @@ def test_products_compile_for_a_card_that_is_not_here(tmp_path: Path, capability
     """The interpreter took what the compiler refused. Registers are enough where weights are read and rows are few."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        program("compile_products", str(capability)),
+        program("experts_service.compile_products", str(capability)),
         cwd=REPOSITORY,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

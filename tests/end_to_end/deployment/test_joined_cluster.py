@@ -1,0 +1,86 @@
+"""`manta serve --address`: on a Ray cluster that somebody else started, and that goes on when Manta stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.demo_model import DIRECTORY
+from tests.checkpoints import write_checkpoint
+from tests.ports import free_port
+from tests.waiting import wait_for
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def foreign_ray(tmp_path):
+    """A Ray head of its own, apart from the session's."""
+    port = free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    command = ["start", "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=2", "--block"]
+    process = subprocess.Popen(
+        [BIN / "ray", *command, f"--temp-dir=/tmp/manta-{port}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert any("Ray runtime started" in line for line in process.stdout)
+    yield f"127.0.0.1:{port}", environment
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    process.stdout.close()
+
+
+def test_it_joins_serves_experts_locally_and_leaves(foreign_ray, tmp_path):
+    address, environment = foreign_ray
+    write_checkpoint(tmp_path / "tiny", vocab_size=2048)
+    demo = DIRECTORY
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "tiny" / name).write_bytes((demo / name).read_bytes())
+    port, grpc_port = free_port(), free_port()
+    config = tmp_path / "manta.yaml"
+    config.write_text(
+        f"models: [{{name: tiny, path: {tmp_path / 'tiny'}, engine: {{max_model_len: 256}}, experts: "
+        f"{{transport: local}}}}]\ngateway: {{http_port: {port}, grpc_port: {grpc_port}}}\n"
+    )
+    process = subprocess.Popen(
+        [BIN / "manta", "serve", "--config", config, "--address", address],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(lambda: process.poll() is not None or answers(port), 300, "the joined server")
+        assert process.poll() is None, process.stdout.read()
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
+        assert answer["usage"]["completion_tokens"] == 5
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    status = subprocess.run(
+        [BIN / "ray", "status", "--address", address],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert status.returncode == 0, "the cluster that we joined is gone"
+
+
+def answers(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False

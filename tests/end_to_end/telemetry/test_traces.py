@@ -1,0 +1,49 @@
+"""A server that sends traces: what a collector gets of one request, and the log's line as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.demo_model import DIRECTORY
+from tests.collector import attributes, collector
+from tests.conftest import running_server
+from tests.end_to_end.telemetry.test_processes import processes
+from tests.waiting import wait_for
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.long
+def test_a_request_is_followed_from_the_client_to_the_engine_s_steps() -> None:
+    with collector() as found:
+        config = (
+            f"models: [{{name: demo, path: {DIRECTORY}}}]\n"
+            f"gateway: {{otlp_endpoint: '{found.url}', log_format: json}}\n"
+        )
+        with running_server(config) as server:
+            body = {"model": "demo", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
+            headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01", "tracestate": "manta=layers"}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+            [gateway] = processes(server, "ServeReplica:gateway")
+            log = Path(os.readlink(f"/proc/{gateway.pid}/fd/1"))
+            wait_for(lambda: answer["id"] in log.read_text(), 30, "the line")
+            [line] = [json.loads(line) for line in log.read_text().splitlines() if answer["id"] in line]
+            wait_for(lambda: found.named("request") and found.named("generate"), 60, "the spans")
+            wait_for(lambda: len(found.named("step")) >= 4, 60, "the steps")
+            wait_for(lambda: len(found.named("layers")) >= 4, 60, "their layers")
+    assert (line["status"], line["completion_tokens"], line["model"]) == ("200", 5, "demo")
+    [request], [generate] = found.named("request"), found.named("generate")
+    assert request.trace_id.hex() == generate.trace_id.hex() == TRACE
+    assert generate.parent_span_id == request.span_id
+    assert attributes(request)["manta.request_id"] == answer["id"]
+    assert attributes(generate)["gen_ai.usage.output_tokens"] == 5
+    assert all(link.span_id == generate.span_id for step in found.named("step") for link in step.links)
+    steps = {step.span_id for step in found.named("step")}
+    assert all(span.parent_span_id in steps for span in found.named("layers"))
+    assert any(attributes(span)["manta.experts_s"] > 0 for span in found.named("layers"))
+    assert {service for service, _ in found.spans} == {"manta-gateway", "manta-coordinator"}

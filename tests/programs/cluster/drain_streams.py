@@ -1,0 +1,97 @@
+"""Drains nodes of a Ray cluster of its own while a stream runs there; says what it saw, as JSON.
+
+A process of its own, because a process joins one Ray cluster, and the session has one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import ray
+from ray import serve
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray.cluster_utils import Cluster
+
+from cluster.commands.k8s import drain as k8s_drain
+from cluster.commands.k8s.drain import replicas_on
+from tests.programs import program
+
+k8s_drain.ALL_TOLD_S = 1.0  # nobody else is told here
+NOBODY = "http://127.0.0.1:1"
+directory = sys.argv[1]
+
+ensure_token_if_auth_enabled(create_token_if_missing=True)
+ray_cluster = Cluster()
+head = ray_cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
+workers = [ray_cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
+ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="error")
+
+
+def drain(timeout_s, node_id):
+    command = program("cluster.drain_node", timeout_s, ray_cluster.address, node_id, NOBODY)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def outcome(draining):
+    return draining.communicate(timeout=120)[0].strip()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.1)
+
+
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 1},
+    graceful_shutdown_timeout_s=60,
+    graceful_shutdown_wait_loop_s=0.1,
+    health_check_period_s=1,
+)
+class Stream:
+    def __call__(self, end):
+        while not os.path.exists(end):
+            yield ray.get_runtime_context().get_node_id()
+            time.sleep(0.1)
+
+
+def end(name):
+    open(os.path.join(directory, name), "w").close()
+
+
+handle = serve.run(Stream.bind(), route_prefix=None).options(stream=True)
+stream = handle.remote(os.path.join(directory, "first"))
+first = next(stream)
+other = next(worker.node_id for worker in workers if worker.node_id != first)
+draining = drain(120, first)
+wait_for(lambda: replicas_on(other))  # the replacement, where the old one still streams
+time.sleep(2)
+still_waiting = draining.poll() is None
+end("first")
+nodes = [first, *stream]
+drained = outcome(draining)
+
+stream = handle.remote(os.path.join(directory, "second"))
+second = next(stream)
+too_short = k8s_drain._drain(time.monotonic(), second, NOBODY)
+end("second")
+list(stream)
+
+for worker in workers:  # a cluster that is taken away: its head goes last
+    ray_cluster.remove_node(worker)
+print(
+    json.dumps(
+        {
+            "still_waiting": still_waiting,
+            "nodes": nodes,
+            "drained": drained,
+            "second": second,
+            "too_short": too_short,
+            "of_head": k8s_drain._drain(time.monotonic() + 60, head.node_id, NOBODY),
+        }
+    )
+)
