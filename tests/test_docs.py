@@ -44,6 +44,14 @@ def test_each_step_of_a_requests_life_is_where_the_page_says() -> None:
 ROOMS = ("cluster", "experts_service", "gateway", "router_service")
 
 
+def test_every_room_is_in_the_table() -> None:
+    """One of them was not."""
+    [_, rooms] = (REPOSITORY / "docs" / "design.md").read_text().split("## The rooms\n")
+    table = [line for line in rooms.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    packages = [file.parent for room in ROOMS for file in (REPOSITORY / room).glob("*/__init__.py")]
+    assert [one for one in packages if not any(f"{one.name}/`" in line for line in table)] == []
+
+
 def test_every_path_on_a_gpu_is_on_its_page() -> None:
     """Each that is told is there, and no module that names CUDA or Triton is missing."""
     page = (REPOSITORY / "docs" / "gpu.md").read_text()
