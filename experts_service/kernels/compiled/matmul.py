@@ -227,32 +227,23 @@ def write_gated(gates, ups, height, width, y, row, first):  # type: ignore[no-un
 
 
 @kernel
-def _multiply_panel(arithmetic, panel, weights_at, pairs, x_at, row, end, y, width, sums):  # type: ignore[no-untyped-def]
-    """Rows row … end - 1 with one panel, as many at once as fit the registers, into columns of `y`, `width` in all."""
+def _multiply_panel(arithmetic, gated, panel, weights_at, pairs, x_at, row, end, y, width, sums, ups):  # type: ignore[no-untyped-def]
+    """Rows row … end - 1 with one panel, as many at once as fit the registers, into columns of `y`, `width` in all.
+
+    Gated, with a panel of w1 and the one of w3 that follows it: both products, then what is made of them.
+    """
     first = panel * WIDTH
     width = min(WIDTH, width - first)
+    up_at = weights_at + pairs * _PANEL_STEP_BYTES
     while row < end:
         height = height_of(end - row, _HIGHEST)
         rows_at = x_at + row * pairs * (PAIR * 2)
         multiply_rows(arithmetic, height, weights_at, rows_at, pairs, pairs, sums.ctypes.data)
-        write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
-        row += height
-
-
-@kernel
-def _gate_up_panel(  # type: ignore[no-untyped-def]
-    arithmetic, panel, gate_at, pairs, x_at, row, end, y, width, gates, ups
-):
-    """The same with a panel of w1 and the one of w3 that follows it: both products, then what is made of them."""
-    first = panel * WIDTH
-    width = min(WIDTH, width - first)
-    up_at = gate_at + pairs * _PANEL_STEP_BYTES
-    while row < end:
-        height = height_of(end - row, _HIGHEST)
-        rows_at = x_at + row * pairs * (PAIR * 2)
-        multiply_rows(arithmetic, height, gate_at, rows_at, pairs, pairs, gates.ctypes.data)
-        multiply_rows(arithmetic, height, up_at, rows_at, pairs, pairs, ups.ctypes.data)
-        write_gated(gates, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
+        if gated:
+            multiply_rows(arithmetic, height, up_at, rows_at, pairs, pairs, ups.ctypes.data)
+            write_gated(sums, ups, height, width, y, row, first)  # type: ignore[no-untyped-call]
+        else:
+            write_sums(sums, height, width, y, row, first)  # type: ignore[no-untyped-call]
         row += height
 
 
@@ -270,7 +261,7 @@ def _multiply(task):  # type: ignore[no-untyped-def]
             return
         while panel < end:
             at = weights_at + panel * panel_bytes
-            _multiply_panel(arithmetic, panel, at, pairs, x_at, 0, num_rows, y, out_features, sums)  # type: ignore[no-untyped-call]
+            _multiply_panel(arithmetic, False, panel, at, pairs, x_at, 0, num_rows, y, out_features, sums, sums)  # type: ignore[no-untyped-call]
             panel += 1
 
 
@@ -285,7 +276,7 @@ def _networks(task):  # type: ignore[no-untyped-def]
     jobs = carray(pointer(jobs_at), (num_jobs, 4), np.int64)
     hidden = carray(pointer(hidden_at), (num_rows, hidden_pairs * PAIR), np.uint16)
     y = carray(pointer(y_at), (num_rows, width), np.uint16)
-    gates = np.empty((_HIGHEST, WIDTH), np.float32)
+    sums = np.empty((_HIGHEST, WIDTH), np.float32)
     ups = np.empty((_HIGHEST, WIDTH), np.float32)
     panels, panel_bytes = (intermediate + WIDTH - 1) // WIDTH, 2 * pairs * _PANEL_STEP_BYTES
     while True:
@@ -296,8 +287,8 @@ def _networks(task):  # type: ignore[no-untyped-def]
         while item < end_item:
             job, panel = item // panels, item % panels
             row, end = jobs[job, 2], jobs[job, 2] + jobs[job, 3]
-            gate_at = jobs[job, 0] + panel * panel_bytes
-            _gate_up_panel(arithmetic, panel, gate_at, pairs, x_at, row, end, hidden, intermediate, gates, ups)  # type: ignore[no-untyped-call]
+            at = jobs[job, 0] + panel * panel_bytes
+            _multiply_panel(arithmetic, True, panel, at, pairs, x_at, row, end, hidden, intermediate, sums, ups)  # type: ignore[no-untyped-call]
             item += 1
         take_several(done, length)
     wait_for(done, num_jobs * panels)  # type: ignore[no-untyped-call]
@@ -309,6 +300,8 @@ def _networks(task):  # type: ignore[no-untyped-def]
         while item < end_item:
             job, panel = item // panels, item % panels
             row, end = jobs[job, 2], jobs[job, 2] + jobs[job, 3]
-            weights_at = jobs[job, 1] + panel * panel_bytes
-            _multiply_panel(arithmetic, panel, weights_at, hidden_pairs, hidden_at, row, end, y, width, gates)  # type: ignore[no-untyped-call]
+            at = jobs[job, 1] + panel * panel_bytes
+            _multiply_panel(
+                arithmetic, False, panel, at, hidden_pairs, hidden_at, row, end, y, width, sums, ups
+            )  # type: ignore[no-untyped-call]
             item += 1
