@@ -33,8 +33,9 @@ check: install
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
+# Three workers for two cores: two of them wait for servers half of their time
 test: check
-	$(BIN)/pytest -n 2 --dist loadgroup --durations=30 -m "not long"
+	$(BIN)/pytest -n 3 --dist loadgroup --durations=30 -m "not long"
 
 # The long ones measure, and have the machine to themselves
 test-long: test

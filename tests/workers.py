@@ -1,8 +1,8 @@
-"""Which tests stay together when pytest-xdist runs them in two workers, and with which a worker begins. Runs none.
+"""Which tests stay together when pytest-xdist runs them in workers, and with which a worker begins. Runs none.
 
 Tests of a file stay together, in order. So do all that share the session's server, or there would be two of them, and
-all that make hosts of network namespaces. One worker begins with what starts servers and mostly waits, the other with
-what mostly computes; who is ready first goes on with the other's. Without workers all is as pytest has it.
+all that make hosts of network namespaces. One worker begins with what mostly computes, all others with what starts
+servers and mostly waits; who is ready first goes on with the others'. Without workers all is as pytest has it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SERVER, HOSTS = "the session's server", "hosts"
 
 
 class BothEnds(LoadScopeScheduling):
-    """The first worker takes groups from the front, the others from the back."""
+    """The last worker takes groups from the back, the others from the front."""
 
     def schedule(self) -> None:
         if self.collection is None:
@@ -29,7 +29,7 @@ class BothEnds(LoadScopeScheduling):
         return str(self._groups[nodeid])
 
     def _assign_work_unit(self, node) -> None:
-        if node is not self.nodes[0]:
+        if node is self.nodes[-1]:
             self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
         super()._assign_work_unit(node)
 
