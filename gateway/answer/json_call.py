@@ -59,30 +59,42 @@ def whole_call(text: str) -> tuple[str, str] | None:
     return name, arguments
 
 
+class Brackets:
+    """How deep in brackets of JSON a text is, character by character. Those in strings are none."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def closed_by(self, char: str) -> bool:
+        """Whether this one, the next, closes one."""
+        if self._in_string:
+            self._in_string = self._escaped or char != '"'
+            self._escaped = char == "\\" and not self._escaped
+        elif char == '"':
+            self._in_string = True
+        elif char in "[{":
+            self.depth += 1
+        elif char in "]}":
+            self.depth -= 1
+            return True
+        return False
+
+
 class JsonObject:
     """Follows an object through the pieces of a text, to its last bracket."""
 
     def __init__(self) -> None:
         self.is_over = False
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
+        self._brackets = Brackets()
 
     def push(self, text: str) -> tuple[str, str]:
         """What of a text belongs to the object, and what comes after it."""
         for i, char in enumerate(text):
-            if self._in_string:
-                self._in_string = self._escaped or char != '"'
-                self._escaped = char == "\\" and not self._escaped
-            elif char == '"':
-                self._in_string = True
-            elif char in "[{":
-                self._depth += 1
-            elif char in "]}":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.is_over = True
-                    return text[: i + 1], text[i + 1 :]
+            if self._brackets.closed_by(char) and self._brackets.depth == 0:
+                self.is_over = True
+                return text[: i + 1], text[i + 1 :]
         return text, ""
 
 

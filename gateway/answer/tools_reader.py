@@ -16,6 +16,7 @@ from typing import Literal
 from cluster.messages import ToolCallGrammar
 from gateway.answer.calls import Calls
 from gateway.answer.hermes_reader import HermesCallReader
+from gateway.answer.json_call import Brackets
 from gateway.answer.llama_reader import LlamaCallReader
 
 _NAME, _ARGUMENTS = '{"name": ', ', "arguments": '
@@ -34,9 +35,7 @@ class ToolCallReader:
         self._is_blank = True  # all that is held
         self._in_calls = False
         self._in_arguments = False
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
+        self._brackets = Brackets()
 
     @property
     def is_complete(self) -> bool:
@@ -86,26 +85,16 @@ class ToolCallReader:
         own = ""
         arguments: list[str] = []
         for char in text:
-            if self._in_string:
-                self._in_string = self._escaped or char != '"'
-                self._escaped = char == "\\" and not self._escaped
-            elif char == '"':
-                self._in_string = True
-            elif char in "[{":
-                self._depth += 1
-            elif char in "]}":
-                self._depth -= 1
-                if self._depth == 1 and self._in_arguments:
-                    self.calls.add("".join(arguments))
-                    arguments, self._in_arguments = [], False
-                    continue
-                if self._depth == 1 and self._held:
-                    own += self._held + char
-                    self._held = ""
-                    continue
-            if self._in_arguments:
+            ends_call = self._brackets.closed_by(char) and self._brackets.depth == 1
+            if ends_call and self._in_arguments:
+                self.calls.add("".join(arguments))
+                arguments, self._in_arguments = [], False
+            elif ends_call and self._held:
+                own += self._held + char
+                self._held = ""
+            elif self._in_arguments:
                 arguments.append(char)
-            elif self._depth >= 2:
+            elif self._brackets.depth >= 2:
                 name = self._name_before_arguments()
                 if name is None:
                     self._held += char
