@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,16 +68,18 @@ class RayHosts:
         (self.directory / "gcs").mkdir()
         head = ("--head", f"--port={RAY_PORT}", f"--temp-dir={self.directory}", "--include-dashboard=false")
         self._ray(self.head, "front", *head)
-        for index, host in enumerate(self.others):
-            gpus = self.gpus[index] if self.gpus else 0
-            role = f"experts,tier={'gpu' if gpus else 'cpu'}"
-            self._ray(host, role, f"--address={self.address}", f"--num-gpus={gpus}")
+        with ThreadPoolExecutor(len(self.others)) as threads:  # each takes seconds, and mostly waits
+            list(threads.map(self._join, self.others, self.gpus or (0,) * len(self.others)))
+
+    def _join(self, host: Host, gpus: int) -> None:
+        role = f"experts,tier={'gpu' if gpus else 'cpu'}"
+        self._ray(host, role, f"--address={self.address}", f"--num-gpus={gpus}")
 
     def _ray(self, host: Host, role: str, *arguments: str) -> None:
         """Start a node. Ray gives one thirty seconds, which a machine that is busy with another may not have."""
         command = [BIN / "ray", "start", *arguments, f"--node-ip-address={host.address}", "--num-cpus=1"]
-        command += [f"--labels=role={role}", "--object-store-memory=80000000"]
-        log = self.directory / "ray.log"
+        command += [f"--labels=role={role}", "--object-store-memory=80000000", "--include-log-monitor=false"]
+        log = self.directory / f"ray-{host.address}.log"
         for _ in range(3):
             with log.open("w") as output:
                 started = host.start(command, env=self.environment, stdout=output, stderr=subprocess.STDOUT)

@@ -133,7 +133,7 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
         wait_for(lambda: incarnation() != first, 300, "another shard")
         assert not psutil.pid_exists(pid)
     finally:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
 
 
 def test_a_process_that_only_supervises_does_not_import_torch() -> None:

@@ -301,7 +301,5 @@ def _networks(task):  # type: ignore[no-untyped-def]
             job, panel = item // panels, item % panels
             row, end = jobs[job, 2], jobs[job, 2] + jobs[job, 3]
             at = jobs[job, 1] + panel * panel_bytes
-            _multiply_panel(
-                arithmetic, False, panel, at, hidden_pairs, hidden_at, row, end, y, width, sums, ups
-            )  # type: ignore[no-untyped-call]
+            _multiply_panel(arithmetic, False, panel, at, hidden_pairs, hidden_at, row, end, y, width, sums, ups)  # type: ignore[no-untyped-call]
             item += 1

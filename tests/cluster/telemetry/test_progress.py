@@ -1,7 +1,6 @@
 from ray.experimental import internal_kv
 
 from cluster.telemetry.progress import LoadingProgress, Progress, clear_progress, read_progress
-from tests.programs import said_by
 
 
 def test_progress_says_bytes_in_a_readable_unit():
@@ -19,6 +18,22 @@ def test_without_ray_publishing_does_nothing(monkeypatch):
     clear_progress("app")
 
 
-def test_other_processes_read_what_is_published_per_application():
-    """In a process of its own, so that this one's Ray is left alone."""
-    said_by("cluster.loading_progress")
+def test_other_processes_read_what_is_published_per_application(ray_cluster):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def load(application, deployment, nbytes):
+        progress = LoadingProgress(application, deployment, 100)
+        for _ in range(nbytes):
+            progress(1)
+
+    loads = [("app", "expert-1", 100), ("app", "coordinator", 0), ("app-2", "expert-1", 7)]
+    ray.get([load.remote(*arguments) for arguments in loads], timeout=120)
+    assert read_progress("app") == [Progress("coordinator", 0, 100), Progress("expert-1", 100, 100)]
+    (other,) = read_progress("app-2")
+    assert other.deployment == "expert-1"
+    assert other.loaded_bytes <= 7
+    clear_progress("app")
+    assert read_progress("app") == []
+    assert read_progress("app-2") == [other]
+    clear_progress("app-2")

@@ -34,6 +34,7 @@ QUESTION = {
     "temperature": 0, "max_tokens": 60,
 }  # fmt: skip
 CLOSED = "without sending a response"
+PAUSE_S = 0.5  # after each stream: two that never pause take a core from what is being started
 DEMO_PODS = (Pod("head"), Pod("gateway", cpus=1), Pod("coordinator", cpus=1), Pod("expert", cpus=2))
 
 
@@ -119,6 +120,7 @@ class Clients:
                     self.answers.append(self._ask_twice(client))
                 except (AssertionError, httpx.HTTPError) as error:
                     self.failures.append(f"{time.strftime('%X')} {type(error).__name__}: {error}")
+                self.stop.wait(PAUSE_S)
 
     def _ask_twice(self, client: httpx.Client) -> str:
         """As the SDKs do by default: once more where the connection was closed before a byte of an answer.

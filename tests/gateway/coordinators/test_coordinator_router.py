@@ -64,7 +64,7 @@ def application(ray_cluster: str) -> Iterator[str]:
     )
     serve.run(deployment.bind(), name=APPLICATION, route_prefix=None)
     yield APPLICATION
-    serve.delete(APPLICATION)
+    serve.delete(APPLICATION, _blocking=False)
 
 
 @pytest.fixture
