@@ -26,16 +26,20 @@ install: .venv/.installed
 serve: .venv/.serving
 	$(BIN)/manta serve
 
-check: install
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+RUFF = $(BIN)/ruff format --check . && $(BIN)/ruff check .
+CHECKS = $(BIN)/mypy && $(BIN)/lint-imports && \
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
-# Three workers for two cores: two of them wait for servers half of their time
-test: check
-	$(BIN)/pytest -n 3 --dist loadgroup --durations=30 -m "not long"
+check: install
+	$(RUFF)
+	$(CHECKS)
+
+# What check does, beside the tests. Three workers for two cores: two of them wait for servers half of their time
+test: install
+	$(RUFF)
+	@($(CHECKS)) & checks=$$!; \
+	$(BIN)/pytest -n 3 --dist loadgroup --durations=30 -m "not long"; tests=$$?; \
+	wait $$checks || { echo "make check fails: its messages are above those of the tests"; exit 1; }; exit $$tests
 
 # The long ones measure, and have the machine to themselves
 test-long: test
