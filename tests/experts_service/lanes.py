@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,19 @@ def maths(experts: Sequence[int]) -> Run:
         return torch.cat([(piece * (expert + 2) + layer).tanh() for piece, expert in zip(pieces, experts, strict=True)])
 
     return run
+
+
+def stopped_in_layer_2() -> tuple[Run, threading.Event, threading.Event]:
+    """The maths of group 0, which waits in layer 2; set when it has come there, and what lets it go on."""
+    entered, opened = threading.Event(), threading.Event()
+
+    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        if layer == 2:
+            entered.set()
+            assert opened.wait(10)
+        return maths(GROUPS[0].experts)(layer, rows, counts)
+
+    return run, entered, opened
 
 
 def in_place(run: Run) -> Maths:

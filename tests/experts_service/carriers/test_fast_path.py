@@ -37,7 +37,7 @@ from experts_service.wire.frame import HEAD_BYTES, LaneShape, answer_head
 from experts_service.wire.shared_memory import SharedMemory, create
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
-from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, maths, shards
+from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, maths, shards, stopped_in_layer_2
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")
@@ -152,14 +152,7 @@ def test_an_answer_that_is_not_finite_is_asked_for_again(running: Shards) -> Non
 
 
 def test_a_shard_that_dies_over_the_rows_is_asked_again_when_it_is_back(running: Shards) -> None:
-    entered, opened = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
+    run, entered, opened = stopped_in_layer_2()
     running.start("0a", 0, run)
     remote = both(running)
     rows, experts = batch(40)
@@ -176,14 +169,7 @@ def test_a_shard_that_dies_over_the_rows_is_asked_again_when_it_is_back(running:
 
 
 def test_a_late_answer_keeps_its_slots_until_it_has_come(running: Shards) -> None:
-    entered, opened = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
+    run, entered, opened = stopped_in_layer_2()
     running.start("0a", 0, run)
     remote = both(running)
     dropped = remote.dispatch(2, *batch(40, seed=1))
@@ -235,14 +221,7 @@ def test_where_slots_are_short_nothing_is_sent_to_anybody(running: Shards) -> No
 
 def test_a_replica_that_left_while_it_owed_an_answer_is_let_go_of(running: Shards) -> None:
     """Its lane stayed open, with its memory, for as long as all dispatches were of the usual kind."""
-    entered, opened = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
+    run, entered, opened = stopped_in_layer_2()
     leaving = running.start("0a", 0, run)
     remote = both(running)
     rows, experts = batch(40)
@@ -373,14 +352,7 @@ def test_those_that_are_not_finite_are_asked_for_again(running: Shards, on_devic
 
 
 def test_those_of_a_shard_that_died_come_from_the_next_one(running: Shards, on_device: OnDevice) -> None:
-    entered, opened = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
+    run, entered, opened = stopped_in_layer_2()
     running.start("0a", 0, run)
     both(running)
     rows, experts = batch(40)

@@ -25,7 +25,18 @@ from experts_service.wire.frame import HEAD_BYTES, RowsFormat, answer_head
 from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, SharedMemory, create
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
-from tests.experts_service.lanes import GROUPS, HIDDEN, NUM_LAYERS, Shards, ask, batch, expected, maths, shards
+from tests.experts_service.lanes import (
+    GROUPS,
+    HIDDEN,
+    NUM_LAYERS,
+    Shards,
+    ask,
+    batch,
+    expected,
+    maths,
+    shards,
+    stopped_in_layer_2,
+)
 from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
@@ -92,19 +103,6 @@ def test_more_dispatches_under_way_than_there_is_room_for_are_sent() -> None:
 
 def links(running: Shards) -> list[Link]:
     return list(running.transports[0].routes._links._links.values())
-
-
-def stopped_in_layer_2() -> tuple[Callable[[int, Tensor, Sequence[int]], Tensor], threading.Event, threading.Event]:
-    """The maths of group 0, which waits in layer 2; set when it has come there, and what lets it go on."""
-    entered, opened = threading.Event(), threading.Event()
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        if layer == 2:
-            entered.set()
-            assert opened.wait(10)
-        return maths(GROUPS[0].experts)(layer, rows, counts)
-
-    return run, entered, opened
 
 
 def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
