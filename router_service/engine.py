@@ -223,6 +223,7 @@ class Engine:
         """
         self._expire()
         self._fail_beyond_grammar()
+        self._end_complete()
         batch = self._schedule()
         before, self._under_way = self._under_way, None
         step = self._launch(batch) if batch else None
@@ -466,6 +467,8 @@ class Engine:
         self._sequences[key] = sequence
         try:
             sequence.check_finished(self.scheduler.eos_token_ids, self.scheduler.max_model_len)
+            if sequence.finish_reason is None and sequence.is_complete:
+                sequence.finish_reason = "stop"
             if sequence.finish_reason is not None:
                 self._tell([(key, _chunk(sequence, (), None))])
                 del self._sequences[key]
@@ -503,6 +506,13 @@ class Engine:
         ]
         if stuck:
             self._fail(stuck)
+
+    def _end_complete(self) -> None:
+        """End sequences whose grammars let nothing follow, of a model that has no token to end them with."""
+        for sequence in [one for one in self._sequences.values() if one.is_complete]:
+            sequence.finish_reason = "stop"
+            self._abort(sequence.request.key)
+            self._tell([(sequence.request.key, _chunk(sequence, (), None))])
 
     def _emit(
         self,

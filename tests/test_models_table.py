@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import transformers
 
-from tests.models_table import families, row
+from tests.models_table import PAGE, families, row, told
 from tests.transformers_families import SHOWN
-
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-MARK = "<!-- made by: python -m tests.models_table -->"
-
-
-def told() -> dict[str, str]:
-    """The rows on the page, by family."""
-    lines = PAGE.read_text().split(MARK)[1].splitlines()
-    return {match[1]: line for line in lines if (match := re.match(r"\| `(\w+)` \|", line))}
 
 
 @pytest.mark.long

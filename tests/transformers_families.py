@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -43,20 +43,39 @@ SIZES: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "index_topk": 8,  # fewer than prompts have tokens
+    "index_n_heads": 32,  # scores are seldom zero, where any may be chosen
+    "index_head_dim": 16,
     "sliding_window": 24,
     "attention_chunk_size": 24,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,  # large enough that greedy tokens vary
+}
+SENSES: dict[str, Any] = {  # of what sees or hears, which is not asked
+    "depth": 1,
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
 }
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "llama4_text": {"interleave_moe_layer_step": 2, "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24]},
     "minimax_m2": {"rotary_dim": 8},
+    "qwen3_vl_moe_text": {"sliding_window": None},  # a cache would have it, and no layer
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 24},
+    "minimax_m3_vl_text": {  # as the published one
+        "layer_types": ["full_attention", *3 * ["minimax_m3_sparse"]],
+        "index_n_heads": 2,
+    },
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "glm4_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
@@ -65,21 +84,42 @@ logging.disable_progress_bar()
 
 
 def tiny_config(model_type: str) -> Any:
-    """Of a family's text model, with sizes of our own where it has such keys."""
+    """Of a family's text model, with sizes of our own where it has such keys; of all of it, if that has no head."""
     config_class = CONFIG_MAPPING[model_type]
-    text = config_class().get_text_config(decoder=True)
-    known = set(text.to_dict()) | set(text.attribute_map)
-    sizes = {key: value for key, value in SIZES.items() if key in known}
+    whole = config_class()
+    text = whole.get_text_config(decoder=True)
+    sizes = _known(text, SIZES)
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)  # it is what is rotated of it
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    return type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
+    tiny = type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
+    if _auto(tiny) is not None or _auto(whole) is None:
+        return tiny
+    senses = {
+        name: type(part)(**_known(part, SENSES)).to_dict()
+        for name in whole.sub_configs
+        if (part := getattr(whole, name)) is not None and part is not text
+    }
+    of_text = next(name for name in whole.sub_configs if getattr(whole, name) is text)
+    return config_class(**senses, **{of_text: tiny.to_dict()}, **NO_IDS)
+
+
+def _known(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Those of which a config has the keys."""
+    known = set(config.to_dict()) | set(config.attribute_map)
+    return {key: value for key, value in sizes.items() if key in known}
+
+
+def _auto(config: Any) -> Any:
+    """What builds a model that generates text; None: nothing does."""
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in autos if type(config) in auto._model_mapping), None)
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
     """In fp32 and eval mode. Norms, biases and sinks are not what they begin as, so that one forgotten shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = _auto(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and tensor.dim() == 1:

@@ -85,6 +85,7 @@ class Architecture:
     dtype: StoredDtype  # what the checkpoint says it is meant to run in
     rope_scaling: RopeScaling | None = None
     multipliers: Multipliers = Multipliers()
+    has_scores: bool = False  # attention has the scores of a step's tokens in memory: sinks are among them, say
 
     @property
     def num_layers(self) -> int:

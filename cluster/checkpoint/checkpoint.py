@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from cluster.checkpoint.architecture import Architecture, StoredDtype, coordinator_tensors, expert_tensors
 from cluster.checkpoint.configuration.any_architecture import any_architecture, divided, stored_tensors
+from cluster.checkpoint.configuration.end_of_tokenizer import end_of_tokenizer
 from cluster.checkpoint.configuration.generation_config import GenerationConfig, read_generation_config
 from cluster.checkpoint.configuration.hyperparameters import (
     architecture_from_config,
@@ -41,6 +42,8 @@ ModelImpl = Literal["native", "transformers"]  # whose code computes the model
 
 SAMPLE_BYTES = 4096  # of each end of each tensor, for the fingerprint
 
+_BASE = "model."  # what names begin with, but in the files of a model that was saved without its head: Qwen3-Embedding
+_EMBEDDINGS = "model.embed_tokens.weight"
 _SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})$")
 _DTYPES: Mapping[str, StoredDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -56,6 +59,7 @@ class Checkpoint:
     fingerprint: str  # hex; the same weights at another path have the same; empty where the files are not here
     generation: GenerationConfig
     model_impl: ModelImpl = "native"  # `transformers`: `tensors` is keyed by the names that they are stored by
+    has_head: bool = True  # else there are hidden states to be had and no logits
 
     @property
     def revision(self) -> str | None:
@@ -134,7 +138,7 @@ def open_checkpoint(directory: Path | str, model_impl: Literal["auto"] | ModelIm
             return _open_for_transformers(directory, config)
     elif model_impl == "transformers":
         raise CheckpointError(f"{directory} is in Mistral's own layout, which the transformers backend does not read.")
-    quantization = None
+    quantization, is_base = None, False
     if layout == "huggingface":
         config = JsonDocument.read(directory / "config.json")
         if not is_native(config):
@@ -146,7 +150,10 @@ def open_checkpoint(directory: Path | str, model_impl: Literal["auto"] | ModelIm
         architecture_from_config(config)  # what is not supported is said before weights are looked at
         quantization = read_quantization(config)
         stored = read_headers(directory, layout)
-        architecture = architecture_from_config(config, _stored_dtype(stored, "model.embed_tokens.weight"))
+        is_base = _EMBEDDINGS.removeprefix(_BASE) in stored
+        if is_base:
+            stored = {name if name == "lm_head.weight" else _BASE + name: tensor for name, tensor in stored.items()}
+        architecture = architecture_from_config(config, _stored_dtype(stored, _EMBEDDINGS))
         head = "lm_head.weight"
     else:
         params = JsonDocument.read(directory / "params.json")
@@ -156,13 +163,16 @@ def open_checkpoint(directory: Path | str, model_impl: Literal["auto"] | ModelIm
         head = "output.weight"
     if head in stored:  # transformers uses it, whatever `tie_word_embeddings` says
         architecture = replace(architecture, tie_word_embeddings=False)
+    has_head = not is_base or architecture.tie_word_embeddings or head in stored
+    if not has_head:
+        architecture = replace(architecture, tie_word_embeddings=True)  # nobody is to ask for logits
     tensors = locate_tensors(architecture, layout, stored, directory, quantization)
     if quantization is not None:
         check_contents(tensors)
     generation = read_generation_config(directory, architecture.vocab_size)
-    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
-    architecture = replace(architecture, eos_token_ids=eos_token_ids)
-    return Checkpoint(directory, layout, architecture, tensors, fingerprint(architecture, tensors), generation)
+    architecture = _with_ends(architecture, generation, directory)
+    known = fingerprint(architecture, tensors)
+    return Checkpoint(directory, layout, architecture, tensors, known, generation, has_head=has_head)
 
 
 def check_config(config: JsonDocument) -> None:
@@ -179,12 +189,17 @@ def _open_for_transformers(directory: Path, config: JsonDocument) -> Checkpoint:
     tensors = stored_tensors(read_headers(directory, "huggingface"), config)
     architecture = any_architecture(config, _most_common_dtype(tensors.values()))
     generation = read_generation_config(directory, architecture.vocab_size)
-    eos_token_ids = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
-    architecture = replace(architecture, eos_token_ids=eos_token_ids)
+    architecture = _with_ends(architecture, generation, directory)
     # What a model computes is in all of its config.json: there are more keys than sizes.
     of_config = json.dumps(config.values, sort_keys=True)
     known = hashlib.sha256(f"{fingerprint(architecture, tensors)} {of_config}".encode()).hexdigest()
     return Checkpoint(directory, "huggingface", architecture, tensors, known, generation, "transformers")
+
+
+def _with_ends(architecture: Architecture, generation: GenerationConfig, directory: Path) -> Architecture:
+    """The tokens that end an answer: both files' of the model, the tokenizer's where neither has any."""
+    ends = tuple(dict.fromkeys(architecture.eos_token_ids + generation.eos_token_ids))
+    return replace(architecture, eos_token_ids=ends or end_of_tokenizer(directory, architecture.vocab_size))
 
 
 def fingerprint(architecture: Architecture, tensors: Mapping[str, Ref | RoundedRef]) -> str:

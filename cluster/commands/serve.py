@@ -71,11 +71,11 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
     ]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)
-    for one, checkpoint in zip(config.models, checkpoints, strict=True):
-        if checkpoint.model_impl == "transformers":
-            from experts_service.transformers_backend.meta_model import check  # takes seconds to import
+    for index, one in enumerate(config.models):
+        if checkpoints[index].model_impl == "transformers":
+            from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
 
-            check(checkpoint, one.engine.max_model_len)
+            checkpoints[index] = checked(checkpoints[index], one.engine.max_model_len)
     if address is None and any(one.engine.device != "cpu" for one in config.models):
         look_at_gpus(console)
     stop = _Stop()

@@ -142,6 +142,11 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
     The model takes its place in `room`: what others have left; without it the cluster is the model's own.
     """
     architecture = checkpoint.architecture
+    if not checkpoint.has_head and config.kind != "embedding":
+        raise ConfigError(
+            f"models: {config.name!r}: {checkpoint.directory} was saved without its output head, and answers nothing: "
+            "with `kind: embedding` it makes embeddings"
+        )
     if architecture.is_dense:
         if config.experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
             raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
@@ -358,6 +363,8 @@ def model_card(plan: ModelPlan) -> ModelCard:
     assert config.engine.max_model_len is not None, "a plan has no open settings"
     if keys := checkpoint.generation.not_followed:
         logger.warning("%s: requests do not follow %s", checkpoint.directory / GENERATION_CONFIG, ", ".join(keys))
+    if not checkpoint.architecture.eos_token_ids:
+        logger.warning("%s: no file says which token ends an answer; answers end at max_tokens", checkpoint.directory)
     return ModelCard(
         name=config.name,
         aliases=config.aliases,

@@ -175,22 +175,30 @@ class ModelSize:
 
 def model_size(model: ModelConfig) -> ModelSize:
     """Raises ConfigError for a model whose sizes cannot be known here."""
-    checkpoint = _known(model.path, model.revision).rounded(model.engine.rounding)
+    checkpoint = _known(model).rounded(model.engine.rounding)
     architecture = checkpoint.architecture
     local = architecture.is_dense or model.experts.transport == "local"
     groups = () if local else plan_groups(model.experts.groups, architecture.num_experts, 0, 1)
     return ModelSize(model, checkpoint, groups)
 
 
-def _known(path: str, revision: str | None) -> Checkpoint:
+def _known(model: ModelConfig) -> Checkpoint:
     """Of a directory, an embedded model, or a hub id that is known. Raises ConfigError for others."""
+    path = model.path
     if path in KNOWN_MODELS:
         known_model = KNOWN_MODELS[path]
         return outline(path, known_model.architecture, known_model.scheme)
     if path in EMBEDDED or Path(path).expanduser().is_dir():
-        return open_checkpoint(resolve_model(path, revision))
+        checkpoint = open_checkpoint(resolve_model(path, model.revision), model.model_impl)
+        return checkpoint if checkpoint.model_impl == "native" else _checked(checkpoint, model.engine.max_model_len)
     known = ", ".join(KNOWN_MODELS)
     raise ConfigError(f"models: {path!r} is no directory here, and its sizes are not known; known are {known}")
+
+
+def _checked(checkpoint: Checkpoint, max_model_len: int | None) -> Checkpoint:
+    from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
+
+    return checked(checkpoint, max_model_len)
 
 
 def pod_groups(config: MantaConfig) -> dict[str, PodGroup]:

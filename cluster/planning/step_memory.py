@@ -10,6 +10,8 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.planning.placement import DTYPE_BYTES, Dtype, KvDtype, kv_bytes_per_token
 
 GATHER_BYTES = 2**30  # of keys and values that decoding sequences read at once, if one context alone is not longer
+MAX_SCORES = 2**24  # of attention in memory at once, where they are there at all, if those of one token are not more
+SCORE_COPIES = 4  # of each: as computed, with a sink beside, as a share, and as that is multiplied with values
 PARTIAL_BYTES = 2**24  # of what splits of long contexts make before it is added up
 SCORED_ROWS = 256  # of a prompt's logits in memory at once
 SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm of a probability
@@ -55,6 +57,8 @@ def step_bytes(
         if kv_dtype == "int8":  # as they are kept, and made numbers of
             each = kv_bytes_per_token(a, kv_dtype) + 2 * kv_bytes_per_token(a, "float32")
             attention += gathered * each // a.num_layers
+        if a.has_scores:
+            attention += SCORE_COPIES * max(MAX_SCORES, a.num_heads * seen) * item
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
         attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
     else:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts_service.kernels.compiled.chain import Chain
 from experts_service.kernels.compiled.matmul import Panels, networks_task, pack_gate_up, run_networks
 from experts_service.kernels.compiled.quantized_matmul import (
     QuantizedPanels,
@@ -94,7 +96,7 @@ class PackedSwiGLUs:
 
     def __init__(self, run: _Run, chained: Chained | None = None) -> None:
         """`pack` makes it. `chained`: where their rows need no more than kernels of our own."""
-        self._run = run
+        self._run = run  # which keeps the weights, also where `chained` has their addresses
         self.chained = chained
 
     @classmethod
@@ -120,8 +122,30 @@ class PackedSwiGLUs:
 
     def __call__(self, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Tensor:
         """`answers` [R, D], written: the first counts[0] of `rows` [R, D] through the first network, and so on."""
-        self._run(rows, counts, answers)
+        if self.chained is None:
+            self._run(rows, counts, answers)
+        else:
+            _run_chained(self.chained, rows, counts, answers)
         return answers
+
+
+def _run_chained(chained: Chained, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:
+    """However many networks there are, Python looks at none by itself."""
+    of_each = np.fromiter(counts, np.int64, len(counts))
+    active = of_each.nonzero()[0]
+    if not len(active):
+        return
+    first_rows = (of_each.cumsum() - of_each)[active]
+    jobs = []
+    for table in chained.tables:
+        of_table = table.numpy()[active]
+        of_table[:, -2], of_table[:, -1] = first_rows, of_each[active]
+        jobs.append(torch.from_numpy(of_table))
+    rows = rows.contiguous()
+    hidden = rows.new_empty(len(rows), chained.intermediate)  # [R, F]
+    integers = torch.empty(len(rows) * chained.integers, dtype=torch.int32)
+    tasks = chained.make_tasks(jobs, rows, hidden, integers, answers)
+    (tasks[0] if len(tasks) == 1 else Chain(tasks)).run()
 
 
 def _chained_networks(arithmetic: int, networks: Sequence[tuple[Panels, Panels]]) -> Chained | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cluster.checkpoint.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,9 @@ class LayerAttention:
     value_dim: int
     scaling: float
     sight: Sight
+    has_sinks: bool = False
+    index_dim: int = 0  # of the key by which an indexer chooses which tokens are seen; 0: there is none
+    index_heads: int = 0  # of the indexer
 
     @property
     def key_width(self) -> int:
@@ -40,6 +46,20 @@ class LayerAttention:
         return self.num_kv_heads * self.key_dim
 
     @property
+    def kept_width(self) -> int:
+        """The same with the indexer's, which lies behind them."""
+        return self.key_width + self.index_dim
+
+    @property
     def value_width(self) -> int:
         """Numbers of a token's values."""
         return self.num_kv_heads * self.value_dim
+
+
+def with_cache_of(architecture: Architecture, layers: Sequence[LayerAttention]) -> Architecture:
+    """The same with the keys and values that a page has: one is as wide, in every layer, as the widest needs."""
+    heads = max(layer.num_kv_heads for layer in layers)
+    width = max(layer.kept_width for layer in layers) + max(layer.value_width for layer in layers)
+    # torch keeps scores where values are not as wide as keys.
+    has_scores = any(layer.has_sinks or layer.index_dim or layer.key_dim != layer.value_dim for layer in layers)
+    return replace(architecture, num_kv_heads=heads, head_dim=-(-width // (2 * heads)), has_scores=has_scores)

@@ -6,21 +6,21 @@ No code of a checkpoint is ever run: families that the installed transformers do
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
-from experts_service.transformers_backend.layer_attention import LayerAttention
+from experts_service.transformers_backend.layer_attention import LayerAttention, with_cache_of
 from experts_service.transformers_backend.probe import (
     ATTENTION,
     NO_MODEL,
@@ -42,7 +42,8 @@ transformers_logging.disable_progress_bar()
 class MetaModel:
     """A causal language model of which no number is there yet."""
 
-    model: Any  # PreTrainedModel
+    model: Any  # PreTrainedModel; of one that also sees or hears, without what does
+    config: Any  # of the text model
     layers: Any  # from ids to the last hidden states
     head: Any  # from these, as `inputs_embeds`, to logits
     experts: tuple[tuple[str, nn.Module], ...]  # of each layer that has some, in order, by their names in the model
@@ -66,33 +67,35 @@ def refusal(directory: Path, model_type: str, problem: str) -> CheckpointError:
 
 def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> MetaModel:
     """The text model of a checkpoint on the meta device, in `dtype`. Raises CheckpointError by the family's name."""
-    config = _text_config(directory)
+    config, text, auto = _configs(directory)
+    refuse = partial(refusal, directory, config.model_type)
     AttentionInterface.register(ATTENTION, attend)
-    config._experts_implementation = "eager"
+    config._experts_implementation = text._experts_implementation = "eager"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-            )
+            model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False)
     except NO_MODEL as error:
-        raise refusal(directory, config.model_type, first_line(error)) from error
+        raise refuse(first_line(error)) from error
     model.eval()
+    layers, head = _parted(model, refuse)
     experts = tuple((name, module) for name, module in model.named_modules() if is_experts(module))
-    refuse = partial(refusal, directory, config.model_type)
     if not experts and architecture.num_experts:
         raise refuse("its experts are not behind transformers' experts interface")
     for name, module in experts:
         if module.num_experts != architecture.num_experts:
             raise refuse(f"{name} has {module.num_experts} experts, and config.json says {architecture.num_experts}")
-    layers, head = _parted(model, refuse)
-    return MetaModel(model, layers, head, experts, probe(model, layers, head, refuse), directory)
+    return MetaModel(model, text, layers, head, experts, probe(model, text, layers, head, refuse), directory)
 
 
-def check(checkpoint: Checkpoint, max_model_len: int | None) -> None:
-    """Raises CheckpointError where it cannot be served, by name. Reads no weight."""
+def checked(checkpoint: Checkpoint, max_model_len: int | None) -> Checkpoint:
+    """The same, keys and values being as wide as the model's own layers have them. Reads no weight.
+
+    Raises CheckpointError where it cannot be served, by name.
+    """
     architecture = checkpoint.architecture
     meta = build(checkpoint.directory, architecture, torch.float32)
-    check_rope(meta.model.config, max_model_len or architecture.max_position_embeddings, meta.error)
+    check_rope(meta.config, max_model_len or architecture.max_position_embeddings, meta.error)
+    return replace(checkpoint, architecture=with_cache_of(architecture, meta.attention))
 
 
 def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -102,7 +105,8 @@ def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
     return output
 
 
-def _text_config(directory: Path) -> Any:
+def _configs(directory: Path) -> tuple[Any, Any, Any]:
+    """Of what is built and of the text model, which mostly is that, and what builds it."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except NO_MODEL as error:
@@ -113,23 +117,50 @@ def _text_config(directory: Path) -> Any:
     text = config.get_text_config(decoder=True)
     for part in (config, text):
         part.__dict__.pop("quantization_config", None)  # what it is given is plain
-    if type(text) not in AutoModelForCausalLM._model_mapping:
-        raise refusal(directory, config.model_type, "transformers has no causal language model over text alone for it")
-    return text
+    for built, auto in (text, AutoModelForCausalLM), (text, AutoModelForImageTextToText):
+        if type(built) in auto._model_mapping:
+            return built, text, auto
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return config, text, AutoModelForImageTextToText  # its text model has no head of its own
+    raise refusal(directory, config.model_type, "transformers has no causal language model over text for it")
+
+
+class _Outcome(MoeModelOutputWithPast):  # type: ignore[misc]
+    """What layers make. Heads ask for more than that, and hand it on."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Given(nn.Module):
     """In place of the layers: what they made is there already."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _Outcome(last_hidden_state=inputs_embeds)
 
 
 def _parted(model: Any, refuse: Refuse) -> tuple[Any, Any]:
-    """Its layers, and the model without them: what it does between the last of them and logits is its own code."""
-    layers = next((module for module in model.children() if hasattr(module, "layers")), None)
-    if layers is None:
+    """Its layers, and the model without them: what it does between the last of them and logits is its own code.
+
+    What sees or hears beside the layers is taken out of the model.
+    """
+    outer = next(((name, module) for name, module in model.named_children() if _layers_in(module) is not None), None)
+    if outer is None:
         raise refuse("its layers cannot be told from its head")
+    layers = _layers_in(outer[1])
+    if layers is not outer[1]:
+        for name, module in list(outer[1].named_children()):
+            if module is not layers:
+                delattr(outer[1], name)
     head = copy.copy(model)
-    head._modules = {name: _Given() if module is layers else module for name, module in model._modules.items()}
+    head._modules = {**model._modules, outer[0]: _Given()}
     return layers, head
+
+
+def _layers_in(module: nn.Module) -> Any:
+    """The decoder: the module itself, or the text model in it."""
+    if hasattr(module, "layers"):
+        return module
+    text = getattr(module, "language_model", None)
+    return text if hasattr(text, "layers") else None

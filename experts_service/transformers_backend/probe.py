@@ -7,6 +7,7 @@ by name, before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from experts_service.transformers_backend.layer_attention import LayerAttention,
 
 ATTENTION = "manta"  # the name of our attention function in transformers' registry
 KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")  # the caches of transformers that are keys and values
+INDEXED = "DynamicIndexedLayer"  # the same, and keys of an indexer
+INDEXER = ("hidden_states", "q_resid", "position_embeddings", "attention_mask", "position_ids", "past_key_values")
 MEANINGLESS = ("dropout", "is_causal", "output_attentions", "use_cache", "position_ids", "output_router_logits")
-MEANT = ("scaling", "sliding_window", "s_aux")
+MEANT = ("scaling", "sliding_window", "s_aux", "indices")
 LENGTH_ROPES = ("dynamic", "longrope")
 PROBED = 2  # tokens
 # What transformers raises where a config.json makes no sense to it.
@@ -41,11 +44,17 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def probe(model: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
+def indexers(model: nn.Module) -> list[nn.Module]:
+    """What chooses, in each layer that has one, which tokens are seen: those of DeepSeek-V3.2 and of its like."""
+    return [module for module in model.modules() if type(module).__name__.endswith("Indexer")]
+
+
+def probe(model: Any, config: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
     """What attention is in each layer, by index. Raises CheckpointError, which names what cannot be served."""
-    config = model.config
-    _check_caches(model, refuse)
+    _check_caches(model, config, refuse)
     seen = _Seen(refuse)
+    for indexer in indexers(model):
+        indexer.forward = seen.index_of(indexer)
     for module in model.modules():
         module.manta_attention = seen
         if is_experts(module):
@@ -73,7 +82,7 @@ def probe(model: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAtte
         for module in model.modules():
             module.__dict__.pop("forward", None)
     if missing := sorted(set(range(config.num_hidden_layers)) - set(seen.layers)):
-        names = sorted({type(module).__name__ for module in _mixers(model, missing)})
+        names = sorted({type(module).__name__ for module in _mixers(layers, missing)})
         raise refuse(
             f"layers {', '.join(map(str, missing[:4]))}{', …' if len(missing) > 4 else ''} have no softmax attention "
             f"whose keys and values could be kept ({', '.join(names)})"
@@ -95,6 +104,17 @@ class _Seen:
     def __init__(self, refuse: Refuse) -> None:
         self._refuse = refuse
         self.layers: dict[int, LayerAttention] = {}
+        self._index_keys: dict[int, tuple[int, int]] = {}  # by layer: their width, and the indexer's heads
+
+    def index_of(self, indexer: Any) -> Callable[..., torch.Tensor]:
+        """In place of an indexer's forward: notes how wide its keys are."""
+        forward = indexer.forward
+
+        def noted(*args: Any, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:  # noqa: ARG001
+            chosen: torch.Tensor = forward(*args, past_key_values=_IndexKeys(self._index_keys, indexer), **kwargs)
+            return chosen
+
+        return noted
 
     def __call__(
         self,
@@ -130,8 +150,23 @@ class _Seen:
             value_dim=value.shape[3],
             scaling=float(query.shape[3] ** -0.5 if scaling is None else scaling),
             sight=sight,
+            has_sinks=kwargs.get("s_aux") is not None,
+            index_dim=self._index_keys.get(layer, (0, 0))[0],
+            index_heads=self._index_keys.get(layer, (0, 0))[1],
         )
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+class _IndexKeys:
+    """In place of a cache, for an indexer."""
+
+    def __init__(self, widths: dict[int, tuple[int, int]], indexer: Any) -> None:
+        self._widths, self._heads = widths, indexer.n_heads
+
+    def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        """`keys` [1, T, width]."""
+        self._widths[layer] = keys.shape[-1], self._heads
+        return keys
 
 
 def _tagged_mask(
@@ -166,17 +201,23 @@ def _sight(shows: Any, size: int | None, chunk: int | None) -> Sight | None:
     return None
 
 
-def _check_caches(model: Any, refuse: Refuse) -> None:
+def _check_caches(model: Any, config: Any, refuse: Refuse) -> None:
     try:
-        caches = DynamicCache(config=model.config).layers
+        caches = DynamicCache(config=config).layers
     except NO_MODEL as error:
         raise refuse(f"transformers makes no cache for its layers ({first_line(error)})") from error
-    others = {type(cache).__name__ for cache in caches} - set(KEPT)
+    kept = (*KEPT, INDEXED) if all(map(_is_known, indexers(model))) else KEPT
+    others = {type(cache).__name__ for cache in caches} - set(kept)
     if others:
         raise refuse(f"its layers keep more than keys and values of softmax attention ({', '.join(sorted(others))})")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             raise refuse(f"{name} is a convolution over tokens, and what it keeps is not in the cache")
+
+
+def _is_known(indexer: nn.Module) -> bool:
+    """Whether it is called as DeepSeek-V3.2's is, so that it can be called for one sequence after the other."""
+    return tuple(signature(indexer.forward).parameters) == INDEXER and hasattr(indexer, "n_heads")
 
 
 def check_rope(config: Any, max_model_len: int, refuse: Refuse) -> None:
@@ -214,9 +255,9 @@ def _same_shape(rows: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(rows)
 
 
-def _mixers(model: Any, layers: list[int]) -> list[nn.Module]:
+def _mixers(decoder: Any, missing: list[int]) -> list[nn.Module]:
     """What stands in place of attention in these layers."""
-    decoder = getattr(model.base_model, "layers", [])
-    of_layers = [module for index in layers if index < len(decoder) for module in decoder[index].children()]
+    layers = getattr(decoder, "layers", [])
+    of_layers = [module for index in missing if index < len(layers) for module in layers[index].children()]
     named = [module for module in of_layers if any(one in type(module).__name__ for one in ("Mixer", "Mamba", "Conv"))]
     return named or of_layers[:1]

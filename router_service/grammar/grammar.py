@@ -42,6 +42,7 @@ class _Outlook:
 
     mask: NDArray[np.uint8] | None = None
     error: MantaError | None = None  # the sequence cannot go on
+    is_over: bool = False  # nothing may follow, and nothing has to: of a model that has no token to end with
 
 
 class GrammarState:
@@ -83,7 +84,7 @@ class GrammarState:
     def is_ready(self, timeout_s: float = 0.0) -> bool:
         """Whether the next token can be sampled, waiting for at most so long."""
         if self._settle(timeout_s):
-            return self._outlook.error is None
+            return self._outlook.error is None and not self._outlook.is_over
         self._was_late = True
         return False
 
@@ -103,6 +104,11 @@ class GrammarState:
         """Why the sequence cannot go on, as far as it is known."""
         self._settle(0.0)
         return self._outlook.error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is known that the answer is complete and that no token may follow, not even one that ends it."""
+        return self._work is None and self._outlook.is_over
 
     def _settle(self, timeout_s: float | None) -> bool:
         """Take over what the worker has found. Whether nothing is outstanding."""
@@ -142,6 +148,8 @@ class GrammarState:
             raise self._wrong("too ambiguous to be followed this far: a text can be read in too many ways")
         mask = self._bitmask.numpy().view(np.uint8)[0]
         if not mask.any():
+            if self._matcher.is_completed():
+                return _Outlook(is_over=True)
             raise self._wrong("nothing can satisfy it from here on")
         return _Outlook(mask if is_bound else None)
 

@@ -134,6 +134,11 @@ class Sequence:
         return self.grammar is not None and self.grammar.is_late
 
     @property
+    def is_complete(self) -> bool:
+        """Whether its grammar lets nothing follow."""
+        return self.grammar is not None and self.grammar.is_over
+
+    @property
     def may_skip_prefix(self) -> bool:
         """Whether a cached beginning need not be computed: not while its scores or hidden states are wanted."""
         return self.is_prompt_scored and self.request.pooling is None

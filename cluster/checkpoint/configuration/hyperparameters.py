@@ -97,6 +97,7 @@ def _family(config: JsonDocument) -> Family:
     if architectures is None:
         return possible[0]
     named = set(map(str, architectures)) if isinstance(architectures, list) else set()
+    named |= {name.removesuffix("Model") + "ForCausalLM" for name in named if name.endswith("Model")}  # without a head
     family = next((family for family in possible if family.causal_lm in named), None)
     if family is None:
         known = sorted(family.causal_lm for family in possible)

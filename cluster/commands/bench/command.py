@@ -24,6 +24,7 @@ class ShapeName(StrEnum):
     """The shapes that `make-model` knows."""
 
     BENCH = "bench"
+    BENCH_QWEN3_MOE = "bench-qwen3-moe"
     MIXTRAL_8X7B = "mixtral-8x7b"
 
 
@@ -63,6 +64,14 @@ class QuantizationName(StrEnum):
     FP8 = "fp8"
 
 
+class ModelImplName(StrEnum):
+    """Whose code computes the model, as `model_impl` has it."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TRANSFORMERS = "transformers"
+
+
 class KvCacheDtypeName(StrEnum):
     """What keys and values are kept in, as `engine.kv_cache_dtype` has it."""
 
@@ -95,7 +104,7 @@ class GgufTypeName(StrEnum):
 
 @app.command()
 def make_model(
-    shape: Annotated[ShapeName, typer.Argument(help="bench: 0.79 B parameters; mixtral-8x7b: 46.7 B, 93 GB.")],
+    shape: Annotated[ShapeName, typer.Argument(help="bench…: 0.8 B parameters each; mixtral-8x7b: 46.7 B, 93 GB.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made, or empty.", file_okay=False)],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     layers: Annotated[
@@ -175,6 +184,9 @@ def decode(
     kv_cache_dtype: Annotated[
         list[KvCacheDtypeName], typer.Option(help="What keys and values are kept in; an engine for each, as above.")
     ] = [KvCacheDtypeName.AUTO],  # noqa: B006
+    model_impl: Annotated[
+        list[ModelImplName], typer.Option(help="Whose code computes the model; an engine for each, as above.")
+    ] = [ModelImplName.AUTO],  # noqa: B006
     prefill: Annotated[
         list[str],
         typer.Option(
@@ -211,6 +223,7 @@ def decode(
             dtype=dtype.value,
             quantizations=tuple(dict.fromkeys(name.value for name in quantization)),
             kv_cache_dtypes=tuple(dict.fromkeys(name.value for name in kv_cache_dtype)),
+            model_impls=tuple(dict.fromkeys(name.value for name in model_impl)),
             prefills=prefills_named(prefill) if prefill or no_prefill or context else None,
         ),
     )

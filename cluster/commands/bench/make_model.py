@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cluster.checkpoint.architecture import Architecture, Shape, all_tensors
 from cluster.checkpoint.writing.new_model import NewTensor, new_directory, write_json, write_weights
-from cluster.commands.bench.shapes import SHAPES, hub_config, num_parameters, standard_deviation
+from cluster.commands.bench.shapes import SHAPES, hub_config, hub_name, num_parameters, standard_deviation
 from cluster.demo_model import DIRECTORY as DEMO
 from cluster.errors import SetupError
 
@@ -59,7 +59,7 @@ def write_model(
 def _write_weights(
     architecture: Architecture, directory: Path, seed: int, shard_bytes: int, on_bytes: Callable[[int], None]
 ) -> None:
-    tensors = all_tensors(architecture)
+    tensors = {hub_name(architecture, name): shape for name, shape in all_tensors(architecture).items()}
     seeds = {name: seed + number for number, name in enumerate(tensors)}
 
     def content(name: str) -> Iterator[tuple[str, memoryview]]:

@@ -36,11 +36,11 @@ class Model:
     def opens(self) -> Finding:
         """What is in its headers. Raises MantaError."""
         self._opened = open_checkpoint(resolve_model(self._name, None))
-        a = self._opened.architecture
         if self._opened.model_impl == "transformers":
-            from experts_service.transformers_backend.meta_model import check  # takes seconds to import
+            from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
 
-            check(self._opened, None)
+            self._opened = checked(self._opened, None)
+        a = self._opened.architecture
         experts = "dense" if a.is_dense else f"{a.num_experts} experts, {a.top_k} for a token"
         return good(f"{self._opened.directory}: {a.num_layers} layers, {experts}")
 

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_GPU = "H100"
 NOT_KNOWN_OF_TRANSFORMERS = (  # a model that its code computes
     "operations are those of a plain decoder of these sizes",
-    "which layers have experts, how wide keys and values are in each, and whether its layers can be served: "
-    "manta serve finds out before it loads",
+    "which layers have experts",
     "how fast that code is: attention copies the context, and nothing has measured it",
 )
 HUB_IDS = {
@@ -215,7 +214,12 @@ def engine_of(config: ModelConfig, question: Question) -> EngineConfig:
 def checkpoint_of(path: str, model_impl: Literal["auto"] | ModelImpl = "auto") -> Checkpoint:
     """Of a directory or an embedded model; an outline of a model of the hub that is known, or of a named shape."""
     if Path(path).expanduser().is_dir():
-        return open_checkpoint(Path(path).expanduser(), model_impl)
+        checkpoint = open_checkpoint(Path(path).expanduser(), model_impl)
+        if checkpoint.model_impl == "native":
+            return checkpoint
+        from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
+
+        return checked(checkpoint, 1)  # how long its context may be is not asked here
     if path in EMBEDDED:
         return open_checkpoint(EMBEDDED[path])
     if path in KNOWN_MODELS:

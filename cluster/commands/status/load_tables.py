@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.status.model_load import ExpertLoad, ModelLoad
+from cluster.commands.status.tables import MOST_EXPERTS
 
 BAR_WIDTH = 24  # cells of the busiest expert's bar
 HOT, WARM = 0.9, 0.6  # busy fractions
@@ -35,7 +36,8 @@ def _experts(experts: Sequence[ExpertLoad]) -> Table:
     for column in ("expert", "group", "rows/s", "", "busy", "queue", "rows"):
         table.add_column(column, justify="left" if column in ("expert", "") else "right", no_wrap=True)
     busiest = max(expert.rows_per_s for expert in experts)
-    for one in experts:
+    shown = experts if len(experts) <= MOST_EXPERTS else sorted(experts, key=lambda one: -one.rows_per_s)
+    for one in shown[:MOST_EXPERTS]:
         cells = round(BAR_WIDTH * one.rows_per_s / busiest) if busiest else 0
         table.add_row(
             str(one.expert),
@@ -46,6 +48,9 @@ def _experts(experts: Sequence[ExpertLoad]) -> Table:
             "-" if one.queue_s is None else f"{1000 * one.queue_s:.1f} ms",
             str(one.rows),
         )
+    if others := shown[MOST_EXPERTS:]:
+        rate, rows = sum(one.rows_per_s for one in others), sum(one.rows for one in others)
+        table.add_row(f"{len(others)} others", "", f"{rate:.0f}", "", "", "", str(rows))
     return table
 
 

@@ -12,6 +12,7 @@ from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationSta
 from cluster.commands.status.findings import findings
 
 BAR_WIDTH = 32  # cells of the busiest expert's bar
+MOST_EXPERTS = 32  # of more the busiest are shown
 
 _STYLES = {
     "RUNNING": "green",
@@ -115,10 +116,15 @@ def _coordinators(application: ApplicationStatus) -> Table:
 def _rows_per_expert(rows: tuple[int, ...]) -> Table:
     table = _table("expert", "rows", "share", "")
     total, busiest = sum(rows), max(rows, default=0)
-    for expert, count in enumerate(rows):
+    shown = range(len(rows)) if len(rows) <= MOST_EXPERTS else sorted(range(len(rows)), key=lambda one: -rows[one])
+    for expert in shown[:MOST_EXPERTS]:
+        count = rows[expert]
         cells = round(BAR_WIDTH * count / busiest) if busiest else 0
         share = f"{100 * count / total:.1f} %" if total else "-"
         table.add_row(str(expert), str(count), share, Text("█" * cells, style="cyan"))
+    if others := [rows[expert] for expert in shown[MOST_EXPERTS:]]:
+        share = f"{100 * sum(others) / total:.1f} %" if total else "-"
+        table.add_row(f"{len(others)} others", str(sum(others)), share, "")
     return table
 
 

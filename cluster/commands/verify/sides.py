@@ -104,12 +104,15 @@ class Reference:
     """The model as transformers has it."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+        sees = type(config) not in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        self._model: Any = auto.from_pretrained(
             checkpoint.directory, dtype=dtype, trust_remote_code=False, local_files_only=True, **_plain(checkpoint)
         )
         self._model.to(device).eval()

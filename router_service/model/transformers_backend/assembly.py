@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -12,6 +11,7 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
+from experts_service.transformers_backend.layer_attention import with_cache_of
 from router_service.attention.backend import AttentionBackend
 from router_service.dispatcher import Dispatcher
 from router_service.model.transformers_backend.attention import PagedSdpa
@@ -41,8 +41,13 @@ def transformers_model(
     decoder = TransformersDecoder(
         checkpoint, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
     )
-    attention = PagedSdpa(decoder.attention, block_size=config.block_size, dtype=dtype, device=device)
-    heads = max(layer.num_kv_heads for layer in decoder.attention)
-    width = attention.layout.keys[-1] + attention.layout.values[-1]
-    sizes = replace(checkpoint.architecture, num_kv_heads=heads, head_dim=-(-width // (2 * heads)))
-    return decoder, attention, sizes
+    architecture = with_cache_of(checkpoint.architecture, decoder.attention)
+    attention = PagedSdpa(
+        decoder.attention,
+        num_heads=architecture.num_heads,
+        has_scores=architecture.has_scores,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    return decoder, attention, architecture

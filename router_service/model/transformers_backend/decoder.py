@@ -17,11 +17,11 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.telemetry.layer_times import LayerPass, LayerTimes
 from experts_service.transformers_backend.loading import load_own
 from experts_service.transformers_backend.meta_model import COUNTS_ROWS, SCALED_BEFORE, build
-from experts_service.transformers_backend.probe import check_rope
+from experts_service.transformers_backend.probe import check_rope, indexers
 from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatch, Dispatcher
-from router_service.model.transformers_backend.attention import SdpaPlan
+from router_service.model.transformers_backend.attention import Chosen, Index, SdpaPlan
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class TransformersDecoder:
         self._step: _Step | None = None
         self.layer_times = LayerTimes()
         meta = build(checkpoint.directory, checkpoint.architecture, dtype)
-        check_rope(meta.model.config, max_model_len, meta.error)
+        check_rope(meta.config, max_model_len, meta.error)
         load = load_own(meta, checkpoint, device, on_bytes)
         self._model = meta.model
         for index, (name, _) in enumerate(meta.experts):
@@ -73,6 +73,10 @@ class TransformersDecoder:
         self._layers, self._head = meta.layers, meta.head
         self._counts_rows = any(type(module).__name__ == COUNTS_ROWS for module in meta.layers.modules())
         load()
+        # Whoever has an indexer takes a part of a mask for it, which its layers would otherwise not need.
+        self._mask = torch.empty(1, 1, 1, 1, device=device) if indexers(self._model) else None
+        for indexer in indexers(self._model):
+            indexer.forward = _Indexer(self, indexer)
         for module in self._model.modules():
             module.manta_attention = self._attend
 
@@ -91,6 +95,7 @@ class TransformersDecoder:
         with self._of(_Step(attention, kv_cache, routed, self.layer_times.begin())) as step:
             output = self._layers(
                 input_ids=token_ids[None],
+                attention_mask=self._mask,
                 position_ids=positions[None],
                 past_key_values=_Before(positions) if self._counts_rows else None,
                 use_cache=False,
@@ -126,6 +131,7 @@ class TransformersDecoder:
         value: torch.Tensor,  # [1, G, T, W]
         attention_mask: torch.Tensor | None,  # noqa: ARG002  # the probe saw that there is none
         s_aux: torch.Tensor | None = None,
+        indices: Chosen | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """The attention function: returns [1, T, N, W]."""
@@ -135,7 +141,12 @@ class TransformersDecoder:
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
         plan, kv_cache = self._step.attention, self._step.kv_cache
         plan.write(module.layer_idx, keys, values, kv_cache)
-        return plan.read(module.layer_idx, queries, kv_cache, s_aux)[None], None
+        return plan.read(module.layer_idx, queries, kv_cache, s_aux, indices)[None], None
+
+    def choose(self, layer: int, indexer: Index, *per_token: torch.Tensor) -> Chosen:
+        """Which tokens those of the step see, by what an indexer makes of tensors [1, T, …]."""
+        assert self._step is not None
+        return self._step.attention.choose(layer, indexer, per_token, self._step.kv_cache)
 
     def ask_experts(
         self,
@@ -184,6 +195,31 @@ class _Experts(nn.Module):
     def forward(self, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The experts interface: rows [T, D], experts [T, K], weights [T, K]."""
         return self.ask(self.layer, rows, experts, weights)
+
+
+class _Indexer:
+    """In place of an indexer's forward: it is asked for each sequence of the step by itself, over our pages."""
+
+    def __init__(self, decoder: TransformersDecoder, indexer: Any) -> None:
+        self._decoder, self._indexer, self._forward = decoder, indexer, indexer.forward
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,  # [1, T, D]
+        q_resid: torch.Tensor,  # [1, T, Q]
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [1, T, R] each
+        *_: Any,
+        **__: Any,
+    ) -> Chosen:
+        """What it chose, as `_attend` is given it: by this layer's attention, and by others that have no indexer."""
+        return self._decoder.choose(self._indexer.layer_idx, self._choose, hidden_states, q_resid, *position_embeddings)
+
+    def _choose(self, part: tuple[torch.Tensor, ...], mask: torch.Tensor, keys: Any) -> torch.Tensor:
+        hidden_states, q_resid, cos, sin = part
+        chosen: torch.Tensor = self._forward(
+            hidden_states, q_resid, (cos, sin), mask, position_ids=None, past_key_values=keys
+        )
+        return chosen
 
 
 class _ScaledBefore:

@@ -23,6 +23,7 @@ from cluster.checkpoint.safetensors_header import read_header as checked_header
 from cluster.errors import CheckpointError
 from cluster.messages import SamplingDefaults
 from tests.checkpoints import Layout, read_header, refusal, rewrite_header, write_checkpoint
+from tests.gateway.doubles import write_tokenizer
 from tests.programs import said_by
 
 LAYOUTS: tuple[Layout, ...] = ("huggingface", "fused", "mistral", "mistral_early")
@@ -492,3 +493,25 @@ def test_flipped_header_bytes_open_or_are_refused(originals: Path, tmp_path: Pat
     (directory / "model.safetensors").write_bytes(content)
     with contextlib.suppress(CheckpointError):  # and nothing else
         open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, (1,)),
+        ({"eos_token": {"content": "</s>", "special": True}}, (1,)),
+        ({"eos_token": "<s>"}, (0,)),
+        ({"eos_token": None}, ()),
+        ({"eos_token": "of no vocabulary"}, ()),
+    ],
+    ids=str,
+)
+def test_a_model_that_names_no_end_of_sequence_has_its_tokenizer_s(tmp_path, told, expected):
+    """Its answers went on until max_tokens."""
+    write_checkpoint(tmp_path, eos_token_id=None)
+    assert open_checkpoint(tmp_path).architecture.eos_token_ids == ()
+    file = write_tokenizer(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    assert open_checkpoint(tmp_path).architecture.eos_token_ids == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert open_checkpoint(tmp_path).architecture.eos_token_ids == (5,)

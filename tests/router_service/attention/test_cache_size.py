@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cluster.checkpoint.architecture import Architecture
+from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.config import EngineConfig
 from cluster.errors import DoesNotFit
 from cluster.planning.placement import DeviceShare
 from cluster.planning.step_memory import step_bytes
+from experts_service.transformers_backend.meta_model import checked
 from router_service.attention.cache_size import CacheSize, cache_size
 from router_service.scheduling.scheduler import ScheduledSequence
 from tests.checkpoints import write_checkpoint
 from tests.memory import peak_bytes
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_sequence
+from tests.transformers_families import random_model, tiny_config
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -134,39 +138,71 @@ def wide(tmp_path_factory):
     return directory
 
 
+SIZES = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "max_model_len": CONTEXT}
+
+
 @pytest.mark.parametrize("kept_in", ["auto", "int8"])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_no_step_takes_more_than_is_kept_for_it(wide, kind, kept_in):
     """Sixteen sequences of full length that are sampled from in every way, or the end of a long prompt with scores."""
-    context, sequences, tokens = CONTEXT, 16, 1024
-    sizes = {"max_num_seqs": sequences, "max_num_batched_tokens": tokens, "max_model_len": context}
-    blocks_of_all = sequences * context // 64
-    bench = Bench(wide, dtype="float32", kv_cache_dtype=kept_in, block_size=64, num_kv_blocks=blocks_of_all, **sizes)
-    runner, blocks = bench.engine.model_runner, bench.engine.scheduler.block_manager
-    for memory in (runner.kv_cache.keys, runner.kv_cache.values):
-        memory.view(torch.uint8).fill_(0x3C)  # numbers near 0.01, of codes the scales as well
+    bench = of_all_sequences(wide, kv_cache_dtype=kept_in)
+    runner = bench.engine.model_runner
     architecture, gathers = runner.decoder.architecture, runner.attention.gathers
     kv_dtype = "int8" if kept_in == "int8" else None
-    bound = step_bytes(architecture, "float32", local_experts=True, gathers=gathers, kv_dtype=kv_dtype, **sizes)
+    bound = step_bytes(architecture, "float32", local_experts=True, gathers=gathers, kv_dtype=kv_dtype, **SIZES)
+    peak = peak_of_a_step(bench, kind)
+    assert peak <= bound
+    assert kind == "decode" or bound <= 5 * peak, "a bound, not any number"
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32"])
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_scores_that_are_in_memory_are_kept_room_for(tmp_path, family, kind):
+    """Sinks are among them; torch has them as well where values are not as wide as keys, and an indexer has its own."""
+    config = tiny_config(family)
+    config.num_attention_heads = 32
+    config.num_key_value_heads = 2 if family == "gpt_oss" else 32
+    config.max_position_embeddings, config.sliding_window, config.vocab_size = CONTEXT, CONTEXT, CONTEXT + 8
+    random_model(config).save_pretrained(tmp_path)
+    checkpoint = checked(open_checkpoint(tmp_path), None)
+    bound = step_bytes(checkpoint.architecture, "float32", local_experts=True, **SIZES)
+    assert checkpoint.architecture.has_scores
+    peak = peak_of_a_step(of_all_sequences(tmp_path), kind)
+    assert peak <= bound
+    without = step_bytes(replace(checkpoint.architecture, has_scores=False), "float32", local_experts=True, **SIZES)
+    assert kind == "decode" or peak > without, "else this shows nothing"
+
+
+def of_all_sequences(directory, **settings):
+    """An engine whose cache has room for all of them, and numbers near 0.01."""
+    blocks = SIZES["max_num_seqs"] * CONTEXT // 64
+    bench = Bench(directory, dtype="float32", block_size=64, num_kv_blocks=blocks, **SIZES, **settings)
+    for memory in (bench.engine.model_runner.kv_cache.keys, bench.engine.model_runner.kv_cache.values):
+        memory.view(torch.uint8).fill_(0x3C)  # of codes the scales as well
+    return bench
+
+
+def peak_of_a_step(bench, kind):
+    """What one takes, of sequences that decode or of the end of a prompt."""
+    runner, blocks = bench.engine.model_runner, bench.engine.scheduler.block_manager
+    sequences, tokens = SIZES["max_num_seqs"], SIZES["max_num_batched_tokens"]
     if kind == "decode":
         batch = [
-            ScheduledSequence(make_sequence(range(3, context + 2), temperature=1.0, top_p=0.9, logprobs=5), 4094, 1)
+            ScheduledSequence(make_sequence(range(3, CONTEXT + 2), temperature=1.0, top_p=0.9, logprobs=5), 4094, 1)
             for _ in range(sequences)
         ]
     else:
-        batch = [ScheduledSequence(make_sequence(range(3, context + 3), prompt_logprobs=1), context - tokens, tokens)]
+        batch = [ScheduledSequence(make_sequence(range(3, CONTEXT + 3), prompt_logprobs=1), CONTEXT - tokens, tokens)]
     for scheduled in batch:
         assert blocks.grow(scheduled.sequence, len(scheduled.sequence))
 
     def run():
         if kind == "prefill":  # its other scores are there
-            batch[0].sequence.prompt_logprobs = [None] * (context - tokens + 1)
+            batch[0].sequence.prompt_logprobs = [None] * (CONTEXT - tokens + 1)
         output = runner.forward(batch)
         bench.engine.sampler(output.logits, [scheduled.sequence for scheduled in batch])
         output.land()
 
     small = [ScheduledSequence(batch[0].sequence, 0, 1)]
     runner.forward(small)  # what is allocated once
-    peak = min(peak_bytes(run) for _ in range(3))  # malloc keeps more in one run than in another
-    assert peak <= bound
-    assert kind == "decode" or bound <= 5 * peak, "a bound, not any number"
+    return min(peak_bytes(run) for _ in range(3))  # malloc keeps more in one run than in another

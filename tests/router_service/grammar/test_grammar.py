@@ -278,3 +278,25 @@ def test_a_dead_end_fails_its_own_sequence_only(bench, tokenizer):
     assert bench.errors[dead.key].param == "response_format.json_schema.schema"
     assert bench.chunks[fine.key][-1].finish_reason in ("stop", "length")
     assert bench.engine.stats().num_kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("grammar", [tools(parallel=False), as_schema(BOUNDED["weather"])], ids=["call", "schema"])
+def test_a_model_without_an_end_token_ends_where_nothing_may_follow(tmp_path, tokenizer, grammar):
+    """It was told that nothing could satisfy the grammar from there on: a call that was forced was answered by 400."""
+    write_checkpoint(tmp_path, vocab_size=SIZE + 16, bos_token_id=0, eos_token_id=None)
+    file = write_tokenizer(tmp_path) / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    del told["eos_token"]
+    file.write_text(json.dumps(told))
+    bench = Bench(tmp_path)
+    request = make_request(prompt(), grammar=grammar, temperature=1.0, max_tokens=300)
+    [output] = bench.run(request)
+    assert bench.errors == {}
+    assert bench.chunks[request.key][-1].finish_reason == "stop"
+    assert bench.chunks[request.key][-1].stop_token_id is None
+    text = tokenizer.decode(output)
+    read = calls_of(text)[0][1] if "TOOL_CALLS" in text else json.loads(text)
+    jsonschema.validate(read, WEATHER)
+    resumed = make_request(prompt(), output=output, grammar=grammar, temperature=1.0, max_tokens=300)
+    assert bench.run(resumed) == [[]]
+    assert bench.chunks[resumed.key][-1].finish_reason == "stop"

@@ -14,10 +14,10 @@ from cluster.checkpoint.configuration.any_architecture import any_architecture
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands import serve
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
-from cluster.planning.placement import ExpertGroup
+from cluster.planning.placement import ExpertGroup, kv_bytes_per_token
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
-from experts_service.transformers_backend.meta_model import check
+from experts_service.transformers_backend.meta_model import checked
 from router_service.model.transformers_backend.attention import _attend
 from router_service.model.transformers_backend.decoder import _Step
 from tests import families
@@ -184,7 +184,7 @@ def test_a_config_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, changes
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
-        check(open_checkpoint(directory), None)
+        checked(open_checkpoint(directory), None)
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
@@ -226,6 +226,28 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_refused_beyond_it(tm
     assert Bench(tmp_path, max_model_len=256, num_groups=2).run(*requests(16)) == expected(model, 16)
     with pytest.raises(CheckpointError, match=r"longrope.*beyond 256 tokens; with engine.max_model_len: 256 it can be"):
         Bench(tmp_path, max_model_len=512)
+
+
+@pytest.mark.parametrize("family", ["mimo_v2_flash", "deepseek_v3", "gemma4", "deepseek_v32"])
+def test_a_plan_counts_the_keys_and_values_that_there_are(tmp_path, family):
+    """Layers may differ in heads and widths; config.json says that in as many ways as there are families."""
+    write_family(tmp_path, family)
+    planned = checked(open_checkpoint(tmp_path), 64).architecture
+    runner = Bench(tmp_path, num_groups=2).engine.model_runner
+    memory = runner.kv_cache.keys[:, 0, 0].nbytes + runner.kv_cache.values[:, 0, 0].nbytes
+    counted = kv_bytes_per_token(planned, "float32")
+    heads = 2 * planned.num_layers * planned.num_kv_heads * 4
+    assert memory <= counted < memory + heads, "rounded up to whole numbers for each head"
+
+
+def test_an_indexer_chooses_as_transformers_does_however_the_work_is_cut(tmp_path):
+    """Of 8 tokens for each; in blocks of 4, several sequences, a prefix that is in the cache, and one by one."""
+    model = write_family(tmp_path, "deepseek_v32")
+    assert model.config.index_topk == 8
+    for cut in ({}, {"max_num_batched_tokens": 5}, {"block_size": 4, "num_kv_blocks": 256}, {"max_num_seqs": 1}):
+        bench = Bench(tmp_path, num_groups=2, **cut)
+        assert bench.run(*requests(32)) == expected(model, 32), cut
+        assert bench.run(*requests(32)) == expected(model, 32), f"{cut}, in the cache"
 
 
 def test_a_tensor_that_is_missing_is_named(tmp_path):

@@ -1,4 +1,7 @@
-"""Families by transformers' code with their experts in processes of their own, one of which is killed."""
+"""Families by transformers' code with their experts in Ray's actors, one of which is killed.
+
+All other families: test_families_in_processes, whose processes are not Ray's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from router_service.dispatcher import Dispatcher
 from tests.experts_service.shards import shard_spec
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
-from tests.transformers_families import SHOWN, generated, prompt, write_family
+from tests.transformers_families import generated, prompt, write_family
 from tests.widened_checkpoints import by_transformers, write_fp8, write_mxfp4
 
 pytestmark = pytest.mark.long
@@ -69,8 +72,7 @@ def start(checkpoint: Checkpoint, groups: list[ExpertGroup], secret_file: Path) 
 
 
 @pytest.mark.usefixtures("own_ray")
-@pytest.mark.parametrize("number", [2, 4])
-@pytest.mark.parametrize("family", SHOWN)
+@pytest.mark.parametrize(("family", "number"), [("gpt_oss", 4), ("llama4_text", 2)])
 def test_experts_in_processes_say_the_same_and_one_may_die(
     tmp_path: Path, secret_file: Path, family: str, number: int
 ) -> None:

@@ -1,9 +1,18 @@
 """The figures of steps, as /metrics shows them."""
 
+import time
+
 from prometheus_client import CollectorRegistry
 
+from cluster.planning.placement import ExpertGroup
 from cluster.telemetry.kernels import ProcessKernels
-from router_service.telemetry.engine_metrics import EngineMetrics, RequestHistograms, StepHistograms
+from cluster.telemetry.metrics import DispatchCounts, exposition, labelled
+from router_service.telemetry.engine_metrics import (
+    EngineMetrics,
+    RequestHistograms,
+    StepHistograms,
+    expert_families,
+)
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
@@ -55,3 +64,16 @@ def test_how_the_cache_is_set_up_is_in_labels(tmp_path):
     assert families["manta_kernels_info"].samples[0].labels["matmuls"] == "torch"
     [sample] = families["vllm:cache_config_info"].samples
     assert (sample.value, sample.labels) == (1, {"block_size": "16", "enable_prefix_caching": "True"})
+
+
+def test_hundreds_of_experts_take_little_of_the_page():
+    """A line for each, of one coordinator: DeepSeek-V3 on eight machines."""
+    groups = [ExpertGroup(index, tuple(range(32 * index, 32 * index + 32))) for index in range(8)]
+    families = expert_families(groups, 256 * [123_456_789], {group.index: DispatchCounts() for group in groups})
+    started = time.process_time()
+    page = exposition(labelled(families, {"model": "deepseek-v3", "replica": "m-0123abcd#coordinator#abcdefgh"}))
+    seconds = time.process_time() - started
+    print(f"{len(page)} bytes in {1000 * seconds:.1f} ms")
+    assert page.count(b"manta_expert_rows_total{") == 256
+    assert len(page) < 70_000
+    assert seconds < 0.2, "of a busy machine's CPU"

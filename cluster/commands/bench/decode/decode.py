@@ -24,13 +24,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import torch
 
 from cluster.checkpoint.architecture import Architecture, compute_dtype
-from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
 from cluster.commands.bench.decode.experts import deployed_experts, local_experts
@@ -41,6 +42,7 @@ from cluster.commands.bench.decode.figures import (
     Rival,
     Run,
     Workload,
+    equal_share,
     kv_bytes_per_step,
     weight_bytes_per_step,
 )
@@ -84,6 +86,7 @@ class Plan:
     dtype: str
     quantizations: tuple[str, ...]  # as `engine.quantization` has them; an engine each
     kv_cache_dtypes: tuple[str, ...]  # as `engine.kv_cache_dtype` has them; an engine each, with each quantization
+    model_impls: tuple[Literal["auto", "native", "transformers"], ...]  # an engine each, with each of these
     prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
 
     def decodes(self) -> list[Workload]:
@@ -99,12 +102,13 @@ class Plan:
 
 def run(model: str | None, plan: Plan) -> None:
     """Raises MantaError for whatever a user can mend."""
-    checkpoint = open_checkpoint(resolve_model(model) if model else DEMO)
+    checkpoints = [_opened(resolve_model(model) if model else DEMO, impl) for impl in plan.model_impls]
+    checkpoint = checkpoints[0]
     architecture = checkpoint.architecture
     decodes = plan.decodes()
     prefills = _usual_prefills(architecture) if plan.prefills is None else plan.prefills
     groups = even_groups(architecture, plan.transport, plan.num_groups)
-    if plan.transport != "local" and len(plan.quantizations) * len(plan.kv_cache_dtypes) > 1:
+    if plan.transport != "local" and len(plan.quantizations) * len(plan.kv_cache_dtypes) * len(checkpoints) > 1:
         raise ConfigError("several engines are measured with --transport local")
     if plan.transport != "local" and plan.quantizations != ("none",):
         raise ConfigError("--quantization is measured with --transport local")
@@ -112,7 +116,7 @@ def run(model: str | None, plan: Plan) -> None:
         raise ConfigError("--compare local: give --transport auto, so that there is something to compare")
     configs = [
         config_for(
-            checkpoint,
+            of_impl,
             groups,
             [*decodes, *prefills],
             transport=plan.transport,
@@ -120,14 +124,16 @@ def run(model: str | None, plan: Plan) -> None:
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
         )
-        for quantization, kv_cache_dtype in product(plan.quantizations, plan.kv_cache_dtypes)
+        for of_impl, quantization, kv_cache_dtype in product(checkpoints, plan.quantizations, plan.kv_cache_dtypes)
     ]
+    read_from = {of_impl.model_impl: of_impl for of_impl in checkpoints}
     settings = configs[0].engine
     device, dtype = resolve_device(settings), compute_dtype(settings.dtype, architecture)
     kept_in = {_named(one, dtype): kv_dtype(one.engine.kv_cache_dtype, dtype, device.type) for one in configs}
+    sizes = {_named(one, dtype): read_from[_impl(one)].architecture for one in configs}
     num_engines = len(configs) + plan.local
-    for one in kept_in.values():
-        check_memory(architecture, dtype, device, [*decodes, *prefills], engines=num_engines, kv_dtype=one)
+    for name, kept in kept_in.items():
+        check_memory(sizes[name], dtype, device, [*decodes, *prefills], engines=num_engines, kv_dtype=kept)
 
     machine, output = this_machine(), Output()
     model_name = checkpoint.directory.name
@@ -146,7 +152,7 @@ def run(model: str | None, plan: Plan) -> None:
     )
     bandwidth = read_bandwidth(device.type)
     output.line(f"memory read by all cores: {bandwidth / 1e9:.1f} GB/s")
-    bytes_of_token = {name: kv_bytes_per_token(architecture, kept) for name, kept in kept_in.items()}
+    bytes_of_token = {name: kv_bytes_per_token(sizes[name], kept) for name, kept in kept_in.items()}
     if plan.transport == "local" and device.type == "cuda":
         groups = as_one(groups)
     with ExitStack() as stack:
@@ -160,7 +166,7 @@ def run(model: str | None, plan: Plan) -> None:
         held: dict[str, WeightBytes] = {}
         loadings: list[Loading] = []
         for of_one in configs:
-            name, rounded = _named(of_one, dtype), checkpoint.rounded(of_one.engine.rounding)
+            name, rounded = _named(of_one, dtype), read_from[_impl(of_one)].rounded(of_one.engine.rounding)
             tell(f"loading {name}")
             started, resident = time.perf_counter(), psutil.Process().memory_info().rss
             held[name] = held_weights(rounded, dtype, device.type)
@@ -199,7 +205,9 @@ def run(model: str | None, plan: Plan) -> None:
                     architecture, held[name], DTYPE_BYTES[dtype], workload.num_sequences, reads[name]
                 )
                 kv = kv_bytes_per_step(workload, bytes_of_token[name], architecture.sliding_window)
-                decode_results.append(DecodeResult(workload, runs, weights, kv, bandwidth, rivals, name))
+                first = next(iter(ours.values()))
+                same = equal_share(first[-1].token_ids, runs[-1].token_ids)
+                decode_results.append(DecodeResult(workload, runs, weights, kv, bandwidth, rivals, name, same))
         prefill_results = []
         for workload in prefills:
             tell(f"prefill {workload}: warming up")
@@ -270,11 +278,32 @@ def _rounds(
     return dict(zip(engines, map(tuple, of_engines), strict=True)), tuple(rivals)
 
 
+def _opened(directory: Path, model_impl: Literal["auto", "native", "transformers"]) -> Checkpoint:
+    """Keys and values being as wide as whoever computes has them."""
+    checkpoint = open_checkpoint(directory, model_impl)
+    if checkpoint.model_impl == "native":
+        return checkpoint
+    from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
+
+    return checked(checkpoint, 1)  # longer contexts are looked at when it is loaded
+
+
+def _impl(config: ModelConfig) -> ModelImpl:
+    assert config.model_impl != "auto", "a checkpoint knows"
+    return config.model_impl
+
+
 def _named(config: ModelConfig, dtype: Dtype) -> str:
-    """`int8, keys and values int8`: what weights are kept in, and what is in the cache where that is another dtype."""
+    """`int8, keys and values int8`: what weights are kept in, what is in the cache where that is another dtype, and
+    whose code computes where it is not ours.
+    """
     engine = config.engine
-    weights = dtype if engine.quantization == "none" else engine.quantization
-    return weights if engine.kv_cache_dtype == "auto" else f"{weights}, keys and values {engine.kv_cache_dtype}"
+    parts: list[str] = [dtype if engine.quantization == "none" else engine.quantization]
+    if engine.kv_cache_dtype != "auto":
+        parts.append(f"keys and values {engine.kv_cache_dtype}")
+    if config.model_impl == "transformers":
+        parts.append("transformers backend")
+    return ", ".join(parts)
 
 
 def _usual_prefills(architecture: Architecture) -> tuple[Workload, ...]:

@@ -16,8 +16,8 @@ from cluster.commands.local_ray import start_local_ray
 from cluster.config import GatewayConfig, ModelConfig
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
-from experts_service.kernels.experts import Experts
 from experts_service.kernels.selection import select
+from experts_service.loaded_experts import load_experts
 from experts_service.transport import Transport
 
 OBJECT_STORE_BYTES = 512 * 2**20  # rows of large batches; no weights
@@ -31,7 +31,7 @@ def local_experts(
     kernel = select(dtype, device).kernel
     yield LocalTransport(
         {
-            group.index: Experts.load(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
+            group.index: load_experts(checkpoint, group.experts, dtype=dtype, device=device, kernel=kernel)
             for group in groups
         }
     )

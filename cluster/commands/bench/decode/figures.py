@@ -99,7 +99,8 @@ class DecodeResult:
     kv_bytes: float  # the same, of keys and values
     bandwidth: float  # bytes a second
     rivals: tuple[Rival, ...] = ()
-    weights: str = "bfloat16"  # what they are stored as
+    weights: str = "bfloat16"  # what they are stored as, and what else tells engines apart
+    equal_tokens: float = 1.0  # of those that the first engine chose
 
     def to_json(self) -> dict[str, Any]:
         step_ms = _median_ms(self.runs)
@@ -118,6 +119,7 @@ class DecodeResult:
             "floor_ms": round(floor_ms, 3),
             "floor_fraction": round(floor_ms / step_ms, 3),
             "ms_per_step_of_runs": [round(run.step_ms, 3) for run in self.runs],
+            "equal_tokens": round(self.equal_tokens, 3),
             "rivals": [self._against(rival, step_ms) for rival in self.rivals],
         }
 

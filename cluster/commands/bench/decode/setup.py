@@ -89,7 +89,13 @@ def config_for(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return ModelConfig(name="bench", path=str(checkpoint.directory), engine=engine, experts=experts)
+    return ModelConfig(
+        name="bench",
+        path=str(checkpoint.directory),
+        model_impl=checkpoint.model_impl,
+        engine=engine,
+        experts=experts,
+    )
 
 
 def _gpus_per_shard(num_groups: int) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
 from cluster.commands.status.load_tables import BAR_WIDTH, draw_load
 from cluster.commands.status.model_load import LoadSample, load_between
+from cluster.commands.status.tables import MOST_EXPERTS
 from cluster.messages import EngineStats
 from cluster.planning.placement import ExpertGroup
 from cluster.telemetry.kernels import ProcessKernels
@@ -70,3 +72,13 @@ def test_every_expert_has_a_line():
     assert ["0", "0", "20", "█" * BAR_WIDTH, "90%", "10.0", "ms", "40"] in lines
     assert ["1", "1", "0", "·" * BAR_WIDTH, "0%", "0.0", "ms", "10"] in lines
     assert "No model" in str(draw_load([]))
+
+
+def test_of_many_experts_the_busiest_have_one():
+    one = load().experts[0]
+    many = tuple(replace(one, expert=number, rows_per_s=float(number), rows=number) for number in range(256))
+    file = io.StringIO()
+    Console(file=file, width=100).print(draw_load([replace(load(), experts=many)]))
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert [line[0] for line in lines[2 : 2 + MOST_EXPERTS]] == [str(255 - place) for place in range(MOST_EXPERTS)]
+    assert lines[2 + MOST_EXPERTS] == [str(256 - MOST_EXPERTS), "others", *2 * [str(sum(range(256 - MOST_EXPERTS)))]]

@@ -13,7 +13,7 @@ from rich.console import Console
 from cluster.commands.cluster_connection import look_at_cluster
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
 from cluster.commands.status.kernel_tables import draw_kernels
-from cluster.commands.status.tables import BAR_WIDTH, draw
+from cluster.commands.status.tables import BAR_WIDTH, MOST_EXPERTS, draw
 from cluster.errors import SetupError, Unavailable
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
@@ -97,6 +97,18 @@ def test_queue_kv_use_and_rows_are_drawn() -> None:
         ["2", "40", "66.7", "%", "█" * BAR_WIDTH],
     ]
     assert MODEL.stats_error in lines
+
+
+def test_of_many_experts_the_busiest_are_drawn() -> None:
+    """256 of them were 256 lines."""
+    rows = tuple(range(256))
+    many = replace(MODEL, coordinators=(stats(rows, 0),))
+    lines = drawn(ClusterSnapshot("a:1", (), (many,)))
+    experts = next(i for i, line in enumerate(lines) if line.startswith("expert "))
+    drawn_rows = [line.split() for line in lines[experts + 1 : experts + 2 + MOST_EXPERTS]]
+    assert [row[0] for row in drawn_rows[:MOST_EXPERTS]] == [str(255 - place) for place in range(MOST_EXPERTS)]
+    others = sum(range(256 - MOST_EXPERTS))
+    assert drawn_rows[-1] == [str(256 - MOST_EXPERTS), "others", str(others), f"{100 * others / sum(rows):.1f}", "%"]
 
 
 def test_a_model_that_has_served_nothing_is_drawn() -> None:
