@@ -11,7 +11,7 @@ import pytest
 
 from tests import families
 from tests.conftest import running_server
-from tests.end_to_end.test_other_families import CONTEXT, NO_IDS, vocab_size
+from tests.end_to_end.models.test_other_families import CONTEXT, NO_IDS, vocab_size
 from tests.gateway.chat_formats import write_qwen3
 
 pytestmark = pytest.mark.long
