@@ -59,6 +59,9 @@ def step_bytes(
             attention += gathered * each // a.num_layers
         if a.has_scores:
             attention += SCORE_COPIES * max(MAX_SCORES, a.num_heads * seen) * item
+            attention += (
+                gathered * kv_bytes_per_token(a, dtype) // a.num_layers
+            )  # scaled once more, where torch does that
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
         attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
     else:
