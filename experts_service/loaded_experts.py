@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.checkpoint.checkpoint import Checkpoint
 from experts_service.kernels.experts import Experts
 from experts_service.kernels.kernel import Kernel
-from experts_service.kernels.swiglu import Chained
+from experts_service.kernels.swiglu import Chained, Prepared
 
 # R rows, D hidden size
 
@@ -37,6 +37,9 @@ class LoadedExperts(Protocol):
 
     def chained(self, layer: int) -> Chained | None:
         """How a chain runs those of a layer, if one can."""
+
+    def prepared(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Prepared | None:
+        """What a call does, to be run without Python, by one thread at a time; None: that cannot be."""
 
     def __call__(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
         """`rows` [R, D], the first counts[0] for the first expert and so on → `answers` [R, D], new unless given."""

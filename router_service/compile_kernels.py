@@ -17,6 +17,9 @@ from pathlib import Path
 from experts_service.kernels.compiled.jit import AVAILABLE, cache_directory, cpu_features
 
 _SOURCES = (
+    "../experts_service/carriers/exchange_kernels.py",
+    "../experts_service/kernels/finite.py",
+    "../experts_service/shard/serve_kernel.py",
     "row_kernels.py",
     "attention/paged_kernels.py",
     "sampling/compiled_adjust.py",
@@ -40,12 +43,17 @@ def compile_kernels(dtypes: Sequence[str]) -> None:
 
     if torch.cuda.is_available():
         return
+    from experts_service.carriers import exchange_kernels
+    from experts_service.kernels import finite
     from experts_service.kernels.compiled.matmul import load_kernels
+    from experts_service.shard import serve_kernel
     from router_service import rows
     from router_service.attention import paged
     from router_service.sampling.sampler import Sampler
 
     cpu = torch.device("cpu")
+    for lanes in (finite, exchange_kernels, serve_kernel):
+        lanes.load()
     for name, _, kept_in in (named.partition(":") for named in dtypes):
         dtype = getattr(torch, name)
         if dtype is torch.bfloat16:

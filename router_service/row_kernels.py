@@ -142,6 +142,18 @@ def choose(task):  # type: ignore[no-untyped-def]
                 weights[row * top_k + k] /= chosen
 
 
+@kernel
+def _term(task, places, pairs, row, k):  # type: ignore[no-untyped-def]
+    """Of the k-th that a row's sum is made of: where its answer is, and which of the row's weights it has."""
+    num_rows = task[1]
+    place, choice = k, k
+    if task[6] != 0:
+        place = places[k * num_rows + row]
+    if task[7] != 0:
+        choice = pairs[k * num_rows + row] // num_rows
+    return place, choice
+
+
 @Routine
 def combine(task):  # type: ignore[no-untyped-def]
     """`totals` [T, D] = the sum of each row's `answers` [K · T, D], times their `weights` [T, K], experts ascending.
@@ -158,12 +170,7 @@ def combine(task):  # type: ignore[no-untyped-def]
             return
         for row in range(first, min(first + ROWS, num_rows)):
             for k in range(top_k):
-                pair, place = k * num_rows + row, k
-                if task[6] != 0:
-                    place = places[pair]
-                choice = k
-                if task[7] != 0:
-                    choice = pairs[pair] // num_rows
+                place, choice = _term(task, places, pairs, row, k)  # type: ignore[no-untyped-call]
                 weight = splat(weights[row * top_k + choice])
                 for i in range(0, width, LANES):
                     term = rounded(multiply(load(answers, place * width + i), weight))
@@ -195,12 +202,7 @@ def combine_in_place(task):  # type: ignore[no-untyped-def]
         odd = nothing  # 0 · x is no number where x is not finite
         for row in range(first, min(first + ROWS, num_rows)):
             for k in range(top_k):
-                pair, place = k * num_rows + row, k
-                if task[6] != 0:
-                    place = places[pair]
-                choice = k
-                if task[7] != 0:
-                    choice = pairs[pair] // num_rows
+                place, choice = _term(task, places, pairs, row, k)  # type: ignore[no-untyped-call]
                 piece = number - 1
                 while table[piece * stride] > place:
                     piece -= 1

@@ -21,6 +21,7 @@ SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
 TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
 MOST_TOLD = 8  # neighbouring experts whose numbers are all in a table
 SHARED_ROWS = 2048  # that a coordinator and a shard on the CPUs of one machine have room for, and for their answers
+SHARED_STATES_BYTES = 4096  # a page that says of each slot whether its answer is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ def kv_bytes_per_token(architecture: Architecture, dtype: KvDtype) -> int:
 
 def shared_memory_bytes(architecture: Architecture, dtype: Dtype) -> int:
     """Of the memory that one coordinator and one shard of its machine both map."""
-    return 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype]
+    return 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype] + SHARED_STATES_BYTES
 
 
 def check_fit(

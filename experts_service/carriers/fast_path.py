@@ -37,11 +37,13 @@ from experts_service.carriers.exchange_kernels import (
     HEADER,
     LATE,
     OUTCOME,
+    OVER,
     REPLY_BYTES,
     RESULT,
     SLEEP_AT,
     START,
     post_rows,
+    stop_looking,
     take_replies,
 )
 from experts_service.carriers.lane_rows import LaneBatch, LaneRows
@@ -57,6 +59,7 @@ from experts_service.kernels.finite import all_finite
 from experts_service.routing_table import Replica
 from experts_service.transport import Answers, GroupRows, InPlaceFlight
 from experts_service.wire.frame import DTYPES, HEAD_BYTES, MAX_DEADLINE_MS, RowsFormat, answer_head
+from experts_service.wire.shared_memory import STATE_BYTES
 
 _HEADER, _PART = Struct(f"={HEADER}q"), Struct(f"={FIELDS}q")
 _WORD = 8
@@ -175,6 +178,8 @@ class FastFlight(InPlaceFlight):
     def close(self) -> None:
         if self._ordinary is not None:
             self._ordinary.close()
+        if self.attempts:
+            self._stop_looking()
         for attempt in self.attempts:
             if attempt.is_in_place:
                 attempt.is_in_place = False
@@ -212,18 +217,32 @@ class FastFlight(InPlaceFlight):
         while words[OUTCOME] == LATE and now < patience:
             take_replies.alone(space.address)
             now = time.monotonic()
-        at = HEADER + RESULT
-        for attempt in attempts:
-            if words[at] == 1:
-                del attempt.link.outstanding[attempt.request_id]
-                attempt.state = ANSWERED
-                attempt.is_in_place = True
-            at += FIELDS
+        self._note_answers()
         if words[OUTCOME] == ALL:
             deliveries.answers_soon = now - started < SOON_S
             return True
         self._hand_over()
         return False
+
+    def _note_answers(self) -> None:
+        """Those that lie in their slots, by what the compiled call has found."""
+        words, at = self.space.words, HEADER + RESULT
+        for attempt in self.attempts:
+            if words[at] == 1 and attempt.state is POSTED:
+                attempt.link.outstanding.pop(attempt.request_id, None)
+                attempt.state = ANSWERED
+                attempt.is_in_place = True
+            at += FIELDS
+
+    def _stop_looking(self) -> None:
+        """Whoever goes on with these attempts hears of them by heads."""
+        words, at = self.space.words, HEADER + RESULT
+        for attempt in self.attempts:
+            if attempt.state is not POSTED:
+                words[at] = OVER  # its slots may be another one's by now
+            at += FIELDS
+        stop_looking.alone(self.space.address)
+        self._note_answers()
 
     def _hand_over(self) -> None:
         """Bytes that are no answer of ours belong to whom they belong."""
@@ -240,6 +259,7 @@ class FastFlight(InPlaceFlight):
         """The same as others have it, from now on."""
         if self._ordinary is None:
             assert self.space.rows is not None
+            self._stop_looking()
             flight: RemoteFlight[LaneRows, LaneAttempt] = RemoteFlight(
                 self._path.deliveries, self.space.layer, self.space.rows, self._parts, self.space.received
             )
@@ -321,8 +341,8 @@ class FastPath:
                 offset = first * shared.slot_bytes
                 _PART.pack_into(
                     memory, at, link.descriptor, space.address + head_at, form.head_bytes, reply,
-                    shared.requests_at + offset, indices.ctypes.data if num_rows > 1 else 0, count, 0, start,
-                    shared.answers_at + offset, 0,
+                    shared.requests_at + offset, shared.states_at + first * STATE_BYTES,
+                    indices.ctypes.data if num_rows > 1 else 0, count, 0, start, shared.answers_at + offset, 0,
                 )  # fmt: skip
                 head_at += space.head_bytes
                 reply += REPLY_BYTES

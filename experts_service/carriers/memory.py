@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from experts_service.device import pin
-from experts_service.wire.shared_memory import SharedMemory
+from experts_service.wire.shared_memory import STATE_BYTES, SharedMemory
 from experts_service.wire.slots import Slots
+
+_STATE_WORDS = STATE_BYTES // 8
 
 
 class LaneMemory:
@@ -26,6 +29,8 @@ class LaneMemory:
         self._answers: memoryview = memory.answers.numpy().data
         self.slot_bytes = memory.slot_bytes
         self.requests_at, self.answers_at = memory.requests.data_ptr(), memory.answers.data_ptr()
+        self.states_at = memory.states.data_ptr()
+        self._states = memory.states.view(torch.int64).numpy()
 
     def write(self, request_id: int, host: memoryview, row_bytes: int, row_indices: npt.NDArray[np.int64]) -> int:
         """Gather the rows `row_indices` [R] of `host`, the bytes of [T, D], into free slots.
@@ -36,6 +41,7 @@ class LaneMemory:
         first = self.slots.take(request_id, -(-size // self.slot_bytes))
         if first is None:
             return 0
+        self._states[first * _STATE_WORDS] = 0  # its answer is told by a head
         start = first * self.slot_bytes
         if size == row_bytes == len(host):
             self._requests[start : start + size] = host

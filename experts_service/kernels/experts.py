@@ -14,7 +14,7 @@ from experts_service.kernels.gpu import products
 from experts_service.kernels.gpu.launch import compiles_for
 from experts_service.kernels.gpu.matrices import Matrices
 from experts_service.kernels.kernel import Kernel, kernel_for
-from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, SwiGLU, Weights
+from experts_service.kernels.swiglu import Chained, PackedSwiGLUs, Prepared, Scratch, SwiGLU, Weights
 from experts_service.memory import give_back_freed
 from experts_service.quantization.weight import Weight
 from experts_service.weights import read_tensors
@@ -73,6 +73,7 @@ class Experts:
         multiplies bf16 on a CPU.
         """
         self.experts = tuple(experts)
+        self._scratch = Scratch()
         self._layers: list[_OneByOne | _Grouped | PackedSwiGLUs | None] = []
         for layer, weights in enumerate(layers):
             if not weights:
@@ -143,6 +144,11 @@ class Experts:
         """How a chain runs those of a layer, if one can."""
         networks = self._layers[layer]
         return networks.chained if isinstance(networks, PackedSwiGLUs) else None
+
+    def prepared(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Prepared | None:
+        """What a call does, to be run without Python, by one thread at a time; None: that cannot be."""
+        networks = self._layers[layer]
+        return networks.prepared(rows, counts, answers, self._scratch) if isinstance(networks, PackedSwiGLUs) else None
 
     @torch.inference_mode()
     def __call__(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:

@@ -91,6 +91,30 @@ class Chained:
         return (self.intermediate, self.integers, self.layouts, [table.shape[1] for table in self.tables])
 
 
+class Scratch:
+    """Memory for what nobody needs when a chain has been run, whichever it is: one thread has one."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def room(self, dtype: torch.dtype, number: int) -> Tensor:
+        """For so many numbers. What was given before stays where it is."""
+        room = self._rooms.get(dtype, torch.empty(0, dtype=dtype))
+        if len(room) < number:
+            room = self._rooms[dtype] = torch.empty(max(number, 2 * len(room)), dtype=dtype)
+        return room[:number]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Networks' work on rows at one place, to be run again without Python, for any networks of as many as have rows."""
+
+    chain: Chain
+    tables: Sequence[Tensor]  # [E, fields] each; see route.py
+    jobs: Sequence[Tensor]  # [J, fields] each: before the chain is run, of each network with rows its row of the table
+    scratch: Sequence[Tensor] = ()
+
+
 class PackedSwiGLUs:
     """Several networks of one size, run by our own kernels: the threads share the panels of all."""
 
@@ -127,6 +151,17 @@ class PackedSwiGLUs:
         else:
             _run_chained(self.chained, rows, counts, answers)
         return answers
+
+    def prepared(self, rows: Tensor, counts: Sequence[int], answers: Tensor, scratch: Scratch) -> Prepared | None:
+        """The same work, for these places; None where kernels of our own do not do all of it."""
+        chained = self.chained
+        if chained is None or not any(counts):
+            return None
+        jobs = [torch.zeros(sum(map(bool, counts)), table.shape[1], dtype=torch.int64) for table in chained.tables]
+        hidden = scratch.room(torch.bfloat16, len(rows) * chained.intermediate).view(len(rows), -1)
+        integers = scratch.room(torch.int32, len(rows) * chained.integers)
+        tasks = chained.make_tasks(jobs, rows, hidden, integers, answers)
+        return Prepared(Chain(tasks), chained.tables, jobs, (hidden, integers))
 
 
 def _run_chained(chained: Chained, rows: Tensor, counts: Sequence[int], answers: Tensor) -> None:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from experts_service.device import pinned
+from experts_service.kernels.swiglu import Prepared
 
 # layer, rows [R, D], counts [E], where the answers may be written → answers [R, D], there or in memory of their own
 Maths = Callable[[int, Tensor, Sequence[int], Tensor | None], Tensor]
+# layer, rows [R, D], counts [E], where the answers are to be written; None: that takes Python
+Prepare = Callable[[int, Tensor, Sequence[int], Tensor], Prepared | None]
 Batch = tuple[Tensor, tuple[int, ...], Tensor | None]  # rows [R, D] by expert, counts [E], where the answers belong
 
 

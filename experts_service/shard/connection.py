@@ -10,6 +10,8 @@ maths itself where it can, before its head is sent. A peer that changes them mea
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 import time
@@ -17,11 +19,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.shard.turns import KnownHeads, KnownRows
 from experts_service.wire.frame import (
     ANSWER,
     DRAINING,
@@ -41,11 +44,8 @@ MAX_FRAMES = 16  # of one connection, waiting for their turn; a coordinator has 
 MAX_UNSENT = 16  # pieces of answers that the peer has not read
 COPIED_BYTES = 128 * 1024  # an answer up to this size is copied into the frame's own buffer: cheaper than a new view
 
-
 NOTHING = memoryview(b"")
-_MOST_REQUESTS = 1024
-# where a head says whose it is, of which layer, of how many rows and which slot, how long it may take, how many bytes
-_KIND, _REQUEST_ID, _LAYER, _SIZES, _DEADLINE, _PAYLOAD = 5, 8, 20, 24, 36, 40
+_KIND = 5  # where a head says it
 
 
 class PeerLeft(Exception):
@@ -64,16 +64,6 @@ class RowsFrame:
     answer: Tensor | None  # [R, D], beside the rows in that slot
     arrived: float
     deadline: float
-
-
-class SlotRequest(NamedTuple):
-    """Rows that lie in slots, and where their answer goes."""
-
-    layer: int
-    rows: Tensor  # [R, D]
-    answer: Tensor  # [R, D]
-    counts: tuple[int, ...]
-    num_rows: int  # R
 
 
 class SlotRows:
@@ -118,8 +108,6 @@ class Connection:
         self._pool = pool
         self._deliver = deliver
         self._head = bytearray(self._form.head_bytes)
-        self._reply = memoryview(self._head)[:HEAD_BYTES]  # to rows that came alone
-        self._requests: dict[bytes, SlotRequest] = {}  # by what heads say of rows: they come again and again
         self._buffer = pool.take()
         self._filled = 0  # bytes of the present frame, head and payload
         self._read: RowsHead | None = None  # its head, once that is complete
@@ -127,10 +115,14 @@ class Connection:
         self._broken = False
         self._slots = None if memory is None else SlotRows(memory, shape)
         self._num_slots = 0 if memory is None else memory.num_slots
+        self.head_bytes = len(self._head)
+        self._inbox = bytearray(2 * len(self._head))  # what turns read: a head, and whether more follows
+        self.known = None if memory is None or not AVAILABLE else KnownHeads(self.descriptor, self._inbox, memory)
 
     @property
-    def has_memory(self) -> bool:
-        return self._slots is not None
+    def is_at_rest(self) -> bool:
+        """Whether nothing has been read or written in part, and nothing is owed."""
+        return not (self._filled or self._broken or self._unsent or self.waiting)
 
     @property
     def wants_to_write(self) -> bool:
@@ -159,68 +151,44 @@ class Connection:
             return
         self._take(count)
 
-    def receive_alone(self) -> SlotRequest | None:
-        """Read once: rows in slots that have come alone, to be answered by `reply_alone` before anything else is done.
-
-        None: whatever has come is treated as `receive` does. Raises the same.
-        """
-        if self._filled or self._broken or self._unsent or self.waiting or self._slots is None:
-            self.receive()
-            return None
-        head = self._head
-        try:
-            count = self.channel.recvmsg_into((head, self._buffer.view))[0]
-        except BlockingIOError:
-            return None
-        if count == len(head):
-            key = bytes(head[:_REQUEST_ID] + head[_SIZES:_DEADLINE] + head[_PAYLOAD:])
-            request = self._requests.get(key) or self._look_at(key)
-            layer = head[_LAYER] + 256 * head[_LAYER + 1]
-            if request is not None and layer < self._shape.num_layers and any(head[_DEADLINE:_PAYLOAD]):
-                return request._replace(layer=layer) if layer != request.layer else request
+    def take(self, count: int) -> None:
+        """The same of what a turn has read; `count`: bytes, or -errno."""
+        if count == -errno.EAGAIN:
+            return
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        size = self.head_bytes
+        self._head[:] = self._inbox[:size]
+        extra = max(0, count - size)
+        self._buffer.view[:extra] = self._inbox[size : size + extra]
         self._take(count)
-        return None
 
-    def reply_alone(self) -> None:
-        """The answer to what `receive_alone` returned lies in its slots."""
-        head = self._head
-        head[_KIND] = ANSWER
-        try:
-            sent = self.channel.send(self._reply)
-        except OSError as error:  # the peer has no room, or left: the next read says so to whoever owns this connection
-            sent = 0
-            if not isinstance(error, BlockingIOError):
-                self._break()
-        if sent < HEAD_BYTES:
-            self._keep(bytes(self._reply), NOTHING, sent)
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each expert, by the head that a turn has read."""
+        return self._form.counts(self._inbox)
 
-    def frame_alone(self, request: SlotRequest) -> RowsFrame:
-        """The same, to be answered like others."""
-        head = self._form.read(self._head, self._shape, self._num_slots)
+    def frame(self, known: KnownRows) -> RowsFrame:
+        """The rows whose head a turn has read, to be answered like others."""
+        head = self._form.read(self._inbox, self._shape, self._num_slots)
         now = time.monotonic()
         self.waiting += 1
-        return RowsFrame(
-            self,
-            head,
-            answer_head(self._head),
-            request.rows,
-            None,
-            request.answer,
-            now,
-            now + head.deadline_ms / 1000.0,
-        )
+        deadline = now + head.deadline_ms / 1000.0
+        return RowsFrame(self, head, answer_head(self._inbox), known.rows, None, known.answer, now, deadline)
 
-    def _look_at(self, key: bytes) -> SlotRequest | None:
-        """What a head says for the first time of rows in slots, with all its numbers checked. Raises FrameError."""
-        head = self._form.read(self._head, self._shape, self._num_slots)
-        if not head.slot or self._slots is None:
-            return None
-        request = SlotRequest(head.layer, *self._slots.at(head.slot, head.rows), head.counts, head.rows)
-        if head.rows <= ROWS_PER_SLOT:
-            if len(self._requests) >= _MOST_REQUESTS:
-                self._requests.clear()
-            self._requests[key] = request
-        return request
+    def answer(self) -> None:
+        """The answer to the head that a turn has read lies in its slots."""
+        self._inbox[_KIND] = ANSWER
+        try:
+            self.answered(self.channel.send(memoryview(self._inbox)[:HEAD_BYTES]))
+        except OSError as error:
+            self.answered(-(error.errno or errno.EIO))
+
+    def answered(self, count: int) -> None:
+        """So many bytes of the head of an answer, which lies where heads are read, have been sent, or -errno."""
+        if count < 0 and count != -errno.EAGAIN:
+            self._break()
+        if count < HEAD_BYTES:
+            self._keep(bytes(self._inbox[:HEAD_BYTES]), NOTHING, max(0, count))
 
     def _take(self, count: int) -> None:
         """So many bytes have come."""
@@ -275,7 +243,7 @@ class Connection:
             self.channel.close()
             self._unsent.clear()
             self._slots = None  # frames that are being run keep it mapped
-            self._requests.clear()
+            self.known = None
             self._pool.give_back(self._buffer)
 
     def _say(self, head: bytes, payload: memoryview) -> None:

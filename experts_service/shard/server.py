@@ -9,6 +9,9 @@
 
 Each turn reads what every connection has, then takes the oldest frame and all others of its layer as one batch, so that
 rows of several coordinators and microbatches share a matmul. Sockets never block: a slow peer waits alone.
+
+Rows in memory that come while nobody else has anything to say are run by turns that take no Python (`turns`), once
+others like them have been run.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import threading
 import time
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +33,16 @@ from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
 from experts_service.device import pin
-from experts_service.shard.batch import Maths, run_as_one
-from experts_service.shard.connection import Connection, PeerLeft, RowsFrame, SlotRequest
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.shard.batch import Maths, Prepare, run_as_one
+from experts_service.shard.connection import Connection, PeerLeft, RowsFrame
+from experts_service.shard.serve_kernel import EVENTS_CAME, HEAD_CAME, ROWS_CAME
+from experts_service.shard.turns import NO_TURNS, KnownRows, TurnCounts, Turns
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
 from experts_service.wire.frame import FAILED, LATE, FrameError, LaneShape
 from experts_service.wire.handshake import NO_MEMORY, HandshakeRefused, ShardHandshake
 from experts_service.wire.receive_buffer import BufferPool
-from experts_service.wire.shared_memory import SharedMemory, create
+from experts_service.wire.shared_memory import ROWS_PER_SLOT, SharedMemory, create
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class LaneStats:
     queue_s: float  # from arrival to the start of its batch, summed over frames
     late: int  # frames whose deadline had passed before their turn
     refused: int  # peers whose handshake or frames were wrong
+    compiled: TurnCounts  # those of all that were run without `maths`
 
 
 @dataclass(slots=True)
@@ -85,9 +93,14 @@ class LaneServer:
         host: str | None = None,  # None: no TCP
         directory: Path | None = None,  # of the Unix socket; None: this user's own
         pinned: bool = False,
+        prepare: Prepare | None = None,
     ) -> None:
-        """`pinned`: the maths are a GPU's, which reads rows and writes answers by itself."""
+        """`pinned`: the maths are a GPU's, which reads rows and writes answers by itself.
+
+        `prepare`: has rows like those that it is given run without `maths` from then on.
+        """
         self._maths = maths
+        self._prepare = prepare
         self._shape = shape
         self._secret = secret
         self._fingerprint = fingerprint
@@ -96,12 +109,14 @@ class LaneServer:
         self._queue: deque[RowsFrame] = deque()
         self._unproven: dict[int, _UnprovenPeer] = {}  # the oldest first
         self._connections: dict[int, Connection] = {}
+        self._sharing: dict[int, Connection] = {}  # those of them that have memory
         self._draining = self._stopping = self._running = False
         self._frames = self._in_memory = self._rows = self._batches = self._late = self._refused = 0
         self._busy_s = self._queue_s = 0.0
         self._warned_at = float("-inf")
         self._accept_again_at: float | None = None
         self._epoll = select.epoll()
+        self._turns = Turns(self._epoll.fileno(), shape.num_experts, MAX_MEMORIES) if AVAILABLE else None
         self._cores = os.sched_getaffinity(0)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, _READ)
@@ -128,25 +143,30 @@ class LaneServer:
         """Raises ExpertUnavailable when the thread is dead: the shard is up then, and cannot serve."""
         if not self._thread.is_alive():
             raise ExpertUnavailable("the thread that serves this shard's lanes has ended")
+        compiled = NO_TURNS if self._turns is None else self._turns.counts()
         return LaneStats(
             connections=len(self._connections),
-            frames=self._frames,
-            in_memory=self._in_memory,
-            rows=self._rows,
-            batches=self._batches,
-            busy_s=self._busy_s,
+            frames=self._frames + compiled.frames,
+            in_memory=self._in_memory + compiled.frames,
+            rows=self._rows + sum(compiled.rows),
+            batches=self._batches + compiled.frames,
+            busy_s=self._busy_s + compiled.ran_s,
             queue_s=self._queue_s,
             late=self._late,
             refused=self._refused,
+            compiled=compiled,
         )
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new rows from now on; whether all that were in flight have been answered before the timeout."""
         self._draining = True
+        if self._turns is not None:
+            self._turns.drain()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             unsent = any(connection.wants_to_write for connection in tuple(self._connections.values()))
-            if not (self._queue or self._running or unsent):
+            has_rows = self._running or (self._turns is not None and self._turns.has_rows)
+            if not (self._queue or has_rows or unsent):
                 return True
             time.sleep(0.002)
         return False
@@ -164,12 +184,13 @@ class LaneServer:
     def _serve(self) -> None:
         try:
             while not self._stopping:
-                ready = self._epoll.poll(0 if self._queue else self._patience())
-                if len(ready) == 1 and ready[0][1] == _READ and not self._queue:
-                    connection = self._connections.get(ready[0][0])
-                    if connection is not None and connection.has_memory:
-                        self._serve_alone(ready[0][0], connection)
-                        ready = []
+                ready: Sequence[tuple[int, int]]
+                if self._queue:
+                    ready = self._epoll.poll(0)
+                elif self._turns is None:
+                    ready = self._epoll.poll(self._patience())
+                else:
+                    ready = self._turn(self._turns)
                 for descriptor, events in ready:
                     connection = self._connections.get(descriptor)
                     if connection is not None:
@@ -187,47 +208,66 @@ class LaneServer:
         finally:
             self._end()
 
-    def _serve_alone(self, descriptor: int, connection: Connection) -> None:
-        """Nobody else has anything to say: rows in slots are run and answered at once, with nothing made of them."""
-        self._running = True  # before anything is read: who drains then either waits for it, or has said so
+    def _turn(self, turns: Turns) -> Sequence[tuple[int, int]]:
+        """Wait, and run what comes alone; events that are to be attended to."""
+        resting = [one for one in self._sharing.values() if one.is_at_rest]
+        came = turns.run(self._patience(), [one.known for one in resting if one.known is not None])
+        if came.outcome == EVENTS_CAME:
+            return came.events
+        connection = resting[came.which]
         try:
-            if self._draining:
-                self._attend(descriptor, connection, _READ)
-            elif (request := connection.receive_alone()) is not None:
-                self._run_alone(connection, request)
+            if came.outcome == HEAD_CAME:
+                connection.take(came.num_bytes)
+                if came.num_bytes == connection.head_bytes:  # a head and no more, which was looked for
+                    self._remember(turns, connection)
+            elif came.outcome == ROWS_CAME:
+                self._run_known(connection, came.known)
             else:
-                self._adjust(connection)
+                connection.answered(came.num_bytes)
         except FrameError as error:
-            self._refuse(descriptor, f"closed a lane: {error}")
+            self._refuse(connection.descriptor, f"closed a lane: {error}")
         except (PeerLeft, OSError):
-            self._drop(descriptor)
-        finally:
-            self._running = False
+            self._drop(connection.descriptor)
+        else:
+            self._adjust(connection)
+        turns.rest()
+        return ()
 
-    def _run_alone(self, connection: Connection, request: SlotRequest) -> None:
-        layer, rows, place, counts, num_rows = request
+    def _remember(self, turns: Turns, connection: Connection) -> None:
+        """Have rows that are like those which have just come be known."""
+        frame = self._queue[-1] if self._queue else None
+        if frame is None or frame.answer is None or connection.known is None:
+            return
+        head = frame.head
+        if head.deadline_ms and head.rows <= ROWS_PER_SLOT:
+            prepare = self._prepare
+            prepared = None if prepare is None else prepare(head.layer, frame.rows, head.counts, frame.answer)
+            connection.known.add(turns, KnownRows(head.layer, frame.rows, frame.answer, prepared))
+
+    def _run_known(self, connection: Connection, index: int) -> None:
+        """Run rows of a kind that was checked, and that takes Python."""
+        assert connection.known is not None
+        known = connection.known.rows[index]
         started = time.monotonic()
         failure = ""
         try:
-            answer = self._maths(layer, rows, counts, place)
-            if answer is not place:
-                place.copy_(answer)
+            answer = self._maths(known.layer, known.rows, connection.counts(), known.answer)
+            if answer is not known.answer:
+                known.answer.copy_(answer)
         except Exception as error:
-            logger.exception("layer %d failed for %d frames", layer, 1)
+            logger.exception("layer %d failed for %d frames", known.layer, 1)
             failure = f"{type(error).__name__}: {error}"
         self._busy_s += time.monotonic() - started
         self._batches += 1
         self._frames += 1
         self._in_memory += 1
-        self._rows += num_rows
+        self._rows += len(known.rows)
         if failure:
-            frame = connection.frame_alone(request)
+            frame = connection.frame(known)
             connection.refuse(frame, FAILED, failure)
             self._let_go(frame)
-            return
-        connection.reply_alone()
-        if connection.wants_to_write:
-            self._adjust(connection)
+        else:
+            connection.answer()
 
     def _attend(self, descriptor: int, connection: Connection, events: int) -> None:
         """Read from, or write to, one connection."""
@@ -252,12 +292,13 @@ class LaneServer:
 
     def _run_batch(self) -> None:
         """Run the oldest frame and those that can run with it, and answer them."""
+        self._running = True  # before any is taken from the queue, which a drain looks at
         frames = self._next_batch()
         if not frames:
+            self._running = False
             return
         layer = frames[0].head.layer
         started = time.monotonic()
-        self._running = True
         answers: list[Tensor] = []
         failure = ""
         try:
@@ -349,9 +390,10 @@ class LaneServer:
                 else:
                     memory = self._say_last(peer, reply)
                     del self._unproven[descriptor]
-                    self._connections[descriptor] = Connection(
-                        peer.channel, self._shape, self._pool, self._enqueue, memory
-                    )
+                    connection = Connection(peer.channel, self._shape, self._pool, self._enqueue, memory)
+                    self._connections[descriptor] = connection
+                    if memory is not None:
+                        self._sharing[descriptor] = connection
         except BlockingIOError:
             return
         except HandshakeRefused as error:
@@ -364,8 +406,7 @@ class LaneServer:
         if not peer.handshake.wants_memory:
             _say(peer.channel, proof)
             return None
-        mapped = sum(connection.has_memory for connection in self._connections.values())
-        if peer.channel.family != socket.AF_UNIX or mapped >= MAX_MEMORIES:
+        if peer.channel.family != socket.AF_UNIX or len(self._sharing) >= MAX_MEMORIES:
             _say(peer.channel, proof + NO_MEMORY)
             return None
         try:
@@ -399,6 +440,7 @@ class LaneServer:
     def _drop(self, descriptor: int) -> None:
         if peer := self._unproven.pop(descriptor, None):
             peer.channel.close()
+        self._sharing.pop(descriptor, None)
         if connection := self._connections.pop(descriptor, None):
             connection.close()
             with suppress(OSError):

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from cluster.checkpoint.checkpoint import ModelImpl
     from cluster.telemetry.kernels import ProcessKernels
+    from experts_service.kernels.swiglu import Prepared
     from experts_service.loaded_experts import LoadedExperts
     from experts_service.shard.server import LaneServer
     from experts_service.wire.address import LaneAddress
@@ -176,6 +178,10 @@ class ExpertShard:
             self._busy_s += time.perf_counter() - started
         return answer
 
+    def _prepare(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Prepared | None:
+        """The same without Python, and beside the actor's calls: they share no memory but the weights."""
+        return self._experts.prepared(layer, rows, counts, answers) if self._experts.device.type == "cpu" else None
+
     def _run_on_gpu(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
         from experts_service.device import on_host
 
@@ -224,6 +230,7 @@ class ExpertShard:
             fingerprint=spec.fingerprint,
             host=self._host,
             pinned=spec.device == "cuda",
+            prepare=partial(ExpertShard._prepare, self),
         )
         server.start()
         return server
@@ -236,12 +243,16 @@ class ExpertShard:
     def stats(self) -> ShardStats:
         """Also the sign of life that its ExpertService asks for. Raises ExpertUnavailable when its lanes are dead."""
         lanes = None if self._lanes is None else self._lanes.stats()
+        rows, calls, busy_s = tuple(self._rows), self._calls, self._busy_s
+        if lanes is not None and lanes.compiled.frames:
+            rows = tuple(map(add, rows, lanes.compiled.rows))
+            calls, busy_s = calls + lanes.compiled.frames, busy_s + lanes.compiled.ran_s
         return ShardStats(
             incarnation=self._incarnation,
             group=self._spec.group,
-            rows_per_expert=tuple(self._rows),
-            calls=self._calls,
-            busy_s=self._busy_s,
+            rows_per_expert=rows,
+            calls=calls,
+            busy_s=busy_s,
             loaded_s=self._loaded_s,
             kernels=self._kernels,
             resident_bytes=psutil.Process().memory_info().rss,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from experts_service.kernels.swiglu import Chained
+from experts_service.kernels.swiglu import Chained, Prepared
 from experts_service.transformers_backend.loading import load_experts
 from experts_service.transformers_backend.meta_model import build
 
@@ -52,6 +52,10 @@ class TransformersExperts:
 
     def chained(self, layer: int) -> Chained | None:  # noqa: ARG002
         """No chain runs them."""
+        return None
+
+    def prepared(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor) -> Prepared | None:  # noqa: ARG002
+        """The same."""
         return None
 
     def run(self, layer: int, rows: Tensor, ends: Tensor, answers: Tensor) -> None:

@@ -134,6 +134,10 @@ class RowsFormat:
             self._num_experts, slot, deadline_ms, payload_bytes, *counts,
         )  # fmt: skip
 
+    def counts(self, head: bytearray) -> tuple[int, ...]:
+        """Rows of each expert, as a head says that was checked."""
+        return self._struct.unpack_from(head)[15:]
+
     def read(self, head: bytearray, shape: LaneShape, num_slots: int = 0) -> RowsHead:
         """The fields of a head, all checked against `shape` and the connection's slots. Raises FrameError."""
         fields = self._struct.unpack_from(head)

@@ -21,7 +21,7 @@ from struct import Struct
 from experts_service.wire.shared_memory import DESCRIPTION, MemoryRefused, SharedMemory, accept, receive
 
 MAGIC = b"MNTA-HI\n"
-VERSION = 2
+VERSION = 3
 COORDINATOR, SHARD = 1, 2  # roles
 TIMEOUT_S = 5.0
 

@@ -2,6 +2,11 @@
 
     requests    slot 0 · slot 1 · …     the coordinator writes rows, the shard reads them
     answers     slot 0 · slot 1 · …     the shard writes answers, the coordinator reads them
+    states      slot 0 · slot 1 · …     whether the coordinator looks here for the answer, and whether it is there
+
+The coordinator says LOOKED_AT before it asks. A shard that makes ANSWERED of it sends no head; any other shard, and any
+shard that finds something else, does. A coordinator that makes nothing of it again, since it wants to sleep, finds the
+answer there or is sent a head. So it hears of each answer in one way, whatever order things happen in.
 
 A slot holds ROWS_PER_SLOT rows, in both halves at the same place. No file system has a name of it: it is gone with the
 last process that maps it, however that one ends. Its size is sealed, so a peer that shrinks it cannot have the other
@@ -27,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 NUM_SLOTS, ROWS_PER_SLOT = 64, 32  # 2,048 rows in all, a prefill's; 256 KiB a slot for rows of 4096 in bf16
 MAX_BYTES = 2**30
+LOOKED_AT, ANSWERED = 1, 2  # states
+STATE_BYTES = 64  # a cache line each
 DESCRIPTION = Struct("<II")  # number of slots, bytes of one; both 0: there is no memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DESCRIPTOR_BYTES = array.array("i").itemsize
@@ -39,7 +46,12 @@ class MemoryRefused(Exception):
 
 def memory_bytes(row_bytes: int) -> int:
     """Of one connection's memory, for rows of so many bytes."""
-    return 2 * NUM_SLOTS * ROWS_PER_SLOT * row_bytes
+    return _size(NUM_SLOTS, ROWS_PER_SLOT * row_bytes)
+
+
+def _size(num_slots: int, slot_bytes: int) -> int:
+    states = -(-num_slots * STATE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+    return 2 * num_slots * slot_bytes + states
 
 
 class _Mapping(mmap.mmap):
@@ -60,11 +72,12 @@ class SharedMemory:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.description = DESCRIPTION.pack(num_slots, slot_bytes)  # for the other end
-        self._mapping = memory = _Mapping(descriptor, 2 * num_slots * slot_bytes)
+        self._mapping = memory = _Mapping(descriptor, _size(num_slots, slot_bytes))
         with suppress(OSError):
             memory.madvise(mmap.MADV_DONTFORK)  # a child of this process has nothing to do with it
-        halves = torch.frombuffer(memory, dtype=torch.uint8).view(2, -1)
-        self.requests, self.answers = halves[0], halves[1]  # [slots · bytes], uint8
+        slots, whole = num_slots * slot_bytes, torch.frombuffer(memory, dtype=torch.uint8)
+        self.requests, self.answers = whole[:slots], whole[slots : 2 * slots]  # uint8
+        self.states = whole[2 * slots :][: num_slots * STATE_BYTES]  # uint8
 
     def pin(self, pin: Callable[[torch.Tensor], Callable[[], object] | None]) -> bool:
         """Have `pin` prepare all of it for a device, and undo that before it is unmapped. Whether it could."""
@@ -100,8 +113,8 @@ def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
         num_slots, slot_bytes = DESCRIPTION.unpack(description)
         if not num_slots:
             return None
-        size = 2 * num_slots * slot_bytes
-        if len(descriptors) != 1 or not 0 < size <= MAX_BYTES or num_slots > NUM_SLOTS:
+        size = _size(num_slots, slot_bytes)
+        if len(descriptors) != 1 or not slot_bytes or not size <= MAX_BYTES or num_slots > NUM_SLOTS:
             raise MemoryRefused(f"{num_slots} slots of {slot_bytes} bytes, {len(descriptors)} descriptors")
         seals = fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS)
         if seals & _SEALS != _SEALS or os.fstat(descriptors[0]).st_size != size:

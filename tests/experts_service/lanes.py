@@ -13,8 +13,9 @@ from torch import Tensor
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.dialer import LaneDialer
 from experts_service.carriers.lane import LaneTransport
+from experts_service.carriers.link import Link
 from experts_service.routing_table import Deployment, Replica, RoutingTable
-from experts_service.shard.batch import Maths
+from experts_service.shard.batch import Maths, Prepare
 from experts_service.shard.server import LaneServer
 from experts_service.wire.address import LaneAddress
 from experts_service.wire.frame import LaneShape
@@ -95,13 +96,19 @@ class Shards:
     memory: bool = field(default_factory=lambda: MEMORY)
 
     def start(
-        self, replica_id: str, group: int, run: Run | None = None, *, fingerprint: str = FINGERPRINT
+        self,
+        replica_id: str,
+        group: int,
+        run: Run | None = None,
+        *,
+        fingerprint: str = FINGERPRINT,
+        prepare: Prepare | None = None,
     ) -> LaneServer:
         """Serve a group and publish its replica."""
         experts = GROUPS[group].experts
         shape = LaneShape(NUM_LAYERS, len(experts), HIDDEN, self.dtype)
         run = in_place(run or maths(experts))
-        server = LaneServer(run, shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1")
+        server = LaneServer(run, shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1", prepare=prepare)
         server.start()
         self.servers[replica_id] = server
         self.publish()
@@ -114,6 +121,17 @@ class Shards:
                 Replica(name, f"shard-{name}", "test", group, FINGERPRINT, self.tiers.get(name, "")) for name in names
             ]
             self.table.publish(Deployment("model", f"expert-{group}"), replicas)
+
+    def both(self) -> Dispatcher:
+        """Shards of both groups, those that have not been started, and a coordinator of theirs."""
+        for group in (0, 1):
+            if f"{group}a" not in self.servers:
+                self.start(f"{group}a", group)
+        return Dispatcher(GROUPS, self.transport())
+
+    def links(self) -> list[Link]:
+        """The connections of the first coordinator."""
+        return list(self.transports[0].routes._links._links.values())
 
     def address(self, replica: Replica, timeout_s: float) -> LaneAddress:
         self.dialled.append(replica.replica_id)

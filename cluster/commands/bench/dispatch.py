@@ -34,13 +34,21 @@ from experts_service.carriers.auto import AutoTransport
 from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
+from experts_service.kernels.compiled.chain import Chain
+from experts_service.kernels.compiled.jit import AVAILABLE, pointer
+from experts_service.kernels.compiled.routine import Routine, Task
 from experts_service.kernels.kernel import Kernel
 from experts_service.kernels.selection import Selection
+from experts_service.kernels.swiglu import Prepared
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import ExpertShard, ShardSpec
+from experts_service.shard.turns import TurnCounts
 from experts_service.transport import Flight, GroupRows, Transport
 from experts_service.wire.secret import ensure_lane_secret, read_lane_secret
 from router_service.dispatcher import Dispatcher
+
+if AVAILABLE:
+    from experts_service.kernels.compiled.system_calls import memcpy
 
 NAMESPACE, FINGERPRINT = "manta-bench", "bench"
 TIMEOUT_S = 60.0
@@ -50,6 +58,12 @@ WARM_UP = 50
 LONGEST_S = 10.0  # of one measurement; repeats beyond are left out
 MOST_LINES = 20  # of a profile
 OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@Routine
+def _copy(task):  # type: ignore[no-untyped-def]
+    """task[3] bytes from one address to another."""
+    memcpy(pointer(task[2]), pointer(task[1]), task[3])
 
 
 class _Identity:
@@ -71,6 +85,10 @@ class _Identity:
             self.profiler.enable() if self._is_profiled else self.profiler.disable()
         return rows if answers is None else answers.copy_(rows)
 
+    def prepared(self, _layer: int, rows: Tensor, _counts: Sequence[int], answers: Tensor) -> Prepared:
+        copy = Task(_copy, 1, (rows.data_ptr(), answers.data_ptr(), rows.nbytes), (rows, answers))
+        return Prepared(Chain([copy]), (), ())
+
 
 class IdentityShard(ExpertShard):
     """A shard as it is, but for its weights: `directory` says how long a row is."""
@@ -83,9 +101,14 @@ class IdentityShard(ExpertShard):
 
     def calls(self) -> list[Call]:
         """What it has counted; then it starts anew."""
-        calls = _calls(self._experts.profiler)
+        calls = _calls(self._experts.profiler) if self._experts.profiler.getstats() else []
         self._experts.profiler.clear()
         return calls
+
+    def turns(self) -> TurnCounts:
+        """What it has run without Python."""
+        assert self._lanes is not None
+        return self._lanes.stats().compiled
 
     def _load(self) -> Any:
         torch.set_num_threads(1)
@@ -263,15 +286,25 @@ def _profile(round_trip: Callable[[], object], repeats: int) -> list[tuple[str, 
 
 @torch.inference_mode()
 def _profile_shard(round_trip: Callable[[], object], repeats: int) -> list[tuple[str, str, str]]:
-    """The same of the thread that runs the first group's rows, which sleeps in epoll between them."""
+    """The same of the thread that runs the first group's rows, which sleeps in epoll between them: of Python's calls,
+    and of turns that take none.
+    """
     import ray
 
     shard = ray.get_actor("shard-0", namespace=NAMESPACE)
+    before: TurnCounts = ray.get(shard.turns.remote(), timeout=TIMEOUT_S)
     for is_wanted, number in ((True, repeats), (False, 1)):
         ray.get(shard.profile.remote(is_wanted), timeout=TIMEOUT_S)
         for _ in range(number):
             round_trip()
-    return _costliest(ray.get(shard.calls.remote(), timeout=TIMEOUT_S), repeats)
+    after: TurnCounts = ray.get(shard.turns.remote(), timeout=TIMEOUT_S)
+    lines = _costliest(ray.get(shard.calls.remote(), timeout=TIMEOUT_S), repeats)
+    frames = after.frames - before.frames
+    if frames:
+        for what in ("waited", "read", "ran", "said"):
+            seconds = getattr(after, f"{what}_s") - getattr(before, f"{what}_s")
+            lines.append((f"compiled: {what}", f"{frames / (repeats + 1):.1f}", f"{seconds / frames * 1e6:.1f}"))
+    return lines
 
 
 def _calls(profiler: cProfile.Profile) -> list[Call]:

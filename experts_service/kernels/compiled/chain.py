@@ -65,6 +65,14 @@ class Chain:
         self._memory = memory[begin : begin + len(self._fresh)]
         self._address = self._memory.ctypes.data
 
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """For compiled code that runs it, which copies it first as it was made: its address, that of the copy's
+        original, their bytes, and its threads. Only where nothing halts it.
+        """
+        assert not self._halts
+        return self._address, self._fresh.ctypes.data, self._fresh.nbytes, self._threads
+
     def run(self, num_threads: int = 1) -> bool:
         """Return when all are done, or at one that halts: whether one did. One caller at a time.
 
@@ -91,6 +99,11 @@ class Chain:
     def load() -> None:
         """Compile what runs them, or read what was compiled."""
         _run_all.load()
+
+    @staticmethod
+    def runner() -> int:
+        """The address of what runs any, given its own."""
+        return _run_all.address
 
 
 def _lines(numbers: int) -> int:

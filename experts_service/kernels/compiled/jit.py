@@ -270,3 +270,40 @@ def call(_context: Any, _function: Any, _task: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.CPointer(types.int64)), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def number_at(_context: Any, _address: Any) -> Any:
+    """The int64 at an address, to be looked at or counted up."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def exchange(_context: Any, _number: Any, _expected: Any, _new: Any) -> Any:
+    """Make `new` of an int64 that is `expected`; what it was. Who sees it sees what was written before."""
+
+    def build(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        both = builder.cmpxchg(*arguments, "acq_rel", "acquire")
+        return builder.extract_value(both, 0)
+
+    return types.int64(types.CPointer(types.int64), types.int64, types.int64), build  # type: ignore[attr-defined]
+
+
+@intrinsic
+def call_in_threads(_context: Any, _parallel: Any, _function: Any, _task: Any, _threads: Any) -> Any:
+    """Have OpenMP's `GOMP_parallel`, which is at an address, call a function in so many threads."""
+
+    def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address, address, number, number])
+        threads = builder.trunc(arguments[3], number)
+        parallel = builder.inttoptr(arguments[0], kind.as_pointer())
+        given = [builder.inttoptr(argument, address) for argument in arguments[1:3]]
+        builder.call(parallel, [*given, threads, ir.Constant(number, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), build

@@ -44,6 +44,11 @@ def _openmp() -> Any:
 _gomp_parallel = _openmp()
 
 
+def parallel_address() -> int:
+    """Of OpenMP's function that calls another one in several threads; 0: there is none that we know."""
+    return 0 if _gomp_parallel is None else int(ctypes.cast(_gomp_parallel, ctypes.c_void_p).value or 0)
+
+
 class Routine:
     """A function of numba's language. It is compiled when it is run first."""
 

@@ -13,6 +13,12 @@ def _carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return name
 
 
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinators ask shards on their node for some to share."""
+    monkeypatch.setattr(lanes, "MEMORY", True)
+
+
 @pytest.fixture(params=["sent", "memory"])
 def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rows travel over the lanes of a test. Over TCP they are sent, whatever a coordinator asks for."""

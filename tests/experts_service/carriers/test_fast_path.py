@@ -29,26 +29,27 @@ from experts_service.carriers.link import NOBODY, NOTHING, LaneAttempt, Link, Li
 from experts_service.carriers.local import LocalTransport
 from experts_service.delivery.delivery import ANSWERED, POSTED, Deliveries
 from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.compiled.matmul import load_kernels
 from experts_service.kernels.experts import Experts
 from experts_service.routing_table import RoutingTable
 from experts_service.shard.server import LaneServer
 from experts_service.transport import GroupRows
 from experts_service.wire.frame import HEAD_BYTES, LaneShape, answer_head
-from experts_service.wire.shared_memory import SharedMemory, create
+from experts_service.wire.shared_memory import ANSWERED as ANSWERED_STATE
+from experts_service.wire.shared_memory import LOOKED_AT, STATE_BYTES, SharedMemory, create
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
 from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, maths, shards, stopped_in_layer_2
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")
+pytestmark = [pytest.mark.usefixtures("memory"), pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")]
 
 WIDTH, LAYER, MOST_CALLS = 32, 1, 60
 ROW_BYTES = 2 * WIDTH
 
 
 @pytest.fixture(autouse=True)
-def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "MEMORY", True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "HIDDEN", WIDTH)
 
 
@@ -76,21 +77,14 @@ def expected(rows: Tensor, experts: Tensor, layer: int = LAYER) -> Tensor:
 
 
 def both(running: Shards) -> Dispatcher:
-    """Shards of both groups, and a coordinator that is connected to them."""
-    for group in (0, 1):
-        if f"{group}a" not in running.servers:
-            running.start(f"{group}a", group)
-    remote = Dispatcher(GROUPS, running.transport())
+    """The same, connected."""
+    remote = running.both()
     ask(remote, *batch(5))
     return remote
 
 
-def links(running: Shards) -> list[Link]:
-    return list(running.transports[0].routes._links._links.values())
-
-
 def none_has_slots(running: Shards) -> bool:
-    return not any(len(link.memory.slots) or link.outstanding for link in links(running) if link.memory)
+    return not any(len(link.memory.slots) or link.outstanding for link in running.links() if link.memory)
 
 
 def test_bits_are_those_of_local_experts_and_nothing_is_copied(running: Shards) -> None:
@@ -195,11 +189,11 @@ def test_heads_that_a_socket_has_no_room_for_are_sent_later(running: Shards) -> 
 
     running.start("0a", 0, run)
     remote = both(running)
-    for link in links(running):
+    for link in running.links():
         link.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     batches = [batch(2, seed=seed) for seed in range(50)]
     flights = [remote.dispatch(2, *one) for one in batches]
-    assert any(link.unsent for link in links(running))
+    assert any(link.unsent for link in running.links())
     opened.set()
     for flight, one in zip(flights, batches, strict=True):
         assert torch.equal(combined(remote, flight, 2), expected(*one, 2))
@@ -208,7 +202,7 @@ def test_heads_that_a_socket_has_no_room_for_are_sent_later(running: Shards) -> 
 
 def test_where_slots_are_short_nothing_is_sent_to_anybody(running: Shards) -> None:
     remote = both(running)
-    memory = next(link.memory for link in links(running) if link.memory)
+    memory = next(link.memory for link in running.links() if link.memory)
     assert memory is not None
     memory.slots.take(-1, 64)
     rows, experts = batch(40)
@@ -374,8 +368,8 @@ def test_a_lost_connection_is_not_read_by_its_number(running: Shards) -> None:
     remote = both(running)
     rows, experts = batch(40)
     dispatch = remote.dispatch(LAYER, rows, experts)
-    numbers = [link.descriptor for link in links(running)]
-    for link in links(running):
+    numbers = [link.descriptor for link in running.links()]
+    for link in running.links():
         link.give_up("lost")
     pairs = [socket.socketpair() for _ in range(4)]
     ours = [one for pair in pairs for one in pair]
@@ -414,8 +408,9 @@ class Said:
         routes: Any = SimpleNamespace(only=lambda: {0: (NOBODY, link)})
         ids = count(1)
         carrier = LaneCarrier(routes, ids)
-        deliveries: Any = Deliveries(carrier, routes, RoutingTable(), {}, 1.0, {0: DispatchCounts()})
-        path = FastPath(deliveries, routes, ids, None)
+        self.deliveries: Any = Deliveries(carrier, routes, RoutingTable(), {}, 1.0, {0: DispatchCounts()})
+        self.states = self.memory.states.view(torch.int64).view(-1, STATE_BYTES // 8)[:, 0]  # of each slot
+        path = FastPath(self.deliveries, routes, ids, None)
         rows = torch.arange(10 * WIDTH).view(10, WIDTH).to(torch.bfloat16)
         self.places = [torch.full((10, WIDTH), 7.0, dtype=torch.bfloat16) for _ in range(number)]
         self.flights = []
@@ -425,6 +420,69 @@ class Said:
             self.flights.append(flight)
         self.attempts = [flight.attempts[0] for flight in self.flights]
         self.heads = [bytes(self.shard.recv(HEAD_BYTES + 8))[:HEAD_BYTES] for _ in self.flights]
+
+
+def test_an_answer_is_taken_where_it_is_looked_for_without_a_head() -> None:
+    case = Said(1)
+    with case.shard:
+        [flight], [attempt] = case.flights, case.attempts
+        assert case.states[0] == LOOKED_AT
+        case.states[0] = ANSWERED_STATE
+        assert flight._take_answers()
+        assert not case.link.outstanding
+        assert len(case.link.memory.slots) == 1, "it is still read"
+        flight.release()
+        assert len(case.link.memory.slots) == 0
+        assert attempt.state is ANSWERED
+    case.link.close()
+
+
+def test_who_sleeps_is_told_by_a_head() -> None:
+    case = Said(2)
+    with case.shard:
+
+        def answer() -> None:
+            for index in (0, 1):
+                wait_for(lambda: case.states[index] != LOOKED_AT, 5, "it to sleep")  # noqa: B023
+                case.shard.sendall(answer_head(case.heads[index]))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        for flight in case.flights:
+            assert flight._take_answers()
+            flight.release()
+        thread.join(5)
+        assert case.states[:2].tolist() == [0, 0]
+    case.link.close()
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_flight_that_is_dropped_leaves_nothing_that_nobody_tells_of(is_answered: bool) -> None:
+    """The shard would have answered where nobody looks any more, and the slots would have been taken for ever."""
+    case = Said(1)
+    with case.shard:
+        if is_answered:
+            case.states[0] = ANSWERED_STATE
+        case.flights[0].close()
+        assert len(case.link.memory.slots) == len(case.link.forgotten) == (not is_answered)
+        if not is_answered:
+            assert case.states[0] == 0
+            case.shard.sendall(answer_head(case.heads[0]))
+            assert case.link.owed() == 0
+        assert len(case.link.memory.slots) == 0
+    case.link.close()
+
+
+def test_what_is_no_answer_is_heard_of_while_answers_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors and the end come over the socket alone, at which few looks are taken."""
+    monkeypatch.setattr(fast_path, "SOON_S", 5.0)
+    case = Said(1)
+    case.deliveries.answers_soon = True
+    case.shard.close()
+    started = time.monotonic()
+    assert not case.flights[0]._take_answers()
+    assert time.monotonic() - started < 4.0
+    case.link.close()
 
 
 def damaged(random_: random.Random, heads: Sequence[bytes]) -> bytes:
@@ -455,6 +513,10 @@ def test_a_hostile_shard_changes_nothing_but_its_answers(num_cases: int) -> None
         noise = bytearray(random_.randbytes(len(case.memory.answers)))
         case.memory.answers.copy_(torch.frombuffer(noise, dtype=torch.uint8))
         said = damaged(random_, case.heads)
+        for slot in range(3):
+            if random_.random() < 0.3:
+                case.states[slot] = random_.choice((0, LOOKED_AT, ANSWERED_STATE, 3, -1, 2**40))
+        marked = [int(state) == ANSWERED_STATE for state in case.states[:3]]
         with case.shard:
             case.shard.sendall(said)
             case.shard.shutdown(socket.SHUT_WR)
@@ -463,14 +525,14 @@ def test_a_hostile_shard_changes_nothing_but_its_answers(num_cases: int) -> None
                 slot = (attempt.slot - 1) * case.memory.slot_bytes
                 if flight._take_answers():
                     fast += 1
-                    assert answer_head(case.heads[index]) in said
+                    assert marked[index] or answer_head(case.heads[index]) in said
                     at = flight.space.words[fast_path.HEADER + fast_path.ANSWERS]
                     assert at == attempt.shared.answers_at + slot
                     flight.release()
                     assert (case.places[index] == 7.0).all()
                 elif attempt.state is ANSWERED:
                     handed_over += 1
-                    assert answer_head(case.heads[index]) in said
+                    assert marked[index] or answer_head(case.heads[index]) in said
                     wanted = case.memory.answers[slot : slot + 9 * ROW_BYTES].view(torch.bfloat16).view(9, WIDTH)
                     assert case.places[index][:9].view(torch.int16).equal(wanted.view(torch.int16))
                     assert (case.places[index][9] == 7.0).all()
@@ -488,6 +550,7 @@ def test_a_hostile_shard_changes_nothing_but_its_answers(num_cases: int) -> None
 
 
 def test_experts_that_write_into_slots_give_the_bits_of_local_ones(checkpoint: Checkpoint, running: Shards) -> None:
+    load_kernels()  # no answer waits for it
     architecture = checkpoint.architecture
     experts = {
         group.index: Experts.load(checkpoint, group.experts, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -495,13 +558,15 @@ def test_experts_that_write_into_slots_give_the_bits_of_local_ones(checkpoint: C
     }
     for group, of_group in experts.items():
         shape = LaneShape(architecture.num_layers, len(of_group.experts), architecture.hidden_size, torch.bfloat16)
-        server = LaneServer(of_group, shape, secret=lanes.SECRET, fingerprint=lanes.FINGERPRINT)
+        server = LaneServer(
+            of_group, shape, secret=lanes.SECRET, fingerprint=lanes.FINGERPRINT, prepare=of_group.prepared
+        )
         server.start()
         running.servers[f"{group}a"] = server
     running.publish()
     remote, local = Dispatcher(GROUPS, running.transport()), Dispatcher(GROUPS, LocalTransport(experts))
     for layer in range(architecture.num_layers):
-        for num_rows in (1, 3, 200, 1):
+        for num_rows in (1, 3, 200, 1, 1, 3, 1, 1, 3):
             rows = torch.randn(num_rows, architecture.hidden_size).bfloat16()
             chosen, weights = torch.rand(num_rows, architecture.num_experts).topk(2).indices, torch.rand(num_rows, 2)
             dispatch = remote.dispatch(layer, rows, chosen)
@@ -509,3 +574,6 @@ def test_experts_that_write_into_slots_give_the_bits_of_local_ones(checkpoint: C
             expected = local.combine(local.dispatch(layer, rows, chosen), weights)
             assert torch.equal(remote.combine(dispatch, weights), expected)
     assert none_has_slots(running)
+    for server in running.servers.values():
+        stats = server.stats()
+        assert 0 < stats.compiled.frames < stats.frames, "the first of a kind takes Python, the next like it does not"

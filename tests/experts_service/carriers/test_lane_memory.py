@@ -22,9 +22,8 @@ from experts_service.carriers.link import NOBODY, NOTHING, LaneAttempt, Link, Li
 from experts_service.delivery.delivery import ANSWERED, POSTED
 from experts_service.shard import server as shard_server
 from experts_service.wire.frame import HEAD_BYTES, RowsFormat, answer_head
-from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, SharedMemory, create
+from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, SharedMemory, create, memory_bytes
 from router_service.dispatcher import Dispatcher
-from tests.experts_service import lanes
 from tests.experts_service.lanes import (
     GROUPS,
     HIDDEN,
@@ -43,9 +42,7 @@ from tests.waiting import wait_for
 ROW_BYTES = HIDDEN * 4
 
 
-@pytest.fixture(autouse=True)
-def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "MEMORY", True)
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 def mappings(process: int | str = "self") -> int:
@@ -59,15 +56,9 @@ def descriptors(process: int | str = "self") -> int:
     return sum("memfd:manta-rows" in os.readlink(name) for name in names if name.is_symlink())
 
 
-def both(running: Shards) -> Dispatcher:
-    for group in (0, 1):
-        running.start(f"{group}a", group)
-    return Dispatcher(GROUPS, running.transport())
-
-
 def test_rows_lie_in_memory_until_they_are_too_many_for_it() -> None:
     with shards() as running:
-        remote = both(running)
+        remote = running.both()
         for num_rows, in_memory in ((1, True), (31, True), (500, True), (NUM_SLOTS * ROWS_PER_SLOT + 1, False)):
             rows = batch(num_rows)[0]
             experts = torch.tensor(GROUPS[0].experts).repeat(num_rows, 1)[:, :1]
@@ -98,11 +89,7 @@ def test_more_dispatches_under_way_than_there_is_room_for_are_sent() -> None:
         stats = running.servers["0a"].stats()
         assert stats.frames == 8
         assert 1 < stats.in_memory < 8
-        assert not any(len(link.memory.slots) for link in links(running) if link.memory)
-
-
-def links(running: Shards) -> list[Link]:
-    return list(running.transports[0].routes._links._links.values())
+        assert not any(len(link.memory.slots) for link in running.links() if link.memory)
 
 
 def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
@@ -117,7 +104,7 @@ def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
         dropped = remote.dispatch(2, late, experts)
         assert entered.wait(5)
         dropped.close()
-        memory = next(link.memory for link in links(running) if len(link.forgotten) == 1)
+        memory = next(link.memory for link in running.links() if len(link.forgotten) == 1)
         assert memory is not None
         assert len(memory.slots) == 1
         rows, experts = batch(40, seed=2)
@@ -130,7 +117,7 @@ def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
 
 def test_two_coordinators_have_a_memory_each() -> None:
     with shards() as running:
-        first = both(running)
+        first = running.both()
         second = Dispatcher(GROUPS, running.transport())
         batches = [batch(50, seed=1), batch(50, seed=2)]
         for _ in range(3):
@@ -150,7 +137,7 @@ def test_a_machine_that_has_no_memory_to_give_sends_rows(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shard_server, "create", refuse)
     with shards() as running:
-        remote = both(running)
+        remote = running.both()
         rows, experts = batch(30)
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
         assert [server.stats().in_memory for server in running.servers.values()] == [0, 0]
@@ -183,7 +170,7 @@ def test_memory_of_a_shard_on_a_gpu_is_the_gpus_as_well_until_it_is_unmapped(
         rows, experts = batch(40)[0], torch.tensor(GROUPS[0].experts).repeat(40, 1)[:, :1]
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
         assert server.stats().in_memory == can_pin
-        assert [len(place) for place in known] == [2 * NUM_SLOTS * ROWS_PER_SLOT * ROW_BYTES]
+        assert [len(place) for place in known] == [memory_bytes(ROW_BYTES)]
         assert mappings() == (2 if can_pin else 0)
     assert (mappings(), known) == (0, [] if can_pin else known[:1])
 
@@ -191,7 +178,7 @@ def test_memory_of_a_shard_on_a_gpu_is_the_gpus_as_well_until_it_is_unmapped(
 def test_coordinators_beyond_a_bound_have_their_rows_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_server, "MAX_MEMORIES", 1)
     with shards() as running:
-        first = both(running)
+        first = running.both()
         rows, experts = batch(30)
         ask(first, rows, experts)
         second = Dispatcher(GROUPS, running.transport())
@@ -390,7 +377,7 @@ def test_a_hostile_coordinator_harms_nobody(num_cases: int) -> None:
     """It may name any slots and write over its rows while they are run; the shard reads nothing beside its memory."""
     random_ = random.Random(7)
     with shards() as running:
-        remote = both(running)
+        remote = running.both()
         rows, experts = batch(9)
         transport = running.transport()
         replica = running.table.replicas(transport.deployments[0])[0]
@@ -409,6 +396,7 @@ def test_a_hostile_coordinator_harms_nobody(num_cases: int) -> None:
                 at = random_.randrange(len(memory.requests))
                 memory.requests[at : at + 999] = random_.randrange(256)  # NaN and infinity among them
                 memory.answers[at : at + 999] = random_.randrange(256)
+                memory.states[random_.randrange(len(memory.states))] = random_.randrange(256)
                 dialled.channel.setblocking(False)
                 asked += dialled.channel.send(head) == len(head)
                 if slot == 0 or random_.random() < 0.05:

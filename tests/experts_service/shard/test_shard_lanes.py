@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,20 @@ def table(checkpoint: Checkpoint, first: str = "lane-shard-0") -> RoutingTable:
     return published
 
 
-def lane(checkpoint: Checkpoint, secret_file: Path, known: RoutingTable, node_id: str | None = None) -> LaneTransport:
+def lane(
+    checkpoint: Checkpoint,
+    secret_file: Path,
+    known: RoutingTable,
+    node_id: str | None = None,
+    *,
+    memory: bool = False,
+) -> LaneTransport:
     dialer = LaneDialer(
         ask_shard,
         secret=read_lane_secret(secret_file),
         fingerprint=checkpoint.fingerprint,
         node_id=node_id or ray.get_runtime_context().get_node_id(),
+        memory=memory,
     )
     return LaneTransport(DEPLOYMENTS, known, dialer, timeout_s=30.0)
 
@@ -111,12 +120,35 @@ def test_rows_are_run_though_their_shard_was_killed(
     remote = Dispatcher(GROUPS, transport)
     assert_equal_to_local(remote, checkpoint, 4)
     before = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=60)
-    [process] = [int(line.split()[0]) for line in _listeners(before.path)] or [0]
-    assert process, "the shard's process is found by its socket"
-    os.kill(process, signal.SIGKILL)
+    os.kill(_process(before.path), signal.SIGKILL)
     assert_equal_to_local(remote, checkpoint, 4)
     after = ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=60)
     assert after.incarnation != before.incarnation
+    transport.close()
+
+
+def test_rows_in_memory_are_run_though_their_shard_is_stopped_and_killed(
+    checkpoint: Checkpoint, shards: dict[str, Any], secret_file: Path
+) -> None:
+    """Rows that shards run without Python are counted like others."""
+
+    def rows_run() -> int:
+        names = ("lane-shard-0", "lane-shard-1")
+        return sum(sum(ray.get(shards[name].stats.remote(), timeout=60).rows_per_expert) for name in names)
+
+    transport = lane(checkpoint, secret_file, table(checkpoint), memory=True)
+    remote = Dispatcher(GROUPS, transport)
+    before = rows_run()
+    for _ in range(5):
+        assert_equal_to_local(remote, checkpoint, 1)
+    assert rows_run() - before == 5 * checkpoint.architecture.num_layers * 2
+    process = _process(ray.get(shards["lane-shard-0"].lane_address.remote(), timeout=60).path)
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (process, signal.SIGCONT)).start()
+    assert_equal_to_local(remote, checkpoint, 1)
+    os.kill(process, signal.SIGKILL)
+    for _ in range(2):
+        assert_equal_to_local(remote, checkpoint, 1)
     transport.close()
 
 
@@ -133,17 +165,16 @@ def test_a_shard_without_lanes_is_reached_through_the_object_store(
     auto.close()
 
 
-def _listeners(path: str) -> list[str]:
-    """Lines `pid …` of processes that listen at a Unix socket."""
+def _process(path: str) -> int:
+    """The one that listens at a Unix socket."""
     import psutil
 
-    found = []
     for process in psutil.process_iter():
         try:
             if any(
                 c.laddr == path or c.laddr == path.replace(".sock", ".new") for c in process.net_connections("unix")
             ):
-                found.append(f"{process.pid} {process.name()}")
+                return process.pid
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found[:1]
+    raise AssertionError("nobody listens there")

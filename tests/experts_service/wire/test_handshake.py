@@ -89,7 +89,7 @@ def test_the_proof_of_one_side_does_not_serve_for_the_other() -> None:
     ("change", "reason"),
     [
         (lambda hello: b"GET / HT" + hello[8:], "does not speak"),
-        (lambda hello: hello[:8] + b"\x03" + hello[9:], "lane version 3"),
+        (lambda hello: hello[:8] + b"\x09" + hello[9:], "lane version 9"),
         (lambda hello: hello[:10] + b"\x02" + hello[11:], "came as 'shard'"),
     ],
 )
