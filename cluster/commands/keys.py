@@ -51,19 +51,25 @@ def new(
 
 def _add(file: Path, line: str) -> None:
     """Raises ConfigError where the file would not be one of keys then, has that id, or cannot be written."""
+    from cluster.guarded_file import read_guarded
     from gateway.admission.api_keys import read_api_keys
 
+    content = read_guarded(file) if file.exists() else b""
+    added = (b"" if not content or content.endswith(b"\n") else b"\n") + line.encode() + b"\n"
     try:
-        content = file.read_text() if file.exists() else ""
-        added = ("" if not content or content.endswith("\n") else "\n") + line + "\n"
         with tempfile.TemporaryDirectory() as directory:
             tried = Path(directory) / file.name
-            tried.write_text(content + added)
+            _append(tried, content + added)
             try:
                 read_api_keys(tried)
             except ConfigError as error:
                 raise ConfigError(str(error).replace(str(tried), str(file))) from None
-        with open(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "w") as end:  # modes and owner stay
-            end.write(added)
+        _append(file, added)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _append(file: Path, content: bytes) -> None:
+    """A file that is there keeps its mode and owner; a new one is its owner's alone, whatever the umask."""
+    with open(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "wb") as end:
+        end.write(content)
