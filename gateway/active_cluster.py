@@ -6,7 +6,8 @@ headless: what the names resolve to is the head's own address.
 
     the new cluster starts ──▶ its applications run: KubeRay moves the Service ──▶ GRACE_S later the old one says no
 
-Whoever is not sure says yes: that both clusters are asked does no harm, that neither is does.
+Whoever is not sure says for GRACE_S what was known before, and then yes: that both clusters are asked does little
+harm, that neither is does.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class ActiveCluster:
         self._clock = clock
         self._looking: asyncio.Task[None] | None = None
         self._looked_at = float("-inf")
+        self._sure_at = clock()
         self._is_active = True
         self._was_active = False
         self._replaced_at: float | None = None
@@ -73,7 +75,12 @@ class ActiveCluster:
     @classmethod
     def of_environment(cls) -> ActiveCluster:
         """As KubeRay and our manifests say."""
-        return cls(os.environ.get(ACTIVE_HEAD), os.environ.get(OWN_HEAD))
+        active, own = os.environ.get(ACTIVE_HEAD), os.environ.get(OWN_HEAD)
+        if active and own and "." in own:  # both are in one namespace
+            # From the root: a node's own search domain may have an answer for every name, also before KubeRay has made
+            # the Service.
+            active, own = f"{active}.{own.partition('.')[2]}.", f"{own}."
+        return cls(active, own)
 
     async def is_this(self) -> bool:
         """Whether new requests belong here, as it was MAX_AGE_S ago or later."""
@@ -89,10 +96,14 @@ class ActiveCluster:
         try:
             is_replaced = await asyncio.to_thread(self._is_replaced, active, own)
         except Exception:  # whatever Ray raises while its control plane is away
-            is_replaced = False
+            is_replaced = None
         finally:
             self._looking = None
             self._looked_at = self._clock()
+        if is_replaced is not None:
+            self._sure_at = self._looked_at
+        elif self._looked_at - self._sure_at < GRACE_S:
+            return
         if not is_replaced:
             self._was_active, self._replaced_at = True, None
         elif self._replaced_at is None:
@@ -105,9 +116,14 @@ class ActiveCluster:
             logger.info("another Ray cluster is the active one: this gateway is not ready, and ends what it has")
         self._is_active = is_active
 
-    def _is_replaced(self, active: str, own: str) -> bool:
-        """Whether the active head is one, and surely not ours."""
+    def _is_replaced(self, active: str, own: str) -> bool | None:
+        """Whether the active head is another cluster's; None where that is not sure."""
         named, ours = self._resolve(active), self._resolve(own)
+        if not named:
+            return None
+        # A head that was restarted has another address, and each of the three may tell it later than the others.
+        if named & ours or named & (heads := self._heads()):
+            return False
         # Where the operator makes Services with an address of their own (ENABLE_RAY_HEAD_CLUSTER_IP_SERVICE), each name
         # has another, whatever is behind it, and it is no head's.
-        return bool(named) and not named & ours and bool(ours & self._heads())
+        return True if ours & heads else None

@@ -89,6 +89,74 @@ def test_who_is_not_sure_says_yes(names: dict[str, set[str]], why: str) -> None:
         kubernetes.now += 1
 
 
+def test_a_hiccup_changes_nothing_and_a_silence_of_a_minute_does() -> None:
+    """One answer that DNS did not have made a cluster whose models load ready, for more than a minute."""
+    kubernetes = Cluster()
+    kubernetes.names |= {ACTIVE: {OLD}, OF_NEW: {NEW}}
+    new = kubernetes.gateway(OF_NEW, NEW)
+    assert not says(new)
+    kubernetes.now += 5
+    kubernetes.names[ACTIVE] = set()
+    assert not says(new)
+    kubernetes.now += 5
+    kubernetes.names[ACTIVE] = {OLD}
+    assert not says(new)
+    kubernetes.names.clear()
+    kubernetes.now += GRACE_S - 1
+    assert not says(new)
+    kubernetes.now += 1
+    assert says(new)
+
+
+def test_who_cannot_ask_at_first_may_still_be_the_second() -> None:
+    """What Ray raised while the cluster started was taken for an active cluster, which answers for a minute more."""
+    kubernetes = Cluster()
+    kubernetes.names |= {OF_NEW: {NEW}}
+    new = kubernetes.gateway(OF_NEW, NEW)
+    assert says(new)
+    kubernetes.names[ACTIVE] = {OLD}
+    kubernetes.now += 5
+    assert not says(new)
+
+
+def test_a_head_that_comes_back_elsewhere_takes_no_gateway_away() -> None:
+    """DNS tells its address under one name earlier than under the other; Ray may know both for a while."""
+    kubernetes = Cluster()
+    kubernetes.names[ACTIVE] = {OLD}
+    heads = {OLD}
+    gateway = ActiveCluster(
+        ACTIVE,
+        OF_OLD,
+        resolve=lambda name: frozenset(kubernetes.names.get(name, ())),
+        heads=lambda: frozenset(heads),
+        clock=lambda: kubernetes.now,
+    )
+    assert says(gateway)
+    kubernetes.names[OF_OLD] = {NEW}
+    heads.add(NEW)
+    for second in range(70):
+        if second == 35:
+            heads.remove(OLD)
+        kubernetes.now += 1
+        assert says(gateway)
+    kubernetes.names[ACTIVE] = {NEW}
+    kubernetes.now += 1
+    assert says(gateway)
+    assert gateway._replaced_at is None
+
+
+def test_names_are_asked_for_from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a search domain of the node answers every name, the Service was there before KubeRay had made it."""
+    monkeypatch.setenv("MANTA_ACTIVE_HEAD", ACTIVE)
+    monkeypatch.setenv("FQ_RAY_IP", "manta-abcde-head-svc.manta.svc.cluster.local")
+    assert ActiveCluster.of_environment()._names == (
+        "manta-head-svc.manta.svc.cluster.local.",
+        "manta-abcde-head-svc.manta.svc.cluster.local.",
+    )
+    monkeypatch.delenv("FQ_RAY_IP")
+    assert ActiveCluster.of_environment()._names is None
+
+
 def test_one_machine_asks_nobody() -> None:
     def nobody(*_: object) -> frozenset[str]:
         raise AssertionError
