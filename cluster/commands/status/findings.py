@@ -35,10 +35,14 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     # One that is deleted ends its streams; one that starts is not missed while another version of its model answers.
     there = [one for one in snapshot.applications if one.status != _DELETING]
     answering = {one.model[0] for one in there if one.model and _is_up(one)}
-    missed = [one for one in there if not (one.status in _STARTING and one.model and one.model[0] in answering)]
+    starting = [
+        one for one in there if one.model and one.model[0] in answering and one.status in _STARTING and not _is_up(one)
+    ]
+    missed = [one for one in there if one not in starting]
     down = [finding for application in missed for finding in _down(application, dead)]
     slow = [finding for application in missed for finding in _slow(application)]
-    return (*found, *down, *slow)
+    waiting = [finding for application in starting for finding in _without_room(application, dead)]
+    return (*found, *down, *slow, *waiting)
 
 
 def _is_up(application: ApplicationStatus) -> bool:
@@ -79,6 +83,15 @@ def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Fin
                 "Look in the coordinator's log for 'no lane to'. It loads still, a network policy or a firewall is "
                 "between them, or the lanes' secret is not the same. Runbook: MantaExpertDown.",
             )
+
+
+def _without_room(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Finding]:
+    """A version that starts beside the one that answers, and may do so for ever."""
+    if application.model and any(_NO_ROOM in one.message for one in application.deployments):
+        yield Finding(
+            f"A version of {application.model[0]} finds no room to start; another one answers meanwhile.",
+            _first(application.deployments, dead),
+        )
 
 
 def _first(deployments: list[DeploymentStatus] | tuple[DeploymentStatus, ...], dead: tuple[str, ...]) -> str:

@@ -73,6 +73,24 @@ def test_of_two_versions_only_one_has_to_answer() -> None:
     assert findings(replace(running, applications=(*running.applications, old))) == ()
 
 
+def test_a_roll_without_room_for_the_new_version_is_no_good_end() -> None:
+    """All was well for as long as the new version waited for GPUs that were not there."""
+    running = cluster()
+    waits = DeploymentStatus("coordinator", "UPDATING", {"STARTING": 1}, NO_ROOM)
+    new = ApplicationStatus("mixtral-v2", "DEPLOYING", (waits,))
+    wrong, do = only(replace(running, applications=(*running.applications, new)))
+    assert wrong == "A version of mixtral finds no room to start; another one answers meanwhile."
+    assert do.startswith("No node has room for it: add one")
+
+
+def test_what_is_wrong_with_a_model_that_answers_is_told_also_while_it_is_deployed() -> None:
+    """Its own replicas were the version that answers beside it, so it was not looked at while it was scaled."""
+    cut_off = replace(STATS, missing_experts=("expert-1",))
+    assert only(cluster(status="DEPLOYING", coordinators=(cut_off,)))[0].startswith("expert-1 of mixtral runs")
+    waits = replace(STATS, num_requests_waiting=4)
+    assert only(cluster(status="DEPLOYING", coordinators=(waits,)))[0].startswith("4 requests for mixtral wait")
+
+
 def test_a_group_that_runs_on_its_other_tier_is_not_missing() -> None:
     assert findings(with_group(DeploymentStatus("expert-1", "HEALTHY", {}), up("expert-1-tier1"))) == ()
 
