@@ -68,13 +68,13 @@ def pin(memory: Tensor) -> Callable[[], object] | None:
 
     Returns what undoes it, before the memory is unmapped; None: the driver cannot.
     """
-    driver = torch.cuda.cudart()
-    address = memory.data_ptr()
-    if int(driver.cudaHostRegister(address, memory.nbytes, 0)):
-        with suppress(RuntimeError):
-            torch.ones(1, device="cuda")  # takes the error away, which the next kernel would be blamed for
-        return None
-    return partial(driver.cudaHostUnregister, address)
+    with suppress(RuntimeError):  # of a device that is gone: what is computed there next says so
+        driver = torch.cuda.cudart()
+        address = memory.data_ptr()
+        if not int(driver.cudaHostRegister(address, memory.nbytes, 0)):
+            return partial(driver.cudaHostUnregister, address)
+        torch.ones(1, device="cuda")  # takes the error away, which the next kernel would be blamed for
+    return None
 
 
 def wait_for_queue(device: torch.device) -> None:

@@ -296,15 +296,16 @@ def check_fit(
             kind = f"node labelled {labels}" if selector else "node"
             if not suited:
                 raise DoesNotFit(f"{process}{of} asks for a {kind}, and there is none")
-            if share:
+            roomiest = room.place(share, held, 0, {}, selector)  # of those with GPUs, where it asks for them
+            if roomiest is None:
                 wanted = sum(one.gpus for one in processes)
                 raise DoesNotFit(
                     f"{process}{of} needs {share:g} GPU with {gib(held)} free, and no {kind} has one left: {model} "
                     f"needs {needs} on {wanted:g} GPUs in all, and{beside} the cluster has {gib(sum(gpus))} on "
                     f"{len(gpus)} GPUs"
                 )
-            roomiest = suited[0]
             host, most = host + beside_it.get(roomiest, 0), gib(room.memory[roomiest])
+            kind = f"{kind} with a GPU for it" if share else kind
             raise DoesNotFit(
                 f"{process}{of} needs {gib(host)} of memory, and the most that a {kind} has left is {most}: {model} "
                 f"needs {needs} in all, and{beside} the cluster has {gib(memory)} free"

@@ -262,8 +262,10 @@ class Link:
         """Its whole answer has come; one that lies in slots is taken from there, before they are used again."""
         del self.outstanding[attempt.request_id]
         if attempt.slot and self.memory is not None:
-            self.memory.read(attempt.slot, attempt.memory)
-            self.memory.slots.give_back(attempt.request_id)
+            try:
+                self.memory.read(attempt.slot, attempt.memory)
+            finally:
+                self.memory.slots.give_back(attempt.request_id)
         attempt.state = ANSWERED
 
     def _free(self, request_id: int) -> None:

@@ -68,6 +68,16 @@ def test_memory_that_a_driver_cannot_pin_is_used_as_it_is(monkeypatch, error):
         assert (registered, asked) == ({}, [])
 
 
+def test_a_device_that_is_gone_ends_nobody_who_would_pin_memory_for_it(monkeypatch):
+    """The thread that serves all of a shard's lanes ended with it."""
+
+    def lost():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lost)
+    assert pin(torch.empty(4096, dtype=torch.uint8)) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_rows_of_a_gpu_come_through_pinned_memory():

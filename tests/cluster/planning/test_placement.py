@@ -201,6 +201,19 @@ def test_shares_of_one_gpu_fit_a_large_one_only() -> None:
                 check_fit(*arguments, **shares)
 
 
+def test_gpus_whose_machine_has_no_memory_left_are_not_said_to_be_missing() -> None:
+    """What coordinators and shards of one machine share took its last memory, and GPUs were said to be missing."""
+    groups = plan_groups("auto", 8, num_gpus=8, num_cpus=8)
+    of_processes = 11 * (TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES)
+    room = Room([Node("machine", of_processes, (80 * GIB,) * 11), Node("other", of_processes + GIB)])
+    expected = r"needs \d\.\d\d GiB of memory, and the most that a node with a GPU for it has left is [0-3]\.\d\d GiB"
+    with pytest.raises(DoesNotFit, match=expected):
+        check_fit(
+            MIXTRAL_8X7B, "bfloat16", groups, room,
+            kv_tokens=4096, num_coordinators=3, gpus_per_shard=1.0, gpus_per_coordinator=1.0,
+        )  # fmt: skip
+
+
 def test_mixtral_does_not_fit_a_laptop_and_the_message_has_both_numbers() -> None:
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=2)
     with pytest.raises(DoesNotFit, match=r"needs 42\.\d\d GiB of memory.*16\.00 GiB.*has 16\.00 GiB free"):

@@ -345,6 +345,27 @@ def test_those_that_are_not_finite_are_asked_for_again(running: Shards, on_devic
     assert none_has_slots(running)
 
 
+def test_no_room_for_an_answer_that_comes_while_another_is_waited_for_costs_no_slots(
+    running: Shards, on_device: OnDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two microbatches: nobody had its slots any more, until the connection ended."""
+    both(running)
+    rows, experts = batch(1)[0], torch.tensor([[GROUPS[0].experts[0], GROUPS[1].experts[0]]])
+    first, _ = on_device.send(rows, experts)
+    second, _ = on_device.send(rows, experts)
+
+    def no_room(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(fast_path, "pinned", no_room)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        second.wait()
+    for flight in (second, first):
+        flight.close()
+    wait_for(lambda: not sum(link.owed() for link in running.links()), 10, "what nobody waits for has come")
+    assert none_has_slots(running)
+
+
 def test_those_of_a_shard_that_died_come_from_the_next_one(running: Shards, on_device: OnDevice) -> None:
     run, entered, opened = stopped_in_layer_2()
     running.start("0a", 0, run)
