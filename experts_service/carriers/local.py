@@ -53,7 +53,8 @@ class LocalTransport:
             return None
         order = torch.tensor([expert for experts, _ in of_groups for expert in experts]).argsort()
         tables = [torch.cat(parts)[order] for parts in zip(*(one.tables for _, one in of_groups if one), strict=True)]
-        return replace(first, tables=tuple(tables))
+        weights = tuple(one.weights for _, one in of_groups if one)
+        return replace(first, tables=tuple(tables), weights=weights)
 
     def close(self) -> None:
         self._groups.clear()

@@ -81,6 +81,7 @@ class Chained:
     integers: int  # int32 that a row needs meanwhile
     layouts: tuple[object, ...]  # of quantised matrices
     make_tasks: _MakeTasks
+    weights: tuple[object, ...]  # whose addresses are in the tables
 
     def is_like(self, other: Chained) -> bool:
         """Whether their networks can be run together."""
@@ -120,7 +121,7 @@ class PackedSwiGLUs:
 
     def __init__(self, run: _Run, chained: Chained | None = None) -> None:
         """`pack` makes it. `chained`: where their rows need no more than kernels of our own."""
-        self._run = run  # which keeps the weights, also where `chained` has their addresses
+        self._run = run
         self.chained = chained
 
     @classmethod
@@ -188,7 +189,8 @@ def _chained_networks(arithmetic: int, networks: Sequence[tuple[Panels, Panels]]
     if first.in_features % PAIR or second.in_features % PAIR:
         return None  # a zero has to follow each row
     table = torch.tensor([(w1_w3.weights.data_ptr(), w2.weights.data_ptr(), 0, 0) for w1_w3, w2 in networks])
-    return Chained((table,), second.in_features, 0, (), partial(_network_tasks, arithmetic, networks[0]))
+    make_tasks = partial(_network_tasks, arithmetic, networks[0])
+    return Chained((table,), second.in_features, 0, (), make_tasks, (networks,))
 
 
 def _network_tasks(
@@ -209,7 +211,8 @@ def _chained_quantized(w1_w3: Sequence[QuantizedPanels], w2: Sequence[QuantizedP
     tables = tuple(torch.tensor([(*matrix.job, 0, 0) for matrix in matrices]) for matrices in (w1_w3, w2))
     integers = max(w1_w3[0].row_words, w2[0].row_words)
     layouts = (w1_w3[0].layout, w2[0].layout)
-    return Chained(tables, w2[0].in_features, integers, layouts, partial(_quantized_tasks, w1_w3[0], w2[0]))
+    make_tasks = partial(_quantized_tasks, w1_w3[0], w2[0])
+    return Chained(tables, w2[0].in_features, integers, layouts, make_tasks, (w1_w3, w2))
 
 
 def _quantized_tasks(

@@ -1,9 +1,13 @@
 """The maths of experts: the kernels that a GPU runs for all of them equal one matmul for each."""
 
+import gc
+
 import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401
+from experts_service.carriers.local import LocalTransport
+from experts_service.kernels.compiled.matmul import Panels
 from experts_service.kernels.experts import Experts, expert_tensor_names
 from experts_service.quantization.weight import QuantizedWeight
 from tests.experts_service.kernels.compiled.test_quantized_matmul import weight_of
@@ -60,3 +64,24 @@ def test_on_a_gpu_bf16_is_grouped_and_equals_the_cpu():
     on_cpu = make_experts(torch.bfloat16, False)(0, rows, counts)
     on_gpu = make_experts(torch.bfloat16, None, "cuda")(0, rows.cuda(), counts)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=3e-2, rtol=3e-2)
+
+
+def test_weights_are_there_while_a_table_has_their_addresses():
+    """A coordinator that stops closes its transport, also where a step takes longer than it waits: that step read
+    freed memory.
+    """
+
+    def panels():
+        gc.collect()
+        return sum(type(one) is Panels for one in gc.get_objects())
+
+    before = panels()
+    transport = LocalTransport({0: make_experts(torch.bfloat16, False)})
+    chained = transport.chained(0)
+    if chained is None:
+        pytest.skip("a library multiplies bf16 here")
+    transport.close()
+    del transport
+    assert panels() == before + 2 * len(EXPERTS)
+    del chained
+    assert panels() == before
