@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.json_document import JsonDocument
+from cluster.errors import CheckpointError
 
 
 def end_of_tokenizer(directory: Path, vocab_size: int) -> tuple[int, ...]:
     """The id of `eos_token` of tokenizer_config.json; empty: there is none, or it is no token of the model.
 
-    Raises CheckpointError for a file that is no JSON.
+    Raises CheckpointError for a file that is no JSON, or is no tokenizer.
     """
     config, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
     if not (config.is_file() and tokenizer.is_file()):
@@ -27,6 +28,9 @@ def end_of_tokenizer(directory: Path, vocab_size: int) -> tuple[int, ...]:
 def _ids(tokenizer: JsonDocument) -> dict[str, Any]:
     vocabulary = tokenizer.section("model").values.get("vocab")  # a list, where scores stand beside tokens
     added = tokenizer.values.get("added_tokens") or []
-    if isinstance(vocabulary, list):
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return (vocabulary or {}) | {one["content"]: one["id"] for one in added}
+    try:
+        if isinstance(vocabulary, list):
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+        return (vocabulary or {}) | {one["content"]: one["id"] for one in added}
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{tokenizer.file} is no tokenizer: its tokens have no ids ({error!r}).") from error

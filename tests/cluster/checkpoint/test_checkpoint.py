@@ -515,3 +515,17 @@ def test_a_model_that_names_no_end_of_sequence_has_its_tokenizer_s(tmp_path, tol
     assert open_checkpoint(tmp_path).architecture.eos_token_ids == expected
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
     assert open_checkpoint(tmp_path).architecture.eos_token_ids == (5,)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"added_tokens": [{"id": 1}]}, {"added_tokens": 7}, {"model": {"vocab": [[]]}}, {"model": {"vocab": 7}}],
+    ids=str,
+)
+def test_a_tokenizer_whose_end_cannot_be_found_is_refused_by_name(tmp_path, broken):
+    """It was a KeyError with a traceback."""
+    write_checkpoint(tmp_path, eos_token_id=None)
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | broken))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+        open_checkpoint(tmp_path)
