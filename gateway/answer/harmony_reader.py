@@ -9,13 +9,13 @@ it reads ids of a vocabulary that it downloads, and a model of this shape may ha
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import astuple
 from typing import Literal
 
 from cluster.messages import HarmonyTokens
 from gateway.answer.calls import Calls
+from gateway.answer.json_call import is_json
 from gateway.answer.reasoning_reader import Split
 
 _MAX_HEADER = 256  # characters before a message; more is text
@@ -46,7 +46,7 @@ class HarmonyCalls:
     def end(self) -> None:
         """It has no more."""
         if self._arguments:
-            self.is_complete = _is_json("".join(self._arguments))
+            self.is_complete = is_json("".join(self._arguments))
             self._arguments = []
 
     def push(self, token_id: int, text: str) -> str:  # noqa: ARG002
@@ -161,11 +161,3 @@ class HarmonyReader:
             self._begun.add(self._part)
             text, self._separator = self._separator + text, ""
         return text
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -39,6 +39,15 @@ def cut_name(text: str) -> str | None:
     return None if found is None else _string(found[1])
 
 
+def is_json(text: str) -> bool:
+    """Whether it is one value, whole."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def whole_call(text: str) -> tuple[str, str] | None:
     """Name and arguments of a call whose keys stand in another order, say; arguments may be JSON in a string."""
     try:

@@ -16,7 +16,7 @@ from typing import Literal
 from cluster.messages import ToolCallGrammar
 from gateway.answer.calls import Calls
 from gateway.answer.hermes_reader import HermesCallReader
-from gateway.answer.json_call import Brackets
+from gateway.answer.json_call import Brackets, is_json
 from gateway.answer.llama_reader import LlamaCallReader
 
 _NAME, _ARGUMENTS = '{"name": ', ', "arguments": '
@@ -157,7 +157,7 @@ class SpelledCallReader:
         if part == "name":
             return self._parts["name"]
         self._begin()
-        self.is_complete = _is_json("".join(self._arguments))
+        self.is_complete = is_json("".join(self._arguments))
         self._arguments = []
         return ""
 
@@ -184,11 +184,3 @@ def _whole_name(text: str, rest: str | None = None) -> str | None:
     except (ValueError, RecursionError):
         return None
     return name if isinstance(name, str) and rest in (None, text[end:]) else None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
