@@ -75,7 +75,10 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
         "layer_types": ["full_attention", *3 * ["minimax_m3_sparse"]],
         "index_n_heads": 2,
     },
-    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+    "glm4v_moe_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "glm4_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }

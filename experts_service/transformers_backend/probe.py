@@ -206,7 +206,8 @@ def _check_caches(model: Any, config: Any, refuse: Refuse) -> None:
         caches = DynamicCache(config=config).layers
     except NO_MODEL as error:
         raise refuse(f"transformers makes no cache for its layers ({first_line(error)})") from error
-    kept = (*KEPT, INDEXED) if all(map(_is_known, indexers(model))) else KEPT
+    of_model = indexers(model)
+    kept = (*KEPT, INDEXED) if of_model and all(map(_is_known, of_model)) else KEPT
     others = {type(cache).__name__ for cache in caches} - set(kept)
     if others:
         raise refuse(f"its layers keep more than keys and values of softmax attention ({', '.join(sorted(others))})")

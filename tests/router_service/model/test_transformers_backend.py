@@ -17,6 +17,7 @@ from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.planning.placement import ExpertGroup, kv_bytes_per_token
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
+from experts_service.transformers_backend import probe
 from experts_service.transformers_backend.meta_model import checked
 from router_service.model.transformers_backend.attention import _attend
 from router_service.model.transformers_backend.decoder import _Step
@@ -248,6 +249,14 @@ def test_an_indexer_chooses_as_transformers_does_however_the_work_is_cut(tmp_pat
         bench = Bench(tmp_path, num_groups=2, **cut)
         assert bench.run(*requests(32)) == expected(model, 32), cut
         assert bench.run(*requests(32)) == expected(model, 32), f"{cut}, in the cache"
+
+
+def test_an_indexer_that_is_not_found_is_refused(tmp_path, monkeypatch):
+    """One of another name would choose among the keys of its own step."""
+    write_family(tmp_path, "deepseek_v32")
+    monkeypatch.setattr(probe, "indexers", lambda _model: [])
+    with pytest.raises(CheckpointError, match="DynamicIndexedLayer"):
+        checked(open_checkpoint(tmp_path), None)
 
 
 def test_a_tensor_that_is_missing_is_named(tmp_path):
