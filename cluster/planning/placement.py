@@ -20,7 +20,7 @@ KV_SCALE_BYTES = 4  # in int8, of a token's keys in one head, and of its values
 SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
 TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
 MOST_TOLD = 8  # neighbouring experts whose numbers are all in a table
-SHARED_ROWS = 2048  # that a coordinator and a shard on the CPUs of one machine have room for, and for their answers
+SHARED_ROWS = 2048  # that a coordinator and a shard of one machine have room for, and for their answers
 SHARED_STATES_BYTES = 4096  # a page that says of each slot whether its answer is there
 
 

@@ -241,8 +241,9 @@ class LaneServer:
         head = frame.head
         if head.deadline_ms and head.rows <= ROWS_PER_SLOT:
             prepare = self._prepare
-            prepared = None if prepare is None else prepare(head.layer, frame.rows, head.counts, frame.answer)
-            connection.known.add(turns, KnownRows(head.layer, frame.rows, frame.answer, prepared))
+            with suppress(RuntimeError, MemoryError):  # no room for what that takes: they are run all the same
+                prepared = None if prepare is None else prepare(head.layer, frame.rows, head.counts, frame.answer)
+                connection.known.add(turns, KnownRows(head.layer, frame.rows, frame.answer, prepared))
 
     def _run_known(self, connection: Connection, index: int) -> None:
         """Run rows of a kind that was checked, and that takes Python."""

@@ -172,6 +172,25 @@ def test_an_error_of_the_maths_is_told_and_the_next_rows_are_run(peer: Peer) -> 
 
 
 @with_chains
+def test_where_there_is_no_room_to_run_rows_without_python_they_are_run_all_the_same(peer: Peer) -> None:
+    """The thread of all lanes ended, and who had asked was not answered."""
+
+    def no_room(*_: object) -> Prepared:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    server = peer.running.servers["0a"]
+    server._prepare, given = no_room, server._prepare
+    for number in range(3):
+        peer.ask(number)
+        peer.answered(number)
+    server._prepare = given
+    for number in range(3):
+        peer.ask(number)
+        peer.answered(number)
+    assert peer.in_chains == 2, "there is room again"
+
+
+@with_chains
 def test_rows_are_run_without_python_once_their_like_has_been(peer: Peer) -> None:
     """Which expert has them, and of which attempt they are, makes no difference; each expert's are counted."""
     for number, counts in enumerate([(1, 0), (0, 1), (0, 1), (2, 3), (4, 1), (3, 2)]):
