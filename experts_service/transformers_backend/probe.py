@@ -92,6 +92,8 @@ def probe(model: Any, config: Any, layers: Any, head: Any, refuse: Refuse) -> tu
 
 def first_line(error: Exception) -> str:
     """What an error of transformers says, for a message: its first line, and one more that this announces."""
+    if isinstance(error, KeyError):
+        return f"its code finds no {error}"
     lines = [line.strip().rstrip(".") for line in str(error).strip().splitlines()[:2]]
     if not lines:
         return type(error).__name__

@@ -188,6 +188,11 @@ def test_a_config_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, changes
         checked(open_checkpoint(directory), None)
 
 
+def test_a_key_that_is_missing_is_in_a_sentence():
+    """The reason was a word in quotation marks: unlimited-ocr has attention functions of its own, and not ours."""
+    assert probe.first_line(KeyError("manta")) == "its code finds no 'manta'"
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
     directory = outline(tmp_path, tiny_config("glm4_moe"))
     config = json.loads((directory / "config.json").read_text())
