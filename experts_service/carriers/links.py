@@ -148,6 +148,8 @@ class LaneLinks:
                         self._changed.notify_all()
                         return
                 continue
+            # Before anybody can ask over it: what fails then is no older than the connection.
+            self._table.renew(dial.deployment, replica_id)
             with self._changed:
                 del self._dialling[replica_id]
                 if self._closed:
@@ -155,5 +157,4 @@ class LaneLinks:
                     return
                 self._dialled[replica_id] = dialled
                 self._changed.notify_all()
-            self._table.renew(dial.deployment, replica_id)
             return

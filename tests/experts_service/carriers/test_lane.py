@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,32 @@ def test_rows_go_to_another_replica_when_a_shard_dies(node: str) -> None:
             connection.channel.shutdown(socket.SHUT_RDWR)  # what the kernel does for a process that was killed
         assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
         assert time.monotonic() - started < 20.0, "an EOF is seen at once, silence after a third of the timeout"
+        assert [r.suspected for r in running.table.replicas(remote._transport.deployments[0])] == [False, True]  # type: ignore[attr-defined]
+        gate.open.set()
+
+
+def test_what_fails_at_once_on_a_new_connection_is_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not where the thread that had dialled told the table after rows were under way."""
+    gate = Gate(0)
+    with shards() as running:
+        renew = running.table.renew
+
+        def late(*of_replica: Any) -> None:
+            time.sleep(0.3)
+            renew(*of_replica)
+
+        monkeypatch.setattr(running.table, "renew", late)
+        running.start("0a", 0, gate)
+        running.start("1a", 1)
+        remote = Dispatcher(GROUPS, running.transport(timeout_s=90.0))
+        rows, experts = batch(9)
+        flight = remote.dispatch(1, rows, experts)
+        assert gate.entered.wait(60)
+        running.start("0b", 0)
+        for connection in list(running.servers["0a"]._connections.values()):
+            connection.channel.shutdown(socket.SHUT_RDWR)
+        assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
+        time.sleep(0.7)  # the last one is told of as well
         assert [r.suspected for r in running.table.replicas(remote._transport.deployments[0])] == [False, True]  # type: ignore[attr-defined]
         gate.open.set()
 
