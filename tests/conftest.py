@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import shutil
@@ -86,17 +85,6 @@ class Server:
     process: subprocess.Popen[str]
     start_s: float  # until the first answer of /health with 200
     announcement: str  # what it has said by then
-
-
-@pytest.fixture(autouse=True)
-def _loggers_stay_as_they_are() -> Iterator[None]:
-    """A gateway or a coordinator that is made in this process sends what it logs where its replica's belongs."""
-    loggers = [logging.getLogger(name) for name in ("gateway", "router_service")]
-    before = [(one.handlers, one.level, one.propagate) for one in loggers]
-    yield
-    for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        one.handlers, one.propagate = handlers, propagate
-        one.setLevel(level)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,9 +3,9 @@
 import random
 import socket
 
-# Below those that the kernel gives to whoever asks for any, and above those of Ray's workers: between the choice and
-# the server's start, half a minute later, nobody else takes one.
-PORTS = range(20_000, 32_000)
+# Below those that the kernel gives to whoever asks for any and those of gateways, above those of Ray's workers and of a
+# second server's HAProxy: between the choice and the start, half a minute later, nobody else takes one.
+PORTS = range(25_000, 30_000)
 
 _random = random.SystemRandom()  # workers that run tests side by side choose apart
 

@@ -39,7 +39,7 @@ from experts_service.wire.shared_memory import ANSWERED as ANSWERED_STATE
 from experts_service.wire.shared_memory import LOOKED_AT, STATE_BYTES, SharedMemory, create
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
-from tests.experts_service.lanes import GROUPS, LocalMaths, Shards, maths, shards, stopped_in_layer_2
+from tests.experts_service.lanes import GROUPS, LocalMaths, Run, Shards, maths, shards, stopped_in_layer_2
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.usefixtures("memory"), pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")]
@@ -124,16 +124,31 @@ def test_flights_may_be_waited_for_in_any_order(running: Shards) -> None:
         assert none_has_slots(running)
 
 
-def test_an_answer_that_is_not_finite_is_asked_for_again(running: Shards) -> None:
+def said_once(number: float) -> tuple[Run, list[int]]:
+    """Maths of the first group with `number` in the second answer, and how many rows were run each time."""
     said: list[int] = []
 
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         answer = maths(GROUPS[0].experts)(layer, rows, counts)
         said.append(len(rows))
         if len(said) == 2:
-            answer[-1, -1] = torch.nan
+            answer[-1, -1] = number
         return answer
 
+    return run, said
+
+
+def die_over_rows(running: Shards, opened: threading.Event) -> None:
+    """The shard of the first group ends with the rows that it waits with, and comes back."""
+    dying = running.servers["0a"]
+    dying._stopping = True
+    opened.set()
+    dying.close()
+    running.start("0a", 0)
+
+
+def test_an_answer_that_is_not_finite_is_asked_for_again(running: Shards) -> None:
+    run, said = said_once(torch.nan)
     running.start("0a", 0, run)
     remote = both(running)
     rows, experts = batch(9)
@@ -153,11 +168,7 @@ def test_a_shard_that_dies_over_the_rows_is_asked_again_when_it_is_back(running:
     dispatch = remote.dispatch(2, rows, experts)
     assert isinstance(dispatch.flight, FastFlight)
     assert entered.wait(5)
-    dying = running.servers["0a"]
-    dying._stopping = True
-    opened.set()
-    dying.close()
-    running.start("0a", 0)
+    die_over_rows(running, opened)
     assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts, 2))
     assert none_has_slots(running)
 
@@ -325,15 +336,7 @@ def test_answers_that_belong_on_a_device_are_copied_there_from_where_they_lie(
 
 
 def test_those_that_are_not_finite_are_asked_for_again(running: Shards, on_device: OnDevice) -> None:
-    said: list[int] = []
-
-    def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        answer = maths(GROUPS[0].experts)(layer, rows, counts)
-        said.append(len(rows))
-        if len(said) == 2:
-            answer[-1, -1] = torch.inf
-        return answer
-
+    run, said = said_once(torch.inf)
     running.start("0a", 0, run)
     both(running)
     rows, experts = batch(9)
@@ -373,11 +376,7 @@ def test_those_of_a_shard_that_died_come_from_the_next_one(running: Shards, on_d
     rows, experts = batch(40)
     flight, answers = on_device.send(rows, experts, 2)
     assert entered.wait(5)
-    dying = running.servers["0a"]
-    dying._stopping = True
-    opened.set()
-    dying.close()
-    running.start("0a", 0)
+    die_over_rows(running, opened)
     flight.wait()
     flight.close()
     assert torch.equal(torch.Tensor(answers), torch.Tensor(alone(rows, experts, 2)))

@@ -149,29 +149,35 @@ def test_an_answer_is_where_it_belongs_whether_or_not_the_maths_writes_it_there(
         assert place.flatten().tolist() == [101, 102]
 
 
+def suspected_after_a_loss(running: Shards, settle_s: float = 0.0) -> list[bool]:
+    """Of two replicas, trusted ones first, `settle_s` after one lost its connection over rows: the other ran them."""
+    gate = Gate(0)
+    running.start("0a", 0, gate)
+    running.start("1a", 1)
+    remote = Dispatcher(GROUPS, running.transport(timeout_s=90.0))
+    rows, experts = batch(9)
+    flight = remote.dispatch(1, rows, experts)
+    assert gate.entered.wait(60)
+    running.start("0b", 0)
+    started = time.monotonic()
+    for connection in list(running.servers["0a"]._connections.values()):
+        connection.channel.shutdown(socket.SHUT_RDWR)  # what the kernel does for a process that was killed
+    assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
+    assert time.monotonic() - started < 20.0, "an EOF is seen at once, silence after a third of the timeout"
+    time.sleep(settle_s)
+    suspected = [r.suspected for r in running.table.replicas(remote._transport.deployments[0])]  # type: ignore[attr-defined]
+    gate.open.set()
+    return suspected
+
+
 @UNIX_AND_TCP
 def test_rows_go_to_another_replica_when_a_shard_dies(node: str) -> None:
-    gate = Gate(0)
     with shards(node) as running:
-        running.start("0a", 0, gate)
-        running.start("1a", 1)
-        remote = Dispatcher(GROUPS, running.transport(timeout_s=90.0))
-        rows, experts = batch(9)
-        flight = remote.dispatch(1, rows, experts)
-        assert gate.entered.wait(60)
-        running.start("0b", 0)
-        started = time.monotonic()
-        for connection in list(running.servers["0a"]._connections.values()):
-            connection.channel.shutdown(socket.SHUT_RDWR)  # what the kernel does for a process that was killed
-        assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
-        assert time.monotonic() - started < 20.0, "an EOF is seen at once, silence after a third of the timeout"
-        assert [r.suspected for r in running.table.replicas(remote._transport.deployments[0])] == [False, True]  # type: ignore[attr-defined]
-        gate.open.set()
+        assert suspected_after_a_loss(running) == [False, True]
 
 
 def test_what_fails_at_once_on_a_new_connection_is_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was not where the thread that had dialled told the table after rows were under way."""
-    gate = Gate(0)
     with shards() as running:
         renew = running.table.renew
 
@@ -180,19 +186,7 @@ def test_what_fails_at_once_on_a_new_connection_is_suspected(monkeypatch: pytest
             renew(*of_replica)
 
         monkeypatch.setattr(running.table, "renew", late)
-        running.start("0a", 0, gate)
-        running.start("1a", 1)
-        remote = Dispatcher(GROUPS, running.transport(timeout_s=90.0))
-        rows, experts = batch(9)
-        flight = remote.dispatch(1, rows, experts)
-        assert gate.entered.wait(60)
-        running.start("0b", 0)
-        for connection in list(running.servers["0a"]._connections.values()):
-            connection.channel.shutdown(socket.SHUT_RDWR)
-        assert torch.equal(remote.combine(flight, torch.full(experts.shape, 0.5)), expected(rows, experts))
-        time.sleep(0.7)  # the last one is told of as well
-        assert [r.suspected for r in running.table.replicas(remote._transport.deployments[0])] == [False, True]  # type: ignore[attr-defined]
-        gate.open.set()
+        assert suspected_after_a_loss(running, settle_s=0.7) == [False, True], "the last one is told of as well"
 
 
 def test_a_shard_that_restarts_elsewhere_is_dialled_at_its_new_address() -> None:
