@@ -110,6 +110,21 @@ def serve(
 
 
 @app.command()
+def apply(
+    config: Annotated[Path, typer.Option(help="A YAML configuration, as manta serve takes it.")],
+    address: Annotated[str, typer.Option(metavar="RAY", help="The server's Ray cluster: auto, or host:port.")] = "auto",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until all of it runs.")] = 3600.0,
+) -> None:
+    """Change the models of a running server to a configuration's, without a lost request."""
+    from cluster.commands import ray_environment
+
+    ray_environment.prepare()
+    from cluster.commands.apply import run
+
+    run(config, address, timeout)
+
+
+@app.command()
 def fetch(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL[@REVISION]…", help="Hub ids, or checkpoint directories.")

@@ -183,6 +183,7 @@ def expert_deployment(
     spec: ShardSpec,
     scaling: ScalingConfig | None = None,
     *,
+    code_version: str | None = None,
     tiers: Sequence[str] = (),
     max_surge_percent: int = 100,
     label_selector: Mapping[str, str] | None = None,
@@ -191,7 +192,8 @@ def expert_deployment(
     """The bound Serve deployment `expert-<group>`; its replicas are ready when their shards have loaded.
 
     A replica that is the last of its group, because its application is deleted, ends after the longest request. Without
-    a surge the last one makes room for its successor, for which steps wait. `tiers`: as in `replica_options`.
+    a surge the last one makes room for its successor, for which steps wait. `tiers`: as in `replica_options`. Serve
+    restarts no replica whose `code_version` stays the same.
     """
     drain_s = LEAVING_S + (request_timeout_s if max_surge_percent else 0.0)
     scaling = scaling or ScalingConfig()
@@ -212,4 +214,6 @@ def expert_deployment(
         request_router_config=RequestRouterConfig(request_router_class="experts_service.membership.ExpertRouter"),
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    if code_version is not None:
+        deployment = deployment.options(version=code_version, _internal=True)
     return deployment.bind(spec)

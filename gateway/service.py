@@ -49,6 +49,7 @@ class GatewayReplica(GrpcDoor):
 
     def __init__(self, config: GatewayConfig, cards: tuple[ModelCard, ...]) -> None:
         self._replica = serve.get_replica_context().replica_id.unique_id
+        self._made_of = config, cards
         configure_logs(config.log_format)
         metrics = GatewayMetrics()
         coordinators = {card.application: ServeCoordinatorClient(card) for card in cards}
@@ -85,6 +86,10 @@ class GatewayReplica(GrpcDoor):
         self.frontend.metrics.loop.start()
         self._termination.check()
 
+    def made_of(self) -> tuple[GatewayConfig, tuple[ModelCard, ...]]:
+        """Configuration and models, where `manta apply` begins."""
+        return self._made_of
+
     async def metrics(self) -> ProcessFigures:
         """What this process counted, for the /metrics of every replica."""
         return self.frontend.metrics.figures(self._replica)
@@ -100,9 +105,10 @@ class GatewayReplica(GrpcDoor):
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))
 
 
-def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> Any:
-    """What `serve.run(…, name="gateway", route_prefix="/")` takes."""
-    return Gateway.options(
+def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...], code_version: str | None = None) -> Any:
+    """What `serve.run(…, name="gateway", route_prefix="/")` takes. Serve restarts no replica of the same version."""
+    deployment = Gateway if code_version is None else Gateway.options(version=code_version, _internal=True)
+    return deployment.options(
         **replica_options(config.replicas),
         max_ongoing_requests=config.max_ongoing_requests + MAX_CONNECTIONS,
         max_queued_requests=config.max_ongoing_requests,

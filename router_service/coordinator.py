@@ -326,6 +326,7 @@ def _log_where_serve_does() -> None:
 def coordinator_deployment(
     *arguments: Any,
     scaling: CoordinatorScalingConfig,
+    code_version: str,
     max_surge_percent: int,
     gpus: float,
     label_selector: Mapping[str, str],
@@ -337,7 +338,8 @@ def coordinator_deployment(
 ) -> serve.Application:
     """The bound Serve deployment `coordinator`; `arguments` are those of Coordinator.
 
-    `request_router` is where the class is that chooses a replica in the processes that call it.
+    `request_router` is where the class is that chooses a replica in the processes that call it. Serve restarts no
+    replica where all but the numbers of `scaling` and the `code_version` stays the same.
     """
     environment = {"GOMP_SPINCOUNT": str(openmp_spin_count)}  # read when torch is imported
     if otlp_endpoint is not None:
@@ -356,4 +358,5 @@ def coordinator_deployment(
         max_surge_percent=max_surge_percent,
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    deployment = deployment.options(version=code_version, _internal=True)  # Serve would make one up each time
     return deployment.bind(*arguments)

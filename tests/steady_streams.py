@@ -34,6 +34,7 @@ class Seen:
     num_complete: int = 0
     failures: list[str] = field(default_factory=list)
     num_wrong: int = 0
+    others: set[tuple[int, ...]] = field(default_factory=set)  # the answers that were
     longest_gap_s: float = 0.0  # between two tokens of a stream, or before its first
 
     def take_longest_gap(self) -> float:
@@ -71,6 +72,11 @@ class SteadyStreams:
         self._expected = asyncio.run(learn())
         assert all(len(token_ids) == self._num_tokens for token_ids in self._expected)
 
+    @property
+    def answers(self) -> set[tuple[int, ...]]:
+        """What was learned."""
+        return set(map(tuple, self._expected))
+
     def run(self, seconds: float) -> Seen:
         """Start streams for so long, and let each end."""
         stop_at = time.monotonic() + seconds
@@ -98,7 +104,9 @@ class SteadyStreams:
                     await asyncio.sleep(0.5)
                     continue
                 seen.num_complete += 1
-                seen.num_wrong += token_ids != self._expected[index]
+                if token_ids != self._expected[index]:
+                    seen.num_wrong += 1
+                    seen.others.add(tuple(token_ids))
 
         async def run() -> None:
             async with self._client() as client, asyncio.TaskGroup() as tasks:

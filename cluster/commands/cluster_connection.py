@@ -12,7 +12,8 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from cluster.commands import ray_environment
 from cluster.errors import SetupError, Unavailable
@@ -26,8 +27,15 @@ _START = "start one with `manta serve`, or name one with --address HOST:PORT"
 T = TypeVar("T")
 
 
-def look_at_cluster(address: str, look: Callable[[str], T], deadline_s: float = DEADLINE_S) -> T:
-    """Join the cluster at `address` ("auto" or host:port), call `look(its address)`, and leave.
+class JoinedCluster(NamedTuple):
+    """What one is a driver of."""
+
+    address: str
+    logs: Path  # of its processes on this machine, where others may have left theirs
+
+
+def look_at_cluster(address: str, look: Callable[[JoinedCluster], T], deadline_s: float = DEADLINE_S) -> T:
+    """Join the cluster at `address` ("auto" or host:port), call `look`, and leave.
 
     Raises Unavailable when none runs there or it does not answer in time, SetupError for an address of another form.
     """
@@ -36,7 +44,7 @@ def look_at_cluster(address: str, look: Callable[[str], T], deadline_s: float = 
 
 
 def watch_cluster(
-    address: str, look: Callable[[str], T], interval_s: float, deadline_s: float = DEADLINE_S
+    address: str, look: Callable[[JoinedCluster], T], interval_s: float, deadline_s: float = DEADLINE_S
 ) -> Generator[T, None, None]:
     """The same, again and again `interval_s` apart, until the generator is closed. Each look has the deadline."""
     ray_environment.prepare()
@@ -47,9 +55,9 @@ def watch_cluster(
     outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     left = threading.Event()
 
-    def look_again(gcs_address: str) -> None:
+    def look_again(cluster: JoinedCluster) -> None:
         while True:
-            outcomes.put((look(gcs_address), None))
+            outcomes.put((look(cluster), None))
             if left.wait(interval_s):
                 return
 
@@ -103,7 +111,7 @@ def _stderr_silenced() -> Iterator[None]:
         os.close(saved)
 
 
-def _join_and_look(address: str, look: Callable[[str], T]) -> T:
+def _join_and_look(address: str, look: Callable[[JoinedCluster], T]) -> T:
     import ray
 
     try:
@@ -122,7 +130,8 @@ def _join_and_look(address: str, look: Callable[[str], T]) -> T:
     except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise Unavailable(f"the Ray cluster at {address} cannot be joined: {error}") from error
     try:
-        return look(str(context.address_info["gcs_address"]))
+        joined = context.address_info
+        return look(JoinedCluster(str(joined["gcs_address"]), Path(joined["session_dir"]) / "logs"))
     except ray.exceptions.RayError as error:
         raise Unavailable(f"the Ray cluster at {address} stopped answering: {error}") from error
     finally:

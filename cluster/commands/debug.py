@@ -6,7 +6,7 @@ config.json     the configuration with its defaults; names files of keys and sec
 health.json     what the gateway says of its models
 metrics.txt     its page of figures
 status.json     as `manta status --json`, kernels among it
-logs/…          the ends of the logs of Ray's last session on this machine
+logs/…          the ends of the logs of that cluster on this machine; without one, of Ray's last session here
 stacks/PID.txt  what each of its processes is doing, by py-spy
 """
 
@@ -69,13 +69,14 @@ def bundle(
 ) -> None:
     """Collect versions, configuration, status, figures, ends of logs and stacks into one file for a bug report."""
     target = file or Path(time.strftime("manta-debug-%Y%m%d-%H%M%S.tar.gz"))
+    cluster_logs: list[Path] = []  # told with the status
     parts: dict[str, Callable[[], Iterator[Part]]] = {
         "versions": _versions,
         "configuration": lambda: _configuration(config),
         "health": lambda: _of_gateway(url, "/health", "health.json", None),
         "metrics": lambda: _of_gateway(url, "/metrics", "metrics.txt", metrics_token_file),
-        "status": lambda: _status(address),
-        "logs": lambda: tails(session_logs()),
+        "status": lambda: _status(address, cluster_logs),
+        "logs": lambda: tails(cluster_logs[0] if cluster_logs else session_logs()),
         "stacks": _stacks,
     }
     missing = write(target, parts)
@@ -163,10 +164,12 @@ def _of_gateway(url: str, path: str, name: str, token_file: Path | None) -> Iter
         raise ConfigError(f"{url}{path} answers {status}: give --metrics-token-file")
 
 
-def _status(address: str) -> Iterator[Part]:
+def _status(address: str, logs: list[Path]) -> Iterator[Part]:
     from cluster.commands.status.command import document
 
-    yield "status.json", _json(document(address))
+    told = document(address)
+    logs.append(Path(told["logs"]))
+    yield "status.json", _json(told)
 
 
 def _stacks() -> Iterator[Part]:

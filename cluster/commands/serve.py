@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cluster.commands.door_keys import with_key
 from cluster.commands.haproxy import require_open_files
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
+from cluster.commands.served import made_of, statuses
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,
@@ -39,10 +40,11 @@ from cluster.deploy.app import (
     plan_models,
     run_targets,
 )
-from cluster.errors import ConfigError, SetupError
+from cluster.errors import ConfigError, MantaError, SetupError
 from cluster.ray_variables import doors
 from gateway.admission.access import AccessPolicy, is_loopback
 
+ASK_TIMEOUT_S = 2.0  # for the gateway, when all ends
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
 
 console = Console()
@@ -65,17 +67,7 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
     """Until a signal; `key` is what was made for this server, to be shown."""
     check_doors(config.gateway)
     AccessPolicy(config.gateway)  # which reads the key files
-    checkpoints = [
-        open_checkpoint(resolve_model(one.path, one.revision), one.model_impl).rounded(one.engine.rounding)
-        for one in config.models
-    ]
-    for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
-        check_tokenizer(checkpoint)
-    for index, one in enumerate(config.models):
-        if checkpoints[index].model_impl == "transformers":
-            from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
-
-            checkpoints[index] = checked(checkpoints[index], one.engine.max_model_len)
+    checkpoints = checked_checkpoints(config)
     if address is None and any(one.engine.device != "cpu" for one in config.models):
         look_at_gpus(console)
     stop = _Stop()
@@ -91,6 +83,22 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
                 _announce(config, plans, ray.get_runtime_context().gcs_address, key)
             stop.requested.wait()
             console.print("Stopping … (Ctrl-C again: at once)")
+
+
+def checked_checkpoints(config: MantaConfig) -> list[Checkpoint]:
+    """Of all models. Raises MantaError for what could not be served, before anything is started."""
+    checkpoints = [
+        open_checkpoint(resolve_model(one.path, one.revision), one.model_impl).rounded(one.engine.rounding)
+        for one in config.models
+    ]
+    for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
+        check_tokenizer(checkpoint)
+    for index, one in enumerate(config.models):
+        if checkpoints[index].model_impl == "transformers":
+            from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
+
+            checkpoints[index] = checked(checkpoints[index], one.engine.max_model_len)
+    return checkpoints
 
 
 class _Stop:
@@ -214,26 +222,36 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
     try:
         serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
     except (RayError, TimeoutError) as error:
-        raise SetupError(f"Serve did not start: {str(error).strip().splitlines()[-1]}") from error
+        raise SetupError(
+            f"Serve did not start: {str(error).strip().splitlines()[-1]} Mostly the machine does too much else: look "
+            "at its load, and try again"
+        ) from error
     _check_serves_host(config.gateway)
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_running([target.name for target in targets], stop.requested)
+        wait_until_running([target.name for target in targets], stop.requested, console)
         yield
     finally:
         # Serve waits for open streams. On a cluster of our own, Ray ends what is left when their time is over.
-        names = {target.name for target in targets}
+        names = {target.name for target in targets} | _applied_since() if joined else set(statuses())
         for name in names:
             serve.delete(name, _blocking=False)
         deadline = time.monotonic() + stop.drain_s
-        while names & set(_statuses()) and (joined or time.monotonic() < deadline):
+        while names & set(statuses()) and (joined or time.monotonic() < deadline):
             if stop.at_once.wait(0.1):
                 break
         if joined and not was_running:
             serve.shutdown()
 
 
-def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
+def _applied_since() -> set[str]:
+    """Of the models that the gateway has by now, as `manta apply` may have started some."""
+    with suppress(MantaError):
+        return {card.application for card in made_of(ASK_TIMEOUT_S)[1]}
+    return set()
+
+
+def wait_until_running(applications: list[str], stop: threading.Event, console: Console) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
     from cluster.telemetry.progress import clear_progress, read_progress
 
@@ -241,7 +259,7 @@ def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("starting processes", total=None)
         while not stop.wait(0.2):
-            status = _statuses()
+            status = statuses()
             progress = [one for name in applications for one in read_progress(name)]
             loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)
             waiting = [
@@ -260,17 +278,6 @@ def _wait_until_running(applications: list[str], stop: threading.Event) -> None:
                 break
     for name in applications:
         clear_progress(name)
-
-
-def _statuses() -> dict[str, Any]:
-    """What Serve says of each application and its deployments.
-
-    `serve.status()` would tell of replicas as well. It pickles the request router of every deployment on the way, and
-    that cost a quarter of a core of a server that starts.
-    """
-    from ray.serve.context import _get_global_client
-
-    return {overview.name: overview for overview in _get_global_client().list_serve_statuses()}
 
 
 def _failure(application: Any) -> str:

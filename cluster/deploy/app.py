@@ -7,11 +7,13 @@ gateway                HTTP and gRPC doors, the only application with a route
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +99,7 @@ class ModelPlan:
     experts: tuple[GroupOnTier, ...]  # none when the coordinator runs them itself, or the model is dense
     gpus_per_shard: float  # where there are no tiers
     gpus_per_coordinator: float
+    attempt: str = ""  # another one has Serve start what it has given up
 
     @property
     def application(self) -> str:
@@ -389,6 +392,27 @@ def model_card(plan: ModelPlan) -> ModelCard:
     )
 
 
+def without_numbers(model: ModelConfig) -> ModelConfig:
+    """The model, however many replicas its deployments have."""
+    tiers = tuple(tier.model_copy(update={"scaling": None}) for tier in model.experts.tiers)
+    experts = model.experts.model_copy(update={"scaling": ScalingConfig(), "group_scaling": {}, "tiers": tiers})
+    return model.model_copy(update={"experts": experts, "num_coordinators": 1, "coordinator_scaling": None})
+
+
+def _code_version(*parts: object) -> str:
+    """What an application's processes are made of. Where it stays the same Serve restarts none of them, and changes no
+    more than their number."""
+    return hashlib.sha256(repr((version("manta-serve"), *parts)).encode()).hexdigest()[:16]
+
+
+def _model_version(plan: ModelPlan, gateway: GatewayConfig) -> str:
+    not_read_there = {"name", "version", "aliases", "reasoning_parser", "tool_parser", "max_surge_percent"}
+    settled = without_numbers(plan.config).model_dump_json(exclude=not_read_there)
+    checkpoint = plan.checkpoint
+    of_gateway = gateway.request_timeout_s, gateway.otlp_endpoint
+    return _code_version(settled, str(checkpoint.directory), checkpoint.fingerprint, *of_gateway, plan.attempt)
+
+
 def model_application(plan: ModelPlan, gateway: GatewayConfig, beside: Sequence[ModelPlan] = ()) -> Application:
     """Coordinator and experts of one model version; `beside`: the others on the same cluster."""
     from cluster.deploy.model_root import model_root
@@ -407,6 +431,7 @@ def model_application(plan: ModelPlan, gateway: GatewayConfig, beside: Sequence[
         _device_shares(plan, beside),
         *expert_applications(plan, experts, gateway).values(),
         scaling=config.coordinators,
+        code_version=_model_version(plan, gateway),
         max_surge_percent=config.max_surge_percent,
         gpus=plan.gpus_per_coordinator,
         label_selector=config.label_selector,
@@ -450,6 +475,7 @@ def expert_applications(plan: ModelPlan, experts: ExpertsConfig, gateway: Gatewa
                 lane_secret_file=experts.lane_secret_file,
             ),
             one.scaling,
+            code_version=_model_version(plan, gateway),
             tiers=one.tiers,
             max_surge_percent=config.max_surge_percent,
             label_selector=experts.label_selector | one.tier.label_selector,
@@ -483,21 +509,33 @@ def check_doors(gateway: GatewayConfig) -> None:
 
 def run_targets(config: MantaConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
     """All applications for `serve.run_many`; the gateway first, so that /health answers while models load."""
+    cards = tuple(model_card(plan) for plan in plans)
+    return [gateway_target(config.gateway, cards), *model_targets(config.gateway, plans)]
+
+
+def gateway_target(config: GatewayConfig, cards: tuple[ModelCard, ...]) -> Any:
+    """The gateway for `serve.run_many`."""
     from ray import serve
 
     from gateway.service import gateway_application
 
-    cards = tuple(model_card(plan) for plan in plans)
-    gateway = serve.RunTarget(gateway_application(config.gateway, cards), name=GATEWAY, route_prefix="/")
-    models = [
+    numbers = {"num_replicas", "scaling"}
+    code_version = _code_version(config.model_dump_json(exclude=numbers), *(replace(card, created=0) for card in cards))
+    return serve.RunTarget(gateway_application(config, cards, code_version), name=GATEWAY, route_prefix="/")
+
+
+def model_targets(gateway: GatewayConfig, plans: tuple[ModelPlan, ...]) -> list[Any]:
+    """The models for `serve.run_many`."""
+    from ray import serve
+
+    return [
         serve.RunTarget(
-            model_application(plan, config.gateway, [other for other in plans if other is not plan]),
+            model_application(plan, gateway, [other for other in plans if other is not plan]),
             name=plan.application,
             route_prefix=None,
         )
         for plan in plans
     ]
-    return [gateway, *models]
 
 
 def demo_config() -> MantaConfig:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.hub import EMBEDDED, resolve_model
-from cluster.config import GatewayConfig, MantaConfig, ModelConfig, ScalingConfig
+from cluster.config import GatewayConfig, MantaConfig, ModelConfig
 from cluster.deploy.app import (
     GATEWAY,
     Cluster,
@@ -33,6 +33,7 @@ from cluster.deploy.app import (
     model_card,
     named_deployments,
     plan_model,
+    without_numbers,
 )
 from cluster.errors import CheckpointError, ConfigError
 from cluster.planning.placement import Node
@@ -116,9 +117,8 @@ def _settle(model: ModelConfig) -> ModelArguments:
     """What the model is, whoever builds it and on whatever cluster."""
     if model.engine.device == "auto":
         raise ConfigError(f"models: {model.name!r}: engine.device: say cpu or cuda; there is no cluster to look at")
-    tiers = tuple(tier.model_copy(update={"scaling": None}) for tier in model.experts.tiers)
-    experts = model.experts.model_copy(update={"scaling": ScalingConfig(), "group_scaling": {}, "tiers": tiers})
-    settled = model.model_copy(update={"experts": experts, "num_coordinators": 1, "coordinator_scaling": None})
+    settled = without_numbers(model)
+    experts = settled.experts
     if Path(model.path).expanduser().is_dir() or model.path in EMBEDDED:
         plan = _plan(ModelArguments(model=settled))
         check_scaled_groups(model.experts, len(plan.groups))

@@ -6,7 +6,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-from cluster.commands.cluster_connection import look_at_cluster
+from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
     ROOT,
@@ -29,7 +29,7 @@ def inspect_cluster(address: str, *, with_kernels: bool = False) -> ClusterSnaps
     return look_at_cluster(address, partial(_inspect, with_kernels=with_kernels))
 
 
-def _inspect(address: str, *, with_kernels: bool) -> ClusterSnapshot:
+def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
     import ray
     from ray import serve
 
@@ -40,7 +40,7 @@ def _inspect(address: str, *, with_kernels: bool) -> ClusterSnapshot:
         applications = [
             dataclasses.replace(one, kernels=_kernels(one)) if one.model is not None else one for one in applications
         ]
-    return ClusterSnapshot(address, nodes, tuple(applications))
+    return ClusterSnapshot(cluster.address, nodes, tuple(applications), str(cluster.logs))
 
 
 def _kernels(application: ApplicationStatus) -> ModelKernels:

@@ -87,6 +87,7 @@ class ClusterSnapshot:
     address: str  # of the Ray cluster
     nodes: tuple[NodeStatus, ...]
     applications: tuple[ApplicationStatus, ...]
+    logs: str = ""  # the folder of its processes' logs on the machine that looked
 
     def document(self) -> dict[str, Any]:
         """For JSON. Models and groups are spelled out, so that a reader need not parse names."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import Any
 
 from cluster.commands.status.cluster_inspection import inspect_cluster
 from cluster.commands.status.findings import findings
-from cluster.errors import MantaError
 
 WATCH_INTERVAL_S = 1.0
 
@@ -29,16 +27,7 @@ def run(address: str, *, as_json: bool, kernels: bool) -> None:
     if kernels:
         draw_kernels(snapshot, Console(highlight=False))
     else:
-        draw(snapshot, Console(highlight=False), logs=_logs())
-
-
-def _logs() -> Path | None:
-    """Where those of this machine are, if it has some."""
-    from cluster.commands.private_files import session_logs
-
-    with suppress(OSError, MantaError):
-        return session_logs()
-    return None
+        draw(snapshot, Console(highlight=False))
 
 
 def document(address: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, DeploymentStatus
 from cluster.commands.status.model_load import LoadSample
 from cluster.commands.status.replicas import ask_replicas
@@ -12,7 +13,7 @@ from cluster.telemetry.metrics import ProcessFigures
 TIMEOUT_S = 3.0  # for the replicas of one deployment
 
 
-def inspect_load(address: str) -> list[LoadSample]:  # noqa: ARG001  # every look is given it
+def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  # every look is given it
     """One sample per model that has a coordinator, in the order of their names; what is silent is missing in it."""
     from ray import serve
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,13 +22,10 @@ _STYLES = {
 }
 
 
-def draw(snapshot: ClusterSnapshot, console: Console, logs: Path | None = None) -> None:
-    """What is wrong, nodes, then every application; below a model's, its queue, KV cache and experts.
-
-    `logs`: where those of this machine are, for who has to look.
-    """
+def draw(snapshot: ClusterSnapshot, console: Console) -> None:
+    """What is wrong, nodes, then every application; below a model's, its queue, KV cache and experts."""
     console.print(Text(f"Ray cluster at {snapshot.address}", style="bold"))
-    _draw_findings(snapshot, console, logs)
+    _draw_findings(snapshot, console)
     console.print(_nodes(snapshot))
     if not snapshot.applications:
         console.print(Text("Nothing is served on it yet; `manta serve` starts something.", style="yellow"))
@@ -38,15 +33,15 @@ def draw(snapshot: ClusterSnapshot, console: Console, logs: Path | None = None) 
         _draw_application(application, console)
 
 
-def _draw_findings(snapshot: ClusterSnapshot, console: Console, logs: Path | None) -> None:
+def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
     found = findings(snapshot)
     if snapshot.applications and not found:
         console.print(Text("All is well.", style="green"))
     for finding in found:
         console.print(Text(f"✗ {finding.wrong}", style="red"))
         console.print(Text(f"  {finding.first}"))
-    if found and logs is not None:
-        console.print(Text(f"Logs of this machine: {logs} (docs/logs.md says what lines mean)", style="dim"))
+    if found and snapshot.logs:
+        console.print(Text(f"Logs of this machine: {snapshot.logs} (docs/logs.md says what lines mean)", style="dim"))
 
 
 def _nodes(snapshot: ClusterSnapshot) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,7 @@ from cluster.deploy.app import (
     demo_config,
     describe_cluster,
     expert_applications,
+    gateway_target,
     model_application,
     model_card,
     named_deployments,
@@ -515,3 +517,44 @@ def test_a_checkpoint_that_is_quantised_is_not_rounded_by_a_tier(tmp_path):
 def test_tiers_that_cannot_be_are_refused_by_key(experts, message):
     with pytest.raises(ConfigError, match=r"models\.0.*experts.*" + message):
         parse_config({"models": [{"name": "m", "path": "demo", "experts": experts}]})
+
+
+def versions(gateway=None, **config):
+    """What Serve compares of each deployment, by name."""
+    laid_out = plan(machine(cpus=8), **config)
+    root = model_application(laid_out, gateway or GatewayConfig())
+    coordinator = root._bound_deployment.init_args[0]._bound_deployment
+    experts = [one._bound_deployment for one in coordinator.init_args if hasattr(one, "_bound_deployment")]
+    return {one.name: one.version for one in (coordinator, *experts)}
+
+
+def test_numbers_and_names_are_no_new_version_and_settings_are():
+    """Serve made one up at each deployment, and replaced all processes where one more was asked for."""
+    groups = ((0, 1, 2, 3), (4, 5, 6, 7))
+    experts = ExpertsConfig(groups=groups)
+    first = versions(experts=experts)
+    assert set(first) == {"coordinator", "expert-0", "expert-1"}
+    assert len(set(first.values())) == 1
+    assert None not in first.values()
+    scaled = ExpertsConfig(groups=groups, group_scaling={1: ScalingConfig(min_replicas=2, max_replicas=3)})
+    assert versions(experts=scaled, num_coordinators=3, aliases=("other",), tool_parser="hermes") == first
+    assert versions(GatewayConfig(num_replicas=2, http_port=8001), experts=experts) == first
+    for changed in (
+        {"engine": EngineConfig(max_num_seqs=7)},
+        {"experts": ExpertsConfig(groups=groups, expert_timeout_s=7)},
+        {"engine": EngineConfig(quantization="int8")},
+    ):
+        assert not set(versions(**({"experts": experts} | changed)).values()) & set(first.values())
+    assert versions(GatewayConfig(request_timeout_s=7), experts=experts) != first
+
+
+def test_a_gateway_that_knows_other_models_is_a_new_version():
+    card = model_card(plan(machine()))
+
+    def version(config, *cards):
+        return gateway_target(config, cards).target._bound_deployment.version
+
+    first = version(GatewayConfig(), card)
+    assert version(GatewayConfig(num_replicas=3), replace(card, created=card.created + 9)) == first
+    assert version(GatewayConfig(), card, replace(card, application="other")) != first
+    assert version(GatewayConfig(max_choices=9), card) != first

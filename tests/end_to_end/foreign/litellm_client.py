@@ -28,4 +28,27 @@ for provider in ("openai", "hosted_vllm"):
         "streamed_calls": [(one.function.name, json.loads(one.function.arguments)) for one in streamed],
         "embedding": embedding.data[0]["embedding"],
     }
+
+# A loop of 20 turns with a tool, through OpenAI's API and through Anthropic's.
+answers["turns"] = {}
+for provider, base in (("openai", f"{url}/v1"), ("anthropic", url)):
+    history, calls = list(messages), []
+    for turn in range(20):
+        chunks = litellm.completion(
+            model=f"{provider}/{model}",
+            messages=history,
+            tools=[json.loads(tool)],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_tokens=200,
+            api_base=base,
+            api_key="none",
+            stream=True,
+        )
+        said = litellm.stream_chunk_builder(list(chunks)).choices[0].message
+        [call] = said.tool_calls
+        calls.append(json.loads(call.function.arguments)["city"])
+        history += [said.model_dump(exclude_none=True)]
+        history += [{"role": "tool", "tool_call_id": call.id, "content": f"sunny, {turn} degrees"}]
+    answers["turns"][provider] = calls
 print(json.dumps(answers))

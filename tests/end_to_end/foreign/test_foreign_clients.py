@@ -78,3 +78,7 @@ def test_litellm(server, tmp_path):
     answers = run_script("litellm_client.py", server, tmp_path, "litellm", "mcp")  # its tools import that
     for provider in ("openai", "hosted_vllm"):
         check(answers[provider], server)
+    assert set(answers["turns"]) == {"openai", "anthropic"}
+    for cities in answers["turns"].values():
+        assert len(cities) == 20
+        assert set(cities) <= {"Paris", "Lyon"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.serve import _statuses
+from cluster.commands.served import statuses
 from cluster.messages import ModelCard
 from gateway.coordinators.health import ModelHealth, probe_serve
 from tests.gateway.doubles import model_card
@@ -18,7 +18,7 @@ from tests.gateway.doubles import model_card
 @pytest.fixture
 def card(ray_cluster: str) -> ModelCard:
     """Of the demo's Mixtral, which runs."""
-    [application] = [name for name in _statuses() if name.startswith("mistral-small-")]
+    [application] = [name for name in statuses() if name.startswith("mistral-small-")]
     return model_card(Path(), application=application, deployments=("coordinator", "expert-0", "expert-1"))
 
 
@@ -42,7 +42,7 @@ def test_asking_how_far_a_start_is_costs_a_fraction_of_serves_own_status(card: M
     absent = replace(card, application="nobody")
     of_serve = cpu_s(serve.status)
     assert cpu_s(lambda: probe_serve([absent])) < of_serve / 3
-    assert cpu_s(_statuses) < of_serve / 3
+    assert cpu_s(statuses) < of_serve / 3
 
 
 def cpu_s(call: Callable[[], object]) -> float:

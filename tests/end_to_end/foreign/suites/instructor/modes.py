@@ -93,3 +93,17 @@ def test_an_answer_that_is_cut_is_told_as_such():
     made, settings = client(Mode.TOOLS)
     with pytest.raises(IncompleteOutputException):
         made.create(response_model=Trip, messages=QUESTION, max_retries=0, **{**settings, "max_tokens": 5})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_twenty_turns(mode):
+    """Each object is part of what the next is asked with."""
+    made, settings = client(mode)
+    messages = list(QUESTION)
+    for turn in range(20):
+        visit = made.create(response_model=Visit, messages=messages, max_retries=0, **settings)
+        assert isinstance(visit, Visit)
+        messages += [
+            {"role": "assistant", "content": visit.model_dump_json()},
+            {"role": "user", "content": f"And then, after {turn + 1}?"},
+        ]

@@ -140,3 +140,19 @@ async def test_an_output_that_is_sent_back(model):
     result = await agent.run(QUESTION)
     assert len(tries) == 2
     assert isinstance(result.output, Visit)
+
+
+async def test_twenty_turns_with_a_tool(model):
+    agent = Agent(model, model_settings=SETTINGS | {"max_tokens": 16}, capabilities=[ToolFirst()])
+
+    @agent.tool_plain
+    def population(city: Literal["Paris", "Lyon"]) -> int:
+        """How many people live in a city."""
+        return {"Paris": 2_100_000, "Lyon": 520_000}[city]
+
+    history = []
+    for turn in range(20):
+        async with agent.run_stream(f"Which city, {turn}?", message_history=history) as stream:
+            assert await stream.get_output()
+        history = stream.all_messages()
+        assert len(parts(stream, ToolReturnPart)) == turn + 1
