@@ -26,9 +26,9 @@ async def look_at_suspects(
         now = clock()
         due = {replica_id: at for replica_id, at in due.items() if now < at[0] + LONGEST_LOOK_S}
         for deployment in of_groups:
-            for replica in table.replicas(deployment):
+            for replica in reversed(table.replicas(deployment)):  # who is trusted comes first
                 if not replica.suspected:
-                    continue
+                    break
                 look_at, pause_s = due.get(replica.replica_id, (now, LOOK_S))
                 if now >= look_at and await lives(replica):
                     due[replica.replica_id] = (now + pause_s, min(2 * pause_s, LONGEST_LOOK_S))

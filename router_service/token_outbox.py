@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from cluster.errors import CoordinatorLost, MantaError
 from cluster.messages import HEARTBEAT_S, Key, TokenChunk
@@ -77,12 +77,15 @@ class TokenOutbox:
         """What is there, again and again: an empty item at once and as heartbeat. Ends when another reader comes."""
         reader = self._reader = object()
         self._give_up.cancel()
+        loop = asyncio.get_running_loop()
         try:
             yield ()
             while True:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(HEARTBEAT_S):
-                        await self._arrived.wait()
+                heartbeat = loop.call_later(HEARTBEAT_S, self._arrived.set)
+                try:
+                    await self._arrived.wait()
+                finally:
+                    heartbeat.cancel()
                 if self._reader is not reader:
                     return
                 self._arrived.clear()

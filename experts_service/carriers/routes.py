@@ -82,6 +82,7 @@ class LaneRoutes(Generic[L]):
         self._known: set[str] = set()  # ids of all replicas
         self._departing = False  # whether there is a connection to another
         self._present: dict[str, L] = {}  # by replica id
+        self._seen: dict[int, tuple[tuple[Replica, ...], list[L] | None]] = {}  # as the table had it; if all connected
         self._threads: dict[int, int] = {}  # group → its shard's thread, while cores have to be shared
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
@@ -157,19 +158,25 @@ class LaneRoutes(Generic[L]):
             self._departing = not self._links.keep_only(self._known)
 
     def _look_at_table(self) -> None:
-        """Dial those without a connection; let go of those that left."""
-        epoch, links = self._table.epoch, self._links
+        """Dial those without a connection; let go of those that left. A group stays as it is while nothing is new."""
+        epoch, links, known, present = self._table.epoch, self._links, self._known, self._present
         links.take()
-        known = self._known = set()
-        present = self._present = {}
         for group, deployment in self._deployments.items():
             replicas = self._table.replicas(deployment)
+            before, connected = self._seen.get(group, ((), None))
+            if replicas is before and connected and not any(link.lost for link in connected):
+                continue
+            for replica in before:
+                known.discard(replica.replica_id)
+                present.pop(replica.replica_id, None)
             for replica in replicas:
                 known.add(replica.replica_id)
                 if (link := links.get(replica.replica_id)) is None:
                     links.dial(deployment, replica)
                 else:
                     present[replica.replica_id] = link
+            here = [present[replica.replica_id] for replica in replicas if replica.replica_id in present]
+            self._seen[group] = replicas, here if len(here) == len(replicas) else None
             self._wanted[group] = tuple(r for r in replicas if not r.suspected) or replicas
             self._reachable[group] = tuple(r for r in self._wanted[group] if r.replica_id in present)
         self._all_connected = all(self._reachable.values())

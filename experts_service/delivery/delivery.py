@@ -132,6 +132,7 @@ class Deliveries(Generic[Rows, A]):
         self.loads = ReplicaLoads()
         self.answers_soon = False  # whether those of the last dispatch came while they were looked for
         self._epoch = -1
+        self._ids: dict[int, tuple[tuple[Replica, ...] | None, set[str]]] = {}  # of replicas, as the table had them
 
     def settle(
         self, waiting: Sequence[Delivery[Rows, A]], soon: float = 0.0
@@ -179,10 +180,18 @@ class Deliveries(Generic[Rows, A]):
 
     def look_at_table(self) -> None:
         """Forget what is known of replicas that left."""
-        if self._epoch != self.table.epoch:
-            self._epoch = self.table.epoch
-            known = [replica for deployment in self.deployments.values() for replica in self.table.replicas(deployment)]
-            self.loads.forget({replica.replica_id for replica in known})
+        if self._epoch == self.table.epoch:
+            return
+        self._epoch = self.table.epoch
+        has_left = False
+        for group, deployment in self.deployments.items():
+            replicas, before = self.table.replicas(deployment), self._ids.get(group, (None, set()))
+            if replicas is not before[0]:
+                ids = {replica.replica_id for replica in replicas}
+                has_left = has_left or not before[1] <= ids
+                self._ids[group] = replicas, ids
+        if has_left:
+            self.loads.forget(set().union(*(ids for _, ids in self._ids.values())))
 
     def suspect(self, group: int, replica: Replica, epoch: int) -> None:
         """Choose it last from now on, unless it was connected again since `epoch`."""

@@ -51,6 +51,7 @@ class ReplicaLoads:
         self._usual_slowness: dict[str, float] = {}  # their medians
         self._row_s: dict[str, deque[float]] = {}  # seconds for each of many rows, the latest by replica id
         self._asked: dict[str, int] = {}  # the turn at which it was last asked
+        self._turns: dict[int, tuple[Sequence[Replica] | None, deque[Replica]]] = {}  # by group
         self._turn = 0
         self._shared = 0  # how often many rows were shared out by speed
         self._budget = BURST
@@ -58,12 +59,28 @@ class ReplicaLoads:
     def choose(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
         """The best of `replicas`; `owed(replica_id)` are the dispatches that it has not answered."""
         self._turn += 1
-        in_turn = sorted(replicas, key=lambda replica: self._asked.get(replica.replica_id, 0))
+        in_turn = self._in_turn(replicas)
         chosen = in_turn[0]
-        if self._turn % PROBE_EVERY or owed(chosen.replica_id):
+        if owed(chosen.replica_id) or (self._turn % PROBE_EVERY and self._is_slow(chosen, replicas)):
             chosen = self.soonest(in_turn, owed)
         self._asked[chosen.replica_id] = self._turn
+        in_turn.remove(chosen)
+        in_turn.append(chosen)
         return chosen
+
+    def _in_turn(self, replicas: Sequence[Replica]) -> deque[Replica]:
+        """As they were asked, the one that was asked longest ago first. The same object for the same `replicas`."""
+        of, in_turn = self._turns.get(replicas[0].group, (None, deque()))
+        if of is not replicas:
+            in_turn = deque(sorted(replicas, key=lambda replica: self._asked.get(replica.replica_id, 0)))
+            self._turns[replicas[0].group] = replicas, in_turn
+        return in_turn
+
+    def _is_slow(self, replica: Replica, replicas: Sequence[Replica]) -> bool:
+        """Whether it takes clearly longer than the fastest."""
+        known = self._usual_slowness
+        fastest = min([known.get(each.replica_id, 1.0) for each in replicas])
+        return known.get(replica.replica_id, 1.0) / fastest > CLEARLY
 
     def soonest(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
         """The first of those that will have answered soonest, by what they owe and by how slow they are."""

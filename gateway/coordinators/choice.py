@@ -33,8 +33,10 @@ def ranked(
 
     `ongoing`: requests that this process has at each of them.
     """
-    candidates = [each for each in coordinators if each not in silent] or list(coordinators)
-    candidates = [each for each in candidates if each not in failed_on] or candidates
+    candidates = coordinators
+    for unwanted in silent, failed_on:
+        if unwanted:
+            candidates = [each for each in candidates if each not in unwanted] or candidates
     two = sample(candidates, min(2, len(candidates)))
     if prefix is None or len(candidates) < 2:
         return [two]
