@@ -148,13 +148,14 @@ class LaneLinks:
                         self._changed.notify_all()
                         return
                 continue
-            # Before anybody can ask over it: what fails then is no older than the connection.
-            self._table.renew(dial.deployment, replica_id)
             with self._changed:
                 del self._dialling[replica_id]
                 if self._closed:
                     dialled.channel.close()
                     return
+                # Told of before anybody can ask over it, so that what fails then is no older than the connection; and
+                # there for whoever takes it at that news, as no other comes.
+                self._table.renew(dial.deployment, replica_id)
                 self._dialled[replica_id] = dialled
                 self._changed.notify_all()
             return

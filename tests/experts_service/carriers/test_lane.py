@@ -189,6 +189,27 @@ def test_what_fails_at_once_on_a_new_connection_is_suspected(monkeypatch: pytest
         assert suspected_after_a_loss(running, settle_s=0.7) == [False, True], "the last one is told of as well"
 
 
+def test_whoever_hears_of_a_new_connection_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table told of it before it was there. Whoever looked in between found none, and looked no more: there was no
+    other news, and the group's only replica was asked nothing."""
+    with shards() as running:
+        renew = running.table.renew
+
+        def renew_and_linger(*of_replica: Any) -> None:
+            renew(*of_replica)
+            time.sleep(0.3)
+
+        running.start("0a", 0)
+        running.start("1a", 1)
+        remote = Dispatcher(GROUPS, running.transport(timeout_s=20.0))
+        rows, experts = batch(9)
+        assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+        monkeypatch.setattr(running.table, "renew", renew_and_linger)
+        for connection in list(running.servers["0a"]._connections.values()):
+            connection.channel.shutdown(socket.SHUT_RDWR)
+        assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
+
+
 def test_a_shard_that_restarts_elsewhere_is_dialled_at_its_new_address() -> None:
     with shards() as running:
         remote = both(running)
