@@ -132,14 +132,12 @@ class Fleet:
         one = self.coordinators.get(name)
         return one if one is not None and one.process.is_alive else None
 
-    def used_slots(self, node: str) -> int:
-        experts = sum(one.supervisor.node == node and one.supervisor.is_alive for one in self.replicas.values())
-        return experts + sum(c.process.node == node and c.process.is_alive for c in self.coordinators.values())
-
     def place(self, avoided: Iterable[str]) -> str | None:
         """The node with the most room, one that has none of the same group first."""
         avoided = set(avoided)
-        free = {node: self.spec.slots - self.used_slots(node) for node in self.nodes if node not in self.dead_nodes}
+        used = Counter(one.supervisor.node for one in self.replicas.values() if one.supervisor.is_alive)
+        used.update(c.process.node for c in self.coordinators.values() if c.process.is_alive)
+        free = {node: self.spec.slots - used[node] for node in self.nodes if node not in self.dead_nodes}
         best = max(free, key=lambda node: (free[node] > 0, node not in avoided, free[node]), default=None)
         return best if best is not None and free[best] > 0 else None
 
