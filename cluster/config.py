@@ -252,6 +252,10 @@ class ExpertsConfig(_Frozen):
     """How rows travel. `auto`: through memory that a coordinator and the shards of its node share, over lanes to other
     nodes, and the object store to shards that have no lane.
     """
+    rows_on_gpus: bool = True
+    """With `auto`, between GPUs of one node: through memory of the shard's GPU, where the coordinator's reaches it.
+    `false`: through the host's, which both read and write.
+    """
     lane_secret_file: str | None = None
     """A file of mode 0600, the same on every node. None: `~/.manta/lane_secret`, made if it is missing."""
     gpus_per_shard: float | None = Field(None, ge=0)

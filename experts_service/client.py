@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -87,12 +88,13 @@ class ExpertPool:
         of_tiers: Mapping[str, str] | None = None,
         lane_secret_file: str | None = None,
         spread_over_cores: bool = False,
+        device: torch.device | None = None,
     ) -> Transport:
         """The transport `auto`, `lane` or `object_store` to these groups. Raises ConfigError for a lane without secret.
 
         `auto` is the object store on a node where the secret cannot be read, and shares memory with the shards of this
-        one; `lane` sends everything. `of_tiers`: the fingerprints of
-        deployments that round the checkpoint otherwise than the others.
+        one; `lane` sends everything. `of_tiers`: the fingerprints of deployments that round the checkpoint otherwise
+        than the others. `device`: ours, where `auto` is to share memory of their GPUs as well.
         """
         object_store = ObjectStoreTransport(
             self._deployments,
@@ -121,6 +123,7 @@ class ExpertPool:
             of_tiers=of_tiers,
             node_id=node_id,
             memory=name == "auto",
+            device=device,
         )
         lane = LaneTransport(
             self._deployments,

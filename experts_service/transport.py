@@ -80,10 +80,15 @@ class InPlaceFlight:
 class Transport(Protocol):
     """How rows reach the groups. Used by one thread, the engine's."""
 
+    @property
+    def takes_device_rows(self) -> bool:
+        """Whether rows that are on a device are better left there. They may be so without: then they are copied."""
+
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         """Send the batch `rows` [T, D] to the groups of `parts`; returns without waiting for any of them.
 
-        `rows` are on the host, but where the experts are in this process. `answers` of `parts` may be on a device.
+        `rows` are on the host, but where the experts are in this process or it `takes_device_rows`. `answers` of
+        `parts` may be on a device.
 
         Where this raises, what was sent already is closed.
         """

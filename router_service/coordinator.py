@@ -137,6 +137,7 @@ class Coordinator:
                 of_tiers=of_tiers,
                 lane_secret_file=experts.lane_secret_file,
                 spread_over_cores=experts.spread_over_cores,
+                device=device if device.type == "cuda" and experts.rows_on_gpus else None,
             )
         dispatcher = Dispatcher(groups, transport)
         self._engine = build_engine(

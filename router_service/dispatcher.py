@@ -46,6 +46,7 @@ class Exchange(NamedTuple):
     """
 
     rows: Tensor  # [B, D] on the host
+    rows_on_device: Tensor  # the same, for a transport that takes those
     experts: Tensor  # [B, K] on the host
     answers: Tensor  # [K * B, D] on the device
 
@@ -155,7 +156,7 @@ class Dispatcher:
         answers = rows.new_empty(experts.numel(), rows.shape[-1])  # [K * T, D]
         if experts.is_cpu:
             return self._dispatch_on_host(layer, rows, experts, answers)
-        of_rows = None if self._here else HostCopy(rows)
+        of_rows = None if self._transport.takes_device_rows else HostCopy(rows)
         of_experts = HostCopy(experts)
         routed = routing.route(experts, *self._of_device(experts.device))
         experts = of_experts.wait()
@@ -252,6 +253,7 @@ class Dispatcher:
         if kept is None or len(kept.rows) < size:  # never while something is captured: it has been run before
             kept = self._exchange = _new_exchange(rows, experts)
         kept.rows[:size].copy_(rows, non_blocking=True)
+        kept.rows_on_device[:size].copy_(rows)
         kept.experts[:size].copy_(experts, non_blocking=True)
         routed = routing.route(experts, *self._of_device(experts.device), num_real)
         return Dispatch(layer, size, None, None, kept.answers[: size * top_k], ANSWERED, routed, kept)
@@ -266,7 +268,8 @@ class Dispatcher:
         wait_for_queue(kept.answers.device)
         experts = kept.experts[:num_rows]
         answers = kept.answers[: experts.numel()]
-        with closing(self._dispatch_on_host(dispatch.layer, kept.rows[:num_rows], experts, answers)) as sent:
+        rows = kept.rows_on_device if self._transport.takes_device_rows else kept.rows
+        with closing(self._dispatch_on_host(dispatch.layer, rows[:num_rows], experts, answers)) as sent:
             sent.flight.wait()
 
     def _of_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -323,6 +326,7 @@ def _new_exchange(rows: Tensor, experts: Tensor) -> Exchange:
     host = torch.empty if rows.is_cpu else pinned
     return Exchange(
         host(rows.shape, dtype=rows.dtype),
+        torch.empty_like(rows),
         host(experts.shape, dtype=experts.dtype),
         rows.new_zeros(experts.numel(), rows.shape[-1]),
     )

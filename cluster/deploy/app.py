@@ -47,6 +47,7 @@ from cluster.planning.placement import (
     kv_bytes_per_token,
     kv_dtype,
     plan_groups,
+    shared_gpu_bytes,
 )
 from cluster.planning.step_memory import step_bytes
 from cluster.planning.weights import held_weights
@@ -200,6 +201,7 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         name=config.name if config.version is None else f"{config.name}-{config.version}",
         label_selector=config.label_selector,
         shares_memory=config.experts.transport == "auto",
+        rows_on_gpus=config.experts.rows_on_gpus,
     )
     return ModelPlan(
         config=config,
@@ -332,8 +334,11 @@ def _shards(plan: ModelPlan) -> Iterator[Neighbour]:
     """Those on GPUs."""
     dtype, on_gpus = plan.config.engine.dtype, [one for one in plan.experts if one.tier.gpus]
     assert dtype != "auto", "a plan has no open settings"
+    of_slots = 0
+    if plan.gpus_per_coordinator and plan.config.experts.transport == "auto" and plan.config.experts.rows_on_gpus:
+        of_slots = shared_gpu_bytes(plan.checkpoint.architecture, dtype, plan.config.coordinators.max_replicas)
     for one, place in zip(on_gpus, _places(on_gpus, {}, plan.checkpoint, dtype), strict=True):
-        yield Neighbour(place.gpus, len(one.group.experts) * place.expert_bytes, one.scaling.max_replicas)
+        yield Neighbour(place.gpus, len(one.group.experts) * place.expert_bytes + of_slots, one.scaling.max_replicas)
 
 
 def _coordinators(plan: ModelPlan) -> Neighbour:

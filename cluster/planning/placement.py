@@ -21,6 +21,8 @@ SERVICE_PROCESS_BYTES = 160 * 10**6  # a Serve replica without torch
 TORCH_PROCESS_BYTES = 300 * 10**6  # a process that has imported torch
 MOST_TOLD = 8  # neighbouring experts whose numbers are all in a table
 SHARED_ROWS = 2048  # that a coordinator and a shard of one machine have room for, and for their answers
+MOST_SHARING = 16  # coordinators that one shard shares memory with
+GPU_GRANULE = 2 * 2**20  # bytes; of a GPU's memory that is shared
 SHARED_STATES_BYTES = 4096  # a page that says of each slot whether its answer is there
 
 
@@ -228,6 +230,12 @@ def shared_memory_bytes(architecture: Architecture, dtype: Dtype) -> int:
     return 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype] + SHARED_STATES_BYTES
 
 
+def shared_gpu_bytes(architecture: Architecture, dtype: Dtype, num_coordinators: int) -> int:
+    """Of a shard's GPU that coordinators on GPUs of its machine map as well, so many of them at most."""
+    of_pair = 2 * SHARED_ROWS * architecture.hidden_size * DTYPE_BYTES[dtype]
+    return min(num_coordinators, MOST_SHARING) * -(-of_pair // GPU_GRANULE) * GPU_GRANULE
+
+
 def check_fit(
     architecture: Architecture,
     dtype: Dtype,
@@ -245,6 +253,7 @@ def check_fit(
     name: str | None = None,
     label_selector: Mapping[str, str] | None = None,
     shares_memory: bool = True,
+    rows_on_gpus: bool = True,
 ) -> None:
     """Raises DoesNotFit, with what is needed and what there is, unless every process finds a place, which it takes.
 
@@ -253,16 +262,20 @@ def check_fit(
     coordinator holds all experts itself. `weights`: None where none is quantised. `places`: that of each of `groups`;
     None: all are where the coordinators are. `name`: the model's, for the message, where it may be one of several.
     `kv_dtype`: what the cache is kept in; None: `dtype`. `label_selector`: of the coordinators; that of a shard is its
-    place's. `shares_memory`: coordinators and shards of one node map memory that both use.
+    place's. `shares_memory`: coordinators and shards of one node map memory that both use; `rows_on_gpus`: between GPUs
+    some of the shard's as well.
     """
     coordinators_selector = label_selector or {}
     weights = weights or WeightBytes.of(architecture, dtype)
     if places is None:
         places = [ShardPlace(gpus_per_shard, weights.expert)] * len(groups)
+    of_slots = 0  # of a shard's GPU
+    if shares_memory and rows_on_gpus and gpus_per_coordinator:
+        of_slots = shared_gpu_bytes(architecture, dtype, num_coordinators)
     shards = [
         _Process(
             f"expert group {group.index}",
-            len(group.experts) * place.expert_bytes,
+            len(group.experts) * place.expert_bytes + (of_slots if place.gpus else 0),
             place.gpus,
             is_shard=True,
             label_selector=place.label_selector,

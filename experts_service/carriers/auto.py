@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
+from experts_service.device import on_host
 from experts_service.transport import Flight, GroupRows
 from experts_service.wire.frame import MAX_PAYLOAD_BYTES
 
@@ -32,8 +33,12 @@ class AutoTransport:
         if self._epoch != self._lane.table.epoch:
             self._try_lanes()
         if (self._apart and any(part.group in self._apart for part in parts)) or _too_large(rows, parts):
-            return self._object_store.send(layer, rows, parts)
+            return self._object_store.send(layer, on_host(rows), parts)
         return self._lane.send(layer, rows, parts)
+
+    @property
+    def takes_device_rows(self) -> bool:
+        return self._lane.takes_device_rows
 
     def close(self) -> None:
         self._lane.close()

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from experts_service.carriers.link import LinkLost
 from experts_service.routing_table import Replica
 from experts_service.wire.address import LaneAddress, connect
@@ -42,16 +44,18 @@ class LaneDialer:
         node_id: str,
         of_tiers: Mapping[str, str] | None = None,
         memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """`of_tiers`: the fingerprint of those that round the checkpoint otherwise than the others.
 
-        `memory`: ask shards on this node for some to share.
+        `memory`: ask shards on this node for some to share; `device`: and for some of their GPUs, to be used from ours.
         """
         self._address_of = address_of
         self._secret = secret
         self._fingerprint = fingerprint
         self._of_tiers = of_tiers or {}
         self._memory = memory
+        self._device = device
         self._node_id = node_id  # of this process; shards there are reached by Unix socket
 
     def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
@@ -66,7 +70,9 @@ class LaneDialer:
             fingerprint = self._of_tiers.get(replica.tier, self._fingerprint)
             here = channel.family == socket.AF_UNIX
             timeout_s = max(0.001, deadline - time.monotonic())
-            memory = introduce(channel, self._secret, fingerprint, timeout_s, memory=self._memory and here)
+            memory = introduce(
+                channel, self._secret, fingerprint, timeout_s, memory=self._memory and here, device=self._device
+            )
         except (HandshakeRefused, OSError) as error:
             channel.close()
             logger.warning("no lane to %s: %s", replica.actor, error)

@@ -9,6 +9,9 @@ attempts that were posted: what to do then is decided there, and nowhere else.
             the caller adds up the answers where they lie, `release` frees their slots
             or, where they belong on a GPU, they are looked at, and the GPU copies them from there
 
+Where each group's shard shares memory of its GPU, ours gathers rows and copies them there, and they are there before
+heads are sent; answers are copied from there, and looked at as copies. Heads and states are the same.
+
 An answer is read where it lies once, number by number, and what was made of it is what is looked at afterwards: a shard
 that changes it meanwhile changes its own answer. Its slots are not used again before `release`. What a GPU copies is
 looked at before: a shard that changes it after that has changed its own answer, and the step looks at its sums.
@@ -24,6 +27,7 @@ from contextlib import suppress
 from errno import EAGAIN
 from struct import Struct
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,12 +57,12 @@ from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import ANSWERED, POSTED, SILENCES_PER_TIMEOUT, Deliveries
 from experts_service.delivery.flight import SOON_S, RemoteFlight
 from experts_service.delivery.replica_load import OVERDUE_S
-from experts_service.device import pinned, wait_for_queue
+from experts_service.device import on_host, pinned, upload, wait_for_queue
 from experts_service.kernels.compiled.jit import AVAILABLE
 from experts_service.kernels.finite import all_finite
 from experts_service.routing_table import Replica
 from experts_service.transport import Answers, GroupRows, InPlaceFlight
-from experts_service.wire.frame import DTYPES, HEAD_BYTES, MAX_DEADLINE_MS, RowsFormat, answer_head
+from experts_service.wire.frame import DTYPES, HEAD_BYTES, IN_DEVICE, MAX_DEADLINE_MS, RowsFormat, answer_head
 from experts_service.wire.shared_memory import STATE_BYTES
 
 _HEADER, _PART = Struct(f"={HEADER}q"), Struct(f"={FIELDS}q")
@@ -87,6 +91,14 @@ class _Space:
         self._batch: LaneBatch | None = None
 
     @property
+    def rows_on_host(self) -> Tensor:
+        """What an ordinary flight sends."""
+        assert self.rows is not None
+        if not self.rows.is_cpu:
+            self.rows = on_host(self.rows)
+        return self.rows
+
+    @property
     def received(self) -> Tensor:
         """Where an ordinary flight receives the answers, on the host."""
         assert self.answers is not None
@@ -100,8 +112,7 @@ class _Space:
     def batch(self) -> LaneBatch:
         """What an ordinary flight asks for: worked out when that does."""
         if self._batch is None:
-            assert self.rows is not None
-            self._batch = LaneBatch.of(self.layer, self.rows, self.received)
+            self._batch = LaneBatch.of(self.layer, self.rows_on_host, self.received)
         return self._batch
 
     def forget(self) -> None:
@@ -119,8 +130,16 @@ class FastAttempt(LaneAttempt):
     link: Link
 
     def __init__(
-        self, space: _Space, part: GroupRows, replica: Replica, epoch: int, link: Link, shared: LaneMemory
+        self,
+        space: _Space,
+        part: GroupRows,
+        replica: Replica,
+        epoch: int,
+        link: Link,
+        shared: LaneMemory,
+        in_device: bool,
     ) -> None:
+        self.in_device = in_device
         self.space = space
         self.part = part
         self.replica = replica
@@ -141,8 +160,9 @@ class FastAttempt(LaneAttempt):
 class FastFlight(InPlaceFlight):
     """Rows of one layer under way. `FastPath.send` makes it."""
 
-    def __init__(self, path: FastPath, space: _Space, parts: Sequence[GroupRows]) -> None:
+    def __init__(self, path: FastPath, space: _Space, parts: Sequence[GroupRows], in_device: bool) -> None:
         self._path = path
+        self._in_device = in_device
         self._parts = parts
         self.space = space
         self._sent_at = time.monotonic()
@@ -151,7 +171,7 @@ class FastFlight(InPlaceFlight):
 
     def wait_in_place(self) -> Answers:
         space = self.space
-        if self._ordinary is None and self._take_answers():
+        if self._ordinary is None and not self._in_device and self._take_answers():
             return Answers(space.table, FIELDS, len(self._parts))
         self.wait()
         space.words[HEADER + START] = 0
@@ -159,11 +179,11 @@ class FastFlight(InPlaceFlight):
         return Answers(space.table, FIELDS, 1)
 
     def wait(self) -> None:
-        if not self._copied_to_device():
+        if not self._copied():
             self._as_ordinary().wait()
 
     def release(self) -> None:
-        if self._ordinary is not None:
+        if self._ordinary is not None or not self.attempts:
             return
         counts = self._path.deliveries.counts
         at = HEADER + CAME
@@ -188,17 +208,31 @@ class FastFlight(InPlaceFlight):
                 self._path.deliveries.carrier.cancel(attempt)
         self.attempts = []
 
-    def _copied_to_device(self) -> bool:
-        """Whether the answers belong on a device, have come as asked for, are finite and were copied there."""
+    def _copied(self) -> bool:
+        """Whether the answers belong or lie on a device, have come as asked for, are finite and were copied."""
         answers = self.space.answers
-        if self._ordinary is not None or answers is None or answers.is_cpu or not self._take_answers():
+        if self._ordinary is not None or answers is None or (answers.is_cpu and not self._in_device):
             return False
+        if not self._take_answers():
+            return False
+        if self._in_device:
+            return self._copied_from_device(answers)
         lying = [attempt.shared.answer(attempt.slot, attempt.part.answer) for attempt in self.attempts]
         if not all(map(all_finite, lying)):
             return False
         for attempt, answer in zip(self.attempts, lying, strict=True):
             attempt.part.answer.copy_(answer, non_blocking=True)
         wait_for_queue(answers.device)
+        self.release()
+        return True
+
+    def _copied_from_device(self, answers: Tensor) -> bool:
+        for attempt in self.attempts:
+            shared = attempt.shared
+            assert shared.in_device is not None
+            shared.in_device.read((attempt.slot - 1) * shared.slot_bytes, attempt.part.answer)
+        if not bool(answers.isfinite().all()):  # waits for the copies
+            return False
         self.release()
         return True
 
@@ -258,15 +292,14 @@ class FastFlight(InPlaceFlight):
     def _as_ordinary(self) -> RemoteFlight[LaneRows, LaneAttempt]:
         """The same as others have it, from now on."""
         if self._ordinary is None:
-            assert self.space.rows is not None
             self._stop_looking()
             flight: RemoteFlight[LaneRows, LaneAttempt] = RemoteFlight(
-                self._path.deliveries, self.space.layer, self.space.rows, self._parts, self.space.received
+                self._path.deliveries, self.space.layer, self.space.rows_on_host, self._parts, self.space.received
             )
             for attempt in self.attempts:
                 if attempt.is_in_place:
                     attempt.is_in_place = False
-                    attempt.shared.read(attempt.slot, attempt.memory)
+                    attempt.shared.read(attempt.slot, attempt.memory, in_device=attempt.in_device)
                     attempt.shared.slots.give_back(attempt.request_id)
                 flight.adopt(attempt.part, (self.space.batch, attempt.part), attempt, self._sent_at)
             self._ordinary, self.attempts = flight, []
@@ -291,19 +324,25 @@ class FastPath:
         self._forms: dict[int, RowsFormat] = {}  # number of experts → format
         self._head_bytes = 0  # of the longest
         self._spaces: list[_Space] = []  # that no flight has
+        self.takes_device_rows = False  # whether the last dispatch had slots on GPUs, as the next one will
         if AVAILABLE:
             exchange_kernels.load()
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> FastFlight | None:
         """`rows` [T, D] to all `parts`, or to none of them: None."""
-        if not (AVAILABLE and parts and rows.dtype is torch.bfloat16 and rows.is_cpu and rows.is_contiguous()):
+        if not (AVAILABLE and parts and rows.dtype is torch.bfloat16 and rows.is_contiguous()):
             return None
         only = self._routes.only()
+        first_found = only.get(parts[0].group)
+        first_shared = None if first_found is None else first_found[1].memory
+        self.takes_device_rows = in_device = first_shared is not None and first_shared.in_device is not None
+        if not (in_device or rows.is_cpu):
+            return None
         num_rows, hidden = rows.shape
         row_bytes = 2 * hidden
         space = self._space(len(parts))
         space.layer, space.rows, space.answers = layer, rows, parts[0].answers
-        flight = FastFlight(self, space, parts)
+        flight = FastFlight(self, space, parts, in_device)
         epoch = self.deliveries.table.epoch
         attempts, memory = flight.attempts, space.memory
         head_at, reply, at = space.heads_at, space.address + space.replies_at, _HEADER.size
@@ -316,7 +355,7 @@ class FastPath:
                     return None
                 replica, link = found
                 shared = link.memory
-                if shared is None or not link.is_at_border:
+                if shared is None or not link.is_at_border or (shared.in_device is not None) is not in_device:
                     self._give_up(flight)
                     return None
                 count = len(indices)
@@ -326,7 +365,7 @@ class FastPath:
                 if first is None:
                     self._give_up(flight)
                     return None
-                attempt = FastAttempt(space, part, replica, epoch, link, shared)
+                attempt = FastAttempt(space, part, replica, epoch, link, shared, in_device)
                 attempt.request_id, attempt.slot, attempt.head_at = request_id, first + 1, head_at
                 link.outstanding[request_id] = attempt
                 attempts.append(attempt)
@@ -336,7 +375,7 @@ class FastPath:
                     return self.send(layer, rows, parts)
                 form.pack_into(
                     memory, head_at, _BF16, request_id, epoch, layer, count, hidden, self._deadline_ms, counts,
-                    first + 1, size,
+                    first + 1, size, IN_DEVICE if in_device else 0,
                 )  # fmt: skip
                 offset = first * shared.slot_bytes
                 _PART.pack_into(
@@ -347,8 +386,12 @@ class FastPath:
                 head_at += space.head_bytes
                 reply += REPLY_BYTES
                 at += _PART.size
+            copied = row_bytes  # by the compiled call
+            if in_device:
+                _write_rows(rows, attempts)
+                copied = 0
             _HEADER.pack_into(
-                memory, 0, 0, len(parts), rows.data_ptr(), row_bytes, 0, space.address + space.clock_at, 0, 0
+                memory, 0, 0, len(parts), rows.data_ptr(), copied, 0, space.address + space.clock_at, 0, 0
             )
             if self._before_posting is not None:
                 self._before_posting(parts)
@@ -385,6 +428,20 @@ class FastPath:
         form = self._forms[num_experts] = RowsFormat(num_experts)
         self._head_bytes = max(self._head_bytes, form.head_bytes)
         return form
+
+
+def _write_rows(rows: Tensor, attempts: Sequence[FastAttempt]) -> None:
+    """Gather `rows` [T, D] into slots on GPUs: they are there when this returns."""
+    device = attempts[0].part.answers.device
+    [indices] = upload([np.concatenate([attempt.part.row_indices for attempt in attempts])], rows.device)
+    gathered = rows.index_select(0, indices).to(device)  # [R of all, D]
+    start = 0
+    for attempt in attempts:
+        shared, end = attempt.shared, start + len(attempt.part.row_indices)
+        assert shared.in_device is not None
+        shared.in_device.write((attempt.slot - 1) * shared.slot_bytes, gathered[start:end])
+        start = end
+    wait_for_queue(device)
 
 
 def _look_at_sent(flight: FastFlight) -> None:

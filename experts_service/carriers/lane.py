@@ -32,6 +32,7 @@ from experts_service.carriers.links import LaneLinks
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
 from experts_service.delivery.flight import RemoteFlight, pieces
+from experts_service.device import on_host
 from experts_service.kernels import finite
 from experts_service.kernels.cost import cost
 from experts_service.routing_table import Deployment, Replica, RoutingTable
@@ -147,7 +148,11 @@ class LaneTransport:
         finite.load()  # no answer waits for it
 
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
-        if (fast := self._fast_path.send(layer, rows, parts)) is not None:
+        fast = self._fast_path.send(layer, rows, parts)
+        if fast is None and not rows.is_cpu:
+            rows = on_host(rows)
+            fast = self._fast_path.send(layer, rows, parts)
+        if fast is not None:
             return fast
         flight = RemoteFlight(self.deliveries, layer, rows, parts)
         if flight.received is None:
@@ -170,6 +175,10 @@ class LaneTransport:
         """Have shards that are about to be asked run on different cores."""
         if self._cores is not None and (threads := self.routes.threads([part.group for part in parts])):
             self._cores.spread([(thread, cost(part.counts)) for thread, part in zip(threads, parts, strict=True)])
+
+    @property
+    def takes_device_rows(self) -> bool:
+        return self._fast_path.takes_device_rows
 
     def reaches(self, group: int) -> bool:
         """Whether a replica of the group has a lane to us. Waits where none has been dialled yet."""

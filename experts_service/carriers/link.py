@@ -38,6 +38,7 @@ class LaneAttempt(Attempt):
     """Rows that one shard was asked to run, and the memory for its answer."""
 
     slot = 0  # as its head says it
+    in_device = False  # whether that is one of the shard's GPU
     expected = b""  # the head of the answer
     link: Link | None = None
 
@@ -263,7 +264,7 @@ class Link:
         del self.outstanding[attempt.request_id]
         if attempt.slot and self.memory is not None:
             try:
-                self.memory.read(attempt.slot, attempt.memory)
+                self.memory.read(attempt.slot, attempt.memory, in_device=attempt.in_device)
             finally:
                 self.memory.slots.give_back(attempt.request_id)
         attempt.state = ANSWERED

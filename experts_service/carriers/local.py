@@ -28,6 +28,8 @@ ANSWERED = _Answered()
 class LocalTransport:
     """Runs the experts where it is called."""
 
+    takes_device_rows = True
+
     def __init__(self, groups: Mapping[int, LoadedExperts]) -> None:
         self._groups = dict(groups)
 

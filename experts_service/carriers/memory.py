@@ -1,7 +1,8 @@
 """The coordinator's use of a lane's memory: rows into slots, answers out of them. Knows no socket and no replica.
 
 An answer is copied to where it belongs as soon as its head has come, and only then are its slots free: its shard could
-change it after it was looked at. `fast_path` alone has answers read where they lie, each number once.
+change it after it was looked at. `fast_path` alone has answers read where they lie, each number once, and it alone uses
+the slots of a GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class LaneMemory:
         self._was_pinned = False
         self._requests: memoryview = memory.requests.numpy().data
         self._answers: memoryview = memory.answers.numpy().data
+        self.in_device = memory.in_device
         self.slot_bytes = memory.slot_bytes
         self.requests_at, self.answers_at = memory.requests.data_ptr(), memory.answers.data_ptr()
         self.states_at = memory.states.data_ptr()
@@ -58,10 +60,13 @@ class LaneMemory:
         start = (slot - 1) * self.slot_bytes
         return self._memory.answers[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
-    def read(self, slot: int, answer: memoryview) -> None:
-        """Copy the answer that lies where a head with this `slot` says."""
+    def read(self, slot: int, answer: memoryview, *, in_device: bool = False) -> None:
+        """Copy the answer that lies where a head with this `slot` says, in host memory or a GPU's."""
         start = (slot - 1) * self.slot_bytes
-        answer[:] = self._answers[start : start + len(answer)]
+        if in_device and self.in_device is not None:
+            self.in_device.read_to_host(start, answer)
+        else:
+            answer[:] = self._answers[start : start + len(answer)]
 
 
 def rows_of(data: memoryview, row_bytes: int) -> npt.NDArray[np.uint8]:

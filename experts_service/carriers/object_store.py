@@ -154,6 +154,8 @@ class CallCarrier:
 class ObjectStoreTransport:
     """Calls the shards of the replicas that the routing table names."""
 
+    takes_device_rows = False
+
     def __init__(
         self,
         deployments: Mapping[int, Deployment],

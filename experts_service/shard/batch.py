@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experts_service.device import pinned
+from experts_service.device import on_host, pinned, wait_for_queue
 from experts_service.kernels.swiglu import Prepared
 
 # layer, rows [R, D], counts [E], where the answers may be written → answers [R, D], there or in memory of their own
@@ -27,7 +27,7 @@ def run_as_one(
 ) -> list[Tensor]:  # each [R, D], contiguous
     """The answers to each of `batches`, worked out in one call: where they belong, or in new memory if that is nowhere.
 
-    `for_gpu`: rows are merged in memory that a GPU copies from by itself.
+    `for_gpu`: rows are merged in memory that a GPU copies from by itself; where some are on it, there.
     """
     if len(batches) == 1:
         rows, counts, place = batches[0]
@@ -45,6 +45,9 @@ def run_as_one(
     ]
     some = batches[0][0]
     size = (int(of_all.sum()), some.shape[1])
+    device = next((rows.device for rows, _, _ in batches if not rows.is_cpu), None)
+    if device is not None:
+        return _run_there(device, maths, layer, batches, tuple(of_all.tolist()), places)
     merged = pinned(size, some.dtype) if for_gpu else some.new_empty(size)
     for of_batch, (rows, _, _) in zip(places, batches, strict=True):
         merged.index_copy_(0, of_batch, rows)
@@ -53,3 +56,26 @@ def run_as_one(
         torch.index_select(answer, 0, of_batch, out=place)
         for of_batch, (_, _, place) in zip(places, batches, strict=True)
     ]
+
+
+def _run_there(
+    device: torch.device,
+    maths: Maths,
+    layer: int,
+    batches: Sequence[Batch],
+    counts: tuple[int, ...],
+    places: Sequence[Tensor],
+) -> list[Tensor]:
+    """The same where rows of some are on a device already: those of the others are copied there."""
+    some = batches[0][0]
+    merged = torch.empty(sum(counts), some.shape[1], dtype=some.dtype, device=device)
+    places = [of_batch.to(device) for of_batch in places]
+    for of_batch, (rows, _, _) in zip(places, batches, strict=True):
+        merged.index_copy_(0, of_batch, rows.to(device, non_blocking=True))
+    answer = maths(layer, merged, counts, torch.empty_like(merged))  # [R of all, D]
+    answers = []
+    for of_batch, (_, _, place) in zip(places, batches, strict=True):
+        of_one = answer.index_select(0, of_batch)
+        answers.append(on_host(of_one) if place is None else place.copy_(of_one))
+    wait_for_queue(device)
+    return answers

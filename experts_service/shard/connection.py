@@ -4,8 +4,9 @@ A read takes the head and as many payload bytes as there are in one call, straig
 also caught the start of the next frame, that is carried over. A peer that sends slowly keeps a buffer, and one that
 does not read its answers keeps those; beyond a bound nothing more is read from it. Nobody else waits for either.
 
-Rows may also lie in memory that both ends map. They are run from there, and their answer is written beside them, by the
-maths itself where it can, before its head is sent. A peer that changes them meanwhile changes its own answer.
+Rows may also lie in memory that both ends map, the host's or the shard's GPU's. They are run from there, and their
+answer is written beside them, by the maths itself where it can, before its head is sent. A peer that changes them
+meanwhile changes its own answer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from experts_service.wire.frame import (
     DRAINING,
     ERROR,
     HEAD_BYTES,
+    IN_DEVICE,
     MAX_MESSAGE_BYTES,
     LaneShape,
     RowsFormat,
@@ -70,19 +72,22 @@ class SlotRows:
     """The rows and answers that a connection's memory holds, as tensors."""
 
     def __init__(self, memory: SharedMemory, shape: LaneShape) -> None:
-        self.num_slots = memory.num_slots
-        self._halves = [half.view(shape.dtype).view(-1, shape.hidden) for half in (memory.requests, memory.answers)]
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # those of few rows come again and again
+        of_all = [(memory.requests, memory.answers)]
+        if memory.in_device is not None:
+            of_all.append(memory.in_device.halves())
+        self._halves = [[half.view(shape.dtype).view(-1, shape.hidden) for half in halves] for halves in of_all]
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # those of few rows come again and again
 
-    def at(self, slot: int, count: int) -> tuple[Tensor, Tensor]:
-        """The rows [R, D] that a head with this `slot` names, and where their answer goes."""
-        views = self._views.get((slot, count))
+    def at(self, head: RowsHead) -> tuple[Tensor, Tensor]:
+        """The rows [R, D] that a head with a slot names, and where their answer goes."""
+        key = head.slot, head.rows, head.flags
+        views = self._views.get(key)
         if views is None:
-            start = (slot - 1) * ROWS_PER_SLOT
-            requests, answers = self._halves
-            views = requests[start : start + count], answers[start : start + count]
-            if count <= ROWS_PER_SLOT:
-                self._views[slot, count] = views
+            start, end = (head.slot - 1) * ROWS_PER_SLOT, (head.slot - 1) * ROWS_PER_SLOT + head.rows
+            requests, answers = self._halves[head.flags == IN_DEVICE]
+            views = requests[start:end], answers[start:end]
+            if head.rows <= ROWS_PER_SLOT:
+                self._views[key] = views
         return views
 
 
@@ -115,6 +120,7 @@ class Connection:
         self._broken = False
         self._slots = None if memory is None else SlotRows(memory, shape)
         self._num_slots = 0 if memory is None else memory.num_slots
+        self._in_device = memory is not None and memory.in_device is not None
         self.head_bytes = len(self._head)
         self._inbox = bytearray(2 * len(self._head))  # what turns read: a head, and whether more follows
         self.known = None if memory is None or not AVAILABLE else KnownHeads(self.descriptor, self._inbox, memory)
@@ -169,7 +175,7 @@ class Connection:
 
     def frame(self, known: KnownRows) -> RowsFrame:
         """The rows whose head a turn has read, to be answered like others."""
-        head = self._form.read(self._inbox, self._shape, self._num_slots)
+        head = self._form.read(self._inbox, self._shape, self._num_slots, in_device=self._in_device)
         now = time.monotonic()
         self.waiting += 1
         deadline = now + head.deadline_ms / 1000.0
@@ -280,7 +286,7 @@ class Connection:
         """Deliver the present frame if it is complete; whether bytes of the next one are there already."""
         head = self._read
         if head is None:
-            self._read = head = self._form.read(self._head, self._shape, self._num_slots)
+            self._read = head = self._form.read(self._head, self._shape, self._num_slots, in_device=self._in_device)
             if not head.slot and head.payload_bytes > self._buffer.capacity:
                 self._grow(head.payload_bytes, self._filled - len(self._head))
         size = 0 if head.slot else head.payload_bytes  # of what follows the head
@@ -291,7 +297,7 @@ class Connection:
         reply_head, here = answer_head(self._head), self._buffer
         buffer = answer = None
         if head.slot and self._slots is not None:
-            rows, answer = self._slots.at(head.slot, head.rows)
+            rows, answer = self._slots.at(head)
         else:
             rows, buffer = here.rows(head.rows), here
             self._buffer = self._pool.take(surplus)

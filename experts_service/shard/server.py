@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable
@@ -39,8 +40,9 @@ from experts_service.shard.connection import Connection, PeerLeft, RowsFrame
 from experts_service.shard.serve_kernel import EVENTS_CAME, HEAD_CAME, ROWS_CAME
 from experts_service.shard.turns import NO_TURNS, KnownRows, TurnCounts, Turns
 from experts_service.wire.address import listen_tcp, listen_unix, tuned
+from experts_service.wire.device_slots import DeviceSlots
 from experts_service.wire.frame import FAILED, LATE, FrameError, LaneShape
-from experts_service.wire.handshake import NO_MEMORY, HandshakeRefused, ShardHandshake
+from experts_service.wire.handshake import DEVICE, NO_MEMORY, HandshakeRefused, ShardHandshake
 from experts_service.wire.receive_buffer import BufferPool
 from experts_service.wire.shared_memory import ROWS_PER_SLOT, SharedMemory, create
 
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MERGED_ROWS = 4096  # of one batch; a decode step is not to wait for two prefills
 MAX_UNPROVEN, MAX_CONNECTIONS = 64, 512  # peers that have not proved themselves; those that have
-MAX_MEMORIES = 16  # connections with memory of their own; those beyond send their rows
+MAX_MEMORIES = 16  # connections with memory of their own; those beyond send their rows (`MOST_SHARING` in plans)
 IDLE_S = 5.0  # longest sleep; nothing is due then, it only bounds the wait
 WARNING_PAUSE_S = 1.0  # between two warnings about peers: a flood of them is one line a second
 
@@ -93,9 +95,11 @@ class LaneServer:
         host: str | None = None,  # None: no TCP
         directory: Path | None = None,  # of the Unix socket; None: this user's own
         pinned: bool = False,
+        device: torch.device | None = None,
         prepare: Prepare | None = None,
     ) -> None:
-        """`pinned`: the maths are a GPU's, which reads rows and writes answers by itself.
+        """`pinned`: the maths are a GPU's, which reads rows and writes answers by itself. `device`: of whose memory
+        coordinators are given some as well.
 
         `prepare`: has rows like those that it is given run without `maths` from then on.
         """
@@ -105,6 +109,7 @@ class LaneServer:
         self._secret = secret
         self._fingerprint = fingerprint
         self._for_gpu = pinned
+        self._device = device
         self._pool = BufferPool(shape.dtype, shape.hidden, pinned=pinned)
         self._queue: deque[RowsFrame] = deque()
         self._unproven: dict[int, _UnprovenPeer] = {}  # the oldest first
@@ -416,15 +421,28 @@ class LaneServer:
             self._warn(f"rows of a coordinator on this node are sent, not shared: {error}")
             _say(peer.channel, proof + NO_MEMORY)
             return None
+        descriptors = [descriptor]
         try:
             if self._for_gpu and not memory.pin(pin):
                 self._warn("rows of a coordinator on this node are sent, not shared: the GPU's driver cannot map them")
                 _say(peer.channel, proof + NO_MEMORY)
                 return None
-            _say(peer.channel, proof + memory.description, descriptor)
+            if peer.handshake.wants_memory == DEVICE and self._device is not None:
+                descriptors += self._add_device_slots(memory, self._device)
+            _say(peer.channel, proof + memory.description, descriptors)
         finally:
-            os.close(descriptor)
+            for descriptor in descriptors:
+                os.close(descriptor)
         return memory
+
+    def _add_device_slots(self, memory: SharedMemory, device: torch.device) -> list[int]:
+        """Have memory that is shared be on the device as well: that one's descriptor, if it can be."""
+        try:
+            memory.in_device, descriptor = DeviceSlots.create(memory.answers, device)
+        except RuntimeError as error:  # of a device that is gone, too: what is computed there next says so
+            self._warn(f"rows of a coordinator on this node lie in the host's memory, not in the GPU's: {error}")
+            return []
+        return [descriptor]
 
     def _adjust(self, connection: Connection) -> None:
         """Have epoll report what this connection can go on with."""
@@ -483,8 +501,8 @@ class LaneServer:
         self._epoll.close()
 
 
-def _say(channel: socket.socket, message: bytes, descriptor: int | None = None) -> None:
+def _say(channel: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:
     """Part of a handshake, which a socket that was just opened has room for. Raises HandshakeRefused, or OSError."""
-    given = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
+    given = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
     if channel.sendmsg([message], given) < len(message):
         raise HandshakeRefused("the peer does not read")

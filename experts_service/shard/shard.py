@@ -162,7 +162,10 @@ class ExpertShard:
         return self._run(layer, rows, counts)
 
     def _run(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None = None) -> Tensor:
-        """Rows [R, D] on the host → answers [R, D] there; `answers` may be written, and returned."""
+        """Rows [R, D] on the host → answers [R, D] there; `answers` may be written, and returned.
+
+        A shard on a GPU takes rows there as well, with `answers` beside them.
+        """
         with self._one_at_a_time:
             started = time.perf_counter()
             try:
@@ -183,10 +186,14 @@ class ExpertShard:
         return self._experts.prepared(layer, rows, counts, answers) if self._experts.device.type == "cpu" else None
 
     def _run_on_gpu(self, layer: int, rows: Tensor, counts: Sequence[int], answers: Tensor | None) -> Tensor:
-        from experts_service.device import on_host
+        from experts_service.device import on_host, wait_for_queue
 
         # The rows stay where they are until the answer is there.
         rows = rows.to(self._experts.device, non_blocking=True)
+        if answers is not None and not answers.is_cpu:
+            self._experts(layer, rows, counts, answers)
+            wait_for_queue(answers.device)  # it is told of next
+            return answers
         answer = self._experts(layer, rows, counts)
         return on_host(answer) if answers is None else answers.copy_(answer)
 
@@ -230,6 +237,7 @@ class ExpertShard:
             fingerprint=spec.fingerprint,
             host=self._host,
             pinned=spec.device == "cuda",
+            device=self._experts.device if spec.device == "cuda" else None,
             prepare=partial(ExpertShard._prepare, self),
         )
         server.start()

@@ -6,7 +6,7 @@
     draining   head [44]                                      shard → coordinator: not run, ask another replica
 
 Where both ends map the same memory, a head may name a slot of it: the rows of frame and answer lie there, and only the
-head and its counts are sent.
+head and its counts are sent. `flags` of such rows, and of their answer, say whether it is one of the shard's GPU.
 
 A reply echoes the head of what it replies to, with another kind (an error also with its own flags and size): so one
 comparison of 44 bytes tells that an answer is the one asked for, of this request id, epoch, layer and attempt, and of
@@ -36,6 +36,7 @@ MAX_DEADLINE_MS = 2**32 - 1
 
 ROWS, ANSWER, ERROR, DRAINING = 1, 2, 3, 4  # kinds
 FAILED, LATE = 1, 2  # flags of an error: the maths raised; the deadline had passed before its turn
+IN_DEVICE = 1  # of rows: their slot is in device memory
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}
 
 _FIELDS = "<4sBBBBQIHHIIHHII"
@@ -127,10 +128,11 @@ class RowsFormat:
         counts: tuple[int, ...],
         slot: int,
         payload_bytes: int,
+        flags: int = 0,
     ) -> None:
         """The head of a first attempt whose rows lie in a `slot`, at a place in `buffer`. `dtype`: of DTYPES."""
         self._struct.pack_into(
-            buffer, at, MAGIC, VERSION, ROWS, dtype, 0, request_id, epoch & 0xFFFFFFFF, layer, 1, rows, hidden,
+            buffer, at, MAGIC, VERSION, ROWS, dtype, flags, request_id, epoch & 0xFFFFFFFF, layer, 1, rows, hidden,
             self._num_experts, slot, deadline_ms, payload_bytes, *counts,
         )  # fmt: skip
 
@@ -138,13 +140,17 @@ class RowsFormat:
         """Rows of each expert, as a head says that was checked."""
         return self._struct.unpack_from(head)[15:]
 
-    def read(self, head: bytearray, shape: LaneShape, num_slots: int = 0) -> RowsHead:
-        """The fields of a head, all checked against `shape` and the connection's slots. Raises FrameError."""
+    def read(self, head: bytearray, shape: LaneShape, num_slots: int = 0, *, in_device: bool = False) -> RowsHead:
+        """The fields of a head, all checked against `shape` and the connection's slots. Raises FrameError.
+
+        `in_device`: there are as many in device memory.
+        """
         fields = self._struct.unpack_from(head)
         counts = fields[15:]
         rows, hidden, num_experts, slot, _, payload = fields[9:15]
         if (
-            fields[:5] == (MAGIC, VERSION, ROWS, DTYPES[shape.dtype], 0)
+            fields[:4] == (MAGIC, VERSION, ROWS, DTYPES[shape.dtype])
+            and (fields[4] == 0 or (fields[4] == IN_DEVICE and in_device and slot > 0))
             and fields[7] < shape.num_layers
             and hidden == shape.hidden
             and num_experts == self._num_experts

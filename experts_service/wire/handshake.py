@@ -3,7 +3,8 @@
     coordinator → shard    hello: magic, version, role, nonce [32]
     shard → coordinator    hello
     coordinator → shard    proof: HMAC of the transcript [32], HMAC of transcript and fingerprint [32]
-    shard → coordinator    proof, and to a coordinator that asked for memory: slots, bytes of one, a descriptor
+    shard → coordinator    proof, and to a coordinator that asked for memory: slots, bytes of one, a descriptor,
+                           and if it asked for some of the shard's GPU as well, one of that
 
 The transcript is both hellos, so a proof covers both roles, both nonces and the version, and begins with the role that
 gives it: neither side's proof serves for the other. Whoever does not like what it reads closes the connection without a
@@ -18,11 +19,14 @@ import socket
 import time
 from struct import Struct
 
+import torch
+
 from experts_service.wire.shared_memory import DESCRIPTION, MemoryRefused, SharedMemory, accept, receive
 
 MAGIC = b"MNTA-HI\n"
-VERSION = 3
+VERSION = 4
 COORDINATOR, SHARD = 1, 2  # roles
+HOST, DEVICE = 1, 2  # memory that a coordinator asks for: the host's, or that and the shard's GPU's
 TIMEOUT_S = 5.0
 
 _HELLO = Struct("<8sHBB32s")
@@ -36,21 +40,21 @@ class HandshakeRefused(Exception):
     """The peer may not talk to us. The message is for the log of this side only."""
 
 
-def hello(role: int, *, memory: bool = False) -> bytes:
-    """The first message of either side, with a fresh nonce. `memory`: a coordinator asks for some to share."""
+def hello(role: int, *, memory: int = 0) -> bytes:
+    """The first message of either side, with a fresh nonce. `memory`: which a coordinator asks for; 0: none."""
     return _HELLO.pack(MAGIC, VERSION, role, memory, os.urandom(32))
 
 
-def check_hello(message: bytes, role: int) -> bool:
-    """Whether the peer asks for memory. Raises HandshakeRefused unless it speaks our version in the role we expect."""
+def check_hello(message: bytes, role: int) -> int:
+    """Which memory the peer asks for. Raises HandshakeRefused unless it speaks our version in the role we expect."""
     magic, version, theirs, memory, _ = _HELLO.unpack(message)
-    if magic != MAGIC or memory > (role == COORDINATOR):
+    if magic != MAGIC or memory > (DEVICE if role == COORDINATOR else 0):
         raise HandshakeRefused("the peer does not speak Manta's lanes")
     if version != VERSION:
         raise HandshakeRefused(f"the peer speaks lane version {version}, this side {VERSION}")
     if theirs != role:
         raise HandshakeRefused(f"the peer came as {_ROLE_NAMES.get(theirs, theirs)!r}, not as {_ROLE_NAMES[role]!r}")
-    return bool(memory)
+    return int(memory)
 
 
 def proof(secret: bytes, fingerprint: str, role: int, transcript: bytes) -> bytes:
@@ -78,7 +82,7 @@ class ShardHandshake:
         self._fingerprint = fingerprint
         self._transcript = b""
         self.wants = HELLO_BYTES  # bytes of the next message; 0 once the peer has proved itself
-        self.wants_memory = False
+        self.wants_memory = 0  # HOST or DEVICE, once it has asked for it
         self.deadline = time.monotonic() + TIMEOUT_S
 
     def receive(self, message: bytes) -> bytes:
@@ -95,14 +99,21 @@ class ShardHandshake:
 
 
 def introduce(
-    connection: socket.socket, secret: bytes, fingerprint: str, timeout_s: float = TIMEOUT_S, *, memory: bool = False
+    connection: socket.socket,
+    secret: bytes,
+    fingerprint: str,
+    timeout_s: float = TIMEOUT_S,
+    *,
+    memory: bool = False,
+    device: torch.device | None = None,
 ) -> SharedMemory | None:
     """The coordinator's side, on a connected socket; what the shard shares, if we ask for `memory` and it can.
 
-    Raises HandshakeRefused, or OSError; changes the socket's timeout.
+    `device`: our own, and memory of the shard's is asked for as well. Raises HandshakeRefused, or OSError; changes the
+    socket's timeout.
     """
     deadline = time.monotonic() + timeout_s
-    ours = hello(COORDINATOR, memory=memory)
+    ours = hello(COORDINATOR, memory=0 if not memory else HOST if device is None else DEVICE)
     connection.settimeout(timeout_s)
     connection.sendall(ours)
     theirs = _receive(connection, HELLO_BYTES, deadline)
@@ -110,10 +121,10 @@ def introduce(
     connection.sendall(proof(secret, fingerprint, COORDINATOR, ours + theirs))
     descriptors: list[int] = []
     try:
-        last = _receive(connection, PROOF_BYTES + (DESCRIPTION.size if memory else 0), deadline, descriptors)
+        last = _receive(connection, PROOF_BYTES + (DESCRIPTION.size if memory else 0), deadline, descriptors, device)
         check_proof(last[:PROOF_BYTES], secret, fingerprint, SHARD, ours + theirs)
         given, descriptors = descriptors, []
-        return accept(last[PROOF_BYTES:], given) if memory else None
+        return accept(last[PROOF_BYTES:], given, device) if memory else None
     except MemoryRefused as error:
         raise HandshakeRefused(str(error)) from error
     finally:
@@ -121,15 +132,24 @@ def introduce(
             os.close(descriptor)
 
 
-def _receive(connection: socket.socket, count: int, deadline: float, descriptors: list[int] | None = None) -> bytes:
-    received = b""
+def _receive(
+    connection: socket.socket,
+    count: int,
+    deadline: float,
+    descriptors: list[int] | None = None,
+    device: torch.device | None = None,
+) -> bytes:
+    received, most = b"", 1 if device is None else 2
     while len(received) < count:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the peer took too long to introduce itself")
         connection.settimeout(remaining)
         missing = count - len(received)
-        piece = connection.recv(missing) if descriptors is None else receive(connection, missing, descriptors)
+        if descriptors is None:
+            piece = connection.recv(missing)
+        else:
+            piece = receive(connection, missing, descriptors, most=most)
         if not piece:
             raise HandshakeRefused("the peer closed the connection: its log says why")
         received += piece

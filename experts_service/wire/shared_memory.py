@@ -4,6 +4,8 @@
     answers     slot 0 · slot 1 · …     the shard writes answers, the coordinator reads them
     states      slot 0 · slot 1 · …     whether the coordinator looks here for the answer, and whether it is there
 
+Between GPUs there may be the same slots on the shard's card as well (`device_slots`), with the same states.
+
 The coordinator says LOOKED_AT before it asks. A shard that makes ANSWERED of it sends no head; any other shard, and any
 shard that finds something else, does. A coordinator that makes nothing of it again, since it wants to sleep, finds the
 answer there or is sent a head. So it hears of each answer in one way, whatever order things happen in.
@@ -27,6 +29,8 @@ from contextlib import suppress
 from struct import Struct
 
 import torch
+
+from experts_service.wire.device_slots import DeviceSlots
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class SharedMemory:
         slots, whole = num_slots * slot_bytes, torch.frombuffer(memory, dtype=torch.uint8)
         self.requests, self.answers = whole[:slots], whole[slots : 2 * slots]  # uint8
         self.states = whole[2 * slots :][: num_slots * STATE_BYTES]  # uint8
+        self.in_device: DeviceSlots | None = None
 
     def pin(self, pin: Callable[[torch.Tensor], Callable[[], object] | None]) -> bool:
         """Have `pin` prepare all of it for a device, and undo that before it is unmapped. Whether it could."""
@@ -104,24 +109,28 @@ def create(row_bytes: int) -> tuple[SharedMemory, int]:
         raise
 
 
-def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
+def accept(description: bytes, descriptors: list[int], device: torch.device | None = None) -> SharedMemory | None:
     """What a shard gave: None where it gave none, or where we have no room for it. Closes the descriptors.
 
-    Raises MemoryRefused.
+    `device`: for whose memory it was asked as well, which a second descriptor is of. Raises MemoryRefused.
     """
     try:
         num_slots, slot_bytes = DESCRIPTION.unpack(description)
         if not num_slots:
             return None
         size = _size(num_slots, slot_bytes)
-        if len(descriptors) != 1 or not slot_bytes or not size <= MAX_BYTES or num_slots > NUM_SLOTS:
+        most = 1 if device is None else 2
+        if not 1 <= len(descriptors) <= most or not slot_bytes or not size <= MAX_BYTES or num_slots > NUM_SLOTS:
             raise MemoryRefused(f"{num_slots} slots of {slot_bytes} bytes, {len(descriptors)} descriptors")
         seals = fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS)
         if seals & _SEALS != _SEALS or os.fstat(descriptors[0]).st_size != size:
             raise MemoryRefused("its memory is not of the size that it says, or not sealed")
         if os.fstatvfs(descriptors[0]).f_bsize != mmap.PAGESIZE:
             raise MemoryRefused("its memory is of huge pages, of which there may be none left when it is touched")
-        return SharedMemory(descriptors[0], num_slots, slot_bytes)
+        memory = SharedMemory(descriptors[0], num_slots, slot_bytes)
+        if device is not None and len(descriptors) == 2:
+            _open_in_device(memory, descriptors[1], device)
+        return memory
     except OSError as error:
         if error.errno in _NO_ROOM:
             logger.warning("rows for a shard on this node are sent, not shared: its memory cannot be mapped: %s", error)
@@ -132,9 +141,17 @@ def accept(description: bytes, descriptors: list[int]) -> SharedMemory | None:
             os.close(descriptor)
 
 
-def receive(channel: socket.socket, count: int, descriptors: list[int]) -> bytes:
-    """At most `count` bytes, and the descriptor that came with them, if one did."""
-    data, ancillary, *_ = channel.recvmsg(count, socket.CMSG_LEN(_DESCRIPTOR_BYTES), socket.MSG_CMSG_CLOEXEC)
+def _open_in_device(memory: SharedMemory, descriptor: int, device: torch.device) -> None:
+    """Slots on the shard's card as well, where they can be used from here."""
+    try:
+        memory.in_device = DeviceSlots.open(descriptor, memory.answers, device)
+    except RuntimeError as error:  # of a device that is gone, too: what is computed there next says so
+        logger.warning("rows for a shard on this node lie in the host's memory, not in its GPU's: %s", str(error))
+
+
+def receive(channel: socket.socket, count: int, descriptors: list[int], *, most: int = 1) -> bytes:
+    """At most `count` bytes, and `most` descriptors that came with them."""
+    data, ancillary, *_ = channel.recvmsg(count, socket.CMSG_LEN(most * _DESCRIPTOR_BYTES), socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.extend(array.array("i", content[: len(content) // _DESCRIPTOR_BYTES * _DESCRIPTOR_BYTES]))

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 class _Nobody:
     """A transport to experts that are elsewhere, who are not asked."""
 
+    takes_device_rows = False
+
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:  # noqa: ARG002
         return ANSWERED
 

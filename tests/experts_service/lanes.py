@@ -27,6 +27,7 @@ NUM_LAYERS, NUM_EXPERTS, HIDDEN = 3, 4, 8
 GROUPS = (ExpertGroup(0, (0, 3)), ExpertGroup(1, (2, 1)))
 HERE, ELSEWHERE = "this node", "another node"
 MEMORY = False  # whether coordinators ask shards on their node for memory to share; tests of both ways set it
+DEVICE: torch.device | None = None  # of whose memory they ask for some as well, and shards have it
 
 
 Run = Callable[[int, Tensor, Sequence[int]], Tensor]  # layer, rows [R, D], counts [E] → answers [R, D]
@@ -108,7 +109,9 @@ class Shards:
         experts = GROUPS[group].experts
         shape = LaneShape(NUM_LAYERS, len(experts), HIDDEN, self.dtype)
         run = in_place(run or maths(experts))
-        server = LaneServer(run, shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1", prepare=prepare)
+        server = LaneServer(
+            run, shape, secret=SECRET, fingerprint=fingerprint, host="127.0.0.1", prepare=prepare, device=DEVICE
+        )
         server.start()
         self.servers[replica_id] = server
         self.publish()
@@ -146,7 +149,13 @@ class Shards:
         of_tiers: Mapping[str, str] | None = None,
     ) -> LaneTransport:
         dialer = LaneDialer(
-            self.address, secret=secret, fingerprint=fingerprint, node_id=HERE, of_tiers=of_tiers, memory=self.memory
+            self.address,
+            secret=secret,
+            fingerprint=fingerprint,
+            node_id=HERE,
+            of_tiers=of_tiers,
+            memory=self.memory,
+            device=DEVICE,
         )
         deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
         transport = LaneTransport(deployments, self.table, dialer, timeout_s=timeout_s)
@@ -169,7 +178,7 @@ def shards(node: str = HERE, dtype: torch.dtype = torch.float32) -> Iterator[Sha
 
 def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, layer: int = 1) -> Tensor:
     """Dispatch `rows` [T, D] to `experts` [T, K] and combine with equal weights."""
-    weights = torch.full(experts.shape, 0.5, dtype=rows.dtype, device=rows.device)
+    weights = torch.full(experts.shape, 0.5, device=rows.device)
     return dispatcher.combine(dispatcher.dispatch(layer, rows, experts), weights)
 
 

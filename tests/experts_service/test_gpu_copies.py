@@ -102,3 +102,35 @@ def test_rows_of_several_coordinators_are_merged_in_pinned_memory_for_a_gpu(monk
     answers = run_as_one(run, 0, frames, for_gpu=for_gpu)
     assert [answer.flatten().tolist() for answer in answers] == [[101, 102, 103], [110, 120, 130]]
     assert [rows is seen[0] for rows in pinned] == [True] * for_gpu
+
+
+@pytest.fixture
+def stream(monkeypatch, counts):
+    """Whoever waits for it is counted."""
+    queue = SimpleNamespace(synchronize=lambda: counts.waits.update(["queue"]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: queue)
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_shard_that_has_rows_and_answers_on_its_gpu_waits_once_and_copies_nothing(shard_on_gpu, counts):
+    """Whoever asked is told when the answer is written, and not when it has been launched."""
+    rows, place = (torch.empty(3, HIDDEN, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    before = counts.copy()
+    assert shard_on_gpu._run(0, rows, (2, 1), place) is place
+    counts -= before
+    assert counts.waits == {"queue": 1}
+    assert (counts.copies_to_device, counts.copies_to_host) == (1, 0), "how many each expert has"
+
+
+@pytest.mark.usefixtures("stream")
+def test_rows_on_a_gpu_are_merged_there_with_others(shard_on_gpu, counts):
+    there, place = (torch.empty(3, HIDDEN, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    here, slot = (torch.empty(3, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
+    before = counts.copy()
+    frames = [(there, (2, 1), place), (here, (1, 2), slot), (here, (1, 2), None)]
+    answers = run_as_one(shard_on_gpu._run, 0, frames, for_gpu=True)
+    counts -= before
+    assert answers[0] is place
+    assert answers[1] is slot
+    assert (answers[2].device.type, answers[2].shape) == ("cpu", here.shape)
+    assert counts.copies_to_host == 2, "of the two that came by the host"

@@ -31,6 +31,8 @@ def choices(num_rows: int, top_k: int, device: str = "cpu") -> tuple[Tensor, Ten
 class _Noted:
     """A transport that keeps what it was to carry, and answers with numbers of its own."""
 
+    takes_device_rows = False
+
     def __init__(self) -> None:
         self.parts: list[GroupRows] = []
 

@@ -32,6 +32,7 @@ class TransportName(StrEnum):
     """How rows travel."""
 
     AUTO = "auto"
+    HOST = "host"  # auto, but for memory of GPUs
     LANE = "lane"
     OBJECT_STORE = "object_store"
     LOCAL = "local"
@@ -151,7 +152,9 @@ def decode(
         typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id; else the embedded demo model."),
     ] = None,
     batch: Annotated[list[int], typer.Option(min=1, help="Sequences in a step; repeat for several.")] = [1, 16],  # noqa: B006
-    transport: Annotated[TransportName, typer.Option(help="How rows reach the experts.")] = TransportName.LOCAL,
+    transport: Annotated[
+        TransportName, typer.Option(help="How rows reach the experts; host: auto without memory of GPUs.")
+    ] = TransportName.LOCAL,
     groups: Annotated[
         int | None, typer.Option(min=1, help="Expert groups. [default: 1 for local, else at most 4]")
     ] = None,

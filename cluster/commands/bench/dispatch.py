@@ -120,6 +120,8 @@ class IdentityShard(ExpertShard):
 class _LocalIdentity:
     """The floor: what dispatcher and copies cost when nothing leaves the process."""
 
+    takes_device_rows = False
+
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:  # noqa: ARG002
         for part in parts:
             part.answer.copy_(rows.index_select(0, torch.from_numpy(part.row_indices)))

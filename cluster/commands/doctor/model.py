@@ -167,6 +167,8 @@ def _experts(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype, *
 class _OnHost:
     """A transport to experts of this process that works on the host, as those to other processes do."""
 
+    takes_device_rows = False
+
     def __init__(self, experts: dict[int, LoadedExperts]) -> None:
         self._here = LocalTransport(experts)
 

@@ -23,6 +23,7 @@ from cluster.planning.placement import (
     gib,
     kv_bytes_per_token,
     kv_dtype,
+    shared_gpu_bytes,
     shared_memory_bytes,
 )
 from cluster.planning.plan import USABLE
@@ -159,10 +160,11 @@ def propose(
         raise ConfigError(f"engine.quantization: {config.path} is quantised already; leave it out")
     memory = machine.node.memory_bytes - (machine.cards + 2) * (SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES)
     memory -= architecture.num_experts * shared_memory_bytes(architecture, dtype)  # a shard for each, at most
+    on_cards = usable - of_coordinator - architecture.num_experts * shared_gpu_bytes(architecture, dtype, 1)  # the same
     by_use = sorted(range(architecture.num_experts), key=lambda expert: -observed.rows[expert] if observed else 0)
     found = [
         (split, look_at(_configured(plain, split), checkpoint, machine, load, lanes, observed, costs))
-        for split in splits(by_use, machine.cards, usable - of_coordinator, memory, held)
+        for split in splits(by_use, machine.cards, on_cards, memory, held)
         if wanted is None or not split.on_cpus or split.cpu_format == wanted
     ]
     if not found:

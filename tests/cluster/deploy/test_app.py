@@ -45,6 +45,7 @@ from cluster.planning.placement import (
     WeightBytes,
     check_fit,
     kv_bytes_per_token,
+    shared_gpu_bytes,
     shared_memory_bytes,
 )
 from cluster.planning.weights import held_weights
@@ -473,6 +474,7 @@ def test_a_coordinator_is_told_of_other_models_on_its_card(tmp_path):
         return {share.coordinators: share.neighbour_bytes for share in found}
 
     shard = 2 * held_weights(checkpoint, "float32", "cuda").expert
+    shard += shared_gpu_bytes(checkpoint.architecture, "float32", 1)
     assert shares() == {1: shard}
     assert shares(beside[0]) == {1: shard, 2: 0}
     together = shares(*beside)

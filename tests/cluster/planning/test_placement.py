@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from cluster.checkpoint.outline import outline
 from cluster.commands.bench.shapes import num_parameters
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.planning.placement import (
+    GPU_GRANULE,
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,
     ExpertGroup,
@@ -31,11 +33,14 @@ from cluster.planning.placement import (
     kv_bytes_per_token,
     kv_dtype,
     plan_groups,
+    shared_gpu_bytes,
     shared_memory_bytes,
     told,
 )
 from cluster.planning.weights import held_weights
-from experts_service.wire.shared_memory import memory_bytes
+from experts_service.device_memory import GRANULE, granules
+from experts_service.shard.server import MAX_MEMORIES
+from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, memory_bytes
 
 GIB = 2**30
 
@@ -170,6 +175,30 @@ def test_memory_that_coordinators_share_with_shards_is_counted(gpus: float) -> N
     processes = 11 * (TORCH_PROCESS_BYTES + SERVICE_PROCESS_BYTES)
     assert fits(held + processes + 3 * 8 * of_pair)
     assert not fits(held + processes + 3 * 8 * of_pair - 1)
+
+
+def test_memory_of_a_shards_gpu_that_coordinators_map_is_counted_on_it() -> None:
+    of_one = shared_gpu_bytes(MIXTRAL_8X7B, "bfloat16", 1)
+    row_bytes = 2 * MIXTRAL_8X7B.hidden_size
+    assert of_one == granules(2 * NUM_SLOTS * ROWS_PER_SLOT * row_bytes)
+    assert GRANULE == GPU_GRANULE
+    assert shared_gpu_bytes(MIXTRAL_8X7B, "bfloat16", 100) == MAX_MEMORIES * of_one
+    groups = plan_groups("auto", 8, num_gpus=8, num_cpus=8)
+    expert = WeightBytes.of(MIXTRAL_8X7B, "bfloat16").expert
+
+    def fits(gpu: int, **changes: Any) -> bool:
+        nodes = [Node("shards", 80 * GIB, (gpu,) * 8), Node("coordinators", 80 * GIB, (80 * GIB,) * 3)]
+        of_gpus: dict[str, Any] = {"gpus_per_shard": 1.0, "gpus_per_coordinator": 1.0, **changes}
+        try:
+            check_fit(MIXTRAL_8X7B, "bfloat16", groups, Room(nodes), kv_tokens=4096, num_coordinators=3, **of_gpus)
+        except DoesNotFit:
+            return False
+        return True
+
+    assert fits(expert + 3 * of_one)
+    assert not fits(expert + 3 * of_one - 1)
+    for without in ({"rows_on_gpus": False}, {"shares_memory": False}):
+        assert fits(expert, **without)
 
 
 def test_on_another_machine_than_its_coordinators_a_shard_shares_no_memory() -> None:

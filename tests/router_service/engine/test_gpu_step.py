@@ -213,6 +213,8 @@ class _Graph:
 class _Elsewhere:
     """A transport whose rows are on the host, and whose answers come back as those of RemoteFlight do."""
 
+    takes_device_rows = False
+
     def send(self, layer: int, rows: torch.Tensor, parts: Sequence[GroupRows]) -> Flight:
         assert rows.is_cpu
         self.answers = parts[0].answers

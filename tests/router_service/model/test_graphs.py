@@ -103,6 +103,8 @@ def recorded(runner, new_graph, max_num_seqs):
 class Elsewhere:
     """A transport to experts that are not the coordinator's: they get rows on the host, and may be away."""
 
+    takes_device_rows = False
+
     def __init__(self, dispatcher):
         self.inner = dispatcher._transport
         self.sent = []  # rows of each dispatch

@@ -68,6 +68,7 @@ def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Tr
             name=settings.transport,
             lane_secret_file=settings.lane_secret_file,
             spread_over_cores=settings.spread_over_cores,
+            device=torch.device("cuda") if plan.config.engine.device == "cuda" and settings.rows_on_gpus else None,
         )
     finally:
         if pool is not None:

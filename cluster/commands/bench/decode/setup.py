@@ -82,7 +82,8 @@ def config_for(
         experts = ExpertsConfig.model_validate(
             {
                 "groups": tuple(group.experts for group in groups),
-                "transport": transport,
+                "transport": "auto" if transport == "host" else transport,
+                "rows_on_gpus": transport != "host",
                 "gpus_per_shard": None if transport == "local" else _gpus_per_shard(len(groups)),
             }
         )
