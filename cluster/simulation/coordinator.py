@@ -33,7 +33,6 @@ from router_service.token_outbox import OutgoingTokens, TokenOutboxes
 
 VOCABULARY = 32_000
 IDLE_S = 0.001  # between two looks at sequences that are held up
-ANSWER_TO_CALL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)

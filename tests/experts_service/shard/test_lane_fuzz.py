@@ -14,6 +14,7 @@ import torch
 
 from experts_service.carriers import exchange_kernels
 from experts_service.kernels import finite
+from experts_service.shard import serve_kernel
 from experts_service.wire.frame import RowsFormat
 from experts_service.wire.handshake import COORDINATOR, hello
 from router_service.dispatcher import Dispatcher
@@ -68,6 +69,7 @@ def test_damaged_frames_harm_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
     finite.load()  # compiled code that this user kept is unpickled, by whoever looks at answers first
     exchange_kernels.load()
+    serve_kernel.load()
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "load", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
