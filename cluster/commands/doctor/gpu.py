@@ -18,7 +18,9 @@ from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable, told
 from cluster.planning.placement import gib
 from experts_service.device import pin, wait_for_queue
+from experts_service.device_memory import NotShared
 from experts_service.kernels.gpu.launch import can_compile
+from experts_service.wire.device_slots import DeviceSlots
 from experts_service.wire.shared_memory import create
 
 LEAST_CAPABILITY = (8, 0)  # the first with bf16
@@ -173,7 +175,21 @@ def shared_rows(device: torch.device) -> Finding:
             return failed("rows came back as others", "experts.transport: lane; and please report it")
     size = shared.requests.nbytes * 2 >> 20
     there_and_back = f"{_ROWS} rows there and back in {1e6 * took_s:.0f} µs"
-    return good(f"{size} MiB pinned in {1e3 * pinned_s:.1f} ms; {there_and_back}")
+    on_card = _on_card(shared.answers, device)
+    return good(f"{size} MiB pinned in {1e3 * pinned_s:.1f} ms; {there_and_back}; {on_card}")
+
+
+def _on_card(answers: torch.Tensor, device: torch.device) -> str:
+    """Whether rows between GPUs lie in memory of the shard's: made, exported, mapped again, and read and written."""
+    try:
+        _made, descriptor = DeviceSlots.create(answers, device)
+        try:
+            DeviceSlots.open(descriptor, answers, device)
+        finally:
+            os.close(descriptor)
+    except NotShared as error:
+        return f"between GPUs they lie there, as the card's own memory is not shared: {error}"
+    return "between GPUs they lie in the card's own memory"
 
 
 def slices() -> Finding:
@@ -232,7 +248,7 @@ def checks(device: torch.device) -> tuple[Check, ...]:
         ),
         Check("compute mode", "Processes that share a card need the mode Default.", modes),
         Check("GPU memory", "Weights, keys and values lie there, budgeted by the card's total.", memory),
-        Check("peers", "Manta sends rows through the host; what reads its neighbour is told for planning.", peers),
+        Check("peers", "Rows between cards that read each other need not come to the host.", peers),
         Check(
             "shared rows",
             "A coordinator and shards on GPUs of one machine exchange rows by memory that both map.",

@@ -297,11 +297,11 @@ def test_more_rows_than_there_are_slots_are_sent(running: Shards) -> None:
 
 
 class ShardProcess:
-    """A shard of group 0 with slots on a GPU, that can be killed."""
+    """A shard with slots on a GPU, that can be killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0, device: str = "device") -> None:
         self.process = subprocess.Popen(
-            program("experts_service.lane_shard", 0, "device"),
+            program("experts_service.lane_shard", group, device),
             cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.path, port = self.line().split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 
 import pytest
@@ -16,7 +17,9 @@ from experts_service.wire.frame import LaneShape
 from experts_service.wire.shared_memory import create
 from router_service.dispatcher import Dispatcher
 from tests.experts_service import lanes
-from tests.experts_service.lanes import FINGERPRINT, GROUPS, NUM_LAYERS, SECRET, maths, shards
+from tests.experts_service.carriers.test_device_slots import ShardProcess
+from tests.experts_service.lanes import FINGERPRINT, GROUPS, NUM_LAYERS, SECRET, Shards, maths, shards
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -87,3 +90,56 @@ def test_a_step_of_experts_on_gpus_has_the_bits_of_their_maths(monkeypatch: pyte
             assert torch.equal(total, terms[:, 0] + terms[:, 1]), num_rows
         assert sent >= 4
         assert all(server.stats().in_memory for server in running.servers.values())
+
+
+def test_slots_on_a_card_have_the_bits_of_those_on_the_host_and_outlive_who_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shards are processes of their own on the coordinator's card. Where that cannot be, it is skipped with the log."""
+    monkeypatch.setattr(lanes, "MEMORY", True)
+    monkeypatch.setattr(lanes, "HIDDEN", 32)
+    batches = [[one.cuda() for one in lanes.batch(rows, torch.bfloat16, rows)] for rows in (1, 40, 500)]
+
+    def ask(remote: Dispatcher, layer: int = 1) -> list[Tensor]:
+        return [lanes.ask(remote, rows, experts, layer) for rows, experts in batches]
+
+    def connected(running: Shards, device: torch.device | None) -> Dispatcher:
+        monkeypatch.setattr(lanes, "DEVICE", device)
+        remote = Dispatcher(GROUPS, running.transport())
+        ask(remote)
+        return remote
+
+    started = [ShardProcess(group, "cuda") for group in (0, 1)]
+    try:
+        with shards(dtype=torch.bfloat16) as running:
+            running.servers = {f"{group}a": shard for group, shard in enumerate(started)}  # type: ignore[misc]
+            running.publish()
+            on_host = ask(connected(running, None))
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+            remote = connected(running, torch.device("cuda"))
+            transport = running.transports[1]
+            if not transport.takes_device_rows:
+                pytest.skip("this driver shares no memory of the card: the log says why")
+            assert all(map(torch.equal, ask(remote), on_host))
+            dispatch = remote.dispatch(2, *batches[2])
+            assert isinstance(dispatch.flight, FastFlight)
+            assert started[0].line() == "computing into memory"
+            os.kill(started[0].process.pid, signal.SIGKILL)
+            started[0].process.wait(10)
+            [attempt] = [one for one in dispatch.flight.attempts if one.part.group == 0]
+            left = bytearray(64)
+            attempt.shared.read(attempt.slot, memoryview(left), in_device=True)
+            assert left == torch.full((32,), 7.0).bfloat16().view(torch.uint8).numpy().tobytes(), "it is still mapped"
+            started.append(ShardProcess(0, "cuda"))
+            running.servers["0a"] = started[-1]  # type: ignore[assignment]
+            dispatch.close()
+            del attempt, dispatch
+            wait_for(lambda: all(map(torch.equal, ask(remote), on_host)), 30, "the shard to be back")
+            transport.close()
+            torch.cuda.empty_cache()
+            wait_for(lambda: torch.cuda.mem_get_info()[0] >= free - 2**26, 30, "the card's memory to be free again")
+        assert torch.equal(torch.ones(4, device="cuda").cpu(), torch.ones(4)), "the device is as it was"
+    finally:
+        for shard in started:
+            shard.close()

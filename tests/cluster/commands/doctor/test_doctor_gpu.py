@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from experts_service.kernels.experts import Experts
 from router_service.attention.metadata import AttentionMetadata
 from router_service.model.decoder import Decoder
 from router_service.sampling.sampler import Sampler
+from tests import fake_driver
 from tests.router_service.model.test_graphs import Recorded, recorded
 
 
@@ -140,6 +142,7 @@ def test_rows_go_through_memory_that_the_driver_pins_or_it_is_said_that_they_do_
     finding = gpu.shared_rows(torch.device("cpu"))
     assert finding.status is Status.GOOD
     assert finding.found.startswith("32 MiB pinned in ")
+    assert "; between GPUs they lie there, as the card's own memory is not shared: the package cuda-b" in finding.found
     assert pinned == [], "and unpinned"
 
     monkeypatch.setattr(gpu, "pin", lambda _: None)
@@ -150,6 +153,16 @@ def test_rows_go_through_memory_that_the_driver_pins_or_it_is_said_that_they_do_
     monkeypatch.setattr(gpu, "wait_for_queue", lambda _: _raise(RuntimeError("CUDA error: unspecified launch failure")))
     with pytest.raises(RuntimeError, match="launch failure"):
         gpu.shared_rows(torch.device("cpu"))
+
+
+def test_it_is_said_that_rows_between_gpus_lie_in_the_cards_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "pin", lambda _: list)
+    driver = fake_driver.FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    assert gpu.shared_rows(torch.device("cpu")).found.endswith("; between GPUs they lie in the card's own memory")
+    driver.damages = True
+    assert gpu.shared_rows(torch.device("cpu")).found.endswith("not shared: bytes that were copied are others")
+    assert fake_driver.mappings() + fake_driver.descriptors() == 0
 
 
 def test_a_slice_of_a_card_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
