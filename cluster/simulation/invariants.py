@@ -28,6 +28,7 @@ STORM_FACTOR = 1.2
 UNLEARNED_S = 5.0  # at most, until a step has learned that an attempt has failed
 HELP_S = 10.0  # after which a decision is made that was due
 DIALS_S = 8.0  # in which one replica is dialled less than MOST_DIALS times
+ROOM = 0.9  # of the target at most, that each of fewer replicas is to carry: else a little more load has them back
 
 
 class Violation(AssertionError):
@@ -205,7 +206,7 @@ class Invariants:
         total = sum(load for load, _ in loads.values())
         if wanted < before:
             self._require(
-                total <= target * wanted + 1e-6 or len(loads) < before,
+                total <= ROOM * target * wanted + 1e-6 or len(loads) < before,
                 f"{name} goes from {before} to {wanted} replicas with a load of {total:.2f}, of {target} each",
             )
             self._loads_at[name] = total

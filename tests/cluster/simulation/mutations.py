@@ -77,5 +77,6 @@ MUTATIONS = [
         "self._references[block] += 2",
     ),
     Mutation("a load is rounded down", scaling_policy, "desired_replicas", "math.ceil(", "math.floor("),
+    Mutation("no slack in scaling", scaling_policy, "desired_replicas", "SLACK * target_load", "target_load"),
     Mutation("suspects are not looked at", coordinator, "look_at_suspects", "if now >= look_at and", "if False and"),
 ]
