@@ -109,9 +109,11 @@ def _slow(application: ApplicationStatus) -> Iterator[Finding]:
     if application.model is None:
         return
     name = application.model[0]
-    if application.stats_error and application.coordinators:
+    running = any(one.name == COORDINATOR and one.running for one in application.deployments)
+    if application.stats_error and running:
         yield Finding(
-            f"A coordinator of {name} does not say how it is: {application.stats_error}.",
+            f"A coordinator of {name} does not say how it is: {application.stats_error}."
+            + ("" if application.coordinators else " Its streams stand still, and new requests wait."),
             "Its machine is overloaded, or it stands still. Serve replaces it if that lasts.",
         )
     waiting = sum(stats.num_requests_waiting for stats in application.coordinators)

@@ -133,3 +133,13 @@ def test_what_is_only_slow_comes_after_what_is_down() -> None:
         "4 requests for mixtral wait: the cache of 1 of 1 coordinators is full.",
         "2 steps of mixtral have ended sequences with an error since its coordinators started.",
     ]
+
+
+def test_the_only_coordinator_that_stands_still_is_told():
+    """After a SIGSTOP clients waited half a minute, and all was well."""
+    silent = cluster(coordinators=(), stats_error="no coordinator answered within 5 s")
+    [finding] = findings(silent)
+    assert finding.wrong == (
+        "A coordinator of mixtral does not say how it is: no coordinator answered within 5 s. "
+        "Its streams stand still, and new requests wait."
+    )
