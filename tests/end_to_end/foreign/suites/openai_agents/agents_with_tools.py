@@ -124,9 +124,16 @@ async def test_an_agent_as_a_tool(model):
 
 
 async def test_twenty_turns_that_stream(model):
-    """Each goes on from all before it; the tool is forced on each, then the model says something."""
-    settings = ModelSettings(tool_choice="population", parallel_tool_calls=False, temperature=0, max_tokens=16)
-    agent = Agent("traveller", instructions="Use the tool.", model=model, model_settings=settings, tools=[population])
+    """Each goes on from all before it, and ends with its tool, as the demo model's talk may not."""
+    settings = ModelSettings(tool_choice="population", parallel_tool_calls=False, temperature=0, max_tokens=200)
+    agent = Agent(
+        "traveller",
+        instructions="Use the tool.",
+        model=model,
+        model_settings=settings,
+        tools=[population],
+        tool_use_behavior="stop_on_first_tool",
+    )
     history, cached = [], 0
     for turn in range(20):
         result = Runner.run_streamed(agent, [*history, {"role": "user", "content": f"Which city, {turn}?"}])
@@ -135,8 +142,8 @@ async def test_twenty_turns_that_stream(model):
         [_], [output] = calls_and_outputs(result)
         assert output.output in (2_100_000, 520_000)
         usage = result.context_wrapper.usage
-        assert usage.requests == 2
+        assert usage.requests == 1
         cached += usage.input_tokens_details.cached_tokens
         history = result.to_input_list()
-    assert len(history) >= 4 * 20
+    assert len(history) >= 3 * 20
     assert cached > usage.input_tokens, "what came before was in the prefix cache"

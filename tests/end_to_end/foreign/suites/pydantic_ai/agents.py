@@ -143,7 +143,7 @@ async def test_an_output_that_is_sent_back(model):
 
 
 async def test_twenty_turns_with_a_tool(model):
-    agent = Agent(model, model_settings=SETTINGS | {"max_tokens": 16}, capabilities=[ToolFirst()])
+    agent = Agent(model, model_settings=SETTINGS | {"max_tokens": 64}, capabilities=[ToolFirst()])
 
     @agent.tool_plain
     def population(city: Literal["Paris", "Lyon"]) -> int:
