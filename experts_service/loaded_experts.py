@@ -54,12 +54,12 @@ def load_experts(
     kernel: Kernel | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> LoadedExperts:
-    """Read these experts' tensors, and only those. `kernel` multiplies where the code is ours.
+    """Read these experts' tensors, and only those. `kernel` multiplies.
 
     Raises CheckpointError.
     """
     if checkpoint.model_impl == "transformers":
-        from experts_service.transformers_backend.experts import TransformersExperts  # takes seconds to import
+        from experts_service.transformers_backend.experts import load  # takes seconds to import
 
-        return TransformersExperts.load(checkpoint, experts, dtype=dtype, device=device, on_bytes=on_bytes)
+        return load(checkpoint, experts, dtype=dtype, device=device, kernel=kernel, on_bytes=on_bytes)
     return Experts.load(checkpoint, experts, dtype=dtype, device=device, kernel=kernel, on_bytes=on_bytes)

@@ -72,7 +72,14 @@ def build_engine(
         from router_service.model.transformers_backend.assembly import transformers_model  # takes seconds to import
 
         decoder, attention, architecture = transformers_model(
-            checkpoint, config, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
+            checkpoint,
+            config,
+            dispatcher,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            kernel=selection.kernel,
+            on_bytes=on_bytes,
         )
     else:
         weights = read_tensors(
@@ -177,7 +184,7 @@ def process_kernels(engine: Engine, selection: Selection, weights: str = "") -> 
         decoder.device,
         attention=attention.name,
         sampling="numba" if AVAILABLE and decoder.device.type == "cpu" else "torch",
-        batch_invariant=not attention.gathers,
+        batch_invariant=isinstance(decoder, Decoder) and not attention.gathers,
         weights=weights,
     )
 

@@ -42,7 +42,7 @@ def families() -> list[str]:
 
 def told() -> dict[str, str]:
     """The rows on the page, by family."""
-    lines = PAGE.read_text().split(MARK)[1].splitlines()
+    lines = PAGE.read_text().split(MARK)[1].splitlines()[3:]  # without the heading
     return {match[1]: line for line in lines if (match := re.match(r"\| `(\w+)` \|", line))}
 
 

@@ -98,13 +98,17 @@ def tiny_config(model_type: str) -> Any:
     tiny = type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
     if _auto(tiny) is not None or _auto(whole) is None:
         return tiny
-    senses = {
-        name: type(part)(**_known(part, SENSES)).to_dict()
-        for name in whole.sub_configs
-        if (part := getattr(whole, name)) is not None and part is not text
-    }
     of_text = next(name for name in whole.sub_configs if getattr(whole, name) is text)
-    return config_class(**senses, **{of_text: tiny.to_dict()}, **NO_IDS)
+    return config_class(**_small_parts(whole, but=of_text), **{of_text: tiny.to_dict()}, **NO_IDS)
+
+
+def _small_parts(config: Any, but: str = "") -> dict[str, Any]:
+    """What a config has beside the text model, and what that has in turn, as small as can be."""
+    return {
+        name: type(part)(**_known(part, SENSES), **_small_parts(part)).to_dict()
+        for name in config.sub_configs
+        if name != but and (part := getattr(config, name)) is not None
+    }
 
 
 def _known(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,14 @@ class Checkpoint:
         snapshot = _SNAPSHOT.search(self.directory.as_posix())
         return None if snapshot is None else snapshot[1]
 
+    def check_head(self) -> None:
+        """Raises CheckpointError where there are no tokens to be had."""
+        if not self.has_head:
+            raise CheckpointError(
+                f"{self.directory} was saved without its output head: it makes embeddings, and there are no tokens to "
+                "compare"
+            )
+
     def coordinator_bytes(self) -> int:
         """What a coordinator reads, without experts."""
         if self.model_impl == "transformers":

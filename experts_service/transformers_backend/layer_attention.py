@@ -31,6 +31,7 @@ class Sight:
 class LayerAttention:
     """What a layer's attention is."""
 
+    num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int

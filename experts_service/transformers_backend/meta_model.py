@@ -48,6 +48,7 @@ class MetaModel:
     head: Any  # from these, as `inputs_embeds`, to logits
     experts: tuple[tuple[str, nn.Module], ...]  # of each layer that has some, in order, by their names in the model
     attention: tuple[LayerAttention, ...]  # by the cache's layers
+    linears: tuple[nn.Linear, ...]  # that do nothing but multiply rows
     directory: Path
 
     @property
@@ -84,7 +85,8 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
     for name, module in experts:
         if module.num_experts != architecture.num_experts:
             raise refuse(f"{name} has {module.num_experts} experts, and config.json says {architecture.num_experts}")
-    return MetaModel(model, text, layers, head, experts, probe(model, text, layers, head, refuse), directory)
+    attention, linears = probe(model, text, layers, head, refuse)
+    return MetaModel(model, text, layers, head, experts, attention, linears, directory)
 
 
 def checked(checkpoint: Checkpoint, max_model_len: int | None) -> Checkpoint:

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -49,8 +52,13 @@ def indexers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith("Indexer")]
 
 
-def probe(model: Any, config: Any, layers: Any, head: Any, refuse: Refuse) -> tuple[LayerAttention, ...]:
-    """What attention is in each layer, by index. Raises CheckpointError, which names what cannot be served."""
+def probe(
+    model: Any, config: Any, layers: Any, head: Any, refuse: Refuse
+) -> tuple[tuple[LayerAttention, ...], tuple[nn.Linear, ...]]:
+    """What attention is in each layer, by index; and the matrices that only multiply rows, which can be packed.
+
+    Raises CheckpointError, which names what cannot be served.
+    """
     _check_caches(model, config, refuse)
     seen = _Seen(refuse)
     for indexer in indexers(model):
@@ -64,8 +72,9 @@ def probe(model: Any, config: Any, layers: Any, head: Any, refuse: Refuse) -> tu
     ids = torch.zeros(1, PROBED, dtype=torch.int64, device="meta")
     positions = torch.arange(PROBED, device="meta")[None]
     AttentionMaskInterface.register(ATTENTION, _tagged_mask)
+    uses = _Uses()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), uses:
             # The mask is not looked at; without one positions would be, and there are none.
             output = layers(
                 input_ids=ids,
@@ -87,7 +96,8 @@ def probe(model: Any, config: Any, layers: Any, head: Any, refuse: Refuse) -> tu
             f"layers {', '.join(map(str, missing[:4]))}{', …' if len(missing) > 4 else ''} have no softmax attention "
             f"whose keys and values could be kept ({', '.join(names)})"
         )
-    return tuple(seen.layers[index] for index in range(max(seen.layers) + 1))
+    linears = [module for module in model.modules() if type(module) is nn.Linear and uses.is_matrix(module.weight)]
+    return tuple(seen.layers[index] for index in range(max(seen.layers) + 1)), tuple(linears)
 
 
 def first_line(error: Exception) -> str:
@@ -98,6 +108,28 @@ def first_line(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines) if lines[0].endswith(":") else lines[0]
+
+
+class _Uses(TorchFunctionMode):
+    """What weights are used for meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_linear: set[int] = set()  # ids of tensors
+        self._of_others: set[int] = set()
+
+    def is_matrix(self, weight: torch.Tensor) -> bool:
+        """Whether rows were multiplied with it, and it was used for nothing else, its dtype being asked included."""
+        return id(weight) in self._of_linear - self._of_others
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        if function is F.linear and len(args) > 1:
+            self._of_linear.add(id(given.pop(1)))
+        self._of_others.update(id(one) for one in tree_leaves(given) if isinstance(one, nn.Parameter))
+        return function(*args, **(kwargs or {}))
 
 
 class _Seen:
@@ -147,6 +179,7 @@ class _Seen:
             )
         scaling = kwargs.get("scaling")
         self.layers[layer] = LayerAttention(
+            num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             key_dim=key.shape[3],
             value_dim=value.shape[3],

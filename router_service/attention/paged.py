@@ -94,9 +94,18 @@ class PagedAttention(AttentionBackend):
     gathers = False
 
     def __init__(
-        self, architecture: Architecture, *, block_size: int, arithmetic: int = BEST, of_codes: bool = False
+        self,
+        architecture: Architecture,
+        *,
+        block_size: int,
+        arithmetic: int = BEST,
+        of_codes: bool = False,
+        scaling: float | None = None,
     ) -> None:
-        """`arithmetic`: how bf16 is multiplied, as in tile.py. `of_codes`: keys and values are kept in 8 bits."""
+        """`arithmetic`: how bf16 is multiplied, as in tile.py. `of_codes`: keys and values are kept in 8 bits.
+
+        `scaling`: of scores; None: 1 / sqrt(head_dim).
+        """
         self.name = "pages in place, numba" + (IN_8_BITS if of_codes else "")
         groups, head_dim = architecture.num_kv_heads, architecture.head_dim
         self.slot_size = head_dim + (SCALE_CODES if of_codes else 0)
@@ -109,7 +118,8 @@ class PagedAttention(AttentionBackend):
         self.groups, self.head_dim, self.block_size = groups, head_dim, block_size
         self.heads = architecture.num_heads // groups  # that share a key-value head
         self.window = architecture.sliding_window or 0
-        scale = np.float32(math.log2(math.e) / math.sqrt(head_dim))  # powers of 2 are taken instead of e
+        of_scores = math.log2(math.e)  # powers of 2 are taken instead of e
+        scale = np.float32(of_scores / math.sqrt(head_dim) if scaling is None else of_scores * scaling)
         self.scale = int(scale.view(np.int32))
         self.arithmetic, self.of_codes = arithmetic, of_codes
 
@@ -227,10 +237,17 @@ class PagedPlan(AttentionPlan):
             value_stride,
         )
 
-    def read(self, layer: int, queries: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
-        """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H]."""
+    def read(
+        self, layer: int, queries: torch.Tensor, kv_cache: KVCache, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of `queries` [T, N, H] over what the cache holds of their own sequences. Returns [T, N, H].
+
+        `sinks` [N]: scores of what has no value, and takes its share all the same.
+        """
         queries, stride = _rows(queries)
         output = torch.empty(queries.shape, dtype=queries.dtype)
+        scaled = None if sinks is None else sinks.float() * math.log2(math.e)
+        sinks_at = 0 if scaled is None else scaled.data_ptr()
         _attender(queries.dtype, self._backend.arithmetic, self._backend.of_codes).run(
             self._num_threads,
             self._fields,
@@ -239,14 +256,15 @@ class PagedPlan(AttentionPlan):
             kv_cache.keys[layer].data_ptr(),
             kv_cache.values[layer].data_ptr(),
             output.data_ptr(),
+            sinks_at,
         )
         if self._num_merged:
-            self.merge(output)
+            self.merge(output, sinks_at)
         return output
 
-    def merge(self, output: torch.Tensor) -> None:
+    def merge(self, output: torch.Tensor, sinks_at: int = 0) -> None:
         """Add up the splits that were done apart."""
-        _MERGE[output.dtype].run(1, self._fields, output.data_ptr())
+        _MERGE[output.dtype].run(1, self._fields, output.data_ptr(), sinks_at)
 
     def chained(
         self,
@@ -300,8 +318,8 @@ class _Chained(ChainedAttention):
         attend = _attender(dtype, self._backend.arithmetic, of_codes)
         return [
             Task(_writer(dtype, of_codes), 1, (fields, *cached, *new), (self,)),
-            Task(attend, 1, (fields, queries.data_ptr(), stride, *cached, output), (self,)),
-            Task(_MERGE[dtype], 1, (fields, output), (self,)),
+            Task(attend, 1, (fields, queries.data_ptr(), stride, *cached, output, 0), (self,)),
+            Task(_MERGE[dtype], 1, (fields, output, 0), (self,)),
         ]
 
 

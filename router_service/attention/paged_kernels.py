@@ -399,15 +399,21 @@ def _fold(
 
 
 @kernel
-def _finish(num_groups: int, num_tokens: int, heads: int, head_dim: int, sums: Numbers, mixed: Numbers, output: Numbers,
-            at: int, stride: int) -> None:  # fmt: skip
-    """Write rows to the output: tokens are `stride` apart there."""
+def _finish(num_groups: int, num_tokens: int, heads: int, head_dim: int, maxima: Numbers, sums: Numbers, mixed: Numbers,
+            sinks_at: int, first_head: int, output: Numbers, at: int, stride: int) -> None:  # fmt: skip
+    """Write rows to the output: tokens are `stride` apart there. Sinks, if there are any, take their share first."""
+    sinks = numbers(sinks_at, np.float32)
     for row in range(num_groups * num_tokens * heads):
-        weight = splat(total(load(sums, row * LANES)))
+        weight, shrink = splat(total(load(sums, row * LANES))), splat(np.float32(1))
         group, token, head = row // (num_tokens * heads), row // heads % num_tokens, row % heads
+        if sinks_at:
+            sink = sinks[first_head + group * heads + head]
+            now = splat(max(maxima[row], sink))
+            shrink = exp2_below(splat(maxima[row]), now)
+            weight = multiply_add(weight, shrink, exp2_below(splat(sink), now))
         into = at + token * stride + (group * heads + head) * head_dim
         for h in range(0, head_dim, LANES):
-            store(output, into + h, divide(load(mixed, row * head_dim + h), weight))
+            store(output, into + h, divide(multiply(load(mixed, row * head_dim + h), shrink), weight))
 
 
 @kernel
@@ -553,8 +559,9 @@ def _attend(task, number, stored, factor, weight) -> None:  # type: ignore[no-un
                         store(partial_mixed, (at + row) * head_dim + h, load(mixed, row * head_dim + h))
         if partial < 0:
             stride = num_groups * heads * head_dim
-            _finish(unit_groups, num_tokens, heads, head_dim, all_sums, all_mixed, output,
-                    first_row * stride + first_group * heads * head_dim, stride)  # fmt: skip
+            first_head = first_group * heads
+            _finish(unit_groups, num_tokens, heads, head_dim, all_maxima, all_sums, all_mixed, task[7], first_head,
+                    output, first_row * stride + first_head * head_dim, stride)  # fmt: skip
     scratch[0] = 0  # it lives until here
 
 
@@ -586,13 +593,15 @@ def _merge(task, number) -> None:  # type: ignore[no-untyped-def]
             at = (units[unit + PARTIAL] + split) * most_rows
             _fold(num_rows, head_dim, partial_maxima, partial_sums, partial_mixed, at, all_maxima, all_sums, all_mixed)
         first_row = query_starts[units[unit + SEQUENCE]] + units[unit + FIRST]
-        _finish(unit_groups, num_tokens, heads, head_dim, all_sums, all_mixed, output,
-                first_row * stride + first_group * heads * head_dim, stride)  # fmt: skip
+        first_head = first_group * heads
+        _finish(unit_groups, num_tokens, heads, head_dim, all_maxima, all_sums, all_mixed, task[3], first_head,
+                output, first_row * stride + first_head * head_dim, stride)  # fmt: skip
     scratch[0] = 0  # it lives until here
 
 
 # Their tasks: the step's fields, then keys and values of a layer and new ones with their strides; queries with their
-# stride, keys and values of the layer and the output; the output.
+# stride, keys and values of the layer, the output and sinks; the output and sinks. Sinks are [N] float32, scores times
+# log2(e), or 0: there are none.
 
 
 @Routine

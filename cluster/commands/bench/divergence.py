@@ -84,6 +84,7 @@ def run(
 ) -> None:
     """Raises MantaError for whatever a user can mend."""
     checkpoint = open_checkpoint(resolve_model(model) if model else DEMO)
+    checkpoint.check_head()
     architecture = checkpoint.architecture
     workload = Workload(num_prompts, prompt_tokens, output_tokens)
     groups = even_groups(architecture, "local", None)

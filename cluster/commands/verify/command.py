@@ -71,6 +71,7 @@ def run(
 ) -> bool:
     """Whether nothing differs. Raises MantaError for what a user can mend."""
     checkpoint = open_checkpoint(resolve_model(model, revision), model_impl)
+    checkpoint.check_head()
     name = compute_dtype(dtype, checkpoint.architecture)
     device = resolve_device(EngineConfig())
     prompts = _prompts(checkpoint)

@@ -4,5 +4,5 @@ One microbatch at a time: the model's code cannot be left while it waits for exp
 one after the other. It does not know how to keep anything but keys and values of softmax attention for a sequence:
 linear attention, state spaces and convolutions over tokens are refused by name before a weight is read. It does not
 know softcapped scores, masks that a model makes itself, pictures or sound, rotary embeddings that change with the
-length of a sequence, quantised weights, captured steps, or kernels of ours: matmuls are torch's.
+length of a sequence, quantised weights or captured steps. Kernels of ours multiply and attend where they can.
 """

@@ -11,11 +11,13 @@ from cluster.checkpoint.architecture import Architecture
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import EngineConfig
 from cluster.errors import ConfigError
+from experts_service.kernels.kernel import Kernel
 from experts_service.transformers_backend.layer_attention import with_cache_of
 from router_service.attention.backend import AttentionBackend
 from router_service.dispatcher import Dispatcher
 from router_service.model.transformers_backend.attention import PagedSdpa
 from router_service.model.transformers_backend.decoder import TransformersDecoder
+from router_service.model.transformers_backend.pages import paged_layers
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ def transformers_model(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    kernel: Kernel,
     on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[TransformersDecoder, AttentionBackend, Architecture]:
     """Loaded; and the architecture with the sizes of the cache as the model's own layers have them.
@@ -39,10 +42,19 @@ def transformers_model(
     if checkpoint.widened:
         logger.info("%s", checkpoint.widening(str(dtype).removeprefix("torch.")))
     decoder = TransformersDecoder(
-        checkpoint, dispatcher, dtype=dtype, device=device, max_model_len=max_model_len, on_bytes=on_bytes
+        checkpoint,
+        dispatcher,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        kernel=kernel,
+        on_bytes=on_bytes,
     )
     architecture = with_cache_of(checkpoint.architecture, decoder.attention)
-    attention = PagedSdpa(
+    in_place = paged_layers(
+        decoder.attention, architecture, block_size=config.block_size, dtype=dtype, device=device, kernel=kernel
+    )
+    attention = in_place or PagedSdpa(
         decoder.attention,
         num_heads=architecture.num_heads,
         has_scores=architecture.has_scores,

@@ -15,6 +15,9 @@ from torch import nn
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.telemetry.layer_times import LayerPass, LayerTimes
+from experts_service.kernels.kernel import Kernel, kernel_for
+from experts_service.kernels.linear import Linear
+from experts_service.memory import give_back_freed
 from experts_service.transformers_backend.loading import load_own
 from experts_service.transformers_backend.meta_model import COUNTS_ROWS, SCALED_BEFORE, build
 from experts_service.transformers_backend.probe import check_rope, indexers
@@ -22,13 +25,14 @@ from router_service.attention.backend import AttentionPlan
 from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model.transformers_backend.attention import Chosen, Index, SdpaPlan
+from router_service.model.transformers_backend.pages import PagedLayersPlan
 
 
 @dataclass(slots=True)
 class _Step:
     """What a forward pass is of."""
 
-    attention: SdpaPlan
+    attention: SdpaPlan | PagedLayersPlan
     kv_cache: KVCache
     routed: list[torch.Tensor] | None
     times: LayerPass | None
@@ -41,8 +45,6 @@ class _Step:
 class TransformersDecoder:
     """One model, bound to the dispatcher that reaches its experts, none if it is dense."""
 
-    kernel = "torch"  # what multiplies
-
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -51,9 +53,13 @@ class TransformersDecoder:
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
+        kernel: Kernel,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        """Raises CheckpointError: what cannot be served, by name, before weights are read."""
+        """Raises CheckpointError: what cannot be served, by name, before weights are read.
+
+        `kernel` multiplies where a layer is nothing but a product, and is ours; torch does the rest.
+        """
         self.architecture = checkpoint.architecture
         self.dispatcher = dispatcher
         self.dtype, self.device = dtype, device
@@ -73,6 +79,12 @@ class TransformersDecoder:
         self._layers, self._head = meta.layers, meta.head
         self._counts_rows = any(type(module).__name__ == COUNTS_ROWS for module in meta.layers.modules())
         load()
+        self.kernel = kernel_for(dtype, device, kernel)  # what multiplies
+        if self.kernel.is_own:
+            for linear in meta.linears:
+                if linear.weight.dtype is dtype:
+                    linear.forward = _Packed(linear, self.kernel)  # type: ignore[method-assign, assignment]
+            give_back_freed()
         # Whoever has an indexer takes a part of a mask for it, which its layers would otherwise not need.
         self._mask = torch.empty(1, 1, 1, 1, device=device) if indexers(self._model) else None
         for indexer in indexers(self._model):
@@ -91,7 +103,7 @@ class TransformersDecoder:
     ) -> Generator[Dispatch, None, torch.Tensor]:
         """Run all layers without yielding. Returns the last hidden states [T, D]; NaN stays NaN."""
         yield from ()
-        assert isinstance(attention, SdpaPlan)
+        assert isinstance(attention, SdpaPlan | PagedLayersPlan)
         with self._of(_Step(attention, kv_cache, routed, self.layer_times.begin())) as step:
             output = self._layers(
                 input_ids=token_ids[None],
@@ -141,11 +153,14 @@ class TransformersDecoder:
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
         plan, kv_cache = self._step.attention, self._step.kv_cache
         plan.write(module.layer_idx, keys, values, kv_cache)
-        return plan.read(module.layer_idx, queries, kv_cache, s_aux, indices)[None], None
+        if isinstance(plan, SdpaPlan):
+            return plan.read(module.layer_idx, queries, kv_cache, s_aux, indices)[None], None
+        return plan.read(module.layer_idx, queries, kv_cache, s_aux)[None], None
 
     def choose(self, layer: int, indexer: Index, *per_token: torch.Tensor) -> Chosen:
         """Which tokens those of the step see, by what an indexer makes of tensors [1, T, …]."""
         assert self._step is not None
+        assert isinstance(self._step.attention, SdpaPlan), "layers with an indexer are not computed in place"
         return self._step.attention.choose(layer, indexer, per_token, self._step.kv_cache)
 
     def ask_experts(
@@ -183,6 +198,22 @@ class _Before:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         """Those of this step: the attention function keeps them."""
         return keys, values
+
+
+class _Packed:
+    """In place of a linear layer's forward: the same product by a kernel of ours. The layer has its weight no more."""
+
+    def __init__(self, linear: nn.Linear, kernel: Kernel) -> None:
+        self._product, self._bias = Linear(linear.weight.detach(), kernel), linear.bias
+        linear.weight = None  # type: ignore[assignment]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` [..., in] → [..., out]."""
+        assert rows.dtype is self._product.dtype, "torch multiplies no others either"
+        product = self._product(rows.flatten(0, -2))
+        if self._bias is not None:
+            product += self._bias
+        return product.view(*rows.shape[:-1], -1)
 
 
 class _Experts(nn.Module):

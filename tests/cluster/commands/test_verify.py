@@ -7,6 +7,7 @@ import pytest
 from cluster.commands.verify.command import run
 from cluster.errors import CheckpointError
 from experts_service.transformers_backend.experts import TransformersExperts
+from tests import families
 from tests.transformers_families import write_family
 
 TOKENS = 8
@@ -62,3 +63,10 @@ def test_what_transformers_cannot_load_is_said(directory, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
     with pytest.raises(CheckpointError, match=r"transformers cannot load .* to compare with: a package is missing"):
         run(directory, None, "auto", "float32", 1, as_json=True)
+
+
+def test_a_model_without_a_head_has_nothing_to_compare(tmp_path):
+    """transformers made up a head of random numbers, and every token was another one."""
+    families.random_model("qwen3", tie_word_embeddings=False).model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"was saved without its output head: it makes embeddings"):
+        run(str(tmp_path), None, "auto", "float32", 1, as_json=True)

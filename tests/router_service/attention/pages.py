@@ -48,8 +48,8 @@ class Tokens:
 
         return Tokens(self.queries, of(self.keys), of(self.values))
 
-    def expected(self, window: int | None, first: int = 0) -> torch.Tensor:
-        """Attention of every position from `first` on in float64, by the formula."""
+    def expected(self, window: int | None, first: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of every position from `first` on in float64, by the formula; `sinks` [N] have no value."""
         length, num_heads, head_dim = self.queries.shape
         times = num_heads // self.keys.shape[1]
         keys, values = (x.double().repeat_interleave(times, dim=1) for x in (self.keys, self.values))
@@ -58,7 +58,10 @@ class Tokens:
         seen = positions[None] <= positions[first:, None]
         if window:
             seen &= positions[None] > positions[first:, None] - window
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : len(self.keys)]
         return torch.einsum("nqk,knh->qnh", weights, values)
 
 
@@ -78,9 +81,10 @@ class Pages:
         dtype: torch.dtype,
         order: torch.Tensor,
         device: torch.device = CPU,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """`order`: the numbers of the blocks as they are handed out."""
-        self.backend, self.block_size = backend, block_size
+        """`order`: the numbers of the blocks as they are handed out. `sinks` [N], for backends that know of them."""
+        self.backend, self.block_size, self.sinks = backend, block_size, sinks
         self.cache = KVCache(2, num_blocks, backend.layout, dtype=dtype, device=device)
         for memory in (self.cache.keys, self.cache.values):
             memory[:, 1:] = nan(memory)
@@ -104,7 +108,11 @@ class Pages:
             torch.cat([getattr(tokens, name)[start:end] for _, tokens, start, end in parts])
             for name in ("queries", "keys", "values")
         )
-        attended = plan.attend(LAYER, queries, keys, values, self.cache)
+        if self.sinks is None:
+            attended = plan.attend(LAYER, queries, keys, values, self.cache)
+        else:
+            plan.write(LAYER, keys, values, self.cache)
+            attended = plan.read(LAYER, queries, self.cache, self.sinks)  # type: ignore[call-arg]
         return list(attended.split([end - start for *_, start, end in parts]))
 
     def release(self, number: int, position: int) -> None:

@@ -125,6 +125,24 @@ def test_it_is_attention(way, heads, head_dim, block_size, window, lengths, thre
 
 
 @in_every_way
+@pytest.mark.parametrize(("length", "threads"), [(40, 1), (SPLIT + 130, 1), (SPLIT + 130, 3)])
+def test_sinks_take_their_share_and_have_no_value(dtype, arithmetic, length, threads):
+    """As gpt-oss's: small ones, and one that leaves next to nothing for others. In one unit of work, and in several."""
+    torch.manual_seed(3)
+    architecture = sized(num_heads=8, num_kv_heads=2, head_dim=32)
+    tokens = Tokens.random(architecture, length, dtype)
+    sinks = torch.tensor([-3.0, 0, 1, 2, 3, 5, 8, 200]).to(dtype)
+    num_blocks = -(-length // 16)
+    backend = paged(architecture, 16, threads, arithmetic)
+    pages = Pages(backend, 16, num_blocks, dtype, torch.arange(1, num_blocks + 1), sinks=sinks)
+    number = pages.new_sequence()
+    got = torch.cat([pages.step([(number, tokens, a, b)])[0] for a, b in ((0, length - 1), (length - 1, length))])
+    rounded = tokens.rounded() if arithmetic == CODES else tokens
+    near = close(dtype, arithmetic)
+    torch.testing.assert_close(got.double(), rounded.expected(None, sinks=sinks), atol=near, rtol=near)
+
+
+@in_every_way
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize(("num_heads", "groups"), [(8, 2), (3, 3)])
 def test_a_token_gets_the_same_bits_in_whatever_chunk_it_came(dtype, arithmetic, window, num_heads, groups):

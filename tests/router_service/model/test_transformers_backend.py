@@ -15,6 +15,9 @@ from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands import serve
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.planning.placement import ExpertGroup, kv_bytes_per_token
+from experts_service.kernels.compiled.jit import AVAILABLE
+from experts_service.kernels.experts import Experts
+from experts_service.kernels.kernel import available
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
 from experts_service.transformers_backend import probe
@@ -108,6 +111,59 @@ def test_weights_of_a_gate_may_be_in_bf16(tmp_path):
         answers = decoder.ask_experts(1, rows, experts, weights)
         expected = model.model.layers[1].mlp.experts(rows, experts, weights)
     torch.testing.assert_close(answers, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "llama4_text", "gpt_oss", "beam", "hy_v4", "gemma4"])
+def test_experts_in_bf16_are_those_of_the_class_whatever_multiplies(tmp_path, family):
+    """SwiGLU is run by kernels of ours whole; of clamps, biases, and what is rounded later, only the products are."""
+    model = write_family(tmp_path, family).bfloat16()
+    [experts, *_] = [module for module in model.modules() if probe.is_experts(module)]
+    loaded = load_experts(open_checkpoint(tmp_path), range(8), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert isinstance(loaded, Experts) == (available()[0].is_own and family in ("glm4_moe", "llama4_text"))
+    counts = [3, 0, 1, 2, 0, 4, 1, 1]
+    rows = 20 * torch.randn(sum(counts), loaded.hidden).bfloat16()  # large enough for clamps
+    answers, expected = loaded(0, rows, counts), by_class(experts, rows, counts)
+    torch.testing.assert_close(answers, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
+
+
+@torch.inference_mode()
+def by_class(experts, rows, counts):
+    """Llama 4's take a row for each expert."""
+    of_rows = torch.repeat_interleave(torch.tensor(counts))
+    if hasattr(experts, "is_transposed"):
+        return experts(rows, of_rows[:, None], rows.new_ones(len(rows), 1))
+    return torch.stack([experts(row.repeat(len(counts), 1))[expert] for row, expert in zip(rows, of_rows, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("family", "in_place"), [("minimax_m2", True), ("gpt_oss", True), ("deepseek_v3", False), ("llama4_text", False)]
+)
+def test_attention_is_computed_in_place_where_layers_are_alike(tmp_path, family, in_place):
+    """Copies of the context in every step made most of what a long one took."""
+    write_family(tmp_path, family)
+    runner = Bench(tmp_path, num_groups=2).engine.model_runner
+    assert runner.attention.gathers == (not (in_place and AVAILABLE))
+
+
+@pytest.mark.skipif(not available()[0].is_own, reason="needs kernels of ours")
+def test_matrices_that_only_multiply_are_packed_and_others_are_not(tmp_path):
+    """The numbers of a head that shares its weight with the embeddings, and of a gate, are still asked for."""
+    config = tiny_config("glm4_moe")
+    config.tie_word_embeddings = True
+    model = random_model(config)
+    model.save_pretrained(tmp_path)
+    decoder = Bench(tmp_path, dtype="bfloat16", num_groups=2).engine.model_runner.decoder
+    assert decoder.kernel.is_own
+    layer = decoder._model.model.layers[1]
+    assert layer.self_attn.q_proj.weight is None
+    assert layer.mlp.shared_experts.down_proj.weight is None
+    assert layer.mlp.gate.weight is not None
+    assert decoder._model.lm_head.weight is not None
+    rows = torch.randn(5, 32).bfloat16()
+    with torch.inference_mode():
+        answers = layer.mlp.shared_experts(rows[None])[0]
+        expected = model.bfloat16().model.layers[1].mlp.shared_experts(rows)
+    torch.testing.assert_close(answers, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
 
 
 class Largest(TorchDispatchMode):

@@ -18,6 +18,7 @@ from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.commands.verify import command as verify
 from cluster.errors import CheckpointError
 from cluster.planning.weights import held_weights
+from experts_service.kernels.kernel import Kernel
 from experts_service.loaded_experts import load_experts
 from experts_service.quantization.microscaled import widen_mxfp4
 from experts_service.weights import read_widened
@@ -50,7 +51,7 @@ def test_every_number_is_what_transformers_makes_of_it(
     """Bit for bit, in the coordinator's layers and in the experts of two shards."""
     write(tmp_path)
     expected = by_transformers(tmp_path, getattr(torch, dtype), monkeypatch).state_dict()
-    bench = Bench(tmp_path, dtype=dtype)
+    bench = Bench(tmp_path, dtype=dtype, kernels="torch")  # which packs nothing
     own = bench.engine.model_runner.decoder._model.state_dict()
     experts_of = sorted(name for name in expected if name not in own)
     assert own
@@ -60,9 +61,16 @@ def test_every_number_is_what_transformers_makes_of_it(
     checkpoint = open_checkpoint(tmp_path)
     for experts in ((0, 1, 2, 3), (7, 5, 4, 6)):
         read: list[int] = []
-        loaded: Any = load_experts(checkpoint, experts, dtype=getattr(torch, dtype), device=CPU, on_bytes=read.append)
+        loaded: Any = load_experts(
+            checkpoint,
+            experts,
+            dtype=getattr(torch, dtype),
+            device=CPU,
+            kernel=Kernel.TORCH,
+            on_bytes=read.append,
+        )
         assert sum(read) == checkpoint.expert_bytes(experts)
-        parts = [part for layer in loaded._layers for _, part in sorted(layer.named_parameters())]
+        parts = [part for layer in loaded._layers for _, part in sorted(layer._module.named_parameters())]
         for name, part in zip(experts_of, parts, strict=True):
             assert part.dtype is getattr(torch, dtype)
             assert torch.equal(part, expected[name][list(experts)]), name
@@ -156,12 +164,12 @@ def test_what_is_held_and_what_is_read_are_counted(
     a = checkpoint.architecture
     held, loaded = (
         held_weights(checkpoint, "bfloat16", "cpu"),
-        load_experts(checkpoint, (3,), dtype=torch.bfloat16, device=CPU),
+        load_experts(checkpoint, (3,), dtype=torch.bfloat16, device=CPU, kernel=Kernel.TORCH),
     )
     layers: Any = loaded._layers  # type: ignore[attr-defined]
-    assert held.expert == sum(part.nbytes for layer in layers for part in layer.parameters())
+    assert held.expert == sum(part.nbytes for layer in layers for part in layer._module.parameters())
     with caplog.at_level(logging.INFO):
-        own = Bench(tmp_path).engine.model_runner.decoder._model
+        own = Bench(tmp_path, kernels="torch").engine.model_runner.decoder._model
     assert abs(held.coordinator - sum(tensor.nbytes for tensor in own.state_dict().values())) < 2 * a.num_experts * 4
     assert f"weights in {checkpoint.widened[0]} are widened to bfloat16 while they are read" in caplog.text
     assert checkpoint.expert_bytes(range(8)) + checkpoint.coordinator_bytes() == sum(

@@ -281,6 +281,7 @@ def _rounds(
 def _opened(directory: Path, model_impl: Literal["auto", "native", "transformers"]) -> Checkpoint:
     """Keys and values being as wide as whoever computes has them."""
     checkpoint = open_checkpoint(directory, model_impl)
+    checkpoint.check_head()
     if checkpoint.model_impl == "native":
         return checkpoint
     from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
