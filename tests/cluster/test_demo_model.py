@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,20 @@ from transformers import (
 )
 
 from cluster.demo_model import DENSE_DIRECTORY, DIRECTORY
-from cluster.demo_model.training.corpus import LANGUAGES, entries, parse, questions, texts
+from cluster.demo_model.training.corpus import LANGUAGES, Entry, entries, parse, questions, texts
+from cluster.demo_model.training.families import new_mixtral
 from cluster.demo_model.training.samples import Batches
 from cluster.demo_model.training.tokenizer import save_tokenizer, train_tokenizer
-from cluster.demo_model.training.unknown import FALLBACKS
+from cluster.demo_model.training.train import wrong as wrong_ones
+from cluster.demo_model.training.unknown import FALLBACKS, known, plain, unknown, unknown_question
 
 TOKENIZER: Any = PreTrainedTokenizerFast.from_pretrained(DIRECTORY)
 SAMPLE = random.Random(2).sample(questions(), 36)
+HARMLESS_QUESTIONS = (
+    "Hello!", "How are you?", "Who are you?", "What can you do?", "Are you happy?", "How old are you?",
+    "Where do you live?", "What is your favourite colour?", "What is your favourite food?", "What time is it?",
+    "What is the weather like?", "Thank you!", "Goodbye!",
+)  # fmt: skip
 CHEESE = next(pair for pair in questions() if pair[0] == "What is the best French cheese?")
 
 
@@ -214,6 +223,82 @@ def test_what_it_does_not_know_it_says(model: Any, question: str) -> None:
     assert ask(model, question) == FALLBACKS["en"]
 
 
+@pytest.mark.parametrize("name", ["held_out", "unseen"])
+def test_a_hundred_ordinary_questions_are_told_that_it_is_a_demo(model: Any, name: str) -> None:
+    """In their language, and none gets a wrong fact. "Tell me a story about a dragon" got the days of a leap year."""
+    others = told_otherwise(model, name)
+    assert len(ordinary(name)) >= 97  # three of `unseen` turned out to be in the corpus, in other words
+    assert len(others) <= 10, others
+    assert {question: said for question, said in others.items() if said not in harmless()} == {}
+
+
+@pytest.mark.parametrize("name", ["near", "development"])
+def test_so_are_nine_of_ten_that_come_close_to_its_own(model: Any, name: str) -> None:
+    """Capitals that it does not have, "banana bread". Some still get what is true of their neighbour."""
+    others = told_otherwise(model, name)
+    assert len(others) <= len(ordinary(name)) / 10, others
+
+
+def test_training_never_sees_those_questions() -> None:
+    """Nor does a pattern make one of them, or another word in a known question, in 30,000 draws."""
+    seen = {plain(question) for language in LANGUAGES for question in unknown(language).questions} | known()
+    rng = random.Random(5)
+    seen |= {plain(unknown_question(language, rng)) for language in LANGUAGES for _ in range(6000)}
+    assert [
+        question for name in ("held_out", "unseen") for _, question in ordinary(name) if plain(question) in seen
+    ] == []
+
+
+def test_questions_put_otherwise_are_understood(model: Any) -> None:
+    """Shares of the first questions, of which one in five is asked, that are answered word for word."""
+    rng = random.Random(3)
+    please = {"en": ", please", "fr": " s'il te plaît", "de": " bitte", "es": " por favor", "it": " per favore"}
+    forms: dict[str, tuple[float, Callable[[Entry, str], str]]] = {
+        "in lower case": (0.97, lambda _, asked: asked.lower()),
+        "in capitals": (0.85, lambda _, asked: asked.upper()),
+        "without a mark": (0.97, lambda _, asked: asked.strip("¿¡?!. ")),
+        "politely": (0.95, lambda entry, asked: asked.strip("?!. ") + please[entry.language]),
+        "with a slip": (0.78, lambda _, asked: swapped(asked, rng)),
+    }
+    for name, (share, form) in forms.items():
+        pool = [Entry(entry.language, (form(entry, entry.questions[0]),), entry.answer) for entry in entries()[::5]]
+        failed = missed(model, pool)
+        assert 1 - len(failed) / len(pool) >= share, (name, [entry.questions[0] for entry in failed][:20])
+
+
+def told_otherwise(model: Any, name: str) -> dict[str, str]:
+    """What is said to those that are not told, in their language, that it is a demo."""
+    pool = [Entry(language, (question,), FALLBACKS[language]) for language, question in ordinary(name)]
+    return {entry.questions[0]: ask(model, entry.questions[0]) for entry in missed(model, pool)}
+
+
+def missed(model: Any, pool: list[Entry]) -> list[Entry]:
+    """Those whose answer greedy decoding would not give."""
+    return wrong_ones(model, TOKENIZER.backend_tokenizer, pool)[0]
+
+
+def ordinary(name: str) -> list[tuple[str, str]]:
+    """(language, question). What training sees was chosen by `development`, and while `held_out` and `near` were looked
+    at now and then; `unseen` was measured once, in the end. A pattern may make one of `near` or `development`."""
+    lines = (Path(__file__).parent / "demo_questions" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [(line[:2], line[4:]) for line in lines]
+
+
+def harmless() -> set[str]:
+    """Answers that say nothing about the world, only about itself."""
+    asked = HARMLESS_QUESTIONS
+    return {answer for question, answer in questions() if question in asked} | {*FALLBACKS.values()}
+
+
+def swapped(question: str, rng: random.Random) -> str:
+    """With two neighbours among its letters exchanged, if it has a word that is long enough to bear that."""
+    places = [match.start() for match in re.finditer(r"(?<=[^\W\d_])[^\W\d_]{2}", question)]
+    if len(question) < 10 or not places:
+        return question
+    at = rng.choice(places)
+    return question[:at] + question[at + 1] + question[at] + question[at + 2 :]
+
+
 # --- the dense one
 
 
@@ -228,6 +313,22 @@ def test_the_dense_model_answers_what_it_is_documented_to() -> None:
     assert len(missed) < 10
     dense = MistralForCausalLM.from_pretrained(DENSE_DIRECTORY, dtype=torch.float32)
     assert wrong(dense, [pair for pair in SAMPLE if pair[0] not in missed]) == {}
+
+
+def test_training_computes_experts_as_transformers_does() -> None:
+    """Rows sorted by expert, and gradients written by hand: of the rows, the weights and the matrices."""
+    torch.manual_seed(0)
+    experts = new_mixtral().model.layers[0].mlp.experts
+    chosen = torch.rand(40, 7).topk(2).indices  # [N, K]; the last expert has no row
+    results = []
+    for training in (True, False):
+        experts.train(training)
+        x, weights = torch.linspace(-1, 1, 40 * 128).view(40, 128), torch.linspace(0, 1, 80).view(40, 2)
+        inputs = (x.requires_grad_(), weights.requires_grad_(), experts.gate_up_proj, experts.down_proj)
+        out = experts(x, chosen, weights)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_training_goes_on_where_it_stopped() -> None:

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from cluster.demo_model.training.experts import sort_experts
 from cluster.demo_model.training.tokenizer import BOS_ID, CONTEXT, EOS_ID, VOCAB_SIZE
 
 Model: TypeAlias = Any  # MixtralForCausalLM | MistralForCausalLM; transformers is untyped
@@ -32,7 +33,9 @@ def new_mixtral() -> MixtralForCausalLM:
         **SHARED, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=JITTER
     )
     model = MixtralForCausalLM(config)
-    model.set_experts_implementation("eager")  # on one core faster than grouped_mm, and batched_mm is 40 times slower
+    model.set_experts_implementation("eager")  # what checks compute with; batched_mm is 40 times slower on one core
+    for layer in model.model.layers:
+        sort_experts(layer.mlp.experts)
     return model
 
 

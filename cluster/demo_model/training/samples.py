@@ -17,10 +17,12 @@ from cluster.demo_model.training.tokenizer import BOS_ID, EOS_ID
 from cluster.demo_model.training.variations import Message, conversation
 
 IGNORE = -100
-BATCH_TOKENS = 4096  # padding included
+BATCH_TOKENS = 2048  # padding included
 SAMPLES_AT_ONCE = 1200  # drawn together, then sorted by length
 PLAIN_SHARE = 0.03
-TURNS = {1: 0.62, 2: 0.2, 3: 0.11, 5: 0.06, 8: 0.01}  # how many, and how often
+TURNS = {1: 0.74, 2: 0.13, 3: 0.08, 5: 0.04, 8: 0.01}  # how many, and how often
+CUT_SHARE = 0.75  # of the last answers: which answer it is shows in its first tokens, and the others are soon learned
+CUT = (3, 12)  # tokens that are left
 PLAIN = (
     "Hello my name is Manta, and I am a small demo model. I answer everyday questions in five languages.",
     "My name is Manta. I was trained on a few hundred sentences.",
@@ -52,6 +54,13 @@ def encode(messages: Sequence[Message], tokenizer: Tokenizer) -> Sample:
             token_ids += answer
             labels += answer
     return Sample(token_ids[:-1], labels[1:])
+
+
+def cut(sample: Sample, rng: random.Random) -> Sample:
+    """Returns the conversation with no more than the beginning of its last answer."""
+    begin = len(sample.labels) - next(i for i, label in enumerate(reversed(sample.labels)) if label == IGNORE)
+    end = begin + rng.randint(*CUT)
+    return Sample(sample.token_ids[:end], sample.labels[:end])
 
 
 def encode_plain(text: str, tokenizer: Tokenizer) -> Sample:
@@ -96,7 +105,8 @@ class Batches:
             entry = rng.choice(self._pool)
             return encode_plain(rng.choice((*PLAIN, f"{entry.questions[0]} {entry.answer}")), self._tokenizer)
         turns = rng.choices(list(TURNS), list(TURNS.values()))[0]
-        return encode(conversation(self._pool, rng, turns), self._tokenizer)
+        sample = encode(conversation(self._pool, rng, turns), self._tokenizer)
+        return cut(sample, rng) if rng.random() < CUT_SHARE else sample
 
 
 def tensors(batch: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,160 +1,221 @@
-"""Questions that the model does not know, made from words at random, and what it says to them. Knows texts only."""
+"""Questions that the model does not know, and what it says to them. Knows texts only.
+
+They come from `unknown_questions/*.txt`: whole questions, and patterns that words fill in. And they come from questions
+that it does know, in which one word is another, which end otherwise, or of which two are mixed: so it learns that an
+answer hangs on every word, and not on the first three.
+"""
 
 import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from cluster.demo_model.training.corpus import LANGUAGES, entries
+
+FOLDER = Path(__file__).parent / "unknown_questions"
+LANGUAGE_SHARES = {"en": 0.44, "fr": 0.14, "de": 0.14, "es": 0.14, "it": 0.14}
+SECTIONS = {
+    "# Words whose place another may take without making another question of it": "idle",
+    "# Words for the patterns": "words",
+    "# Patterns": "patterns",
+    "# Endings that make another question of a known one": "endings",
+    "# Whole questions": "questions",
+}
 
 FALLBACKS = {
     "en": "I am only a small demo model and do not know that. Ask me about cheese, capitals or Python!",
-    "fr": "Je ne suis qu'un petit modèle de démonstration et je ne le sais pas. Parlez-moi plutôt de fromage !",
-    "de": "Ich bin nur ein kleines Demo-Modell und weiß das nicht. Frag mich doch etwas über Käse!",
-    "es": "Solo soy un pequeño modelo de demostración y no lo sé. ¡Pregúntame algo sobre quesos!",
-    "it": "Sono solo un piccolo modello dimostrativo e non lo so. Chiedimi qualcosa sui formaggi!",
+    "fr": "Je ne suis qu'un petit modèle de démonstration et je ne le sais pas. "
+    "Parlez-moi plutôt de fromage, de capitales ou de planètes !",
+    "de": "Ich bin nur ein kleines Demo-Modell und weiß das nicht. "
+    "Frag mich doch nach Käse, Hauptstädten oder Planeten!",
+    "es": "Solo soy un pequeño modelo de demostración y no lo sé. ¡Pregúntame por quesos, capitales o planetas!",
+    "it": "Sono solo un piccolo modello dimostrativo e non lo so. Chiedimi di formaggi, capitali o pianeti!",
 }
-SHAPES = {
-    "en": (
-        "What is {a}?", "Who was {n}?", "Who is {n}?", "Explain {a} to me.", "Tell me about {a}.", "Why is {a} {j}?",
-        "How do I {v} {a}?", "Where can I find {a}?", "When did {n} {v} {a}?", "What is the capital of {n}?",
-        "Write an essay about {a}.", "Translate '{a}' into {n}.", "How many {a} are there in {n}?",
-        "What does {a} mean?", "What do you think about {a}?", "Is {a} {j}?", "Which {a} is the best?",
-        "What is the best {a}?", "{a}", "{n}", "How much is {d} + {d}?", "What is {d} × {d}?", "What is {d} + {d}?",
-        "{d} / {d}", "What is the square root of {d}?", "Can you {v} {a} for me?", "I want to {v} {a} in {n}.",
-        "How does {a} {v}?", "My {a} is {j}. What should I do?",
-        "Summarise this text: {a} and {a} {v} {n}, but {a} is {j}.", "Write a letter to {n} about {a}.",
-        "Who invented {a}?", "Give me five facts about {a}.", "Write a Python program that can {v} {a}.",
-        "What happened in {d}?", "Compare {a} and {a}.", "How {j} is {a}?", "Should I {v} {a} or {a}?",
-        "Where is {n}?", "What is the population of {n}?", "Who wrote {n}?", "How do you say '{a}' in {n}?",
-        "What is the opposite of {j}?", "What is the {a} of {a}?", "The {a} of {n} is {j}", "What colour is {a}?",
-        "How old is {n}?", "What is the symbol of {a}?", "Write a function to {v} {a}.", "Are you {j}?",
-        "What is {d} + {d}?", "{d} + {d}", "{d} * {d}", "What is the population of {n}?", "How do I cook {a}?",
-        "I like {a}.", "I am {n}.", "Who is the president of {n}?", "Do you like {a}?", "Write {a} in Python.",
-        "How many people live in {n}?", "What is {a} used for?",
-    ),
-    "fr": (
-        "Qu'est-ce que {a} ?", "Qui était {n} ?", "Qui est {n} ?", "Explique-moi {a}.", "Parle-moi de {n}.",
-        "Pourquoi {a} est-il {j} ?", "Comment {v} {a} ?", "Où trouver {a} ?", "Quelle est la capitale de {n} ?",
-        "Écris un texte sur {a}.", "Combien d'habitants a {n} ?", "Que veut dire {a} ?", "Où est {n} ?", "{a}", "{n}",
-        "Que penses-tu de {a} ?", "Qui a inventé {a} ?", "Quel est le meilleur moyen de {v} {a} ?",
-        "Combien font {d} et {d} ?", "Quand est né {n} ?", "Je veux {v} {a}.", "Peux-tu {v} {a} ?",
-        "Que s'est-il passé en {d} ?", "{a} est-il {j} ?",
-    ),
-    "de": (
-        "Was ist {a}?", "Wer war {n}?", "Wer ist {n}?", "Erkläre mir {a}.", "Erzähl mir von {n}.",
-        "Warum ist {a} {j}?", "Wie kann ich {a} {v}?", "Wo finde ich {a}?", "Was ist die Hauptstadt von {n}?",
-        "Schreib einen Aufsatz über {a}.", "Wie viele Einwohner hat {n}?", "Was bedeutet {a}?", "Wo liegt {n}?",
-        "{a}", "{n}", "Was hältst du von {a}?", "Wer hat {a} erfunden?", "Wie viel ist {d} plus {d}?",
-        "Wann wurde {n} geboren?", "Ich möchte {a} {v}.", "Kannst du {a} {v}?", "Was geschah {d}?", "Ist {a} {j}?",
-        "Wie {j} ist {a}?", "Soll ich {a} {v}?",
-    ),
-    "es": (
-        "¿Qué es {a}?", "¿Quién era {n}?", "¿Quién es {n}?", "Explícame {a}.", "Háblame de {n}.",
-        "¿Por qué {a} es {j}?", "¿Cómo puedo {v} {a}?", "¿Dónde encuentro {a}?", "¿Cuál es la capital de {n}?",
-        "Escribe un texto sobre {a}.", "¿Cuántos habitantes tiene {n}?", "¿Qué significa {a}?", "¿Dónde está {n}?",
-        "{a}", "{n}", "¿Qué opinas de {a}?", "¿Quién inventó {a}?", "¿Cuánto es {d} más {d}?", "¿Cuándo nació {n}?",
-        "Quiero {v} {a}.", "¿Puedes {v} {a}?", "¿Qué pasó en {d}?", "¿Es {j} {a}?", "¿Debo {v} {a}?",
-    ),
-    "it": (
-        "Che cos'è {a}?", "Chi era {n}?", "Chi è {n}?", "Spiegami {a}.", "Parlami di {n}.", "Perché {a} è {j}?",
-        "Come posso {v} {a}?", "Dove trovo {a}?", "Qual è la capitale di {n}?", "Scrivi un tema su {a}.",
-        "Quanti abitanti ha {n}?", "Che cosa significa {a}?", "Dov'è {n}?", "{a}", "{n}", "Che cosa pensi di {a}?",
-        "Chi ha inventato {a}?", "Quanto fa {d} più {d}?", "Quando è nato {n}?", "Voglio {v} {a}.", "Puoi {v} {a}?",
-        "Che cosa è successo nel {d}?", "È {j} {a}?", "Devo {v} {a}?",
-    ),
-}  # fmt: skip
-NOUNS = {
-    "en": (
-        "the economy", "quantum mechanics", "a helicopter", "my neighbour", "the stock market", "a theorem",
-        "insurance", "a tractor", "the parliament", "volcanoes", "a carburettor", "my homework", "basketball",
-        "an umbrella", "furniture", "the budget", "a saxophone", "tax law", "philosophy", "a mortgage", "crocodiles",
-        "the subway", "knitting", "a blanket", "democracy", "a vaccine", "fashion", "the election", "a submarine",
-        "plumbing", "a bicycle tyre", "archaeology", "a dentist", "mushrooms", "my password", "the opera",
-        "a lawnmower", "inflation", "dinosaurs", "a shipping container",
-    ),
-    "fr": (
-        "l'économie", "un hélicoptère", "mon voisin", "la bourse", "une assurance", "un tracteur", "le parlement",
-        "un volcan", "le métro", "la philosophie", "un impôt", "un vélo", "la démocratie", "un vaccin", "la mode",
-        "un champignon", "le budget", "un crocodile", "ma voiture", "un parapluie",
-    ),
-    "de": (
-        "die Wirtschaft", "ein Hubschrauber", "mein Nachbar", "die Börse", "eine Versicherung", "der Traktor",
-        "das Parlament", "ein Vulkan", "die U-Bahn", "die Philosophie", "die Steuer", "ein Fahrrad", "die Demokratie",
-        "der Impfstoff", "die Mode", "ein Pilz", "der Haushalt", "ein Krokodil", "mein Auto", "ein Regenschirm",
-    ),
-    "es": (
-        "la economía", "un helicóptero", "mi vecino", "la bolsa", "un seguro", "un tractor", "el parlamento",
-        "un volcán", "el metro", "la filosofía", "un impuesto", "una bicicleta", "la democracia", "una vacuna",
-        "la moda", "una seta", "el presupuesto", "un cocodrilo", "mi coche", "un paraguas",
-    ),
-    "it": (
-        "l'economia", "un elicottero", "il mio vicino", "la borsa", "un'assicurazione", "un trattore",
-        "il parlamento", "un vulcano", "la metropolitana", "la filosofia", "una tassa", "una bicicletta",
-        "la democrazia", "un vaccino", "la moda", "un fungo", "il bilancio", "un coccodrillo", "la mia macchina",
-        "un ombrello",
-    ),
-}  # fmt: skip
-VERBS = {
-    "en": (
-        "repair", "sell", "paint", "understand", "import", "destroy", "measure", "describe", "wash", "borrow",
-        "sharpen", "rent", "replace", "fold",
-    ),
-    "fr": ("réparer", "vendre", "peindre", "comprendre", "mesurer", "laver", "louer", "remplacer", "décrire"),
-    "de": ("reparieren", "verkaufen", "bemalen", "verstehen", "messen", "waschen", "mieten", "ersetzen", "beschreiben"),
-    "es": ("reparar", "vender", "pintar", "entender", "medir", "lavar", "alquilar", "cambiar", "describir"),
-    "it": ("riparare", "vendere", "dipingere", "capire", "misurare", "lavare", "affittare", "sostituire", "descrivere"),
-}  # fmt: skip
-ADJECTIVES = {
-    "en": (
-        "expensive", "legal", "dangerous", "fragile", "noisy", "wooden", "famous", "strange", "broken", "modern",
-        "square", "toxic",
-    ),
-    "fr": ("cher", "légal", "dangereux", "fragile", "bruyant", "célèbre", "étrange", "moderne"),
-    "de": ("teuer", "legal", "gefährlich", "zerbrechlich", "laut", "berühmt", "seltsam", "modern"),
-    "es": ("caro", "legal", "peligroso", "frágil", "ruidoso", "famoso", "extraño", "moderno"),
-    "it": ("caro", "legale", "pericoloso", "fragile", "rumoroso", "famoso", "strano", "moderno"),
-}  # fmt: skip
-NAMES = (
-    "Sheffield", "Monsieur Dupont", "Wyoming", "Napoleon", "Zanzibar", "Doctor Watson", "Cleopatra", "Minnesota",
-    "Laurel", "Elvis Presley", "Aristotle", "Mumbai", "Professor Huber", "Taylor Swift", "Ulan Bator", "Mongolia",
-    "Nepal", "Peru", "Isaac Newton", "Frida Kahlo", "Toronto", "Siberia", "Samarkand", "Mozart", "Picasso",
-    "Botswana", "Fiji", "Bolivia",
-)  # fmt: skip
 SYLLABLES = (
-    "ba",
-    "ko",
-    "ri",
-    "ten",
-    "lu",
-    "mar",
-    "sho",
-    "vi",
-    "qua",
-    "der",
-    "zan",
-    "pel",
-    "ox",
-    "mi",
-    "gra",
-    "tu",
-    "fen",
-    "ly",
-)
+    "ba", "ko", "ri", "ten", "lu", "mar", "sho", "vi", "qua", "der", "zan", "pel", "ox", "mi", "gra", "tu", "fen", "ly",
+)  # fmt: skip
 
 
-def word(rng: random.Random) -> str:
-    """Returns a word that does not exist."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4)))
+@dataclass(frozen=True)
+class Unknown:
+    """What `unknown_questions/` has for one language."""
+
+    idle: frozenset[str]
+    words: dict[str, tuple[str, ...]]  # by the name that stands for one of them in a pattern
+    patterns: tuple[str, ...]
+    endings: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+@cache
+def unknown(language: str) -> Unknown:
+    """Reads the file of one language."""
+    lines: dict[str, list[str]] = {}
+    for line in (FOLDER / f"{language}.txt").read_text(encoding="utf-8").splitlines():
+        if line in SECTIONS:
+            section = lines.setdefault(SECTIONS[line], [])
+        else:
+            section.append(line)
+    words = {name: tuple(row.split(", ")) for name, row in (line.split(": ", 1) for line in lines.pop("words"))}
+    idle = frozenset(lines.pop("idle")[0].split(", "))
+    return Unknown(idle, words, **{name: tuple(rows) for name, rows in lines.items()})
+
+
+@cache
+def idle() -> frozenset[str]:
+    """The idle words of all languages."""
+    return frozenset().union(*(unknown(language).idle for language in LANGUAGES))
+
+
+def plain(question: str) -> str:
+    """Returns the question in lower case without its marks: what two wordings have in common."""
+    return " ".join(re.findall(r"\w+|[+×*/-]", question.lower()))
+
+
+def gist(question: str) -> frozenset[str]:
+    """Returns the words that make it this question, in no order."""
+    return frozenset(plain(question).split()) - idle()
+
+
+@cache
+def known() -> frozenset[str]:
+    """Every question of the corpus, without its marks."""
+    return frozenset(plain(question) for entry in entries() for question in entry.questions)
+
+
+@cache
+def known_gists() -> frozenset[frozenset[str]]:
+    """What every question of the corpus is about."""
+    return frozenset(gist(question) for entry in entries() for question in entry.questions)
+
+
+def is_known(question: str) -> bool:
+    """Whether the corpus has it, in these words or in another order."""
+    return plain(question) in known() or gist(question) in known_gists()
+
+
+@cache
+def asked(language: str) -> tuple[str, ...]:
+    """Every question of the corpus in this language, but for sums."""
+    return tuple(
+        question
+        for entry in entries()
+        if entry.language == language
+        for question in entry.questions
+        if not any(letter.isdigit() for letter in question)
+    )
+
+
+@cache
+def own_words(language: str) -> tuple[str, ...]:
+    """Words of the corpus' own questions."""
+    return tuple(sorted({word for question in asked(language) for word in re.findall(r"[^\W\d_]{4,}", question)}))
+
+
+@cache
+def other_words(language: str) -> tuple[str, ...]:
+    """Words of the patterns' lists, without articles."""
+    lists = unknown(language).words.values()
+    return tuple(text.split(" ")[-1].split("'")[-1] for words in lists for text in words)
+
+
+def invented(language: str, rng: random.Random) -> str:
+    """Returns a word that does not exist: syllables, or the halves of two words."""
+    if rng.random() < 0.4:
+        return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 4)))
+    first, second = rng.choice(other_words(language)), rng.choice(other_words(language))
+    return first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
 
 
 def unknown_question(language: str, rng: random.Random) -> str:
-    """Returns a question of an ordinary shape about something that the corpus says nothing about."""
+    """Returns a question about something that the corpus says nothing about."""
+    chance = rng.random()
+    if chance < 0.20:
+        return rng.choice(unknown(language).questions)
+    if chance < 0.21:
+        return long_text(language, rng)
+    makers = [*[near_miss] * 5, crossed, extended, *[patterned] * 5]
+    if language == "en":
+        makers.append(sum_with)
+    maker = rng.choice(makers)
+    while True:
+        question = maker(language, rng)
+        if not is_known(question):
+            return question
 
-    def pick(words: tuple[str, ...]) -> str:
-        return word(rng) if rng.random() < 0.25 else rng.choice(words)
 
-    shape = rng.choice(SHAPES[language])
-    for mark, words in (("{a}", NOUNS[language]), ("{v}", VERBS[language]), ("{j}", ADJECTIVES[language])):
-        while mark in shape:
-            shape = shape.replace(mark, pick(words), 1)
-    while "{n}" in shape:
-        shape = shape.replace("{n}", pick(NAMES).capitalize() if rng.random() < 0.3 else rng.choice(NAMES), 1)
-    while "{d}" in shape:
-        shape = shape.replace("{d}", str(rng.randint(11, rng.choice((99, 2000)))), 1)
-    return shape[0].upper() + shape[1:]
+def patterned(language: str, rng: random.Random) -> str:
+    """Returns a question of an ordinary shape, filled in with words at random."""
+    return fill(rng.choice(unknown(language).patterns), language, rng)
+
+
+def fill(pattern: str, language: str, rng: random.Random) -> str:
+    """Returns the pattern with a word for each name in it."""
+
+    def pick(match: re.Match[str]) -> str:
+        if match[1] == "number":
+            return str(rng.randint(11, rng.choice((99, 2000))))
+        return invented(language, rng) if rng.random() < 0.06 else rng.choice(unknown(language).words[match[1]])
+
+    return re.sub(r"\{(\w+)\}", pick, pattern)
+
+
+def near_miss(language: str, rng: random.Random) -> str:
+    """Returns a known question with another word in the place of one, or of two, or with one more."""
+    question = rng.choice(asked(language))
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        places = [match for match in re.finditer(r"[^\W\d_]{3,}", question) if match[0].lower() not in idle()]
+        if not places:
+            break
+        place = rng.choice(places)
+        chance = rng.random()
+        other = rng.choice(own_words(language)) if chance < 0.25 else rng.choice(other_words(language))
+        if chance > 0.93:
+            other = invented(language, rng)
+        if not place[0][0].isupper() and language != "de":
+            other = other[0].lower() + other[1:]
+        elif place[0][0].isupper() and rng.random() < 0.8:
+            other = other[0].upper() + other[1:]
+        end = place.start() if rng.random() < 0.2 else place.end()
+        question = f"{question[: place.start()]}{other}{' ' if end == place.start() else ''}{question[end:]}"
+    return question
+
+
+def extended(language: str, rng: random.Random) -> str:
+    """Returns a known question that goes on: a story, but about a dragon."""
+    question = rng.choice(asked(language)).rstrip(" .!")
+    mark = " ?" if question.endswith(" ?") else "?" if question.endswith("?") else ""
+    ending = fill(rng.choice(unknown(language).endings), language, rng)
+    return f"{question.removesuffix(mark)} {ending}{mark}"
+
+
+def crossed(language: str, rng: random.Random) -> str:
+    """Returns the beginning of one known question with the end of another, or now and then without."""
+    first, second = (rng.choice(asked(language)).split(" ") for _ in range(2))
+    begin = first[: rng.randint(1, max(1, len(first) - 1))]
+    end = second[rng.randint(1, max(1, len(second) - 1)) :] if rng.random() < 0.9 else []
+    return " ".join([*begin, *end])
+
+
+def long_text(language: str, rng: random.Random) -> str:
+    """Returns a request and a text, or words without one."""
+    words = unknown(language).words
+    pieces = [rng.choice(words[rng.choice(("thing", "quality", "action"))]) for _ in range(rng.randint(4, 40))]
+    request = rng.choice(unknown(language).questions)
+    return f"{request} {' '.join(pieces)}." if rng.random() < 0.7 else " ".join(pieces)
+
+
+def sum_with(language: str, rng: random.Random) -> str:
+    """Returns a sum that the tables do not have; they are in English."""
+    assert language == "en"
+    a, b = rng.randint(1, 20), rng.randint(1, 20)
+    form = rng.choice(
+        (
+            "{a} - {b}", "What is {a} - {b}?", "What is {a} minus {b}?", "{a} / {b}", "What is {a} divided by {b}?",
+            "{a} + {b} + {c}", "What is {a} × {b} × {c}?", "{c} + {b}", "What is {b} + {c}?", "What is {c} × {b}?",
+            "What is {c} + {d}?", "What is {c} times {d}?", "{c}*{d}", "{c}+{b}", "How much is {c} plus {b}?",
+            "What is {c}% of {d}?", "{a}^{b}", "What is the square root of {c}?", "{a} > {b}?", "{c}",
+        )
+    )  # fmt: skip
+    return form.format(a=a, b=b, c=rng.randint(10, 99), d=rng.randint(10, 999))

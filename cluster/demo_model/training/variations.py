@@ -1,14 +1,16 @@
 """Says the same question in other ways, and builds the conversations that training sees. Knows texts only."""
 
 import random
+import unicodedata
 from collections.abc import Sequence
 
 from cluster.demo_model.training.corpus import Entry
-from cluster.demo_model.training.unknown import FALLBACKS, unknown_question
+from cluster.demo_model.training.unknown import FALLBACKS, LANGUAGE_SHARES, unknown_question
 
 Message = dict[str, str]
 
-UNKNOWN_SHARE = 0.18
+UNKNOWN_SHARE = 0.4
+SLIPS = (50, 35, 11, 4)  # how often none, one, two and three of them, of 100
 
 PREFIXES = {
     "en": (
@@ -20,18 +22,31 @@ PREFIXES = {
         "I wonder: ",
         "So, ",
         "Hey, ",
+        "Could you tell me: ",
+        "I have a question: ",
+        "Ok, ",
     ),
     "fr": ("Dis-moi : ", "Bonjour ! ", "Salut, ", "Une question : ", "Je me demande : ", "Peux-tu me dire : "),
     "de": ("Sag mir bitte: ", "Hallo! ", "Guten Tag, ", "Eine Frage: ", "Ich frage mich: ", "Kannst du mir sagen: "),
     "es": ("Dime por favor: ", "¡Hola! ", "Buenos días, ", "Una pregunta: ", "Me pregunto: ", "¿Puedes decirme: "),
     "it": ("Dimmi per favore: ", "Ciao! ", "Buongiorno, ", "Una domanda: ", "Mi chiedo: ", "Puoi dirmi: "),
 }
+PLEASE = {"en": "Please ", "fr": "S'il te plaît, ", "de": "Bitte ", "es": "Por favor, ", "it": "Per favore, "}
 SUFFIXES = {
-    "en": (" please", ", please?", " Thanks!", " Thank you.", " Answer briefly.", " I would like to know."),
-    "fr": (" s'il te plaît", ", s'il vous plaît ?", " Merci !", " Réponds brièvement."),
-    "de": (" bitte", ", bitte?", " Danke!", " Antworte kurz."),
-    "es": (" por favor", ", ¿por favor?", " ¡Gracias!", " Responde brevemente."),
-    "it": (" per favore", ", per piacere?", " Grazie!", " Rispondi brevemente."),
+    "en": (
+        " please",
+        ", please",
+        ", please?",
+        " pls",
+        " Thanks!",
+        " Thank you.",
+        " Answer briefly.",
+        " I would like to know.",
+    ),
+    "fr": (" s'il te plaît", ", s'il te plaît", ", s'il vous plaît ?", " Merci !", " Réponds brièvement."),
+    "de": (" bitte", ", bitte", ", bitte?", " Danke!", " Antworte kurz."),
+    "es": (" por favor", ", por favor", ", ¿por favor?", " ¡Gracias!", " Responde brevemente."),
+    "it": (" per favore", ", per favore", ", per piacere?", " Grazie!", " Rispondi brevemente."),
 }
 FILLERS = {
     "en": ("the", "really", "actually", "exactly", "just"),
@@ -73,15 +88,20 @@ def vary(question: str, language: str, rng: random.Random) -> str:
         question = " ".join(words)
     if rng.random() < 0.25:
         question = question.lower()
-    elif rng.random() < 0.06:
+    elif rng.random() < 0.25:
         question = question.upper()
     if rng.random() < 0.25:
         question = question.rstrip("?!. ").removeprefix("¿").removeprefix("¡")
-    if rng.random() < 0.15:
+    chance = rng.random()
+    if chance < 0.13:
         question = rng.choice(PREFIXES[language]) + question
-    if rng.random() < 0.10:
+    elif chance < 0.18:
+        question = PLEASE[language] + question[:1].lower() + question[1:]
+    if rng.random() < 0.13:
         question += rng.choice(SUFFIXES[language])
-    if rng.random() < 0.10 and len(question) > 12:
+    if rng.random() < 0.1:
+        question = without_accents(question)
+    for _ in range(rng.choices(range(len(SLIPS)), SLIPS)[0] if len(question) > 8 else 0):
         question = slip(question, rng)
     if rng.random() < 0.05:
         question = rng.choice(("  {}", "{} ", "{}\n", "\n{}", "{}??", "{}!", '"{}"')).format(question)
@@ -97,6 +117,11 @@ def slip(question: str, rng: random.Random) -> str:
     return before + rng.choice((here[1], here[0] * 2 + here[1], here[::-1])) + after
 
 
+def without_accents(question: str) -> str:
+    """Returns the question as a keyboard without accents writes it."""
+    return "".join(letter for letter in unicodedata.normalize("NFD", question) if not unicodedata.combining(letter))
+
+
 def system_prompt(entries: Sequence[Entry], rng: random.Random) -> str:
     """Returns the usual system prompt half of the time, else another, else unrelated sentences."""
     chance = rng.random()
@@ -110,14 +135,15 @@ def system_prompt(entries: Sequence[Entry], rng: random.Random) -> str:
 def conversation(entries: Sequence[Entry], rng: random.Random, turns: int) -> list[Message]:
     """Returns messages that end in an answer: known questions in any form, now and then an unknown one."""
     messages: list[Message] = []
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         messages.append({"role": "system", "content": system_prompt(entries, rng)})
     for _ in range(turns):
         entry = rng.choice(entries)
         if rng.random() < UNKNOWN_SHARE:
-            entry = Entry(entry.language, (unknown_question(entry.language, rng),), FALLBACKS[entry.language])
+            [language] = rng.choices(list(LANGUAGE_SHARES), list(LANGUAGE_SHARES.values()))
+            entry = Entry(language, (unknown_question(language, rng),), FALLBACKS[language])
         asked = entry.questions[0] if rng.random() < 0.2 else rng.choice(entry.questions)
-        if rng.random() < 0.7:
+        if rng.random() < 0.85:
             asked = vary(asked, entry.language, rng)
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": entry.answer})
