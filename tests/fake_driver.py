@@ -54,7 +54,10 @@ class FakeDriver:
         self.refuses = refuses or {}
         self.copies = 0  # to slots and from them
         self.damages = False  # what is copied into memory arrives otherwise
+        self.refuses_access_to_imports = False
         self.accessible: set[int] = set()  # addresses that copies may use
+        self._imported_handles: set[int] = set()
+        self._imported: set[int] = set()  # addresses
 
     def __getattribute__(self, name: str) -> Any:
         refuses = {} if name.startswith("_") else object.__getattribute__(self, "__dict__").get("refuses", {})
@@ -78,6 +81,7 @@ class FakeDriver:
         return CUresult.CUDA_SUCCESS, descriptor
 
     def cuMemRelease(self, handle: int) -> tuple[CUresult]:
+        self._imported_handles.discard(handle)
         os.close(handle)
         return (CUresult.CUDA_SUCCESS,)
 
@@ -89,7 +93,9 @@ class FakeDriver:
         assert kind == 1
         if NAME not in os.readlink(f"/proc/self/fd/{descriptor}"):
             return CUresult.CUDA_ERROR_INVALID_VALUE, None
-        return CUresult.CUDA_SUCCESS, os.dup(descriptor)
+        handle = os.dup(descriptor)
+        self._imported_handles.add(handle)
+        return CUresult.CUDA_SUCCESS, handle
 
     def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[CUresult, int]:
         assert alignment == address == flags == 0
@@ -102,16 +108,20 @@ class FakeDriver:
             return (CUresult.CUDA_ERROR_INVALID_VALUE,)
         rights = mmap.PROT_READ | mmap.PROT_WRITE
         assert _libc.mmap(address, size, rights, mmap.MAP_SHARED | _FIXED, handle, 0) == address
+        (self._imported.add if handle in self._imported_handles else self._imported.discard)(address)
         return (CUresult.CUDA_SUCCESS,)
 
     def cuMemSetAccess(self, address: int, size: int, access: list[Any], count: int) -> tuple[CUresult]:
         assert len(access) == count == 1
         assert (access[0].location.type, access[0].location.id, access[0].flags) == (1, 0, 3)
+        if self.refuses_access_to_imports and address in self._imported:
+            return (CUresult.CUDA_ERROR_INVALID_DEVICE,)
         self.accessible.add(address)
         return (CUresult.CUDA_SUCCESS,)
 
     def cuMemUnmap(self, address: int, size: int) -> tuple[CUresult]:
         self.accessible.discard(address)
+        self._imported.discard(address)
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED
         assert _libc.mmap(address, size, _NONE, anonymous, -1, 0) == address
         return (CUresult.CUDA_SUCCESS,)

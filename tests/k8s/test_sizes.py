@@ -117,7 +117,7 @@ def test_a_model_without_tiers_beside_one_with_them_finds_its_own_kind() -> None
 def test_a_gpu_that_is_too_small_for_a_tier_is_refused() -> None:
     tiers = [{"groups": [0], "device": "cuda", "gpus_per_shard": 0.9}, {"device": "cpu", "quantization": "int8"}]
     document = tiered(groups=[[0, 1, 2], [3, 4, 5, 6, 7]], tiers=tiers)
-    with pytest.raises(DoesNotFit, match=r"'mixtral' on L4 GPUs: expert group 0 needs 0\.9 GPU with 31\.50 GiB free"):
+    with pytest.raises(DoesNotFit, match=r"'mixtral' on L4 GPUs: expert group 0 needs 0\.9 GPU with 31\.53 GiB free"):
         manifests(parse_config(document))
     document["models"][0]["engine"] |= {"device": "cpu"}  # the coordinator is not there, the shard is
     with pytest.raises(DoesNotFit, match=r"expert group 0 needs 0\.9 GPU"):

@@ -17,6 +17,7 @@ from cluster.demo_model import DIRECTORY
 from cluster.deploy.serve_config import build_gateway, build_model, serve_config
 from cluster.errors import CheckpointError, ConfigError
 
+FINGERPRINT = open_checkpoint(DIRECTORY).fingerprint
 GROUPS = [[0, 1], [2, 3], [4, 5], [6, 7]]
 DEMO: dict[str, Any] = {"name": "demo", "path": "demo", "engine": {"device": "cpu"}, "experts": {"groups": GROUPS}}
 
@@ -32,16 +33,13 @@ def applications(config: MantaConfig) -> dict[str, ServeApplicationSchema]:
 
 def test_one_application_has_a_route_and_every_model_version_one_of_its_own() -> None:
     found = applications(config(DEMO, {"name": "a/dense", "path": "demo-dense", "engine": {"device": "cpu"}}))
-    fingerprint = open_checkpoint(DIRECTORY).fingerprint
-    assert {name: application.route_prefix for name, application in found.items()} == {
-        "gateway": "/",
-        f"demo-{fingerprint[:8]}": None,
-        "a-dense-1c6b137d": None,
-    }
-    assert [one.name for one in found[f"demo-{fingerprint[:8]}"].deployments] == [
-        "coordinator", "expert-0", "expert-1", "expert-2", "expert-3",
-    ]  # fmt: skip
-    assert [one.name for one in found["a-dense-1c6b137d"].deployments] == ["coordinator"]
+    demo = f"demo-{FINGERPRINT[:8]}"
+    dense = f"a-dense-{open_checkpoint(DIRECTORY / 'dense').fingerprint[:8]}"
+    routes = {name: application.route_prefix for name, application in found.items()}
+    assert routes == {"gateway": "/", demo: None, dense: None}
+    deployments = [one.name for one in found[demo].deployments]
+    assert deployments == ["coordinator", "expert-0", "expert-1", "expert-2", "expert-3"]
+    assert [one.name for one in found[dense].deployments] == ["coordinator"]
 
 
 def test_numbers_of_replicas_are_no_reason_to_restart_anything() -> None:
@@ -64,7 +62,7 @@ def test_each_tier_of_a_group_has_numbers_that_are_no_reason_to_restart_anything
         return DEMO | {"experts": {"groups": GROUPS, "tiers": tiers}}
 
     fixed, before, after = (
-        applications(config(tiered(**bounds)))["demo-a96ccdcd"]
+        applications(config(tiered(**bounds)))[f"demo-{FINGERPRINT[:8]}"]
         for bounds in ({}, {"min_replicas": 0, "max_replicas": 3}, {"min_replicas": 0})
     )
     names = ["coordinator", "expert-0", "expert-1", "expert-1-tier2", "expert-2", "expert-3"]
@@ -126,9 +124,8 @@ def test_what_is_left_open_is_refused(model: dict[str, Any], gateway: dict[str, 
 
 def test_other_weights_than_those_of_the_document_are_refused() -> None:
     arguments = serve_config(config())["applications"][1]["args"]
-    with pytest.raises(
-        CheckpointError, match=r"has the fingerprint a96ccdcd…, and the Serve config was made for 0000…"
-    ):
+    made_for_others = rf"has the fingerprint {FINGERPRINT[:8]}…, and the Serve config was made for 0000…"
+    with pytest.raises(CheckpointError, match=made_for_others):
         build_model(arguments | {"fingerprint": "0000"})
 
 

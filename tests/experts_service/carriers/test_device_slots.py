@@ -219,14 +219,7 @@ def _no_peer_access(driver: FakeDriver) -> None:
 
 
 def _not_mapped(driver: FakeDriver) -> None:
-    calls: list[int] = []
-    map_there = driver.cuMemSetAccess
-
-    def second_fails(*arguments: Any) -> Any:
-        calls.append(1)
-        return map_there(*arguments) if len(calls) % 2 else (CUresult.CUDA_ERROR_INVALID_DEVICE,)
-
-    driver.cuMemSetAccess = second_fails  # type: ignore[method-assign]
+    driver.refuses_access_to_imports = True
 
 
 def _damaged(driver: FakeDriver) -> None:
