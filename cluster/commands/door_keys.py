@@ -1,4 +1,7 @@
-"""The API key of a server without a file of keys: MANTA_API_KEY, or one that it makes. Knows nothing of doors."""
+"""The API key of a server without a file of keys: MANTA_API_KEY, or one that it makes. Knows nothing of doors.
+
+Gateways read the file wherever they run. So on a cluster that others started each node is asked for it first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.config import GatewayConfig
@@ -17,6 +20,7 @@ from gateway.admission.api_keys import digest, new_key
 KEY = "MANTA_API_KEY"
 MAKE = "MANTA_MAKE_API_KEY"  # the image says so: a container's doors are open to other machines
 SHORTEST = 16
+NODES_TIMEOUT_S = 60.0  # each starts a process
 
 
 @contextmanager
@@ -38,3 +42,43 @@ def with_key(gateway: GatewayConfig) -> Iterator[tuple[GatewayConfig, str | None
         with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
             json.dump([{"id": "given" if given else "made-at-start", "sha256": digest(key)}], stream)
         yield gateway.model_copy(update={"api_keys_file": file}), key if made else None
+
+
+def check_nodes(gateway: GatewayConfig) -> None:
+    """Raises ConfigError where a node of the cluster that we have joined lacks a file that its gateways would read.
+
+    With `gateway.label_selector` only some nodes have gateways, and a gateway says itself what it lacks.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    files = {name: getattr(gateway, name) for name in ("api_keys_file", "metrics_token_file")}
+    needed = {name: str(file) for name, file in files.items() if file is not None}
+    if gateway.label_selector or not needed:
+        return
+    look = ray.remote(num_cpus=0)(_missing)
+    looks = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            looks[look.options(scheduling_strategy=there).remote([*needed.values()])] = node["NodeManagerAddress"]
+    # A node that is too busy to answer, or that dies meanwhile, is told of by its gateway.
+    answered, _ = ray.wait([*looks], num_returns=len(looks), timeout=NODES_TIMEOUT_S)
+    missing: dict[str, list[str]] = {file: [] for file in needed.values()}
+    for one in answered:
+        with suppress(RayError):
+            for file in ray.get(one):
+                missing[file].append(looks[one])
+    for name, file in needed.items():
+        if missing[file]:
+            raise ConfigError(
+                f"gateway.{name}: {file} cannot be read on {', '.join(sorted(missing[file]))}: with --address it has "
+                f"to be on every node, at the same path, for any may have a gateway. A key in {KEY} is in a file of "
+                "this machine; gateway.label_selector says which nodes have gateways"
+            )
+
+
+def _missing(files: list[str]) -> list[str]:
+    """Those that this process cannot read, on the node where Ray runs it."""
+    return [file for file in files if not os.access(file, os.R_OK)]

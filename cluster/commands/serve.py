@@ -23,7 +23,7 @@ from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.at_start import look_at_gpus
-from cluster.commands.door_keys import with_key
+from cluster.commands.door_keys import check_nodes, with_key
 from cluster.commands.haproxy import require_open_files
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
@@ -78,6 +78,8 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
 
         stop.listen()  # again: Ray has put its own handlers there
         plans = plan_models(config.models, checkpoints, cluster)
+        if address is not None:
+            check_nodes(config.gateway)
         with _serving(config, plans, stop, joined=address is not None):
             if not stop.requested.is_set():
                 _announce(config, plans, ray.get_runtime_context().gcs_address, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from tests.waiting import wait_for
 BIN = Path(sys.executable).parent
 
 
-@pytest.fixture
-def foreign_ray(tmp_path):
+@pytest.fixture(scope="module")
+def foreign_ray():
     """A Ray head of its own, apart from the session's."""
     port = free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -77,6 +78,27 @@ def test_it_joins_serves_experts_locally_and_leaves(foreign_ray, tmp_path):
         check=False,
     )
     assert status.returncode == 0, "the cluster that we joined is gone"
+
+
+def test_a_file_of_keys_that_a_node_has_not_is_told_at_once(foreign_ray, tmp_path):
+    """The gateways there failed one after the other, each with a path that is right where Manta was started."""
+    address, environment = foreign_ray
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f'- {{id: alice, sha256: "{"0" * 64}"}}\n')
+    with keys.open() as stream:
+        number = fcntl.fcntl(stream, fcntl.F_DUPFD, 900)  # higher than those of a process of Ray
+    try:
+        file = f"/proc/self/fd/{number}"  # there is one in the process that we start, and in no other
+        command = [BIN / "manta", "serve", "--address", address, "--api-keys-file", file, "--port", str(free_port())]
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, pass_fds=[number], check=False
+        )
+    finally:
+        os.close(number)
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert ended.returncode == 2, said
+    assert f"gateway.api_keys_file: {file} cannot be read on " in said
+    assert "with --address it has to be on every node" in said
 
 
 def answers(port):
