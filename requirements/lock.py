@@ -19,10 +19,10 @@ from typing import Any
 HERE = Path(__file__).parent
 INDEX = "https://pypi.org/simple"
 BUILD = "setuptools"  # of pyproject.toml's build-system; a wheel is made without the network
-OF_TORCH = ("torch", "nvidia-", "cuda-")  # what only the image with CUDA has from PyPI
+OF_TORCH = ("torch", "nvidia-", "cuda-", "triton")  # what only the image with CUDA has from PyPI
 
 COMMON_HEADER = "# Of both images. Made by requirements/lock.py.\n"
-CUDA_HEADER = "# torch and CUDA's libraries, from PyPI. Made by requirements/lock.py.\n"
+CUDA_HEADER = "# torch, Triton and CUDA's libraries, from PyPI. Made by requirements/lock.py.\n"
 BUILD_HEADER = "# What makes our own wheel. Made by requirements/lock.py.\n"
 
 

@@ -1,4 +1,4 @@
-"""The Dockerfile and the locks. No engine builds the image here, so what its instructions do is done to their files."""
+"""The Dockerfile and the locks: what can be said of them without a build. tests/image builds the image."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_wheel_of_what_is_copied_has_all_of_the_code(tmp_path: Path) -> None
             *copied, target = arguments.split()
             for path in copied:
                 _copy(REPOSITORY / path, source / target / ("" if target.endswith("/") else "."))
-    [command] = [arguments for name, arguments in steps if name == "RUN"]
+    command, _ = (arguments for name, arguments in steps if name == "RUN")  # the second installs it
     command = command.replace("/wheels", str(wheels)).replace("pip ", f"{sys.executable} -m pip ")
     subprocess.run([*command.split(), "--no-index", "--quiet"], cwd=source, check=True, timeout=120)
     [wheel] = wheels.glob("*.whl")
@@ -211,6 +211,17 @@ def test_versions_are_those_of_the_tests() -> None:
         assert pins[name] == version, name
     torch = (REPOSITORY / "requirements" / "torch-cpu.txt").read_text()
     assert re.search(rf"^torch=={re.escape(pins['torch'])}\+cpu --hash=sha256:[0-9a-f]{{64}}$", torch, re.MULTILINE)
+
+
+def test_a_new_version_of_the_code_is_a_small_layer() -> None:
+    """It was in one layer with all packages, 2 GB that every node pulled for each version."""
+    for stage in STAGES:
+        copied = [
+            arguments.split()[0] for where, name, arguments in _instructions() if (where, name) == (stage, "COPY")
+        ]
+        assert copied[:2] == [f"--from={stage}-environment", "--from=wheel"]
+        environment = [arguments for where, _, arguments in _instructions() if where == f"{stage}-environment"]
+        assert not [arguments for arguments in environment if "wheel" in arguments]
 
 
 def test_the_list_of_packages_has_a_licence_for_each() -> None:
