@@ -24,12 +24,13 @@ from torch import Tensor
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import ANSWERED, LocalTransport
 from experts_service.device import HostCopy, on_host, pinned, upload, wait_for_queue
+from experts_service.kernels.compiled.route import RouteElsewhere
 from experts_service.kernels.swiglu import Chained
 from experts_service.loaded_experts import LoadedExperts
 from experts_service.transport import Flight, GroupRows, InPlaceFlight, Transport
 from router_service import routing
 from router_service.routing import Routing
-from router_service.rows import combine, combine_in_place, is_compiled
+from router_service.rows import Combining, is_compiled
 
 Indices = npt.NDArray[np.int64]
 
@@ -57,7 +58,7 @@ class Dispatch:
 
     layer: int
     num_rows: int
-    # Of a CPU; on a GPU there is `routing` in their place.
+    # Of a CPU, without gaps; on a GPU there is `routing` in their place.
     take: Tensor | None  # [K, T], or [K] for one row: where its answers are, experts ascending; None: as they stand
     pairs: Tensor | None  # the same shape; where their weights are, choice * T + row; None: as they stand
     answers: Tensor  # [K * T, D], written when flight.wait() returns
@@ -142,6 +143,20 @@ class Dispatcher:
         """Of the experts that it ran itself in a step, of each layer: `rows` [L, E]."""
         self._rows_by_rank[self._rank] += rows.sum(0).numpy()
 
+    def route(self, num_rows: int, top_k: int, hidden: int) -> RouteElsewhere | None:
+        """What sorts so many rows in a chain, for `dispatch_routed`. None: one row, which is done in plain Python."""
+        if num_rows == 1:
+            return None
+        return RouteElsewhere(num_rows, top_k, hidden, torch.from_numpy(self._rank))
+
+    def dispatch_routed(self, layer: int, rows: Tensor, route: RouteElsewhere) -> Dispatch:
+        """As `dispatch`, of rows that `route` has sorted, and into its memory: one at a time."""
+        counts = route.counts.numpy()
+        parts = self._parts(counts, route.indices.numpy(), route.answers)
+        flight = self._transport.send(layer, rows, parts)
+        self._rows_by_rank += counts
+        return Dispatch(layer, len(rows), route.places, route.pairs, route.answers, flight)
+
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None = None) -> Dispatch:
         """Send `rows` [T, D] to `experts` [T, K], distinct within a row. Does not wait for them.
 
@@ -177,7 +192,24 @@ class Dispatcher:
         row_indices = order % num_rows if num_rows else order  # [K * T]
         by_rank = np.bincount(ranks, minlength=len(self._order))  # [E]
         self._rows_by_rank += by_rank
-        counts = by_rank.tolist()
+        parts = self._parts(by_rank, row_indices, answers)
+        dispatch = Dispatch(layer, num_rows, None, None, answers, self._transport.send(layer, rows, parts))
+        if not answers.is_cpu:
+            return dispatch
+        try:
+            # The rest is worked out while the experts compute.
+            place = np.empty_like(order)
+            place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
+            pairs = np.ascontiguousarray(chosen.argsort(axis=1).T) * num_rows + np.arange(num_rows)  # [K, T]; by expert
+            dispatch.take, dispatch.pairs = torch.from_numpy(place[pairs]), torch.from_numpy(pairs)
+        except BaseException:
+            dispatch.close()
+            raise
+        return dispatch
+
+    def _parts(self, rows_by_rank: Indices, row_indices: Indices, answers: Tensor) -> list[GroupRows]:
+        """What each group is asked that has rows: `row_indices` [K * T] by rank, of which there are so many [E]."""
+        counts = rows_by_rank.tolist()
         parts = []
         start = first = 0
         for group in self._groups:
@@ -187,19 +219,7 @@ class Dispatcher:
             if end > start:
                 parts.append(GroupRows(group.index, row_indices[start:end], of_group, answers, start))
             start = end
-        dispatch = Dispatch(layer, num_rows, None, None, answers, self._transport.send(layer, rows, parts))
-        if not answers.is_cpu:
-            return dispatch
-        try:
-            # The rest is worked out while the experts compute.
-            place = np.empty_like(order)
-            place[order] = np.arange(len(place))  # [K * T]; pair → answer, a pair being choice * T + row
-            pairs = chosen.argsort(axis=1).T * num_rows + np.arange(num_rows)  # [K, T]; by ascending expert
-            dispatch.take, dispatch.pairs = torch.from_numpy(place[pairs]), torch.from_numpy(pairs)
-        except BaseException:
-            dispatch.close()
-            raise
-        return dispatch
+        return parts
 
     def combine(self, dispatch: Dispatch, weights: Tensor) -> Tensor:
         """Wait for the answers, weigh them by `weights` [T, K] and add them up: [T, D]. Raises ExpertUnavailable."""
@@ -208,13 +228,9 @@ class Dispatcher:
             return routing.combine(dispatch.answers, weights, dispatch.routing)
         answers, take, pairs = dispatch.answers, dispatch.take, dispatch.pairs
         if is_compiled(answers, answers.shape[-1]):
-            if isinstance(dispatch.flight, InPlaceFlight):
-                total, is_finite = combine_in_place(dispatch.flight.wait_in_place(), weights, take, pairs, answers)
-                if is_finite:
-                    dispatch.flight.release()
-                    return total
-            dispatch.flight.wait()
-            return combine(answers, weights, take, pairs)
+            combining = Combining(weights.contiguous(), answers.new_empty(weights.shape[0], answers.shape[-1]))
+            self.combine_into(combining, dispatch)
+            return combining.totals
         weights = weights.t()  # [K, T]
         if dispatch.num_rows == 1:
             if pairs is not None:
@@ -236,6 +252,15 @@ class Dispatcher:
             term = (answers.index_select(0, rows_of_choice) * weights[choice]).to(answers.dtype)  # [T, D]
             total = total.add_(term) if choice else term
         return total
+
+    def combine_into(self, combining: Combining, dispatch: Dispatch) -> None:
+        """The same, with weights and for totals of `combining`: of a dispatch whose answers are compiled code's."""
+        take, pairs, flight = dispatch.take, dispatch.pairs, dispatch.flight
+        if isinstance(flight, InPlaceFlight) and combining.run_in_place(flight.wait_in_place(), take, pairs):
+            flight.release()
+            return
+        flight.wait()
+        combining.run(dispatch.answers, take, pairs)
 
     def _dispatch_here(
         self, grouped: LoadedExperts, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None

@@ -164,55 +164,40 @@ class Choice:
         return True
 
 
-def combine(
-    answers: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None, pairs: torch.Tensor | None
-) -> torch.Tensor:
-    """The sum [T, D] of each row's `answers` [K · T, D] times its `weights` [T, K], each term and each sum rounded.
+class Combining:
+    """The sum [T, D] of each row's answers [K · T, D] times its `weights` [T, K], each term and each sum rounded.
 
     In the order of `places` [K, T], where the answers are, and `pairs` [K, T], where the weights are, choice · T + row.
     None: one row's, as they stand. Only where `is_compiled`.
+
+    It can be done again and again. After experts' weights have been read everything is cold, the interpreter most of
+    all: what need not be done anew is not.
     """
-    totals = answers.new_empty(weights.shape[0], answers.shape[-1])
-    assert weights.dtype is torch.float32, "the kernel reads them so"
-    weights = weights.contiguous()
-    places = None if places is None else places.contiguous()
-    pairs = None if pairs is None else pairs.contiguous()
-    combine_task(answers, weights, places, pairs, totals).run()
-    return totals
 
+    def __init__(self, weights: torch.Tensor, totals: torch.Tensor) -> None:
+        """`weights` [T, K] and where the sums are written [T, D]: both stay where they are, and have no gaps."""
+        assert weights.dtype is torch.float32, "the kernel reads them so"
+        num_rows, top_k = weights.shape
+        width = totals.shape[-1]
+        self.totals = totals
+        self._weights = weights
+        self._task = _InPlaceTask(0, num_rows, top_k, width, 0, weights.data_ptr(), 0, 0, totals.data_ptr())
+        self._address = ctypes.addressof(self._task)
+        self._threads = 1 if num_rows == 1 else _num_threads(num_rows * top_k, width)
 
-def combine_in_place(
-    answers: Answers,
-    weights: torch.Tensor,
-    places: torch.Tensor | None,
-    pairs: torch.Tensor | None,
-    like: torch.Tensor,
-) -> tuple[torch.Tensor, bool]:
-    """The same of answers that lie where others may write, and whether all sums are finite. `like` has their width."""
-    num_rows, top_k = weights.shape
-    width = like.shape[-1]
-    totals = like.new_empty(num_rows, width)
-    weights = weights.contiguous()
-    places = None if places is None else places.contiguous()
-    pairs = None if pairs is None else pairs.contiguous()
-    task = _InPlaceTask(
-        0,
-        num_rows,
-        top_k,
-        width,
-        answers.table,
-        weights.data_ptr(),
-        0 if places is None else places.data_ptr(),
-        0 if pairs is None else pairs.data_ptr(),
-        totals.data_ptr(),
-        0,
-        answers.stride,
-        answers.number,
-        0,
-    )
-    threads = 1 if num_rows == 1 else _num_threads(num_rows * top_k, width)
-    row_kernels.combine_in_place.run_at(ctypes.addressof(task), threads)
-    return totals, not task[12]
+    def run(self, answers: torch.Tensor, places: torch.Tensor | None, pairs: torch.Tensor | None) -> None:
+        """None of them has gaps."""
+        combine_task(answers, self._weights, places, pairs, self.totals).run()
+
+    def run_in_place(self, answers: Answers, places: torch.Tensor | None, pairs: torch.Tensor | None) -> bool:
+        """The same of answers that lie where others may write: whether all sums are finite."""
+        task = self._task
+        task[0], task[12] = 0, 0
+        task[4], task[10], task[11] = answers
+        task[6] = 0 if places is None else places.data_ptr()
+        task[7] = 0 if pairs is None else pairs.data_ptr()
+        row_kernels.combine_in_place.run_at(self._address, self._threads)
+        return not task[12]
 
 
 def combine_task(

@@ -1,8 +1,8 @@
 """The layers of a step of few rows as calls that are put together once for a number of rows.
 
     project          norm of x + what the layer before says → q, k, v → rotated
-    choose_experts   attention → o → norm of x + that → the gate's choice
-    feed_forward     `choose_experts`, then rows by expert → experts → combined, where experts are here
+    choose_experts   attention → o → norm of x + that → the gate's choice, and which rows go where, if experts do not
+    feed_forward     the same up to the choice, then rows by expert → experts → combined, where experts are here
     run              all layers at once
 
 Attention is in them where the backend has tasks: then `project` is a part of the others. Else it is called between
@@ -22,14 +22,14 @@ import torch
 
 from cluster.checkpoint.architecture import Architecture, Multipliers
 from experts_service.kernels.compiled.chain import Chain
-from experts_service.kernels.compiled.route import Route
+from experts_service.kernels.compiled.route import Route, RouteElsewhere
 from experts_service.kernels.compiled.routine import Task
 from experts_service.kernels.linear import Linear
 from experts_service.kernels.swiglu import Chained, SwiGLU
 from router_service.attention.backend import AttentionPlan, ChainedAttention
 from router_service.attention.kv_cache import KVCache
 from router_service.model.gate import Gate
-from router_service.rows import Choice, combine_task, is_compiled, norm_task, rotate_task
+from router_service.rows import Choice, Combining, combine_task, is_compiled, norm_task, rotate_task
 
 MOST_ROWS = 64  # of more the calls are not what takes the time
 KEPT = 8  # of them, for the numbers of rows of the last steps
@@ -87,12 +87,13 @@ class DecodeChains:
         attention: AttentionPlan | None,
         kv_cache: KVCache,
         experts: Sequence[Chained] | None = None,
+        route: RouteElsewhere | None = None,
     ) -> None:
         """`attention`: of a step with so many rows; None: it is to be called.
 
-        `experts`: those of each layer, where they are in this process.
+        `experts`: those of each layer, where they are in this process. `route`: what sorts rows for those elsewhere.
         """
-        self.num_rows, self.kv_cache = num_rows, kv_cache
+        self.num_rows, self.kv_cache, self.route = num_rows, kv_cache, route
         hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query_heads, kv_heads = architecture.num_heads, architecture.num_kv_heads
         qkv = self._rows(query_heads + 2 * kv_heads, head_dim)
@@ -149,9 +150,10 @@ class DecodeChains:
 
     def choose_experts(self, layer: int) -> None:
         """From what `project` takes, or from `attended`, to `rows`, and to the gate's choice."""
-        self._choose[layer].run(self._threads)
-        if self.choices:
+        chain = self._choose[layer]
+        if chain.run(self._threads):
             self.choices[layer].settle()
+            chain.go_on(self._threads)
 
     def feed_forward(self, layer: int) -> None:
         """From the same to `delta`."""
@@ -163,12 +165,21 @@ class DecodeChains:
     # Those that a step uses are put together when it does first.
 
     @cached_property
+    def combining(self) -> list[Combining]:
+        """What adds up each layer's answers, of experts elsewhere, in `delta`."""
+        return [Combining(choice.weights, self.delta) for choice in self.choices]
+
+    @cached_property
     def _project(self) -> list[Chain]:
         return [Chain(tasks) for tasks in self._before]
 
     @cached_property
     def _choose(self) -> list[Chain]:
-        return [Chain(tasks) for tasks in self._leading()]
+        route = self.route
+        if route is None:
+            return [Chain(tasks) for tasks in self._leading()]
+        of_layers = zip(self._leading(), self.choices, strict=True)
+        return [Chain([*tasks, route.task(self.rows, choice.experts)]) for tasks, choice in of_layers]
 
     @cached_property
     def _feed_forward(self) -> list[Chain]:

@@ -155,7 +155,10 @@ class Decoder:
         chains = next(alike, None)
         if chains is None:
             chained = attention if self.chains_attention else None
-            chains = DecodeChains(self.layers, self.architecture, num_rows, chained, kv_cache, self._experts)
+            route = None
+            if self._experts is None and not self.architecture.is_dense:
+                route = self.dispatcher.route(num_rows, self.architecture.top_k, self.architecture.hidden_size)
+            chains = DecodeChains(self.layers, self.architecture, num_rows, chained, kv_cache, self._experts, route)
         else:
             self._chains.remove(chains)
         chains.x.copy_(x)
@@ -194,14 +197,18 @@ class Decoder:
             else:
                 if times is not None:
                     times.sent()
-                choice = chains.choices[index]
-                with closing(self.dispatcher.dispatch(index, chains.rows, choice.experts)) as dispatch:
+                with closing(self._dispatch(index, chains)) as dispatch:
                     yield dispatch
-                    chains.delta.copy_(self.dispatcher.combine(dispatch, choice.weights))
+                    self.dispatcher.combine_into(chains.combining[index], dispatch)
                 if times is not None:
                     times.combined()
             if times is not None:
                 times.layer()
+
+    def _dispatch(self, index: int, chains: DecodeChains) -> Dispatch:
+        if chains.route is not None:
+            return self.dispatcher.dispatch_routed(index, chains.rows, chains.route)
+        return self.dispatcher.dispatch(index, chains.rows, chains.choices[index].experts)
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""

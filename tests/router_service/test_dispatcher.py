@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport
+from experts_service.kernels.compiled import jit
 from experts_service.kernels.experts import Experts, expert_tensor_names
 from router_service.dispatcher import Dispatcher
 
@@ -77,6 +78,36 @@ def test_every_packing_gives_the_bits_of_transformers(
         if device == "cuda":
             torch.cuda.synchronize()
         assert remote.rows_per_expert == tuple(experts.flatten().bincount(minlength=NUM_EXPERTS).tolist())
+
+
+@pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [2, 17])
+@torch.inference_mode()
+def test_rows_that_a_chain_has_sorted_go_where_they_go_unsorted(
+    num_rows: int, top_k: int, packing: list[tuple[int, ...]]
+) -> None:
+    """One layer after the other in the same memory; what is asked is looked at before the next."""
+    block = moe_block(top_k, torch.bfloat16)
+    sorting, plain = dispatcher(block, packing), dispatcher(block, packing)
+    route = sorting.route(num_rows, top_k, HIDDEN)
+    assert route is not None
+    rows = torch.empty(num_rows, HIDDEN, dtype=torch.bfloat16)
+    chosen = torch.empty(num_rows, top_k, dtype=torch.int64)
+    task = route.task(rows, chosen)
+    for _ in range(3):
+        rows.normal_()
+        _, weights, experts = block.gate(rows)
+        chosen.copy_(experts)
+        task.run()
+        expected = plain.dispatch(0, rows, experts)
+        found = sorting.dispatch_routed(0, rows, route)
+        for name in ("take", "pairs", "answers"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(sorting.combine(found, weights), plain.combine(expected, weights))
+        assert sorting.rows_per_expert == plain.rows_per_expert
+    assert sorting.route(1, top_k, HIDDEN) is None
 
 
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())

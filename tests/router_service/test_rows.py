@@ -12,7 +12,7 @@ from experts_service.kernels.compiled import jit
 from experts_service.transport import Answers
 from router_service import rows
 from router_service.dispatcher import Dispatch, Dispatcher
-from router_service.rows import choose, combine, combine_in_place, norm, rotate
+from router_service.rows import Combining, choose, norm, rotate
 
 pytestmark = pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
 
@@ -123,6 +123,12 @@ def test_a_row_of_scores_that_are_not_finite_goes_to_experts_that_there_are(valu
         assert torch.equal(ours[[0, 2]], expected[[0, 2]])
 
 
+def combined(answers: torch.Tensor, weights: torch.Tensor, *order: torch.Tensor | None) -> torch.Tensor:
+    combining = Combining(weights.contiguous(), answers.new_empty(len(weights), answers.shape[1]))
+    combining.run(answers, *order)
+    return combining.totals
+
+
 class _There:
     """Answers that have come."""
 
@@ -147,16 +153,17 @@ def test_answers_are_added_up_as_torch_does_it(num_rows, top_k, by_torch):
         for _ in range(2)
     )
     of_row = torch.arange(num_rows)
-    take, pairs = ((one * num_rows + of_row).t().contiguous().t() for one in (places, choices))  # not contiguous
+    take, pairs = (one * num_rows + of_row for one in (places, choices))
     if num_rows == 1:
         take, pairs = take[:, 0], pairs[:, 0]
     dispatch = Dispatch(0, num_rows, take, pairs, answers, _There())
     expected = by_torch(lambda: Dispatcher((), None).combine(dispatch, weights))
-    assert torch.equal(combine(answers, weights, take, pairs), expected)
+    assert torch.equal(combined(answers, weights, take, pairs), expected)
+    assert torch.equal(Dispatcher((), None).combine(dispatch, weights), expected)
     if num_rows == 1:
         as_they_stand = Dispatch(0, 1, None, None, answers, _There())
         expected = by_torch(lambda: Dispatcher((), None).combine(as_they_stand, weights))
-        assert torch.equal(combine(answers, weights, None, None), expected)
+        assert torch.equal(combined(answers, weights, None, None), expected)
 
 
 @pytest.mark.usefixtures("_threads")
@@ -172,16 +179,16 @@ def test_answers_in_pieces_are_added_up_where_they_lie(num_rows: int, top_k: int
     pieces = [answers[start:end].clone() for start, end in pairwise(cuts)]
     table = torch.tensor([(start, piece.data_ptr(), 0) for start, piece in zip(cuts, pieces, strict=False)])
     where = Answers(table.data_ptr(), 3, len(pieces))
+    combining = Combining(weights, answers.new_empty(num_rows, width))
     for places, whose in ((take, pairs), (None, None)) if num_rows == 1 else ((take, pairs),):
-        total, is_finite = combine_in_place(where, weights, places, whose, answers)
-        assert is_finite
-        assert torch.equal(total, combine(answers, weights, places, whose))
+        assert combining.run_in_place(where, places, whose)
+        assert torch.equal(combining.totals, combined(answers, weights, places, whose))
     for value in (torch.inf, -torch.inf, torch.nan):
         for row in {0, number // 2, number - 1}:
             piece, at = next((p, row - s) for s, p in reversed(list(zip(cuts, pieces, strict=False))) if s <= row)
             column = row % width
             kept, piece[at, column] = piece[at, column].clone(), value
-            assert not combine_in_place(where, weights, take, pairs, answers)[1]
+            assert not combining.run_in_place(where, take, pairs)
             piece[at, column] = kept
     weights[num_rows // 2, 0] = torch.nan
-    assert not combine_in_place(where, weights, take, pairs, answers)[1]
+    assert not combining.run_in_place(where, take, pairs)

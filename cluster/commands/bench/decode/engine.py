@@ -23,6 +23,7 @@ from cluster.config import EngineConfig
 from cluster.errors import ConfigError, MantaError
 from cluster.messages import Key, Request, SamplingParams, TokenChunk
 from cluster.planning.placement import ExpertGroup
+from experts_service.kernels.compiled.route import RouteElsewhere
 from experts_service.transport import Transport
 from router_service.assembly import build_engine
 from router_service.dispatcher import Dispatch, Dispatcher
@@ -43,6 +44,11 @@ class CountingDispatcher(Dispatcher):
         if self.counting:
             self.expert_reads += int(rows.count_nonzero())
         super().count(rows)
+
+    def dispatch_routed(self, layer: int, rows: Tensor, route: RouteElsewhere) -> Dispatch:
+        if self.counting:
+            self.expert_reads += int(route.counts.count_nonzero())
+        return super().dispatch_routed(layer, rows, route)
 
     def dispatch(self, layer: int, rows: Tensor, experts: Tensor, num_real: Tensor | None = None) -> Dispatch:
         if self.counting:
