@@ -108,7 +108,10 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Networks' work on rows at one place, to be run again without Python, for any networks of as many as have rows."""
+    """Networks' work on rows at one place, to be run again without Python, for any networks of as many as have rows.
+
+    Jobs and scratch are others' as well: one is run at a time.
+    """
 
     chain: Chain
     tables: Sequence[Tensor]  # [E, fields] each; see route.py
@@ -158,7 +161,9 @@ class PackedSwiGLUs:
         chained = self.chained
         if chained is None or not any(counts):
             return None
-        jobs = [torch.zeros(sum(map(bool, counts)), table.shape[1], dtype=torch.int64) for table in chained.tables]
+        num_jobs = sum(map(bool, counts))
+        sizes = [num_jobs * table.shape[1] for table in chained.tables]
+        jobs = [of_table.view(num_jobs, -1) for of_table in scratch.room(torch.int64, sum(sizes)).split(sizes)]
         hidden = scratch.room(torch.bfloat16, len(rows) * chained.intermediate).view(len(rows), -1)
         integers = scratch.room(torch.int32, len(rows) * chained.integers)
         tasks = chained.make_tasks(jobs, rows, hidden, integers, answers)

@@ -300,11 +300,14 @@ def test_a_tier_holds_what_its_device_computes_with(tmp_path):
         engine=EngineConfig(device="cpu", dtype="float32", max_model_len=16),
         experts=ExpertsConfig(groups=groups, tiers=(TierConfig(groups=(0,), device="cuda"), TierConfig())),
     )
-    coordinator = held_weights(checkpoint, "float32", "cpu").coordinator + 16 * 2**20
+    architecture = checkpoint.architecture
+    coordinator = held_weights(checkpoint, "float32", "cpu").coordinator + 16 * kv_bytes_per_token(
+        architecture, "float32"
+    )
     host = coordinator + (number - 1) * on_cpu + (number + 1) * 460 * 10**6
-    host += shared_memory_bytes(checkpoint.architecture, "float32")  # with the one on the GPU
+    host += number * shared_memory_bytes(architecture, "float32")
     plan_model(model, checkpoint, Cluster(2, (Node("a", host, (on_gpu,)),)))
-    for memory, gpu in ((host, on_gpu - 1), (host - 17 * 2**20, on_gpu)):
+    for memory, gpu in ((host, on_gpu - 1), (host - 1, on_gpu)):
         with pytest.raises(DoesNotFit, match=r"expert group|coordinator"):
             plan_model(model, checkpoint, Cluster(2, (Node("a", memory, (gpu,)),)))
 

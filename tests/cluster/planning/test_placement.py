@@ -18,6 +18,7 @@ from cluster.commands.bench.shapes import num_parameters
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.planning.placement import (
     GPU_GRANULE,
+    KNOWN_ROWS_BYTES,
     SERVICE_PROCESS_BYTES,
     TORCH_PROCESS_BYTES,
     ExpertGroup,
@@ -157,7 +158,9 @@ def test_keys_and_values_in_8_bits_are_counted_as_such() -> None:
 def test_memory_that_coordinators_share_with_shards_is_counted(gpus: float) -> None:
     """A machine with room for the weights alone came to its limit once coordinators were connected."""
     of_pair = shared_memory_bytes(MIXTRAL_8X7B, "bfloat16")
-    assert of_pair == memory_bytes(2 * MIXTRAL_8X7B.hidden_size) == 32 * 2**20 + 4096
+    mapped = memory_bytes(2 * MIXTRAL_8X7B.hidden_size)
+    assert mapped == 32 * 2**20 + 4096
+    assert of_pair == mapped + KNOWN_ROWS_BYTES
     groups = plan_groups("auto", 8, num_gpus=0, num_cpus=8)
 
     def fits(memory: int) -> bool:
