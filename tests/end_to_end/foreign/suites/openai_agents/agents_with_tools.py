@@ -28,8 +28,8 @@ from pydantic import BaseModel
 set_tracing_disabled(True)
 QUESTION = "What is the best French cheese?"
 CITIES = ("Paris", "Lyon")
-CALL = ModelSettings(tool_choice="required", parallel_tool_calls=False, temperature=0, max_tokens=200)
-TALK = ModelSettings(temperature=0, max_tokens=200)
+CALL = ModelSettings(tool_choice="required", parallel_tool_calls=False, temperature=0, max_tokens=1000)
+TALK = ModelSettings(temperature=0, max_tokens=1000)
 
 
 class Visit(BaseModel):
@@ -65,7 +65,7 @@ def calls_and_outputs(result):
 
 @pytest.mark.parametrize("tool", ["weather", "forecast"])
 async def test_a_tool_of_the_mcp_server(model, mcp, tool):
-    settings = ModelSettings(tool_choice=tool, parallel_tool_calls=False, temperature=0, max_tokens=200)
+    settings = ModelSettings(tool_choice=tool, parallel_tool_calls=False, temperature=0, max_tokens=1000)
     agent = Agent("traveller", instructions="Use the tools.", model=model, model_settings=settings, mcp_servers=[mcp])
     result = await Runner.run(agent, QUESTION)
     [call], [output] = calls_and_outputs(result)
@@ -115,7 +115,7 @@ async def test_a_handoff(model):
 
 async def test_an_agent_as_a_tool(model):
     expert = Agent("expert", model=model, model_settings=TALK)
-    tool = expert.as_tool("ask_the_expert", "Asks somebody who knows.")
+    tool = expert.as_tool("ask_the_expert", "Asks somebody who knows.", parameters=Visit)  # a string might never end
     clerk = Agent("clerk", model=model, model_settings=CALL, tools=[tool])
     result = await Runner.run(clerk, QUESTION)
     [_], [output] = calls_and_outputs(result)
@@ -125,7 +125,7 @@ async def test_an_agent_as_a_tool(model):
 
 async def test_twenty_turns_that_stream(model):
     """Each goes on from all before it, and ends with its tool, as the demo model's talk may not."""
-    settings = ModelSettings(tool_choice="population", parallel_tool_calls=False, temperature=0, max_tokens=200)
+    settings = ModelSettings(tool_choice="population", parallel_tool_calls=False, temperature=0, max_tokens=1000)
     agent = Agent(
         "traveller",
         instructions="Use the tool.",
