@@ -40,7 +40,7 @@ def draw(document: dict[str, Any], output: Output) -> None:
                 f"{one['gpu_hours_if_fixed_at_peak']:.1f}",
                 f"{one['cpu_machine_hours']:.1f} h" if one["cpu_machine_hours"] else "",
                 _share(one["good_share"]),
-                f"{one['goodput_tokens_per_s']:.0f}",
+                "–" if one["goodput_tokens_per_s"] is None else f"{one['goodput_tokens_per_s']:.0f}",
                 "–" if one["gpu_s_per_1000_good_tokens"] is None else f"{one['gpu_s_per_1000_good_tokens']:.2f}",
                 str(one["shed"]),
                 str(one["failed"]),
@@ -48,6 +48,11 @@ def draw(document: dict[str, Any], output: Output) -> None:
             for one in variants
         ),
     )  # fmt: skip
+    if not any(one["requests"] for one in variants):
+        output.line(
+            f"Nobody arrives after the warm-up of {objective['warm_up_s']:g} s, so nobody is counted: "
+            "--warm-up 0 counts everybody."
+        )
     output.table(
         "How long it takes",
         ("", "first token p50", "p99", "later token p50", "p99"),

@@ -107,7 +107,7 @@ class Outcome:
             "failed": states["failed"],
             "good": len(good),
             "good_share": len(good) / len(counted) if counted else None,
-            "goodput_tokens_per_s": good_tokens / seconds,
+            "goodput_tokens_per_s": good_tokens / seconds if counted else None,
             "gpu_hours": self.gpu_hours,
             "gpu_hours_of_coordinators": self.gpu_s_of_coordinators / HOUR_S,
             "gpu_hours_of_shards": self.gpu_s_of_shards / HOUR_S,

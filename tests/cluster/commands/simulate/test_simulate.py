@@ -69,6 +69,18 @@ def test_a_trace_and_a_configuration_are_read_and_a_plot_is_drawn(tmp_path: Path
     assert plot.read_bytes() == drawn, "the same seed draws the same"
 
 
+def test_a_trace_that_ends_within_the_warm_up_says_that_nobody_is_counted(tmp_path: Path) -> None:
+    """It said "–" of who is good and 0 good tokens/s, and not why."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(f"{at},200,20" for at in range(60)))
+    arguments = ("mixtral-8x7b", "--trace", trace, "--variants", "single")
+    said = "Nobody arrives after the warm-up of 120 s, so nobody is counted: --warm-up 0 counts everybody."
+    assert said in " ".join(run(*arguments, "--warm-up", 120).stdout.split())
+    [single] = json.loads(run(*arguments, "--warm-up", 120, "--json").stdout)["variants"]
+    assert single["requests"] == 0
+    assert single["goodput_tokens_per_s"] is None, "of nobody there is none, and not 0"
+
+
 def test_experts_on_cpus_need_no_gpu() -> None:
     document = json.loads(run("demo", "--gpu", "cpu", "--variants", "single", "--json", *QUICK).stdout)
     assert document["variants"][0]["gpu_hours"] == 0
