@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.telemetry.layer_times import LayerPass, LayerTimes
@@ -247,10 +248,28 @@ class _Indexer:
 
     def _choose(self, part: tuple[torch.Tensor, ...], mask: torch.Tensor, keys: Any) -> torch.Tensor:
         hidden_states, q_resid, cos, sin = part
-        chosen: torch.Tensor = self._forward(
-            hidden_states, q_resid, (cos, sin), mask, position_ids=None, past_key_values=keys
-        )
+        with FirstOfEqual():
+            chosen: torch.Tensor = self._forward(
+                hidden_states, q_resid, (cos, sin), mask, position_ids=None, past_key_values=keys
+            )
         return chosen
+
+
+class FirstOfEqual(TorchFunctionMode):
+    """Of equal scores `topk(k, dim=-1)` takes the first meanwhile. By itself it takes any, by how many there are.
+
+    Scores of an indexer are often zero. With this a token sees the same keys in any batch and any chunk.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not torch.Tensor.topk:
+            return function(*args, **(kwargs or {}))
+        scores, count = args
+        assert kwargs == {"dim": -1}
+        ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
+        return torch.return_types.topk((ordered[..., :count], indices[..., :count]))
 
 
 class _ScaledBefore:

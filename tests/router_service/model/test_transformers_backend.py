@@ -1,6 +1,7 @@
 """Models whose code is transformers' through our engine: the ids are those that transformers generates alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +22,16 @@ from experts_service.kernels.kernel import available
 from experts_service.loaded_experts import load_experts
 from experts_service.shard.shard import ExpertShard
 from experts_service.transformers_backend import probe
+from experts_service.transformers_backend.layer_attention import LayerAttention, Sight
 from experts_service.transformers_backend.meta_model import checked
 from router_service.model.transformers_backend.attention import _attend
-from router_service.model.transformers_backend.decoder import _Step
+from router_service.model.transformers_backend.decoder import FirstOfEqual, _Step
+from router_service.model.transformers_backend.pages import paged_layers
 from tests import families
 from tests.checkpoints import write_checkpoint
 from tests.experts_service.shards import shard_spec
 from tests.families import CONFIGS
+from tests.router_service.attention.pages import sized
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
 from tests.transformers_families import SHOWN, generated, prompt, random_model, tiny_config, write_family
@@ -143,6 +147,36 @@ def test_attention_is_computed_in_place_where_layers_are_alike(tmp_path, family,
     write_family(tmp_path, family)
     runner = Bench(tmp_path, num_groups=2).engine.model_runner
     assert runner.attention.gathers == (not (in_place and AVAILABLE))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs kernels of ours")
+@pytest.mark.parametrize(
+    ("other", "in_place"),
+    [
+        ({"sight": Sight(window=24)}, True),
+        ({"sight": Sight(chunk=24)}, False),
+        ({"value_dim": 16}, False),
+        ({"num_kv_heads": 4}, False),
+        ({"index_dim": 16}, False),
+    ],
+)
+def test_one_layer_of_another_kind_keeps_all_from_being_computed_in_place(other, in_place):
+    """Of a family above keys are wider than values, and its heads are none that kernels know: that alone was seen."""
+    layer = LayerAttention(
+        num_heads=4,
+        num_kv_heads=2,
+        key_dim=32,
+        value_dim=32,
+        scaling=0.2,
+        sight=Sight(),
+        has_sinks=False,
+        index_dim=0,
+        index_heads=0,
+    )
+    sizes = {"block_size": 16, "dtype": torch.float32, "device": torch.device("cpu"), "kernel": available()[0]}
+    layers = [layer, replace(layer, **other)]
+    backend = paged_layers(layers, sized(num_heads=4, num_kv_heads=2, head_dim=32), **sizes)
+    assert (backend is not None) == in_place
 
 
 @pytest.mark.skipif(not available()[0].is_own, reason="needs kernels of ours")
@@ -378,3 +412,24 @@ def test_a_shard_runs_the_models_own_experts(tmp_path):
     assert torch.equal(torch.from_numpy(answers), here(1, rows[[2, 0, 1]], [1, 2]))
     with pytest.raises(ExpertUnavailable, match="experts of two versions never mix"):
         shard.run("0123456789", 1, (1, 0), rows.numpy(), np.array([0]))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_of_keys_with_equal_scores_an_indexer_takes_the_first_in_any_batch(tmp_path, family):
+    """Scores are often zero. Which of them were taken hung on how long the other contexts of a step were."""
+    model = random_model(tiny_config(family))
+    with torch.no_grad():
+        for indexer in probe.indexers(model):
+            indexer.weights_proj.weight.zero_()
+    model.save_pretrained(tmp_path)
+    with FirstOfEqual():
+        expected = [generated(model, prompt(length, length), 16) for length in (40, 5, 23)]
+    for chunk in (17, 512):
+        requests = [
+            make_request(prompt(length, length), max_tokens=16, min_tokens=16, ignore_eos=True)
+            for length in (40, 5, 23)
+        ]
+        bench = Bench(tmp_path, num_groups=2, max_num_batched_tokens=chunk)
+        assert bench.run(*requests) == expected
+        alone = Bench(tmp_path, num_groups=2, max_num_batched_tokens=chunk)
+        assert alone.run(requests[0]) == expected[:1]
