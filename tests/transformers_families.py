@@ -66,6 +66,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "llama4_text": {"interleave_moe_layer_step": 2, "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24]},
     "minimax_m2": {"rotary_dim": 8},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *3 * ["sparse"]]},
     "qwen3_vl_moe_text": {"sliding_window": None},  # a cache would have it, and no layer
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},

@@ -72,9 +72,15 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
     refuse = partial(refusal, directory, config.model_type)
     AttentionInterface.register(ATTENTION, attend)
     config._experts_implementation = text._experts_implementation = "eager"
+    # What sees or hears is built as it is, and taken out afterwards: some of it knows no attention but transformers'.
+    attention = {"": ATTENTION}
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        if part is not None:
+            attention[name] = ATTENTION if part.get_text_config(decoder=True) is text else "eager"
     try:
         with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False)
+            model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except NO_MODEL as error:
         raise refuse(first_line(error)) from error
     model.eval()
@@ -85,8 +91,8 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
     for name, module in experts:
         if module.num_experts != architecture.num_experts:
             raise refuse(f"{name} has {module.num_experts} experts, and config.json says {architecture.num_experts}")
-    attention, linears = probe(model, text, layers, head, refuse)
-    return MetaModel(model, text, layers, head, experts, attention, linears, directory)
+    of_layers, linears = probe(model, text, layers, head, refuse)
+    return MetaModel(model, text, layers, head, experts, of_layers, linears, directory)
 
 
 def checked(checkpoint: Checkpoint, max_model_len: int | None) -> Checkpoint:
