@@ -1,4 +1,4 @@
-"""Takes a ClusterSnapshot of a running Ray cluster: nodes, Serve's status, and each coordinator's own figures."""
+"""Takes a ClusterSnapshot of a running Ray cluster: nodes, Serve's status, and what its processes say of themselves."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
+    GATEWAY,
     ROOT,
     ApplicationStatus,
     ClusterSnapshot,
     DeploymentStatus,
     NodeStatus,
 )
+from cluster.commands.status.node_disks import ask_disks, disks
 from cluster.commands.status.replicas import ask_replicas
 from cluster.errors import MantaError
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
 STATS_TIMEOUT_S = 5.0  # for the coordinators of one application
+GATEWAYS_TIMEOUT_S = 5.0
+DISKS_TIMEOUT_S = 5.0  # beside the time that all others took
 KERNELS_TIMEOUT_S = 3.0  # for the replicas of one deployment
 
 
@@ -33,13 +37,15 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
     import ray
     from ray import serve
 
-    nodes = tuple(_node(node) for node in ray.nodes())
+    asked = ask_disks()
     overviews = serve.status().applications
     applications = [_application(name, overviews[name]) for name in sorted(overviews)]
     if with_kernels:
         applications = [
             dataclasses.replace(one, kernels=_kernels(one)) if one.model is not None else one for one in applications
         ]
+    told = disks(asked, DISKS_TIMEOUT_S)
+    nodes = tuple(_node(node, told.get(node["NodeID"])) for node in ray.nodes())
     return ClusterSnapshot(cluster.address, nodes, tuple(applications), str(cluster.logs))
 
 
@@ -53,13 +59,14 @@ def _kernels(application: ApplicationStatus) -> ModelKernels:
     )
 
 
-def _node(node: dict[str, Any]) -> NodeStatus:
+def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
     resources = node.get("Resources", {})
     return NodeStatus(
         address=str(node["NodeManagerAddress"]),
         alive=bool(node["Alive"]),
         cpus=float(resources.get("CPU", 0)),
         gpus=float(resources.get("GPU", 0)),
+        disk=disk,
     )
 
 
@@ -75,10 +82,24 @@ def _application(name: str, overview: Any) -> ApplicationStatus:
         if key != ROOT  # which never runs
     )
     application = ApplicationStatus(name, str(overview.status.value), deployments, overview.message)
+    if name == GATEWAY:
+        return dataclasses.replace(application, silent=_silent(application))
     if application.model is None:
         return application
     coordinators, error = _coordinator_stats(application)
     return dataclasses.replace(application, coordinators=coordinators, stats_error=error)
+
+
+def _silent(application: ApplicationStatus) -> int:
+    """How many running replicas of its only deployment do not answer in time. One that has died is not silent."""
+    from ray.exceptions import ActorDiedError
+
+    running = sum(one.running for one in application.deployments)
+    if not running:
+        return 0
+    answers = ask_replicas(application.name, GATEWAY, "metrics", GATEWAYS_TIMEOUT_S)
+    silent = [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
+    return len(silent) if answers else running
 
 
 def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStats, ...], str | None]:

@@ -11,7 +11,7 @@ from cluster.expert_deployments import group_of
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels
 
-COORDINATOR, ROOT = "coordinator", "root"
+COORDINATOR, GATEWAY, ROOT = "coordinator", "gateway", "root"
 _MODEL_APPLICATION = re.compile(r"(.+)-([A-Za-z0-9_.]+)")
 
 
@@ -45,6 +45,7 @@ class ApplicationStatus:
     coordinators: tuple[EngineStats, ...] = ()  # one per coordinator replica that answered
     stats_error: str | None = None  # why some or all of them are missing
     kernels: ModelKernels | None = None  # of the processes that answered, where they were asked
+    silent: int = 0  # of the gateway's running replicas: how many did not answer in time
 
     @property
     def model(self) -> tuple[str, str] | None:
@@ -78,6 +79,7 @@ class NodeStatus:
     alive: bool
     cpus: float
     gpus: float
+    disk: float | None = None  # used share of the one with Ray's session; None where nobody told it
 
 
 @dataclass(frozen=True, slots=True)

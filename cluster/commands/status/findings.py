@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, ClusterSnapshot, DeploymentStatus
+from cluster.commands.status.cluster_snapshot import (
+    COORDINATOR,
+    GATEWAY,
+    ApplicationStatus,
+    ClusterSnapshot,
+    DeploymentStatus,
+    NodeStatus,
+)
 from cluster.expert_deployments import expert_deployment_name
 
-GATEWAY = "gateway"
 FULL_CACHE = 0.95  # of the blocks
+FULL_DISK = 0.95  # Ray's own, local_fs_capacity_threshold: it spills no object any more
 _STARTING, _DELETING = ("DEPLOYING", "NOT_STARTED"), "DELETING"  # Serve's words
 _NO_ROOM = "to be scheduled"  # Serve's words for a replica that no node has room for
 
@@ -42,7 +49,8 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     down = [finding for application in missed for finding in _down(application, dead)]
     slow = [finding for application in missed for finding in _slow(application)]
     waiting = [finding for application in starting for finding in _without_room(application, dead)]
-    return (*found, *down, *slow, *waiting)
+    full = [_full(node) for node in snapshot.nodes if node.alive and (node.disk or 0.0) >= FULL_DISK]
+    return (*found, *down, *full, *slow, *waiting)
 
 
 def _is_up(application: ApplicationStatus) -> bool:
@@ -65,6 +73,14 @@ def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Fin
     if application.model is None:
         if not any(deployment.running for deployment in application.deployments):
             yield Finding(f"{name} has no replica that runs.", _first(application.deployments, dead))
+        if application.silent:
+            running = sum(one.running for one in application.deployments)
+            yield Finding(
+                f"{application.silent} of {running} gateways stand still: the requests that they have wait, "
+                + ("and so do all new ones." if application.silent >= running else "and some of the new ones."),
+                "Their machine is overloaded, or the process is stopped (`ps -eo pid,stat,args | grep :gateway`, state "
+                "T: `kill -CONT PID`). Serve replaces it if that lasts.",
+            )
         return
     coordinators = [one for one in application.deployments if one.name == COORDINATOR]
     if not any(one.running for one in coordinators):
@@ -83,6 +99,14 @@ def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Fin
                 "Look in the coordinator's log for 'no lane to'. It loads still, a network policy or a firewall is "
                 "between them, or the lanes' secret is not the same. Runbook: MantaExpertDown.",
             )
+
+
+def _full(node: NodeStatus) -> Finding:
+    return Finding(
+        f"Node {node.address}: {node.disk:.0%} of the disk with Ray's session is used. Ray puts no more objects there, "
+        "and when it is full, logs end and no process may start.",
+        "Make room there: sessions of servers that have ended, or what else grows. docs/troubleshooting.md says where.",
+    )
 
 
 def _without_room(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Finding]:

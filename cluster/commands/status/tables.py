@@ -45,10 +45,11 @@ def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
 
 
 def _nodes(snapshot: ClusterSnapshot) -> Table:
-    table = _table("node", "state", "CPUs", "GPUs")
+    table = _table("node", "state", "CPUs", "GPUs", "disk")
     for node in snapshot.nodes:
         state = "alive" if node.alive else "dead"
-        table.add_row(Text(node.address), _state(state), f"{node.cpus:g}", f"{node.gpus:g}")
+        disk = "-" if node.disk is None else f"{node.disk:.0%}"
+        table.add_row(Text(node.address), _state(state), f"{node.cpus:g}", f"{node.gpus:g}", disk)
     return table
 
 

@@ -1,4 +1,7 @@
-"""SIGTERM to the only gateway of a server: what it has begun it ends, and another one takes what comes next."""
+"""SIGTERM to the only gateway of a server: what it has begun it ends, and another one takes what comes next.
+
+One that is stopped answers nobody, and `manta status` tells of it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import json
 import time
 
 import httpx
+import pytest
 
-from tests.processes import processes
+from tests.processes import processes, status
 from tests.waiting import wait_for
 
 GATEWAY = "ServeReplica:gateway:gateway"
@@ -38,6 +42,23 @@ def test_sigterm_to_the_only_gateway_ends_no_stream_and_another_one_comes(server
     assert [one.pid for one in processes(server, GATEWAY)] != [gateway.pid]
     whole = httpx.post(f"{server.url}/v1/completions", json=ASKED, timeout=300).json()
     assert whole["usage"]["completion_tokens"] == NUM_TOKENS
+
+
+@pytest.mark.long
+def test_status_tells_of_the_only_gateway_that_is_stopped(server):
+    """No client was answered, and it said that all was well."""
+    [gateway] = processes(server, GATEWAY)
+    gateway.suspend()
+    try:
+        began = time.monotonic()
+        said = " ".join(status(server).split())
+        took_s = time.monotonic() - began
+    finally:
+        gateway.resume()
+    assert "1 of 1 gateways stand still: the requests that they have wait, and so do all new ones." in said
+    assert took_s < 60, "it waits 5 s for it, and starts on a busy machine"
+    wait_for(lambda: _is_served(server.url), RECOVERY_S, "the gateway")
+    assert "gateways stand still" not in status(server)
 
 
 def _is_served(url: str) -> bool:

@@ -44,7 +44,7 @@ MODEL = ApplicationStatus(
 GATEWAY = ApplicationStatus("gateway", "DEPLOYING", (deployment("Gateway"),), message="waiting for [a] node")
 SNAPSHOT = ClusterSnapshot(
     "10.0.0.1:6379",
-    (NodeStatus("10.0.0.1", True, 8, 0), NodeStatus("10.0.0.2", False, 16, 4)),
+    (NodeStatus("10.0.0.1", True, 8, 0, 0.42), NodeStatus("10.0.0.2", False, 16, 4)),
     (GATEWAY, MODEL),
 )
 
@@ -70,8 +70,8 @@ def test_names_say_model_and_group() -> None:
 
 def test_nodes_are_drawn() -> None:
     assert rows_of(drawn(SNAPSHOT), "10.0.0.1", "10.0.0.2") == [
-        ["10.0.0.1", "alive", "8", "0"],
-        ["10.0.0.2", "dead", "16", "4"],
+        ["10.0.0.1", "alive", "8", "0", "42%"],
+        ["10.0.0.2", "dead", "16", "4", "-"],
     ]
 
 
@@ -125,7 +125,7 @@ def test_a_cluster_without_applications_says_so() -> None:
 def test_a_document_has_names_spelled_out() -> None:
     document = SNAPSHOT.document()
     assert document["address"] == "10.0.0.1:6379"
-    assert document["nodes"][1] == {"address": "10.0.0.2", "alive": False, "cpus": 16, "gpus": 4}
+    assert document["nodes"][1] == {"address": "10.0.0.2", "alive": False, "cpus": 16, "gpus": 4, "disk": None}
     gateway, model = document["applications"]
     assert (gateway["model"], gateway["fingerprint"], gateway["rows_per_expert"]) == (None, None, [])
     assert (model["model"], model["fingerprint"], model["rows_per_expert"]) == ("mixtral-8x7b", "0123abcd", [20, 0, 40])

@@ -4,12 +4,15 @@ import io
 from dataclasses import replace
 
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
 from rich.console import Console
 
+from cluster.commands.status.cluster_inspection import _silent
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
 from cluster.commands.status.findings import findings
 from cluster.commands.status.tables import draw
 from cluster.messages import EngineStats
+from cluster.telemetry.metrics import ProcessFigures
 
 STATS = EngineStats(3, 0, 100, 25, 1000, 200, 5, 0, 77, (1, 2))
 NO_ROOM = (
@@ -143,3 +146,59 @@ def test_the_only_coordinator_that_stands_still_is_told():
         "A coordinator of mixtral does not say how it is: no coordinator answered within 5 s. "
         "Its streams stand still, and new requests wait."
     )
+
+
+@pytest.mark.parametrize(
+    ("running", "wrong"),
+    [
+        (1, "1 of 1 gateways stand still: the requests that they have wait, and so do all new ones."),
+        (2, "1 of 2 gateways stand still: the requests that they have wait, and some of the new ones."),
+    ],
+)
+def test_a_gateway_that_stands_still_is_told(running: int, wrong: str) -> None:
+    """After a SIGSTOP of the only gateway no client was answered, and all was well."""
+    gateway, model = cluster().applications
+    silent = replace(gateway, deployments=(up("gateway", running),), silent=1)
+    assert only(replace(cluster(), applications=(silent, model)))[0] == wrong
+
+
+def test_a_full_disk_is_told_and_one_that_is_not_known_is_not() -> None:
+    """Ray spills nothing from 95 % on, and all was well."""
+    nodes = [NodeStatus(f"n{number}", True, 8, 1, disk) for number, disk in enumerate((None, 0.949, 0.951))]
+    dead = NodeStatus("n3", False, 8, 1, 1.0)
+    wrong, do = only(replace(cluster(), nodes=(*nodes, dead)))
+    assert wrong.startswith("Node n2: 95% of the disk with Ray's session is used.")
+    assert do.startswith("Make room there")
+
+
+class Answers:
+    """Serve's handle, before replicas of which one has been stopped and one has died."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = answers
+
+    def broadcast(self, method: str) -> "Answers":
+        assert method == "metrics"
+        return self
+
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        assert timeout_s <= 5.0
+        assert return_exceptions
+        if not self.answers:
+            raise TimeoutError
+        return list(self.answers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "silent"),
+    [
+        ((ProcessFigures("a", ()), ProcessFigures("b", ())), 0),
+        ((ProcessFigures("a", ()), GetTimeoutError("late")), 1),
+        ((ProcessFigures("a", ()), ActorDiedError()), 0),
+        ((), 2),
+    ],
+)
+def test_gateways_that_do_not_answer_are_counted(answers, silent, monkeypatch) -> None:
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_, **__: Answers(*answers))
+    assert _silent(ApplicationStatus("gateway", "RUNNING", (up("gateway", 2),))) == silent
+    assert _silent(ApplicationStatus("gateway", "DEPLOYING", (DeploymentStatus("gateway", "UPDATING", {}),))) == 0
