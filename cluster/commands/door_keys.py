@@ -9,9 +9,10 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.commands.each_node import ask_nodes, heard
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
 from gateway.admission.access import is_loopback
@@ -50,30 +51,18 @@ def check_nodes(gateway: GatewayConfig) -> None:
     With `gateway.label_selector` only some nodes have gateways, and a gateway says itself what it lacks.
     """
     import ray
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     files = {name: getattr(gateway, name) for name in ("api_keys_file", "metrics_token_file")}
     needed = {name: str(file) for name, file in files.items() if file is not None}
     if gateway.label_selector or not needed:
         return
-    look = ray.remote(num_cpus=0)(_missing)
-    looks = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            looks[look.options(scheduling_strategy=there).remote([*needed.values()])] = node["NodeManagerAddress"]
-    # A node that is too busy to answer, or that dies meanwhile, is told of by its gateway.
-    answered, _ = ray.wait([*looks], num_returns=len(looks), timeout=NODES_TIMEOUT_S)
-    missing: dict[str, list[str]] = {file: [] for file in needed.values()}
-    for one in answered:
-        with suppress(RayError):
-            for file in ray.get(one):
-                missing[file].append(looks[one])
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    # What a node lacks that does not answer, its gateway says.
+    missing = heard(ask_nodes(addresses, _missing, [*needed.values()]), NODES_TIMEOUT_S)  # by node
     for name, file in needed.items():
-        if missing[file]:
+        if without := sorted(addresses[node] for node, lacks in missing.items() if file in lacks):
             raise ConfigError(
-                f"gateway.{name}: {file} cannot be read on {', '.join(sorted(missing[file]))}: with --address it has "
+                f"gateway.{name}: {file} cannot be read on {', '.join(without)}: with --address it has "
                 f"to be on every node, at the same path, for any may have a gateway. A key in {KEY} is in a file of "
                 "this machine; gateway.label_selector says which nodes have gateways"
             )

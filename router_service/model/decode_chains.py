@@ -138,11 +138,7 @@ class DecodeChains:
 
     def run(self) -> None:
         """From `x` of all layers to `x` and `delta` of the last."""
-        halted = self._all.run(self._threads)
-        while halted:
-            for choice in self.choices:
-                choice.settle()
-            halted = self._all.go_on(self._threads)
+        self._run(self._all)
 
     def project(self, layer: int) -> None:
         """From `x`, and `delta` of the layer before, to `queries`, `keys` and `values`. Where attention is called."""
@@ -150,17 +146,19 @@ class DecodeChains:
 
     def choose_experts(self, layer: int) -> None:
         """From what `project` takes, or from `attended`, to `rows`, and to the gate's choice."""
-        chain = self._choose[layer]
-        if chain.run(self._threads):
-            self.choices[layer].settle()
-            chain.go_on(self._threads)
+        self._run(self._choose[layer])
 
     def feed_forward(self, layer: int) -> None:
         """From the same to `delta`."""
-        chain = self._feed_forward[layer]
-        if chain.run(self._threads):
-            self.choices[layer].settle()
-            chain.go_on(self._threads)
+        self._run(self._feed_forward[layer])
+
+    def _run(self, chain: Chain) -> None:
+        """To its end. It halts at a choice that is in doubt."""
+        halted = chain.run(self._threads)
+        while halted:
+            for choice in self.choices:
+                choice.settle()
+            halted = chain.go_on(self._threads)
 
     # Those that a step uses are put together when it does first.
 

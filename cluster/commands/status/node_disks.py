@@ -9,6 +9,8 @@ import shutil
 from contextlib import suppress
 from typing import Any
 
+from cluster.commands.each_node import Asked, ask_nodes, heard
+
 
 def used_share(directory: str) -> float:
     """Of the file system of `directory`, as Ray counts it before it spills; 1 is full."""
@@ -16,31 +18,22 @@ def used_share(directory: str) -> float:
     return 1 - usage.free / usage.total if usage.total else 0.0
 
 
-def ask_disks() -> dict[Any, str]:
+def ask_disks() -> Asked:
     """The tasks that look at other nodes, with their nodes' ids. Started before others are asked, read afterwards."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(_session_disk)
     here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    return {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
-        for node in others
-    }
+    return ask_nodes(others, _session_disk)
 
 
-def disks(asked: dict[Any, str], timeout_s: float) -> dict[str, float]:
+def disks(asked: Asked, timeout_s: float) -> dict[str, float]:
     """The used share by node id, of those that answer in time."""
     import ray
 
-    told = {}
+    told: dict[str, float] = heard(asked, timeout_s)
     with suppress(OSError):
         told[ray.get_runtime_context().get_node_id()] = _session_disk()
-    answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
-    for one in answered:
-        with suppress(ray.exceptions.RayError, OSError):
-            told[asked[one]] = ray.get(one)
     return told
 
 
