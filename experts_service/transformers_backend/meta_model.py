@@ -166,6 +166,11 @@ def _parted(model: Any, refuse: Refuse) -> tuple[Any, Any]:
     return layers, head
 
 
+def layers_of(model: nn.Module) -> Any:
+    """The decoder in a model that has a head as well; None: it cannot be told from that."""
+    return next((layers for module in model.children() if (layers := _layers_in(module)) is not None), None)
+
+
 def _layers_in(module: nn.Module) -> Any:
     """The decoder: the module itself, or the text model in it."""
     if hasattr(module, "layers"):

@@ -35,6 +35,7 @@ class Decoder:
     """All layers of one model, bound to the dispatcher that reaches its experts, none if it is dense."""
 
     chains_attention = True  # False: attention is a call of its own, for whoever measures it
+    runs_chains = True  # False: each layer's parts are calls of their own, for whoever looks into them
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Decoder:
         x = F.embedding(token_ids, self.embeddings)  # [T, D]
         if self._multipliers.embedding != 1:
             x = x * self._multipliers.embedding
-        if self._has_chains and 0 < num_rows <= MOST_ROWS:
+        if self._has_chains and self.runs_chains and 0 < num_rows <= MOST_ROWS:
             return (yield from self._decode(x, rotary, attention, kv_cache, routed, times))
         work = num_rows * self._multiplications
         delta = None  # [T, D]; what the feed-forward before adds to x
@@ -301,6 +302,11 @@ def _shared_expert(layer: Layer, rows: torch.Tensor) -> torch.Tensor | None:
     said = layer.dense(rows)
     if layer.dense_gate is None:
         return said
+    return said.mul_(shared_expert_scores(layer, rows).sigmoid())
+
+
+def shared_expert_scores(layer: Layer, rows: torch.Tensor) -> torch.Tensor:
+    """What the gate of the network for every token says of `rows` [T, D]: [T, 1]."""
+    assert layer.dense_gate is not None, "its network has a gate"
     # A row's product is one sum: a matmul of one output would add in an order that depends on the number of rows.
-    scores = (rows.float() * layer.dense_gate).sum(dim=-1, keepdim=True).to(rows.dtype)  # [T, 1]
-    return said.mul_(scores.sigmoid())
+    return (rows.float() * layer.dense_gate).sum(dim=-1, keepdim=True).to(rows.dtype)

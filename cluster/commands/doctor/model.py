@@ -87,6 +87,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     observe_step: Callable[[float, Batch], object] | None = None,
     prepare: Callable[[Engine], object] = lambda _: None,
+    look: Callable[[Engine], object] = lambda _: None,
     cuda_graphs: Literal["auto", "off"] = "auto",
     *,
     elsewhere: bool = False,
@@ -94,6 +95,7 @@ def generate(
 ) -> list[list[TokenChunk]]:
     """The greedy answers to prompts that are decoded together, by an engine that `prepare` has seen before it starts.
 
+    `look` sees it afterwards, when it has nothing to do, whatever was raised in its steps.
     `elsewhere`: its experts are on the CPU, and rows travel.
 
     Raises what the engine raises.
@@ -142,11 +144,12 @@ def generate(
             engine.submit(request)
         if not done.wait(TIMEOUT_S):
             raise TimeoutError(f"no answer in {TIMEOUT_S:g} s")
-        if errors:
-            raise errors[0]
         if unfinished:
             engine.stop()
             engine.check_alive()
+        look(engine)
+        if errors:
+            raise errors[0]
     finally:
         engine.stop()
     return list(answers.values())

@@ -2,14 +2,15 @@
 
 Both sides get the same prompts and compute in the same dtype. A token of ours is good where transformers finds no
 other one likelier by more than rounding may make it. Where one is not, or its likelihood is off, the layers of that
-prompt are compared, and the first that differ are named: that is what a report of a bug begins with.
+prompt are compared, and the first that differ are named. In any case each part of the model is compared by itself, all
+experts among them, and those that compute something else are named: that is what a report of a bug begins with.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from cluster.checkpoint.architecture import ComputeDtype, compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.bench.machine import this_machine
+from cluster.commands.verify.parts import OFF, PartDifference, part_lines
 from cluster.commands.verify.sides import Layers, Reference, Said, ours
 from cluster.config import EngineConfig
 from cluster.errors import CheckpointError
@@ -31,8 +33,8 @@ TEXTS = (
 # Of a token's log-probability. In fp32 only the order of sums differs. In bf16 each layer rounds on both sides: the
 # bound is a judgement, no model of the hub has been measured.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-OFF = {"float32": 1e-3, "bfloat16": 0.05}  # of a layer's attention, relative to its largest number
-MOST_LAYERS = 8  # that are shown
+MOST_LAYERS = 8  # that are shown of a prompt
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class LayerDifference:
     """Of one layer and prompt."""
 
     layer: int
-    what: Literal["attention", "experts"]  # `experts`: the layer's index among those that have some
-    off: float  # attention: the largest difference, relative to the largest number; experts: part of the tokens
+    what: Literal["attention", "gate"]
+    off: float  # attention: the largest difference, relative to the largest number; gate: part of the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class PromptResult:
     first_other: int | None  # its position
     largest_difference: float  # of a token's log-probability
     layers: tuple[LayerDifference, ...]  # that differ by more than rounding; none where tokens are good
+    error: str  # why there are no tokens
 
     def is_good(self, tolerance: float) -> bool:
         """NaN is not."""
@@ -75,7 +78,7 @@ def run(
     name = compute_dtype(dtype, checkpoint.architecture)
     device = resolve_device(EngineConfig())
     prompts = _prompts(checkpoint)
-    said = ours(checkpoint, device, getattr(torch, name), prompts, tokens)
+    said, parts = ours(checkpoint, device, getattr(torch, name), prompts, tokens)
     try:
         reference = Reference(checkpoint, device, getattr(torch, name))
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -84,11 +87,12 @@ def run(
         _compare(answer, *reference.read(prompt, answer.token_ids), name, len(prompt))
         for prompt, answer in zip(prompts, said, strict=True)
     ]
-    good = all(result.is_good(TOLERANCE[name]) for result in results)
+    found = reference.compare(parts, name)
+    good = not found and all(result.is_good(TOLERANCE[name]) for result in results)
     if as_json:
-        print(json.dumps(_document(checkpoint, device, name, results, good=good)))
+        print(json.dumps(_document(checkpoint, device, name, results, found, good=good)))
     else:
-        _print(checkpoint, device, name, results, good=good)
+        _print(checkpoint, device, name, results, found, good=good)
     return good
 
 
@@ -113,12 +117,12 @@ def _compare(said: Said, logprobs: torch.Tensor, layers: Layers, dtype: str, pro
         if not float(best[position]) - expected <= TOLERANCE[dtype]:
             others.append(position)
     largest = float(torch.tensor(differences or [float("nan")]).max())  # NaN where one is
-    result = PromptResult(prompt_tokens, len(said.token_ids), len(others), others[0] if others else None, largest, ())
+    result = PromptResult(
+        prompt_tokens, len(said.token_ids), len(others), others[0] if others else None, largest, (), said.error
+    )
     if result.is_good(TOLERANCE[dtype]):
         return result
-    return PromptResult(
-        prompt_tokens, len(said.token_ids), len(others), result.first_other, largest, _off(said.layers, layers, dtype)
-    )
+    return replace(result, layers=_off(said.layers, layers, dtype))
 
 
 def _off(mine: Layers, theirs: Layers, dtype: str) -> tuple[LayerDifference, ...]:
@@ -129,16 +133,22 @@ def _off(mine: Layers, theirs: Layers, dtype: str) -> tuple[LayerDifference, ...
         off = float("nan") if one.shape != other.shape else float((one - other).abs().max() / other.abs().max())
         if not off <= OFF[dtype]:
             found.append(LayerDifference(layer, "attention", off))
-    for index in sorted(mine.experts.keys() & theirs.experts.keys()):
-        one, other = mine.experts[index], theirs.experts[index]
-        share = 1.0 if one.shape != other.shape else float((one != other).any(1).float().mean())
+    for layer in sorted(mine.experts.keys() & theirs.experts.keys()):
+        chosen, others = mine.experts[layer], theirs.experts[layer]
+        share = 1.0 if chosen.shape != others.shape else float((chosen != others).any(1).float().mean())
         if share:
-            found.append(LayerDifference(index, "experts", share))
-    return tuple(found)
+            found.append(LayerDifference(layer, "gate", share))
+    return tuple(sorted(found, key=lambda one: one.layer))
 
 
 def _document(
-    checkpoint: Checkpoint, device: torch.device, dtype: str, results: Sequence[PromptResult], *, good: bool
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: str,
+    results: Sequence[PromptResult],
+    found: Sequence[PartDifference],
+    *,
+    good: bool,
 ) -> dict[str, Any]:
     import transformers
 
@@ -154,15 +164,25 @@ def _document(
         "good": good,
         "tolerance": TOLERANCE[dtype],
         "prompts": [asdict(result) for result in results],
+        "parts": [asdict(part) for part in found],
     }
 
 
 def _print(
-    checkpoint: Checkpoint, device: torch.device, dtype: str, results: Sequence[PromptResult], *, good: bool
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: str,
+    results: Sequence[PromptResult],
+    found: Sequence[PartDifference],
+    *,
+    good: bool,
 ) -> None:
     whose = "code of ours" if checkpoint.model_impl == "native" else "transformers' code with our experts and attention"
     print(f"{checkpoint.directory}: {checkpoint.architecture.num_layers} layers, {whose}, {dtype} on {device.type}")
     for number, result in enumerate(results, start=1):
+        if result.error:
+            print(f"prompt {number}: no tokens: {result.error}")
+            continue
         print(
             f"prompt {number}: {result.output_tokens - result.other_tokens} of {result.output_tokens} tokens, "
             f"log-probabilities differ by {result.largest_difference:.2g} at most"
@@ -171,10 +191,28 @@ def _print(
             if one.what == "attention":
                 print(f"  layer {one.layer}: attention is off by {one.off:.2g} of its largest number")
             else:
-                print(f"  gate {one.layer}: {one.off:.0%} of the tokens go to other experts")
+                print(f"  layer {one.layer}: {one.off:.0%} of the tokens go to other experts")
         if len(result.layers) > MOST_LAYERS:
             print(f"  and {len(result.layers) - MOST_LAYERS} more")
+    lines = part_lines(found)
+    if lines:
+        print("parts that compute something else, each given the same input on both sides:")
+    for line in lines[:MOST_PARTS]:
+        print(f"  {line}")
+    if len(lines) > MOST_PARTS:
+        print(f"  and {len(lines) - MOST_PARTS} more")
     if good:
-        print(f"as transformers computes it: no log-probability is off by more than {TOLERANCE[dtype]:g}")
+        print(
+            f"as transformers computes it: no log-probability is off by more than {TOLERANCE[dtype]:g}, "
+            f"and no part by more than {OFF[dtype]:g} of its largest number"
+        )
+        return
+    if not found:
+        print(
+            "each part computes what transformers' does from the same input: what is off is attention over the cache,"
+        )
+        print("or how parts are put together")
+    if any(part.there for part in found):
+        print("transformers makes numbers that are not finite of it as well: the checkpoint's files are broken")
     else:
         print("not as transformers computes it: report it, with what manta verify --json prints")

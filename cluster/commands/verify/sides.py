@@ -1,8 +1,8 @@
 """What either side says of the same prompts: tokens, how likely each was, and what went through each layer.
 
 Of a layer two things are noted, which every implementation has: what attention gave to its output projection, and which
-experts each token was sent to. Ours is an engine with all experts in this process; theirs is read once more over the
-tokens that ours chose.
+experts each token was sent to; of the first prompt, its parts as well. Ours is an engine with all experts in this
+process; theirs is read once more over the tokens that ours chose.
 
 Shapes: T tokens of a prompt, N query heads, W width of a value's head, K experts per token, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,12 +20,17 @@ from torch import nn
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands.doctor.model import generate
+from cluster.commands.verify.parts import PartDifference, Parts, PartsOfOurs, compare
+from cluster.errors import Unavailable
+from cluster.messages import TokenChunk
+from experts_service.transformers_backend.meta_model import layers_of
+from experts_service.transformers_backend.probe import is_experts
 from router_service.engine import Engine
 
 
 @dataclass
 class Layers:
-    """Of one prompt, by the layer's index; experts by their index among layers that have some."""
+    """Of one prompt, by the layer's index."""
 
     attended: dict[int, torch.Tensor] = field(default_factory=dict)  # [T, N · W]
     experts: dict[int, torch.Tensor] = field(default_factory=dict)  # [T, K], ascending
@@ -37,20 +43,24 @@ class Said:
     token_ids: list[int]
     logprobs: list[float]
     layers: Layers
+    error: str = ""  # why there are no tokens
 
 
 class _Notes:
     """What goes through the layers of an engine in the first step of a prompt that is alone."""
 
     def __init__(self) -> None:
-        self.layers = Layers()
+        self.attended: dict[int, torch.Tensor] = {}
+        self.parts = Parts()
+        self._ours: PartsOfOurs | None = None
         self._is_open = True
 
     def take_over(self, engine: Engine) -> None:
         """Before it starts."""
-        runner, dispatcher = engine.model_runner, engine.model_runner.decoder.dispatcher
-        plan_of, forward, dispatch = runner.attention.plan, runner.forward, dispatcher.dispatch
-        order: dict[int, int] = {}  # layer → its place among those with experts
+        runner = engine.model_runner
+        plan_of, forward = runner.attention.plan, runner.forward
+        ours = self._ours = PartsOfOurs(runner.decoder)
+        self.parts = ours.parts
 
         def noted_plan(metadata: Any) -> Any:
             plan = plan_of(metadata)
@@ -59,45 +69,68 @@ class _Notes:
             def noted_read(layer: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
                 output = read(layer, *arguments, **keywords)
                 if self._is_open:
-                    self.layers.attended[layer] = output.flatten(1).float().cpu()
+                    self.attended[layer] = output.flatten(1).float().cpu()
                 return output
 
             plan.read = noted_read  # type: ignore[method-assign]
             return plan
 
-        def noted_dispatch(layer: int, rows: Any, experts: torch.Tensor, *arguments: Any) -> Any:
-            if self._is_open:
-                self.layers.experts[order.setdefault(layer, len(order))] = experts.sort(1).values.cpu()
-            return dispatch(layer, rows, experts, *arguments)
-
         def noted_forward(batch: Any) -> Any:
-            output = forward(batch)
-            self._is_open = False
-            return output
+            try:
+                return forward(batch)
+            finally:
+                if self._is_open:
+                    ours.close()
+                self._is_open = False
 
         runner.attention.plan = noted_plan  # type: ignore[method-assign]
         runner.forward = noted_forward  # type: ignore[method-assign]
-        dispatcher.dispatch = noted_dispatch  # type: ignore[method-assign, assignment]
+
+    def ask_experts(self, engine: Engine) -> None:
+        """When it has answered."""
+        assert self._ours is not None, "it was taken over"
+        self._ours.ask_experts(engine.model_runner.decoder.dispatcher)
+
+    @property
+    def layers(self) -> Layers:
+        """What was noted of them."""
+        experts = {layer: chosen.experts.sort(1).values for layer, chosen in self.parts.chosen.items()}
+        return Layers(self.attended, experts)
 
 
 def ours(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, prompts: Sequence[Sequence[int]], tokens: int
-) -> list[Said]:
-    """Each prompt alone, greedily."""
+) -> tuple[list[Said], Parts]:
+    """Each prompt alone, greedily; and the parts of the first."""
     said = []
+    parts: Parts | None = None
     for prompt in prompts:
-        notes = _Notes()
-        [chunks] = generate(
-            checkpoint, device, dtype, [prompt], prepare=notes.take_over, cuda_graphs="off", output_tokens=tokens
-        )
+        notes, error = _Notes(), ""
+        chunks: list[TokenChunk] = []
+        try:
+            [chunks] = generate(
+                checkpoint,
+                device,
+                dtype,
+                [prompt],
+                prepare=notes.take_over,
+                look=notes.ask_experts if parts is None else lambda _: None,
+                cuda_graphs="off",
+                output_tokens=tokens,
+            )
+        except Unavailable as raised:  # of numbers that are not finite
+            error = str(raised)
+        parts = parts or notes.parts
         said.append(
             Said(
                 [token for chunk in chunks for token in chunk.token_ids],
                 [one.token_logprob for chunk in chunks for one in chunk.logprobs or ()],
                 notes.layers,
+                error,
             )
         )
-    return said
+    assert parts is not None, "there are prompts"
+    return said, parts
 
 
 class Reference:
@@ -117,14 +150,12 @@ class Reference:
         )
         self._model.to(device).eval()
         self._layers = Layers()
-        index = 0
-        for module in self._model.modules():
+        for name, module in layers_of(self._model).named_modules():
             layer, projection = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
             if isinstance(layer, int) and isinstance(projection, nn.Module):
                 projection.register_forward_pre_hook(self._note_attended(layer))
-            if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
-                module.register_forward_pre_hook(self._note_experts(index))
-                index += 1
+            if is_experts(module) and len(signature(module.forward).parameters) > 1:
+                module.register_forward_pre_hook(self._note_experts(int(name.split(".")[1])))
 
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], token_ids: Sequence[int]) -> tuple[torch.Tensor, Layers]:
@@ -139,15 +170,19 @@ class Reference:
         )
         return logits.float().log_softmax(-1).cpu(), layers
 
+    def compare(self, parts: Parts, dtype: str) -> tuple[PartDifference, ...]:
+        """Parts of ours that differ from those of it."""
+        return compare(parts, self._model, dtype)
+
     def _note_attended(self, layer: int) -> Any:
         def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             self._layers.attended[layer] = arguments[0].reshape(-1, arguments[0].shape[-1]).float().cpu()
 
         return note
 
-    def _note_experts(self, index: int) -> Any:
+    def _note_experts(self, layer: int) -> Any:
         def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self._layers.experts[index] = arguments[1].sort(1).values.cpu()
+            self._layers.experts[layer] = arguments[1].sort(1).values.cpu()
 
         return note
 

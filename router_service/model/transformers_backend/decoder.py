@@ -69,11 +69,11 @@ class TransformersDecoder:
         meta = build(checkpoint.directory, checkpoint.architecture, dtype)
         check_rope(meta.config, max_model_len, meta.error)
         load = load_own(meta, checkpoint, device, on_bytes)
-        self._model = meta.model
+        self.model = meta.model
         for index, (name, _) in enumerate(meta.experts):
             moe_name, _, attribute = name.rpartition(".")
-            moe = self._model.get_submodule(moe_name)
-            setattr(moe, attribute, _Experts(self, index))
+            moe = self.model.get_submodule(moe_name)
+            setattr(moe, attribute, DispatchedExperts(self, index))
             if type(moe).__name__ == SCALED_BEFORE:
                 moe.forward = _ScaledBefore(moe)
         self.attention = meta.attention
@@ -87,10 +87,10 @@ class TransformersDecoder:
                     linear.forward = _Packed(linear, self.kernel)  # type: ignore[method-assign, assignment]
             give_back_freed()
         # Whoever has an indexer takes a part of a mask for it, which its layers would otherwise not need.
-        self._mask = torch.empty(1, 1, 1, 1, device=device) if indexers(self._model) else None
-        for indexer in indexers(self._model):
+        self._mask = torch.empty(1, 1, 1, 1, device=device) if indexers(self.model) else None
+        for indexer in indexers(self.model):
             indexer.forward = _Indexer(self, indexer)
-        for module in self._model.modules():
+        for module in self.model.modules():
             module.manta_attention = self._attend
 
     def forward(
@@ -217,7 +217,7 @@ class _Packed:
         return product.view(*rows.shape[:-1], -1)
 
 
-class _Experts(nn.Module):
+class DispatchedExperts(nn.Module):
     """In place of a layer's experts."""
 
     def __init__(self, decoder: TransformersDecoder, layer: int) -> None:

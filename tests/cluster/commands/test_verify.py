@@ -1,10 +1,16 @@
 """`manta verify`: a model computed by us and by transformers, in this process."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from cluster.commands.verify import command
 from cluster.commands.verify.command import run
+from cluster.commands.verify.parts import PartDifference, part_lines
 from cluster.errors import CheckpointError
 from experts_service.transformers_backend.experts import TransformersExperts
 from tests import families
@@ -49,11 +55,124 @@ def test_where_they_differ_the_first_layers_are_named(directory, capsys, monkeyp
     assert "not as transformers computes it: report it, with what manta verify --json prints" in text
 
 
+def test_many_experts_of_a_layer_are_told_in_a_line():
+    parts = [PartDifference(1, f"expert {one}", one, one / 10, here=False, there=False) for one in range(1, 20)]
+    other = PartDifference(2, "expert 7", 7, 0.25, here=False, there=False)
+    assert part_lines([*parts, other]) == [
+        "layer 1: experts 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 3 more: "
+        "off by 1.9 of its largest number at most",
+        "layer 2: expert 7: off by 0.25 of its largest number",
+    ]
+
+
 def test_native_code_is_verified_as_well(capsys):
     assert run("demo", None, "auto", "float32", TOKENS, as_json=False)
     text = capsys.readouterr().out
     assert "code of ours, float32 on cpu" in text
     assert "8 of 8 tokens" in text
+
+
+Tensors = dict[str, torch.Tensor]  # by their stored names
+
+
+def broken_glm4_moe(tensors: Tensors) -> None:
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 3
+    tensors["model.layers.1.mlp.gate.weight"] *= -1
+    tensors["model.layers.2.mlp.shared_experts.up_proj.weight"] *= 3
+    tensors["model.layers.2.mlp.experts.0.down_proj.weight"][5, 7] += 1
+    tensors["model.layers.3.mlp.experts.5.down_proj.weight"] *= 3
+    tensors["model.layers.3.mlp.gate.e_score_correction_bias"] += torch.arange(8.0)  # nobody is weighed by it
+
+
+def broken_gpt_oss(tensors: Tensors) -> None:
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    tensors[name][[2, 6]] = tensors[name][[6, 2]]
+    tensors["model.layers.1.mlp.experts.down_proj_bias"][4] += 1
+
+
+def broken_llama4(tensors: Tensors) -> None:
+    tensors["model.layers.3.feed_forward.experts.down_proj"][6] *= 3
+
+
+def broken_mixtral(tensors: Tensors) -> None:
+    """Rows go to the same experts where scores are twice as large."""
+    w1, w3 = (f"model.layers.1.block_sparse_moe.experts.0.{name}.weight" for name in ("w1", "w3"))
+    tensors[w1], tensors[w3] = tensors[w3], tensors[w1]
+    tensors["model.layers.2.block_sparse_moe.gate.weight"] *= 2
+    tensors["model.layers.3.block_sparse_moe.experts.7.w2.weight"] *= 3
+
+
+def broken_qwen2_moe(tensors: Tensors) -> None:
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 3
+    tensors["model.layers.1.mlp.gate.weight"] *= -1
+    tensors["model.layers.2.mlp.shared_expert.down_proj.weight"] *= 3
+    tensors["model.layers.3.mlp.shared_expert_gate.weight"] *= 3
+    tensors["model.layers.3.mlp.experts.3.up_proj.weight"] *= 3
+    tensors["lm_head.weight"] *= 3
+
+
+def rewrite(directory: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "new", {"format": "pt"})
+    (directory / "new").replace(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "parts"),
+    [
+        (
+            "glm4_moe",
+            broken_glm4_moe,
+            ["0 mlp", "1 mlp.gate", "1 gate", "2 mlp.shared_experts", "2 expert 0", "3 gate", "3 expert 5"],
+        ),
+        ("mixtral", broken_mixtral, ["1 expert 0", "2 gate's weights", "3 expert 7"]),
+        (
+            "qwen2_moe",
+            broken_qwen2_moe,
+            [
+                *("0 self_attn.o_proj", "1 gate", "2 mlp.shared_expert"),
+                *("3 mlp.shared_expert_gate", "3 expert 3", "None lm_head"),
+            ],
+        ),
+        pytest.param("gpt_oss", broken_gpt_oss, ["1 expert 4", "3 expert 2", "3 expert 6"], marks=pytest.mark.long),
+        pytest.param("llama4_text", broken_llama4, ["3 expert 6"], marks=pytest.mark.long),
+    ],
+)
+def test_parts_that_compute_wrongly_are_named_and_no_other(tmp_path, capsys, monkeypatch, family, change, parts):
+    """Ours reads a file that transformers does not. Experts were named nowhere, and nothing of the last layer was."""
+    write_family(tmp_path, family)
+    right = load_file(tmp_path / "model.safetensors")
+    ours = command.ours
+
+    def of_broken(*arguments):
+        rewrite(tmp_path, change)
+        said = ours(*arguments)
+        rewrite(tmp_path, lambda tensors: tensors.update(right))
+        return said
+
+    monkeypatch.setattr(command, "ours", of_broken)
+    assert not run(str(tmp_path), None, "auto", "float32", TOKENS, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [f"{one['layer']} {one['part']}" for one in said["parts"]] == parts
+    assert all(one["off"] > 0.01 for one in said["parts"])
+
+
+def test_a_weight_that_is_not_a_number_is_found_though_nothing_can_be_said(tmp_path, capsys):
+    """Both read it from the file, and no token comes of it."""
+    write_family(tmp_path, "mixtral")
+
+    def not_a_number(tensors: Tensors) -> None:
+        tensors["model.layers.2.block_sparse_moe.gate.weight"][1] = 0  # so that some token goes to expert 1
+        tensors["model.layers.2.block_sparse_moe.gate.weight"][[0, *range(2, 8)]] *= 1e-3
+        tensors["model.layers.2.block_sparse_moe.experts.1.w2.weight"][3, 4] = float("nan")
+
+    rewrite(tmp_path, not_a_number)
+    assert not run(str(tmp_path), None, "auto", "float32", TOKENS, as_json=False)
+    text = capsys.readouterr().out
+    assert "prompt 1: no tokens: the model's output is not finite" in text
+    assert "  layer 2: expert 1: makes numbers that are not finite, here and by transformers' code\n" in text
+    assert text.endswith("the checkpoint's files are broken\n")
 
 
 def test_what_transformers_cannot_load_is_said(directory, monkeypatch):

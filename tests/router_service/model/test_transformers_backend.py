@@ -188,11 +188,11 @@ def test_matrices_that_only_multiply_are_packed_and_others_are_not(tmp_path):
     model.save_pretrained(tmp_path)
     decoder = Bench(tmp_path, dtype="bfloat16", num_groups=2).engine.model_runner.decoder
     assert decoder.kernel.is_own
-    layer = decoder._model.model.layers[1]
+    layer = decoder.model.model.layers[1]
     assert layer.self_attn.q_proj.weight is None
     assert layer.mlp.shared_experts.down_proj.weight is None
     assert layer.mlp.gate.weight is not None
-    assert decoder._model.lm_head.weight is not None
+    assert decoder.model.lm_head.weight is not None
     rows = torch.randn(5, 32).bfloat16()
     with torch.inference_mode():
         answers = layer.mlp.shared_experts(rows[None])[0]

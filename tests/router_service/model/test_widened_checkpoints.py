@@ -52,7 +52,7 @@ def test_every_number_is_what_transformers_makes_of_it(
     write(tmp_path)
     expected = by_transformers(tmp_path, getattr(torch, dtype), monkeypatch).state_dict()
     bench = Bench(tmp_path, dtype=dtype, kernels="torch")  # which packs nothing
-    own = bench.engine.model_runner.decoder._model.state_dict()
+    own = bench.engine.model_runner.decoder.model.state_dict()
     experts_of = sorted(name for name in expected if name not in own)
     assert own
     assert experts_of
@@ -169,7 +169,7 @@ def test_what_is_held_and_what_is_read_are_counted(
     layers: Any = loaded._layers  # type: ignore[attr-defined]
     assert held.expert == sum(part.nbytes for layer in layers for part in layer._module.parameters())
     with caplog.at_level(logging.INFO):
-        own = Bench(tmp_path, kernels="torch").engine.model_runner.decoder._model
+        own = Bench(tmp_path, kernels="torch").engine.model_runner.decoder.model
     assert abs(held.coordinator - sum(tensor.nbytes for tensor in own.state_dict().values())) < 2 * a.num_experts * 4
     assert f"weights in {checkpoint.widened[0]} are widened to bfloat16 while they are read" in caplog.text
     assert checkpoint.expert_bytes(range(8)) + checkpoint.coordinator_bytes() == sum(

@@ -1,0 +1,360 @@
+"""The parts of a model one by one: what ours made of their input, and what transformers' make of the same input.
+
+A fault is seen where it is and nowhere after it, since no part is given what another computed wrongly. Experts are
+asked about the same few rows, all of a layer, whether or not the prompt's tokens go to them. A part is named as
+transformers has it in the decoder, such as `layers.2.mlp.gate`.
+
+Shapes: T tokens of a prompt, R rows, D hidden size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from experts_service.transformers_backend.meta_model import layers_of
+from experts_service.transformers_backend.probe import is_experts
+from router_service.dispatcher import Dispatcher
+from router_service.model.decoder import Decoder, shared_expert_scores
+from router_service.model.transformers_backend.decoder import DispatchedExperts, TransformersDecoder
+
+ROWS = 4  # that each expert is asked about
+SHOWN_EXPERTS = 16  # of a layer, in one line
+HEAD = "lm_head"
+GATE = "gate"
+OFF = {"float32": 1e-3, "bfloat16": 0.05}  # relative to the largest number of what transformers makes
+OTHERS = {"float32": 0.0, "bfloat16": 0.25}  # part of the tokens that may go to others: rounding decides near ties
+
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Of a part, the first one. What it was given and what it made are copies."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Any
+
+    @property
+    def is_finite(self) -> bool:
+        """What it was given."""
+        return all(bool(one.isfinite().all()) for one in _numbers((self.arguments, self.keywords)))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Where the gate of a layer sent rows."""
+
+    rows: torch.Tensor  # [T, D]
+    experts: torch.Tensor  # [T, K]
+    weights: torch.Tensor  # [T, K]
+
+
+@dataclass
+class Parts:
+    """What ours made of one prompt."""
+
+    calls: dict[str, Call] = field(default_factory=dict)  # in the order in which they ended
+    chosen: dict[int, Chosen] = field(default_factory=dict)  # by layer
+    asked: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # by layer: the rows [R, D] that its experts were asked
+    answers: dict[int, torch.Tensor] = field(default_factory=dict)  # [E, R, D]
+
+
+@dataclass(frozen=True, slots=True)
+class PartDifference:
+    """Of one part, by more than rounding."""
+
+    layer: int | None  # None: it is in none
+    part: str
+    expert: int | None  # of the layer's
+    off: float | None  # the largest difference, relative to the largest number; of GATE the part of the tokens that go
+    # to other experts. None: it makes something that is not a finite number,
+    here: bool  # and does here
+    there: bool  # and does by transformers' code
+
+
+class PartsOfOurs:
+    """Notes the parts of an engine's decoder in a step, and asks its experts afterwards."""
+
+    def __init__(self, decoder: Decoder | TransformersDecoder) -> None:
+        self.parts = Parts()
+        self._decoder = decoder
+        self._dispatched: dict[int, int] = {}  # layer → what the dispatcher calls it
+        self._undo: list[Callable[[], object]] = []
+        if isinstance(decoder, Decoder):
+            self._note_native(decoder)
+        else:
+            self._note_modules(decoder)
+
+    def close(self) -> None:
+        """Of the next step nothing is noted."""
+        for undo in self._undo:
+            undo()
+
+    @torch.inference_mode()
+    def ask_experts(self, dispatcher: Dispatcher) -> None:
+        """All of them, about the first rows that a gate sent anywhere."""
+        num_experts = self._decoder.architecture.num_experts
+        for layer, chosen in self.parts.chosen.items():
+            rows = chosen.rows[chosen.rows.isfinite().all(1)][:ROWS]
+            if not len(rows):
+                continue
+            self.parts.asked[layer] = rows
+            every = rows.to(self._decoder.device).repeat(num_experts, 1)  # [E · R, D]
+            experts = torch.arange(num_experts, device=every.device).repeat_interleave(len(rows))[:, None]
+            with closing(dispatcher.dispatch(self._dispatched[layer], every, experts)) as dispatch:
+                answers = dispatcher.combine(dispatch, torch.ones_like(experts, dtype=torch.float32))
+            self.parts.answers[layer] = answers.view(num_experts, len(rows), -1).cpu()
+
+    def _note_native(self, decoder: Decoder) -> None:
+        """Layer by layer, as transformers names them."""
+        layers, head = decoder.layers, decoder.head
+        decoder.layers = [self._noted_layer(index, layer) for index, layer in enumerate(layers)]
+        decoder.head = self._noted(HEAD, head)
+        decoder.runs_chains = False
+
+        def undo() -> None:
+            decoder.layers, decoder.head, decoder.runs_chains = layers, head, True
+
+        self._undo.append(undo)
+
+    def _noted_layer(self, index: int, layer: Any) -> Any:
+        name = f"layers.{index}"
+        network = f"{name}.mlp" if layer.gate is None else f"{name}.mlp.shared_expert"
+        self._dispatched[index] = index
+
+        def gate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            weights, experts = layer.gate(rows)
+            self._note_chosen(index, rows, experts, weights)
+            return weights, experts
+
+        def dense(rows: torch.Tensor) -> Any:
+            if layer.dense_gate is not None:
+                self._note(f"{network}_gate", (rows,), {}, shared_expert_scores(layer, rows))
+            return self._noted(network, layer.dense)(rows)
+
+        return replace(
+            layer,
+            o=self._noted(f"{name}.self_attn.o_proj", layer.o),
+            gate=layer.gate and gate,
+            dense=layer.dense and dense,
+        )
+
+    def _noted(self, name: str, part: Callable[..., Any]) -> Any:
+        def noted(rows: torch.Tensor) -> Any:
+            given = _copied(rows)
+            made = part(rows)
+            self._note(name, (given,), {}, made)
+            return made
+
+        return noted
+
+    def _note_modules(self, decoder: TransformersDecoder) -> None:
+        layers = layers_of(decoder.model)
+        parts = dict(_apart(layers))
+        if (head := decoder.model.get_output_embeddings()) is not None:
+            parts[HEAD] = head
+        for name, module in parts.items():
+            given: list[Any] = []  # copied before: some write over what they were given
+
+            def before(_: nn.Module, arguments: Any, keywords: Any, given: list[Any] = given) -> None:
+                given[:] = _copied((arguments, keywords))
+
+            def after(_: nn.Module, *outcome: Any, name: str = name, given: list[Any] = given) -> None:
+                self._note(name, given[0], given[1], outcome[-1])
+
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(after).remove)
+        for name, module in layers.named_modules():
+            if isinstance(module, DispatchedExperts) and (match := _LAYER.match(name)):
+
+                def chosen(_: nn.Module, arguments: Any, layer: int = int(match[1])) -> None:
+                    self._note_chosen(layer, *arguments)
+
+                self._dispatched[int(match[1])] = module.layer
+                self._undo.append(module.register_forward_pre_hook(chosen).remove)
+
+    def _note(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if name not in self.parts.calls:
+            self.parts.calls[name] = Call(_copied(arguments), _copied(keywords), _copied(output))
+
+    def _note_chosen(self, layer: int, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> None:
+        if layer not in self.parts.chosen:
+            self.parts.chosen[layer] = Chosen(_copied(rows), _copied(experts), _copied(weights))
+
+
+@torch.inference_mode()
+def compare(parts: Parts, model: Any, dtype: str) -> tuple[PartDifference, ...]:
+    """The parts of ours that differ from those of `model`, which is transformers', in the order of layers."""
+    device, layers = model.device, layers_of(model)
+    found: list[PartDifference] = []
+    for name, call in parts.calls.items():
+        if not call.is_finite:
+            continue
+        module = model.get_output_embeddings() if name == HEAD else layers.get_submodule(name)
+        theirs = module(*_to(device, call.arguments), **_to(device, call.keywords))
+        match = _LAYER.match(name)
+        layer, part = (int(match[1]), match[2]) if match else (None, name)
+        found += _difference(layer, part, None, call.output, _copied(theirs), OFF[dtype])
+    for name, module in layers.named_modules():
+        if not is_experts(module) or not (match := _LAYER.match(name)) or int(match[1]) not in parts.chosen:
+            continue
+        layer = int(match[1])
+        block = layers.get_submodule(name.rpartition(".")[0])
+        found += _gate_difference(layer, block, module, parts.chosen[layer], dtype)
+        if layer not in parts.answers:
+            continue
+        answers = parts.answers[layer]
+        theirs = _ask(module, parts.asked[layer].to(device), len(answers)).view(answers.shape).cpu()
+        for expert, (one, other) in enumerate(zip(answers, theirs, strict=True)):
+            found += _difference(layer, f"expert {expert}", expert, one, other, OFF[dtype])
+    last = 1 + max((one.layer for one in found if one.layer is not None), default=0)
+    return tuple(sorted(found, key=lambda one: _place(one, last)))
+
+
+def part_lines(found: Sequence[PartDifference]) -> list[str]:
+    """A line for each part; one for all experts of a layer that are off, and one for those that are not finite."""
+    lines = []
+    for _, group in groupby(found, lambda one: (one.layer, *_kind(one))):
+        of_kind = list(group)
+        first, layer = of_kind[0], of_kind[0].layer
+        where = first.part if layer is None else f"layer {layer}: {first.part}"
+        if first.expert is not None and len(of_kind) > 1:
+            experts = ", ".join(str(one.expert) for one in of_kind[:SHOWN_EXPERTS])
+            more = f" and {len(of_kind) - SHOWN_EXPERTS} more" if len(of_kind) > SHOWN_EXPERTS else ""
+            where = f"layer {layer}: experts {experts}{more}"
+        sides = [side for side, does in (("here", first.here), ("by transformers' code", first.there)) if does]
+        several = "" if len(of_kind) == 1 else " at most"
+        if first.off is None:
+            lines.append(f"{where}: makes numbers that are not finite, {' and '.join(sides)}")
+        elif first.part == GATE:
+            lines.append(f"layer {layer}: gate: {first.off:.0%} of the tokens go to other experts")
+        else:
+            largest = max(one.off or 0.0 for one in of_kind)
+            lines.append(f"{where}: off by {largest:.2g} of its largest number{several}")
+    return lines
+
+
+def _kind(one: PartDifference) -> tuple[str, bool, bool]:
+    """What is told in one line, of a layer."""
+    return "" if one.expert is not None else one.part, one.here, one.there
+
+
+def _place(one: PartDifference, last: int) -> int:
+    """As a token goes through them: what is in no layer is before them all, but for the head and the last norm."""
+    if one.layer is not None:
+        return one.layer
+    return last if one.part in (HEAD, "norm") else -1
+
+
+def _ask(module: Any, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Transformers' experts about `rows` [R, D]: [E · R, D]."""
+    every = rows.repeat(num_experts, 1)
+    if len(signature(module.forward).parameters) == 1:
+        answers: torch.Tensor = module(every)  # Llama 4's take them by expert
+    else:
+        experts = torch.arange(num_experts, device=rows.device).repeat_interleave(len(rows))[:, None]
+        answers = module(every, experts, torch.ones_like(experts, dtype=rows.dtype))
+    return answers
+
+
+class _Reached(Exception):
+    """Experts were, with these."""
+
+
+def _gate_difference(layer: int, block: Any, module: Any, chosen: Chosen, dtype: str) -> Iterator[PartDifference]:
+    """Whether the same rows go to other experts, or with other weights. A block that wants more is not asked."""
+    if len(signature(block.forward).parameters) != 1 or len(signature(module.forward).parameters) == 1:
+        return
+    finite = chosen.rows.isfinite().all(1)
+    if not bool(finite.any()):
+        return
+
+    def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        raise _Reached(*arguments)
+
+    hook = module.register_forward_pre_hook(reached)
+    try:
+        block(chosen.rows[finite][None].to(module.down_proj.device))
+        return
+    except _Reached as arrived:
+        experts, weights = arrived.args[1].cpu(), arrived.args[2].float().cpu()
+    finally:
+        hook.remove()
+    mine, theirs = chosen.experts[finite].sort(1), experts.sort(1)
+    if mine.values.shape != theirs.values.shape:
+        yield PartDifference(layer, GATE, None, 1.0, here=False, there=False)
+        return
+    same = (mine.values == theirs.values).all(1)
+    others = 1.0 - float(same.float().mean())
+    if others > OTHERS[dtype]:
+        yield PartDifference(layer, GATE, None, others, here=False, there=False)
+    elif bool(same.any()):
+        of_mine = chosen.weights[finite].float().gather(1, mine.indices)[same]
+        of_theirs = weights.gather(1, theirs.indices)[same]
+        yield from _difference(layer, f"{GATE}'s weights", None, of_mine, of_theirs, OFF[dtype])
+
+
+def _difference(
+    layer: int | None, part: str, expert: int | None, mine: Any, theirs: Any, tolerance: float
+) -> Iterator[PartDifference]:
+    """If there is one: of a part that chooses, of what it chooses by."""
+    pairs = list(zip(_numbers(mine), _numbers(theirs), strict=True))
+    if len(pairs) > 1 and len(pairs) < len(tree_leaves(mine)):
+        pairs = pairs[:1]  # scores of all experts come before those of the chosen
+    finite = [all(bool(one.isfinite().all()) for one in side) for side in zip(*pairs, strict=True)] or [True, True]
+    if not all(finite):
+        yield PartDifference(layer, part, expert, None, here=not finite[0], there=not finite[1])
+        return
+    off = max((_off(one, other) for one, other in pairs), default=0.0)
+    if off > tolerance:
+        yield PartDifference(layer, part, expert, off, here=False, there=False)
+
+
+def _off(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    if mine.numel() != theirs.numel():
+        return float("inf")
+    difference = float((mine.reshape(theirs.shape).float() - theirs.float()).abs().max()) if mine.numel() else 0.0
+    largest = float(theirs.float().abs().max()) if difference else 1.0
+    return difference / largest if largest else float("inf")
+
+
+def _apart(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules in which are neither attention, whatever it is of, nor experts."""
+    for name, child in module.named_children():
+        inner = child.modules()
+        if isinstance(child, DispatchedExperts):
+            continue
+        if isinstance(child, nn.ModuleList) or any(
+            hasattr(one, "layer_idx") or isinstance(one, DispatchedExperts) for one in inner
+        ):
+            yield from _apart(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+def _numbers(tree: Any) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor) and one.is_floating_point()]
+
+
+def _copied(tree: Any) -> Any:
+    """On the host."""
+    return tree_map(lambda one: one.to("cpu", copy=True) if isinstance(one, torch.Tensor) else one, tree)
+
+
+def _to(device: torch.device, tree: Any) -> Any:
+    """Copies: some parts write over what they are given."""
+    return tree_map(lambda one: one.to(device, copy=True) if isinstance(one, torch.Tensor) else one, tree)
