@@ -30,14 +30,14 @@ def draw(document: dict[str, Any], file: Path) -> None:
                 hours, [sample["coordinators"] for sample in one["over_time"]], where="post", label="coordinator",
                 color="#333333", linewidth=1, linestyle="--",
             )  # fmt: skip
+            replicas.legend(fontsize=6, ncols=2)
     held.set(xlabel="hour", ylabel="GPUs", ylim=(0, None))
     held.legend(fontsize=7)
     replicas.set(xlabel="hour", ylabel="replicas of (c)", ylim=(0, None))
-    replicas.legend(fontsize=6, ncols=2)
     names = [one["variant"] for one in document["variants"]]
     costs = [one["gpu_s_per_1000_good_tokens"] or 0.0 for one in document["variants"]]
     bars = cost.bar([LETTERS[name].split(" ", 1)[0] for name in names], costs, color=[COLOURS[name] for name in names])
-    cost.bar_label(bars, [f"{100 * (one['good_share'] or 0):.1f} %\ngood" for one in document["variants"]], fontsize=7)
+    cost.bar_label(bars, [_good(one["good_share"]) for one in document["variants"]], fontsize=7)
     cost.set(ylabel="GPU-seconds per 1,000 good tokens")
     cost.margins(y=0.2)
     _save(figure, file)
@@ -64,6 +64,10 @@ def draw_break_even(document: dict[str, Any], file: Path) -> None:
         panel.legend(fontsize=7)
     panels[0].set_ylabel("below 1: scaling experts one by one pays")
     _save(figure, file)
+
+
+def _good(share: float | None) -> str:
+    return "no requests\ncounted" if share is None else f"{100 * share:.1f} %\ngood"
 
 
 def _figure(panels: int, title: str) -> tuple[Any, Any]:
