@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Protocol
 
 from cluster.deadline import Deadline
@@ -31,7 +30,7 @@ from router_service.scheduling.scheduler import Batch, Scheduler
 from router_service.scheduling.sequence import Sequence as EngineSequence
 from router_service.token_outbox import OutgoingTokens, TokenOutboxes
 
-VOCABULARY = 32_000
+VOCABULARY, PRIME = 32_000, 2**31 - 1
 IDLE_S = 0.001  # between two looks at sequences that are held up
 
 
@@ -55,8 +54,8 @@ class EngineCosts:
 
 def token_of(request: Request, position: int, last: int) -> int:
     """Of an answer, at a position of it, behind the token `last`."""
-    digest = blake2b(f"{request.seed}/{request.choice_index}/{position}/{last}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % VOCABULARY
+    mixed = (request.seed * 1_000_003 + request.choice_index) * 1_000_003 + position
+    return (mixed * 1_000_003 + last) % PRIME % VOCABULARY
 
 
 class EngineObserver(Protocol):
@@ -166,26 +165,23 @@ class Coordinator:
     # The event loop's part, as `router_service.coordinator` has it
 
     async def generate(self, request: Request, gateway: str) -> MantaError | None:
+        key = request.key
+        if key in self._waiting:
+            return CoordinatorLost(f"{request.request_id} is being answered already")
         try:
-            await self._generate(request, gateway)
+            with self.outboxes.of(gateway).outgoing(key) as outgoing:
+                self._waiting[key] = outgoing
+                try:
+                    self._submit(request)
+                    await outgoing.sent()
+                finally:
+                    del self._waiting[key]
+                    self._command(lambda: self._abort(key))
         except MantaError as error:
+            if isinstance(error, ExpertUnavailable):
+                error.coordinator = self.process.name
             return error
         return None
-
-    async def _generate(self, request: Request, gateway: str) -> None:
-        if request.key in self._waiting:
-            raise CoordinatorLost(f"{request.request_id} is being answered already")
-        with self.outboxes.of(gateway).outgoing(request.key) as outgoing:
-            self._waiting[request.key] = outgoing
-            try:
-                self._submit(request)
-                await outgoing.sent()
-            except ExpertUnavailable as error:
-                error.coordinator = self.process.name
-                raise
-            finally:
-                del self._waiting[request.key]
-                self._command(lambda: self._abort(request.key))
 
     def token_stream(self, stream: TokenStream) -> AsyncGenerator[tuple[TokenChunk, ...], None]:
         assert stream.coordinator == self.process.name, "nothing sends it elsewhere here"
@@ -198,7 +194,7 @@ class Coordinator:
         )
 
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting) + self._arriving.total()
+        return len(self.scheduler.waiting) + sum(self._arriving.values())
 
     @property
     def under_way(self) -> list[Delivery[Rows, LaneAttempt]]:
@@ -211,8 +207,11 @@ class Coordinator:
         return not (self.sequences or self._waiting or self.is_in_step or self._inbox)
 
     def _submit(self, request: Request) -> None:
-        if is_refused(self.scheduler.waiting.counts() + self._arriving, request.cache_salt, self.costs.max_waiting):
-            raise Overloaded(f"{self.costs.max_waiting} requests wait already; try again later")
+        most = self.costs.max_waiting
+        if self.num_waiting() >= most and is_refused(
+            self.scheduler.waiting.counts() + self._arriving, request.cache_salt, most
+        ):
+            raise Overloaded(f"{most} requests wait already; try again later")
         sequence = EngineSequence(request)
         self._arriving[request.cache_salt] += 1
         self._command(lambda: self._arrive(sequence))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from cluster.errors import DeadlineExceeded, MantaError, Overloaded
 from cluster.messages import Request, TokenChunk
@@ -239,25 +240,26 @@ class Invariants:
         self._check_storm()
         if self._storm is None:
             self._storm = (self._now + STORM_S, self.num_attempts, self.num_answers, number)
+            self.fleet.note_change()
 
     # At every event
 
     def check(self) -> None:
-        """What can be seen at any moment."""
-        if self._storm is not None:
-            self._check_storm()
-        if self.fleet.has_news:
-            self.fleet.note_service()
+        """What can be seen at any moment: after each event from the moment on from which there is something to see."""
+        self._check_storm()
+        fleet = self.fleet
+        if fleet.queue.now >= fleet.news_from:
+            fleet.note_service()
+        fleet.queue.look_from = min(fleet.news_from, inf if self._storm is None else self._storm[0])
 
     def check_dials(self) -> None:
         """Now and then: nobody dials all the time."""
         for coordinator in self.fleet.coordinators.values():
             for replica_id, dials in coordinator.lanes.dials.items():
-                seconds = dials[-1] - dials[0]
-                self._require(
-                    len(dials) < MOST_DIALS or seconds >= DIALS_S,
-                    f"{coordinator.process} has dialled {replica_id} {len(dials)} times in {seconds:.1f} s",
-                )
+                if len(dials) == MOST_DIALS and (seconds := dials[-1] - dials[0]) < DIALS_S:
+                    raise Violation(
+                        f"{coordinator.process} has dialled {replica_id} {MOST_DIALS} times in {seconds:.1f} s"
+                    )
 
     def check_requests(self) -> None:
         """Now and then: whoever is past the deadline has been told."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from cluster.config import CoordinatorScalingConfig, ScalingConfig
@@ -103,8 +104,8 @@ class Fleet:
         self.clients_of: dict[str, str] = {}  # request → its gateway
         self._coordinator_well: dict[str, float | None] = {}
         self._is_served = True
-        self._unserved_at = float("-inf")  # last seen
-        self._recovered_at = float("inf")  # when whoever recovers may count
+        self._unserved_at = -inf  # last seen
+        self._recovered_at = inf  # when whoever recovers may count
         self._number = 0
 
     # Who is there
@@ -146,6 +147,7 @@ class Fleet:
     def note_change(self) -> None:
         """Somebody may be well now, or not any more."""
         self.is_dirty = True
+        self.queue.look_from = -inf
 
     def set_ill(self, node: str, ill: bool) -> None:
         self.ill_nodes[node] += 1 if ill else -1
@@ -187,19 +189,19 @@ class Fleet:
         return gateway is not None and gateway.process.runs
 
     @property
-    def has_news(self) -> bool:
-        """Whether `note_service` has something to note."""
-        return self.is_dirty or not self._is_served or self.queue.now >= self._recovered_at
+    def news_from(self) -> float:
+        """The moment from which `note_service` has something to note, as long as nothing changes."""
+        return -inf if self.is_dirty or not self._is_served else self._recovered_at
 
     def note_service(self) -> None:
-        """At every event that leaves news."""
+        """At every event, from the moment `news_from` on."""
         now = self.queue.now
         if not self.is_dirty and now < self._recovered_at:
             if not self._is_served:
                 self._unserved_at = now
             return
         self.is_dirty = False
-        self._recovered_at = float("inf")
+        self._recovered_at = inf
         for one in self.replicas.values():
             self._note_well(one, self._is_well_replica(one))
         for name, coordinator in self.coordinators.items():
@@ -219,8 +221,8 @@ class Fleet:
             one.well_since = -1e9
         for name in self.coordinators:
             self._coordinator_well[name] = -1e9
-        self._is_served, self._unserved_at = True, float("-inf")
-        self.is_dirty = True
+        self._is_served, self._unserved_at = True, -inf
+        self.note_change()
 
     def send_arrival(self, arrival: Arrival) -> None:
         """To one of the gateways that live, in turn."""

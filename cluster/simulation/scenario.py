@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from zlib import crc32
 
@@ -214,8 +215,8 @@ def described(event: Event) -> str:
     """Whose event it is, and what happens, in the same words in every run."""
     action, arguments = event.action, event.arguments
     whose = "" if event.owner is None else f"{event.owner}: "
-    if arguments and hasattr(arguments[0], "_callback"):
-        action = arguments[0]._callback or action
+    if arguments and isinstance(arguments[0], Context):  # a callback of its loop
+        action = arguments[1]
     name = getattr(action, "__qualname__", None) or type(action).__name__
     if name == "Connection._arrive":
         name = f"hears {getattr(arguments[1], '__qualname__', '')}"

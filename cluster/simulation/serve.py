@@ -305,7 +305,7 @@ class Serve:
                 since = self._silent_since.setdefault(process, now)
                 if now - since >= SILENT_S:
                     process.die()
-            else:
+            elif self._silent_since:
                 self._silent_since.pop(process, None)
 
     def _note_load(self, one: ExpertReplica) -> None:

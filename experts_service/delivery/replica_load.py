@@ -52,6 +52,7 @@ class ReplicaLoads:
         self._row_s: dict[str, deque[float]] = {}  # seconds for each of many rows, the latest by replica id
         self._asked: dict[str, int] = {}  # the turn at which it was last asked
         self._turns: dict[int, tuple[Sequence[Replica] | None, deque[Replica]]] = {}  # by group
+        self._fastest: dict[int, float] = {}  # by group, at most the least slowness of those who are asked in turn
         self._turn = 0
         self._shared = 0  # how often many rows were shared out by speed
         self._budget = BURST
@@ -74,13 +75,16 @@ class ReplicaLoads:
         if of is not replicas:
             in_turn = deque(sorted(replicas, key=lambda replica: self._asked.get(replica.replica_id, 0)))
             self._turns[replicas[0].group] = replicas, in_turn
+            self._fastest[replicas[0].group] = 0.0
         return in_turn
 
     def _is_slow(self, replica: Replica, replicas: Sequence[Replica]) -> bool:
-        """Whether it takes clearly longer than the fastest."""
+        """Whether it takes clearly longer than the fastest. There may be hundreds: they are rarely looked through."""
         known = self._usual_slowness
-        fastest = min([known.get(each.replica_id, 1.0) for each in replicas])
-        return known.get(replica.replica_id, 1.0) / fastest > CLEARLY
+        own, fastest = known.get(replica.replica_id, 1.0), self._fastest[replica.group]
+        if own > CLEARLY * fastest:
+            fastest = self._fastest[replica.group] = min([known.get(each.replica_id, 1.0) for each in replicas])
+        return own > CLEARLY * fastest
 
     def soonest(self, replicas: Sequence[Replica], owed: Callable[[str], int]) -> Replica:
         """The first of those that will have answered soonest, by what they owe and by how slow they are."""
@@ -139,7 +143,8 @@ class ReplicaLoads:
             if recent is None:
                 recent = self._slowness[replica] = deque([1.0] * RECENT, maxlen=RECENT)
             recent.append((seconds + NOISE_S) / (usual.median_s + NOISE_S))
-            self._usual_slowness[replica] = _median(recent, 1.0)
+            slowness = self._usual_slowness[replica] = _median(recent, 1.0)
+            self._fastest[group] = min(slowness, self._fastest.get(group, 0.0))
         if rows >= SPLIT_ROWS:
             self._row_s.setdefault(replica, deque(maxlen=RECENT)).append(seconds / rows)
         if not beaten:

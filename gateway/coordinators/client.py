@@ -51,7 +51,7 @@ class StreamingClient:
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
         with self.inbox.expect(request) as queue:
             response = self.ask(request)
-            call = asyncio.ensure_future(result(response))
+            call = asyncio.create_task(result(response))
             call.add_done_callback(lambda call: self._tell(queue, call))
             try:
                 async for chunk in queue:

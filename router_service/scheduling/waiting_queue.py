@@ -28,7 +28,10 @@ class WaitingQueue:
         self._lines: dict[Line, list[Sequence]] = {}  # none is empty
 
     def __len__(self) -> int:
-        return sum(self.counts().values())
+        return sum(map(len, list(self._lines.values())))
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
 
     def counts(self) -> Counter[str]:
         """How many wait, by tenant. May be called from any thread."""

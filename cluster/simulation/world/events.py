@@ -27,11 +27,10 @@ FEWEST_TO_CLEAR = 1024  # waiting events, of which those that were cancelled are
 class Owner(Protocol):
     """A process, whose events happen while it runs."""
 
-    is_stopped: bool
-    is_alive: bool
+    runs: bool
 
-    def put_off(self, action: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        """It is stopped: this happens when it goes on."""
+    def miss(self, event: Event) -> None:
+        """It is stopped, so this happens when it goes on; or dead, and it never does."""
 
 
 class Event:
@@ -69,6 +68,7 @@ class EventQueue:
         self.now = 0.0  # seconds since the beginning
         self.num_events = 0  # that have happened
         self.watch: Callable[[Event], object] | None = None  # is shown each event before it happens
+        self.look_from = -inf  # the moment from which `after_each` looks at what events left
         self._waiting: list[tuple[float, int, Event]] = []
         self._soon: deque[Event] = deque()  # of the present moment: behind those of it that have waited for it
         self._number = 0
@@ -99,9 +99,7 @@ class EventQueue:
     ) -> Event:
         """The same, in a process: never once it is dead, and when it goes on if it is stopped then."""
         if moment <= self.now:
-            event = Event(self.now, owner, action, arguments)
-            self._soon.append(event)
-            return event
+            return self.soon(owner, action, arguments)
         event = Event(moment, owner, action, arguments)
         self._number += 1
         waiting = self._waiting
@@ -112,34 +110,43 @@ class EventQueue:
             self._clear_at = max(FEWEST_TO_CLEAR, 2 * len(waiting))
         return event
 
+    def soon(self, owner: Owner | None, action: Callable[..., object], arguments: tuple[Any, ...]) -> Event:
+        """The same at the present moment."""
+        event = Event(self.now, owner, action, arguments)
+        self._soon.append(event)
+        return event
+
+    def again(self, event: Event) -> None:
+        """One that its owner has missed happens now."""
+        event.at = self.now
+        self._soon.append(event)
+
     def run(self, until: float = inf, after_each: Callable[[], object] | None = None) -> None:
         """Let all events up to `until` happen; it is `until` then, if that is said.
 
-        `after_each` looks at what each of them left.
+        `after_each` looks at what each of them left, from the moment `look_from` on.
         """
-        waiting, soon = self._waiting, self._soon
+        waiting, soon, watch = self._waiting, self._soon, self.watch
         while True:
-            if waiting and (waiting[0][0] <= self.now if soon else waiting[0][0] <= until):
+            if soon:
+                event = heappop(waiting)[2] if waiting and waiting[0][0] <= self.now else soon.popleft()
+            elif waiting and waiting[0][0] <= until:
                 event = heappop(waiting)[2]
-            elif soon:
-                event = soon.popleft()
             else:
                 break
             action, arguments, owner = event.action, event.arguments, event.owner
             if action is None:
                 continue
-            self.now = event.at
+            now = self.now = event.at
             self.num_events += 1
-            if self.watch is not None:
-                self.watch(event)
-            event.action, event.arguments = None, ()
-            if owner is None:
+            if watch is not None:
+                watch(event)
+            if owner is None or owner.runs:
+                event.action, event.arguments = None, ()
                 action(*arguments)
-            elif owner.is_stopped:
-                owner.put_off(action, arguments)
-            elif owner.is_alive:
-                action(*arguments)
-            if after_each is not None:
+            else:
+                owner.miss(event)
+            if now >= self.look_from and after_each is not None:
                 after_each()
         if until < inf:
             self.now = max(self.now, until)

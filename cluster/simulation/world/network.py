@@ -32,7 +32,7 @@ class Network:
         self._connections: dict[Process, dict[Connection, None]] = {}
 
     def is_blocked(self, source: str, target: str) -> bool:
-        return bool(self.blocked) and source != target and self.blocked.get((source, target), 0) > 0
+        return source != target and self.blocked.get((source, target), 0) > 0
 
     def block(self, source: str, target: str) -> None:
         self.blocked[source, target] = self.blocked.get((source, target), 0) + 1
@@ -98,6 +98,8 @@ class Network:
 class Connection:
     """Between two processes. `on_close` of an end is called there when the other has closed it."""
 
+    __slots__ = "_arrives_at", "_network", "_stuck", "closed", "ends", "on_close"
+
     def __init__(self, network: Network, one: Process, other: Process) -> None:
         self.ends = one, other
         self.closed = {one: False, other: False}
@@ -114,17 +116,23 @@ class Connection:
         """Have it happen at the other end, behind what was sent before."""
         if self.closed[source]:
             return
-        target = self.peer_of(source)
+        one, target = self.ends
+        if target is source:
+            target = one
         network = self._network
-        if target in self._stuck or network.is_blocked(source.node, target.node):
+        blocked = network.blocked and network.is_blocked(source.node, target.node)
+        if blocked or (self._stuck and target in self._stuck):
             if target not in self._stuck:
                 self._stuck[target] = []
                 network._wait(source.node, target.node, lambda: self._unstick(source, target))
             self._stuck[target].append((action, arguments))
             return
-        at = target.queue.now + network.delay_s(source.node, target.node)
-        at = self._arrives_at[target] = max(at, self._arrives_at[target])
-        target.queue.put(at, target, self._arrive, (target, action, arguments))
+        queue = target.queue
+        at = queue.now + network.delay_s(source.node, target.node)
+        if at < self._arrives_at[target]:
+            at = self._arrives_at[target]
+        self._arrives_at[target] = at
+        queue.put(at, target, self._arrive, (target, action, arguments))
 
     def close(self, end: Process) -> None:
         """The other end learns of it behind what was sent. Idempotent."""

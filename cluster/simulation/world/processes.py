@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import Any, cast
 
@@ -21,20 +22,16 @@ class Process:
         self.queue = queue
         self.name = name
         self.node = node
-        self.is_alive = True
+        self.is_alive = self.runs = True
         self.is_stopped = False
         self.slowness = 1.0  # times as long as usual for whatever it computes
         self.clock_offset_s = clock_offset_s
         self.loop = ProcessLoop(self)
         self.on_death: list[Callable[[], object]] = []
-        self._put_off: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._missed: list[Event] = []  # while it was stopped
 
     def __str__(self) -> str:
         return self.name
-
-    @property
-    def runs(self) -> bool:
-        return self.is_alive and not self.is_stopped
 
     def clock(self) -> float:
         """Its own monotonic clock."""
@@ -50,83 +47,90 @@ class Process:
 
     def do(self, action: Callable[..., object], *arguments: Any) -> None:
         """Now, or when it goes on."""
-        if self.is_stopped:
-            self.put_off(action, arguments)
-        elif self.is_alive:
+        if self.runs:
             action(*arguments)
+        else:
+            self.miss(Event(self.queue.now, self, action, arguments))
 
-    def put_off(self, action: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        self._put_off.append((action, arguments))
+    def miss(self, event: Event) -> None:
+        if self.is_stopped:
+            self._missed.append(event)
+        else:
+            event.cancel()
 
     def stop(self) -> None:
         """As SIGSTOP does."""
-        self.is_stopped = True
+        self.is_stopped, self.runs = True, False
 
     def go_on(self) -> None:
         """As SIGCONT does."""
-        self.is_stopped = False
-        put_off, self._put_off = self._put_off, []
-        for action, arguments in put_off:
-            self.queue.put(self.queue.now, self, action, arguments)
+        self.is_stopped, self.runs = False, True
+        missed, self._missed = self._missed, []
+        for event in missed:
+            self.queue.again(event)
 
     def die(self) -> None:
         """As SIGKILL does. Idempotent."""
         if self.is_alive:
-            self.is_alive = self.is_stopped = False
-            self._put_off.clear()
+            self.is_alive = self.is_stopped = self.runs = False
+            self._missed.clear()
             for tell in self.on_death:
                 tell()
             self.loop.end()
 
 
 class ProcessLoop:
-    """An event loop whose time is the process's clock: what asyncio needs of one, without files and threads."""
+    """An event loop whose time is the process's clock: what asyncio needs of one, without files and threads.
+
+    Most events of a simulation are its callbacks, so a handle of one is the event itself: that can be cancelled.
+    """
+
+    get_debug = staticmethod(bool)  # False, as quickly as can be: every future and task asks
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self._as_loop = cast("asyncio.AbstractEventLoop", self)  # as far as anything here asks
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._last: deque[asyncio.Handle] = deque()  # what is still to be called when the process has died
+        self._last: deque[Event] = deque()  # what is still to be called when the process has died
+        self._runs, self._forgets = self._run, self._forget  # bound once
         self.is_over = False
 
     def time(self) -> float:
         return self._process.clock()
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
-        handle = _Handle(callback, args, context or copy_context())
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Event | None:
+        if callback is self._forgets:
+            self._forget(*args)  # at once, and in no event: it changes nothing that anybody else sees
+            return None
         process = self._process
+        call = (copy_context() if context is None else context, callback, *args)
         if self.is_over:
-            self._last.append(handle)
-        else:
-            process.queue.put(process.queue.now, process, self._run, (handle,))
-        return handle
+            event = Event(process.queue.now, process, self._runs, call)
+            self._last.append(event)
+            return event
+        return process.queue.soon(process, self._runs, call)
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> Event | None:
         return self.call_soon(callback, *args, context=context)
 
-    def call_later(
-        self, delay: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> Event:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
-        handle = _Timer(when, callback, args, self._as_loop, context)
-        handle.event = self._process.at(when, self._run, handle)
-        return handle
+    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> Event:
+        return self._process.at(when, self._runs, copy_context() if context is None else context, callback, *args)
 
     def create_task(
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self._as_loop, name=name, context=context)
+        task: asyncio.Task[Any] = asyncio.Task(
+            coro, loop=self._as_loop, name=name or self._process.name, context=context
+        )
         self._tasks[task] = None
-        task.add_done_callback(self._forget)
+        task.add_done_callback(self._forgets)
         return task
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self._as_loop)
-
-    def get_debug(self) -> bool:
-        return False
 
     def is_running(self) -> bool:
         return True
@@ -150,44 +154,22 @@ class ProcessLoop:
             for task in list(self._tasks):
                 task.cancel()
             while self._last:
-                handle = self._last.popleft()
-                if not handle.cancelled():
-                    handle._run()
+                event = self._last.popleft()
+                if event.is_waiting:
+                    with suppress(Exception):
+                        event.arguments[0].run(*event.arguments[1:])
         finally:
             asyncio._set_running_loop(before)
 
-    def _timer_handle_cancelled(self, handle: _Timer) -> None:
-        if handle.event is not None:
-            handle.event.cancel()
-
     def _forget(self, task: asyncio.Task[Any]) -> None:
+        """It has ended. What does not hold in it ends the simulation."""
         self._tasks.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None and isinstance(error, AssertionError):
+        if not task.cancelled() and isinstance(error := task.exception(), AssertionError) and not self.is_over:
             raise error
 
-    def _run(self, handle: Any) -> None:
-        if handle._cancelled:
-            return
+    def _run(self, context: Context, callback: Any, *args: Any) -> None:
         asyncio._set_running_loop(self._as_loop)
         try:
-            handle._context.run(handle._callback, *handle._args)
+            context.run(callback, *args)
         finally:
             asyncio._set_running_loop(None)
-
-
-class _Handle(asyncio.Handle):
-    """Without what only a loop in debug mode needs: there is one for every step of a task."""
-
-    def __init__(self, callback: Any, arguments: tuple[Any, ...], context: Context) -> None:
-        self._callback, self._args, self._context = callback, arguments, context
-        self._cancelled = False
-        self._repr = None
-
-    def cancel(self) -> None:
-        self._cancelled = True
-
-
-class _Timer(asyncio.TimerHandle):
-    """Takes its event with it when it is cancelled."""
-
-    event: Event | None = None

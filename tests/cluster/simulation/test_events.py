@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from math import inf
 
 import pytest
 
 from cluster.simulation.world.events import EventQueue
+from cluster.simulation.world.processes import Process
 
 
 def test_events_happen_at_their_moments_and_those_of_one_moment_in_the_order_they_were_put_in() -> None:
@@ -39,6 +42,54 @@ def test_a_cancelled_event_neither_happens_nor_counts() -> None:
     assert (seen, looks, queue.num_events) == ([], [0.5, 1.0], 2)
     assert not event.is_waiting
     assert not other.is_waiting
+
+
+def test_events_are_looked_at_from_a_moment_on() -> None:
+    queue, looks = EventQueue(0), []
+    for moment in 1.0, 2.0, 3.0:
+        queue.at(moment, str)
+    queue.at(3.5, setattr, queue, "look_from", -inf)
+    queue.look_from = 2.0
+    queue.run(after_each=lambda: (looks.append(queue.now), setattr(queue, "look_from", 3.2)))
+    assert looks == [2.0, 3.5]
+
+
+def test_what_a_stopped_process_misses_happens_when_it_goes_on_in_its_order_unless_it_is_cancelled() -> None:
+    """A timer that was cancelled after its moment had come was not: the process had it put off by then."""
+    queue, seen = EventQueue(0), []
+    process = Process(queue, "a", "node0")
+    process.after(1.0, seen.append, "first")
+    timers = process.after(2.0, seen.append, "cancelled"), process.loop.call_later(2.0, seen.append, "cancelled")
+    process.after(3.0, seen.append, "third")
+    process.stop()
+    process.do(seen.append, "at once")
+    queue.run(until=4.0)
+    for timer in timers:
+        timer.cancel()
+    process.go_on()
+    queue.run(until=5.0)
+    assert seen == ["at once", "first", "third"]
+    process.stop()
+    process.do(seen.append, "never")
+    process.die()
+    process.do(seen.append, "never")
+    queue.run()
+    assert len(seen) == 3
+
+
+def test_what_does_not_hold_in_a_task_ends_the_simulation_at_that_moment() -> None:
+    async def fails() -> None:
+        await asyncio.sleep(1.0)
+        raise AssertionError("this does not hold")
+
+    queue = EventQueue(0)
+    process = Process(queue, "a", "node0")
+    process.loop.call_soon(lambda: process.loop.create_task(fails()))
+    queue.at(2.0, str)
+    with pytest.raises(AssertionError, match="does not hold"):
+        queue.run()
+    assert queue.now == 1.0
+    process.loop.end()
 
 
 def test_chance_depends_on_the_seed_and_the_name_and_on_no_other_draw() -> None:

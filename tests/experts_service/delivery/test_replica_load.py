@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
-from experts_service.delivery.replica_load import BUDGET, BURST, FEWEST, OVERDUE_S, SPLIT_ROWS, ReplicaLoads
+from experts_service.delivery.replica_load import BUDGET, BURST, CLEARLY, FEWEST, OVERDUE_S, SPLIT_ROWS, ReplicaLoads
 from experts_service.routing_table import Replica
 
 REPLICAS = [Replica(name, name, "test", 0, "f") for name in "abc"]
@@ -37,6 +38,26 @@ def test_a_straggler_is_asked_rarely_and_returns_when_it_has_recovered() -> None
     assert 0 < ask(loads, fast | {"a": 0.2}, 640)["a"] < 20
     ask(loads, fast, 640)
     assert ask(loads, fast, 300)["a"] > 90
+
+
+def test_who_is_slow_is_said_as_by_one_who_looks_through_all_whoever_comes_leaves_and_gets_faster() -> None:
+    """Of the fastest a bound is kept, which has to be below it whenever it is looked at."""
+    chance, loads, slow = Random(3), ReplicaLoads(), 0
+    names = "abcdefgh"
+    speeds = dict.fromkeys(names, 0.01)
+    for _ in range(60):
+        replicas = tuple(Replica(name, name, "test", 0, "f") for name in chance.sample(names, chance.choice([2, 5, 8])))
+        if chance.random() < 0.2:
+            loads.forget({replica.replica_id for replica in replicas})
+        speeds[chance.choice(names)] = chance.choice([0.005, 0.01, 0.02, 0.05])
+        for _ in range(20):
+            chosen = loads.choose(replicas, lambda _: 0).replica_id
+            known = [loads._usual_slowness.get(replica.replica_id, 1.0) for replica in replicas]
+            for replica, own in zip(replicas, known, strict=True):
+                assert loads._is_slow(replica, replicas) == (own / min(known) > CLEARLY)
+                slow += own / min(known) > CLEARLY
+            loads.answered(chosen, 0, 8, speeds[chosen])
+    assert 1000 < slow < 4000
 
 
 def test_one_late_answer_does_not_make_a_straggler() -> None:
