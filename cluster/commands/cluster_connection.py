@@ -9,20 +9,29 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cluster.commands import ray_environment
+from cluster.commands.raylets import silent
 from cluster.errors import SetupError, Unavailable
 
 CONNECT_TIMEOUT_S = 3.0
 LEAVE_TIMEOUT_S = 10.0
-DEADLINE_S = 40.0  # for the whole; importing and joining Ray takes a few seconds of it on a busy machine
+DEADLINE_S = 40.0  # for each step; importing and joining Ray takes seconds on a busy machine
 
 _START = "start one with `manta serve`, or name one with --address HOST:PORT"
+
+# The steps, each with what is said where it does not end in time. What stands still accepts connections all the same.
+_IMPORTING = "Ray could not be imported"
+_GREETING = "its GCS stands still, or this machine is overloaded (`gcs_server`, on the head)"
+_NO_RAYLET = "its GCS answers, and the raylet of this machine stands still or has died (`raylet`)"
+_JOINING = "it could not be joined"
+_LOOKING = "it was joined, and does not say how it is"
 
 T = TypeVar("T")
 
@@ -46,13 +55,13 @@ def look_at_cluster(address: str, look: Callable[[JoinedCluster], T], deadline_s
 def watch_cluster(
     address: str, look: Callable[[JoinedCluster], T], interval_s: float, deadline_s: float = DEADLINE_S
 ) -> Generator[T, None, None]:
-    """The same, again and again `interval_s` apart, until the generator is closed. Each look has the deadline."""
+    """The same, again and again `interval_s` apart, until the generator is closed. Each step has the deadline."""
     ray_environment.prepare()
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":
         _knock(address)
-    outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[str | tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     left = threading.Event()
 
     def look_again(cluster: JoinedCluster) -> None:
@@ -63,24 +72,30 @@ def watch_cluster(
 
     def work() -> None:
         try:
-            _join_and_look(address, look_again)
+            _join_and_look(address, look_again, outcomes.put)
         except SystemExit:  # Ray's way to give up on joining
             outcomes.put((None, Unavailable(f"the Ray cluster at {address} cannot be joined; {_START}")))
         except BaseException as error:
             outcomes.put((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
-    with _stderr_silenced():
+    step = _IMPORTING
+    with _stderr_silenced() as stay_silent:
         thread.start()
         try:
             while True:
-                seen, error = outcomes.get(timeout=deadline_s)
+                outcome = outcomes.get(timeout=deadline_s)
+                if isinstance(outcome, str):
+                    step = outcome
+                    continue
+                seen, error = outcome
                 if error is not None:
                     raise error
                 assert seen is not None
                 yield seen
         except queue.Empty:
-            raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s") from None
+            stay_silent()  # it goes on in its thread
+            raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s: {step}") from None
         except (GeneratorExit, KeyboardInterrupt):
             left.set()
             thread.join(LEAVE_TIMEOUT_S)
@@ -99,22 +114,40 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _stderr_silenced() -> Iterator[None]:
-    """Ray's native code logs to file descriptor 2, whatever is configured; what matters of it comes as an error."""
+def _stderr_silenced() -> Iterator[Callable[[], None]]:
+    """Ray's native code logs to file descriptor 2, whatever is configured; what matters of it comes as an error.
+
+    Yields what to call where it is to stay so: Python's own stderr is another descriptor then.
+    """
     saved = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
+    stays: list[bool] = []
     try:
-        yield
+        yield lambda: stays.append(True)
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        if stays:
+            sys.stderr = os.fdopen(saved, "w", buffering=1)
+        else:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
-def _join_and_look(address: str, look: Callable[[JoinedCluster], T]) -> T:
+def _join_and_look(address: str, look: Callable[[JoinedCluster], T], begins: Callable[[str], None]) -> T:
     import ray
+    from ray._private.services import canonicalize_bootstrap_address, get_node_ip_address
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
+        if (gcs := canonicalize_bootstrap_address(address)) is not None:
+            begins(_GREETING)
+            no_raylet = False
+            with suppress(Exception):  # joining says it better
+                client = GcsClient(address=gcs)  # asks for the cluster's id
+                no_raylet = silent(client, get_node_ip_address(gcs))
+            if no_raylet:
+                raise Unavailable(f"the Ray cluster at {address} cannot be joined: {_NO_RAYLET}")
+            begins(_JOINING)
         context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except ray.exceptions.AuthenticationError as error:
         raise Unavailable(
@@ -130,6 +163,7 @@ def _join_and_look(address: str, look: Callable[[JoinedCluster], T]) -> T:
     except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise Unavailable(f"the Ray cluster at {address} cannot be joined: {error}") from error
     try:
+        begins(_LOOKING)
         joined = context.address_info
         return look(JoinedCluster(str(joined["gcs_address"]), Path(joined["session_dir"]) / "logs"))
     except ray.exceptions.RayError as error:

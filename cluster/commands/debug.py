@@ -1,13 +1,16 @@
 """`manta debug bundle`: one file for a bug report, of what runs here. Changes nothing; what cannot be had it says.
 
-README.txt      what is in it, and what could not be had
+README.txt      what is in it, what could not be had, and what `manta status` says is wrong
 versions.json   machine and packages
 config.json     the configuration with its defaults; names files of keys and secrets, holds none
 health.json     what the gateway says of its models
 metrics.txt     its page of figures
 status.json     as `manta status --json`, kernels among it
 logs/…          the ends of the logs of that cluster on this machine; without one, of Ray's last session here
-stacks/PID.txt  what each of its processes is doing, by py-spy
+processes.txt   the processes of Ray, Serve and Manta here, with their state: T is stopped, Z has ended
+stacks/PID.txt  what each of them that is Python is doing, by py-spy
+
+It is made of a server that stands still as well: each part is waited for a bounded time.
 """
 
 from __future__ import annotations
@@ -20,20 +23,26 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.commands.private_files import session_logs
 from cluster.errors import ConfigError, MantaError
 
+if TYPE_CHECKING:
+    import psutil
+
 app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args_is_help=True)
 
 LOG_TAIL_BYTES = 256 << 10
 MAX_LOGS = 200  # the newest
+STATUS_TIMEOUT_S = 60.0
 STACK_TIMEOUT_S = 10.0
+STACKS_TIMEOUT_S = 60.0  # for all of them
 
 _README = """\
 What `manta debug bundle` collected on {when}. Look through it before you send it.
@@ -44,6 +53,10 @@ It has no key, no secret and, as far as Manta writes it, no prompt and no answer
 
 # What libraries may have written: user and password in a URL, tokens of HTTP and of the hub.
 _SECRET = re.compile(rb"(?<=://)[^/\s@\"']{1,200}(?=@)|(?<=[Bb]earer )[^\s\"']{8,}|\bhf_[A-Za-z0-9]{16,}")
+
+_COMMAND_LINE = re.compile(rb"\AProcess .*\n")  # py-spy's first, with arguments
+_NATIVE = ("raylet", "gcs_server", "haproxy")
+_STATES = {"stopped": "T", "zombie": "Z", "disk-sleep": "D"}  # psutil's words, and those of ps
 
 Part = tuple[str, bytes]  # its name in the bundle, and what it holds
 
@@ -70,25 +83,29 @@ def bundle(
     """Collect versions, configuration, status, figures, ends of logs and stacks into one file for a bug report."""
     target = file or Path(time.strftime("manta-debug-%Y%m%d-%H%M%S.tar.gz"))
     cluster_logs: list[Path] = []  # told with the status
+    wrong: list[str] = []  # too
     parts: dict[str, Callable[[], Iterator[Part]]] = {
         "versions": _versions,
         "configuration": lambda: _configuration(config),
         "health": lambda: _of_gateway(url, "/health", "health.json", None),
         "metrics": lambda: _of_gateway(url, "/metrics", "metrics.txt", metrics_token_file),
-        "status": lambda: _status(address, cluster_logs),
+        "status": lambda: _status(address, cluster_logs, wrong),
         "logs": lambda: tails(cluster_logs[0] if cluster_logs else session_logs()),
+        "processes": _processes,
         "stacks": _stacks,
     }
-    missing = write(target, parts)
+    missing = write(target, parts, wrong)
     for name, why in missing.items():
         typer.echo(f"not in it: {name}: {why}")
+    for one in wrong:
+        typer.echo(f"manta status: {one}")
     typer.echo(f"Wrote {target}. Look through it before you send it.")
 
 
-def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]]) -> dict[str, str]:
+def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]], wrong: Sequence[str] = ()) -> dict[str, str]:
     """Collect all parts into a file that only its owner may read. Returns which could not be had, and why.
 
-    Raises ConfigError where the file cannot be written.
+    `wrong`, which parts may fill, is told beside. Raises ConfigError where the file cannot be written.
     """
     missing: dict[str, str] = {}
     try:
@@ -106,6 +123,7 @@ def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]]) -> dict[
                         missing[name] = "there is none here"
             readme = _README.format(when=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
             lines = [f"not in it: {name}: {why}\n" for name, why in missing.items()]
+            lines += [f"manta status: {one}\n" for one in wrong]
             _add(archive, "README.txt", (readme + "".join(lines)).encode())
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
@@ -164,30 +182,65 @@ def _of_gateway(url: str, path: str, name: str, token_file: Path | None) -> Iter
         raise ConfigError(f"{url}{path} answers {status}: give --metrics-token-file")
 
 
-def _status(address: str, logs: list[Path]) -> Iterator[Part]:
-    from cluster.commands.status.command import document
-
-    told = document(address)
+def _status(address: str, logs: list[Path], wrong: list[str]) -> Iterator[Part]:
+    """In a process of its own: Ray's native code may end the one that joins a cluster which is half dead."""
+    command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise MantaError(f"`manta status` did not end within {STATUS_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        raise MantaError(done.stderr.strip().removeprefix("Error: ") or f"`manta status` ended with {done.returncode}")
+    told = json.loads(done.stdout)
     logs.append(Path(told["logs"]))
+    wrong += [finding["wrong"] for finding in told["findings"]]
     yield "status.json", _json(told)
 
 
-def _stacks() -> Iterator[Part]:
-    """Of Ray's workers and of `manta` itself, as far as this user may look at them."""
+def _ours() -> Iterator[tuple[psutil.Process, str]]:
+    """Processes of Ray, Serve and Manta here, with a name without arguments: those may be secret."""
     import psutil
 
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if words[0].startswith("ray::"):
+            yield process, words[0]
+        elif Path(words[0]).name in _NATIVE:
+            yield process, Path(words[0]).name
+        elif any(Path(word).name == "manta" for word in words[:2]):
+            yield process, "manta"
+
+
+def _processes() -> Iterator[Part]:
+    import psutil
+
+    lines = []
+    for process, name in _ours():
+        with suppress(psutil.Error), process.oneshot():
+            started = time.strftime("%m-%d %H:%M:%S", time.localtime(process.create_time()))
+            state = _STATES.get(process.status(), process.status())
+            cpu_s, mib = sum(process.cpu_times()[:2]), process.memory_info().rss >> 20
+            lines.append(f"{process.pid:>8} {state:<8} {started} {cpu_s:>9.1f} {mib:>7} {name}\n")
+    if lines:
+        yield "processes.txt", ("     PID state    started          CPU s     MiB\n" + "".join(lines)).encode()
+
+
+def _stacks() -> Iterator[Part]:
+    """Of those that are Python, as far as this user may look at them. Also one that is stopped can be looked at."""
     py_spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if py_spy is None:
         raise MantaError("py-spy is not installed")
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        words = process.info["cmdline"] or []
-        if words[:1] and (words[0].startswith("ray::") or any(Path(word).name == "manta" for word in words[:2])):
-            command = [py_spy, "dump", "--nonblocking", "--pid", str(process.info["pid"])]
-            try:
-                done = subprocess.run(command, capture_output=True, timeout=STACK_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                continue
-            yield (
-                f"stacks/{process.info['pid']}.txt",
-                b" ".join(w.encode() for w in words) + b"\n" + done.stdout + done.stderr,
-            )
+    ends_at = time.monotonic() + STACKS_TIMEOUT_S
+    for process, name in _ours():
+        if name in _NATIVE:
+            continue
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            raise MantaError(f"all that could be had in {STACKS_TIMEOUT_S:g} s are in it")
+        command = [py_spy, "dump", "--nonblocking", "--pid", str(process.pid)]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=min(left_s, STACK_TIMEOUT_S))
+            found = _COMMAND_LINE.sub(b"", done.stdout) + done.stderr
+        except subprocess.TimeoutExpired:
+            found = b"py-spy did not end in time"
+        yield f"stacks/{process.pid}.txt", name.encode() + b"\n" + found

@@ -1,11 +1,17 @@
-"""Takes a ClusterSnapshot of a running Ray cluster: nodes, Serve's status, and what its processes say of themselves."""
+"""Takes a ClusterSnapshot of a running Ray cluster: nodes, Serve's status, and what its processes say of themselves.
+
+Serve's controller is asked who there is, then all of them at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from cluster.commands.at_once import at_once
 from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
@@ -15,48 +21,121 @@ from cluster.commands.status.cluster_snapshot import (
     ClusterSnapshot,
     DeploymentStatus,
     NodeStatus,
+    ProxyStatus,
 )
 from cluster.commands.status.node_disks import ask_disks, disks
+from cluster.commands.status.proxy import proxy_answers, serve_details
 from cluster.commands.status.replicas import ask_replicas
 from cluster.errors import MantaError
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
-STATS_TIMEOUT_S = 5.0  # for the coordinators of one application
-GATEWAYS_TIMEOUT_S = 5.0
-DISKS_TIMEOUT_S = 5.0  # beside the time that all others took
-KERNELS_TIMEOUT_S = 3.0  # for the replicas of one deployment
+STEP_S = 10.0  # for Ray's GCS, for joining, and for looking, each
+CONTROLLER_TIMEOUT_S = 4.0
+ANSWERS_TIMEOUT_S = 4.0  # for all processes, which are asked at once; after the controller, which says who they are
+SPARE_S = 0.5  # for what was asked with a timeout of its own to say so
+
+Answers = Mapping[tuple[str, ...], Any]  # by application, and deployment or question
 
 
 def inspect_cluster(address: str, *, with_kernels: bool = False) -> ClusterSnapshot:
     """Look at the cluster at `address`. Raises what look_at_cluster raises."""
-    return look_at_cluster(address, partial(_inspect, with_kernels=with_kernels))
+    return look_at_cluster(address, partial(_inspect, with_kernels=with_kernels), STEP_S)
 
 
 def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
+    """Whatever stands still is waited for beside all others, and costs the command seconds."""
     import ray
-    from ray import serve
 
     asked = ask_disks()
-    overviews = serve.status().applications
-    applications = [_application(name, overviews[name]) for name in sorted(overviews)]
-    if with_kernels:
-        applications = [
-            dataclasses.replace(one, kernels=_kernels(one)) if one.model is not None else one for one in applications
-        ]
-    told = disks(asked, DISKS_TIMEOUT_S)
-    nodes = tuple(_node(node, told.get(node["NodeID"])) for node in ray.nodes())
-    return ClusterSnapshot(cluster.address, nodes, tuple(applications), str(cluster.logs))
-
-
-def _kernels(application: ApplicationStatus) -> ModelKernels:
-    """Those of all processes that say them in time."""
-    names = [d.name for d in application.deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
-    asked = sorted(names, key=lambda name: (name != COORDINATOR, name))
-    told = {name: ask_replicas(application.name, name, "kernels", KERNELS_TIMEOUT_S) for name in asked}
-    return ModelKernels(
-        {name: tuple(one for one in answers if isinstance(one, ProcessKernels)) for name, answers in told.items()}
+    details = at_once({"controller": serve_details}, CONTROLLER_TIMEOUT_S).get("controller")
+    served = details if isinstance(details, Mapping) else {"applications": {}, "proxies": {}}
+    applications = [_application(name, one) for name, one in sorted(served["applications"].items())]
+    calls: dict[tuple[str, ...], Callable[[], Any]] = {
+        (one.name, question): partial(ask, one) for one in applications for question, ask in _questions(one)
+    }
+    calls |= {
+        (one.name, "kernels", name): partial(ask_replicas, one.name, name, "kernels", ANSWERS_TIMEOUT_S)
+        for one in applications
+        for name in _computing(one)
+        if with_kernels or name != COORDINATOR  # a shard that says its kernels lives
+    }
+    calls["disks",] = partial(disks, asked, ANSWERS_TIMEOUT_S)
+    here = ray.get_runtime_context().get_node_id()
+    if here in served["proxies"]:
+        calls["proxy",] = partial(proxy_answers, served)
+    answers = at_once(calls, ANSWERS_TIMEOUT_S + SPARE_S)
+    full = answers.get(("disks",))
+    told = full if isinstance(full, dict) else {}
+    return ClusterSnapshot(
+        cluster.address,
+        tuple(_node(node, told.get(node["NodeID"])) for node in ray.nodes()),
+        tuple(_answered(one, answers, with_kernels=with_kernels) for one in applications),
+        str(cluster.logs),
+        tuple(
+            ProxyStatus(str(one["node_ip"]), _word(one["status"]), _asked_proxy(answers) if node == here else None)
+            for node, one in served["proxies"].items()
+        ),
+        controller_answers=isinstance(details, Mapping),
     )
+
+
+def _questions(application: ApplicationStatus) -> Iterator[tuple[str, Callable[[ApplicationStatus], Any]]]:
+    if application.name == GATEWAY:
+        yield "silent", _silent
+    elif application.model is not None:
+        yield "stats", _coordinator_stats
+
+
+def _computing(application: ApplicationStatus) -> list[str]:
+    """The deployments of a model that have replicas with kernels, the coordinator's first."""
+    names = [d.name for d in application.deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
+    return sorted(names, key=lambda name: (name != COORDINATOR, name)) if application.model is not None else []
+
+
+def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels: bool) -> ApplicationStatus:
+    """With what its processes said of themselves. Those that did not come back in time count as silent."""
+    if application.name == GATEWAY:
+        silent = answers.get((application.name, "silent"))
+        running = sum(one.running for one in application.deployments)
+        return dataclasses.replace(application, silent=silent if isinstance(silent, int) else running)
+    if application.model is None:
+        return application
+    stats = answers.get((application.name, "stats"))
+    coordinators, error = stats if isinstance(stats, tuple) else ((), _NO_STATS if stats is None else first_line(stats))
+    kernels = None
+    if with_kernels:
+        told = {name: answers.get((application.name, "kernels", name)) for name in _computing(application)}
+        kernels = ModelKernels(
+            {
+                name: tuple(one for one in (of if isinstance(of, list) else ()) if isinstance(one, ProcessKernels))
+                for name, of in told.items()
+            }
+        )
+    deployments = tuple(
+        _heard(one, answers.get((application.name, "kernels", one.name))) if one.group is not None else one
+        for one in application.deployments
+    )
+    return dataclasses.replace(
+        application, deployments=deployments, coordinators=coordinators, stats_error=error, kernels=kernels
+    )
+
+
+def _heard(deployment: DeploymentStatus, answers: object) -> DeploymentStatus:
+    """With how many of its running shards stand still, and how many are being restarted."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    if not deployment.running:
+        return deployment
+    if not isinstance(answers, list) or not answers:
+        return dataclasses.replace(deployment, silent=deployment.running)
+    failed = [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
+    restarting = sum(isinstance(one, (RayTaskError, MantaError)) for one in failed)
+    return dataclasses.replace(deployment, silent=len(failed) - restarting, restarting=restarting)
+
+
+def _asked_proxy(answers: Answers) -> bool:
+    return answers.get(("proxy",)) is True
 
 
 def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
@@ -70,24 +149,24 @@ def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
     )
 
 
-def _application(name: str, overview: Any) -> ApplicationStatus:
+def _application(name: str, told: Mapping[str, Any]) -> ApplicationStatus:
+    """As Serve's details tell it."""
     deployments = tuple(
         DeploymentStatus(
             name=key,
-            status=str(deployment.status.value),
-            replicas={str(state): count for state, count in deployment.replica_states.items() if count},
-            message=deployment.message,
+            status=_word(one["status"]),
+            replicas=dict(Counter(_word(replica["state"]) for replica in one["replicas"])),
+            message=one["message"],
         )
-        for key, deployment in sorted(overview.deployments.items())
+        for key, one in sorted(told["deployments"].items())
         if key != ROOT  # which never runs
     )
-    application = ApplicationStatus(name, str(overview.status.value), deployments, overview.message)
-    if name == GATEWAY:
-        return dataclasses.replace(application, silent=_silent(application))
-    if application.model is None:
-        return application
-    coordinators, error = _coordinator_stats(application)
-    return dataclasses.replace(application, coordinators=coordinators, stats_error=error)
+    return ApplicationStatus(name, _word(told["status"]), deployments, told["message"])
+
+
+def _word(state: object) -> str:
+    """Serve's, of its enums."""
+    return str(getattr(state, "value", state))
 
 
 def _silent(application: ApplicationStatus) -> int:
@@ -97,9 +176,12 @@ def _silent(application: ApplicationStatus) -> int:
     running = sum(one.running for one in application.deployments)
     if not running:
         return 0
-    answers = ask_replicas(application.name, GATEWAY, "metrics", GATEWAYS_TIMEOUT_S)
+    answers = ask_replicas(application.name, GATEWAY, "metrics", ANSWERS_TIMEOUT_S)
     silent = [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
     return len(silent) if answers else running
+
+
+_NO_STATS = f"no coordinator answered within {ANSWERS_TIMEOUT_S:g} s"
 
 
 def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStats, ...], str | None]:
@@ -112,18 +194,23 @@ def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStat
         return (), "no coordinator is running"
     try:
         handle = serve.get_deployment_handle(COORDINATOR, app_name=application.name)
-        answers = handle.broadcast("stats").results(timeout_s=STATS_TIMEOUT_S, return_exceptions=True)
+        answers = handle.broadcast("stats").results(timeout_s=ANSWERS_TIMEOUT_S, return_exceptions=True)
     except TimeoutError:
-        return (), f"no coordinator answered within {STATS_TIMEOUT_S:g} s"
+        return (), _NO_STATS
     except (ray.exceptions.RayError, RayServeException) as error:
-        return (), _first_line(error)
+        return (), first_line(error)
     stats = tuple(answer for answer in answers if isinstance(answer, EngineStats))
-    missing = [_first_line(answer) for answer in answers if not isinstance(answer, EngineStats)]
+    missing = [first_line(answer) for answer in answers if not isinstance(answer, EngineStats)]
     return stats, f"{len(missing)} of {len(answers)} coordinators did not answer: {missing[0]}" if missing else None
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """What it says, without its trace."""
+    from ray.exceptions import GetTimeoutError
+
     if isinstance(error, MantaError):
         return error.message
+    if isinstance(error, GetTimeoutError):
+        return f"no answer within {ANSWERS_TIMEOUT_S:g} s"
     lines = str(error).splitlines()
     return (lines[-1].strip() if lines else "") or type(error).__name__

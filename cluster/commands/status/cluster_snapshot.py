@@ -23,6 +23,8 @@ class DeploymentStatus:
     status: str
     replicas: dict[str, int]
     message: str = ""
+    silent: int = 0  # of a group's running replicas: how many shards did not answer in time
+    restarting: int = 0  # how many of them are being restarted
 
     @property
     def group(self) -> int | None:
@@ -83,6 +85,15 @@ class NodeStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ProxyStatus:
+    """What takes clients' connections on one node, as Serve's controller sees it."""
+
+    address: str  # of the node
+    status: str  # Serve's: STARTING, HEALTHY, UNHEALTHY, DRAINING, DRAINED
+    answers: bool | None = None  # on HTTP, within seconds; None where it was not asked
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """A running cluster at one moment."""
 
@@ -90,6 +101,8 @@ class ClusterSnapshot:
     nodes: tuple[NodeStatus, ...]
     applications: tuple[ApplicationStatus, ...]
     logs: str = ""  # the folder of its processes' logs on the machine that looked
+    proxies: tuple[ProxyStatus, ...] = ()
+    controller_answers: bool = True  # Serve's; without it nothing is known of applications and proxies
 
     def document(self) -> dict[str, Any]:
         """For JSON. Models and groups are spelled out, so that a reader need not parse names."""

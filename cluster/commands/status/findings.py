@@ -15,6 +15,7 @@ from cluster.commands.status.cluster_snapshot import (
     ClusterSnapshot,
     DeploymentStatus,
     NodeStatus,
+    ProxyStatus,
 )
 from cluster.expert_deployments import expert_deployment_name
 
@@ -35,6 +36,15 @@ class Finding:
 def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     """All of them; none where all is well."""
     found = []
+    if not snapshot.controller_answers:
+        return (
+            Finding(
+                "Serve's controller does not answer, so what runs is not known. Clients are answered as before by what "
+                "runs, and what dies is not replaced.",
+                "Look at its process (`ps -eo pid,stat,args | grep ServeController`): state T is stopped (`kill -CONT "
+                "PID`). Ray starts another when it is killed (`kill -KILL PID`), and what runs goes on meanwhile.",
+            ),
+        )
     models = [application for application in snapshot.applications if application.model]
     if models and GATEWAY not in (application.name for application in snapshot.applications):
         found.append(Finding("No gateway runs: no model can be asked.", "Deploy the configuration again."))
@@ -50,7 +60,23 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     slow = [finding for application in missed for finding in _slow(application)]
     waiting = [finding for application in starting for finding in _without_room(application, dead)]
     full = [_full(node) for node in snapshot.nodes if node.alive and (node.disk or 0.0) >= FULL_DISK]
-    return (*found, *down, *full, *slow, *waiting)
+    proxies = [finding for proxy in snapshot.proxies for finding in _proxy(proxy)]
+    return (*found, *proxies, *down, *full, *slow, *waiting)
+
+
+def _proxy(proxy: ProxyStatus) -> Iterator[Finding]:
+    if proxy.answers is False:
+        yield Finding(
+            f"The proxy of node {proxy.address} does not answer: clients that connect there wait, or are refused.",
+            "Look at its process (`ps -eo pid,stat,args | grep haproxy`): state T is stopped (`kill -CONT PID`). "
+            "Serve starts another when it is gone.",
+        )
+    elif proxy.status == "UNHEALTHY":
+        yield Finding(
+            f"Serve's controller gets no answer from the proxy of node {proxy.address}: it may not learn where "
+            "gateways are.",
+            "Serve replaces it if that lasts. Its log is proxy_….log among Serve's.",
+        )
 
 
 def _is_up(application: ApplicationStatus) -> bool:
@@ -92,13 +118,36 @@ def _down(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Fin
                 f"{name} has no replica of {expert_deployment_name(group)}: its streams wait, new requests get 503.",
                 _first(replicas, dead),
             )
+        for one in replicas:
+            yield from _shards(name, one)
+    unheard = {one.name for one in application.deployments if one.silent or one.restarting}
     for unreachable in sorted({one for stats in application.coordinators for one in stats.missing_experts}):
-        if any(one.name == unreachable and one.running for one in application.deployments):
+        if unreachable not in unheard and any(
+            one.name == unreachable and one.running for one in application.deployments
+        ):
             yield Finding(
                 f"{unreachable} of {name} runs, and a coordinator gets no answer from it: its streams wait.",
                 "Look in the coordinator's log for 'no lane to'. It loads still, a network policy or a firewall is "
                 "between them, or the lanes' secret is not the same. Runbook: MantaExpertDown.",
             )
+
+
+def _shards(model: str, group: DeploymentStatus) -> Iterator[Finding]:
+    """Those of one group, on one tier, that run as far as Serve knows."""
+    alone = "streams wait for it, and new requests get 503." if group.running == 1 else "others of the group answer."
+    if group.silent:
+        yield Finding(
+            f"{group.silent} of {group.running} replicas of {group.name} of {model} do not answer. If it is the shard, "
+            f"{alone}",
+            "Their machine is overloaded, or the shard or what watches it is stopped (`ps -eo pid,stat,args | grep -E "
+            "'ExpertShard|:expert-'`, state T: `kill -CONT PID`). By itself a shard is restarted after five minutes, "
+            "and at once with `kill -KILL PID`.",
+        )
+    if group.restarting:
+        yield Finding(
+            f"{group.restarting} of {group.running} shards of {group.name} of {model} are being restarted: {alone}",
+            "Wait while weights are read. The end of the shard's log says why it died.",
+        )
 
 
 def _full(node: NodeStatus) -> Finding:
@@ -138,7 +187,8 @@ def _slow(application: ApplicationStatus) -> Iterator[Finding]:
         yield Finding(
             f"A coordinator of {name} does not say how it is: {application.stats_error}."
             + ("" if application.coordinators else " Its streams stand still, and new requests wait."),
-            "Its machine is overloaded, or it stands still. Serve replaces it if that lasts.",
+            "Its machine is overloaded, or the process is stopped (`ps -eo pid,stat,args | grep :coordinator`, state "
+            "T: `kill -CONT PID`). Serve replaces it if that lasts.",
         )
     waiting = sum(stats.num_requests_waiting for stats in application.coordinators)
     full = sum(stats.num_kv_blocks_used >= FULL_CACHE * stats.num_kv_blocks > 0 for stats in application.coordinators)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
+from cluster.commands.at_once import at_once
 from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, DeploymentStatus
 from cluster.commands.status.model_load import LoadSample
@@ -17,7 +20,8 @@ def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  #
     """One sample per model that has a coordinator, in the order of their names; what is silent is missing in it."""
     from ray import serve
 
-    samples = []
+    models: dict[str, str] = {}
+    calls: dict[tuple[str, str], Callable[[], list[ProcessFigures]]] = {}
     for name, overview in sorted(serve.status().applications.items()):
         deployments = tuple(
             DeploymentStatus(key, str(one.status.value), dict(one.replica_states))
@@ -26,10 +30,19 @@ def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  #
         model = ApplicationStatus(name, str(overview.status.value), deployments).model
         if model is None:
             continue
+        models[name] = model[0]
         asked = [d.name for d in deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
-        processes = [figures.families for deployment in asked for figures in _figures(name, deployment)]
-        samples.append(LoadSample.of(model[0], time.monotonic(), processes))
-    return samples
+        calls |= {(name, deployment): partial(_figures, name, deployment) for deployment in asked}
+    answers = at_once(calls, TIMEOUT_S + 0.5)
+    told = {key: answer for key, answer in answers.items() if not isinstance(answer, Exception)}
+    return [
+        LoadSample.of(
+            model,
+            time.monotonic(),
+            [one.families for (application, _), figures in told.items() if application == name for one in figures],
+        )
+        for name, model in models.items()
+    ]
 
 
 def _figures(application: str, deployment: str) -> list[ProcessFigures]:

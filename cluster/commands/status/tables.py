@@ -27,7 +27,7 @@ def draw(snapshot: ClusterSnapshot, console: Console) -> None:
     console.print(Text(f"Ray cluster at {snapshot.address}", style="bold"))
     _draw_findings(snapshot, console)
     console.print(_nodes(snapshot))
-    if not snapshot.applications:
+    if not snapshot.applications and snapshot.controller_answers:
         console.print(Text("Nothing is served on it yet; `manta serve` starts something.", style="yellow"))
     for application in snapshot.applications:
         _draw_application(application, console)

@@ -2,16 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.commands import debug
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, MantaError
 from tests.programs import REPOSITORY
 
 
@@ -92,3 +94,44 @@ def test_where_nothing_runs_there_is_a_bundle_all_the_same(tmp_path: Path) -> No
     found = contents(tmp_path / "bundle.tar.gz")
     assert json.loads(found["manta-debug/versions.json"])["packages"]["torch"]
     assert json.loads(found["manta-debug/config.json"])["models"][0]["name"] == "m"
+
+
+def test_what_is_wrong_is_told_beside_what_is_missing(tmp_path: Path) -> None:
+    wrong: list[str] = []
+
+    def status() -> Iterator[debug.Part]:
+        yield "status.json", b"{}"
+        wrong.append("The proxy does not answer.")
+
+    debug.write(tmp_path / "bundle.tar.gz", {"status": status}, wrong)
+    readme = contents(tmp_path / "bundle.tar.gz")["manta-debug/README.txt"]
+    assert b"manta status: The proxy does not answer." in readme
+
+
+def test_a_process_that_is_stopped_is_known_by_its_state_and_has_a_stack() -> None:
+    """Nothing in the bundle told a stopped shard from one that waits."""
+    waits = "import sys, time; print(flush=True); time.sleep(600)"
+    command = ["ray::Stands", "-c", waits, "--password=hunter2"]
+    with subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            [(_, lines)] = list(debug._processes())
+            [line] = [line.split() for line in lines.decode().splitlines() if line.split()[0] == str(process.pid)]
+            assert (line[1], line[-1]) == ("T", "ray::Stands")
+            assert b"hunter2" not in lines
+            stack = dict(debug._stacks())[f"stacks/{process.pid}.txt"]
+            assert b"hunter2" not in stack
+            assert b"<module>" in stack or b"Permission" in stack or b"Error" in stack
+        finally:
+            process.kill()
+
+
+def test_all_stacks_together_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of sixty shards, ten seconds for each that cannot be looked at were ten minutes."""
+    monkeypatch.setattr(debug, "STACKS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(debug, "_ours", lambda: iter([(psutil.Process(), "ray::Mine")]))
+    with pytest.raises(MantaError, match="all that could be had in 0 s"):
+        list(debug._stacks())

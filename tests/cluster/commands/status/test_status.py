@@ -1,6 +1,7 @@
 """`manta status`: what is drawn and printed for plain data, and what is said where no cluster runs."""
 
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.commands.cluster_connection import look_at_cluster
+from cluster.commands.cluster_connection import _stderr_silenced, look_at_cluster
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
 from cluster.commands.status.kernel_tables import draw_kernels
 from cluster.commands.status.tables import BAR_WIDTH, MOST_EXPERTS, draw
@@ -219,4 +220,26 @@ def test_a_cluster_that_never_answers_does_not_hold_the_command() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         command = program("cluster.look_at_cluster", f"127.0.0.1:{mute.getsockname()[1]}")
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert "did not answer within 6 s" in done.stderr
+    assert "did not answer within 6 s: its GCS stands still" in done.stderr
+
+
+def test_rays_native_log_stays_silent_once_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It went on in its thread, and stood below our error."""
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    captured = os.dup(2)
+    try:
+        with _stderr_silenced() as stay_silent:
+            stay_silent()
+        os.write(2, b"native")
+        print("ours", file=sys.stderr)
+        sys.stderr.close()
+    finally:
+        os.dup2(captured, 2)
+        os.close(captured)
+    assert capfd.readouterr().err == "ours\n"
+    with _stderr_silenced():
+        os.write(2, b"native")
+    os.write(2, b"again")
+    assert capfd.readouterr().err == "again"

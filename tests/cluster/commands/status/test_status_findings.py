@@ -8,7 +8,13 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from rich.console import Console
 
 from cluster.commands.status.cluster_inspection import _silent
-from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
+from cluster.commands.status.cluster_snapshot import (
+    ApplicationStatus,
+    ClusterSnapshot,
+    DeploymentStatus,
+    NodeStatus,
+    ProxyStatus,
+)
 from cluster.commands.status.findings import findings
 from cluster.commands.status.tables import draw
 from cluster.messages import EngineStats
@@ -202,3 +208,40 @@ def test_gateways_that_do_not_answer_are_counted(answers, silent, monkeypatch) -
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_, **__: Answers(*answers))
     assert _silent(ApplicationStatus("gateway", "RUNNING", (up("gateway", 2),))) == silent
     assert _silent(ApplicationStatus("gateway", "DEPLOYING", (DeploymentStatus("gateway", "UPDATING", {}),))) == 0
+
+
+def test_shards_that_stand_still_and_shards_that_are_restarted() -> None:
+    """All was well while one stood still, until somebody's rows had waited for it."""
+    cut_off = (replace(STATS, missing_experts=("expert-1",)),)
+
+    def shards(running: int, **changes: int) -> ClusterSnapshot:
+        changed = replace(up("expert-1", running), **changes)
+        return cluster(deployments=(up("coordinator"), up("expert-0"), changed), coordinators=cut_off)
+
+    wrong, do = only(shards(1, silent=1))
+    assert wrong.startswith("1 of 1 replicas of expert-1 of mixtral do not answer. If it is the shard, streams wait")
+    assert "ExpertShard" in do
+    assert only(shards(2, silent=1))[0].endswith("others of the group answer.")
+    assert "1 of 2 shards of expert-1 of mixtral are being restarted" in only(shards(2, restarting=1))[0]
+
+
+def test_without_serves_controller_nothing_else_is_guessed() -> None:
+    """It was waited for in silence; there seemed to be no gateway, and nothing served."""
+    snapshot = ClusterSnapshot("a:1", (NodeStatus("n1", True, 8, 1),), (), controller_answers=False)
+    wrong, do = only(snapshot)
+    assert wrong.startswith("Serve's controller does not answer")
+    assert "ServeController" in do
+    file = io.StringIO()
+    draw(snapshot, Console(file=file, width=80))
+    assert "Nothing is served" not in file.getvalue()
+
+
+def test_a_proxy_that_stands_still() -> None:
+    """No client was heard, and all was well: it was not asked."""
+
+    def proxy(status: str, answers: bool | None) -> ClusterSnapshot:
+        return replace(cluster(), proxies=(ProxyStatus("n1", status, answers),))
+
+    assert findings(proxy("HEALTHY", True)) == findings(proxy("HEALTHY", None)) == ()
+    assert only(proxy("HEALTHY", False))[0].startswith("The proxy of node n1 does not answer")
+    assert only(proxy("UNHEALTHY", None))[0].startswith("Serve's controller gets no answer from the proxy of node n1")

@@ -1,0 +1,35 @@
+"""What Serve's controller says of all that it runs, and whether the proxy of this machine answers. Draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+TIMEOUT_S = 3.0
+HEALTH_PATH = "/-/healthz"  # Serve's, which the proxy answers by itself
+_ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # what it listens on, and what to ask
+
+
+def serve_details() -> Mapping[str, Any]:
+    """As Serve's own REST API has them. Waits for the controller as long as it takes; without Serve they are empty."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {"applications": {}, "proxies": {}}
+    details: Mapping[str, Any] = client.get_serve_details()
+    return details
+
+
+def proxy_answers(details: Mapping[str, Any]) -> bool:
+    """Whether clients that connect to this machine are heard, whatever they are told."""
+    options = details["http_options"]
+    host = _ANY.get(options["host"], options["host"])
+    url = httpx.URL(scheme="http", host=host, port=int(options["port"]), path=HEALTH_PATH)
+    try:
+        httpx.get(url, timeout=TIMEOUT_S)
+    except httpx.HTTPError:
+        return False
+    return True
