@@ -97,6 +97,8 @@ class TokenOutbox:
 
     def _take(self) -> tuple[TokenChunk, ...]:
         """What has come first and fits into one item; the rest is for the next."""
+        if not self._pending:
+            return ()
         size, number = 0, 0
         for chunk in self._pending:
             size += num_bytes(chunk)

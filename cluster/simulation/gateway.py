@@ -87,11 +87,12 @@ class Gateway:
             self.process.loop.create_task(self._answer(arrival))
 
     async def _answer(self, arrival: Arrival) -> None:
+        own, number = hash_of(arrival.name), arrival.prompt_tokens
         request = Request(
             arrival.name,
-            tuple((arrival.prefix if i < 32 else hash_of(arrival.name)) + i for i in range(arrival.prompt_tokens)),
+            (*range(arrival.prefix, arrival.prefix + min(32, number)), *range(own + 32, own + number)),
             _sampling(arrival.output_tokens),
-            seed=hash_of(arrival.name),
+            seed=own,
             deadline=Deadline(self.process.clock() + arrival.timeout_s),
             cache_salt=arrival.tenant,
         )
