@@ -182,8 +182,8 @@ class _IndexKeys:
         self._kept, self._write_slots, self._slots = kept, write_slots, slots
 
     def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:  # noqa: ARG002
-        """`keys` [B, L, width] → those of the context [B, S, width]."""
-        self._kept.index_copy_(0, self._write_slots.flatten(), keys.flatten(0, 1))
+        """`keys` [B, L, width] → those of the context [B, S, width]. Some indexers make theirs in fp32 (dots3_note)."""
+        self._kept.index_copy_(0, self._write_slots.flatten(), keys.flatten(0, 1).to(self._kept.dtype))
         return self._kept[self._slots]
 
 

@@ -214,7 +214,7 @@ class _Packed:
         product = self._product(rows.flatten(0, -2))
         if self._bias is not None:
             product += self._bias
-        return product.view(*rows.shape[:-1], -1)
+        return product.view(*rows.shape[:-1], product.shape[-1])  # also of no row
 
 
 class DispatchedExperts(nn.Module):

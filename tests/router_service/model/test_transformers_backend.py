@@ -63,6 +63,16 @@ def test_a_batch_generates_what_transformers_does(tmp_path, family):
     assert sum(bench.engine.model_runner.decoder.dispatcher.rows_per_expert) > 0
 
 
+@pytest.mark.parametrize("family", ["dots3_note", *(pytest.param(family, marks=pytest.mark.long) for family in SHOWN)])
+def test_every_prompt_is_answered_in_bf16_however_long(tmp_path, family):
+    """A step of a prompt's first tokens asks for no logits, and failed; so did an indexer that makes keys in fp32."""
+    write_family(tmp_path, family)
+    bench = Bench(tmp_path, dtype="bfloat16", num_groups=2, max_num_batched_tokens=17)
+    ids = bench.one_by_one(*requests(8))
+    assert not bench.errors
+    assert [len(of_prompt) for of_prompt in ids] == [8] * len(LENGTHS)
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ("mixtral", "mistral", *CONFIGS)],
