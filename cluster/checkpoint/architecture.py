@@ -86,6 +86,8 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     multipliers: Multipliers = Multipliers()
     has_scores: bool = False  # attention has the scores of a step's tokens in memory: sinks are among them, say
+    widens_keys: bool = False  # and copies of keys and values in fp32: values are not as wide as keys
+    index_heads: int = 0  # of an indexer, which has scores of its own; 0: there is none
 
     @property
     def num_layers(self) -> int:

@@ -12,6 +12,8 @@ from cluster.planning.placement import DTYPE_BYTES, Dtype, KvDtype, kv_bytes_per
 GATHER_BYTES = 2**30  # of keys and values that decoding sequences read at once, if one context alone is not longer
 MAX_SCORES = 2**24  # of attention in memory at once, where they are there at all, if those of one token are not more
 SCORE_COPIES = 4  # of each: as computed, with a sink beside, as a share, and as that is multiplied with values
+INDEX_SCORE_BYTES = 8  # of an indexer's score of one of its heads, in fp32: as multiplied, and scaled
+INDEX_PAIR_BYTES = 20  # of a row and a key, all heads together: their sum, masked, and sorted with its index
 PARTIAL_BYTES = 2**24  # of what splits of long contexts make before it is added up
 SCORED_ROWS = 256  # of a prompt's logits in memory at once
 SCORED_LOGIT_BYTES = 12  # of one of these: as computed, in fp32, as logarithm of a probability
@@ -58,10 +60,13 @@ def step_bytes(
             each = kv_bytes_per_token(a, kv_dtype) + 2 * kv_bytes_per_token(a, "float32")
             attention += gathered * each // a.num_layers
         if a.has_scores:
-            attention += SCORE_COPIES * max(MAX_SCORES, a.num_heads * seen) * item
-            attention += (
-                gathered * kv_bytes_per_token(a, dtype) // a.num_layers
-            )  # scaled once more, where torch does that
+            attention += _score_bytes(a, seen, item)
+            # Scaled once more where torch does that; in fp32 keys are also laid out anew.
+            attention += gathered * (2 if a.widens_keys else 1) * kv_bytes_per_token(a, dtype) // a.num_layers
+            if a.widens_keys and dtype != "float32":
+                attention += gathered * 2 * kv_bytes_per_token(a, "float32") // a.num_layers
+        if a.index_heads:
+            attention += 2 * tokens * context  # what it lets tokens see, as it is told and for all of them
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
         attention += padded * (8 + 1 + item) + tokens * context * (2 + item)
     else:
@@ -74,6 +79,15 @@ def step_bytes(
     if local_experts:
         width += 4 * a.top_k * a.intermediate_size
     return attention + logits + tokens * width * item
+
+
+def _score_bytes(a: Architecture, seen: int, item: int) -> int:
+    """Of attention or of an indexer, which comes before it: of so many keys, numbers having `item` bytes."""
+    of_attention = SCORE_COPIES * max(MAX_SCORES, a.num_heads * seen) * (4 if a.widens_keys else item)
+    if not a.index_heads:
+        return of_attention
+    scores = max(MAX_SCORES, a.index_heads * seen)
+    return max(of_attention, INDEX_SCORE_BYTES * scores + INDEX_PAIR_BYTES * scores // a.index_heads)
 
 
 def graph_bytes(

@@ -61,6 +61,13 @@ def with_cache_of(architecture: Architecture, layers: Sequence[LayerAttention]) 
     """The same with the keys and values that a page has: one is as wide, in every layer, as the widest needs."""
     heads = max(layer.num_kv_heads for layer in layers)
     width = max(layer.kept_width for layer in layers) + max(layer.value_width for layer in layers)
-    # torch keeps scores where values are not as wide as keys.
-    has_scores = any(layer.has_sinks or layer.index_dim or layer.key_dim != layer.value_dim for layer in layers)
-    return replace(architecture, num_kv_heads=heads, head_dim=-(-width // (2 * heads)), has_scores=has_scores)
+    # torch keeps scores where values are not as wide as keys, and has all in fp32 then.
+    widens_keys = any(layer.key_dim != layer.value_dim and not layer.has_sinks for layer in layers)
+    return replace(
+        architecture,
+        num_kv_heads=heads,
+        head_dim=-(-width // (2 * heads)),
+        has_scores=widens_keys or any(layer.has_sinks or layer.index_dim for layer in layers),
+        widens_keys=widens_keys,
+        index_heads=max(layer.index_heads for layer in layers),
+    )
