@@ -27,6 +27,7 @@ from cluster.telemetry.progress import Progress
 MAX_AGE_S = 0.5
 MAX_AGE_BEHIND_REQUESTS_S = 2.0  # while everything is ready; a probe costs milliseconds of the controller's time
 PROBE_TIMEOUT_S = 5.0
+HUNG_PROBE_TIMEOUT_S = 0.5  # for one that has not come back in that time: a load balancer's own timeout may be short
 RETRY_AFTER_S = 2.0
 # From then on what was recovering is called failed. Where a node was lost, another may take ten minutes to come, and
 # then weights are read.
@@ -120,8 +121,9 @@ class Health:
     async def _ask(self) -> None:
         """What cannot be asked stays as it was known: coordinators that live answer without Serve's controller."""
         began_at = time.monotonic()
+        hangs = self._probing is not None
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with asyncio.timeout(HUNG_PROBE_TIMEOUT_S if hangs else PROBE_TIMEOUT_S):
                 began_at, found = await self._probed(began_at)
                 ready = [card for card in self._cards if found[card.application].phase == "ready"]
                 if self._look is not None:
@@ -135,7 +137,8 @@ class Health:
             }
             self._states = self._bounded(found | recovering, began_at)
         except Exception as error:
-            logger.warning("Serve's status could not be had", exc_info=not isinstance(error, TimeoutError))
+            if not hangs:  # which was said
+                logger.warning("Serve's status could not be had", exc_info=not isinstance(error, TimeoutError))
         self._began_at, self._probed_at = began_at, time.monotonic()
 
     async def _probed(self, now_s: float) -> tuple[float, dict[str, ModelHealth]]:

@@ -6,7 +6,6 @@ Serve's controller is asked who there is, then all of them at once.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
     GATEWAY,
-    ROOT,
     ApplicationStatus,
     ClusterSnapshot,
     DeploymentStatus,
@@ -24,14 +22,14 @@ from cluster.commands.status.cluster_snapshot import (
     ProxyStatus,
 )
 from cluster.commands.status.node_disks import ask_disks, disks
-from cluster.commands.status.proxy import proxy_answers, serve_details
+from cluster.commands.status.proxy import proxy_answers
 from cluster.commands.status.replicas import ask_replicas
+from cluster.commands.status.served import application_told, computing, controller_details, word
 from cluster.errors import MantaError
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
 STEP_S = 10.0  # for Ray's GCS, for joining, and for looking, each
-CONTROLLER_TIMEOUT_S = 4.0
 ANSWERS_TIMEOUT_S = 4.0  # for all processes, which are asked at once; after the controller, which says who they are
 SPARE_S = 0.5  # for what was asked with a timeout of its own to say so
 
@@ -48,16 +46,16 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
     import ray
 
     asked = ask_disks()
-    details = at_once({"controller": serve_details}, CONTROLLER_TIMEOUT_S).get("controller")
-    served = details if isinstance(details, Mapping) else {"applications": {}, "proxies": {}}
-    applications = [_application(name, one) for name, one in sorted(served["applications"].items())]
+    details = controller_details()
+    served = details or {"applications": {}, "proxies": {}}
+    applications = [application_told(name, one) for name, one in sorted(served["applications"].items())]
     calls: dict[tuple[str, ...], Callable[[], Any]] = {
         (one.name, question): partial(ask, one) for one in applications for question, ask in _questions(one)
     }
     calls |= {
         (one.name, "kernels", name): partial(ask_replicas, one.name, name, "kernels", ANSWERS_TIMEOUT_S)
         for one in applications
-        for name in _computing(one)
+        for name in computing(one)
         if with_kernels or name != COORDINATOR  # a shard that says its kernels lives
     }
     calls["disks",] = partial(disks, asked, ANSWERS_TIMEOUT_S)
@@ -73,10 +71,10 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
         tuple(_answered(one, answers, with_kernels=with_kernels) for one in applications),
         str(cluster.logs),
         tuple(
-            ProxyStatus(str(one["node_ip"]), _word(one["status"]), _asked_proxy(answers) if node == here else None)
+            ProxyStatus(str(one["node_ip"]), word(one["status"]), _asked_proxy(answers) if node == here else None)
             for node, one in served["proxies"].items()
         ),
-        controller_answers=isinstance(details, Mapping),
+        controller_answers=details is not None,
     )
 
 
@@ -85,12 +83,6 @@ def _questions(application: ApplicationStatus) -> Iterator[tuple[str, Callable[[
         yield "silent", _silent
     elif application.model is not None:
         yield "stats", _coordinator_stats
-
-
-def _computing(application: ApplicationStatus) -> list[str]:
-    """The deployments of a model that have replicas with kernels, the coordinator's first."""
-    names = [d.name for d in application.deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
-    return sorted(names, key=lambda name: (name != COORDINATOR, name)) if application.model is not None else []
 
 
 def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels: bool) -> ApplicationStatus:
@@ -105,7 +97,7 @@ def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels:
     coordinators, error = stats if isinstance(stats, tuple) else ((), _NO_STATS if stats is None else first_line(stats))
     kernels = None
     if with_kernels:
-        told = {name: answers.get((application.name, "kernels", name)) for name in _computing(application)}
+        told = {name: answers.get((application.name, "kernels", name)) for name in computing(application)}
         kernels = ModelKernels(
             {
                 name: tuple(one for one in (of if isinstance(of, list) else ()) if isinstance(one, ProcessKernels))
@@ -147,26 +139,6 @@ def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
         gpus=float(resources.get("GPU", 0)),
         disk=disk,
     )
-
-
-def _application(name: str, told: Mapping[str, Any]) -> ApplicationStatus:
-    """As Serve's details tell it."""
-    deployments = tuple(
-        DeploymentStatus(
-            name=key,
-            status=_word(one["status"]),
-            replicas=dict(Counter(_word(replica["state"]) for replica in one["replicas"])),
-            message=one["message"],
-        )
-        for key, one in sorted(told["deployments"].items())
-        if key != ROOT  # which never runs
-    )
-    return ApplicationStatus(name, _word(told["status"]), deployments, told["message"])
-
-
-def _word(state: object) -> str:
-    """Serve's, of its enums."""
-    return str(getattr(state, "value", state))
 
 
 def _silent(application: ApplicationStatus) -> int:

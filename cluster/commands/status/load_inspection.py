@@ -8,31 +8,31 @@ from functools import partial
 
 from cluster.commands.at_once import at_once
 from cluster.commands.cluster_connection import JoinedCluster
-from cluster.commands.status.cluster_snapshot import COORDINATOR, ApplicationStatus, DeploymentStatus
 from cluster.commands.status.model_load import LoadSample
 from cluster.commands.status.replicas import ask_replicas
+from cluster.commands.status.served import application_told, computing, controller_details
+from cluster.errors import Unavailable
 from cluster.telemetry.metrics import ProcessFigures
 
 TIMEOUT_S = 3.0  # for the replicas of one deployment
 
 
 def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  # every look is given it
-    """One sample per model that has a coordinator, in the order of their names; what is silent is missing in it."""
-    from ray import serve
+    """One sample per model that has a coordinator, in the order of their names; what is silent is missing in it.
 
+    Raises Unavailable where Serve's controller is.
+    """
+    details = controller_details()
+    if details is None:
+        raise Unavailable("Serve's controller does not answer; `manta status` says what to do")
     models: dict[str, str] = {}
     calls: dict[tuple[str, str], Callable[[], list[ProcessFigures]]] = {}
-    for name, overview in sorted(serve.status().applications.items()):
-        deployments = tuple(
-            DeploymentStatus(key, str(one.status.value), dict(one.replica_states))
-            for key, one in overview.deployments.items()
-        )
-        model = ApplicationStatus(name, str(overview.status.value), deployments).model
-        if model is None:
+    for name, one in sorted(details["applications"].items()):
+        application = application_told(name, one)
+        if application.model is None:
             continue
-        models[name] = model[0]
-        asked = [d.name for d in deployments if d.running and (d.name == COORDINATOR or d.group is not None)]
-        calls |= {(name, deployment): partial(_figures, name, deployment) for deployment in asked}
+        models[name] = application.model[0]
+        calls |= {(name, deployment): partial(_figures, name, deployment) for deployment in computing(application)}
     answers = at_once(calls, TIMEOUT_S + 0.5)
     told = {key: answer for key, answer in answers.items() if not isinstance(answer, Exception)}
     return [

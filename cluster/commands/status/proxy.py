@@ -1,4 +1,4 @@
-"""What Serve's controller says of all that it runs, and whether the proxy of this machine answers. Draws nothing."""
+"""Whether the proxy of this machine, which clients connect to, answers. Knows nothing of what is behind it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import httpx
 TIMEOUT_S = 3.0
 HEALTH_PATH = "/-/healthz"  # Serve's, which the proxy answers by itself
 _ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # what it listens on, and what to ask
-
-
-def serve_details() -> Mapping[str, Any]:
-    """As Serve's own REST API has them. Waits for the controller as long as it takes; without Serve they are empty."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return {"applications": {}, "proxies": {}}
-    details: Mapping[str, Any] = client.get_serve_details()
-    return details
 
 
 def proxy_answers(details: Mapping[str, Any]) -> bool:

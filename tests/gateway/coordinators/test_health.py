@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -95,11 +96,15 @@ def test_what_does_not_recover_in_a_quarter_of_an_hour_has_failed(
 
 
 def test_a_controller_that_stands_still_takes_one_thread_of_a_gateway(
-    card: ModelCard, monkeypatch: pytest.MonkeyPatch
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each look at it took another, for as long as it stood still; when all were taken, long gRPC messages waited."""
+    """Each look at it took another, for as long as it stood still; when all were taken, long gRPC messages waited.
+
+    And each look took five seconds, more than a load balancer waits for `/health` of a gateway that answers clients.
+    """
     monkeypatch.setattr(health, "MAX_AGE_S", 0.0)
-    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(health, "HUNG_PROBE_TIMEOUT_S", 0.05)
     goes_on = threading.Event()
     asked = []
 
@@ -108,12 +113,16 @@ def test_a_controller_that_stands_still_takes_one_thread_of_a_gateway(
         goes_on.wait(60)
         return {card.application: ModelHealth("ready")}
 
-    async def run() -> tuple[list[str], int]:
+    async def run() -> tuple[list[str], int, float]:
+        began_s = time.monotonic()
         checked = Health((card,), probe)
         phases = [(await checked.models())[card.name].phase for _ in range(5)]
-        num_asked = len(asked)
+        num_asked, took_s = len(asked), time.monotonic() - began_s
         goes_on.set()
-        monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 60.0)
-        return [*phases, (await checked.models())[card.name].phase], num_asked
+        monkeypatch.setattr(health, "HUNG_PROBE_TIMEOUT_S", 60.0)
+        return [*phases, (await checked.models())[card.name].phase], num_asked, took_s
 
-    assert asyncio.run(run()) == (["starting"] * 5 + ["ready"], 1)
+    phases, num_asked, took_s = asyncio.run(run())
+    assert (phases, num_asked) == (["starting"] * 5 + ["ready"], 1)
+    assert took_s < 6
+    assert [record.message for record in caplog.records] == ["Serve's status could not be had"]

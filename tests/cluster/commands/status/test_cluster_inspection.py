@@ -15,8 +15,9 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.commands.at_once import at_once
 from cluster.commands.status import cluster_snapshot as snapshot
-from cluster.commands.status.cluster_inspection import _answered, _application, _heard
+from cluster.commands.status.cluster_inspection import _answered, _heard
 from cluster.commands.status.proxy import proxy_answers
+from cluster.commands.status.served import application_told
 from cluster.errors import ExpertUnavailable
 from cluster.telemetry.kernels import ProcessKernels
 
@@ -82,7 +83,9 @@ def test_an_application_is_read_from_serves_details() -> None:
         },
     }
     deployment = snapshot.DeploymentStatus("gateway", "UPDATING", {"RUNNING": 2, "STARTING": 1}, "soon")
-    assert _application("gateway", told) == snapshot.ApplicationStatus("gateway", "DEPLOYING", (deployment,), "wait")
+    assert application_told("gateway", told) == snapshot.ApplicationStatus(
+        "gateway", "DEPLOYING", (deployment,), "wait"
+    )
 
 
 def test_a_proxy_is_heard_whatever_it_says() -> None:
