@@ -173,6 +173,11 @@ def _first(deployments: list[DeploymentStatus] | tuple[DeploymentStatus, ...], d
     lost = f" Nodes that are gone: {', '.join(dead)}." if dead else ""
     if _NO_ROOM in messages:
         return f"No node has room for it: add one, or give back what something else took (`ray status`).{lost}"
+    if any(one.status == "UNHEALTHY" and one.replicas for one in deployments):
+        return (
+            "One that ran is gone, and Serve starts another: wait while weights are read, and look in its log for why, "
+            f"or if that lasts.{lost}"
+        )
     if any(one.replicas for one in deployments):
         return f"It starts, or stops: wait while weights are read, and look in its log if that lasts.{lost}"
     return f"Look in the log of Serve's controller for why none is started.{lost}"

@@ -60,6 +60,7 @@ def test_where_all_is_well_that_is_said() -> None:
     [
         (DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1}, NO_ROOM), "No node has room for it: add one"),
         (DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1}), "It starts, or stops: wait"),
+        (DeploymentStatus("expert-1", "UNHEALTHY", {"STARTING": 1}), "One that ran is gone, and Serve starts another"),
         (DeploymentStatus("expert-1", "UNHEALTHY", {}), "Look in the log of Serve's controller"),
     ],
 )
