@@ -113,6 +113,18 @@ def _knock(address: str) -> None:
         raise Unavailable(f"no Ray cluster answers at {address} ({error}); {_START}") from error
 
 
+def _none_here() -> str:
+    """Ray looks for raylets. Where one has died, what it started may answer clients still, for seconds."""
+    import psutil
+
+    if any((one.info["cmdline"] or [""])[0].startswith("ray::") for one in psutil.process_iter(["cmdline"])):
+        return (
+            "no raylet runs on this machine, and processes that one has started are left: it has died, or was just "
+            "stopped. Clients may be answered for a while; end what started it, and start it again"
+        )
+    return f"no Ray cluster is running on this machine; {_START}"
+
+
 @contextmanager
 def _stderr_silenced() -> Iterator[Callable[[], None]]:
     """Ray's native code logs to file descriptor 2, whatever is configured; what matters of it comes as an error.
@@ -156,7 +168,7 @@ def _join_and_look(address: str, look: Callable[[JoinedCluster], T], begins: Cal
         ) from error
     except ConnectionError as error:
         if address == "auto":
-            raise Unavailable(f"no Ray cluster is running on this machine; {_START}") from error
+            raise Unavailable(_none_here()) from error
         raise Unavailable(
             f"the Ray cluster at {address} cannot be joined; is the token in ~/.ray/auth_token the cluster's own?"
         ) from error

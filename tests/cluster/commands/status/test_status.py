@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.commands.cluster_connection import _stderr_silenced, look_at_cluster
+from cluster.commands.cluster_connection import _none_here, _stderr_silenced, look_at_cluster
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
 from cluster.commands.status.kernel_tables import draw_kernels
 from cluster.commands.status.tables import BAR_WIDTH, MOST_EXPERTS, draw
@@ -221,6 +221,18 @@ def test_a_cluster_that_never_answers_does_not_hold_the_command() -> None:
         command = program("cluster.look_at_cluster", f"127.0.0.1:{mute.getsockname()[1]}")
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
     assert "did not answer within 6 s: its GCS stands still" in done.stderr
+
+
+def test_a_raylet_that_died_is_told_from_none() -> None:
+    """Beside a server that answered clients, no Ray cluster was running on this machine."""
+    command = ["ray::Left", "-c", "print(flush=True); import time; time.sleep(600)"]
+    with subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert _none_here().startswith("no raylet runs on this machine")
+        finally:
+            process.kill()
 
 
 def test_rays_native_log_stays_silent_once_nobody_waits(
