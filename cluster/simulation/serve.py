@@ -274,6 +274,9 @@ class Serve:
         fleet = self.fleet
         fleet.gateways.pop(process.name, None)
         nodes = [node for node in fleet.nodes if node not in fleet.dead_nodes]
+        if not nodes:  # one comes for the experts
+            self.queue.after(1.0, self._replace_gateway, process)
+            return
         fresh = fleet.new_process(f"gateway#{fleet.next_number()}", nodes[0])
         fleet.gateways[fresh.name] = self._gateway(fresh)
         fresh.on_death.append(lambda: self.queue.after(self._notice_s(fresh), self._replace_gateway, fresh))

@@ -22,6 +22,7 @@ NAMED = {  # what each of them found
     118: "a lane was kept whose replica left while it owed an answer",
     209: "streams of a coordinator that was cut off from the experts failed, though another one could go on",
     213: "the same where some had no token yet",
+    384: "the imitated Serve replaced a gateway where no node was left, and ended",
 }
 
 
