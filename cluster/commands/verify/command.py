@@ -208,10 +208,11 @@ def _print(
         )
         return
     if not found:
+        rounding = ", or rounding: try --dtype float32" if dtype == "bfloat16" else ""
         print(
             "each part computes what transformers' does from the same input: what is off is attention over the cache,"
         )
-        print("or how parts are put together")
+        print(f"or how parts are put together{rounding}")
     if any(part.there for part in found):
         print("transformers makes numbers that are not finite of it as well: the checkpoint's files are broken")
     else:

@@ -55,6 +55,18 @@ def test_where_they_differ_the_first_layers_are_named(directory, capsys, monkeyp
     assert "not as transformers computes it: report it, with what manta verify --json prints" in text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("float32", "together\n"), ("bfloat16", "together, or rounding: try --dtype")]
+)
+def test_where_no_part_is_off_the_rest_is_named(capsys, monkeypatch, dtype, hint):
+    """In bf16 a token of a right model may go to another expert."""
+    monkeypatch.setitem(command.TOLERANCE, dtype, -1.0)
+    assert not run("demo", None, "auto", dtype, 1, as_json=False)
+    text = capsys.readouterr().out
+    assert "each part computes what transformers' does from the same input" in text
+    assert hint in text
+
+
 def test_many_experts_of_a_layer_are_told_in_a_line():
     parts = [PartDifference(1, f"expert {one}", one, one / 10, here=False, there=False) for one in range(1, 20)]
     other = PartDifference(2, "expert 7", 7, 0.25, here=False, there=False)
