@@ -202,9 +202,9 @@ class Delivery(Generic[Rows, A]):
     """The rows of one group, or of the part of them that one replica is to run."""
 
     __slots__ = (
-        "_epoch", "_hedge_at", "_is_timed", "_not_finite", "_num_attempts", "_num_raised",
-        "_pause_s", "_replica_id", "_rows", "_shared", "_silent_at", "answer", "deadline", "due_at", "error", "first",
-        "group", "is_hopeless", "num_rows", "reason", "second",
+        "_again_at", "_epoch", "_hedge_at", "_is_timed", "_num_attempts", "_num_raised", "_pause_s", "_rejected",
+        "_replica_id", "_rows", "_shared", "_silent_at", "answer", "deadline", "due_at", "error", "first", "group",
+        "is_hopeless", "num_rows", "reason", "second",
     )  # fmt: skip
 
     def __init__(
@@ -233,7 +233,9 @@ class Delivery(Generic[Rows, A]):
         self._epoch = -1  # of the table, when the last attempt failed
         self._hedge_at = self._silent_at = 0.0
         self._is_timed = False  # whether its replica is one of several, whose speeds are compared
-        self._num_attempts = self._num_raised = self._not_finite = 0
+        self._num_attempts = self._num_raised = 0
+        self._rejected: tuple[str, ...] = ()  # whose answers were not finite, by replica id
+        self._again_at = 0.0  # when they may be asked again though there are others, which nobody has reached
         self._pause_s = FIRST_PAUSE_S
 
     @property
@@ -253,7 +255,7 @@ class Delivery(Generic[Rows, A]):
     def post(self, now: float) -> None:
         """Ask the best replica that can be reached."""
         shared, group = self._shared, self.group
-        replicas = shared.routes.reachable(group)
+        replicas = self._to_choose_from(now)
         if not replicas:
             replica, reason = shared.routes.refusal(group)
             self.reason = reason or self.reason
@@ -320,13 +322,25 @@ class Delivery(Generic[Rows, A]):
 
     def reject(self) -> bool:
         """The answer is not finite, and its rows are: ask another replica, at the next step. False: often enough."""
-        if self.answer is None or self._not_finite == MAX_NOT_FINITE:
+        if self.answer is None or len(self._rejected) == MAX_NOT_FINITE:
             return False
-        self._not_finite += 1
+        shared = self._shared
+        self._rejected += (self.answer.replica.replica_id,)
+        self._again_at = shared.clock() + shared.timeout_s / SILENCES_PER_TIMEOUT
         self.first, self.second, self.answer = self.answer, None, None
         self.first.fail("its answer is not finite")
         self.due_at = 0.0
         return True
+
+    def _to_choose_from(self, now: float) -> tuple[Replica, ...]:
+        """The replicas that can be reached; without those whose answers were not finite while others may be soon."""
+        shared = self._shared
+        reachable = shared.routes.reachable(self.group)
+        if self._rejected and now < self._again_at:
+            known = shared.table.replicas(shared.deployments[self.group])
+            if any(replica.replica_id not in self._rejected for replica in known):
+                return tuple(replica for replica in reachable if replica.replica_id not in self._rejected)
+        return reachable
 
     def close(self) -> None:
         """Nobody waits for an answer. Idempotent."""

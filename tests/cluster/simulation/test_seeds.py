@@ -20,6 +20,7 @@ CHUNK = 20
 
 NAMED = {  # what each of them found
     118: "a lane was kept whose replica left while it owed an answer",
+    199: "a replica whose answer was not finite was asked again while the other one was about to be connected",
     209: "streams of a coordinator that was cut off from the experts failed, though another one could go on",
     213: "the same where some had no token yet",
     384: "the imitated Serve replaced a gateway where no node was left, and ended",

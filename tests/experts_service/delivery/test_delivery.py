@@ -23,6 +23,7 @@ from experts_service.delivery.delivery import (
     MAX_NOT_FINITE,
     MAX_RAISED,
     POSTED,
+    SILENCES_PER_TIMEOUT,
     Attempt,
     Deliveries,
     Delivery,
@@ -263,6 +264,20 @@ def test_another_replica_is_asked_at_once_for_an_answer_that_is_not_finite() -> 
     assert delivery.answer is second
     assert first.replica.replica_id != second.replica.replica_id
     assert simulation.world.now - started < 0.03
+
+
+@pytest.mark.parametrize(("connected_s", "asked"), [(2.0, "ab"), (TIMEOUT_S, "aa")])
+def test_another_replica_is_waited_for_after_an_answer_that_is_not_finite(connected_s: float, asked: str) -> None:
+    """Not for ever: the rows themselves may be what makes the answer so."""
+    simulation = world_of({name: [("answers", 0.01)] for name in "ab"})
+    simulation.cut_off.add("b")
+    simulation.table.suspect(DEPLOYMENT, "b", simulation.table.epoch)
+    plan_changes(simulation, [(connected_s, "is connected", "b")])
+    started = simulation.world.now
+    [delivery] = simulation.deliver(["rows"], not_finite=1).values()
+    assert delivery.answer is simulation.sent["rows"][-1]
+    assert "".join(attempt.replica.replica_id for attempt in simulation.sent["rows"]) == asked
+    assert simulation.world.now - started < min(connected_s, TIMEOUT_S / SILENCES_PER_TIMEOUT) + 1.0
 
 
 def test_the_maths_is_asked_three_times_and_no_more() -> None:
