@@ -144,8 +144,7 @@ class Client(StreamingClient):
         return error
 
     def has_another(self, coordinator: str) -> bool:
-        table = self._gateway.table
-        return bool(table.coordinators(APPLICATION) - table.silent - {coordinator})
+        return bool(self._gateway.table.coordinators(APPLICATION) - {coordinator})
 
     def open_stream(self, stream: TokenStream) -> AsyncIterator[tuple[TokenChunk, ...]]:
         return _Stream(self, stream)

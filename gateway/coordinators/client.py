@@ -45,7 +45,7 @@ class StreamingClient:
         raise NotImplementedError
 
     def has_another(self, coordinator: str) -> bool:
-        """Whether there is another one that speaks."""
+        """Whether there is another one. It may be silent: where this gateway is cut off from it, not for ever."""
         raise NotImplementedError
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:

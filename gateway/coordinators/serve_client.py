@@ -41,7 +41,7 @@ class ServeCoordinatorClient(StreamingClient):
         return manta_error(error)
 
     def has_another(self, coordinator: str) -> bool:
-        return bool(TABLE.coordinators(self._card.application) - TABLE.silent - {coordinator})
+        return bool(TABLE.coordinators(self._card.application) - {coordinator})
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()

@@ -24,6 +24,7 @@ NAMED = {  # what each of them found
     209: "streams of a coordinator that was cut off from the experts failed, though another one could go on",
     213: "the same where some had no token yet",
     384: "the imitated Serve replaced a gateway where no node was left, and ended",
+    1697: "a stream of a gateway that was cut off with one coordinator was given up, though it was so for a moment",
 }
 
 
