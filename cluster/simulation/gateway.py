@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Set
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache
@@ -143,8 +143,8 @@ class Client(StreamingClient):
     def meaning(self, error: BaseException) -> BaseException:
         return error
 
-    def has_another(self, coordinator: str) -> bool:
-        return bool(self._gateway.table.coordinators(APPLICATION) - {coordinator})
+    def coordinators(self) -> Set[str]:
+        return self._gateway.table.coordinators(APPLICATION)
 
     def open_stream(self, stream: TokenStream) -> AsyncIterator[tuple[TokenChunk, ...]]:
         return _Stream(self, stream)

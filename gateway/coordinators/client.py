@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from typing import Any, Protocol
 
 from cluster.errors import CoordinatorLost, ExpertUnavailable, MantaError
@@ -44,8 +44,8 @@ class StreamingClient:
         """What a failed call means to a client; an error that nobody designed stays what it is."""
         raise NotImplementedError
 
-    def has_another(self, coordinator: str) -> bool:
-        """Whether there is another one. It may be silent: where this gateway is cut off from it, not for ever."""
+    def coordinators(self) -> Set[str]:
+        """Those of the model that take requests, silent ones among them."""
         raise NotImplementedError
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
@@ -69,7 +69,8 @@ class StreamingClient:
             return None
         error = self.meaning(error)
         if isinstance(error, ExpertUnavailable):
-            error.elsewhere = self.has_another(error.coordinator)
+            # A silent one counts: where this gateway is cut off from it, that is not for ever.
+            error.elsewhere = bool(self.coordinators() - {error.coordinator})
         return error
 
     def _tell(self, queue: ChunkQueue, call: asyncio.Future[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from typing import Any
 
 import grpc
@@ -40,8 +40,8 @@ class ServeCoordinatorClient(StreamingClient):
     def meaning(self, error: BaseException) -> BaseException:
         return manta_error(error)
 
-    def has_another(self, coordinator: str) -> bool:
-        return bool(TABLE.coordinators(self._card.application) - {coordinator})
+    def coordinators(self) -> Set[str]:
+        return TABLE.coordinators(self._card.application)
 
     async def embed(self, requests: tuple[Request, ...]) -> tuple[Embedding, ...]:
         self._connect()
