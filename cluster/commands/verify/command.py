@@ -9,7 +9,6 @@ experts among them, and those that compute something else are named: that is wha
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -63,6 +62,22 @@ class PromptResult:
         return self.other_tokens == 0 and self.output_tokens > 0 and self.largest_difference <= tolerance
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of one model, both ways."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: str
+    prompts: tuple[PromptResult, ...]
+    parts: tuple[PartDifference, ...]  # that differ
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing differs."""
+        return not self.parts and all(prompt.is_good(TOLERANCE[self.dtype]) for prompt in self.prompts)
+
+
 def run(
     model: str,
     revision: str | None,
@@ -83,17 +98,16 @@ def run(
         reference = Reference(checkpoint, device, getattr(torch, name))
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.directory} to compare with: {error}") from error
-    results = [
+    results = tuple(
         _compare(answer, *reference.read(prompt, answer.token_ids), name, len(prompt))
         for prompt, answer in zip(prompts, said, strict=True)
-    ]
-    found = reference.compare(parts, name)
-    good = not found and all(result.is_good(TOLERANCE[name]) for result in results)
+    )
+    found = Comparison(checkpoint, device, name, results, reference.compare(parts, name))
     if as_json:
-        print(json.dumps(_document(checkpoint, device, name, results, found, good=good)))
+        print(json.dumps(_document(found)))
     else:
-        _print(checkpoint, device, name, results, found, good=good)
-    return good
+        _print(found)
+    return found.is_good
 
 
 def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
@@ -141,45 +155,32 @@ def _off(mine: Layers, theirs: Layers, dtype: str) -> tuple[LayerDifference, ...
     return tuple(sorted(found, key=lambda one: one.layer))
 
 
-def _document(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: str,
-    results: Sequence[PromptResult],
-    found: Sequence[PartDifference],
-    *,
-    good: bool,
-) -> dict[str, Any]:
+def _document(found: Comparison) -> dict[str, Any]:
     import transformers
 
     return {
-        "model": str(checkpoint.directory),
-        "model_impl": checkpoint.model_impl,
-        "fingerprint": checkpoint.fingerprint,
-        "device": device.type,
-        "dtype": dtype,
+        "model": str(found.checkpoint.directory),
+        "model_impl": found.checkpoint.model_impl,
+        "fingerprint": found.checkpoint.fingerprint,
+        "device": found.device.type,
+        "dtype": found.dtype,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": this_machine().lines(),
-        "good": good,
-        "tolerance": TOLERANCE[dtype],
-        "prompts": [asdict(result) for result in results],
-        "parts": [asdict(part) for part in found],
+        "good": found.is_good,
+        "tolerance": TOLERANCE[found.dtype],
+        "prompts": [asdict(prompt) for prompt in found.prompts],
+        "parts": [asdict(part) for part in found.parts],
     }
 
 
-def _print(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: str,
-    results: Sequence[PromptResult],
-    found: Sequence[PartDifference],
-    *,
-    good: bool,
-) -> None:
+def _print(found: Comparison) -> None:
+    checkpoint, dtype = found.checkpoint, found.dtype
     whose = "code of ours" if checkpoint.model_impl == "native" else "transformers' code with our experts and attention"
-    print(f"{checkpoint.directory}: {checkpoint.architecture.num_layers} layers, {whose}, {dtype} on {device.type}")
-    for number, result in enumerate(results, start=1):
+    print(
+        f"{checkpoint.directory}: {checkpoint.architecture.num_layers} layers, {whose}, {dtype} on {found.device.type}"
+    )
+    for number, result in enumerate(found.prompts, start=1):
         if result.error:
             print(f"prompt {number}: no tokens: {result.error}")
             continue
@@ -194,26 +195,26 @@ def _print(
                 print(f"  layer {one.layer}: {one.off:.0%} of the tokens go to other experts")
         if len(result.layers) > MOST_LAYERS:
             print(f"  and {len(result.layers) - MOST_LAYERS} more")
-    lines = part_lines(found)
+    lines = part_lines(found.parts)
     if lines:
         print("parts that compute something else, each given the same input on both sides:")
     for line in lines[:MOST_PARTS]:
         print(f"  {line}")
     if len(lines) > MOST_PARTS:
         print(f"  and {len(lines) - MOST_PARTS} more")
-    if good:
+    if found.is_good:
         print(
             f"as transformers computes it: no log-probability is off by more than {TOLERANCE[dtype]:g}, "
             f"and no part by more than {OFF[dtype]:g} of its largest number"
         )
         return
-    if not found:
+    if not found.parts:
         rounding = ", or rounding: try --dtype float32" if dtype == "bfloat16" else ""
         print(
             "each part computes what transformers' does from the same input: what is off is attention over the cache,"
         )
         print(f"or how parts are put together{rounding}")
-    if any(part.there for part in found):
+    if any(part.there for part in found.parts):
         print("transformers makes numbers that are not finite of it as well: the checkpoint's files are broken")
     else:
         print("not as transformers computes it: report it, with what manta verify --json prints")

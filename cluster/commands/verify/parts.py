@@ -66,10 +66,9 @@ class Parts:
 
     calls: dict[str, Call] = field(default_factory=dict)  # in the order in which they ended
     chosen: dict[int, Chosen] = field(default_factory=dict)  # by layer
-    asked: dict[int, torch.Tensor] = field(
-        default_factory=dict
-    )  # by layer: the rows [R, D] that its experts were asked
-    answers: dict[int, torch.Tensor] = field(default_factory=dict)  # [E, R, D]
+    # By layer: the rows [R, D] that its experts were asked about, and what they said [E, R, D].
+    asked: dict[int, torch.Tensor] = field(default_factory=dict)
+    answers: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,11 @@ class PartDifference:
     layer: int | None  # None: it is in none
     part: str
     expert: int | None  # of the layer's
-    off: float | None  # the largest difference, relative to the largest number; of GATE the part of the tokens that go
-    # to other experts. None: it makes something that is not a finite number,
-    here: bool  # and does here
-    there: bool  # and does by transformers' code
+    # The largest difference, relative to the largest number; of GATE the part of the tokens that go to other experts.
+    # None: it makes numbers that are not finite,
+    off: float | None
+    here: bool  # in our code,
+    there: bool  # or in transformers'
 
 
 class PartsOfOurs:
