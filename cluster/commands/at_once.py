@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
+SPARE_S = 0.5  # beside the timeout that calls have of their own, for them to say so
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 

@@ -6,11 +6,11 @@ Serve's controller is asked who there is, then all of them at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cluster.commands.at_once import at_once
+from cluster.commands.at_once import SPARE_S, at_once
 from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
@@ -31,7 +31,8 @@ from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
 STEP_S = 10.0  # for Ray's GCS, for joining, and for looking, each
 ANSWERS_TIMEOUT_S = 4.0  # for all processes, which are asked at once; after the controller, which says who they are
-SPARE_S = 0.5  # for what was asked with a timeout of its own to say so
+
+_NO_STATS = f"no coordinator answered within {ANSWERS_TIMEOUT_S:g} s"
 
 Answers = Mapping[tuple[str, ...], Any]  # by application, and deployment or question
 
@@ -50,7 +51,7 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
     served = details or {"applications": {}, "proxies": {}}
     applications = [application_told(name, one) for name, one in sorted(served["applications"].items())]
     calls: dict[tuple[str, ...], Callable[[], Any]] = {
-        (one.name, question): partial(ask, one) for one in applications for question, ask in _questions(one)
+        (one.name, question): ask for one in applications for question, ask in _questions(one)
     }
     calls |= {
         (one.name, "kernels", name): partial(ask_replicas, one.name, name, "kernels", ANSWERS_TIMEOUT_S)
@@ -71,18 +72,20 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
         tuple(_answered(one, answers, with_kernels=with_kernels) for one in applications),
         str(cluster.logs),
         tuple(
-            ProxyStatus(str(one["node_ip"]), word(one["status"]), _asked_proxy(answers) if node == here else None)
+            ProxyStatus(
+                str(one["node_ip"]), word(one["status"]), answers.get(("proxy",)) is True if node == here else None
+            )
             for node, one in served["proxies"].items()
         ),
         controller_answers=details is not None,
     )
 
 
-def _questions(application: ApplicationStatus) -> Iterator[tuple[str, Callable[[ApplicationStatus], Any]]]:
+def _questions(application: ApplicationStatus) -> Iterator[tuple[str, Callable[[], Any]]]:
     if application.name == GATEWAY:
-        yield "silent", _silent
+        yield "silent", partial(_silent, application)
     elif application.model is not None:
-        yield "stats", _coordinator_stats
+        yield "stats", partial(_coordinator_stats, application)
 
 
 def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels: bool) -> ApplicationStatus:
@@ -94,7 +97,9 @@ def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels:
     if application.model is None:
         return application
     stats = answers.get((application.name, "stats"))
-    coordinators, error = stats if isinstance(stats, tuple) else ((), _NO_STATS if stats is None else first_line(stats))
+    coordinators, error = (
+        stats if isinstance(stats, tuple) else ((), _NO_STATS if stats is None else _first_line(stats))
+    )
     kernels = None
     if with_kernels:
         told = {name: answers.get((application.name, "kernels", name)) for name in computing(application)}
@@ -115,19 +120,15 @@ def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels:
 
 def _heard(deployment: DeploymentStatus, answers: object) -> DeploymentStatus:
     """With how many of its running shards stand still, and how many are being restarted."""
-    from ray.exceptions import ActorDiedError, RayTaskError
+    from ray.exceptions import RayTaskError
 
     if not deployment.running:
         return deployment
     if not isinstance(answers, list) or not answers:
         return dataclasses.replace(deployment, silent=deployment.running)
-    failed = [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
+    failed = _failed(answers)
     restarting = sum(isinstance(one, (RayTaskError, MantaError)) for one in failed)
     return dataclasses.replace(deployment, silent=len(failed) - restarting, restarting=restarting)
-
-
-def _asked_proxy(answers: Answers) -> bool:
-    return answers.get(("proxy",)) is True
 
 
 def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
@@ -142,18 +143,19 @@ def _node(node: dict[str, Any], disk: float | None) -> NodeStatus:
 
 
 def _silent(application: ApplicationStatus) -> int:
-    """How many running replicas of its only deployment do not answer in time. One that has died is not silent."""
-    from ray.exceptions import ActorDiedError
-
+    """How many running replicas of its only deployment do not answer in time."""
     running = sum(one.running for one in application.deployments)
     if not running:
         return 0
     answers = ask_replicas(application.name, GATEWAY, "metrics", ANSWERS_TIMEOUT_S)
-    silent = [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
-    return len(silent) if answers else running
+    return len(_failed(answers)) if answers else running
 
 
-_NO_STATS = f"no coordinator answered within {ANSWERS_TIMEOUT_S:g} s"
+def _failed(answers: Sequence[object]) -> list[Exception]:
+    """What came in place of answers. A replica that has died is not silent."""
+    from ray.exceptions import ActorDiedError
+
+    return [one for one in answers if isinstance(one, Exception) and not isinstance(one, ActorDiedError)]
 
 
 def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStats, ...], str | None]:
@@ -170,13 +172,13 @@ def _coordinator_stats(application: ApplicationStatus) -> tuple[tuple[EngineStat
     except TimeoutError:
         return (), _NO_STATS
     except (ray.exceptions.RayError, RayServeException) as error:
-        return (), first_line(error)
+        return (), _first_line(error)
     stats = tuple(answer for answer in answers if isinstance(answer, EngineStats))
-    missing = [first_line(answer) for answer in answers if not isinstance(answer, EngineStats)]
+    missing = [_first_line(answer) for answer in answers if not isinstance(answer, EngineStats)]
     return stats, f"{len(missing)} of {len(answers)} coordinators did not answer: {missing[0]}" if missing else None
 
 
-def first_line(error: object) -> str:
+def _first_line(error: object) -> str:
     """What it says, without its trace."""
     from ray.exceptions import GetTimeoutError
 

@@ -37,13 +37,13 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     """All of them; none where all is well."""
     found = []
     if not snapshot.controller_answers:
-        return (
+        found.append(
             Finding(
                 "Serve's controller does not answer, so what runs is not known. Clients are answered as before by what "
                 "runs, and what dies is not replaced.",
                 "Look at its process (`ps -eo pid,stat,args | grep ServeController`): state T is stopped (`kill -CONT "
                 "PID`). Ray starts another when it is killed (`kill -KILL PID`), and what runs goes on meanwhile.",
-            ),
+            )
         )
     models = [application for application in snapshot.applications if application.model]
     if models and GATEWAY not in (application.name for application in snapshot.applications):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from cluster.commands.at_once import at_once
+from cluster.commands.at_once import SPARE_S, at_once
 from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.status.model_load import LoadSample
 from cluster.commands.status.replicas import ask_replicas
@@ -33,7 +33,7 @@ def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  #
             continue
         models[name] = application.model[0]
         calls |= {(name, deployment): partial(_figures, name, deployment) for deployment in computing(application)}
-    answers = at_once(calls, TIMEOUT_S + 0.5)
+    answers = at_once(calls, TIMEOUT_S + SPARE_S)
     told = {key: answer for key, answer in answers.items() if not isinstance(answer, Exception)}
     return [
         LoadSample.of(

@@ -6,25 +6,28 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.commands.at_once import at_once
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ROOT, ApplicationStatus, DeploymentStatus
 
 TIMEOUT_S = 4.0
 
 
 def controller_details() -> Mapping[str, Any] | None:
-    """As Serve's own REST API has them, empty where there is no Serve; None where it does not answer in time."""
-    details = at_once({"": _details}, TIMEOUT_S).get("")
-    return details if isinstance(details, Mapping) else None
+    """As Serve's own REST API has them, empty where there is no Serve; None where it does not answer in time.
 
+    Not by Serve's client, which waits for as long as it takes: in a thread that nobody waits for any more it would call
+    Ray after Ray was left, and that ends the process without a word.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-def _details() -> Mapping[str, Any]:
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
+    try:
+        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
         return {"applications": {}, "proxies": {}}
-    details: Mapping[str, Any] = client.get_serve_details()
+    try:
+        details: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return None
     return details
 
 

@@ -8,7 +8,10 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from unittest import mock
 
+import pytest
+import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.schema import ApplicationStatus
@@ -17,7 +20,7 @@ from cluster.commands.at_once import at_once
 from cluster.commands.status import cluster_snapshot as snapshot
 from cluster.commands.status.cluster_inspection import _answered, _heard
 from cluster.commands.status.proxy import proxy_answers
-from cluster.commands.status.served import application_told
+from cluster.commands.status.served import application_told, controller_details
 from cluster.errors import ExpertUnavailable
 from cluster.telemetry.kernels import ProcessKernels
 
@@ -69,6 +72,21 @@ def test_a_shard_that_stands_still_is_told_from_one_that_is_restarted() -> None:
     assert _heard(expert, []) == _heard(expert, None) == replace(expert, silent=3)
     starts = replace(expert, replicas={"STARTING": 1})
     assert _heard(starts, None) == starts
+
+
+def test_nothing_of_rays_hangs_once_the_controller_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that hung called Ray when it had been left, and that ended the command without a word."""
+
+    def stands_still(asked: object, *, timeout: float) -> None:
+        raise GetTimeoutError(f"{asked} within {timeout:g} s")
+
+    threads = threading.active_count()
+    monkeypatch.setattr(ray, "get", stands_still)
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: mock.MagicMock())
+    assert controller_details() is None
+    assert threading.active_count() == threads
+    monkeypatch.setattr(ray, "get_actor", mock.Mock(side_effect=ValueError("no such actor")))
+    assert controller_details() == {"applications": {}, "proxies": {}}
 
 
 def test_an_application_is_read_from_serves_details() -> None:

@@ -235,6 +235,9 @@ def test_without_serves_controller_nothing_else_is_guessed() -> None:
     file = io.StringIO()
     draw(snapshot, Console(file=file, width=80))
     assert "Nothing is served" not in file.getvalue()
+    nodes = (NodeStatus("n1", True, 8, 1, disk=1.0), NodeStatus("n2", False, 8, 1))
+    _, full = findings(ClusterSnapshot("a:1", nodes, (), controller_answers=False))
+    assert "n1" in full.wrong, "what others say is told all the same"
 
 
 def test_a_proxy_that_stands_still() -> None:
