@@ -5,7 +5,8 @@
 
 What the client has is what arrived here, so nothing is lost or doubled: `Request.output_token_ids` says where to go on.
 A request that steps have failed with goes on elsewhere MAX_FAILED_STEPS times, and no more: the fault may be in it.
-One whose coordinator no replica of a group has answered goes on at another one, once: the fault may be in its network.
+One whose coordinator no replica of a group has answered goes on at another one: the fault may be in its network. What
+two coordinators say is an error; one that is asked again, as no other can be reached, says nothing new.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class _Attempts:
         self._timeout_s = timeout_s
         self._failed_on: tuple[str, ...] = ()
         self._num_failed_steps = 0
-        self._was_unanswered = False
+        self._unanswered = ""  # the coordinator that had no answer from a group
         self._give_up_at = 0.0
         self._pause_s = 0.0
 
@@ -119,9 +120,9 @@ class _Attempts:
                 raise lost
         elif isinstance(lost, ExpertUnavailable):
             self._failed_on += (lost.coordinator,)
-            if self._was_unanswered:
+            if self._unanswered not in ("", lost.coordinator):
                 raise lost
-            self._was_unanswered = True
+            self._unanswered = lost.coordinator
         now = asyncio.get_running_loop().time()
         if went_on or self.number == 0:
             self._give_up_at = now + min(self._timeout_s, self._request.deadline.at - now)

@@ -25,6 +25,7 @@ NAMED = {  # what each of them found
     213: "the same where some had no token yet",
     384: "the imitated Serve replaced a gateway where no node was left, and ended",
     1697: "a stream of a gateway that was cut off with one coordinator was given up, though it was so for a moment",
+    2410: "the same where that coordinator was asked twice, as if another one had said so as well",
 }
 
 

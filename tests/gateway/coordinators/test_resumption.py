@@ -172,6 +172,18 @@ def test_embeddings_are_asked_of_another_coordinator_under_another_id():
     assert ids == [["a", "b"], ["a~1", "b~1"], ["a~2", "b~2"]]
 
 
+def test_the_same_coordinator_again_is_no_second_opinion() -> None:
+    """Nobody else can be reached where a gateway is cut off with it: streams failed then (seed 2410)."""
+    unanswered = ExpertUnavailable("no answer", coordinator="a", elsewhere=True)
+    coordinator = Mortal(Death(3, unanswered), Death(3, unanswered), Death(5, unanswered))
+    assert [t for chunk in read(coordinator, request()) for t in chunk.token_ids] == list(ANSWER)
+    assert len(coordinator.requests) == 4
+    coordinator = Mortal(*[Death(3, unanswered)] * 1000)
+    with pytest.raises(ExpertUnavailable):
+        read(coordinator, request(), timeout_s=0.2)
+    assert 2 < len(coordinator.requests) < 10
+
+
 def test_a_coordinator_that_no_expert_answers_is_left_once_and_only_for_another() -> None:
     """It may be cut off by itself: its streams failed though others could go on (seed 209 of the simulation)."""
     unanswered = ExpertUnavailable("no answer", coordinator="a", elsewhere=True)
@@ -182,6 +194,8 @@ def test_a_coordinator_that_no_expert_answers_is_left_once_and_only_for_another(
     again = ExpertUnavailable("no answer", coordinator="b", elsewhere=True)
     with pytest.raises(ExpertUnavailable):
         read(Mortal(Death(3, unanswered), Death(5, again)), request())
+    with pytest.raises(ExpertUnavailable):
+        read(Mortal(Death(3, unanswered), Death(5, unanswered), Death(5, again)), request())
     alone = Mortal(Death(3, ExpertUnavailable("no answer", coordinator="a")))
     with pytest.raises(ExpertUnavailable):
         read(alone, request())
