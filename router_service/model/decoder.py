@@ -115,9 +115,9 @@ class Decoder:
         delta = None  # [T, D]; what the feed-forward before adds to x
         for index, layer in enumerate(self.layers):
             with self._threads.for_work(work):
-                rows = self._norm(x, layer.input_norm, delta)
+                rows = self.norm_rows(x, layer.input_norm, delta)
                 delta = self._attend(index, layer, rows, rotary, attention, kv_cache)
-                rows = self._norm(x, layer.post_attention_norm, delta)
+                rows = self.norm_rows(x, layer.post_attention_norm, delta)
                 if layer.gate is not None:
                     weights, experts = layer.gate(rows)  # [T, K], [T, K]
             if layer.gate is None:
@@ -213,7 +213,7 @@ class Decoder:
 
     def hidden_states(self, x: torch.Tensor) -> torch.Tensor:
         """The last hidden states [R, D] of rows of what `forward` returned [R, D]."""
-        return self._norm(x, self.norm)
+        return self.norm_rows(x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in fp32 of hidden states [R, D]."""
@@ -258,13 +258,13 @@ class Decoder:
         sizes = [self.architecture.head_dim * n for n in (self.architecture.num_heads, self.architecture.num_kv_heads)]
         for weight, part in zip(weights, qkv[:, : sum(sizes)].split(sizes, dim=1), strict=True):
             heads = part.contiguous().view(-1, len(weight))
-            part.copy_(self._norm(heads, weight).view(part.shape))
+            part.copy_(self.norm_rows(heads, weight).view(part.shape))
 
     def _scaled(self, delta: torch.Tensor) -> torch.Tensor:
         """What is added to the residual stream [T, D], in place."""
         return delta if self._multipliers.residual == 1 else delta.mul_(self._multipliers.residual)
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+    def norm_rows(self, x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Of `x` [T, D], to which `delta` [T, D] is added in place before."""
         return norm(x, weight, self.architecture.rms_norm_eps, delta)
 

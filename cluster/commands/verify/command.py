@@ -3,7 +3,8 @@
 Both sides get the same prompts and compute in the same dtype. A token of ours is good where transformers finds no
 other one likelier by more than rounding may make it. Where one is not, or its likelihood is off, the layers of that
 prompt are compared, and the first that differ are named. In any case each part of the model is compared by itself, all
-experts among them, and those that compute something else are named: that is what a report of a bug begins with.
+experts and the embeddings of all tokens among them, and those that compute something else are named: that is what a
+report of a bug begins with.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The parts of a model one by one: what ours made of their input, and what transformers' make of the same input.
 
 A fault is seen where it is and nowhere after it, since no part is given what another computed wrongly. Experts are
-asked about the same few rows, all of a layer, whether or not the prompt's tokens go to them. A part is named as
-transformers has it in the decoder, such as `layers.2.mlp.gate`.
+asked about the same few rows, all of a layer, whether or not the prompt's tokens go to them; embeddings are compared of
+all tokens. A part is named as transformers has it in the decoder, such as `layers.2.mlp.gate`.
 
-Shapes: T tokens of a prompt, R rows, D hidden size, E experts, K experts per token.
+Shapes: T tokens of a prompt, R rows, D hidden size, E experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from router_service.model.transformers_backend.decoder import DispatchedExperts,
 
 ROWS = 4  # that each expert is asked about
 SHOWN_EXPERTS = 16  # of a layer, in one line
+TOKENS = 4096  # that are embedded at once
 HEAD = "lm_head"
+EMBEDDINGS = "embed_tokens"
+NORM = "norm"  # after all layers
 GATE = "gate"
 OFF = {"float32": 1e-3, "bfloat16": 0.05}  # relative to the largest number of what transformers makes
 OTHERS = {"float32": 0.0, "bfloat16": 0.25}  # part of the tokens that may go to others: rounding decides near ties
@@ -69,6 +72,7 @@ class Parts:
     # By layer: the rows [R, D] that its experts were asked about, and what they said [E, R, D].
     asked: dict[int, torch.Tensor] = field(default_factory=dict)
     answers: dict[int, torch.Tensor] = field(default_factory=dict)
+    embeddings: torch.Tensor | None = None  # [V, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +124,49 @@ class PartsOfOurs:
 
     def _note_native(self, decoder: Decoder) -> None:
         """Layer by layer, as transformers names them."""
-        layers, head = decoder.layers, decoder.head
+        layers, head, norm = decoder.layers, decoder.head, decoder.norm_rows
+        self.parts.embeddings = _copied(decoder.embeddings)
+        decoder.norm_rows = self._noted_norm(decoder)  # type: ignore[method-assign]
         decoder.layers = [self._noted_layer(index, layer) for index, layer in enumerate(layers)]
         decoder.head = self._noted(HEAD, head)
         decoder.runs_chains = False
 
         def undo() -> None:
             decoder.layers, decoder.head, decoder.runs_chains = layers, head, True
+            decoder.norm_rows = norm  # type: ignore[method-assign]
 
         self._undo.append(undo)
+
+    def _noted_norm(self, decoder: Decoder) -> Callable[..., torch.Tensor]:
+        """Of any part. Which it is, its weights tell."""
+        names = {id(decoder.norm): NORM}
+        for index, layer in enumerate(decoder.layers):
+            names[id(layer.input_norm)] = f"layers.{index}.input_layernorm"
+            names[id(layer.post_attention_norm)] = f"layers.{index}.post_attention_layernorm"
+            for which, weight in zip("qk", layer.qk_norms or (), strict=False):
+                names[id(weight)] = f"layers.{index}.self_attn.{which}_norm"
+        norm = decoder.norm_rows
+
+        def noted(x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+            made = norm(x, weight, delta)
+            self._note(names[id(weight)], (x,), {}, made)  # `delta` was added to it in place
+            return made
+
+        return noted
 
     def _noted_layer(self, index: int, layer: Any) -> Any:
         name = f"layers.{index}"
         network = f"{name}.mlp" if layer.gate is None else f"{name}.mlp.shared_expert"
         self._dispatched[index] = index
+        heads, kv_heads = self._decoder.architecture.num_heads, self._decoder.architecture.num_kv_heads
+        widths = [self._decoder.architecture.head_dim * number for number in (heads, kv_heads, kv_heads)]
+
+        def qkv(rows: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = layer.qkv(rows)
+            biased = made if layer.qkv_bias is None else made + layer.qkv_bias
+            for which, part in zip("qkv", biased.split(widths, dim=1), strict=True):
+                self._note(f"{name}.self_attn.{which}_proj", (rows,), {}, part)
+            return made
 
         def gate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             weights, experts = layer.gate(rows)
@@ -147,6 +180,7 @@ class PartsOfOurs:
 
         return replace(
             layer,
+            qkv=qkv,
             o=self._noted(f"{name}.self_attn.o_proj", layer.o),
             gate=layer.gate and gate,
             dense=layer.dense and dense,
@@ -162,8 +196,9 @@ class PartsOfOurs:
         return noted
 
     def _note_modules(self, decoder: TransformersDecoder) -> None:
-        layers = layers_of(decoder.model)
-        parts = dict(_apart(layers))
+        layers, embed = layers_of(decoder.model), decoder.model.get_input_embeddings()
+        self.parts.embeddings = _embedded(embed)
+        parts = {name: module for name, module in _apart(layers) if module is not embed}
         if (head := decoder.model.get_output_embeddings()) is not None:
             parts[HEAD] = head
         for name, module in parts.items():
@@ -199,7 +234,7 @@ class PartsOfOurs:
 def compare(parts: Parts, model: Any, dtype: str) -> tuple[PartDifference, ...]:
     """The parts of ours that differ from those of `model`, which is transformers', in the order of layers."""
     device, layers = model.device, layers_of(model)
-    found: list[PartDifference] = []
+    found = list(_embedding_difference(parts.embeddings, _embedded(model.get_input_embeddings())))
     for name, call in parts.calls.items():
         if not call.is_finite:
             continue
@@ -256,7 +291,7 @@ def _place(one: PartDifference, last: int) -> int:
     """As a token goes through them: what is in no layer is before them all, but for the head and the last norm."""
     if one.layer is not None:
         return one.layer
-    return last if one.part in (HEAD, "norm") else -1
+    return last if one.part in (HEAD, NORM) else -1
 
 
 def _ask(module: Any, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -305,6 +340,26 @@ def _gate_difference(layer: int, block: Any, module: Any, chosen: Chosen, dtype:
         of_mine = chosen.weights[finite].float().gather(1, mine.indices)[same]
         of_theirs = weights.gather(1, theirs.indices)[same]
         yield from _difference(layer, f"{GATE}'s weights", None, of_mine, of_theirs, OFF[dtype])
+
+
+@torch.inference_mode()
+def _embedded(embed: nn.Module) -> torch.Tensor:
+    """Of all tokens [V, D]."""
+    weight: Any = embed.weight
+    return torch.cat([embed(ids).cpu() for ids in torch.arange(len(weight), device=weight.device).split(TOKENS)])
+
+
+def _embedding_difference(mine: torch.Tensor | None, theirs: torch.Tensor) -> Iterator[PartDifference]:
+    """Of rows [V, D], which nothing has rounded."""
+    if mine is None or mine.shape != theirs.shape:
+        yield PartDifference(None, EMBEDDINGS, None, float("inf"), here=False, there=False)
+        return
+    wrong = torch.cat(
+        [(one != other).any(1) for one, other in zip(mine.split(TOKENS), theirs.split(TOKENS), strict=True)]
+    )
+    if tokens := wrong.nonzero().flatten().tolist():
+        more = f" and {len(tokens) - 1} more" if len(tokens) > 1 else ""
+        yield from _difference(None, f"{EMBEDDINGS} of token {tokens[0]}{more}", None, mine[wrong], theirs[wrong], 0.0)
 
 
 def _difference(

@@ -112,15 +112,33 @@ def broken_mixtral(tensors: Tensors) -> None:
     tensors[w1], tensors[w3] = tensors[w3], tensors[w1]
     tensors["model.layers.2.block_sparse_moe.gate.weight"] *= 2
     tensors["model.layers.3.block_sparse_moe.experts.7.w2.weight"] *= 3
+    tensors["model.embed_tokens.weight"][90, 5] += 0.5  # a token of no prompt
+    tensors["model.layers.0.input_layernorm.weight"][7] *= 3
+    tensors["model.layers.3.self_attn.v_proj.weight"][3] *= 3
 
 
 def broken_qwen2_moe(tensors: Tensors) -> None:
+    tensors["model.embed_tokens.weight"][[90, 91, 92]] = tensors["model.embed_tokens.weight"][[91, 92, 90]]
+    tensors["model.layers.2.self_attn.k_proj.bias"][3] += 3
+    tensors["model.layers.3.post_attention_layernorm.weight"][7] *= 3
+    tensors["model.norm.weight"][7] *= 3
     tensors["model.layers.0.self_attn.o_proj.weight"] *= 3
     tensors["model.layers.1.mlp.gate.weight"] *= -1
     tensors["model.layers.2.mlp.shared_expert.down_proj.weight"] *= 3
     tensors["model.layers.3.mlp.shared_expert_gate.weight"] *= 3
     tensors["model.layers.3.mlp.experts.3.up_proj.weight"] *= 3
     tensors["lm_head.weight"] *= 3
+
+
+def broken_qwen3_moe(tensors: Tensors) -> None:
+    q, k = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")  # of 32 and 16 rows
+    tensors[q], tensors[k] = torch.cat([tensors[k], tensors[q][16:]]), tensors[q][:16].clone()
+    tensors["model.layers.2.self_attn.q_norm.weight"][7] *= 3
+    tensors["model.layers.3.self_attn.k_norm.weight"][7] *= 3
+
+
+def broken_glm4_moe_embeddings(tensors: Tensors) -> None:
+    tensors["model.embed_tokens.weight"][90, 5] += 0.5  # a token of no prompt
 
 
 def rewrite(directory: Path, change: Callable[[Tensors], None]) -> None:
@@ -138,14 +156,28 @@ def rewrite(directory: Path, change: Callable[[Tensors], None]) -> None:
             broken_glm4_moe,
             ["0 mlp", "1 mlp.gate", "1 gate", "2 mlp.shared_experts", "2 expert 0", "3 gate", "3 expert 5"],
         ),
-        ("mixtral", broken_mixtral, ["1 expert 0", "2 gate's weights", "3 expert 7"]),
+        pytest.param("glm4_moe", broken_glm4_moe_embeddings, ["None embed_tokens of token 90"], marks=pytest.mark.long),
+        (
+            "mixtral",
+            broken_mixtral,
+            [
+                *("None embed_tokens of token 90", "0 input_layernorm", "1 expert 0", "2 gate's weights"),
+                *("3 self_attn.v_proj", "3 expert 7"),
+            ],
+        ),
         (
             "qwen2_moe",
             broken_qwen2_moe,
             [
-                *("0 self_attn.o_proj", "1 gate", "2 mlp.shared_expert"),
-                *("3 mlp.shared_expert_gate", "3 expert 3", "None lm_head"),
+                *("None embed_tokens of token 90 and 2 more", "0 self_attn.o_proj", "1 gate", "2 self_attn.k_proj"),
+                *("2 mlp.shared_expert", "3 post_attention_layernorm", "3 mlp.shared_expert_gate", "3 expert 3"),
+                *("None norm", "None lm_head"),
             ],
+        ),
+        (
+            "qwen3_moe",
+            broken_qwen3_moe,
+            ["1 self_attn.q_proj", "1 self_attn.k_proj", "2 self_attn.q_norm", "3 self_attn.k_norm"],
         ),
         pytest.param("gpt_oss", broken_gpt_oss, ["1 expert 4", "3 expert 2", "3 expert 6"], marks=pytest.mark.long),
         pytest.param("llama4_text", broken_llama4, ["3 expert 6"], marks=pytest.mark.long),
