@@ -265,7 +265,7 @@ class Frontend:
             timer.end(usage.prompt_tokens, usage.completion_tokens)
             record.model = model
             record.prompt_tokens, record.cached_tokens = usage.prompt_tokens, usage.cached_tokens
-            record.completion_tokens = usage.completion_tokens
+            record.completion_tokens, record.queue_s = usage.completion_tokens, usage.queue_s
             if not timer.is_complete:
                 record.fail(failure)
 
@@ -324,6 +324,7 @@ def _end_span(span: Span, record: RequestRecord) -> None:
             "gen_ai.usage.output_tokens": record.completion_tokens,
             "gen_ai.response.finish_reasons": record.finish_reasons,
             "manta.cached_tokens": record.cached_tokens,
+            "manta.queue_s": record.queue_s or 0.0,
             "manta.time_to_first_token_s": record.time_to_first_token_s or 0.0,
         }
         if record.reason:

@@ -281,12 +281,15 @@ class Engine:
 
     def _land(self, step: _Step) -> None:
         """Book what a step made, and tell everybody, but for sequences that have ended since it was launched."""
+        for scheduled in step.batch:
+            if scheduled.sequence.scheduled_at is None:
+                scheduled.sequence.scheduled_at = step.began
         self._book(step)
         ended = time.perf_counter()
         began, self._landed_at = max(step.began, self._landed_at), ended
         for scheduled in step.batch:
             if scheduled.sequence.first_token_at is None:
-                scheduled.sequence.note_step(step.began, ended)
+                scheduled.sequence.note_step(ended)
         self._observe(ended - began, step.batch)
 
     def _book(self, step: _Step) -> None:
@@ -607,6 +610,7 @@ def _chunk(sequence: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogpro
         finish_reason=sequence.finish_reason,
         stop_token_id=sequence.stop_token_id,
         num_cached_tokens=sequence.num_cached_tokens,
+        queue_s=sequence.queue_s,
         prompt_logprobs=None if scores is None else tuple(scores),
         routed_experts=sequence.routed_experts if token_ids else None,
     )

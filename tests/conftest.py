@@ -140,7 +140,7 @@ def _started_server(*arguments: str) -> Iterator[Server]:
         start_s = time.monotonic() - started
         wait_for(lambda: "Ctrl-C stops" in "".join(output), 30, "the announcement")
         announcement = "".join(output)
-        ray_address = re.search(r"Ray (\S+:\d+)", announcement)
+        ray_address = re.search(r"Ray +(\S+:\d+)", announcement)
         assert ray_address is not None, announcement
         yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s, announcement)
         if process.poll() is None:  # a test may have ended it

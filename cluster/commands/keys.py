@@ -40,7 +40,7 @@ def new(
         raise typer.BadParameter("expected 1 to 64 letters, digits, dots, dashes or underscores") from None
     line = f"- {{id: {json.dumps(entry.id)}, sha256: {json.dumps(entry.sha256)}}}"
     if file is not None:
-        _add(file, line)
+        _add(file, name, line)
         typer.echo(key)
         typer.echo(f"{file} has the entry of {name}. The key is shown only now.", err=True)
         return
@@ -49,12 +49,16 @@ def new(
     typer.echo(line)
 
 
-def _add(file: Path, line: str) -> None:
+def _add(file: Path, name: str, line: str) -> None:
     """Raises ConfigError where the file would not be one of keys then, has that id, or cannot be written."""
     from cluster.guarded_file import read_guarded
     from gateway.admission.api_keys import read_api_keys
 
     content = read_guarded(file) if file.exists() else b""
+    if content and name in {one.id for one in read_api_keys(file)}:
+        raise ConfigError(
+            f"{file} has a key of {name} already: take its line out first, which ends that key, or choose another id"
+        )
     added = (b"" if not content or content.endswith(b"\n") else b"\n") + line.encode() + b"\n"
     try:
         with tempfile.TemporaryDirectory() as directory:

@@ -33,6 +33,7 @@ from cluster.deploy.app import (
     Cluster,
     ModelPlan,
     check_doors,
+    check_layout,
     check_tokenizer,
     demo_config,
     describe_cluster,
@@ -95,6 +96,8 @@ def checked_checkpoints(config: MantaConfig) -> list[Checkpoint]:
     ]
     for checkpoint in {checkpoint.directory: checkpoint for checkpoint in checkpoints}.values():
         check_tokenizer(checkpoint)
+    for one, checkpoint in zip(config.models, checkpoints, strict=True):
+        check_layout(one, checkpoint)
     for index, one in enumerate(config.models):
         if checkpoints[index].model_impl == "transformers":
             from experts_service.transformers_backend.meta_model import checked  # takes seconds to import
@@ -300,10 +303,8 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
         if not plan.groups:
             where = "dense" if plan.config.kind == "chat" else "dense, embeddings"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
-    console.print(
-        f"\n  Chat page {url}/   HTTP {url}/v1   gRPC {host}:{gateway.grpc_port}   Ray {ray_address}\n",
-        highlight=False,
-    )
+    doors = {"Chat page": f"{url}/", "HTTP": f"{url}/v1", "gRPC": f"{host}:{gateway.grpc_port}", "Ray": ray_address}
+    console.print("\n" + "".join(f"  {door:<10} {where}\n" for door, where in doors.items()), **_PLAIN)
     question = "What is the best French cheese?"
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
     key, header = "none", ""
@@ -330,7 +331,12 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
         "print(answer.choices[0].message.content)\n",
         **_PLAIN,
     )
-    console.print("Or: manta chat. Ctrl-C stops the server.", **_PLAIN)
+    chat = (
+        "manta chat"
+        + ("" if url == "http://127.0.0.1:8000" else f" --url {url}")
+        + (" --key-file FILE" if header else "")
+    )
+    console.print(f"Or: {chat}. Ctrl-C stops the server.", **_PLAIN)
 
 
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}

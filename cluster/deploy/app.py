@@ -145,15 +145,9 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
 
     The model takes its place in `room`: what others have left; without it the cluster is the model's own.
     """
+    check_layout(config, checkpoint)
     architecture = checkpoint.architecture
-    if not checkpoint.has_head and config.kind != "embedding":
-        raise ConfigError(
-            f"models: {config.name!r}: {checkpoint.directory} was saved without its output head, and answers nothing: "
-            "with `kind: embedding` it makes embeddings"
-        )
     if architecture.is_dense:
-        if config.experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
-            raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
         config = config.model_copy(update={"experts": ExpertsConfig(transport="local")})
     on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and cluster.num_gpus > 0)
     if on_gpu and cluster.num_gpus == 1 and config.experts == ExpertsConfig():
@@ -211,6 +205,23 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, ro
         gpus_per_shard=gpus_per_shard,
         gpus_per_coordinator=gpus_per_coordinator,
     )
+
+
+def check_layout(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for settings that fit the model on no cluster: they are told before one is started."""
+    architecture, experts = checkpoint.architecture, config.experts
+    if not checkpoint.has_head and config.kind != "embedding":
+        raise ConfigError(
+            f"models: {config.name!r}: {checkpoint.directory} was saved without its output head, and answers nothing: "
+            "with `kind: embedding` it makes embeddings"
+        )
+    if architecture.is_dense and experts not in (ExpertsConfig(), ExpertsConfig(transport="local")):
+        raise ConfigError(f"models: {config.name!r} is a dense model, so `experts` has nothing to say about it")
+    if experts.groups != "auto":
+        try:
+            check_scaled_groups(experts, len(plan_groups(experts.groups, architecture.num_experts, 0, 1)))
+        except ConfigError as error:
+            raise ConfigError(f"models: {config.name!r}: {error}") from None
 
 
 def _check_bf16(model: str, cluster: Cluster) -> None:

@@ -195,7 +195,8 @@ def plan_groups(
         if named.count(expert) > 1:
             raise ConfigError(f"experts.groups: expert {expert} is named {named.count(expert)} times")
     if missing := sorted(set(range(num_experts)) - set(named)):
-        raise ConfigError(f"experts.groups: expert {', '.join(map(str, missing))} is in no group")
+        which = f"expert {told(missing)} is" if len(missing) == 1 else f"experts {told(missing)} are"
+        raise ConfigError(f"experts.groups: {which} in no group")
     return tuple(ExpertGroup(index, tuple(group)) for index, group in enumerate(setting))
 
 

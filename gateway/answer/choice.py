@@ -64,12 +64,13 @@ class Delta:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one request, summed over its choices; complete once its deltas are."""
+    """Token counts of one request, summed over its choices; complete once its deltas are. And how long it waited."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int | None = None  # of those completed; None: the model does not reason apart
+    queue_s: float | None = None  # at the coordinator, of the choice that waited longest; None: no token came
 
 
 class Choice:
@@ -115,8 +116,10 @@ class Choice:
         """What the chunk adds; its text may be empty."""
         if chunk.first_position != self._num_tokens:
             raise Unavailable(f"a token was lost or doubled at position {self._num_tokens}")
-        if self._num_tokens == 0 and self.request.choice_index == 0:
-            self._usage.cached_tokens += chunk.num_cached_tokens
+        if self._num_tokens == 0:
+            self._usage.queue_s = max(self._usage.queue_s or 0.0, chunk.queue_s)
+            if self.request.choice_index == 0:
+                self._usage.cached_tokens += chunk.num_cached_tokens
         begin, self._begin = self._begin, ""
         if self._is_prompt_only:
             self.finished = True

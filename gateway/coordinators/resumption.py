@@ -140,8 +140,8 @@ class _Attempts:
 
 
 def _resumed(chunk: TokenChunk) -> TokenChunk:
-    """Without what the client has from the first coordinator: facts about the prompt."""
-    return replace(chunk, num_cached_tokens=0, prompt_logprobs=None)
+    """Without what the client has from the first coordinator: facts about the prompt, and what came before its end."""
+    return replace(chunk, num_cached_tokens=0, queue_s=0.0, prompt_logprobs=None)
 
 
 def _closable(stream: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:

@@ -37,6 +37,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    queue_s: float | None = None
     time_to_first_token_s: float | None = None
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # Unix time
@@ -63,6 +64,7 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            "queue_s": _rounded(self.queue_s),
             "time_to_first_token_s": _rounded(self.time_to_first_token_s),
             "duration_s": _rounded(time.monotonic() - self.started),
         }

@@ -87,10 +87,13 @@ class Sequence:
         self.scheduled_at: float | None = None  # the begin of its first step
         self.first_token_at: float | None = None  # the end of the step that made it
 
-    def note_step(self, began: float, ended: float) -> None:
+    @property
+    def queue_s(self) -> float:
+        """From its arrival to its first step; 0 before."""
+        return 0.0 if self.scheduled_at is None else self.scheduled_at - self.arrived_at
+
+    def note_step(self, ended: float) -> None:
         """A step that it was part of, for its times."""
-        if self.scheduled_at is None:
-            self.scheduled_at = began
         if self.first_token_at is None and self.num_output_tokens > len(self.request.output_token_ids):
             self.first_token_at = ended
 

@@ -62,7 +62,7 @@ class RequestHistograms:
             sequence = scheduled.sequence
             if sequence.finish_reason is None or sequence.scheduled_at is None or sequence.first_token_at is None:
                 continue
-            self._queue.observe(sequence.scheduled_at - sequence.arrived_at)
+            self._queue.observe(sequence.queue_s)
             self._prefill.observe(sequence.first_token_at - sequence.scheduled_at)
             self._decode.observe(now - sequence.first_token_at)
             self._inference.observe(now - sequence.scheduled_at)

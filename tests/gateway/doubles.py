@@ -110,7 +110,7 @@ class ScriptedCoordinator:
 
 
 def tokens_script(
-    tokens: Sequence[int], *, chunk: int = 1, pause_s: float = 0.0, eos: int | None = 1
+    tokens: Sequence[int], *, chunk: int = 1, pause_s: float = 0.0, eos: int | None = 1, queue_s: float = 0.0
 ) -> Callable[[Request], AsyncIterator[TokenChunk]]:
     """These tokens, `chunk` at a time, then an end-of-sequence token, as far as max_tokens allows."""
 
@@ -134,6 +134,7 @@ def tokens_script(
                 ("stop" if ended else "length") if last else None,
                 eos if ended else None,
                 prompt_logprobs=None if at else _prompt_logprobs(request),
+                queue_s=queue_s,
             )
 
     return script

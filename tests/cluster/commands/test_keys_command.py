@@ -33,7 +33,7 @@ def test_a_file_gets_the_entry_and_the_terminal_the_key_alone(tmp_path):
     assert {name: found.find(key).id for name, key in keys.items()} == {"alice": "alice", "bob": "bob"}
     before = file.read_text()
     assert all(key not in before for key in keys.values())
-    with pytest.raises(ConfigError, match=r"keys.yaml, line 3: id: the same as in line 1"):
+    with pytest.raises(ConfigError, match=r"keys.yaml has a key of alice already: take its line out"):
         CliRunner().invoke(app, ["keys", "new", "alice", "--file", str(file)], catch_exceptions=False)
     assert file.read_text() == before
     file.write_text("[{]")

@@ -102,3 +102,12 @@ def test_too_few_open_files_are_told_before_ray_starts():
     assert code == 2
     assert "a process may have 1024 open files, and HAProxy needs 10500" in message.replace("\n", " ")
     assert "Starting Ray" not in message
+
+
+def test_a_wrong_list_of_groups_is_told_with_its_model_before_ray_starts(tmp_path):
+    """Ray was started first, and with two models nothing said whose groups are meant."""
+    config = tmp_path / "manta.yaml"
+    config.write_text("models: [{name: a, path: demo}, {name: b, path: demo, experts: {groups: [[4, 5, 6, 7]]}}]")
+    code, message = serve("--config", config)
+    assert code == 2
+    assert "models: 'b': experts.groups: experts 0, 1, 2, 3 are in no group" in " ".join(message.split())

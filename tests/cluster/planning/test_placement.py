@@ -109,6 +109,7 @@ def test_any_packing_of_all_experts_is_taken_as_it_is(order: list[int], cuts: se
     [
         (((0, 1), (1, 2, 3)), "experts.groups: expert 1 is named 2 times"),
         (((0, 1), (2,)), "experts.groups: expert 3 is in no group"),
+        (((0,), (3,)), "experts.groups: experts 1, 2 are in no group"),
         (((0, 1), (2, 3, 4)), "experts.groups: there is no expert 4; the model has 0 to 3"),
         (((0, 1, 2), (-1, 3)), "experts.groups: there is no expert -1"),
         (((0, 1, 2, 3), ()), "experts.groups: group 1 is empty"),

@@ -56,7 +56,7 @@ class Reader:
         wait_for(lambda: self.server.poll() is not None or self.is_up(), 600, "the server")  # type: ignore[union-attr]
         assert self.server.poll() is None, self.log.read_text()
         wait_for(lambda: "Ctrl-C stops" in self.log.read_text(), 30, "the announcement")
-        [self.variables["RAY_ADDRESS"]] = re.findall(r"Ray\s(\S+:\d+)", self.log.read_text())
+        [self.variables["RAY_ADDRESS"]] = re.findall(r"Ray +(\S+:\d+)", self.log.read_text())
 
     def is_up(self) -> bool:
         try:
@@ -111,6 +111,8 @@ def test_the_five_tasks(reader: Reader) -> None:
         else:
             said[block.text.split()[0]] = reader.types(block.text)
     assert len(applied) == 2
+    assert said["python"].startswith("['small', 'tiny']"), "the openai client"
+    assert said["sed"].strip() == "401", "a key that was taken away"
     assert "small-v1: is changed where it differs" in said["apply 0"]
     assert "small-v2: starts" in said["apply 1"]
     assert "small-v1: ends its streams and goes" in said["apply 1"]

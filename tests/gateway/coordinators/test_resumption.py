@@ -42,7 +42,7 @@ class Mortal:
                 raise death.error
             reason = "length" if position == len(ANSWER) - 1 else None
             token = ANSWER[position : position + 1]
-            yield TokenChunk(request.request_id, 0, position, token, finish_reason=reason, num_cached_tokens=16)
+            yield TokenChunk(request.request_id, 0, position, token, None, reason, num_cached_tokens=16, queue_s=0.5)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ def test_every_token_comes_once_and_in_order(deaths):
 
 
 def test_facts_about_the_prompt_come_from_the_coordinator_that_began():
-    assert [c.num_cached_tokens for c in read(Mortal(Death(2)), request())][:4] == [16, 16, 0, 0]
-    assert read(Mortal(Death(0)), request())[0].num_cached_tokens == 16
+    chunks = read(Mortal(Death(2)), request())
+    assert [(c.num_cached_tokens, c.queue_s) for c in chunks][:4] == [(16, 0.5), (16, 0.5), (0, 0), (0, 0)]
+    [first, *_] = read(Mortal(Death(0)), request())
+    assert (first.num_cached_tokens, first.queue_s) == (16, 0.5)
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), Unavailable("an expert"), Overloaded("full")])

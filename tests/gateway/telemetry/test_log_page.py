@@ -70,6 +70,7 @@ def test_the_fields_of_events_are_on_the_page(caplog: pytest.LogCaptureFixture) 
         prompt_tokens=1,
         cached_tokens=1,
         completion_tokens=1,
+        queue_s=0.1,
         time_to_first_token_s=0.5,
     )
     record.fail(Overloaded("full", reason="shed_queue"))

@@ -66,7 +66,7 @@ def test_a_line_per_request_without_what_is_private(
     card: ModelCard, tokenizer: HuggingFaceTokenizer, written: io.StringIO, tmp_path: Path
 ) -> None:
     tokens = tokenizer.encode(SECRETS[3])[1:]
-    coordinator = ScriptedCoordinator(tokens_script(tokens))
+    coordinator = ScriptedCoordinator(tokens_script(tokens, queue_s=0.25))
     body = {"model": "tiny-latest", "messages": [{"role": "user", "content": SECRETS[2]}]}
     right, wrong = ({"authorization": f"Bearer {key}"} for key in SECRETS[:2])
     with http_server(build_frontend(card, coordinator, keyed(tmp_path))) as url:
@@ -86,6 +86,7 @@ def test_a_line_per_request_without_what_is_private(
         assert (line["status"], line["key_id"]) == ("200", "alice")
         assert int(line["prompt_tokens"]) == usage["prompt_tokens"]
         assert int(line["completion_tokens"]) == usage["completion_tokens"]
+        assert float(line["queue_s"]) == 0.25
         assert 0 < float(line["time_to_first_token_s"]) <= float(line["duration_s"])
         assert "error" not in line
     assert second["request_id"] != first["request_id"]

@@ -147,6 +147,19 @@ def test_a_second_request_with_the_same_beginning_reuses_it_and_answers_the_same
     assert bench.chunks[second.key][0].num_cached_tokens == 48
 
 
+def test_a_request_is_told_how_long_it_waited_for_a_place(tiny):
+    bench = Bench(tiny[0], max_num_seqs=1)
+    first, second = (make_request(prompt(9, seed=seed), max_tokens=8, ignore_eos=True) for seed in (1, 2))
+    began = time.perf_counter()
+    bench.run(first, second)
+    took = time.perf_counter() - began
+    waited = [{chunk.queue_s for chunk in bench.chunks[one.key]} for one in (first, second)]
+    assert [len(one) for one in waited] == [1, 1], "from the first chunk on"
+    [[short], [long]] = waited
+    assert 0 < short < long < took
+    assert long > took / 4, "all steps of the first"
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "frequency_penalty": 1.0}])
 @pytest.mark.parametrize("cut", [1, 7, 19])
 def test_a_sequence_continued_elsewhere_gets_the_same_tokens(tiny, sampling, cut):
