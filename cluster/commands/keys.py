@@ -31,13 +31,13 @@ def new(
     """Print a new key, and the entry for the file that gateway.api_keys_file names."""
     from pydantic import ValidationError
 
-    from gateway.admission.api_keys import ApiKey, digest, new_key
+    from gateway.admission.api_keys import EXPECTED, ApiKey, digest, new_key
 
     key = new_key()
     try:
         entry = ApiKey(id=name, sha256=digest(key))
     except ValidationError:
-        raise typer.BadParameter("expected 1 to 64 letters, digits, dots, dashes or underscores") from None
+        raise typer.BadParameter(f"expected {EXPECTED['id']}") from None
     line = f"- {{id: {json.dumps(entry.id)}, sha256: {json.dumps(entry.sha256)}}}"
     if file is not None:
         _add(file, name, line)

@@ -26,6 +26,10 @@ from cluster.yaml_document import YamlDocument, parse_yaml
 PREFIX = "manta-"  # so that a scanner for leaked secrets can find our keys
 RANDOM_BYTES = 32
 MOST = 10**12  # of a limit
+EXPECTED = {
+    "id": "1 to 64 letters, digits, dots, dashes or underscores",
+    "sha256": "64 hexadecimal digits, as `manta keys new` writes them",
+}
 MAX_AGE_S = 1.0  # how long a change of the file may go unnoticed
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,8 @@ def _entry(path: Path, document: YamlDocument, index: int) -> ApiKey:
         [first, *_] = error.errors(include_url=False, include_input=False, include_context=False)
         where = f"{path}, line {document.line(index, *first['loc'])}"
         [field] = first["loc"] or ("entry",)
+        if field in EXPECTED and first["type"] in ("string_pattern_mismatch", "string_type"):
+            raise ConfigError(f"{where}: {field}: expected {EXPECTED[field]}") from None
         if first["type"] == "extra_forbidden":  # its name may be a key that somebody put there
             raise ConfigError(f"{where}: an unknown field; known are {', '.join(ApiKey.model_fields)}") from None
         raise ConfigError(f"{where}: {field}: {first['msg']}") from None

@@ -137,6 +137,8 @@ def _raise_for_status(response: httpx.Response) -> None:
         message = _message(response.json())
     except ValueError:
         message = None
+    if response.status_code == 401:
+        message = f"{message or 'the server wants an API key'}; --key-file FILE names the file of one"
     message = message or f"the server answered {response.status_code} {response.reason_phrase}"
     kind: type[MantaError] = RequestError if response.is_client_error else Unavailable
     raise kind(message)

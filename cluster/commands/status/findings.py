@@ -136,6 +136,8 @@ def _shards(model: str, group: DeploymentStatus) -> Iterator[Finding]:
     """Those of one group, on one tier, that run as far as Serve knows."""
     alone = "streams wait for it, and new requests get 503." if group.running == 1 else "others of the group answer."
     if group.silent:
+        if group.running == 1:
+            alone = "streams and new requests wait for it, and end in 503 after experts.expert_timeout_s."
         yield Finding(
             f"{group.silent} of {group.running} replicas of {group.name} of {model} do not answer. If it is the shard, "
             f"{alone}",

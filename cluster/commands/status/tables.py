@@ -38,10 +38,12 @@ def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
     if snapshot.applications and not found:
         console.print(Text("All is well.", style="green"))
     for finding in found:
-        console.print(Text(f"✗ {finding.wrong}", style="red"))
-        console.print(Text(f"  {finding.first}"))
+        # The terminal wraps them: a command that is cut by a line's end cannot be copied.
+        console.print(Text(f"✗ {finding.wrong}", style="red"), soft_wrap=True)
+        console.print(Text(f"  {finding.first}"), soft_wrap=True)
     if found and snapshot.logs:
-        console.print(Text(f"Logs of this machine: {snapshot.logs} (docs/logs.md says what lines mean)", style="dim"))
+        logs = f"Logs of this machine: {snapshot.logs} (docs/logs.md says what lines mean)"
+        console.print(Text(logs, style="dim"), soft_wrap=True)
 
 
 def _nodes(snapshot: ClusterSnapshot) -> Table:
@@ -73,7 +75,8 @@ def _draw_application(application: ApplicationStatus, console: Console) -> None:
             console.print(Text(f"{deployment.name}: {deployment.message}", style="yellow"))
     if application.coordinators:
         console.print(_coordinators(application))
-        console.print(_rows_per_expert(application.rows_per_expert))
+        if application.rows_per_expert:
+            console.print(_rows_per_expert(application.rows_per_expert))
     if application.stats_error:
         console.print(Text(application.stats_error, style="yellow"))
 

@@ -55,6 +55,8 @@ class FakeServer:
         if prompt == "too long":
             error = {"message": "the prompt has 99 tokens,\nthe context 64", "type": "invalid_request_error"}
             return JSONResponse({"error": error}, status_code=400)
+        if prompt == "secret":
+            return JSONResponse({"error": {"message": "the API key is not known"}}, status_code=401)
         return StreamingResponse(self.stream(prompt), media_type="text/event-stream")
 
     async def stream(self, prompt: str) -> "asyncio.AsyncIterator[bytes]":
@@ -230,6 +232,12 @@ def test_a_server_error_is_shown_and_the_chat_goes_on(server: FakeServer) -> Non
     assert done.stdout == "You said «hello» 🎣.\n"
     assert server.bodies[-1]["messages"] == [{"role": "user", "content": "hello"}]  # the refused turn is forgotten
     assert server.bodies[-1]["model"] == "mine"
+
+
+def test_a_key_that_is_missing_is_asked_for_as_the_command_takes_it(server: FakeServer) -> None:
+    """The server's message tells of headers."""
+    done = manta_chat(server.url, "secret\n")
+    assert "Error: the API key is not known; --key-file FILE names the file of one\n" in done.stderr
 
 
 def test_an_answer_cannot_steer_the_terminal(server: FakeServer) -> None:

@@ -77,7 +77,7 @@ def test_each_key_is_found_and_no_other(file: Path) -> None:
         ("keys: []", "a list"),
         ("- a", "line 1: entry: "),
         ("\n- {id: a}", "line 2: sha256: Field required"),
-        ("- id: a\n  sha256: short", "line 2: sha256: "),
+        ("- id: a\n  sha256: short", "line 2: sha256: expected 64 hexadecimal digits, as `manta keys new` writes them"),
         ("- {id: 'a b', sha256: " + ZEROS + "}", "line 1: id: "),
         ("- {id: a, sha256: '" + ZEROS + "', requests_per_minute: 0}", "line 1: requests_per_minute: "),
         ("- {id: a, sha256: '" + ZEROS + "', tokens_per_minute: 1" + "0" * 400 + "}", "line 1: tokens_per_minute: "),

@@ -220,7 +220,10 @@ def test_shards_that_stand_still_and_shards_that_are_restarted() -> None:
         return cluster(deployments=(up("coordinator"), up("expert-0"), changed), coordinators=cut_off)
 
     wrong, do = only(shards(1, silent=1))
-    assert wrong.startswith("1 of 1 replicas of expert-1 of mixtral do not answer. If it is the shard, streams wait")
+    assert wrong == (
+        "1 of 1 replicas of expert-1 of mixtral do not answer. If it is the shard, streams and new requests wait for "
+        "it, and end in 503 after experts.expert_timeout_s."
+    ), "new ones got no 503 at once"
     assert "ExpertShard" in do
     assert only(shards(2, silent=1))[0].endswith("others of the group answer.")
     assert "1 of 2 shards of expert-1 of mixtral are being restarted" in only(shards(2, restarting=1))[0]
@@ -249,3 +252,18 @@ def test_a_proxy_that_stands_still() -> None:
     assert findings(proxy("HEALTHY", True)) == findings(proxy("HEALTHY", None)) == ()
     assert only(proxy("HEALTHY", False))[0].startswith("The proxy of node n1 does not answer")
     assert only(proxy("UNHEALTHY", None))[0].startswith("Serve's controller gets no answer from the proxy of node n1")
+
+
+def test_a_command_is_not_cut_by_the_end_of_a_line() -> None:
+    """It was broken in two at 80 columns, and could not be copied."""
+    changed = replace(up("expert-1"), silent=1)
+    console = Console(record=True, width=80)
+    draw(cluster(deployments=(up("coordinator"), up("expert-0"), changed)), console)
+    assert "`ps -eo pid,stat,args | grep -E 'ExpertShard|:expert-'`" in console.export_text()
+
+
+def test_a_dense_model_has_no_table_of_experts() -> None:
+    """It had the table's head alone."""
+    console = Console(record=True, width=80)
+    draw(cluster(coordinators=(replace(STATS, rows_per_expert=()),)), console)
+    assert "share" not in console.export_text()
