@@ -109,13 +109,19 @@ def test_the_five_tasks(reader: Reader) -> None:
                 assert seen.others <= streams.answers, "a stream is of one version"
             applied.append(seen)
         else:
-            said[block.text.split()[0]] = reader.types(block.text)
-    assert len(applied) == 2
+            said.setdefault(block.text.split()[0], "")
+            said[block.text.split()[0]] += reader.types(block.text)
+    assert len(applied) == 3
     assert said["python"].startswith("['small', 'tiny']"), "the openai client"
     assert said["sed"].strip() == "401", "a key that was taken away"
     assert "small-v1: is changed where it differs" in said["apply 0"]
     assert "small-v2: starts" in said["apply 1"]
     assert "small-v1: ends its streams and goes" in said["apply 1"]
+    assert "small-v1: starts" in said["apply 2"]
+    assert "small-v2: ends its streams and goes" in said["apply 2"]
+    counted = sorted(re.findall(r'^ *(\d+) "(\w+)":"', said["timeout"], re.MULTILINE), key=lambda one: one[1])
+    assert [name for _, name in counted] == ["finish_reason", "system_fingerprint"], "one version and one end"
+    assert counted[0][0] == "1"
     assert "time_to_first_token_s" in said["grep"]
     assert "expert-0" in said["kill"], "the status and the health behind it name it"
 
