@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 SHOWN = (  # to be exact, at the least
     *("gpt_oss", "glm4_moe", "minimax_m2", "ernie4_5_moe", "dots1", "phimoe", "deepseek_v2", "deepseek_v3"),
-    *("llama4_text", "granitemoeshared", "mellum"),
+    *("llama4_text", "granitemoeshared", "mellum", "muse_spark", "step3p7", "ernie4_5_vl_moe"),
 )
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -64,7 +64,6 @@ SENSES: dict[str, Any] = {  # of what sees or hears, which is not asked
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "llama4_text": {"interleave_moe_layer_step": 2, "num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 24]},
     "minimax_m2": {"rotary_dim": 8},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *3 * ["sparse"]]},
     "qwen3_vl_moe_text": {"sliding_window": None},  # a cache would have it, and no layer
@@ -79,6 +78,24 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "glm4v_moe_text": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
+    "muse_spark_text": {"moe_hidden_size": 24},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 24],
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
+    "step3p5": {  # the text model of step3p7; as the published one, whose last layers are clamped
+        "pad_token_id": 0,
+        "layer_types": ["full_attention", *3 * ["sliding_attention"]],
+        "mlp_layer_types": ["dense", *3 * ["sparse"]],
+        "num_sliding_attention_heads": 6,
+        "share_expert_dim": 24,
+        "moe_router_scaling_factor": 1.5,
+        "swiglu_limits": [0, 0, 0, 0.02],
+        "swiglu_limits_shared": [0, 0, 0, 0.02],
+        "partial_rotary_factors": [0.5, 1, 1, 1],
     },
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "glm4_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -106,7 +123,7 @@ def tiny_config(model_type: str) -> Any:
 def _small_parts(config: Any, but: str = "") -> dict[str, Any]:
     """What a config has beside the text model, and what that has in turn, as small as can be."""
     return {
-        name: type(part)(**_known(part, SENSES), **_small_parts(part)).to_dict()
+        name: type(part)(**(_known(part, SENSES) | _small_parts(part) | OWN.get(part.model_type, {}))).to_dict()
         for name in config.sub_configs
         if name != but and (part := getattr(config, name)) is not None
     }

@@ -89,12 +89,12 @@ class _Layer:
     """The experts of one layer, as a module of transformers with these experts only."""
 
     def __init__(self, module: Any) -> None:
-        """Llama 4's have none of the attributes that the experts interface gives to all others."""
+        """Llama 4's and Step 3.7's have none of the attributes that the experts interface gives to all others."""
         self._module = module
         self._has_gate = getattr(module, "has_gate", True)
         self._has_bias = getattr(module, "has_bias", False)
         self._has_norm = getattr(module, "has_post_expert_norm", False)
-        self._is_transposed = getattr(module, "is_transposed", True)
+        self._is_transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
         self._into, self._out = "gate_up_proj" if self._has_gate else "up_proj", "down_proj"
         weights = self._weights(self._out)
         self.dtype, self.device, self.hidden = weights.dtype, weights.device, weights.shape[1]

@@ -141,8 +141,9 @@ def load_experts(
         key, parameter = of_name
         number = _EXPERT.search(key, key.index("experts") if "experts" in key else len(key))
         if number is not None:
-            if int(number[1]) in place:  # numbered anew: transformers stacks them in this order
-                key = f"{key[: number.start(1)]}{place[int(number[1])]}{key[number.end(1) :]}"
+            kind, expert = divmod(int(number[1]), checkpoint.architecture.num_experts)  # ERNIE 4.5 VL has two kinds
+            if expert in place:  # numbered anew: transformers stacks them in this order
+                key = f"{key[: number.start(1)]}{kind * len(experts) + place[expert]}{key[number.end(1) :]}"
                 own[key] = _Stored(ref, names.dtype(parameter), on_bytes)
         elif shapes[parameter][0] != checkpoint.architecture.num_experts:
             own[key] = _Stored(ref, names.dtype(parameter), on_bytes)  # all experts of the layer share it

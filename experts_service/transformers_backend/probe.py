@@ -41,9 +41,12 @@ Refuse = Callable[[str], CheckpointError]  # of what is wrong
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it is the experts of a layer, called with rows, indices and weights; Llama 4's with rows only."""
+    """Whether it is the experts of a layer, called with rows, indices and weights; Llama 4's with rows only.
+
+    Step 3.7's are not behind the experts interface, and are made as if they were.
+    """
     return (hasattr(module, "has_gate") and hasattr(module, "is_transposed")) or (
-        type(module).__name__ == "Llama4TextExperts"
+        type(module).__name__ in ("Llama4TextExperts", "Step3p7Experts")
     )
 
 
