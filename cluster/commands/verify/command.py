@@ -55,6 +55,7 @@ class PromptResult:
     other_tokens: int  # for which transformers has a likelier one, by more than the tolerance
     first_other: int | None  # its position
     largest_difference: float  # of a token's log-probability
+    near_ties: int  # of a token and layer, where transformers' code was sent to the experts of ours
     layers: tuple[LayerDifference, ...]  # that differ by more than rounding; none where tokens are good
     error: str  # why there are no tokens
 
@@ -100,7 +101,7 @@ def run(
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.directory} to compare with: {error}") from error
     results = tuple(
-        _compare(answer, *reference.read(prompt, answer.token_ids), name, len(prompt))
+        _compare(answer, *reference.read(prompt, answer), name, len(prompt))
         for prompt, answer in zip(prompts, said, strict=True)
     )
     found = Comparison(checkpoint, device, name, results, reference.compare(parts, name))
@@ -123,7 +124,9 @@ def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in TEXTS]
 
 
-def _compare(said: Said, logprobs: torch.Tensor, layers: Layers, dtype: str, prompt_tokens: int) -> PromptResult:
+def _compare(
+    said: Said, logprobs: torch.Tensor, layers: Layers, near_ties: int, dtype: str, prompt_tokens: int
+) -> PromptResult:
     best = logprobs.max(-1).values
     differences, others = [], []
     for position, (token, logprob) in enumerate(zip(said.token_ids, said.logprobs, strict=True)):
@@ -133,7 +136,14 @@ def _compare(said: Said, logprobs: torch.Tensor, layers: Layers, dtype: str, pro
             others.append(position)
     largest = float(torch.tensor(differences or [float("nan")]).max())  # NaN where one is
     result = PromptResult(
-        prompt_tokens, len(said.token_ids), len(others), others[0] if others else None, largest, (), said.error
+        prompt_tokens,
+        len(said.token_ids),
+        len(others),
+        others[0] if others else None,
+        largest,
+        near_ties,
+        (),
+        said.error,
     )
     if result.is_good(TOLERANCE[dtype]):
         return result
@@ -185,9 +195,10 @@ def _print(found: Comparison) -> None:
         if result.error:
             print(f"prompt {number}: no tokens: {result.error}")
             continue
+        ties = f", {result.near_ties} near ties of gates decided alike" if result.near_ties else ""
         print(
             f"prompt {number}: {result.output_tokens - result.other_tokens} of {result.output_tokens} tokens, "
-            f"log-probabilities differ by {result.largest_difference:.2g} at most"
+            f"log-probabilities differ by {result.largest_difference:.2g} at most{ties}"
         )
         for one in result.layers[:MOST_LAYERS]:
             if one.what == "attention":

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cluster.commands.verify.gates import AskedGate
 from experts_service.transformers_backend.meta_model import layers_of
 from experts_service.transformers_backend.probe import is_experts
 from router_service.dispatcher import Dispatcher
@@ -35,7 +36,6 @@ EMBEDDINGS = "embed_tokens"
 NORM = "norm"  # after all layers
 GATE = "gate"
 OFF = {"float32": 1e-3, "bfloat16": 0.05}  # relative to the largest number of what transformers makes
-OTHERS = {"float32": 0.0, "bfloat16": 0.25}  # part of the tokens that may go to others: rounding decides near ties
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
@@ -58,6 +58,7 @@ class Call:
 class Chosen:
     """Where the gate of a layer sent rows."""
 
+    name: str | None  # of the experts in the decoder; None: the layer has no others
     rows: torch.Tensor  # [T, D]
     experts: torch.Tensor  # [T, K]
     weights: torch.Tensor  # [T, K]
@@ -170,7 +171,7 @@ class PartsOfOurs:
 
         def gate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             weights, experts = layer.gate(rows)
-            self._note_chosen(index, rows, experts, weights)
+            self._note_chosen(index, None, rows, experts, weights)
             return weights, experts
 
         def dense(rows: torch.Tensor) -> Any:
@@ -215,25 +216,28 @@ class PartsOfOurs:
         for name, module in layers.named_modules():
             if isinstance(module, DispatchedExperts) and (match := _LAYER.match(name)):
 
-                def chosen(_: nn.Module, arguments: Any, layer: int = int(match[1])) -> None:
-                    self._note_chosen(layer, *arguments)
+                def chosen(module: Any, arguments: Any, layer: int = int(match[1]), name: str = name) -> None:
+                    self._dispatched[layer] = module.layer
+                    self._note_chosen(layer, name, *arguments)
 
-                self._dispatched[int(match[1])] = module.layer
                 self._undo.append(module.register_forward_pre_hook(chosen).remove)
 
     def _note(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         if name not in self.parts.calls:
             self.parts.calls[name] = Call(_copied(arguments), _copied(keywords), _copied(output))
 
-    def _note_chosen(self, layer: int, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> None:
+    def _note_chosen(
+        self, layer: int, name: str | None, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         if layer not in self.parts.chosen:
-            self.parts.chosen[layer] = Chosen(_copied(rows), _copied(experts), _copied(weights))
+            self.parts.chosen[layer] = Chosen(name, _copied(rows), _copied(experts), _copied(weights))
 
 
 @torch.inference_mode()
 def compare(parts: Parts, model: Any, dtype: str) -> tuple[PartDifference, ...]:
     """The parts of ours that differ from those of `model`, which is transformers', in the order of layers."""
     device, layers = model.device, layers_of(model)
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
     found = list(_embedding_difference(parts.embeddings, _embedded(model.get_input_embeddings())))
     for name, call in parts.calls.items():
         if not call.is_finite:
@@ -247,8 +251,11 @@ def compare(parts: Parts, model: Any, dtype: str) -> tuple[PartDifference, ...]:
         if not is_experts(module) or not (match := _LAYER.match(name)) or int(match[1]) not in parts.chosen:
             continue
         layer = int(match[1])
-        block = layers.get_submodule(name.rpartition(".")[0])
-        found += _gate_difference(layer, block, module, parts.chosen[layer], dtype)
+        if parts.chosen[layer].name not in (None, name):
+            continue  # of pictures
+        if parts.chosen[layer].rows.shape[1] == hidden_size:  # else they were made narrower between gate and experts
+            block = layers.get_submodule(name.rpartition(".")[0])
+            found += _gate_difference(layer, AskedGate(block, module, dtype), parts.chosen[layer], dtype)
         if layer not in parts.answers:
             continue
         answers = parts.answers[layer]
@@ -305,40 +312,26 @@ def _ask(module: Any, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
     return answers
 
 
-class _Reached(Exception):
-    """Experts were, with these."""
-
-
-def _gate_difference(layer: int, block: Any, module: Any, chosen: Chosen, dtype: str) -> Iterator[PartDifference]:
-    """Whether the same rows go to other experts, or with other weights. A block that wants more is not asked."""
-    if len(signature(block.forward).parameters) != 1 or len(signature(module.forward).parameters) == 1:
-        return
+def _gate_difference(layer: int, gate: AskedGate, chosen: Chosen, dtype: str) -> Iterator[PartDifference]:
+    """Whether the same rows go to other experts, of which none is nearly as likely, or with other weights."""
     finite = chosen.rows.isfinite().all(1)
-    if not bool(finite.any()):
+    if not gate.can_be_asked or not bool(finite.any()):
         return
-
-    def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        raise _Reached(*arguments)
-
-    hook = module.register_forward_pre_hook(reached)
-    try:
-        block(chosen.rows[finite][None].to(module.down_proj.device))
+    rows, mine = chosen.rows[finite], chosen.experts[finite]
+    if (said := gate(rows)) is None:
         return
-    except _Reached as arrived:
-        experts, weights = arrived.args[1].cpu(), arrived.args[2].float().cpu()
-    finally:
-        hook.remove()
-    mine, theirs = chosen.experts[finite].sort(1), experts.sort(1)
-    if mine.values.shape != theirs.values.shape:
+    experts, weights = said[0].cpu(), said[1].float().cpu()
+    if mine.shape != experts.shape:
         yield PartDifference(layer, GATE, None, 1.0, here=False, there=False)
         return
-    same = (mine.values == theirs.values).all(1)
-    others = 1.0 - float(same.float().mean())
-    if others > OTHERS[dtype]:
+    order, same = mine.argsort(1), (mine.sort(1).values == experts.sort(1).values).all(1)
+    followed, _, _ = gate.follow(rows, experts, weights, mine)
+    others = float((mine.sort(1).values != followed.sort(1).values).any(1).float().mean())
+    if others:
         yield PartDifference(layer, GATE, None, others, here=False, there=False)
     elif bool(same.any()):
-        of_mine = chosen.weights[finite].float().gather(1, mine.indices)[same]
-        of_theirs = weights.gather(1, theirs.indices)[same]
+        of_mine = chosen.weights[finite].float().gather(1, order)[same]
+        of_theirs = weights.gather(1, experts.argsort(1))[same]
         yield from _difference(layer, f"{GATE}'s weights", None, of_mine, of_theirs, OFF[dtype])
 
 

@@ -9,7 +9,7 @@ Shapes: T tokens of a prompt, N query heads, W width of a value's head, K expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -20,12 +20,14 @@ from torch import nn
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands.doctor.model import generate
+from cluster.commands.verify.gates import AskedGate
 from cluster.commands.verify.parts import PartDifference, Parts, PartsOfOurs, compare
 from cluster.errors import Unavailable
 from cluster.messages import TokenChunk
 from experts_service.transformers_backend.meta_model import layers_of
 from experts_service.transformers_backend.probe import is_experts
 from router_service.engine import Engine
+from router_service.model.transformers_backend.decoder import TransformersDecoder
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Said:
     token_ids: list[int]
     logprobs: list[float]
     layers: Layers
+    routed: list[torch.Tensor]  # of each layer that has experts: [tokens that were fed, K]
     error: str = ""  # why there are no tokens
 
 
@@ -52,13 +55,14 @@ class _Notes:
     def __init__(self) -> None:
         self.attended: dict[int, torch.Tensor] = {}
         self.parts = Parts()
+        self._steps: list[list[torch.Tensor]] = []  # of each, the experts of its tokens, by layer
         self._ours: PartsOfOurs | None = None
         self._is_open = True
 
     def take_over(self, engine: Engine) -> None:
         """Before it starts."""
         runner = engine.model_runner
-        plan_of, forward = runner.attention.plan, runner.forward
+        plan_of, forward, decode = runner.attention.plan, runner.forward, runner.decoder.forward
         ours = self._ours = PartsOfOurs(runner.decoder)
         self.parts = ours.parts
 
@@ -68,8 +72,7 @@ class _Notes:
 
             def noted_read(layer: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
                 output = read(layer, *arguments, **keywords)
-                if self._is_open:
-                    self.attended[layer] = output.flatten(1).float().cpu()
+                self._note_attended(layer, output.flatten(1))
                 return output
 
             plan.read = noted_read  # type: ignore[method-assign]
@@ -83,8 +86,22 @@ class _Notes:
                     ours.close()
                 self._is_open = False
 
-        runner.attention.plan = noted_plan  # type: ignore[method-assign]
+        def noted_decode(ids: Any, positions: Any, attention: Any, kv_cache: Any, routed: Any = None) -> Any:
+            chosen = [] if routed is None else routed
+            output = yield from decode(ids, positions, attention, kv_cache, chosen)
+            self._steps.append([of_layer.cpu() for of_layer in chosen])
+            return output
+
+        runner.decoder.forward = noted_decode  # type: ignore[method-assign, assignment]
+        if isinstance(runner.decoder, TransformersDecoder):  # some change what attention gave before they project it
+            _note_projected(layers_of(runner.decoder.model), self._note_attended)
+        else:
+            runner.attention.plan = noted_plan  # type: ignore[method-assign]
         runner.forward = noted_forward  # type: ignore[method-assign]
+
+    def _note_attended(self, layer: int, rows: torch.Tensor) -> None:
+        if self._is_open:
+            self.attended[layer] = rows.float().cpu()
 
     def ask_experts(self, engine: Engine) -> None:
         """When it has answered."""
@@ -96,6 +113,11 @@ class _Notes:
         """What was noted of them."""
         experts = {layer: chosen.experts.sort(1).values for layer, chosen in self.parts.chosen.items()}
         return Layers(self.attended, experts)
+
+    @property
+    def routed(self) -> list[torch.Tensor]:
+        """Where the tokens of all steps went."""
+        return [torch.cat(of_layer) for of_layer in zip(*self._steps, strict=True)]
 
 
 def ours(
@@ -126,6 +148,7 @@ def ours(
                 [token for chunk in chunks for token in chunk.token_ids],
                 [one.token_logprob for chunk in chunks for one in chunk.logprobs or ()],
                 notes.layers,
+                notes.routed,
                 error,
             )
         )
@@ -150,41 +173,70 @@ class Reference:
         )
         self._model.to(device).eval()
         self._layers = Layers()
-        for name, module in layers_of(self._model).named_modules():
-            layer, projection = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
-            if isinstance(layer, int) and isinstance(projection, nn.Module):
-                projection.register_forward_pre_hook(self._note_attended(layer))
+        self._routed: Iterator[torch.Tensor] = iter(())  # what each layer that has experts is to follow
+        self._near_ties = 0
+        layers = layers_of(self._model)
+        _note_projected(layers, self._note_attended)
+        for name, module in layers.named_modules():
             if is_experts(module) and len(signature(module.forward).parameters) > 1:
-                module.register_forward_pre_hook(self._note_experts(int(name.split(".")[1])))
+                block = layers.get_submodule(name.rpartition(".")[0])
+                gate = AskedGate(block, module, str(dtype).removeprefix("torch."))
+                self._follow(int(name.split(".")[1]), block, module, gate)
 
     @torch.inference_mode()
-    def read(self, prompt: Sequence[int], token_ids: Sequence[int]) -> tuple[torch.Tensor, Layers]:
-        """Log-probabilities [T, V] of what comes at the place of each of `token_ids`, and the layers of the prompt."""
-        self._layers = Layers()
-        ids = torch.tensor([[*prompt, *token_ids]], device=self._model.device)
+    def read(self, prompt: Sequence[int], said: Said) -> tuple[torch.Tensor, Layers, int]:
+        """Log-probabilities [T, V] of what comes at the place of each token that was said, the layers of the prompt,
+        and how often a token was sent where ours was because a gate nearly tied.
+        """
+        self._layers, self._routed, self._near_ties = Layers(), iter(said.routed), 0
+        ids = torch.tensor([[*prompt, *said.token_ids]], device=self._model.device)
         logits = self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         of_prompt = slice(None, len(prompt))
         layers = Layers(
             {layer: rows[of_prompt] for layer, rows in self._layers.attended.items()},
             {layer: rows[of_prompt] for layer, rows in self._layers.experts.items()},
         )
-        return logits.float().log_softmax(-1).cpu(), layers
+        return logits.float().log_softmax(-1).cpu(), layers, self._near_ties
 
     def compare(self, parts: Parts, dtype: str) -> tuple[PartDifference, ...]:
         """Parts of ours that differ from those of it."""
         return compare(parts, self._model, dtype)
 
-    def _note_attended(self, layer: int) -> Any:
+    def _note_attended(self, layer: int, rows: torch.Tensor) -> None:
+        self._layers.attended[layer] = rows.float().cpu()
+
+    def _follow(self, layer: int, block: nn.Module, experts: nn.Module, gate: AskedGate) -> None:
+        given: list[torch.Tensor] = []  # to the block
+
         def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self._layers.attended[layer] = arguments[0].reshape(-1, arguments[0].shape[-1]).float().cpu()
+            given[:] = arguments[:1]
 
-        return note
+        def follow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            rows, chosen, weights, *others = arguments
+            routed = next(self._routed, None)
+            if routed is not None and gate.can_be_asked and routed.shape[1] == chosen.shape[1]:
+                count = len(routed)  # the last token was said, and not fed
+                of_block = given[0].reshape(len(chosen), -1)[:count]
+                followed, weighed, ties = gate.follow(of_block, chosen[:count], weights[:count], routed)
+                chosen, weights = torch.cat([followed, chosen[count:]]), torch.cat([weighed, weights[count:]])
+                self._near_ties += ties
+            self._layers.experts[layer] = chosen.sort(1).values.cpu()
+            return rows, chosen, weights, *others
 
-    def _note_experts(self, layer: int) -> Any:
-        def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self._layers.experts[layer] = arguments[1].sort(1).values.cpu()
+        block.register_forward_pre_hook(note)
+        experts.register_forward_pre_hook(follow)
 
-        return note
+
+def _note_projected(layers: nn.Module, note: Callable[[int, torch.Tensor], None]) -> None:
+    """Hands to `note`, of each layer by its index, what attention's output projection gets [T, N · W]."""
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, arguments: note(layer, arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+    for module in layers.modules():
+        layer, projection = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
+        if isinstance(layer, int) and isinstance(projection, nn.Module):
+            projection.register_forward_pre_hook(hook(layer))
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
