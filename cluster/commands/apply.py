@@ -9,12 +9,14 @@ started.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -65,7 +67,7 @@ def run(config_file: Path, address: str, timeout_s: float) -> None:
         return _change(doors, plans, cards, stop)
 
     with _interrupts(timeout_s) as stop:
-        if not look_at_cluster(address, change, timeout_s + DEADLINE_S):
+        if not look_at_cluster(address, change, look_s=timeout_s + DEADLINE_S):
             raise typer.Exit(1)
 
 
@@ -101,9 +103,7 @@ def kept_doors(running: GatewayConfig, wanted: GatewayConfig) -> list[str]:
     return sorted(key for key in wanted.model_fields_set - NUMBERS if getattr(wanted, key) != getattr(running, key))
 
 
-def _change(
-    gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[ModelCard, ...], stop: threading.Event
-) -> bool:
+def _change(gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[ModelCard, ...], stop: Event) -> bool:
     """Returns whether it was waited for."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     wanted = tuple(model_card(plan) for plan in plans)
@@ -140,7 +140,7 @@ def _without(applications: Sequence[str], cards: Sequence[ModelCard]) -> tuple[M
     return tuple(card for card in cards if card.application not in applications)
 
 
-def _deploy(targets: list[Any], stop: threading.Event) -> None:
+def _deploy(targets: list[Any], stop: Event) -> None:
     from ray import serve
 
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -155,10 +155,15 @@ def _delete(applications: Sequence[str]) -> None:
 
 
 @contextmanager
-def _interrupts(timeout_s: float) -> Iterator[threading.Event]:
-    """Set by Ctrl-C, and after `timeout_s`."""
-    stop = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+def _interrupts(timeout_s: float) -> Iterator[Event]:
+    """Set by Ctrl-C, and after `timeout_s`, for the process that changes as well. A second Ctrl-C ends this one."""
+    stop = multiprocessing.get_context("fork").Event()
+
+    def on_signal(number: int, _frame: object) -> None:
+        signal.signal(number, before)
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
     timer = threading.Timer(timeout_s, stop.set)
     timer.daemon = True
     timer.start()

@@ -1,27 +1,32 @@
 """Joins a running Ray cluster for a look at it, within a deadline. Starts nothing, and knows nothing of Serve.
 
-Ray's own waits for a cluster that does not answer are minutes long and cannot be interrupted, so joining and looking
-run in a daemon thread.
+Ray's own waits for a cluster that does not answer are minutes long and cannot be interrupted, and its native code ends
+the process that has lost its cluster, or calls it after having left, without a word. So a process of its own joins and
+looks, and is killed once it has answered.
+
+    this process ── forks ──▶ one that imports Ray, joins, looks
+                 ◀─ pipe ──── what it does now …, what it saw or what it raised; or the end of the pipe
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import queue
+import signal
 import socket
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+import time
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cluster.commands import ray_environment
 from cluster.commands.raylets import silent
-from cluster.errors import SetupError, Unavailable
+from cluster.errors import MantaError, SetupError, Unavailable
 
 CONNECT_TIMEOUT_S = 3.0
-LEAVE_TIMEOUT_S = 10.0
 DEADLINE_S = 40.0  # for each step; importing and joining Ray takes seconds on a busy machine
 
 _START = "start one with `manta serve`, or name one with --address HOST:PORT"
@@ -33,6 +38,8 @@ _NO_RAYLET = "its GCS answers, and the raylet of this machine stands still or ha
 _JOINING = "it could not be joined"
 _LOOKING = "it was joined, and does not say how it is"
 
+_FORK = multiprocessing.get_context("fork")  # what is to be looked at need not be pickled
+
 T = TypeVar("T")
 
 
@@ -43,63 +50,92 @@ class JoinedCluster(NamedTuple):
     logs: Path  # of its processes on this machine, where others may have left theirs
 
 
-def look_at_cluster(address: str, look: Callable[[JoinedCluster], T], deadline_s: float = DEADLINE_S) -> T:
-    """Join the cluster at `address` ("auto" or host:port), call `look`, and leave.
+def look_at_cluster(
+    address: str, look: Callable[[JoinedCluster], T], deadline_s: float = DEADLINE_S, look_s: float | None = None
+) -> T:
+    """Join the cluster at `address` ("auto" or host:port), call `look` in a process of its own, and leave.
 
-    Raises Unavailable when none runs there or it does not answer in time, SetupError for an address of another form.
+    Each step has the deadline; `look_s`: that of the look itself, where it may take longer. Raises Unavailable when no
+    cluster runs there or it does not answer in time, SetupError for an address of another form.
     """
-    with closing(watch_cluster(address, look, threading.TIMEOUT_MAX, deadline_s)) as looks:
+    with closing(watch_cluster(address, look, None, deadline_s, look_s)) as looks:
         return next(looks)
 
 
 def watch_cluster(
-    address: str, look: Callable[[JoinedCluster], T], interval_s: float, deadline_s: float = DEADLINE_S
+    address: str,
+    look: Callable[[JoinedCluster], T],
+    interval_s: float | None,
+    deadline_s: float = DEADLINE_S,
+    look_s: float | None = None,
 ) -> Generator[T, None, None]:
-    """The same, again and again `interval_s` apart, until the generator is closed. Each step has the deadline."""
+    """The same, again and again `interval_s` apart, until the generator is closed. None: once."""
     ray_environment.prepare()
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":
         _knock(address)
-    outcomes: queue.SimpleQueue[str | tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    left = threading.Event()
+    receiving, sending = _FORK.Pipe(duplex=False)
+    looking = _FORK.Process(target=_work, args=(address, look, interval_s, sending), daemon=True)
+    looking.start()
+    sending.close()
+    step = _IMPORTING
+    try:
+        while True:
+            limit_s = look_s if step == _LOOKING and look_s is not None else deadline_s
+            if not receiving.poll(limit_s):
+                raise Unavailable(f"the Ray cluster at {address} did not answer within {limit_s:g} s: {step}")
+            try:
+                outcome = receiving.recv()
+            except EOFError:
+                raise Unavailable(
+                    f"the Ray cluster at {address} stopped answering: Ray ended the process that asked it"
+                ) from None
+            if isinstance(outcome, str):
+                step = outcome
+                continue
+            seen, error = outcome
+            if error is not None:
+                raise error
+            yield seen
+    finally:
+        looking.kill()
+        looking.join()
+        receiving.close()
+
+
+def _work(address: str, look: Callable[[JoinedCluster], T], interval_s: float | None, outcomes: Connection) -> None:
+    """All that the process does that looks. Whoever started it may kill it at any time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other one
+    with open(os.devnull, "w") as nowhere:  # Ray's native code logs there, whatever is configured
+        os.dup2(nowhere.fileno(), 2)
 
     def look_again(cluster: JoinedCluster) -> None:
         while True:
-            outcomes.put((look(cluster), None))
-            if left.wait(interval_s):
+            outcomes.send((look(cluster), None))
+            if interval_s is None:
                 return
+            time.sleep(interval_s)
 
-    def work() -> None:
-        try:
-            _join_and_look(address, look_again, outcomes.put)
-        except SystemExit:  # Ray's way to give up on joining
-            outcomes.put((None, Unavailable(f"the Ray cluster at {address} cannot be joined; {_START}")))
-        except BaseException as error:
-            outcomes.put((None, error))
+    try:
+        _join_and_look(address, look_again, outcomes.send)
+    except BrokenPipeError:
+        return
+    except SystemExit:  # Ray's way to give up on joining
+        outcomes.send((None, Unavailable(f"the Ray cluster at {address} cannot be joined; {_START}")))
+    except MantaError as error:
+        outcomes.send((None, error))
+    except BaseException as error:
+        error.add_note(traceback.format_exc())  # which no pipe carries
+        _send_error(error, outcomes)
 
-    thread = threading.Thread(target=work, daemon=True)
-    step = _IMPORTING
-    with _stderr_silenced() as stay_silent:
-        thread.start()
-        try:
-            while True:
-                outcome = outcomes.get(timeout=deadline_s)
-                if isinstance(outcome, str):
-                    step = outcome
-                    continue
-                seen, error = outcome
-                if error is not None:
-                    raise error
-                assert seen is not None
-                yield seen
-        except queue.Empty:
-            stay_silent()  # it goes on in its thread
-            raise Unavailable(f"the Ray cluster at {address} did not answer within {deadline_s:g} s: {step}") from None
-        except (GeneratorExit, KeyboardInterrupt):
-            left.set()
-            thread.join(LEAVE_TIMEOUT_S)
-            raise
+
+def _send_error(error: BaseException, outcomes: Connection) -> None:
+    """As it is, or in words where it cannot be pickled."""
+    try:
+        outcomes.send((None, error))
+    except Exception:
+        outcomes.send((None, RuntimeError("".join(traceback.format_exception(error)))))
 
 
 def _knock(address: str) -> None:
@@ -125,27 +161,7 @@ def _none_here() -> str:
     return f"no Ray cluster is running on this machine; {_START}"
 
 
-@contextmanager
-def _stderr_silenced() -> Iterator[Callable[[], None]]:
-    """Ray's native code logs to file descriptor 2, whatever is configured; what matters of it comes as an error.
-
-    Yields what to call where it is to stay so: Python's own stderr is another descriptor then.
-    """
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    stays: list[bool] = []
-    try:
-        yield lambda: stays.append(True)
-    finally:
-        if stays:
-            sys.stderr = os.fdopen(saved, "w", buffering=1)
-        else:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
-def _join_and_look(address: str, look: Callable[[JoinedCluster], T], begins: Callable[[str], None]) -> T:
+def _join_and_look(address: str, look: Callable[[JoinedCluster], T], begins: Callable[[str], Any]) -> T:
     import ray
     from ray._private.services import canonicalize_bootstrap_address, get_node_ip_address
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -180,5 +196,3 @@ def _join_and_look(address: str, look: Callable[[JoinedCluster], T], begins: Cal
         return look(JoinedCluster(str(joined["gcs_address"]), Path(joined["session_dir"]) / "logs"))
     except ray.exceptions.RayError as error:
         raise Unavailable(f"the Ray cluster at {address} stopped answering: {error}") from error
-    finally:
-        ray.shutdown()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.synchronize import Event as ForkedEvent
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def _applied_since() -> set[str]:
     return set()
 
 
-def wait_until_running(applications: list[str], stop: threading.Event, console: Console) -> None:
+def wait_until_running(applications: list[str], stop: threading.Event | ForkedEvent, console: Console) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
     from cluster.telemetry.progress import clear_progress, read_progress
 

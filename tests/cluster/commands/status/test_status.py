@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.commands.cluster_connection import _none_here, _stderr_silenced, look_at_cluster
+from cluster.commands.cluster_connection import _none_here, look_at_cluster
 from cluster.commands.status.cluster_snapshot import ApplicationStatus, ClusterSnapshot, DeploymentStatus, NodeStatus
 from cluster.commands.status.kernel_tables import draw_kernels
 from cluster.commands.status.tables import BAR_WIDTH, MOST_EXPERTS, draw
@@ -235,23 +235,27 @@ def test_a_raylet_that_died_is_told_from_none() -> None:
             process.kill()
 
 
-def test_rays_native_log_stays_silent_once_nobody_waits(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """It went on in its thread, and stood below our error."""
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
-    captured = os.dup(2)
-    try:
-        with _stderr_silenced() as stay_silent:
-            stay_silent()
-        os.write(2, b"native")
-        print("ours", file=sys.stderr)
-        sys.stderr.close()
-    finally:
-        os.dup2(captured, 2)
-        os.close(captured)
-    assert capfd.readouterr().err == "ours\n"
-    with _stderr_silenced():
-        os.write(2, b"native")
-    os.write(2, b"again")
-    assert capfd.readouterr().err == "again"
+def overtaken(when: str) -> subprocess.CompletedProcess[str]:
+    command = program("cluster.look_overtaken", when)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def test_what_native_code_does_after_the_answer_does_not_overtake_it() -> None:
+    """A thread that hung called Ray when it had been left, and that ended the command with exit 1 and no word."""
+    done = overtaken("after")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "JoinedCluster(address='a:1', logs=PosixPath('/logs'))\n",
+        "",
+    )
+
+
+def test_a_process_that_native_code_ends_is_told_of() -> None:
+    """Where Ray's GCS went meanwhile, Ray ended the command."""
+    done = overtaken("before")
+    assert done.returncode == 1
+    assert "stopped answering: Ray ended the process that asked it" in done.stderr
+    assert "native" not in done.stderr
