@@ -28,7 +28,8 @@ from cluster.commands.door_keys import check_nodes, with_key
 from cluster.commands.haproxy import require_open_files
 from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
 from cluster.commands.private_files import UMASK
-from cluster.commands.served import made_of, statuses
+from cluster.commands.serve_controller import statuses
+from cluster.commands.served import made_of
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,

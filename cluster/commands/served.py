@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from cluster.commands.serve_controller import statuses
 from cluster.config import GatewayConfig
 from cluster.deploy.app import GATEWAY
 from cluster.errors import Unavailable
 from cluster.messages import ModelCard
-
-
-def statuses() -> dict[str, Any]:
-    """What Serve says of each application and its deployments.
-
-    `serve.status()` would tell of replicas as well. It pickles the request router of every deployment on the way, and
-    that cost a quarter of a core of a server that starts.
-    """
-    from ray.serve.context import _get_global_client
-
-    return {overview.name: overview for overview in _get_global_client().list_serve_statuses()}
 
 
 def made_of(timeout_s: float) -> tuple[GatewayConfig, tuple[ModelCard, ...]]:

@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from cluster.commands.k8s import command, drain
 from cluster.commands.k8s.drain import streams_of_haproxy
+from cluster.errors import Unavailable
 from tests.programs import said_by
 
 TIMEOUT_S = 240
@@ -25,8 +29,54 @@ def test_a_stream_ends_by_itself_and_the_next_one_is_elsewhere(tmp_path: Path) -
     assert seen["drained"] == "True"
     assert set(seen["nodes"]) == {seen["nodes"][0]}
     assert seen["second"] != seen["nodes"][0]
-    assert seen["too_short"] is False
-    assert seen["of_head"] is True
+    drained, said = seen["beside_silence"]
+    assert drained == "False", "time is over"
+    assert said.startswith("Serve's controller does not answer"), "and once, where it was asked for ever"
+    assert said.count("\n") == 0
+    assert seen["of_head"] == "True"
+
+
+@pytest.fixture
+def silent_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a drain beside it has said. Replicas of Serve run here for two looks, as far as processes tell."""
+
+    def watch_cluster(*_: object) -> Iterator[bool]:
+        raise Unavailable("the Ray cluster at auto did not answer within 10 s: its GCS stands still")
+        yield True
+
+    looks = iter([True, True, False])
+    monkeypatch.setattr(drain, "watch_cluster", watch_cluster)
+    monkeypatch.setattr(drain, "serve_runs_here", lambda: next(looks))
+    monkeypatch.setattr(drain, "AGAIN_S", 0.01)
+    return []
+
+
+def test_where_ray_is_silent_a_pod_stays_while_serve_runs_in_it(silent_ray: list[str]) -> None:
+    """Ray's native code ended the hook where the GCS went meanwhile, and Kubernetes cut what the pod streamed."""
+    assert drain.run(60, stats_url="http://127.0.0.1:1", say=silent_ray.append)
+    [said] = silent_ray
+    assert "its GCS stands still. Meanwhile nothing is started elsewhere; this pod stays" in said
+
+
+def test_where_ray_is_silent_time_ends_all_the_same(silent_ray: list[str]) -> None:
+    assert not drain.run(0, stats_url="http://127.0.0.1:1", say=silent_ray.append)
+
+
+def test_what_a_hook_says_is_in_the_pods_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kubernetes keeps it to itself, so that nobody learnt why a pod took twelve minutes to go."""
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    monkeypatch.setattr(command, "POD_LOG", str(log))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    command._tell("a")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    command._tell("b")
+    monkeypatch.setattr(command, "POD_LOG", str(tmp_path / "nowhere" / "log"))
+    command._tell("c")
+    assert log.read_text() == "before\nmanta k8s drain: b\n"
+    assert capsys.readouterr().err == "a\nb\nc\n"
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(name="k8s", help="Make and check Kubernetes manifests.", no_args_is_help=True)
+
+POD_LOG = "/proc/1/fd/2"
 
 
 @app.command()
@@ -62,6 +66,14 @@ def drain(
     """Inside a pod that is to stop: have its work placed elsewhere, and wait until its streams have ended."""
     from cluster.commands.k8s.drain import run
 
-    if not run(timeout):
-        typer.echo("time is over; what is left will be cut", err=True)
+    if not run(timeout, say=_tell):
+        _tell("time is over; what is left will be cut")
         raise typer.Exit(1)
+
+
+def _tell(text: str) -> None:
+    """Also in the pod's log: Kubernetes shows nobody what a hook says."""
+    typer.echo(text, err=True)
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        with suppress(OSError), open(os.open(POD_LOG, os.O_WRONLY | os.O_APPEND), "w") as log:
+            log.write(f"manta k8s drain: {text}\n")

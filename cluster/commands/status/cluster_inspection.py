@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from cluster.commands.at_once import SPARE_S, at_once
 from cluster.commands.cluster_connection import JoinedCluster, look_at_cluster
+from cluster.commands.serve_controller import details
 from cluster.commands.status.cluster_snapshot import (
     COORDINATOR,
     GATEWAY,
@@ -24,8 +26,8 @@ from cluster.commands.status.cluster_snapshot import (
 from cluster.commands.status.node_disks import ask_disks, disks
 from cluster.commands.status.proxy import proxy_answers
 from cluster.commands.status.replicas import ask_replicas
-from cluster.commands.status.served import application_told, computing, controller_details, word
-from cluster.errors import MantaError
+from cluster.commands.status.served import application_told, computing, word
+from cluster.errors import MantaError, Unavailable
 from cluster.messages import EngineStats
 from cluster.telemetry.kernels import ModelKernels, ProcessKernels
 
@@ -47,8 +49,10 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
     import ray
 
     asked = ask_disks()
-    details = controller_details()
-    served = details or {"applications": {}, "proxies": {}}
+    served: Mapping[str, Any] = {"applications": {}, "proxies": {}}
+    controller_answers = False
+    with suppress(Unavailable):
+        served, controller_answers = details(), True
     applications = [application_told(name, one) for name, one in sorted(served["applications"].items())]
     calls: dict[tuple[str, ...], Callable[[], Any]] = {
         (one.name, question): ask for one in applications for question, ask in _questions(one)
@@ -77,7 +81,7 @@ def _inspect(cluster: JoinedCluster, *, with_kernels: bool) -> ClusterSnapshot:
             )
             for node, one in served["proxies"].items()
         ),
-        controller_answers=details is not None,
+        controller_answers=controller_answers,
     )
 
 

@@ -8,10 +8,10 @@ from functools import partial
 
 from cluster.commands.at_once import SPARE_S, at_once
 from cluster.commands.cluster_connection import JoinedCluster
+from cluster.commands.serve_controller import details
 from cluster.commands.status.model_load import LoadSample
 from cluster.commands.status.replicas import ask_replicas
-from cluster.commands.status.served import application_told, computing, controller_details
-from cluster.errors import Unavailable
+from cluster.commands.status.served import application_told, computing
 from cluster.telemetry.metrics import ProcessFigures
 
 TIMEOUT_S = 3.0  # for the replicas of one deployment
@@ -22,12 +22,9 @@ def inspect_load(cluster: JoinedCluster) -> list[LoadSample]:  # noqa: ARG001  #
 
     Raises Unavailable where Serve's controller is.
     """
-    details = controller_details()
-    if details is None:
-        raise Unavailable("Serve's controller does not answer; `manta status` says what to do")
     models: dict[str, str] = {}
     calls: dict[tuple[str, str], Callable[[], list[ProcessFigures]]] = {}
-    for name, one in sorted(details["applications"].items()):
+    for name, one in sorted(details()["applications"].items()):
         application = application_told(name, one)
         if application.model is None:
             continue

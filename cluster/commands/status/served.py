@@ -1,4 +1,4 @@
-"""What Serve's controller says of all that it runs, as plain data. Asks nobody else, and draws nothing."""
+"""What Serve's controller says of applications, as plain data. Asks nobody, and draws nothing."""
 
 from __future__ import annotations
 
@@ -7,28 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.commands.status.cluster_snapshot import COORDINATOR, ROOT, ApplicationStatus, DeploymentStatus
-
-TIMEOUT_S = 4.0
-
-
-def controller_details() -> Mapping[str, Any] | None:
-    """As Serve's own REST API has them, empty where there is no Serve; None where it does not answer in time.
-
-    Not by Serve's client, which waits for as long as it takes: in a thread that nobody waits for any more it would call
-    Ray after Ray was left, and that ends the process without a word.
-    """
-    import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    try:
-        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return {"applications": {}, "proxies": {}}
-    try:
-        details: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=TIMEOUT_S)
-    except ray.exceptions.RayError:
-        return None
-    return details
 
 
 def application_told(name: str, told: Mapping[str, Any]) -> ApplicationStatus:

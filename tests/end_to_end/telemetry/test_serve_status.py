@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.served import statuses
+from cluster.commands.serve_controller import statuses
 from cluster.messages import ModelCard
 from gateway.coordinators.health import ModelHealth, probe_serve
 from tests.gateway.doubles import model_card

@@ -9,16 +9,15 @@ import subprocess
 import sys
 import time
 
+import psutil
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
-from cluster.commands.k8s import drain as k8s_drain
 from cluster.commands.k8s.drain import replicas_on
 from tests.programs import program
 
-k8s_drain.ALL_TOLD_S = 1.0  # nobody else is told here
 NOBODY = "http://127.0.0.1:1"
 directory = sys.argv[1]
 
@@ -27,15 +26,24 @@ ray_cluster = Cluster()
 head = ray_cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
 workers = [ray_cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
 ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="error")
+serve.start(proxy_location="Disabled")  # port 8000 is somebody's, perhaps
 
 
 def drain(timeout_s, node_id):
     command = program("cluster.drain_node", timeout_s, ray_cluster.address, node_id, NOBODY)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def outcome(draining):
-    return draining.communicate(timeout=120)[0].strip()
+    return [said.strip() for said in draining.communicate(timeout=120)]
+
+
+def is_controller(process):
+    """Serve's, of this cluster: the tests' server has one as well."""
+    line = process.info["cmdline"] or [""]
+    return (
+        line[0].startswith("ray::ServeController") and process.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
+    )
 
 
 def wait_for(condition):
@@ -73,11 +81,15 @@ time.sleep(2)
 still_waiting = draining.poll() is None
 end("first")
 nodes = [first, *stream]
-drained = outcome(draining)
+drained, _ = outcome(draining)
 
 stream = handle.remote(os.path.join(directory, "second"))
 second = next(stream)
-too_short = k8s_drain._drain(time.monotonic(), second, NOBODY)
+[controller] = [one for one in psutil.process_iter(["cmdline"]) if is_controller(one)]
+controller.suspend()
+draining = drain(20, second)
+beside_silence = outcome(draining)
+controller.resume()
 end("second")
 list(stream)
 
@@ -90,8 +102,8 @@ print(
             "nodes": nodes,
             "drained": drained,
             "second": second,
-            "too_short": too_short,
-            "of_head": k8s_drain._drain(time.monotonic() + 60, head.node_id, NOBODY),
+            "beside_silence": beside_silence,
+            "of_head": outcome(drain(60, head.node_id))[0],
         }
     )
 )

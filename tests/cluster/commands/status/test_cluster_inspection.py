@@ -13,15 +13,17 @@ from unittest import mock
 import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.schema import ApplicationStatus
 
 from cluster.commands.at_once import at_once
+from cluster.commands.serve_controller import details, statuses
 from cluster.commands.status import cluster_snapshot as snapshot
 from cluster.commands.status.cluster_inspection import _answered, _heard
 from cluster.commands.status.proxy import proxy_answers
-from cluster.commands.status.served import application_told, controller_details
-from cluster.errors import ExpertUnavailable
+from cluster.commands.status.served import application_told
+from cluster.errors import ExpertUnavailable, Unavailable
 from cluster.telemetry.kernels import ProcessKernels
 
 MODEL = snapshot.ApplicationStatus(
@@ -74,19 +76,25 @@ def test_a_shard_that_stands_still_is_told_from_one_that_is_restarted() -> None:
     assert _heard(starts, None) == starts
 
 
-def test_nothing_of_rays_hangs_once_the_controller_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that hung called Ray when it had been left, and that ended the command without a word."""
-
+def test_the_controller_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def stands_still(asked: object, *, timeout: float) -> None:
         raise GetTimeoutError(f"{asked} within {timeout:g} s")
 
-    threads = threading.active_count()
     monkeypatch.setattr(ray, "get", stands_still)
     monkeypatch.setattr(ray, "get_actor", lambda *_, **__: mock.MagicMock())
-    assert controller_details() is None
-    assert threading.active_count() == threads
+    with pytest.raises(Unavailable, match="controller does not answer"):
+        details()
     monkeypatch.setattr(ray, "get_actor", mock.Mock(side_effect=ValueError("no such actor")))
-    assert controller_details() == {"applications": {}, "proxies": {}}
+    assert details() == {"applications": {}, "proxies": {}}
+
+
+def test_statuses_are_read_from_the_controllers_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = StatusOverview(ApplicationStatusInfo(ApplicationStatus.RUNNING), "gateway").to_proto().SerializeToString()
+    monkeypatch.setattr(ray, "get", lambda *_, **__: [told])
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: mock.MagicMock())
+    assert statuses()["gateway"].app_status.status == "RUNNING"
+    monkeypatch.setattr(ray, "get_actor", mock.Mock(side_effect=ValueError("no such actor")))
+    assert statuses() == {}
 
 
 def test_an_application_is_read_from_serves_details() -> None:

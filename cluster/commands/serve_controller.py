@@ -1,0 +1,51 @@
+"""Asks Serve's controller what there is, for a bounded time; Serve's own client waits for as long as it takes.
+
+The process has joined the Ray cluster. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import Unavailable
+
+TIMEOUT_S = 4.0
+STARTING_TIMEOUT_S = 60.0  # while it starts what was deployed, on a busy machine
+
+
+def details() -> Mapping[str, Any]:
+    """As Serve's own REST API has them; empty where there is no Serve. Raises Unavailable."""
+    told: Mapping[str, Any] | None = _ask("get_serve_instance_details", TIMEOUT_S)
+    return {"applications": {}, "proxies": {}} if told is None else told
+
+
+def statuses(timeout_s: float = STARTING_TIMEOUT_S) -> dict[str, Any]:
+    """What Serve says of each application and its deployments. Raises Unavailable.
+
+    `serve.status()` would tell of replicas as well. It pickles the request router of every deployment on the way, and
+    that cost a quarter of a core of a server that starts.
+    """
+    from ray.serve._private.application_state import StatusOverview
+    from ray.serve.generated.serve_pb2 import StatusOverview as Message
+
+    told = _ask("list_serve_statuses", timeout_s) or ()
+    overviews = [StatusOverview.from_proto(Message.FromString(one)) for one in told]
+    return {overview.name: overview for overview in overviews}
+
+
+def _ask(method: str, timeout_s: float) -> Any:
+    """None where there is no Serve. Raises Unavailable where its controller does not answer in time."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+    try:
+        return ray.get(getattr(controller, method).remote(), timeout=timeout_s)
+    except ray.exceptions.RayError as error:
+        raise Unavailable(
+            f"Serve's controller does not answer within {timeout_s:g} s; `manta status` says what to do"
+        ) from error
