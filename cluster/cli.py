@@ -92,11 +92,13 @@ def serve(
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C."""
     from cluster.commands import ray_environment
+    from cluster.commands.supervised import supervise
 
     if address is None:
         ray_environment.prepare_server()
     else:
         ray_environment.prepare()
+    supervise(waits_for_streams=address is not None)
     from cluster.commands.serve import run
 
     gateway = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ from cluster.commands.private_files import UMASK, ray_directory, secure_token
 from cluster.errors import SetupError
 
 SERVER_OBJECT_STORE_BYTES = 512 * 2**20  # of `manta serve`: rows of a few prefills, no more lives there
+_VITAL = ("raylet", "gcs_server")
 
 
 def start_local_ray(object_store_bytes: int, **options: Any) -> None:
@@ -36,6 +38,18 @@ def start_local_ray(object_store_bytes: int, **options: Any) -> None:
         )
     except (ConnectionError, RuntimeError) as error:
         raise SetupError(f"Ray did not start: {error}") from error
+
+
+def what_died() -> str | None:
+    """In words, which process ended that a Ray of our own cannot be without; None while all is well."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    for kind, process in node.dead_processes() if node is not None else ():
+        if kind in _VITAL:
+            code = process.returncode
+            return f"{kind}, {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+    return None
 
 
 def _warn(text: str) -> None:

@@ -26,10 +26,11 @@ from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.at_start import look_at_gpus
 from cluster.commands.door_keys import check_nodes, with_key
 from cluster.commands.haproxy import require_open_files
-from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray
-from cluster.commands.private_files import UMASK
-from cluster.commands.serve_controller import statuses
+from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray, what_died
+from cluster.commands.private_files import UMASK, session_logs
+from cluster.commands.serve_controller import details, statuses
 from cluster.commands.served import made_of
+from cluster.commands.supervised import INTERRUPTED_S, TERMINATED_S, give_up
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,
@@ -43,12 +44,13 @@ from cluster.deploy.app import (
     plan_models,
     run_targets,
 )
-from cluster.errors import ConfigError, MantaError, SetupError
+from cluster.errors import ConfigError, MantaError, SetupError, Unavailable
 from cluster.ray_variables import doors
 from gateway.admission.access import AccessPolicy, is_loopback
 
-ASK_TIMEOUT_S = 2.0  # for the gateway, when all ends
-INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
+ASK_TIMEOUT_S = 5.0  # for Serve's controller and for the gateway, when all ends
+SAME_S = 1.0  # who tells all processes tells us twice: the supervisor passes it on
+LOOK_S = 1.0  # between two looks whether Ray lives
 
 console = Console()
 
@@ -86,7 +88,8 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
         with _serving(config, plans, stop, joined=address is not None):
             if not stop.requested.is_set():
                 _announce(config, plans, ray.get_runtime_context().gcs_address, key)
-            stop.requested.wait()
+            while not stop.requested.wait(LOOK_S):
+                _require_ray()
             console.print("Stopping … (Ctrl-C again: at once)")
 
 
@@ -108,6 +111,14 @@ def checked_checkpoints(config: MantaConfig) -> list[Checkpoint]:
     return checkpoints
 
 
+def _require_ray() -> None:
+    """Ends the process where Ray died: nothing that dies is replaced, and soon nothing is left of it."""
+    if died := what_died():
+        give_up(
+            Unavailable(f"Ray has died ({died}), and the server with it; start it again. Its logs: {session_logs()}")
+        )
+
+
 class _Stop:
     """What the user's signals ask for."""
 
@@ -115,6 +126,7 @@ class _Stop:
         self.requested = threading.Event()
         self.at_once = threading.Event()  # a second signal
         self.drain_s = INTERRUPTED_S
+        self._requested_at = 0.0
         self.listen()
 
     def listen(self) -> None:
@@ -124,8 +136,11 @@ class _Stop:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self.requested.is_set():
-            self.at_once.set()
-        elif number == signal.SIGTERM:
+            if time.monotonic() - self._requested_at > SAME_S:
+                self.at_once.set()
+            return
+        self._requested_at = time.monotonic()
+        if number == signal.SIGTERM:
             self.drain_s = TERMINATED_S
         self.requested.set()
 
@@ -225,7 +240,7 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     targets = run_targets(config, plans)
-    was_running = joined and bool(serve.status().proxies)
+    was_running = joined and bool(details()["proxies"])
     try:
         serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
     except (RayError, TimeoutError) as error:
@@ -239,14 +254,21 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
         wait_until_running([target.name for target in targets], stop.requested, console)
         yield
     finally:
+        _require_ray()
         # Serve waits for open streams. On a cluster of our own, Ray ends what is left when their time is over.
-        names = {target.name for target in targets} | _applied_since() if joined else set(statuses())
-        for name in names:
-            serve.delete(name, _blocking=False)
-        deadline = time.monotonic() + stop.drain_s
-        while names & set(statuses()) and (joined or time.monotonic() < deadline):
-            if stop.at_once.wait(0.1):
-                break
+        deadline = time.monotonic() + (float("inf") if joined else stop.drain_s)
+        try:
+            names = {target.name for target in targets} | _applied_since() if joined else set(statuses(stop.drain_s))
+            for name in names:
+                serve.delete(name, _blocking=False)
+            while time.monotonic() < deadline and names & set(statuses(stop.drain_s)):
+                if stop.at_once.wait(0.1):
+                    break
+                _require_ray()
+        except Unavailable as error:
+            if joined:
+                raise
+            console.print(f"{error}. Open streams are cut.", **_PLAIN)
         if joined and not was_running:
             serve.shutdown()
 
@@ -266,6 +288,7 @@ def wait_until_running(applications: list[str], stop: threading.Event | ForkedEv
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("starting processes", total=None)
         while not stop.wait(0.2):
+            _require_ray()
             status = statuses()
             progress = [one for name in applications for one in read_progress(name)]
             loaded, total = sum(p.loaded_bytes for p in progress), sum(p.total_bytes for p in progress)

@@ -37,10 +37,13 @@ def statuses(timeout_s: float = STARTING_TIMEOUT_S) -> dict[str, Any]:
 def _ask(method: str, timeout_s: float) -> Any:
     """None where there is no Serve. Raises Unavailable where its controller does not answer in time."""
     import ray
+    from ray.serve import context
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
+    client: Any = context._global_client if context._cached_client_from_current_session() else None
     try:
-        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        # Ray's GCS has to be asked for a name, and its client is not bounded.
+        controller: Any = client._controller if client else ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
     except ValueError:
         return None
     try:

@@ -16,7 +16,7 @@ def made_of(timeout_s: float) -> tuple[GatewayConfig, tuple[ModelCard, ...]]:
     from ray.serve.exceptions import RayServeException
 
     try:
-        if GATEWAY not in statuses():
+        if GATEWAY not in statuses(timeout_s):
             raise Unavailable("no gateway of Manta runs on this cluster; start one with `manta serve`")
         handle = serve.get_deployment_handle(GATEWAY, GATEWAY)
         answer: tuple[GatewayConfig, tuple[ModelCard, ...]] = handle.made_of.remote().result(timeout_s=timeout_s)

@@ -1,0 +1,81 @@
+"""How `manta serve` ends, whatever became of its server: in time, in words, and with all that it had started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from tests.programs import REPOSITORY, program
+from tests.waiting import wait_for
+
+TIMEOUT_S = 120  # of a busy machine
+
+
+@contextmanager
+def supervised(how: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A server that ends so, and what it has started."""
+    command = program("cluster.supervised_server", how)
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process, psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.kill()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    said, error = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, said.strip(), error.strip()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("ends_well", 0, ""),
+        ("ends_with_3", 3, ""),
+        ("ends_natively", 2, "ended without a word (exit code 1, as of Ray where it loses its GCS)"),
+        ("is_killed", 2, "ended without a word (SIGKILL)"),
+        ("gives_up", 2, "Ray has died"),
+    ],
+)
+def test_it_ends_as_its_server_has_and_leaves_nothing(how: str, code: int, words: str) -> None:
+    """Where Ray ended it without a word, HAProxy stayed, and kept the port."""
+    with supervised(how) as (process, left):
+        returned, _, error = ended(process)
+        assert returned == code
+        assert (words in error) if words else not error
+        assert not left.is_running()
+
+
+def test_ctrl_c_is_the_servers() -> None:
+    with supervised("waits") as (process, left):
+        process.send_signal(signal.SIGINT)
+        assert ended(process) == (0, "interrupted", "")
+        assert not left.is_running()
+
+
+def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
+    """Without raylet and GCS, Ray held it for a minute."""
+    with supervised("holds_on") as (process, left):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        process.send_signal(signal.SIGINT)
+        code, _, error = ended(process)
+        assert (code, "did not end in time, so it was killed" in error) == (2, True)
+        assert not left.is_running()
+
+
+def test_a_server_does_not_outlive_its_supervisor() -> None:
+    with supervised("waits") as (process, left):
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate(timeout=TIMEOUT_S)[0] == "interrupted\n"
+        os.kill(left.pid, signal.SIGKILL)  # nobody is there who would
+        wait_for(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, TIMEOUT_S, "its end")

@@ -1,0 +1,69 @@
+"""What becomes of a server when parts of Ray are killed that it cannot be without, or that hold what clients reach."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import psutil
+import pytest
+
+from cluster.demo_model import DIRECTORY as DEMO
+from tests.conftest import Server, running_server
+from tests.processes import processes
+from tests.waiting import wait_for
+
+CONFIG = f"""
+models:
+  - name: demo
+    path: {DEMO}
+    engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.02}}
+"""
+SECONDS = 60  # on a busy machine; one, and what kills take
+
+pytestmark = pytest.mark.long
+
+
+@pytest.mark.parametrize("killed", [["gcs_server"], ["raylet"], ["gcs_server", "raylet"]], ids="+".join)
+def test_a_server_whose_ray_dies_says_so_and_leaves_nothing(killed: list[str]) -> None:
+    """It went on with nothing that replaces what dies. After Ctrl-C it stood for a minute, and left HAProxy."""
+    with pytest.raises(AssertionError, match="Ray has died"):  # of running_server, with all that the server has said
+        ends_without(killed)
+
+
+def ends_without(killed: list[str]) -> None:
+    with running_server(CONFIG) as server:
+        all_of_it = psutil.Process(server.process.pid).children(recursive=True)
+        for one in all_of_it:
+            if one.name() in killed:
+                one.kill()
+        assert server.process.wait(SECONDS) == 2
+        assert [one for one in all_of_it if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_haproxy_whose_manager_dies_goes_on_and_hands_over() -> None:
+    """What Serve started next found the port taken, and the one that was left knew no gateway that came later."""
+    with running_server(CONFIG) as server:
+        [old] = haproxies(server)
+        manager = old.parent()
+        assert manager is not None
+        manager.kill()
+        deadline = time.monotonic() + 3 * SECONDS
+        while old in (left := haproxies(server)) or not left:
+            assert answers(server), "while one hands over to the other"
+            assert time.monotonic() < deadline
+        [gateway] = processes(server, ":gateway")
+        gateway.kill()
+        gateway.wait(SECONDS)
+        wait_for(lambda: answers(server), 3 * SECONDS, "a gateway that came later")
+
+
+def haproxies(server: Server) -> list[psutil.Process]:
+    return [one for one in processes(server, "haproxy.cfg") if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def answers(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+    except httpx.TransportError:
+        return False
