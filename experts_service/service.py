@@ -32,6 +32,7 @@ from experts_service.shard.shard import ShardSpec, ShardStats, start_shard
 REPLICA_CPUS = 0.01  # these wait; real cores go to the shard's threads, which Ray does not count
 SHARD_CPUS = 0.01
 PROBE_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 3.0  # for who asks through us; `manta status` waits for four seconds
 DRAIN_S = 5.0  # for rows in flight when a replica stops
 LEAVING_S = 10.0  # for coordinators to leave it before that
 STUCK_S = 300.0  # a shard that is up and answers nothing for this long is restarted
@@ -54,6 +55,7 @@ class ExpertService:
         self._busy_fraction = 0.0  # of the last second or so
         self._queue_s = 0.0  # mean wait of the dispatches in it
         self._silent_since: float | None = None
+        self._is_restarting = False  # its process is gone, and the next one has not answered yet
         self._dead: MantaError | None = None
         self._changed = asyncio.Condition()
         try:
@@ -84,11 +86,15 @@ class ExpertService:
                 await self._changed.wait_for(lambda: self._incarnation != told)  # noqa: B023
 
     async def stats(self) -> ShardStats:
-        """Raises ExpertUnavailable while the shard is being restarted."""
+        """Raises ExpertUnavailable while the shard is being restarted, with `is_restarting`, or does not answer."""
         try:
-            stats: ShardStats = await asyncio.wait_for(self._shard.stats.remote(), PROBE_TIMEOUT_S)
+            stats: ShardStats = await asyncio.wait_for(self._shard.stats.remote(), ANSWER_TIMEOUT_S)
         except (RayActorError, TimeoutError) as error:
-            raise ExpertUnavailable(f"the shard of expert group {self._spec.group} is being restarted") from error
+            self._is_restarting = self._is_restarting or isinstance(error, RayActorError)
+            does = "is being restarted" if self._is_restarting else "does not answer"
+            raise ExpertUnavailable(
+                f"the shard of expert group {self._spec.group} {does}", is_restarting=self._is_restarting
+            ) from error
         return stats
 
     async def kernels(self) -> ProcessKernels:
@@ -134,6 +140,7 @@ class ExpertService:
             except (ActorUnavailableError, ExpertUnavailable) as error:
                 now = time.monotonic()
                 self._dead = None
+                self._is_restarting = self._is_restarting or isinstance(error, ActorUnavailableError)
                 self._silent_since = self._silent_since or now
                 stuck = isinstance(error, ExpertUnavailable) and now - max(self._silent_since, restarted_at) > STUCK_S
                 if stuck:
@@ -141,6 +148,7 @@ class ExpertService:
                     ray.kill(self._shard, no_restart=False)
             else:
                 self._silent_since = self._dead = None
+                self._is_restarting = False
 
     async def _probe(self, timeout_s: float) -> None:
         """Ask for a sign of life and note the incarnation. Raises what went wrong."""

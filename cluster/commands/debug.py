@@ -1,14 +1,14 @@
 """`manta debug bundle`: one file for a bug report, of what runs here. Changes nothing; what cannot be had it says.
 
-README.txt      what is in it, what could not be had, and what `manta status` says is wrong
+README.txt      what is in it, what could not be had, and what is wrong, as `manta status` says and processes show
+processes.txt   the processes of Ray, Serve and Manta here, with their state: T is stopped, Z has ended
+health.json     what the gateway says of its models
+status.json     as `manta status --json`, kernels among it
+metrics.txt     its page of figures
+stacks/PID.txt  what each of them that is Python is doing, by py-spy
+logs/…          the ends of the logs of that cluster on this machine; without one, of Ray's last session here
 versions.json   machine and packages
 config.json     the configuration with its defaults; names files of keys and secrets, holds none
-health.json     what the gateway says of its models
-metrics.txt     its page of figures
-status.json     as `manta status --json`, kernels among it
-logs/…          the ends of the logs of that cluster on this machine; without one, of Ray's last session here
-processes.txt   the processes of Ray, Serve and Manta here, with their state: T is stopped, Z has ended
-stacks/PID.txt  what each of them that is Python is doing, by py-spy
 
 It is made of a server that stands still as well: each part is waited for a bounded time.
 """
@@ -40,7 +40,6 @@ app = typer.Typer(name="debug", help="Collect what a bug report needs.", no_args
 
 LOG_TAIL_BYTES = 256 << 10
 MAX_LOGS = 200  # the newest
-STATUS_TIMEOUT_S = 60.0
 STACK_TIMEOUT_S = 10.0
 STACKS_TIMEOUT_S = 60.0  # for all of them
 
@@ -84,21 +83,21 @@ def bundle(
     target = file or Path(time.strftime("manta-debug-%Y%m%d-%H%M%S.tar.gz"))
     cluster_logs: list[Path] = []  # told with the status
     wrong: list[str] = []  # too
-    parts: dict[str, Callable[[], Iterator[Part]]] = {
+    parts: dict[str, Callable[[], Iterator[Part]]] = {  # what mends itself soon comes first
+        "processes": lambda: _processes(wrong),
+        "health": lambda: _of_gateway(url, "/health", "health.json", None),
+        "status": lambda: _status(address, cluster_logs, wrong),
+        "metrics": lambda: _of_gateway(url, "/metrics", "metrics.txt", metrics_token_file),
+        "stacks": _stacks,
+        "logs": lambda: tails(cluster_logs[0] if cluster_logs else session_logs()),
         "versions": _versions,
         "configuration": lambda: _configuration(config),
-        "health": lambda: _of_gateway(url, "/health", "health.json", None),
-        "metrics": lambda: _of_gateway(url, "/metrics", "metrics.txt", metrics_token_file),
-        "status": lambda: _status(address, cluster_logs, wrong),
-        "logs": lambda: tails(cluster_logs[0] if cluster_logs else session_logs()),
-        "processes": _processes,
-        "stacks": _stacks,
     }
     missing = write(target, parts, wrong)
     for name, why in missing.items():
         typer.echo(f"not in it: {name}: {why}")
     for one in wrong:
-        typer.echo(f"manta status: {one}")
+        typer.echo(f"wrong: {one}")
     typer.echo(f"Wrote {target}. Look through it before you send it.")
 
 
@@ -123,7 +122,7 @@ def write(target: Path, parts: dict[str, Callable[[], Iterator[Part]]], wrong: S
                         missing[name] = "there is none here"
             readme = _README.format(when=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
             lines = [f"not in it: {name}: {why}\n" for name, why in missing.items()]
-            lines += [f"manta status: {one}\n" for one in wrong]
+            lines += [f"wrong: {one}\n" for one in wrong]
             _add(archive, "README.txt", (readme + "".join(lines)).encode())
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
@@ -183,15 +182,9 @@ def _of_gateway(url: str, path: str, name: str, token_file: Path | None) -> Iter
 
 
 def _status(address: str, logs: list[Path], wrong: list[str]) -> Iterator[Part]:
-    """In a process of its own: Ray's native code may end the one that joins a cluster which is half dead."""
-    command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--address", address]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise MantaError(f"`manta status` did not end within {STATUS_TIMEOUT_S:g} s") from None
-    if done.returncode:
-        raise MantaError(done.stderr.strip().removeprefix("Error: ") or f"`manta status` ended with {done.returncode}")
-    told = json.loads(done.stdout)
+    from cluster.commands.status.command import document
+
+    told = document(address)
     logs.append(Path(told["logs"]))
     wrong += [finding["wrong"] for finding in told["findings"]]
     yield "status.json", _json(told)
@@ -211,7 +204,8 @@ def _ours() -> Iterator[tuple[psutil.Process, str]]:
             yield process, "manta"
 
 
-def _processes() -> Iterator[Part]:
+def _processes(wrong: list[str]) -> Iterator[Part]:
+    """Those that are stopped are told as well: `manta status` may not get so far."""
     import psutil
 
     lines = []
@@ -221,6 +215,8 @@ def _processes() -> Iterator[Part]:
             state = _STATES.get(process.status(), process.status())
             cpu_s, mib = sum(process.cpu_times()[:2]), process.memory_info().rss >> 20
             lines.append(f"{process.pid:>8} {state:<8} {started} {cpu_s:>9.1f} {mib:>7} {name}\n")
+            if state == "T":
+                wrong.append(f"{name} is stopped (state T); `kill -CONT {process.pid}` lets it go on")
     if lines:
         yield "processes.txt", ("     PID state    started          CPU s     MiB\n" + "".join(lines)).encode()
 

@@ -124,14 +124,12 @@ def _answered(application: ApplicationStatus, answers: Answers, *, with_kernels:
 
 def _heard(deployment: DeploymentStatus, answers: object) -> DeploymentStatus:
     """With how many of its running shards stand still, and how many are being restarted."""
-    from ray.exceptions import RayTaskError
-
     if not deployment.running:
         return deployment
     if not isinstance(answers, list) or not answers:
         return dataclasses.replace(deployment, silent=deployment.running)
     failed = _failed(answers)
-    restarting = sum(isinstance(one, (RayTaskError, MantaError)) for one in failed)
+    restarting = sum(bool(getattr(getattr(one, "cause", one), "is_restarting", False)) for one in failed)
     return dataclasses.replace(deployment, silent=len(failed) - restarting, restarting=restarting)
 
 

@@ -105,7 +105,7 @@ def test_what_is_wrong_is_told_beside_what_is_missing(tmp_path: Path) -> None:
 
     debug.write(tmp_path / "bundle.tar.gz", {"status": status}, wrong)
     readme = contents(tmp_path / "bundle.tar.gz")["manta-debug/README.txt"]
-    assert b"manta status: The proxy does not answer." in readme
+    assert b"wrong: The proxy does not answer." in readme
 
 
 def test_a_process_that_is_stopped_is_known_by_its_state_and_has_a_stack() -> None:
@@ -118,7 +118,9 @@ def test_a_process_that_is_stopped_is_known_by_its_state_and_has_a_stack() -> No
             process.stdout.readline()
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-            [(_, lines)] = list(debug._processes())
+            wrong: list[str] = []
+            [(_, lines)] = list(debug._processes(wrong))
+            assert f"ray::Stands is stopped (state T); `kill -CONT {process.pid}` lets it go on" in wrong
             [line] = [line.split() for line in lines.decode().splitlines() if line.split()[0] == str(process.pid)]
             assert (line[1], line[-1]) == ("T", "ray::Stands")
             assert b"hunter2" not in lines

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.schema import ApplicationStatus
@@ -68,8 +68,11 @@ def test_who_does_not_come_back_in_time_is_silent() -> None:
 def test_a_shard_that_stands_still_is_told_from_one_that_is_restarted() -> None:
     """Serve knows the process that watches it only, and a coordinator who sends it nothing misses nothing."""
     expert = snapshot.DeploymentStatus("expert-1", "HEALTHY", {"RUNNING": 3})
-    restarted = ExpertUnavailable("the shard of expert group 1 is being restarted")
+    restarted = ExpertUnavailable("the shard of expert group 1 is being restarted", is_restarting=True)
     assert _heard(expert, [KERNELS, GetTimeoutError("4 s"), restarted]) == replace(expert, silent=1, restarting=1)
+    stands_still = ExpertUnavailable("the shard of expert group 1 does not answer", is_restarting=False)
+    asked = [RayTaskError("kernels", "", one).as_instanceof_cause() for one in (restarted, stands_still)]
+    assert _heard(expert, [KERNELS, *asked]) == replace(expert, silent=1, restarting=1)
     assert _heard(expert, [KERNELS, KERNELS, ActorDiedError()]) == expert, "Serve will say so"
     assert _heard(expert, []) == _heard(expert, None) == replace(expert, silent=3)
     starts = replace(expert, replicas={"STARTING": 1})
