@@ -36,7 +36,7 @@ def start_local_ray(object_store_bytes: int, **options: Any) -> None:
             _temp_dir=str(directory),
             **options,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # of any class, where a raylet takes too long for example
         raise SetupError(f"Ray did not start: {error}") from error
 
 
