@@ -86,7 +86,7 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     multipliers: Multipliers = Multipliers()
     has_scores: bool = False  # attention has the scores of a step's tokens in memory: sinks are among them, say
-    widens_keys: bool = False  # and copies of keys and values in fp32: values are not as wide as keys
+    widened: int = 0  # numbers of a token in a layer of which torch makes copies in fp32: values not as wide as keys
     index_heads: int = 0  # of an indexer, which has scores of its own; 0: there is none
 
     @property

@@ -55,16 +55,10 @@ def step_bytes(
     if gathers:
         seen = min(context, a.sliding_window or context)
         gathered = max(seen, min(sequences * seen, max_gathered_tokens(a, item)))
-        attention += gathered * kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
+        each = kv_bytes_per_token(a, dtype) // a.num_layers  # keys and values of one layer
         if kv_dtype == "int8":  # as they are kept, and made numbers of
-            each = kv_bytes_per_token(a, kv_dtype) + 2 * kv_bytes_per_token(a, "float32")
-            attention += gathered * each // a.num_layers
-        if a.has_scores:
-            attention += _score_bytes(a, seen, item)
-            # Scaled once more where torch does that; in fp32 keys are also laid out anew.
-            attention += gathered * (2 if a.widens_keys else 1) * kv_bytes_per_token(a, dtype) // a.num_layers
-            if a.widens_keys and dtype != "float32":
-                attention += gathered * 2 * kv_bytes_per_token(a, "float32") // a.num_layers
+            each += (kv_bytes_per_token(a, kv_dtype) + 2 * kv_bytes_per_token(a, "float32")) // a.num_layers
+        attention += _scoring_bytes(a, dtype, tokens, seen, gathered, each) if a.has_scores else gathered * each
         if a.index_heads:
             attention += 2 * tokens * context  # what it lets tokens see, as it is told and for all of them
         # Slots and masks of decodes [B, S]; masks of prefills [T, S], true or false, then as what is added to scores.
@@ -81,13 +75,27 @@ def step_bytes(
     return attention + logits + tokens * width * item
 
 
-def _score_bytes(a: Architecture, seen: int, item: int) -> int:
-    """Of attention or of an indexer, which comes before it: of so many keys, numbers having `item` bytes."""
-    of_attention = SCORE_COPIES * max(MAX_SCORES, a.num_heads * seen) * (4 if a.widens_keys else item)
+def _scoring_bytes(a: Architecture, dtype: Dtype, tokens: int, seen: int, gathered: int, each: int) -> int:
+    """Of attention that has scores, or of an indexer, which comes before it: of a prompt's part or of decodes, which
+    come one after the other. `each`: of the keys and values of a token.
+    """
+    heads = max(a.num_heads, a.index_heads)
+    gathered = max(seen, min(gathered, MAX_SCORES // heads))
+
+    def most(heads: int, of_token: int, of_pair: int) -> int:
+        pairs = min(tokens * seen, max(MAX_SCORES // heads, seen))  # rows of a prompt's part times keys, at once
+        return max(seen * of_token + pairs * of_pair, gathered * (of_token + of_pair))
+
+    of_row = kv_bytes_per_token(a, dtype) // a.num_layers
+    if a.widened:  # in fp32, whatever they are in
+        copies = each + 4 * a.widened + (0 if dtype == "float32" else 2 * of_row)
+        of_score = SCORE_COPIES * 4
+    else:
+        copies, of_score = each + of_row, SCORE_COPIES * DTYPE_BYTES[dtype]
+    of_attention = most(a.num_heads, copies, a.num_heads * of_score)
     if not a.index_heads:
         return of_attention
-    scores = max(MAX_SCORES, a.index_heads * seen)
-    return max(of_attention, INDEX_SCORE_BYTES * scores + INDEX_PAIR_BYTES * scores // a.index_heads)
+    return max(of_attention, most(a.index_heads, each, INDEX_SCORE_BYTES * a.index_heads + INDEX_PAIR_BYTES))
 
 
 def graph_bytes(

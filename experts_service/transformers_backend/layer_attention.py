@@ -62,12 +62,20 @@ def with_cache_of(architecture: Architecture, layers: Sequence[LayerAttention]) 
     heads = max(layer.num_kv_heads for layer in layers)
     width = max(layer.kept_width for layer in layers) + max(layer.value_width for layer in layers)
     # torch keeps scores where values are not as wide as keys, and has all in fp32 then.
-    widens_keys = any(layer.key_dim != layer.value_dim and not layer.has_sinks for layer in layers)
+    widened = [_copied(layer) for layer in layers if layer.key_dim != layer.value_dim and not layer.has_sinks]
     return replace(
         architecture,
         num_kv_heads=heads,
         head_dim=-(-width // (2 * heads)),
-        has_scores=widens_keys or any(layer.has_sinks or layer.index_dim for layer in layers),
-        widens_keys=widens_keys,
+        has_scores=bool(widened) or any(layer.has_sinks or layer.index_dim for layer in layers),
+        widened=max(widened, default=0),
         index_heads=max(layer.index_heads for layer in layers),
     )
+
+
+def _copied(layer: LayerAttention) -> int:
+    """Numbers of a token of which torch makes copies: keys are scaled, then they or the values are laid out anew. Those
+    that several heads share are before that repeated for each, and lie right then.
+    """
+    keys, values = layer.num_heads * layer.key_dim, layer.num_heads * layer.value_dim
+    return keys + (max(keys, values) if layer.num_heads == layer.num_kv_heads else keys + values)
