@@ -104,6 +104,12 @@ class ClusterSnapshot:
     proxies: tuple[ProxyStatus, ...] = ()
     controller_answers: bool = True  # Serve's; without it nothing is known of applications and proxies
 
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """Addresses of dead nodes, but of those that came back: Ray lists the dead one beside the new one."""
+        alive = {node.address for node in self.nodes if node.alive}
+        return tuple(dict.fromkeys(node.address for node in self.nodes if node.address not in alive))
+
     def document(self) -> dict[str, Any]:
         """For JSON. Models and groups are spelled out, so that a reader need not parse names."""
         document = dataclasses.asdict(self)

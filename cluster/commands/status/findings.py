@@ -48,7 +48,7 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     models = [application for application in snapshot.applications if application.model]
     if models and GATEWAY not in (application.name for application in snapshot.applications):
         found.append(Finding("No gateway runs: no model can be asked.", "Deploy the configuration again."))
-    dead = tuple(node.address for node in snapshot.nodes if not node.alive)
+    dead = snapshot.gone
     # One that is deleted ends its streams; one that starts is not missed while another version of its model answers.
     there = [one for one in snapshot.applications if one.status != _DELETING]
     answering = {one.model[0] for one in there if one.model and _is_up(one)}
@@ -61,7 +61,8 @@ def findings(snapshot: ClusterSnapshot) -> tuple[Finding, ...]:
     waiting = [finding for application in starting for finding in _without_room(application, dead)]
     full = [_full(node) for node in snapshot.nodes if node.alive and (node.disk or 0.0) >= FULL_DISK]
     proxies = [finding for proxy in snapshot.proxies for finding in _proxy(proxy)]
-    return (*found, *proxies, *down, *full, *slow, *waiting)
+    fewer = [finding for application in missed for finding in _fewer(application, dead)]
+    return (*found, *proxies, *down, *full, *slow, *waiting, *fewer)
 
 
 def _proxy(proxy: ProxyStatus) -> Iterator[Finding]:
@@ -166,6 +167,23 @@ def _without_room(application: ApplicationStatus, dead: tuple[str, ...]) -> Iter
         yield Finding(
             f"A version of {application.model[0]} finds no room to start; another one answers meanwhile.",
             _first(application.deployments, dead),
+        )
+
+
+def _fewer(application: ApplicationStatus, dead: tuple[str, ...]) -> Iterator[Finding]:
+    """What has lost a replica while others of the same kind answer: clients would feel the next loss."""
+
+    def answer(lost: DeploymentStatus) -> bool:
+        of_group = lost.group is not None
+        return any(
+            one.running for one in application.deployments if one is lost or (of_group and one.group == lost.group)
+        )
+
+    if lost := [one for one in application.deployments if one.status == "UNHEALTHY" and answer(one)]:
+        name = application.model[0] if application.model else application.name
+        yield Finding(
+            f"{name} has lost replicas of {', '.join(one.name for one in lost)}; those that are left answer.",
+            _first(lost, dead),
         )
 
 

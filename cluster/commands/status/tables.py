@@ -49,9 +49,11 @@ def _draw_findings(snapshot: ClusterSnapshot, console: Console) -> None:
 def _nodes(snapshot: ClusterSnapshot) -> Table:
     table = _table("node", "state", "CPUs", "GPUs", "disk")
     for node in snapshot.nodes:
-        state = "alive" if node.alive else "dead"
-        disk = "-" if node.disk is None else f"{node.disk:.0%}"
-        table.add_row(Text(node.address), _state(state), f"{node.cpus:g}", f"{node.gpus:g}", disk)
+        if node.alive:
+            disk = "-" if node.disk is None else f"{node.disk:.0%}"
+            table.add_row(Text(node.address), _state("alive"), f"{node.cpus:g}", f"{node.gpus:g}", disk)
+    for address in snapshot.gone:
+        table.add_row(Text(address), _state("dead"), "-", "-", "-")
     return table
 
 

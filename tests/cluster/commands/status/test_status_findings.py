@@ -267,3 +267,29 @@ def test_a_dense_model_has_no_table_of_experts() -> None:
     console = Console(record=True, width=80)
     draw(cluster(coordinators=(replace(STATS, rows_per_expert=()),)), console)
     assert "share" not in console.export_text()
+
+
+def test_a_lost_replica_is_told_where_others_answer() -> None:
+    """A machine had died, its replicas were started elsewhere, and above both it said that all was well."""
+    lost = DeploymentStatus("expert-1", "UNHEALTHY", {"RUNNING": 1, "STARTING": 1})
+    snapshot = with_group(lost)
+    nodes = (*snapshot.nodes, NodeStatus("n2", False, 0, 0))
+    wrong, do = only(replace(snapshot, nodes=nodes))
+    assert wrong == "mixtral has lost replicas of expert-1; those that are left answer."
+    assert do.startswith("One that ran is gone, and Serve starts another: wait")
+    assert do.endswith("Nodes that are gone: n2.")
+    on_a_tier = with_group(replace(lost, replicas={"STARTING": 1}), up("expert-1-tier1"))
+    assert only(on_a_tier)[0] == wrong
+    more = DeploymentStatus("expert-1", "UPSCALING", {"RUNNING": 1, "STARTING": 1})
+    assert findings(with_group(more)) == (), "it grows"
+
+
+def test_a_node_that_came_back_is_not_told_to_be_gone() -> None:
+    """Ray lists the dead one beside the new one, and `manta status` did for ever."""
+    dead, back = (NodeStatus("n2", alive, 8, 1) for alive in (False, True))
+    snapshot = replace(with_group(DeploymentStatus("expert-1", "UPDATING", {"STARTING": 1})), nodes=(dead, back, dead))
+    assert "gone" not in only(snapshot)[1]
+    for nodes, rows in (((dead, back, dead), ["alive"]), ((dead, dead), ["dead"])):
+        console = Console(record=True, width=80)
+        draw(replace(snapshot, nodes=nodes), console)
+        assert [line.split()[1] for line in console.export_text().splitlines() if line.startswith("n2")] == rows
