@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -244,10 +245,7 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
     try:
         serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
     except (RayError, TimeoutError) as error:
-        raise SetupError(
-            f"Serve did not start: {str(error).strip().splitlines()[-1]} Mostly the machine does too much else: look "
-            "at its load, and try again"
-        ) from error
+        raise did_not_start(error) from error
     _check_serves_host(config.gateway)
     try:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -271,6 +269,19 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
             console.print(f"{error}. Open streams are cut.", **_PLAIN)
         if joined and not was_running:
             serve.shutdown()
+
+
+def did_not_start(error: Exception) -> SetupError:
+    """What is told of Serve's error. On a cluster that is joined its proxies say whether a port is taken."""
+    why = str(error).strip().splitlines()[-1]
+    if taken := re.search(r"Failed to bind to address '?([^' ]+)", why):
+        return SetupError(
+            f"cannot listen on {taken[1].rstrip('.')}: another process of a machine of this cluster does (`ss -ltnp` "
+            "there), perhaps the HAProxy of a server that was killed"
+        )
+    return SetupError(
+        f"Serve did not start: {why} Mostly the machine does too much else: look at its load, and try again"
+    )
 
 
 def _applied_since() -> set[str]:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from cluster.commands.serve import did_not_start
 from tests.checkpoints import write_checkpoint
 from tests.haproxy import with_open_files
 
@@ -111,3 +112,10 @@ def test_a_wrong_list_of_groups_is_told_with_its_model_before_ray_starts(tmp_pat
     code, message = serve("--config", config)
     assert code == 2
     assert "models: 'b': experts.groups: experts 0, 1, 2, 3 are in no group" in " ".join(message.split())
+
+
+def test_a_port_that_is_taken_on_a_cluster_that_is_joined_is_told():
+    """It was told to look at the machine's load."""
+    stack = "ray::ProxyActor.ready()\n  File …\nRuntimeError: Failed to bind to address '127.0.0.1:8000'."
+    assert str(did_not_start(RuntimeError(stack))).startswith("cannot listen on 127.0.0.1:8000: another process")
+    assert "look at its load" in str(did_not_start(TimeoutError("The actor never ran.")))
