@@ -18,14 +18,9 @@ of which it keeps one once they are idle. HAProxy tells the replica whose each i
 A pod is ready to be asked where HAProxy would say that it is well, and the gateway that its Ray cluster is the active
 one (`gateway.active_cluster`): `/-/ready` goes to a gateway only where `/-/healthz` would be 200.
 
-What of Serve's controls HAProxy may die alone. The one that Serve starts next takes the port over from what is left,
-which ends its streams: it was refused the port for ever, and the old one knew no gateway that came later.
-
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -36,12 +31,8 @@ import resource
 import sys
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster.errors import SetupError
-
-if TYPE_CHECKING:
-    import psutil
 
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
@@ -110,7 +101,6 @@ def main() -> None:
 
     os.umask(0o077)
     programs = [Path(get_haproxy_binary())]
-    arguments = ["-dS", *sys.argv[1:]]
     for flag, value in itertools.pairwise(sys.argv):
         if flag == "-f":
             _close_to_others(Path(value))
@@ -120,23 +110,10 @@ def main() -> None:
             _keep_alive(Path(value))
             with contextlib.suppress(OSError):  # its own texts answer, too
                 programs.insert(0, with_our_answers(programs[0], Path(value)))
-            arguments += take_over(value)
     for program in programs:
         with contextlib.suppress(OSError):  # a folder whose files may not be run
-            os.execv(program, [str(program), *arguments])
+            os.execv(program, [str(program), "-dS", *sys.argv[1:]])
     raise SystemExit(f"{programs[-1]} cannot be run")
-
-
-def take_over(config: str) -> list[str]:
-    """Arguments by which those with the same configuration are told to go, but where Serve says itself who is."""
-    import psutil
-
-    left = [] if "-sf" in sys.argv else [one for one in psutil.process_iter(["cmdline"]) if _has(one, config)]
-    return ["-sf", *(str(one.pid) for one in left)] if left else []
-
-
-def _has(process: psutil.Process, config: str) -> bool:
-    return process.pid != os.getpid() and config in (process.info["cmdline"] or [])[1:]
 
 
 def _close_to_others(config: Path) -> None:

@@ -139,7 +139,7 @@ def _end_what_is_left(grace_s: float) -> None:
                     process.kill()
         if time.monotonic() > kill_at + KILLED_S:
             return
-        time.sleep(0.02)
+        time.sleep(0.1)
         _reap()
 
 

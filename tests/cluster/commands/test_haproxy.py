@@ -10,14 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
-import psutil
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
@@ -200,62 +198,6 @@ def test_it_starts_with_as_many_open_files_as_are_asked_for(tmp_path: Path) -> N
         codes[files] = done.returncode
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     assert codes == {needed * 3 // 4: 1, needed: 0}
-
-
-class Slow(Gateway):
-    """Ends the answer to one request when it is told."""
-
-    began, may_end = threading.Event(), threading.Event()
-
-    def do_GET(self) -> None:
-        if self.path != "/slow":
-            self._answer()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", "3")
-        self.end_headers()
-        self.wfile.write(b"be")
-        self.began.set()
-        self.may_end.wait(60)
-        self.wfile.write(b"d")
-
-
-def test_one_that_was_left_without_its_proxy_hands_over_and_ends_its_streams(tmp_path: Path) -> None:
-    """Serve's part of it was killed: what Serve started next found the port taken, and so did all that came after."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    backend = BackendConfig("one", "/", servers=[ServerConfig("one", "127.0.0.1", server.server_port)], app_name="one")
-    file, port = _configured(tmp_path, backend)
-    command = [Path(sys.executable).with_name("manta-haproxy"), "-db", "-f", file, "-dR"]  # as Serve says it
-
-    def is_answered() -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/", timeout=60).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    with _serving(server), subprocess.Popen(command, stderr=subprocess.DEVNULL) as left, ThreadPoolExecutor() as pool:
-        try:
-            wait_for(is_answered, 60, "the first")
-            slow = pool.submit(httpx.get, f"http://127.0.0.1:{port}/slow", timeout=120)
-            assert Slow.began.wait(60)
-            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as started:
-                wait_for(lambda: _listener(port) == started.pid or started.poll() is not None, 60, "the second")
-                assert started.poll() is None, "it found the port taken"
-                assert is_answered()
-                assert left.poll() is None
-                Slow.may_end.set()
-                assert slow.result().content == b"bed"
-                assert left.wait(60) is not None
-                assert is_answered()
-                started.terminate()
-        finally:
-            left.kill()
-
-
-def _listener(port: int) -> int | None:
-    """The only process that listens there."""
-    found = {one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr[1] == port}
-    return found.pop() if len(found) == 1 else None
 
 
 def _configured(directory: Path, backend: BackendConfig, **changes: Any) -> tuple[Path, int]:

