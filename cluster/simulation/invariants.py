@@ -298,7 +298,8 @@ class Invariants:
             for delivery in coordinator.under_way:
                 self._require(not delivery.live, f"{whose} has an attempt that nobody waits for")
             known = {r.replica_id for d in fleet.deployments.values() for r in coordinator.table.replicas(d)}
-            has_looked = coordinator.routes._epoch == coordinator.table.epoch  # one that is idle does not
+            routes = coordinator.routes
+            has_looked = routes._epoch == coordinator.table.epoch and not routes._departing  # one that is idle does not
             for replica_id, lane in coordinator.lanes.all():
                 self._require(not lane.outstanding, f"{whose}'s lane to {replica_id} has a slot in use")
                 self._require(

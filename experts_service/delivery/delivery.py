@@ -406,9 +406,9 @@ class Delivery(Generic[Rows, A]):
             self.due_at = now if self.second.state is FAILED else self._silent_at
 
     def _others(self, asked: Replica) -> list[Replica]:
-        """The trusted replicas besides the one that was asked."""
-        reachable = self._shared.routes.reachable(self.group)
-        return [replica for replica in reachable if replica.replica_id != asked.replica_id and not replica.suspected]
+        """The trusted replicas besides the one that was asked, and those whose answers were not finite."""
+        reachable, useless = self._shared.routes.reachable(self.group), (asked.replica_id, *self._rejected)
+        return [replica for replica in reachable if replica.replica_id not in useless and not replica.suspected]
 
     def _put_off(self, now: float) -> None:
         """Ask again after a pause, or when the table changes."""

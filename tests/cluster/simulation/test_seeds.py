@@ -26,6 +26,7 @@ NAMED = {  # what each of them found
     384: "the imitated Serve replaced a gateway where no node was left, and ended",
     1697: "a stream of a gateway that was cut off with one coordinator was given up, though it was so for a moment",
     2410: "the same where that coordinator was asked twice, as if another one had said so as well",
+    3657: "a replica whose answer was not finite was asked again as a hedge for the other one",
 }
 
 

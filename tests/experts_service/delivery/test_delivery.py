@@ -280,6 +280,15 @@ def test_another_replica_is_waited_for_after_an_answer_that_is_not_finite(connec
     assert simulation.world.now - started < min(connected_s, TIMEOUT_S / SILENCES_PER_TIMEOUT) + 1.0
 
 
+def test_a_replica_whose_answer_was_not_finite_is_no_hedge_for_another_one() -> None:
+    """It shows signs of life and is trusted again. Asked once more, it was believed (seed 3657 of the simulation)."""
+    simulation = world_of({"a": [("answers", 0.01)], "b": [("answers", 5.0)]})
+    simulation.world.at(simulation.world.now + 0.5, lambda: simulation.table.trust(DEPLOYMENT, "a"))
+    [delivery] = simulation.deliver(["rows"], not_finite=1).values()
+    assert [attempt.replica.replica_id for attempt in simulation.sent["rows"]] == ["a", "b"]
+    assert delivery.answer is simulation.sent["rows"][1]
+
+
 def test_the_maths_is_asked_three_times_and_no_more() -> None:
     simulation = world_of({name: [("raises", 0.001)] for name in NAMES})
     [delivery] = simulation.deliver(["rows"]).values()
