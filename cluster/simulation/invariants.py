@@ -67,6 +67,7 @@ class Invariants:
         self.num_requests = self.num_failed = 0
         self.asked: dict[str, Asked] = {}
         self.num_attempts = self.num_answers = self.num_hedges = self.num_tokens = 0
+        self._num_raised = 0  # answers as well, of maths that raises: who died has nothing to do with those
         self._failed: dict[tuple[str, str], tuple[float, int]] = {}  # coordinator, replica → when last, and its epoch
         self._busy_since: dict[str, float] = {}
         self._loads_at: dict[str, float] = {}  # of each deployment, when it last went down
@@ -141,6 +142,7 @@ class Invariants:
             )
 
     def failed(self, coordinator: Coordinator, attempt: LaneAttempt) -> None:
+        self._num_raised += attempt.reason == "raises"
         replica_id = attempt.replica.replica_id
         known = coordinator.table.replicas(self.fleet.deployments[attempt.replica.group])
         if all(one.epoch <= attempt.epoch for one in known if one.replica_id == replica_id):  # else it is old news
@@ -239,7 +241,7 @@ class Invariants:
         """From now on what is asked again is counted."""
         self._check_storm()
         if self._storm is None:
-            self._storm = (self._now + STORM_S, self.num_attempts, self.num_answers, number)
+            self._storm = (self._now + STORM_S, self.num_attempts, self.num_answers + self._num_raised, number)
             self.fleet.note_change()
 
     # At every event
@@ -275,7 +277,7 @@ class Invariants:
         if self._now < until:
             return
         self._storm = None
-        asked, useful = self.num_attempts - attempts, self.num_answers - answers
+        asked, useful = self.num_attempts - attempts, self.num_answers + self._num_raised - answers
         free = died * max(1, len(self.fleet.coordinators)) + BURST * len(self.fleet.coordinators)
         self._require(
             asked <= STORM_FACTOR * useful + free,
