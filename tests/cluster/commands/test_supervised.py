@@ -36,6 +36,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, said.strip(), error.strip()
 
 
+def wait_until_it_says(process: subprocess.Popen[str], word: str) -> None:
+    """Before a signal, which would come to a server that is not ready for it."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{word}\n"
+
+
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
@@ -57,6 +63,7 @@ def test_it_ends_as_its_server_has_and_leaves_nothing(how: str, code: int, words
 
 def test_ctrl_c_is_the_servers() -> None:
     with supervised("waits") as (process, left):
+        wait_until_it_says(process, "waits")
         process.send_signal(signal.SIGINT)
         assert ended(process) == (0, "interrupted", "")
         assert not left.is_running()
@@ -65,8 +72,7 @@ def test_ctrl_c_is_the_servers() -> None:
 def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
     """Without raylet and GCS, Ray held it for a minute."""
     with supervised("holds_on") as (process, left):
-        assert process.stdout is not None
-        assert process.stdout.readline() == "holds\n"
+        wait_until_it_says(process, "holds")
         process.send_signal(signal.SIGINT)
         code, _, error = ended(process)
         assert (code, "did not end in time, so it was killed" in error) == (2, True)
@@ -75,6 +81,7 @@ def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
 
 def test_a_server_does_not_outlive_its_supervisor() -> None:
     with supervised("waits") as (process, left):
+        wait_until_it_says(process, "waits")
         process.send_signal(signal.SIGKILL)
         assert process.communicate(timeout=TIMEOUT_S)[0] == "interrupted\n"
         os.kill(left.pid, signal.SIGKILL)  # nobody is there who would

@@ -32,6 +32,7 @@ def gives_up():
 
 def waits():
     try:
+        print("waits", flush=True)
         time.sleep(600)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
