@@ -385,9 +385,13 @@ class Delivery(Generic[Rows, A]):
         """Its time has come: ask a second replica, or give the first one up."""
         others = self._others(first.replica)
         if self.second is None and now >= self._hedge_at:
-            self._hedge_at = now + LONGEST_PAUSE_S
-            if others:
-                shared = self._shared
+            shared = self._shared
+            overdue_at = first.posted_at + OVERDUE_S
+            if now < overdue_at and not shared.loads.can_hedge:  # others that were posted meanwhile have hedged
+                self._hedge_at = overdue_at
+            elif not others:
+                self._hedge_at = now + LONGEST_PAUSE_S
+            else:
                 shared.loads.hedged()
                 shared.counts[self.group].hedges += 1
                 self._is_timed = True

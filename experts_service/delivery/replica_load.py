@@ -163,10 +163,10 @@ class ReplicaLoads:
         if not p95_s:
             p95_s = self._guess_s(group, size)
             if not p95_s:
-                return OVERDUE_S if self._budget >= 1.0 else float("inf")
+                return OVERDUE_S if self.can_hedge else float("inf")
         if replica in self._row_s:
             p95_s = max(p95_s, rows * _median(self._row_s[replica], 0.0))
-        if self._budget < 1.0:
+        if not self.can_hedge:
             return max(OVERDUE_S, OVERDUE_AFTER * p95_s)
         return max(SHORTEST_S, HEDGE_AFTER * p95_s)
 
@@ -177,6 +177,11 @@ class ReplicaLoads:
         if smaller is not None:
             return known[smaller] * 2.0 ** (size - smaller)
         return known[min(known)] if known else 0.0
+
+    @property
+    def can_hedge(self) -> bool:
+        """Whether the budget has a hedge left."""
+        return self._budget >= 1.0
 
     def hedged(self) -> None:
         """A second replica was asked."""

@@ -27,6 +27,7 @@ NAMED = {  # what each of them found
     1697: "a stream of a gateway that was cut off with one coordinator was given up, though it was so for a moment",
     2410: "the same where that coordinator was asked twice, as if another one had said so as well",
     3657: "a replica whose answer was not finite was asked again as a hedge for the other one",
+    8806: "rows that were posted together were all hedged, with a budget for one",
 }
 
 
