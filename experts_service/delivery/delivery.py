@@ -346,6 +346,9 @@ class Delivery(Generic[Rows, A]):
         """Nobody waits for an answer. Idempotent."""
         for attempt in self.live:
             self._shared.carrier.cancel(attempt)
+        for failed in (self.first, self.second):  # what nobody has looked at, as others were waited for
+            if failed is not None and failed.state is FAILED and failed.error is None:
+                self._shared.suspect(self.group, failed.replica, failed.epoch)
 
     def _post(self, replica: Replica, now: float, *, spare: bool) -> A:
         shared = self._shared

@@ -28,6 +28,7 @@ NAMED = {  # what each of them found
     2410: "the same where that coordinator was asked twice, as if another one had said so as well",
     3657: "a replica whose answer was not finite was asked again as a hedge for the other one",
     8806: "rows that were posted together were all hedged, with a budget for one",
+    17135: "what failed in one microbatch was forgotten where another one failed the step",
 }
 
 

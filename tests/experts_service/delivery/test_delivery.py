@@ -289,6 +289,17 @@ def test_a_replica_whose_answer_was_not_finite_is_no_hedge_for_another_one() -> 
     assert delivery.answer is simulation.sent["rows"][1]
 
 
+def test_what_failed_is_suspected_though_the_dispatch_ends_before_anybody_has_looked() -> None:
+    """Others were waited for, in vain (seed 17135 of the simulation)."""
+    simulation = world_of({"a": [("fails", 0.01)]})
+    delivery = Delivery(simulation.shared, 0, 8, "rows", simulation.world.now + TIMEOUT_S)
+    simulation.deliveries["rows"] = delivery
+    delivery.post(simulation.world.now)
+    simulation.world.advance(simulation.world.now + 1.0)
+    delivery.close()
+    assert [replica.suspected for replica in simulation.table.replicas(DEPLOYMENT)] == [True]
+
+
 def test_the_maths_is_asked_three_times_and_no_more() -> None:
     simulation = world_of({name: [("raises", 0.001)] for name in NAMES})
     [delivery] = simulation.deliver(["rows"]).values()
