@@ -343,12 +343,14 @@ class Delivery(Generic[Rows, A]):
         return reachable
 
     def close(self) -> None:
-        """Nobody waits for an answer. Idempotent."""
-        for attempt in self.live:
-            self._shared.carrier.cancel(attempt)
-        for failed in (self.first, self.second):  # what nobody has looked at, as others were waited for
-            if failed is not None and failed.state is FAILED and failed.error is None:
-                self._shared.suspect(self.group, failed.replica, failed.epoch)
+        """Nobody waits for an answer. Idempotent. What nobody has looked at, as others were waited for, is learned."""
+        for attempt in (self.first, self.second):
+            if attempt is None:
+                continue
+            if attempt.state is POSTED:
+                self._shared.carrier.cancel(attempt)
+            elif attempt.state is FAILED:
+                self._suspect(attempt)
 
     def _post(self, replica: Replica, now: float, *, spare: bool) -> A:
         shared = self._shared
@@ -378,11 +380,15 @@ class Delivery(Generic[Rows, A]):
         """From an attempt that failed."""
         self.reason = failed.reason
         self._num_raised += failed.raised
-        if failed.error is None:
-            self._shared.suspect(self.group, failed.replica, failed.epoch)
+        self._suspect(failed)
         self.error = self.error or failed.error
         often = self._num_raised >= MAX_RAISED or self._num_attempts >= MAX_ATTEMPTS
         self.is_hopeless = self.error is not None or often
+
+    def _suspect(self, failed: A) -> None:
+        """Choose its replica last from now on, unless it has said of the rows what any other would."""
+        if failed.error is None:
+            self._shared.suspect(self.group, failed.replica, failed.epoch)
 
     def _look_after(self, first: A, now: float) -> None:
         """Its time has come: ask a second replica, or give the first one up."""
