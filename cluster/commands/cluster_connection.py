@@ -1,11 +1,12 @@
 """Joins a running Ray cluster for a look at it, within a deadline. Starts nothing, and knows nothing of Serve.
 
 Ray's own waits for a cluster that does not answer are minutes long and cannot be interrupted, and its native code ends
-the process that has lost its cluster, or calls it after having left, without a word. So a process of its own joins and
-looks, and is killed once it has answered.
+the process that has lost its cluster, or calls it after having left, without a word. So a process of its own joins,
+looks and leaves, and is killed where it takes too long.
 
     this process ── forks ──▶ one that imports Ray, joins, looks
                  ◀─ pipe ──── what it does now …, what it saw or what it raised; or the end of the pipe
+                 ── pipe ends ─▶ it leaves; a driver that was killed is a failure in the cluster's log
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
+import sys
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
@@ -28,6 +29,7 @@ from cluster.errors import MantaError, SetupError, Unavailable
 
 CONNECT_TIMEOUT_S = 3.0
 DEADLINE_S = 40.0  # for each step; importing and joining Ray takes seconds on a busy machine
+LEAVE_TIMEOUT_S = 2.0
 
 _START = "start one with `manta serve`, or name one with --address HOST:PORT"
 
@@ -75,18 +77,19 @@ def watch_cluster(
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":
         _knock(address)
-    receiving, sending = _FORK.Pipe(duplex=False)
-    looking = _FORK.Process(target=_work, args=(address, look, interval_s, sending), daemon=True)
+    ours, theirs = _FORK.Pipe()
+    looking = _FORK.Process(target=_work, args=(address, look, interval_s, theirs, ours), daemon=True)
     looking.start()
-    sending.close()
+    theirs.close()
     step = _IMPORTING
     try:
         while True:
             limit_s = look_s if step == _LOOKING and look_s is not None else deadline_s
-            if not receiving.poll(limit_s):
+            if not ours.poll(limit_s):
+                looking.kill()
                 raise Unavailable(f"the Ray cluster at {address} did not answer within {limit_s:g} s: {step}")
             try:
-                outcome = receiving.recv()
+                outcome = ours.recv()
             except EOFError:
                 raise Unavailable(
                     f"the Ray cluster at {address} stopped answering: Ray ended the process that asked it"
@@ -99,13 +102,21 @@ def watch_cluster(
                 raise error
             yield seen
     finally:
+        ours.close()
+        looking.join(LEAVE_TIMEOUT_S)
         looking.kill()
         looking.join()
-        receiving.close()
 
 
-def _work(address: str, look: Callable[[JoinedCluster], T], interval_s: float | None, outcomes: Connection) -> None:
+def _work(
+    address: str,
+    look: Callable[[JoinedCluster], T],
+    interval_s: float | None,
+    outcomes: Connection,
+    of_parent: Connection,  # the pipe's other end, which would never end while it is open here
+) -> None:
     """All that the process does that looks. Whoever started it may kill it at any time."""
+    of_parent.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other one
     with open(os.devnull, "w") as nowhere:  # Ray's native code logs there, whatever is configured
         os.dup2(nowhere.fileno(), 2)
@@ -113,9 +124,8 @@ def _work(address: str, look: Callable[[JoinedCluster], T], interval_s: float | 
     def look_again(cluster: JoinedCluster) -> None:
         while True:
             outcomes.send((look(cluster), None))
-            if interval_s is None:
+            if interval_s is None or outcomes.poll(interval_s):  # only its end can come
                 return
-            time.sleep(interval_s)
 
     try:
         _join_and_look(address, look_again, outcomes.send)
@@ -128,6 +138,9 @@ def _work(address: str, look: Callable[[JoinedCluster], T], interval_s: float | 
     except BaseException as error:
         error.add_note(traceback.format_exc())  # which no pipe carries
         _send_error(error, outcomes)
+    finally:
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()
 
 
 def _send_error(error: BaseException, outcomes: Connection) -> None:

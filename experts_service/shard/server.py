@@ -20,6 +20,7 @@ import logging
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from array import array
@@ -27,6 +28,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -123,7 +125,7 @@ class LaneServer:
         self._epoll = select.epoll()
         self._turns = Turns(self._epoll.fileno(), shape.num_experts, MAX_MEMORIES) if AVAILABLE else None
         self._cores = os.sched_getaffinity(0)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")  # knows when its number is another's
         self._epoll.register(self._wake, _READ)
         unix, self.path = listen_unix(directory)
         self._listeners = {unix.fileno(): unix}
@@ -179,8 +181,8 @@ class LaneServer:
     def close(self) -> None:
         """End all connections and the thread. Idempotent."""
         self._stopping = True
-        with suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        with suppress(ValueError):  # it is closed
+            self._wake.write((1).to_bytes(8, sys.byteorder))
         if self._thread.is_alive():
             self._thread.join(5.0)
         else:
@@ -497,7 +499,7 @@ class LaneServer:
         for listener in self._listeners.values():
             listener.close()
         self.path.unlink(missing_ok=True)
-        os.close(self._wake)
+        self._wake.close()
         self._epoll.close()
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +18,12 @@ import psutil
 import pytest
 
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
+from tests.processes import status
 from tests.waiting import wait_for
 
 CANARY = "xylophone"  # a word of the client's, wherever it may be put
 NUM_LEAVING = 20
+RAY_REPORT_S = 3.0  # an agent of Ray's reports what has failed once a second
 CHAT: dict[str, Any] = {"model": "manta-demo", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 4}
 LONG = CHAT | {"max_tokens": 400, "ignore_eos": True}
 FAULT = re.compile(rb"\bERROR\b|Traceback|Exception")
@@ -166,3 +173,16 @@ def test_a_client_that_leaves_is_no_error(server: Any, logs: Logs, wait_until_id
                 client.post("/v1/chat/completions", json=LONG, timeout=0.5)
         call.cancel()
     wait_until_idle(30)
+
+
+def test_who_looks_at_the_cluster_leaves_it(server: Any, logs: Logs) -> None:
+    """Each `manta status` was a driver that had failed, with a traceback of Ray's."""
+    status(server)
+    command = [sys.executable, "-m", "cluster.cli", "status", "--watch", "--address", server.ray_address]
+    terminal = os.environ | {"FORCE_COLOR": "1"}  # else only the last frame is printed
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=terminal) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline()
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(60) == 0
+    time.sleep(RAY_REPORT_S)

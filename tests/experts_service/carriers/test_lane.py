@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -499,6 +500,18 @@ def test_the_server_waits_without_burning_a_core() -> None:
         before = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - before < 0.1
+
+
+def test_a_server_that_is_closed_again_wakes_nobody_else() -> None:
+    """It wrote to whoever had its descriptor's number by then."""
+    with shards() as running, open(os.eventfd(0, os.EFD_NONBLOCK), "rb", buffering=0) as others:
+        server = running.start("0a", 0)
+        number = server._wake.fileno()
+        server.close()
+        os.dup2(others.fileno(), number)
+        server.close()
+        os.close(number)
+        assert others.read(8) is None
 
 
 def test_closing_a_server_leaves_no_socket_behind() -> None:

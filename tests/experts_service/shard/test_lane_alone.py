@@ -183,11 +183,14 @@ def test_where_there_is_no_room_to_run_rows_without_python_they_are_run_all_the_
     for number in range(3):
         peer.ask(number)
         peer.answered(number)
+    assert peer.in_chains == 0
     server._prepare = given
-    for number in range(3):
+    number = 0
+    while not peer.in_chains:  # a head that comes beside other news is run by Python, and its like not known then
+        number += 1
+        assert number < 1000, "there is room again"
         peer.ask(number)
         peer.answered(number)
-    assert peer.in_chains == 2, "there is room again"
 
 
 @with_chains

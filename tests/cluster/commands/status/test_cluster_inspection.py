@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.serve import context
 from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.schema import ApplicationStatus
@@ -79,6 +80,13 @@ def test_a_shard_that_stands_still_is_told_from_one_that_is_restarted() -> None:
     assert _heard(starts, None) == starts
 
 
+@pytest.fixture
+def no_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test's connection to Serve is not this one's."""
+    monkeypatch.setattr(context, "_cached_client_from_current_session", lambda: False)
+
+
+@pytest.mark.usefixtures("no_serve")
 def test_the_controller_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def stands_still(asked: object, *, timeout: float) -> None:
         raise GetTimeoutError(f"{asked} within {timeout:g} s")
@@ -91,6 +99,7 @@ def test_the_controller_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyP
     assert details() == {"applications": {}, "proxies": {}}
 
 
+@pytest.mark.usefixtures("no_serve")
 def test_statuses_are_read_from_the_controllers_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     told = StatusOverview(ApplicationStatusInfo(ApplicationStatus.RUNNING), "gateway").to_proto().SerializeToString()
     monkeypatch.setattr(ray, "get", lambda *_, **__: [told])
