@@ -266,7 +266,7 @@ class Invariants:
     def check_requests(self) -> None:
         """Now and then: whoever is past the deadline has been told."""
         for name, client in self.clients.items():
-            if self.fleet.lives_with(name):
+            if self.fleet.can_answer(name):
                 late_s = self._now - client.began - client.arrival.timeout_s
                 self._require(late_s < 1.0, f"{name} is past its deadline by {late_s:.1f} s, and has not been told")
 
@@ -291,7 +291,7 @@ class Invariants:
         fleet = self.fleet
         self.check_requests()
         for name in self.clients:
-            self._require(not fleet.lives_with(name), f"{name} has no end")
+            self._require(not fleet.can_answer(name), f"{name} has no end")
         for coordinator in fleet.coordinators.values():
             whose = coordinator.process
             self._require(coordinator.is_idle, f"{whose} still works, and nobody waits")

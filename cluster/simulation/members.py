@@ -183,10 +183,10 @@ class Fleet:
         self.note_service()
         return self._is_served and self._unserved_at < since
 
-    def lives_with(self, request: str) -> bool:
-        """Whether the gateway of that request can still answer."""
+    def can_answer(self, request: str, later: bool = False) -> bool:
+        """Whether the gateway of that request can; `later`: or could, if it is stopped and goes on."""
         gateway = self.gateways.get(self.clients_of.get(request, ""))
-        return gateway is not None and gateway.process.runs
+        return gateway is not None and (gateway.process.is_alive if later else gateway.process.runs)
 
     @property
     def news_from(self) -> float:

@@ -188,7 +188,7 @@ class Run:
         invariants.check_end()
 
     def _is_quiet(self) -> bool:
-        return not any(self.fleet.lives_with(name) for name in self.invariants.clients)
+        return not any(self.fleet.can_answer(name, later=True) for name in self.invariants.clients)
 
     def _see(self, event: Event) -> None:
         what = described(event)

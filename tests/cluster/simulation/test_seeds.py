@@ -29,6 +29,7 @@ NAMED = {  # what each of them found
     3657: "a replica whose answer was not finite was asked again as a hedge for the other one",
     8806: "rows that were posted together were all hedged, with a budget for one",
     17135: "what failed in one microbatch was forgotten where another one failed the step",
+    17325: "a gateway that was stopped and went on had streams left when the run had ended",
 }
 
 
