@@ -12,14 +12,16 @@ from tests.conftest import Server
 
 def processes(server: Server, title: str) -> list[psutil.Process]:
     """Those whose command line has `title` in it."""
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
-        try:
-            if title in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if title in command_line(child)]
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty of one that has ended, which may be before its parent knows."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def status(server: Server, *options: str) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gateway.grpc.proto import chat_pb2_grpc
 from tests.gateway.http.test_any_json import CALLS, CODES, GOOD, bodies
+from tests.processes import command_line
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MODEL = "manta-demo"
@@ -18,7 +19,7 @@ MODEL = "manta-demo"
 def coordinators(server):
     """(process id, start time) of each."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    titles = {child: " ".join(child.cmdline()) for child in children}
+    titles = {child: command_line(child) for child in children}
     found = [child for child, title in titles.items() if "ServeReplica:" in title and ":coordinator" in title]
     assert found
     return sorted((child.pid, child.create_time()) for child in found)

@@ -6,16 +6,13 @@ import signal
 import time
 
 import httpx
-import psutil
+
+from tests.processes import processes
 
 
 def test_headers_come_while_the_first_token_does_not(server):
     """The experts stand still: a prefill that takes as long looks the same from outside."""
-    shards = [
-        child
-        for child in psutil.Process(server.process.pid).children(recursive=True)
-        if "ExpertShard" in " ".join(child.cmdline())
-    ]
+    shards = processes(server, "ExpertShard")
     assert shards
     body = {"model": "mistral-small", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     for shard in shards:

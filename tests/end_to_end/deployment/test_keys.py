@@ -27,6 +27,7 @@ from gateway.admission.api_keys import digest, new_key
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.http.authentication import PUBLIC_PATHS
 from tests.conftest import Server, running_server
+from tests.processes import command_line
 from tests.raw_http import send, spellings
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
@@ -212,7 +213,7 @@ def test_no_log_shows_a_key(guarded):
     for key in (guarded.alice, WRONG):
         for content in (b"{", b'{"model": "nobody", "prompt": "x"}', b"[" * 1000):
             httpx.post(f"{guarded.url}/v1/completions", content=content, headers=bearer(key), timeout=60)
-    command_lines = [" ".join(process.cmdline()) for process in guarded.processes()]
+    command_lines = [command_line(process) for process in guarded.processes()]
     [session] = {found for line in command_lines for found in re.findall(r"(/\S*/session_[\w-]+)/", line)}
     files = [file for file in Path(session, "logs").rglob("*") if file.is_file()]
     assert len(files) > 10
@@ -412,7 +413,7 @@ def replica_grpc_address(guarded) -> str:
 
     Ray listens on ports of its own there, any of those that are free, on every interface.
     """
-    [gateway] = [one for one in guarded.processes() if "ServeReplica:gateway" in " ".join(one.cmdline())]
+    [gateway] = [one for one in guarded.processes() if "ServeReplica:gateway" in command_line(one)]
     listening = [one.laddr for one in gateway.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     loopback = [one.port for one in listening if one.ip.removeprefix("::ffff:") == "127.0.0.1"]
     [port] = [port for port in loopback if 40_000 <= port < 41_000]
@@ -425,6 +426,6 @@ def memory(guarded) -> int:
     held = 0
     for process in guarded.processes():
         with suppress(psutil.NoSuchProcess):
-            if any(door in " ".join((process.name(), *process.cmdline())) for door in doors):
+            if any(door in f"{process.name()} {command_line(process)}" for door in doors):
                 held += process.memory_info().rss
     return held

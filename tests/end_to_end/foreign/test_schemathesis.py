@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import httpx
-import psutil
 import pytest
 
 from cluster.demo_model import DIRECTORY
 from tests.conftest import running_server
 from tests.environments import make_environment, run_in
+from tests.processes import processes
 
 SECONDS = 120
 
@@ -36,7 +36,6 @@ def test_two_minutes_of_generated_requests(tmp_path):
 
 def coordinators(server):
     """(process id, start time) of each."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    found = [(child.pid, child.create_time()) for child in children if "ServeReplica:demo" in " ".join(child.cmdline())]
+    found = [(process.pid, process.create_time()) for process in processes(server, "ServeReplica:demo")]
     assert found
     return sorted(found)

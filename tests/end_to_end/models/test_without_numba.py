@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 
 import httpx
-import psutil
 import pytest
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.conftest import Server, running_server
+from tests.processes import processes
 
 CONFIG = f"""
 models:
@@ -53,6 +53,5 @@ def test_it_answers_as_with_numba_and_says_what_computes(without: Server) -> Non
     [coordinator] = kernels["coordinator"]
     assert (coordinator["sampling"], coordinator["batch_invariant"]) == ("torch", False)
     assert {kind["matmuls"] for kinds in kernels.values() for kind in kinds} <= {"torch", "onednn"}
-    children = psutil.Process(without.process.pid).children(recursive=True)
-    [process] = [child for child in children if ":coordinator" in " ".join(child.cmdline())]
+    [process] = processes(without, ":coordinator")
     assert not any("llvmlite" in mapped.path for mapped in process.memory_maps()), "nothing compiles"

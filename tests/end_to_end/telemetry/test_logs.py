@@ -14,11 +14,11 @@ from typing import Any
 
 import grpc
 import httpx
-import psutil
 import pytest
 
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from tests.processes import status
+from tests.conftest import Server
+from tests.processes import command_line, processes, status
 from tests.waiting import wait_for
 
 CANARY = "xylophone"  # a word of the client's, wherever it may be put
@@ -82,8 +82,8 @@ RPC_MISTAKES: dict[str, tuple[str, Any]] = {
 class Logs:
     """All log files of the server's Ray session, from now on."""
 
-    def __init__(self, server: psutil.Process) -> None:
-        command_lines = (" ".join(child.cmdline()) for child in server.children(recursive=True))
+    def __init__(self, server: Server) -> None:
+        command_lines = (command_line(process) for process in processes(server, "/session_"))
         [session] = {found for line in command_lines for found in re.findall(r"(/\S*/session_[\w-]+)/", line)}
         self._folder = Path(session, "logs")
         self._sizes = {file: file.stat().st_size for file in self._files()}
@@ -104,7 +104,7 @@ class Logs:
 @pytest.fixture
 def logs(server: Any) -> Iterator[Logs]:
     """Without a fault and without a client's word at the end of the test."""
-    logs = Logs(psutil.Process(server.process.pid))
+    logs = Logs(server)
     yield logs
     lines = logs.lines()
     assert not [line[:300] for line in lines if FAULT.search(line)]

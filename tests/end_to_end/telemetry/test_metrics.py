@@ -12,11 +12,11 @@ import threading
 import time
 
 import httpx
-import psutil
 import yaml
 
 from cluster.commands.plan.observed import Observed, observe
 from tests.gateway.telemetry.test_metrics import samples, value, values
+from tests.processes import processes
 from tests.programs import REPOSITORY
 from tests.waiting import wait_for
 
@@ -89,11 +89,7 @@ def test_every_process_is_in_the_page(server, engine_stats):
 
 
 def test_a_shard_that_stands_still_is_left_out_and_counted(server):
-    [shard, *_] = [
-        child
-        for child in psutil.Process(server.process.pid).children(recursive=True)
-        if "ExpertShard" in " ".join(child.cmdline())
-    ]
+    [shard, *_] = processes(server, "ExpertShard")
     failures = value(page(server), "manta_scrape_failures_total")
     shard.send_signal(signal.SIGSTOP)
     try:

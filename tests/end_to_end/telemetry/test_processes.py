@@ -6,16 +6,10 @@ from pathlib import Path
 
 import grpc
 import httpx
-import psutil
 
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
-from tests.processes import status
+from tests.processes import processes, status
 from tests.waiting import wait_for
-
-
-def processes(server, title):
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if title in " ".join(child.cmdline())]
 
 
 def test_the_gateway_replica_has_not_imported_torch(server):
