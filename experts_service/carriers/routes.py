@@ -95,7 +95,7 @@ class LaneRoutes(Generic[L]):
         return self._epoch == self._table.epoch and self._all_connected
 
     def only(self) -> Mapping[int, tuple[Replica, L]]:
-        """By group the one replica that can be asked, where there is one."""
+        """By group the one replica that can be asked, where there is one. What a suspected one answers is news."""
         if self._departing or self._epoch != self._table.epoch:
             self._look()
         return self._only
@@ -181,7 +181,7 @@ class LaneRoutes(Generic[L]):
             self._reachable[group] = tuple(r for r in self._wanted[group] if r.replica_id in present)
         self._all_connected = all(self._reachable.values())
         only = ((group, replicas[0]) for group, replicas in self._reachable.items() if len(replicas) == 1)
-        self._only = {group: (replica, present[replica.replica_id]) for group, replica in only}
+        self._only = {group: (one, present[one.replica_id]) for group, one in only if not one.suspected}
         self._departing = not links.keep_only(known)
         self._threads = self._threads_to_spread()
         self._epoch = epoch

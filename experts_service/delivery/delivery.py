@@ -7,7 +7,8 @@
 A carrier posts attempts and says what becomes of them; a delivery decides. It posts to the best replica that can be
 reached. A replica that fails is suspected, and another one is asked, or the same one again after a pause. One that
 takes far longer than usual is hedged: a second one is asked for the same rows, and the first answer counts. One that is
-silent for a third of the timeout is given up where there is another.
+silent for a third of the timeout is given up where there is another; where there is none it is waited for until the
+deadline, and suspected then.
 
     delivery.post(now)                                # the first attempt
     for over, at in deliveries.settle([delivery], …): # polls the carrier, and has each delivery react to what it says
@@ -349,6 +350,8 @@ class Delivery(Generic[Rows, A]):
                 continue
             if attempt.state is POSTED:
                 self._shared.carrier.cancel(attempt)
+                if self._was_silent(attempt):
+                    self._suspect(attempt)
             elif attempt.state is FAILED:
                 self._suspect(attempt)
 
@@ -373,7 +376,7 @@ class Delivery(Generic[Rows, A]):
             if other is not None and answered is self.second:
                 loads.answered(other.replica.replica_id, group, self.num_rows, now - other.posted_at, beaten=True)
             loads.answered(answered.replica.replica_id, group, self.num_rows, now - answered.posted_at)
-        if self._num_attempts > 1:
+        if self._num_attempts > 1 or answered.replica.suspected:
             shared.table.trust(shared.deployments[group], answered.replica.replica_id)
 
     def _learn(self, failed: A) -> None:
@@ -389,6 +392,11 @@ class Delivery(Generic[Rows, A]):
         """Choose its replica last from now on, unless it has said of the rows what any other would."""
         if failed.error is None:
             self._shared.suspect(self.group, failed.replica, failed.epoch)
+
+    def _was_silent(self, attempt: A) -> bool:
+        """Whether the deadline is over, and its replica had time enough until then."""
+        enough_s = self._shared.timeout_s / SILENCES_PER_TIMEOUT
+        return self._shared.clock() >= self.deadline >= attempt.posted_at + enough_s
 
     def _look_after(self, first: A, now: float) -> None:
         """Its time has come: ask a second replica, or give the first one up."""

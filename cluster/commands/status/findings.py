@@ -138,7 +138,9 @@ def _shards(model: str, group: DeploymentStatus) -> Iterator[Finding]:
     alone = "streams wait for it, and new requests get 503." if group.running == 1 else "others of the group answer."
     if group.silent:
         if group.running == 1:
-            alone = "streams and new requests wait for it, and end in 503 after experts.expert_timeout_s."
+            alone = (
+                "what has rows there ends in 503 after experts.expert_timeout_s, and new requests get 503 from then."
+            )
         yield Finding(
             f"{group.silent} of {group.running} replicas of {group.name} of {model} do not answer. If it is the shard, "
             f"{alone}",

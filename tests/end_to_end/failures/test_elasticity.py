@@ -175,6 +175,30 @@ def test_a_group_that_cannot_come_back_ends_in_503_and_is_waited_for(elastic, di
     assert before <= {process.pid for process in processes(elastic, COORDINATOR)}
 
 
+def test_an_only_shard_that_stands_still_is_said_to_and_answers_again(elastic):
+    """`/health` stayed 200, and each request waited out the timeout of a shard that nobody suspected."""
+    expected = completion(elastic, "wide").json()["choices"][0]["text"]
+    [shard] = processes(elastic, SHARD)
+    shard.suspend()
+    try:
+        assert completion(elastic, "wide").status_code == 503, "it was in a step"
+        wait_for(lambda: health(elastic)[0] == 503, 20, "/health to say so")
+        assert health(elastic)[1]["models"]["wide"]["waiting_for"] == ["expert-0"]
+        started = time.monotonic()
+        refused = completion(elastic, "wide")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
+        assert float(refused.headers["retry-after"]) > 0
+        assert time.monotonic() - started < EXPERT_TIMEOUT_S, "it is refused at once"
+        time.sleep(3)
+        assert health(elastic)[0] == 503, "it stays away until it goes on"
+    finally:
+        shard.resume()
+    resumed_at = time.monotonic()
+    wait_for(lambda: health(elastic)[0] == 200, RECOVERY_S, "the shard to be trusted")
+    print(f"/health was 200 {time.monotonic() - resumed_at:.1f} s after it went on")
+    assert completion(elastic, "wide").json()["choices"][0]["text"] == expected
+
+
 def health(server: Server) -> tuple[int, dict]:
     response = httpx.get(f"{server.url}/health", timeout=60)
     return response.status_code, response.json()

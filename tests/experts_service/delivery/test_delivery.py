@@ -300,6 +300,42 @@ def test_what_failed_is_suspected_though_the_dispatch_ends_before_anybody_has_lo
     assert [replica.suspected for replica in simulation.table.replicas(DEPLOYMENT)] == [True]
 
 
+@pytest.mark.parametrize("ends", ["its own deadline", "with others"])
+def test_the_only_replica_is_suspected_once_it_was_silent_for_the_whole_timeout(ends: str) -> None:
+    """It never was: `/health` stayed 200, and every request waited out the timeout of a shard that was stopped."""
+    simulation = world_of({"a": [("is silent", 0.0)]})
+    if ends == "with others":  # their deadline, at which the dispatch ends, is this one's
+        delivery = simulation.deliveries["rows"] = Delivery(simulation.shared, 0, 8, "rows", simulation.world.now + 30)
+        delivery.post(simulation.world.now)
+        simulation.world.now += 30
+        delivery.close()
+    else:
+        simulation.deliver(["rows"])
+        check(simulation)
+    assert [replica.suspected for replica in simulation.table.replicas(DEPLOYMENT)] == [True]
+
+
+@pytest.mark.parametrize(("closed_after_s", "connected_after_s"), [(29.0, 0.0), (30.0, 25.0)])
+def test_a_replica_that_had_little_time_is_not_suspected(closed_after_s: float, connected_after_s: float) -> None:
+    """Somebody left before the deadline, or it was asked shortly before that."""
+    simulation = world_of({"a": [("is silent", 0.0)]})
+    started = simulation.world.now
+    delivery = simulation.deliveries["rows"] = Delivery(simulation.shared, 0, 8, "rows", started + 30)
+    simulation.world.now = started + connected_after_s
+    delivery.post(simulation.world.now)
+    simulation.world.now = started + closed_after_s
+    delivery.close()
+    assert not any(replica.suspected for replica in simulation.table.replicas(DEPLOYMENT))
+
+
+def test_a_suspected_replica_that_answers_is_trusted_again() -> None:
+    """It was only slow: while it computes for others, it is looked at now and then, and nothing new is admitted."""
+    simulation = world_of({"a": [("answers", 0.01)]})
+    simulation.table.suspect(DEPLOYMENT, "a", simulation.table.epoch)
+    simulation.deliver(["rows"])
+    assert not any(replica.suspected for replica in simulation.table.replicas(DEPLOYMENT))
+
+
 def test_the_maths_is_asked_three_times_and_no_more() -> None:
     simulation = world_of({name: [("raises", 0.001)] for name in NAMES})
     [delivery] = simulation.deliver(["rows"]).values()
