@@ -91,15 +91,15 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C."""
-    from cluster.commands import ray_environment
-    from cluster.commands.supervised import supervise
+    from cluster.commands.local_ray import ray_environment
+    from cluster.commands.serve.supervised import supervise
 
     if address is None:
         ray_environment.prepare_server()
     else:
         ray_environment.prepare()
     supervise(waits_for_streams=address is not None)
-    from cluster.commands.serve import run
+    from cluster.commands.serve.command import run
 
     gateway = {
         "host": host,
@@ -118,7 +118,7 @@ def apply(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until all of it runs.")] = 3600.0,
 ) -> None:
     """Change the models of a running server to a configuration's, without a lost request."""
-    from cluster.commands import ray_environment
+    from cluster.commands.local_ray import ray_environment
 
     ray_environment.prepare()
     from cluster.commands.apply import run

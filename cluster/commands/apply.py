@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 
 from cluster.commands.cluster_connection import DEADLINE_S, JoinedCluster, look_at_cluster
-from cluster.commands.serve import checked_checkpoints, wait_until_running
+from cluster.commands.serve.command import checked_checkpoints, wait_until_running
 from cluster.commands.serve_controller import statuses
 from cluster.commands.served import made_of
 from cluster.config import GatewayConfig, ModelConfig, load_config

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cluster.commands import ray_environment
+from cluster.commands.local_ray import ray_environment
 from cluster.commands.raylets import silent
 from cluster.errors import MantaError, SetupError, Unavailable
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.private_files import session_logs
+from cluster.commands.local_ray.private_files import session_logs
 from cluster.errors import ConfigError, MantaError
 
 if TYPE_CHECKING:

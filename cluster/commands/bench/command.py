@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import ray_environment
+from cluster.commands.local_ray import ray_environment
 
 app = typer.Typer(
     name="bench",

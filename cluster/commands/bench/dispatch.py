@@ -27,7 +27,7 @@ from cluster.commands.bench.echo import echoes
 from cluster.commands.bench.machine import this_machine
 from cluster.commands.bench.output import Output
 from cluster.commands.bench.serve.plot import check_plotting
-from cluster.commands.local_ray import start_local_ray
+from cluster.commands.local_ray.start import start_local_ray
 from cluster.errors import ConfigError
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.auto import AutoTransport

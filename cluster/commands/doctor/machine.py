@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
 from cluster.commands.haproxy import open_files_needed
-from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES
+from cluster.commands.local_ray.start import SERVER_OBJECT_STORE_BYTES
 from cluster.planning.placement import gib
 from experts_service.kernels.cores import cores
 from experts_service.wire.address import LaneAddress, connect, listen_tcp, listen_unix

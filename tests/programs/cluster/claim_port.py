@@ -2,7 +2,7 @@
 
 import sys
 
-from cluster.commands.ray_environment import _free_port
+from cluster.commands.local_ray.ray_environment import _free_port
 
 print(_free_port(int(sys.argv[1])), flush=True)
 sys.stdin.read()

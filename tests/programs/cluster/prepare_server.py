@@ -3,7 +3,7 @@
 import os
 import sys
 
-from cluster.commands.ray_environment import prepare_server
+from cluster.commands.local_ray.ray_environment import prepare_server
 
 prepare_server()
 print(os.path.dirname(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]), flush=True)

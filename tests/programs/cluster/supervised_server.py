@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from cluster.commands import supervised
+from cluster.commands.serve import supervised
 from cluster.errors import MantaError, Unavailable
 
 

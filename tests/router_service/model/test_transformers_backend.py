@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.checkpoint.configuration.any_architecture import any_architecture
 from cluster.checkpoint.json_document import JsonDocument
-from cluster.commands import serve
+from cluster.commands.serve import command as serve
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.planning.placement import ExpertGroup, kv_bytes_per_token
 from experts_service.kernels.compiled.jit import AVAILABLE
@@ -409,9 +409,9 @@ def test_manta_serve_refuses_before_it_starts_anything(tmp_path, monkeypatch):
     def started(*_):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.commands.serve.check_tokenizer", lambda _: None)
-    monkeypatch.setattr("cluster.commands.serve._ray", started)
-    monkeypatch.setattr("cluster.commands.serve.look_at_gpus", started)
+    monkeypatch.setattr("cluster.commands.serve.command.check_tokenizer", lambda _: None)
+    monkeypatch.setattr("cluster.commands.serve.command._ray", started)
+    monkeypatch.setattr("cluster.commands.serve.command.look_at_gpus", started)
     with pytest.raises(CheckpointError, match="cannot serve jamba: its layers keep more"):
         serve.run(str(outline(tmp_path, tiny_config("jamba"))), None, None, None, {})
 

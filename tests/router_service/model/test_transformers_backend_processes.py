@@ -16,7 +16,7 @@ import ray
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from cluster.commands.local_ray import start_local_ray
+from cluster.commands.local_ray.start import start_local_ray
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport

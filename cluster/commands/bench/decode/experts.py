@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
-from cluster.commands.local_ray import start_local_ray
+from cluster.commands.local_ray.start import start_local_ray
 from cluster.config import GatewayConfig, ModelConfig
 from cluster.planning.placement import ExpertGroup
 from experts_service.carriers.local import LocalTransport

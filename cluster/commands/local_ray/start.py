@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from cluster.commands.private_files import UMASK, ray_directory, secure_token
+from cluster.commands.local_ray.private_files import UMASK, ray_directory, secure_token
 from cluster.errors import SetupError
 
 SERVER_OBJECT_STORE_BYTES = 512 * 2**20  # of `manta serve`: rows of a few prefills, no more lives there

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.door_keys import KEY, MAKE, with_key
+from cluster.commands.serve.door_keys import KEY, MAKE, with_key
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError
 from gateway.admission.api_keys import digest, read_api_keys

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import psutil
 
-from cluster.commands.private_files import session_logs
+from cluster.commands.local_ray.private_files import session_logs
 from cluster.errors import MantaError, Unavailable
 
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands import ray_environment
+from cluster.commands.local_ray import ray_environment
 from tests.ports import free_port
 from tests.programs import REPOSITORY, program
 

@@ -15,7 +15,7 @@ import socket
 import sys
 from pathlib import Path
 
-from cluster.commands.private_files import haproxy_directory, haproxy_files
+from cluster.commands.local_ray.private_files import haproxy_directory, haproxy_files
 from cluster.ray_variables import BASE, PORTS, haproxy
 from experts_service.wire.address import private_directory
 

@@ -25,13 +25,13 @@ from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.at_start import look_at_gpus
-from cluster.commands.door_keys import check_nodes, with_key
 from cluster.commands.haproxy import require_open_files
-from cluster.commands.local_ray import SERVER_OBJECT_STORE_BYTES, start_local_ray, what_died
-from cluster.commands.private_files import UMASK, session_logs
+from cluster.commands.local_ray.private_files import UMASK, session_logs
+from cluster.commands.local_ray.start import SERVER_OBJECT_STORE_BYTES, start_local_ray, what_died
+from cluster.commands.serve.door_keys import check_nodes, with_key
+from cluster.commands.serve.supervised import INTERRUPTED_S, TERMINATED_S, give_up
 from cluster.commands.serve_controller import details, statuses
 from cluster.commands.served import made_of
-from cluster.commands.supervised import INTERRUPTED_S, TERMINATED_S, give_up
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,

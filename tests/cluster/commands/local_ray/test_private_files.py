@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from cluster.commands.local_ray import start_local_ray
-from cluster.commands.private_files import haproxy_directory, haproxy_files, ray_directory, secure_token
+from cluster.commands.local_ray.private_files import haproxy_directory, haproxy_files, ray_directory, secure_token
+from cluster.commands.local_ray.start import start_local_ray
 from cluster.errors import SetupError
 from experts_service.wire.address import _unnamed_directory
 from tests.programs import REPOSITORY, program

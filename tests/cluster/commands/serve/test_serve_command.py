@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cluster.commands.serve import did_not_start
+from cluster.commands.serve.command import did_not_start
 from tests.checkpoints import write_checkpoint
 from tests.haproxy import with_open_files
 
