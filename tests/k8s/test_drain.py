@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.k8s import command, drain
-from cluster.commands.k8s.drain import streams_of_haproxy
+from cluster.commands.k8s.drain import Nodes, Replica, streams_of_haproxy
 from cluster.errors import Unavailable
 from tests.programs import said_by
 
@@ -33,7 +36,58 @@ def test_a_stream_ends_by_itself_and_the_next_one_is_elsewhere(tmp_path: Path) -
     assert drained == "False", "time is over"
     assert said.startswith("Serve's controller does not answer"), "and once, where it was asked for ever"
     assert said.count("\n") == 0
-    assert seen["of_head"] == "True"
+    assert seen["waiting"] == [None] * 8, "for a pod that takes over; for a stream; for gateways to go first"
+    assert seen["taken_away"] == [["True", ""]] * 3
+
+
+HEAD, GATEWAY, OTHER_GATEWAY, EXPERTS = "head", "node-g1", "node-g2", "node-e"
+HEADS = frozenset((HEAD,))
+WORKERS = frozenset((GATEWAY, OTHER_GATEWAY, EXPERTS))
+FOUND = [Replica("gateway", GATEWAY, "g1"), Replica("gateway", OTHER_GATEWAY, "g2"), Replica("expert-0", EXPERTS, "e")]
+
+
+def test_a_cluster_is_taken_away_where_nothing_that_lives_stays() -> None:
+    """KubeRay's autoscaler replaces pods that a drained machine had, though every one of them goes."""
+    assert Nodes(HEADS, WORKERS, WORKERS | HEADS).all_go
+    assert not Nodes(HEADS, WORKERS, WORKERS).all_go, "replacements may come"
+    assert not Nodes(HEADS, WORKERS, frozenset((HEAD, GATEWAY))).all_go
+    assert not Nodes(HEADS, WORKERS | {"new"}, WORKERS | HEADS).all_go, "one has joined meanwhile"
+    assert Nodes(HEADS, frozenset((EXPERTS,)), WORKERS | HEADS).all_go, "those that are gone count for nothing"
+    assert not Nodes(frozenset(), WORKERS, WORKERS | HEADS).all_go, "the next head is not up yet"
+    assert not Nodes(HEADS | {"next"}, WORKERS, WORKERS | HEADS).all_go, "the next head is up"
+
+
+def is_needed(
+    monkeypatch: pytest.MonkeyPatch, node: str, nodes: Nodes, *, streaming: Iterable[str] = (), told_s: float = -1.0
+) -> bool:
+    """Of a node, where these gateways have requests; the clients were told to go elsewhere `told_s` from now."""
+    monkeypatch.setattr(drain, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(drain, "replicas", lambda: FOUND)
+    monkeypatch.setattr(drain, "have_requests", lambda gateways: any(one.actor in streaming for one in gateways))
+    monkeypatch.setattr(drain, "_tell_ray", lambda node_id: None)
+    monkeypatch.setattr(drain, "_tell_that_the_head_goes", lambda node_id: None)
+    cluster = JoinedCluster("127.0.0.1:6379", Path())
+    return drain._is_needed(cluster, node, time.monotonic() + told_s)
+
+
+def test_what_is_taken_away_goes_gateways_first_and_the_head_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pod waited for replacements that could start nowhere, and the head stayed for twelve minutes."""
+    needed = partial(is_needed, monkeypatch)
+    all_go = Nodes(HEADS, WORKERS, WORKERS | HEADS)
+    assert all(needed(node, all_go, streaming=["g2"]) for node in (GATEWAY, OTHER_GATEWAY, EXPERTS, HEAD))
+    assert not needed(GATEWAY, all_go)
+    assert needed(GATEWAY, all_go, told_s=5.0), "clients may be sent there still"
+    assert needed(GATEWAY, Nodes(HEADS, WORKERS, WORKERS)), "replacements may come"
+    assert needed(EXPERTS, all_go), "a gateway that is up may be asked"
+    no_gateways = frozenset((EXPERTS,))
+    assert not needed(EXPERTS, Nodes(HEADS, no_gateways, no_gateways | HEADS))
+    assert needed(HEAD, Nodes(HEADS, no_gateways, no_gateways | HEADS))
+    assert not needed(HEAD, Nodes(HEADS, frozenset(), HEADS))
+    assert needed(HEAD, Nodes(HEADS, frozenset(), HEADS), told_s=5.0), "others may not have told yet"
+
+
+def test_a_node_without_replicas_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_needed(monkeypatch, "node-x", Nodes(HEADS, WORKERS | {"node-x"}, frozenset(("node-x",))), told_s=5.0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ray import serve
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
-from cluster.commands.k8s.drain import replicas_on
+from cluster.commands.k8s.drain import replicas
 from tests.programs import program
 
 NOBODY = "http://127.0.0.1:1"
@@ -24,7 +24,7 @@ directory = sys.argv[1]
 ensure_token_if_auth_enabled(create_token_if_missing=True)
 ray_cluster = Cluster()
 head = ray_cluster.add_node(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
-workers = [ray_cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
+workers = [ray_cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(3)]
 ray.init(address=ray_cluster.address, log_to_driver=False, logging_level="error")
 serve.start(proxy_location="Disabled")  # port 8000 is somebody's, perhaps
 
@@ -53,30 +53,42 @@ def wait_for(condition):
         time.sleep(0.1)
 
 
-@serve.deployment(
-    num_replicas=1,
-    ray_actor_options={"num_cpus": 1},
-    graceful_shutdown_timeout_s=60,
-    graceful_shutdown_wait_loop_s=0.1,
-    health_check_period_s=1,
-)
-class Stream:
-    def __call__(self, end):
-        while not os.path.exists(end):
-            yield ray.get_runtime_context().get_node_id()
-            time.sleep(0.1)
+def deployment(name):
+    """One replica, which takes a node for itself, and streams as long as it is to."""
+
+    @serve.deployment(
+        name=name,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 1},
+        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=1,
+    )
+    class Stream:
+        def __call__(self, end):
+            while not os.path.exists(end):
+                yield ray.get_runtime_context().get_node_id()
+                time.sleep(0.1)
+
+    return Stream.bind()
+
+
+def node_of(name):
+    """Of its newest replica."""
+    return [one.node_id for one in replicas() if one.deployment == name][-1]
 
 
 def end(name):
     open(os.path.join(directory, name), "w").close()
 
 
-handle = serve.run(Stream.bind(), route_prefix=None).options(stream=True)
+serve.run(deployment("expert-0"), name="model", route_prefix=None)
+handle = serve.run(deployment("gateway"), name="gateway", route_prefix=None).options(stream=True)
+of_expert = node_of("expert-0")
 stream = handle.remote(os.path.join(directory, "first"))
 first = next(stream)
-other = next(worker.node_id for worker in workers if worker.node_id != first)
 draining = drain(120, first)
-wait_for(lambda: replicas_on(other))  # the replacement, where the old one still streams
+wait_for(lambda: len(replicas()) == 3)  # the replacement, where the old one still streams
 time.sleep(2)
 still_waiting = draining.poll() is None
 end("first")
@@ -93,8 +105,31 @@ controller.resume()
 end("second")
 list(stream)
 
-for worker in workers:  # a cluster that is taken away: its head goes last
-    ray_cluster.remove_node(worker)
+# No node is left that drains not, and nothing streams; a pod may come and take over, unless the head goes, too.
+gateway, expert = drain(120, second), drain(120, of_expert)
+time.sleep(8)
+waiting = [gateway.poll(), expert.poll()]
+stream = handle.remote(os.path.join(directory, "third"))
+next(stream)
+head_draining = drain(120, head.node_id)
+time.sleep(8)
+waiting += [gateway.poll(), expert.poll(), head_draining.poll()]
+end("third")
+list(stream)
+taken_away = [outcome(gateway)]
+waiting += [expert.poll(), head_draining.poll()]
+
+
+def remove(node_id):
+    ray_cluster.remove_node(next(worker for worker in workers if worker.node_id == node_id))
+
+
+remove(second)
+taken_away.append(outcome(expert))
+waiting.append(head_draining.poll())
+remove(of_expert)
+remove(first)
+taken_away.append(outcome(head_draining))
 print(
     json.dumps(
         {
@@ -103,7 +138,8 @@ print(
             "drained": drained,
             "second": second,
             "beside_silence": beside_silence,
-            "of_head": outcome(drain(60, head.node_id))[0],
+            "waiting": waiting,
+            "taken_away": taken_away,
         }
     )
 )
