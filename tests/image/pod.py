@@ -70,6 +70,8 @@ class Pod:
 
     def start(self) -> None:
         """The pod's containers, but for the head's autoscaler, which needs an API server."""
+        if self._directory.exists():
+            shutil.rmtree(self._directory)
         self._directory.mkdir()
         self._make_volumes()
         head = self.cluster.head_service
@@ -83,6 +85,10 @@ class Pod:
             self._process = self.host.start(
                 [*unshare, "sh", "-eu", str(self._directory / "start.sh")], stdout=log, stderr=subprocess.STDOUT
             )
+
+    def has_ended(self) -> bool:
+        """By itself, or because it was told to."""
+        return self._process is not None and self._process.poll() is not None
 
     @property
     def first_process(self) -> psutil.Process:
@@ -182,6 +188,7 @@ class Pod:
             "RAY_SERVE_KV_TIMEOUT_S": "5",
             "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
             "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
+            "RAY_worker_niceness": "0",  # not KubeRay's: a pod has its share of the cores, which it has not here
             "RAY_AUTH_TOKEN": self.cluster.token,
             **(
                 {"RAY_enable_autoscaler_v2": "true"}

@@ -24,6 +24,8 @@ import yaml
 from cluster.commands.k8s.secrets import FIRST_KEY, fresh_secrets
 from cluster.demo_model.training.corpus import questions
 from cluster.kubernetes import names
+from cluster.kubernetes.names import head_service
+from gateway.active_cluster import GRACE_S
 from tests.hosts import Host, NotPossible, hosts
 from tests.image.builder import REPOSITORY, Builder
 from tests.image.dns import NameServer
@@ -33,6 +35,7 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.long, pytest.mark.root]
 
 START_TIMEOUT_S = 600
+TAKEN_AWAY_TIMEOUT_S = 240  # the hook of a pod that something needs takes 720
 DOMAIN = f"{names.NAMESPACE}.svc.cluster.local"
 CONFINED = {"Uid": str(names.USER), "Gid": str(names.USER), "CapBnd": 16 * "0", "NoNewPrivs": "1"}
 CHEESE = "What is the best French cheese?"
@@ -87,6 +90,11 @@ class Kubernetes:
         pod.start()
         return pod
 
+    def switch_to(self, head: Pod) -> None:
+        """As KubeRay does once all applications run."""
+        name = head_service(self.service["metadata"]["name"])
+        self.addresses[f"{name}.{DOMAIN}"] = head.host.address
+
     def deploy(self, head: Pod, config: Mapping[str, Any]) -> None:
         """As the operator does, through the dashboard."""
         answer = self._dashboard("PUT", head, json=dict(config))
@@ -97,10 +105,11 @@ class Kubernetes:
         applications: dict[str, Any] = self._dashboard("GET", head).json()["applications"]
         return applications
 
-    def wait_until_running(self, head: Pod) -> None:
+    def wait_until_running(self, head: Pod, meanwhile: Callable[[], None]) -> None:
         """What KubeRay waits for."""
 
         def run() -> bool:
+            meanwhile()
             found = self.applications(head)
             failed = {name: one["message"] for name, one in found.items() if one["status"] == "DEPLOY_FAILED"}
             assert not failed, failed
@@ -183,15 +192,28 @@ def serving(kubernetes: Kubernetes, name: str) -> dict[str, Pod]:
     cluster = kubernetes.cluster(name)
     started = time.monotonic()
     pods = {role: kubernetes.start(cluster, role) for role in kubernetes.groups}
+
+    def head_answers() -> bool:
+        restart_what_ended(pods)
+        return answers(pods["head"], "readiness", kubernetes.asker)
+
     try:
-        wait_for(partial(answers, pods["head"], "readiness", kubernetes.asker), START_TIMEOUT_S, "the head")
+        wait_for(head_answers, START_TIMEOUT_S, "the head")
         kubernetes.deploy(pods["head"], yaml.safe_load(kubernetes.service["spec"]["serveConfigV2"]))
-        kubernetes.wait_until_running(pods["head"])
+        kubernetes.wait_until_running(pods["head"], partial(restart_what_ended, pods))
     except AssertionError as error:
         logs = "\n".join(f"--- {role}\n{pod.log.read_text()[-3000:]}" for role, pod in pods.items())
         raise AssertionError(f"{error}\n{logs}") from error
     print(f"{name} serves after {time.monotonic() - started:.0f} s")
     return pods
+
+
+def restart_what_ended(pods: Mapping[str, Pod]) -> None:
+    """As KubeRay does. On a busy machine a node may not get up within the seconds that Ray gives it."""
+    for pod in pods.values():
+        if pod.has_ended():
+            print(f"{pod.name} is started again")
+            pod.start()
 
 
 def answers(pod: Pod, kind: str, asker: Host) -> bool:
@@ -288,9 +310,14 @@ def test_a_gateways_pod_that_is_drained_ends_its_stream_and_then_itself(
 
 def stop(pod: Pod) -> float:
     """As the kubelet does: the hook, then SIGTERM. Returns the seconds after that."""
+    run_hook(pod)
+    return pod.terminate(60)
+
+
+def run_hook(pod: Pod) -> None:
+    """Returns once nothing needs the pod."""
     hook = pod.before_stop(720)
     assert hook.returncode == 0, hook.stdout + hook.stderr
-    return pod.terminate(60)
 
 
 def in_background(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -305,3 +332,52 @@ def in_background(function: Callable[[], Any]) -> Callable[[], Any]:
 
     threading.Thread(target=work, daemon=True).start()
     return partial(outcome.result, 900)
+
+
+def test_a_second_cluster_takes_over_and_the_first_ends_its_streams(
+    kubernetes: Kubernetes, first: dict[str, Pod]
+) -> None:
+    """What KubeRay does when a manifest's pods change, and for a second version of a model without GPUs."""
+    kubernetes.switch_to(first["head"])
+    old = first["gateway"]
+    assert old.probe("readiness", kubernetes.asker) == 200
+    second = serving(kubernetes, "manta-fghij")
+    new = second["gateway"]
+    wait_for(partial(answers, new, "startup", kubernetes.asker), 120, "the new gateway")
+    assert new.probe("readiness", kubernetes.asker) == 503, "the first is the active one"
+    stream = Stream(kubernetes, old)
+    kubernetes.switch_to(second["head"])
+    started, seen = time.monotonic(), []
+    while time.monotonic() - started < GRACE_S + 30:
+        seen.append((old.probe("readiness", kubernetes.asker), new.probe("readiness", kubernetes.asker)))
+        if seen[-1] == (503, 200):
+            break
+        assert 200 in seen[-1], "the Service has nobody to ask"
+        time.sleep(1)
+    assert seen[-1] == (503, 200), seen
+    print(f"both answered for {time.monotonic() - started:.0f} s")
+    assert kubernetes.chat(new) == dict(questions())[CHEESE]
+    assert stream.ends_whole(), stream.failure
+    take_away(first, Stream(kubernetes, old))
+    assert kubernetes.chat(new) == dict(questions())[CHEESE]
+
+
+def take_away(pods: Mapping[str, Pod], stream: Stream) -> None:
+    """All of a cluster at once, as KubeRay does, while somebody who kept a connection streams."""
+    started, free_s = time.monotonic(), dict[str, float]()
+
+    def stop_one(role: str, pod: Pod) -> None:
+        run_hook(pod)
+        free_s[role] = round(time.monotonic() - started, 1)
+        pod.terminate(60)
+
+    stopping = [in_background(partial(stop_one, role, pod)) for role, pod in pods.items()]
+    assert stream.ends_whole(), stream.failure
+    ended_s = time.monotonic() - started
+    for stopped in stopping:
+        stopped()
+    gone_s = time.monotonic() - started
+    print(f"the stream ended after {ended_s:.0f} s, hooks after {free_s}; all was gone after {gone_s:.0f} s")
+    assert ended_s < free_s["gateway"] < min(free_s["coordinator"], free_s["expert"]), free_s
+    assert max(free_s, key=free_s.__getitem__) == "head"
+    assert gone_s - ended_s < TAKEN_AWAY_TIMEOUT_S
