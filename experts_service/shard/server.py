@@ -125,7 +125,7 @@ class LaneServer:
         self._epoll = select.epoll()
         self._turns = Turns(self._epoll.fileno(), shape.num_experts, MAX_MEMORIES) if AVAILABLE else None
         self._cores = os.sched_getaffinity(0)
-        self._wake = FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")  # knows when its number is another's
+        self._wake = FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")  # whoever writes to it closes it
         self._epoll.register(self._wake, _READ)
         unix, self.path = listen_unix(directory)
         self._listeners = {unix.fileno(): unix}
@@ -181,12 +181,14 @@ class LaneServer:
     def close(self) -> None:
         """End all connections and the thread. Idempotent."""
         self._stopping = True
-        with suppress(ValueError):  # it is closed
+        if not self._wake.closed:
             self._wake.write((1).to_bytes(8, sys.byteorder))
         if self._thread.is_alive():
             self._thread.join(5.0)
         else:
             self._end()
+        if not self._thread.is_alive():
+            self._wake.close()
 
     def _serve(self) -> None:
         try:
@@ -499,7 +501,6 @@ class LaneServer:
         for listener in self._listeners.values():
             listener.close()
         self.path.unlink(missing_ok=True)
-        self._wake.close()
         self._epoll.close()
 
 
