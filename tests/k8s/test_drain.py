@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import ray
 
 from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.k8s import command, drain
@@ -84,6 +86,29 @@ def test_what_is_taken_away_goes_gateways_first_and_the_head_last(monkeypatch: p
     assert needed(HEAD, Nodes(HEADS, no_gateways, no_gateways | HEADS))
     assert not needed(HEAD, Nodes(HEADS, frozenset(), HEADS))
     assert needed(HEAD, Nodes(HEADS, frozenset(), HEADS), told_s=5.0), "others may not have told yet"
+
+
+def test_a_gateway_that_does_not_answer_has_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateways = [Replica("gateway", f"node-{name}", name) for name in ("idle", "silent", "gone")]
+    answers: dict[str, object] = {"idle": 0, "silent": None}
+
+    def get_actor(name: str, _namespace: str) -> mock.Mock:
+        if name not in answers:
+            raise ValueError(name)
+        return mock.Mock(**{"get_num_ongoing_requests.remote.return_value": name})
+
+    def wait(asked: list[str], **_: object) -> tuple[list[str], list[str]]:
+        return [one for one in asked if answers[one] is not None], [one for one in asked if answers[one] is None]
+
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", answers.__getitem__)
+    assert drain.have_requests(gateways)
+    answers["silent"] = 0
+    assert not drain.have_requests(gateways)
+    answers["idle"] = 1
+    assert drain.have_requests(gateways)
+    assert not drain.have_requests(gateways[2:])
 
 
 def test_a_node_without_replicas_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
