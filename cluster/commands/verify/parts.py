@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cluster.commands.verify.gates import AskedGate
+from cluster.commands.verify.gates import AskedGate, Routed
 from experts_service.transformers_backend.meta_model import layers_of
 from experts_service.transformers_backend.probe import is_experts
 from router_service.dispatcher import Dispatcher
@@ -315,24 +315,23 @@ def _ask(module: Any, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
 def _gate_difference(layer: int, gate: AskedGate, chosen: Chosen, dtype: str) -> Iterator[PartDifference]:
     """Whether the same rows go to other experts, of which none is nearly as likely, or with other weights."""
     finite = chosen.rows.isfinite().all(1)
-    if not gate.can_be_asked or not bool(finite.any()):
+    # Where the gate is apart from its experts, it was given other rows than they; it is a part that was noted.
+    if gate.is_apart or not gate.can_be_asked or not bool(finite.any()):
         return
-    rows, mine = chosen.rows[finite], chosen.experts[finite]
+    rows, mine = chosen.rows[finite], Routed(chosen.experts[finite], chosen.weights[finite].float()).by_expert()
     if (said := gate(rows)) is None:
         return
-    experts, weights = said[0].cpu(), said[1].float().cpu()
-    if mine.shape != experts.shape:
+    theirs = Routed(said.experts.cpu(), said.weights.float().cpu()).by_expert()
+    if mine.experts.shape != theirs.experts.shape:
         yield PartDifference(layer, GATE, None, 1.0, here=False, there=False)
         return
-    order, same = mine.argsort(1), (mine.sort(1).values == experts.sort(1).values).all(1)
-    followed, _, _ = gate.follow(rows, experts, weights, mine)
-    others = float((mine.sort(1).values != followed.sort(1).values).any(1).float().mean())
+    followed, _ = gate.follow(rows, theirs, mine)
+    others = float((mine.experts != followed.by_expert().experts).any(1).float().mean())
+    kept = ((followed.experts == theirs.experts) & (followed.weights == theirs.weights)).all(1)
     if others:
         yield PartDifference(layer, GATE, None, others, here=False, there=False)
-    elif bool(same.any()):
-        of_mine = chosen.weights[finite].float().gather(1, order)[same]
-        of_theirs = weights.gather(1, experts.argsort(1))[same]
-        yield from _difference(layer, f"{GATE}'s weights", None, of_mine, of_theirs, OFF[dtype])
+    elif bool(kept.any()):
+        yield from _difference(layer, f"{GATE}'s weights", None, mine.weights[kept], theirs.weights[kept], OFF[dtype])
 
 
 @torch.inference_mode()

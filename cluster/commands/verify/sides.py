@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from math import nan
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from torch import nn
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.json_document import JsonDocument
 from cluster.commands.doctor.model import generate
-from cluster.commands.verify.gates import AskedGate
+from cluster.commands.verify.gates import AskedGate, Routed
 from cluster.commands.verify.parts import PartDifference, Parts, PartsOfOurs, compare
 from cluster.errors import Unavailable
 from cluster.messages import TokenChunk
 from experts_service.transformers_backend.meta_model import layers_of
 from experts_service.transformers_backend.probe import is_experts
 from router_service.engine import Engine
-from router_service.model.transformers_backend.decoder import TransformersDecoder
+from router_service.model.transformers_backend.decoder import DispatchedExperts, TransformersDecoder
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Said:
     token_ids: list[int]
     logprobs: list[float]
     layers: Layers
-    routed: list[torch.Tensor]  # of each layer that has experts: [tokens that were fed, K]
+    routed: list[Routed]  # of each layer that has experts, all tokens that were fed
     error: str = ""  # why there are no tokens
 
 
@@ -55,7 +56,7 @@ class _Notes:
     def __init__(self) -> None:
         self.attended: dict[int, torch.Tensor] = {}
         self.parts = Parts()
-        self._steps: list[list[torch.Tensor]] = []  # of each, the experts of its tokens, by layer
+        self._steps: list[list[Routed]] = []  # of each, where its tokens went, by layer
         self._ours: PartsOfOurs | None = None
         self._is_open = True
 
@@ -64,6 +65,7 @@ class _Notes:
         runner = engine.model_runner
         plan_of, forward, decode = runner.attention.plan, runner.forward, runner.decoder.forward
         ours = self._ours = PartsOfOurs(runner.decoder)
+        weighed: list[torch.Tensor] = []  # by layer, of a step
         self.parts = ours.parts
 
         def noted_plan(metadata: Any) -> Any:
@@ -88,13 +90,19 @@ class _Notes:
 
         def noted_decode(ids: Any, positions: Any, attention: Any, kv_cache: Any, routed: Any = None) -> Any:
             chosen = [] if routed is None else routed
+            weighed.clear()
             output = yield from decode(ids, positions, attention, kv_cache, chosen)
-            self._steps.append([of_layer.cpu() for of_layer in chosen])
+            # Code of ours tells no weights: they are scores' softmax, and do not leap.
+            weights = weighed or [torch.full_like(experts, nan, dtype=torch.float32) for experts in chosen]
+            self._steps.append([Routed(*pair) for pair in zip(map(torch.Tensor.cpu, chosen), weights, strict=True)])
             return output
 
         runner.decoder.forward = noted_decode  # type: ignore[method-assign, assignment]
         if isinstance(runner.decoder, TransformersDecoder):  # some change what attention gave before they project it
             _note_projected(layers_of(runner.decoder.model), self._note_attended)
+            for module in runner.decoder.model.modules():
+                if isinstance(module, DispatchedExperts):
+                    module.register_forward_pre_hook(lambda _, arguments: weighed.append(arguments[2].float().cpu()))
         else:
             runner.attention.plan = noted_plan  # type: ignore[method-assign]
         runner.forward = noted_forward  # type: ignore[method-assign]
@@ -115,9 +123,12 @@ class _Notes:
         return Layers(self.attended, experts)
 
     @property
-    def routed(self) -> list[torch.Tensor]:
+    def routed(self) -> list[Routed]:
         """Where the tokens of all steps went."""
-        return [torch.cat(of_layer) for of_layer in zip(*self._steps, strict=True)]
+        return [
+            Routed(torch.cat([one.experts for one in of_layer]), torch.cat([one.weights for one in of_layer]))
+            for of_layer in zip(*self._steps, strict=True)
+        ]
 
 
 def ours(
@@ -173,7 +184,7 @@ class Reference:
         )
         self._model.to(device).eval()
         self._layers = Layers()
-        self._routed: Iterator[torch.Tensor] = iter(())  # what each layer that has experts is to follow
+        self._routed: Iterator[Routed] = iter(())  # what each layer that has experts is to follow
         self._near_ties = 0
         layers = layers_of(self._model)
         _note_projected(layers, self._note_attended)
@@ -181,7 +192,7 @@ class Reference:
             if is_experts(module) and len(signature(module.forward).parameters) > 1:
                 block = layers.get_submodule(name.rpartition(".")[0])
                 gate = AskedGate(block, module, str(dtype).removeprefix("torch."))
-                self._follow(int(name.split(".")[1]), block, module, gate)
+                self._follow(int(name.split(".")[1]), module, gate)
 
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], said: Said) -> tuple[torch.Tensor, Layers, int]:
@@ -205,8 +216,8 @@ class Reference:
     def _note_attended(self, layer: int, rows: torch.Tensor) -> None:
         self._layers.attended[layer] = rows.float().cpu()
 
-    def _follow(self, layer: int, block: nn.Module, experts: nn.Module, gate: AskedGate) -> None:
-        given: list[torch.Tensor] = []  # to the block
+    def _follow(self, layer: int, experts: nn.Module, gate: AskedGate) -> None:
+        given: list[torch.Tensor] = []  # to the gate
 
         def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             given[:] = arguments[:1]
@@ -214,16 +225,17 @@ class Reference:
         def follow(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             rows, chosen, weights, *others = arguments
             routed = next(self._routed, None)
-            if routed is not None and gate.can_be_asked and routed.shape[1] == chosen.shape[1]:
-                count = len(routed)  # the last token was said, and not fed
-                of_block = given[0].reshape(len(chosen), -1)[:count]
-                followed, weighed, ties = gate.follow(of_block, chosen[:count], weights[:count], routed)
-                chosen, weights = torch.cat([followed, chosen[count:]]), torch.cat([weighed, weights[count:]])
+            if routed is not None and gate.can_be_asked and routed.experts.shape[1] == chosen.shape[1]:
+                count = len(routed.experts)  # the last token was said, and not fed
+                of_gate = given[0].reshape(len(chosen), -1)[:count]
+                followed, ties = gate.follow(of_gate, Routed(chosen[:count], weights[:count]), routed)
+                chosen = torch.cat([followed.experts, chosen[count:]])
+                weights = torch.cat([followed.weights, weights[count:]])
                 self._near_ties += ties
             self._layers.experts[layer] = chosen.sort(1).values.cpu()
             return rows, chosen, weights, *others
 
-        block.register_forward_pre_hook(note)
+        gate.module.register_forward_pre_hook(note)
         experts.register_forward_pre_hook(follow)
 
 
