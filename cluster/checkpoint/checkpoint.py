@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.checkpoint.architecture import Architecture, StoredDtype, coordinator_tensors, expert_tensors
-from cluster.checkpoint.configuration.any_architecture import any_architecture, divided, stored_tensors
+from cluster.checkpoint.configuration.any_architecture import Divided, any_architecture, divided, stored_tensors
 from cluster.checkpoint.configuration.end_of_tokenizer import end_of_tokenizer
 from cluster.checkpoint.configuration.generation_config import GenerationConfig, read_generation_config
 from cluster.checkpoint.configuration.hyperparameters import (
@@ -78,14 +78,15 @@ class Checkpoint:
     def coordinator_bytes(self) -> int:
         """What a coordinator reads, without experts."""
         if self.model_impl == "transformers":
-            return self._divided()[0]
+            return self._divided().own
         return sum(self.tensors[name].nbytes for name in coordinator_tensors(self.architecture))
 
     def expert_bytes(self, experts: Sequence[int]) -> int:
         """What who holds these experts reads."""
         a = self.architecture
         if self.model_impl == "transformers":
-            return self._divided()[1] * len(experts)
+            sizes = self._divided()
+            return sizes.expert * len(experts) + sizes.shared
         return sum(
             self.tensors[name].nbytes
             for layer in range(a.num_layers)
@@ -93,7 +94,7 @@ class Checkpoint:
             for name in expert_tensors(a, layer, expert)
         )
 
-    def _divided(self) -> tuple[int, int]:
+    def _divided(self) -> Divided:
         sizes = {name: (ref.shape, ref.nbytes) for name, ref in self.tensors.items()}
         return divided(sizes, self.architecture)
 

@@ -34,7 +34,8 @@ def held_weights(checkpoint: Checkpoint, dtype: Dtype, device: str) -> WeightByt
         sizes = {
             name: (ref.shape, math.prod(ref.shape) * DTYPE_BYTES[dtype]) for name, ref in checkpoint.tensors.items()
         }
-        return WeightBytes(*divided(sizes, a))
+        of = divided(sizes, a)
+        return WeightBytes(of.own, of.expert + of.shared)  # little: it is counted with each of them
 
     def held(names: Iterable[str]) -> int:
         return sum(held_bytes(checkpoint.tensors[name], dtype, device) for name in names)

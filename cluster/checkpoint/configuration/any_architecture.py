@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cluster.checkpoint.architecture import Architecture, GateSpec, LayerSpec, Shape, StoredDtype
 from cluster.checkpoint.configuration.hyperparameters import stored_dtype
@@ -33,7 +34,10 @@ INTERMEDIATE_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim
 UNTOLD_CONTEXT = 4096  # tokens, where config.json does not say how many
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_NOT_SERVED = re.compile(r"(?:^|\.)(?:mtp\w*|vision\w*|visual|audio\w*|multi_modal_projector)\.")
+_NOT_SERVED = re.compile(  # DeepSeek-OCR 2 sees with the last two
+    r"(?:^|\.)(?:mtp\w*|vision\w*|visual|audio\w*|\w*projector|resampler_model|sam_model|qwen2_model)\."
+)
+_NUMBERED = re.compile(r"\.experts\.\d+\.")
 
 
 def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32") -> Architecture:
@@ -99,21 +103,32 @@ def stored_tensors(
     return tensors
 
 
-def divided(sizes: Mapping[str, tuple[Shape, int]], architecture: Architecture) -> tuple[int, int]:
-    """What the coordinator has of these sizes, and one expert in all layers: by names and shapes, as families have
-    them. What predicts further tokens, sees or hears is of neither.
-    """
-    own = of_experts = 0
+class Divided(NamedTuple):
+    """Sizes of a model's tensors, by who has them. What predicts further tokens, sees or hears nobody has."""
+
+    own: int  # the coordinator
+    expert: int  # one in all layers
+    shared: int  # whoever has any expert: what those of a layer share, as a norm of their answers (Muse Spark)
+
+
+def divided(sizes: Mapping[str, tuple[Shape, int]], architecture: Architecture) -> Divided:
+    """By names and shapes, as families have them."""
+    own = of_experts = shared = 0
     num_experts = architecture.num_experts
     for name, (shape, size) in sizes.items():
         layer = _LAYER.search(name)
         if _NOT_SERVED.search(name) or (layer is not None and int(layer[1]) >= architecture.num_layers):
             continue
-        if ".experts." in name or (num_experts and len(shape) == 3 and shape[0] == num_experts):
+        if ".experts." in name and len(shape) == 1 and not _NUMBERED.search(name):
+            if shape[0] == num_experts:
+                own += size  # the gate's biases (Laguna)
+            else:
+                shared += size
+        elif ".experts." in name or (num_experts and len(shape) == 3 and shape[0] == num_experts):
             of_experts += size
         else:
             own += size
-    return own, -(-of_experts // max(1, num_experts))
+    return Divided(own, -(-of_experts // max(1, num_experts)), shared)
 
 
 def _first(config: JsonDocument, keys: Sequence[str], minimum: int = 0) -> int:

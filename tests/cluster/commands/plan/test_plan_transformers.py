@@ -4,12 +4,15 @@ import json
 import math
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.cli import app
 from cluster.errors import ConfigError
 from cluster.planning.weights import held_weights
+from experts_service.transformers_backend.loading import load_experts, load_own
+from experts_service.transformers_backend.meta_model import build
 from tests.transformers_families import write_family
 from tests.widened_checkpoints import write_mxfp4
 
@@ -44,6 +47,30 @@ def test_bytes_of_what_is_widened_are_those_in_memory(tmp_path):
     assert plan["widened"] == ["MXFP4"]
     text = CliRunner().invoke(app, ["plan", str(tmp_path), "--context", "128"]).stdout.replace("\n", " ")
     assert "Bytes are those in memory: weights in MXFP4 are widened to bfloat16 while they  are read." in text
+
+
+@pytest.mark.parametrize("family", ["muse_spark", "laguna", "step3p7", "ernie4_5_vl_moe", "deepseek_ocr2"])
+def test_bytes_that_are_counted_are_those_that_are_read(tmp_path, family):
+    """A shard was told to have a part of a norm that it reads whole (Muse Spark), and biases of the gate (Laguna); the
+    coordinator had what sees pictures, which it does not read.
+    """
+    write_family(tmp_path, family)
+    checkpoint = open_checkpoint(tmp_path, "transformers")
+    architecture, cpu = checkpoint.architecture, torch.device("cpu")
+    held = held_weights(checkpoint, "float32", "cpu")
+    for count in (1, 4):
+        read: list[int] = []
+        load_experts(
+            build(tmp_path, architecture, torch.float32), checkpoint, list(range(count)), cpu, on_bytes=read.append
+        )
+        assert sum(read) == checkpoint.expert_bytes(range(count)) <= count * held.expert
+    read = []
+    meta = build(tmp_path, architecture, torch.float32)
+    for name, _ in meta.experts:
+        block, _, attribute = name.rpartition(".")
+        setattr(meta.model.get_submodule(block), attribute, torch.nn.Identity())
+    load_own(meta, checkpoint, cpu, on_bytes=read.append)()
+    assert sum(read) == checkpoint.coordinator_bytes() == held.coordinator
 
 
 def test_tiers_are_not_planned(directory):
