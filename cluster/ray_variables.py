@@ -40,6 +40,7 @@ def haproxy(launcher: str) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": launcher,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else a thousand lines are kept back, warnings among them
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # A gateway may go while HAProxy sends it a request on a connection that it kept, and HAProxy closes the
         # client's then, without an answer. Both of these make it ask another gateway instead, where it can: nothing

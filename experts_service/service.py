@@ -25,6 +25,7 @@ from cluster.errors import ExpertUnavailable, MantaError
 from cluster.planning.scaling_policy import LOAD, REPORT_INTERVAL_S, WAITING, replica_options
 from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import ProcessFigures
+from cluster.telemetry.process_logs import log_where_serve_does
 from experts_service.membership import replica_metadata
 from experts_service.shard.metrics import shard_families
 from experts_service.shard.shard import ShardSpec, ShardStats, start_shard
@@ -43,6 +44,7 @@ class ExpertService:
     """Supervises the shard of one replica."""
 
     async def __init__(self, spec: ShardSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_where_serve_does()
         context = serve.get_replica_context()
         self._spec = spec
         self._replica_id = context.replica_id.unique_id

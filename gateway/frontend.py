@@ -281,7 +281,7 @@ class Frontend:
         span = self._traces.start(
             "request", attributes, kind="server", parent=record.traceparent, started_ns=record.started_ns
         )
-        record.is_traced = bool(span)
+        record.may_be_traced = False
         try:
             yield span
         finally:

@@ -24,6 +24,7 @@ from cluster.planning.placement import DeviceShare, ExpertGroup, as_one
 from cluster.planning.scaling_policy import LOAD, WAITING, replica_options
 from cluster.telemetry.kernels import ProcessKernels
 from cluster.telemetry.metrics import ProcessFigures
+from cluster.telemetry.process_logs import log_where_serve_does
 from cluster.telemetry.progress import LoadingProgress
 from cluster.telemetry.traces import Traces
 from cluster.termination import Termination
@@ -74,6 +75,7 @@ class Coordinator:
         those that round the checkpoint otherwise than this process. `engine.dtype` is resolved: the shards were told
         the same. `shares` says who may be on the same device.
         """
+        log_where_serve_does()
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Key, OutgoingTokens | PendingEmbedding] = {}
         self._outboxes = TokenOutboxes()
@@ -83,7 +85,6 @@ class Coordinator:
         self._pool = ExpertPool(handles, coordinator=replica)
         self._traces = EngineTraces(Traces("manta-coordinator", os.environ.get(OTLP_ENDPOINT)))
         self._metrics = EngineMetrics(replica, groups, self._pool.latency)
-        _log_where_serve_does()
         await asyncio.to_thread(
             self._load, directory, fingerprint, model_impl, engine, experts, groups, of_tiers, shares
         )
@@ -155,8 +156,6 @@ class Coordinator:
         rounds = engine.rounding is not None and (local or engine.rounding.has("attention"))
         self._engine.model_runner.decoder.layer_times = self._traces.layer_times
         self._kernels = process_kernels(self._engine, selection, str(engine.rounding) if rounds else "")
-        for handler in logging.getLogger("router_service").handlers:
-            handler.flush()  # Serve's keeps lines back; what fits is to be seen from the start
         blocks = self._engine.scheduler.block_manager
         cache = {
             "block_size": blocks.block_size,
@@ -314,14 +313,6 @@ class Coordinator:
             except Exception as error:  # the others' items are still to be handed out
                 logger.exception("%s could not be given what a step made", key)
                 waiting.put(item if isinstance(item, MantaError) else told(error))
-
-
-def _log_where_serve_does() -> None:
-    """In the replica's own file, with its name and id; by itself Serve writes there what its own logger is told."""
-    ours = logging.getLogger("router_service")
-    ours.setLevel(logging.INFO)
-    ours.handlers = logging.getLogger("ray.serve").handlers
-    ours.propagate = False
 
 
 def coordinator_deployment(

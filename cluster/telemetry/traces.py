@@ -94,7 +94,10 @@ class Traces:
         started_ns: int | None = None,
         links: Iterable[Span] = (),
     ) -> Span:
-        """`parent` is a traceparent, whoever sent it; a wrong one, or none, begins a new trace."""
+        """`parent` is a traceparent, whoever sent it; a wrong one, or none, begins a new trace.
+
+        No span where the sampler does not want it: by `OTEL_TRACES_SAMPLER`, or as the parent's flag says.
+        """
         if self._provider is None:
             return NO_SPAN
         from opentelemetry.context import Context
@@ -110,7 +113,7 @@ class Traces:
             start_time=started_ns,
             attributes=dict(attributes),
         )
-        return Span(span)
+        return Span(span) if span.is_recording() else NO_SPAN
 
     def close(self) -> None:
         """Send what is left."""

@@ -32,6 +32,7 @@ import ray.util
 from cluster.checkpoint.quantization.rounding import Rounding
 from cluster.errors import CheckpointError, ConfigError, ExpertUnavailable
 from cluster.expert_deployments import expert_deployment_name
+from cluster.telemetry.process_logs import log_to_standard_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +100,7 @@ class ExpertShard:
     """The weights of one group, all layers."""
 
     def __init__(self, spec: ShardSpec) -> None:
+        log_to_standard_error()
         self._spec = spec
         self._incarnation = uuid.uuid4().hex
         self._rows = [0] * len(spec.experts)

@@ -43,7 +43,7 @@ class RequestRecord:
     started_ns: int = field(default_factory=time.time_ns)  # Unix time
     traceparent: str = ""  # the client's, not in the line; nor this:
     traces_layers: bool = False  # it asks for spans of layers
-    is_traced: bool = False  # it has a span of its own
+    may_be_traced: bool = True  # it had no span yet that could have told how it ends
 
     def fail(self, error: BaseException | None) -> None:
         """There is no complete answer, for this error, or as the client has gone."""
@@ -107,16 +107,14 @@ class TextFormatter(logging.Formatter):
 
 
 def configure_logs(log_format: Literal["text", "json"]) -> None:
-    """Send everything that the gateway logs to this process's standard output.
+    """Send everything that the gateway logs, and what libraries warn of, to this process's standard output.
 
     Serve replaces `sys.stdout` and drops what is below its own level; Ray keeps the real one in `worker-….out`.
     """
     handler = logging.StreamHandler(sys.__stdout__)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    gateway = logging.getLogger("gateway")
-    gateway.handlers = [handler]
-    gateway.setLevel(logging.INFO)
-    gateway.propagate = False
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("gateway").setLevel(logging.INFO)
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -45,7 +45,7 @@ class RequestEnds:
             return
         if self._metrics is not None:
             self._metrics.failures.labels(record.model, record.error, record.reason).inc()
-        if self._traces is not None and record.model and not record.is_traced:
+        if self._traces is not None and record.model and record.may_be_traced:
             self._trace_refusal(self._traces, record)
         if record.reason.startswith(SHED):
             self._warn(record)

@@ -1,13 +1,14 @@
-"""The spans of one coordinator: one per request that is traced, one per step that works on any. Knows no maths.
+"""The spans of one coordinator: one per request that is traced. Knows no maths.
 
-Where a request asks for it, each step that it is in has children, one per group of layers.
+Where a request asks for it, each step that it is in is a span below the request's, with one below it per group of
+layers. For nobody else: steps are many more than requests, and a collector that cannot take them all loses requests.
 """
 
 from __future__ import annotations
 
 import time
 
-from cluster.messages import Request
+from cluster.messages import Key, Request
 from cluster.telemetry.layer_times import LayerTimes
 from cluster.telemetry.traces import NO_SPAN, Span, Traces
 from router_service.scheduling.scheduler import Batch
@@ -18,8 +19,7 @@ class EngineTraces:
 
     def __init__(self, traces: Traces) -> None:
         self._traces = traces
-        self._running: dict[tuple[str, int], Span] = {}
-        self._with_layers: set[tuple[str, int]] = set()  # those of them that ask for layers
+        self._asking: dict[Key, Span] = {}  # of requests whose steps are traced, in the order in which they came
         self.layer_times = LayerTimes()  # the decoder's
 
     def begin(self, request: Request) -> Span:
@@ -36,28 +36,25 @@ class EngineTraces:
             },
             parent=request.traceparent,
         )
-        if span:
-            self._running[request.key] = span
-            if request.traces_layers:
-                self._with_layers.add(request.key)
-                self.layer_times.wanted = True
+        if span and request.traces_layers:
+            self._asking[request.key] = span
+            self.layer_times.wanted = True
         return span
 
     def end(self, request: Request, span: Span, num_tokens: int, error: BaseException | None) -> None:
         """The stream of the request is over."""
-        self._running.pop(request.key, None)
-        self._with_layers.discard(request.key)
-        self.layer_times.wanted = bool(self._with_layers)
+        self._asking.pop(request.key, None)
+        self.layer_times.wanted = bool(self._asking)
         span.end({"gen_ai.usage.output_tokens": num_tokens}, type(error).__name__ if error else "")
 
     def observe_step(self, seconds: float, batch: Batch) -> None:
-        """A trace of its own, linked to the requests in the batch: a step belongs to all of them."""
+        """A child of the first request in the batch that asks for it, linked to the others that do."""
         passes = self.layer_times.take()
-        if not self._running:
+        if not self._asking:
             return
-        keys = [scheduled.sequence.request.key for scheduled in batch]
-        spans = [span for key in keys if (span := self._running.get(key))]
-        if not spans:
+        keys = {scheduled.sequence.request.key for scheduled in batch}
+        first, *others = [span for key, span in list(self._asking.items()) if key in keys] or [NO_SPAN]
+        if not first:
             return
         tokens = sum(scheduled.num_tokens for scheduled in batch)
         now_ns, now = time.time_ns(), time.perf_counter()
@@ -66,20 +63,18 @@ class EngineTraces:
             return now_ns - int((now - at) * 1e9)
 
         attributes = {"manta.sequences": len(batch), "manta.tokens": tokens}
-        began = min([now - seconds, *(one.began for one in passes)])
-        step = self._traces.start("step", attributes, started_ns=unix_ns(began), links=spans)
-        if not self._with_layers.isdisjoint(keys):
-            for number, one in enumerate(passes):
-                for group in one.groups():
-                    of_layers = {
-                        "manta.first_layer": group.first,
-                        "manta.last_layer": group.last,
-                        "manta.experts_s": group.experts_s,
-                        "manta.microbatch": number,
-                    }
-                    began_ns = unix_ns(group.began)
-                    span = self._traces.start("layers", of_layers, parent=step.traceparent, started_ns=began_ns)
-                    span.end({}, ended_ns=unix_ns(group.ended))
+        began_ns = unix_ns(min([now - seconds, *(one.began for one in passes)]))
+        step = self._traces.start("step", attributes, parent=first.traceparent, started_ns=began_ns, links=others)
+        for number, one in enumerate(passes):
+            for group in one.groups():
+                of_layers = {
+                    "manta.first_layer": group.first,
+                    "manta.last_layer": group.last,
+                    "manta.experts_s": group.experts_s,
+                    "manta.microbatch": number,
+                }
+                span = self._traces.start("layers", of_layers, parent=step.traceparent, started_ns=unix_ns(group.began))
+                span.end({}, ended_ns=unix_ns(group.ended))
         step.end({})
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
+from datetime import datetime
 from typing import Any
 
 from cluster.commands.status.cluster_inspection import inspect_cluster
@@ -37,8 +38,13 @@ def document(address: str) -> dict[str, Any]:
 
 
 def watch_load(address: str) -> None:
-    """Show the load of every expert until Ctrl-C. Raises Unavailable when no cluster answers, or it stops answering."""
+    """Show the load of every expert until Ctrl-C: in a terminal in place, else one below the other.
+
+    Raises Unavailable when no cluster answers, or it stops answering.
+    """
+    from rich.console import Console, Group
     from rich.live import Live
+    from rich.text import Text
 
     from cluster.commands.cluster_connection import watch_cluster
     from cluster.commands.status.load_inspection import inspect_load
@@ -46,10 +52,15 @@ def watch_load(address: str) -> None:
     from cluster.commands.status.model_load import load_between
 
     with suppress(KeyboardInterrupt), closing(watch_cluster(address, inspect_load, WATCH_INTERVAL_S)) as samples:
+        console = Console(highlight=False)
         before = next(samples)
-        with Live(draw_load([load_between(one, one) for one in before]), auto_refresh=False) as live:
+        first = draw_load([load_between(one, one) for one in before])
+        with Live(first, console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
             for after in samples:
                 known = {sample.model: sample for sample in before}
-                loads = [load_between(known.get(sample.model, sample), sample) for sample in after]
-                live.update(draw_load(loads), refresh=True)
+                drawn = draw_load([load_between(known.get(sample.model, sample), sample) for sample in after])
+                if live is not None:
+                    live.update(Group(drawn, Text("Ctrl-C ends this.", style="dim")), refresh=True)
+                else:
+                    console.print(Text(f"{datetime.now():%H:%M:%S}"), drawn)
                 before = after

@@ -28,7 +28,7 @@ def draw_load(loads: Sequence[ModelLoad]) -> RenderableType:
             style="not bold",
         )
         parts += [title, _experts(load.experts) if load.experts else Text("a dense model", style="dim"), Text()]
-    return Group(*parts, Text("Ctrl-C ends this.", style="dim"))
+    return Group(*parts)
 
 
 def _experts(experts: Sequence[ExpertLoad]) -> Table:

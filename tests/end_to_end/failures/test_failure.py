@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -204,24 +206,34 @@ def test_a_killed_gateway_ends_its_own_connections_and_no_others(replicated, und
 
 
 def test_sigterm_to_a_gateway_ends_no_stream_of_either_door(replicated, undisturbed):
-    """Ray ended the process at once, and its streams with it. It ends by itself now, and what is new goes elsewhere."""
+    """Ray ended the process at once, and its streams with it. It ends by itself now, and what is new goes elsewhere.
+
+    Its log says so: what is no line of `gateway` was said to Serve, which left out what it took for an INFO.
+    """
     gateways = processes(replicated, GATEWAY)
     assert len(gateways) == 2
+    log = Path(os.readlink(f"/proc/{gateways[0].pid}/fd/1"))
     with grpc_streams(replicated) as calls:
         seen = asyncio.run(streams(replicated, lambda: terminate(replicated, gateways[0])))
     check_equal(seen, undisturbed)
     assert [call.result() for call in calls] == [calls[0].result()] * len(calls)
     gateways[0].wait(RECOVERY_S)
+    assert " WARNING cluster.termination: SIGTERM: the process ends once its requests have" in log.read_text()
     wait_until_whole(replicated, GATEWAY, len(gateways))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("title", [":coordinator", ":expert-0", "ray::ExpertShard"])
 def test_sigterm_costs_no_stream_a_token(replicated, undisturbed, title):
+    """What a coordinator says of it is written at once: Serve kept back a thousand lines."""
     before = processes(replicated, title)
+    logs = Path(os.readlink(f"/proc/{before[0].pid}/fd/1")).parent / "serve"
     seen = asyncio.run(streams(replicated, before[0].terminate))
     check_equal(seen, undisturbed)
     before[0].wait(RECOVERY_S)
+    if title == ":coordinator":
+        said = "".join(file.read_text() for file in logs.glob("replica_*_coordinator_*.log"))
+        assert said.count("SIGTERM: the process ends once its requests have") == 1
     wait_until_whole(replicated, title, len(before))
 
 

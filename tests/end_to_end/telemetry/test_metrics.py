@@ -12,6 +12,7 @@ import threading
 import time
 
 import httpx
+import pytest
 import yaml
 
 from cluster.commands.plan.observed import Observed, observe
@@ -123,22 +124,25 @@ def test_every_figure_of_dashboard_alerts_and_runbooks_exists(server):
     assert {name for name in told if name not in known and f"{name}_count" not in known} == set()
 
 
-def test_status_watches_the_load_of_every_expert(server):
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "file"])
+def test_status_watches_the_load_of_every_expert(server, is_terminal):
+    """In a file one sample is below the other, each written at once: nothing was, until the command ended."""
     command = [sys.executable, "-m", "cluster.cli", "status", "--watch", "--address", server.ray_address]
-    terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "120"}  # else only the last frame is printed
+    environment = os.environ | {"COLUMNS": "120"} | ({"FORCE_COLOR": "1"} if is_terminal else {})
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=terminal
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as watching:
         seen: list[str] = []
         reader = threading.Thread(target=lambda: seen.extend(watching.stdout), daemon=True)
         reader.start()
         try:
-            wait_for(lambda: "Ctrl-C" in "".join(seen), 120, "the first frame")
+            wait_for(lambda: "".join(seen).count("rows/s") >= 2, 120, "two samples")
         finally:
             watching.send_signal(signal.SIGINT)
             assert watching.wait(60) == 0
         reader.join(10)
     output = "".join(seen)
     assert MODEL in output
-    assert "rows/s" in output
     assert "busy" in output
+    assert ("Ctrl-C" in output) is is_terminal
+    assert ("\x1b" in output) is is_terminal

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
+import pytest
 
 from cluster.errors import ExpertUnavailable, Overloaded
 from cluster.messages import ModelCard, Request, TokenChunk
@@ -32,7 +33,7 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the prompt's 
 
 
 def traced_coordinator(traces: EngineTraces, tokens: tuple[int, ...]) -> ScriptedCoordinator:
-    """Its spans are a coordinator's: one for the request, one for each token's step."""
+    """Its spans are a coordinator's: one for the request and, where it asks for them, one for each token's step."""
     inner = tokens_script(tokens)
 
     async def script(request: Request) -> AsyncIterator[TokenChunk]:
@@ -49,7 +50,7 @@ def traced_coordinator(traces: EngineTraces, tokens: tuple[int, ...]) -> Scripte
     return ScriptedCoordinator(script)
 
 
-def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
+def test_a_request_is_one_trace_and_its_steps_are_in_it_where_it_asks(
     card: ModelCard, tokenizer: HuggingFaceTokenizer
 ) -> None:
     tokens = tokenizer.encode("Hello")[1:]
@@ -57,10 +58,10 @@ def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
         ours, engines = Traces("manta-gateway", found.url), EngineTraces(Traces("manta-coordinator", found.url))
         frontend = build_frontend(card, traced_coordinator(engines, tokens), traces=ours)
         with http_server(frontend) as url:
-            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "manta=layers"}
             answer = httpx.post(url + "/v1/chat/completions", json=BODY | {"n": 2}, headers=headers).json()
             httpx.post(url + "/v1/chat/completions", json=BODY, headers={"traceparent": "nonsense"})
-            unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
+            unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00", "tracestate": "manta=layers"}
             httpx.post(url + "/v1/chat/completions", json=BODY, headers=unsampled)
         ours.close()
         engines.close()
@@ -75,11 +76,11 @@ def test_a_request_is_one_trace_and_its_steps_are_linked_to_it(
     children = [span for span in found.named("generate") if span.parent_span_id == first.span_id]
     assert len(children) == 2
     assert {span.trace_id for span in children} == {first.trace_id}
-    steps = found.named("step")
-    linked = [link.span_id for step in steps for link in step.links]
-    for child in found.named("generate"):
-        assert linked.count(child.span_id) == len(tokens) + 1
-        assert first.start_time_unix_nano <= child.start_time_unix_nano
+    steps = [step.parent_span_id for step in found.named("step")]
+    assert sorted(steps) == sorted(child.span_id for child in children for _ in range(len(tokens) + 1)), (
+        "a collector that took the steps of all requests lost the requests"
+    )
+    assert all(first.start_time_unix_nano <= child.start_time_unix_nano for child in children)
     assert len(found.named("generate")) == 3, "the client that does not want to be traced is not"
     assert "own words" not in str(found.spans)
 
@@ -124,6 +125,22 @@ def test_what_is_refused_before_it_is_answered_has_a_span_that_says_why(
     spans = [attributes(span) for span in found.named("request")]
     assert sorted(span["manta.reason"] for span in spans) == ["loading", "shed_queue"], "none of an unknown model"
     assert {(span.trace_id.hex(), span.parent_span_id.hex()) for span in found.named("request")} == {(TRACE, PARENT)}
+
+
+def test_what_the_sampler_leaves_out_is_traced_nowhere(
+    card: ModelCard, tokenizer: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:]))
+    with collector() as found:
+        traces = Traces("manta-gateway", found.url)
+        with http_server(build_frontend(card, coordinator, traces=traces)) as url:
+            for headers in ({"tracestate": "manta=layers"}, {"traceparent": f"00-{TRACE}-{PARENT}-01"}):
+                assert httpx.post(url + "/v1/chat/completions", json=BODY, headers=headers).status_code == 200
+        traces.close()
+    [span] = found.named("request")
+    assert span.trace_id.hex() == TRACE
+    assert [bool(request.traceparent) for request in coordinator.requests] == [False, True]
 
 
 def test_without_an_endpoint_nothing_is_sent_or_imported(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:

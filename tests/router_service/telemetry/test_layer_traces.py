@@ -15,6 +15,8 @@ from cluster.telemetry.traces import Traces
 from experts_service.carriers.local import LocalTransport
 from experts_service.loaded_experts import load_experts
 from router_service.dispatcher import Dispatcher
+from router_service.scheduling.scheduler import ScheduledSequence
+from router_service.scheduling.sequence import Sequence
 from router_service.telemetry.engine_traces import EngineTraces
 from tests.checkpoints import write_checkpoint
 from tests.collector import attributes, collector
@@ -61,12 +63,12 @@ def test_layers_of_the_steps_that_a_request_is_in(tmp_path, changes, config):
     assert tokens[0] == tokens[1]
     assert len(tokens[0]) == 4
     steps = {span.span_id: span for span in found.named("step")}
-    assert len(steps) == 8, "four of each request"
+    assert len(steps) == 4, "only those of the request that asked"
+    [asking, _] = sorted(found.named("generate"), key=lambda span: span.start_time_unix_nano)
+    assert {span.parent_span_id for span in steps.values()} == {asking.span_id}
     layers = found.named("layers")
-    with_layers = {span.parent_span_id for span in layers}
-    assert len(with_layers) == 4, "only those of the request that asked"
-    for step_id in with_layers:
-        step = steps[step_id]
+    assert {span.parent_span_id for span in layers} == set(steps)
+    for step_id, step in steps.items():
         mine = [span for span in layers if span.parent_span_id == step_id]
         mine.sort(key=lambda one: (attributes(one)["manta.microbatch"], one.start_time_unix_nano))
         assert {attributes(one)["manta.microbatch"] for one in mine} == set(range(config.get("microbatches", 1)))
@@ -84,6 +86,28 @@ def test_layers_of_the_steps_that_a_request_is_in(tmp_path, changes, config):
         for one in mine:
             took = (one.end_time_unix_nano - one.start_time_unix_nano) / 1e9
             assert 0 <= attributes(one)["manta.experts_s"] <= took + 1e-6
+
+
+def test_a_step_of_two_that_ask_is_in_the_trace_of_one_and_linked_to_the_other(tmp_path):
+    write_checkpoint(tmp_path, num_hidden_layers=3)
+    asking = [
+        replace(make_request(range(start, start + 9), max_tokens=4), traceparent=PARENT, traces_layers=True)
+        for start in (3, 20)
+    ]
+    with collector() as found:
+        traces = EngineTraces(Traces("manta-coordinator", found.url))
+        batch = [ScheduledSequence(Sequence(request), 0, 1) for request in asking]
+        spans = [traces.begin(request) for request in asking]
+        traces.observe_step(0.01, batch)
+        traces.end(asking[0], spans[0], 1, None)
+        traces.observe_step(0.01, batch[1:])
+        traces.end(asking[1], spans[1], 1, None)
+        traces.observe_step(0.01, batch)
+        traces.close()
+    first, second = (span.context.span_id.to_bytes(8, "big") for span in spans)
+    both, alone = sorted(found.named("step"), key=lambda step: step.start_time_unix_nano)
+    assert (both.parent_span_id, [link.span_id for link in both.links]) == (first, [second])
+    assert (alone.parent_span_id, list(alone.links)) == (second, [])
 
 
 @pytest.mark.parametrize("model_impl", ["native", "transformers"])
