@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 SHOWN = (  # to be exact, at the least
     *("gpt_oss", "glm4_moe", "minimax_m2", "ernie4_5_moe", "dots1", "phimoe", "deepseek_v2", "deepseek_v3"),
     *("llama4_text", "granitemoeshared", "mellum", "muse_spark", "step3p7", "ernie4_5_vl_moe"),
+    *("mistral_large4", "qwen3_omni_moe"),
 )
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -67,6 +68,12 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "minimax_m2": {"rotary_dim": 8},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *3 * ["sparse"]]},
     "qwen3_vl_moe_text": {"sliding_window": None},  # a cache would have it, and no layer
+    "qwen3_omni_moe_text": {"sliding_window": None},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 151652},  # generate asks for it, and it has no default
+    "mistral_large4_text": {  # the third layer has the second one's keys and values, and sees what it sees
+        "kv_source_layers": [0, 1, 1, 3],
+        "indexer_types": ["full", "full", "shared", "full"],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "phimoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
@@ -108,7 +115,8 @@ def tiny_config(model_type: str) -> Any:
     """Of a family's text model, with sizes of our own where it has such keys; of all of it, if that has no head."""
     config_class = CONFIG_MAPPING[model_type]
     whole = config_class()
-    text = whole.get_text_config(decoder=True)
+    thinker = getattr(whole, "thinker_config", whole)  # of what speaks as well
+    text = thinker.get_text_config(decoder=True)
     sizes = _known(text, SIZES)
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)  # it is what is rotated of it
@@ -116,8 +124,10 @@ def tiny_config(model_type: str) -> Any:
     tiny = type(text)(**{**sizes, **NO_IDS, **OWN.get(text.model_type, {})})
     if _auto(tiny) is not None or _auto(whole) is None:
         return tiny
-    of_text = next(name for name in whole.sub_configs if getattr(whole, name) is text)
-    return config_class(**_small_parts(whole, but=of_text), **{of_text: tiny.to_dict()}, **NO_IDS)
+    of_text = next(name for name in thinker.sub_configs if getattr(thinker, name) is text)
+    parts = {**_small_parts(thinker, but=of_text), of_text: tiny.to_dict()}
+    small = type(thinker)(**parts, **NO_IDS, **OWN.get(thinker.model_type, {}))
+    return small if thinker is whole else config_class(thinker_config=small.to_dict(), enable_audio_output=False)
 
 
 def _small_parts(config: Any, but: str = "") -> dict[str, Any]:
@@ -137,7 +147,7 @@ def _known(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _auto(config: Any) -> Any:
     """What builds a model that generates text; None: nothing does."""
-    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     return next((auto for auto in autos if type(config) in auto._model_mapping), None)
 
 
@@ -149,16 +159,16 @@ def random_model(config: Any, seed: int = 0) -> Any:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-            elif "bias" in name or "sinks" in name:
+            elif "bias" in name or "sinks" in name or "alpha" in name:
                 tensor.normal_(0.0, 0.1)
     return model
 
 
 def write_family(directory: Path, model_type: str) -> Any:
-    """A checkpoint under the names that the hub has, and its model."""
+    """A checkpoint under the names that the hub has, and what of it generates text."""
     model = random_model(tiny_config(model_type))
     model.save_pretrained(directory)
-    return model
+    return getattr(model, "thinker", model)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -38,6 +38,7 @@ from experts_service.weights import read_widened
 OnBytes = Callable[[int], None]
 
 _EXPERT = re.compile(r"\.(\d+)\.")
+_THINKER = "thinker."  # of Qwen3-Omni, whose talker is not built
 _TEXT_MODEL = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 
 
@@ -84,6 +85,7 @@ class _Names:
 
     def __call__(self, name: str) -> tuple[str, str] | None:
         """The name to give to transformers, without the prefix of a text model in a larger one, and the parameter's."""
+        name = name.removeprefix(_THINKER)
         without = (_TEXT_MODEL.sub("model.", name), _TEXT_MODEL.sub("", name))
         for candidate in dict.fromkeys((name, *without)):
             target, _ = rename_source_key(candidate, self._renamings, self._converters, self._prefix, self._parameters)

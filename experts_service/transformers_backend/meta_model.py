@@ -122,6 +122,7 @@ def _configs(directory: Path) -> tuple[Any, Any, Any]:
             f"{directory / 'config.json'} is of no model that the installed transformers can build, and Manta runs no "
             f"remote code: {first_line(error)}."
         ) from error
+    config = getattr(config, "thinker_config", config)  # of Qwen3-Omni, beside a talker
     text = config.get_text_config(decoder=True)
     for part in (config, text):
         part.__dict__.pop("quantization_config", None)  # what it is given is plain

@@ -24,9 +24,11 @@ from cluster.errors import CheckpointError
 from experts_service.transformers_backend.layer_attention import LayerAttention, Sight
 
 ATTENTION = "manta"  # the name of our attention function in transformers' registry
-KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")  # the caches of transformers that are keys and values
+# The caches of transformers that are keys and values; the last of a layer that is handed those of another one.
+KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 INDEXED = "DynamicIndexedLayer"  # the same, and keys of an indexer
-INDEXER = ("hidden_states", "q_resid", "position_embeddings", "attention_mask", "position_ids", "past_key_values")
+INDEXER = ("hidden_states", "position_embeddings", "attention_mask", "position_ids", "past_key_values")
+INDEXED_BY = "q_resid"  # and by this, mostly
 MEANINGLESS = ("dropout", "is_causal", "output_attentions", "use_cache", "position_ids", "output_router_logits")
 MEANT = ("scaling", "sliding_window", "s_aux", "indices")
 LENGTH_ROPES = ("dynamic", "longrope")
@@ -256,7 +258,8 @@ def _check_caches(model: Any, config: Any, refuse: Refuse) -> None:
 
 def _is_known(indexer: nn.Module) -> bool:
     """Whether it is called as DeepSeek-V3.2's is, so that it can be called for one sequence after the other."""
-    return tuple(signature(indexer.forward).parameters) == INDEXER and hasattr(indexer, "n_heads")
+    given = [name for name in signature(indexer.forward).parameters if name != INDEXED_BY]
+    return given == list(INDEXER) and hasattr(indexer, "n_heads")
 
 
 def check_rope(config: Any, max_model_len: int, refuse: Refuse) -> None:

@@ -34,8 +34,9 @@ INTERMEDIATE_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim
 UNTOLD_CONTEXT = 4096  # tokens, where config.json does not say how many
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_NOT_SERVED = re.compile(  # DeepSeek-OCR 2 sees with the last two
-    r"(?:^|\.)(?:mtp\w*|vision\w*|visual|audio\w*|\w*projector|resampler_model|sam_model|qwen2_model)\."
+_NOT_SERVED = re.compile(  # DeepSeek-OCR 2 sees with `sam_model` and `qwen2_model`
+    r"(?:^|\.)(?:mtp\w*|vision\w*|visual|audio\w*|\w*projector|resampler_model|sam_model|qwen2_model|"
+    r"talker|code2wav)\."
 )
 _NUMBERED = re.compile(r"\.experts\.\d+\.")
 
@@ -45,7 +46,7 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
 
     Raises CheckpointError where a size is missing.
     """
-    text = config.section("text_config") if config.has("text_config") else config
+    text = text_section(config)
     vocab_size = text.integer("vocab_size")
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
@@ -78,6 +79,13 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     )
 
 
+def text_section(config: JsonDocument) -> JsonDocument:
+    """What tells of the text model in the `config.json` of one that also sees, hears or speaks."""
+    if config.has("thinker_config"):  # Qwen3-Omni, whose talker speaks
+        config = config.section("thinker_config")
+    return config.section("text_config") if config.has("text_config") else config
+
+
 def stored_tensors(
     stored: Mapping[str, StoredTensor], config: JsonDocument
 ) -> dict[str, TensorRef | QuantizedRef | Mxfp4Ref]:
@@ -85,7 +93,7 @@ def stored_tensors(
 
     Raises CheckpointError for one that is neither plain numbers nor a quantised matrix as config.json tells of them.
     """
-    text = config.section("text_config") if config.has("text_config") else config
+    text = text_section(config)
     of_matrices = text if text.has("quantization_config") else config
     matrices, used = quantized_matrices(of_matrices, stored)
     tensors: dict[str, TensorRef | QuantizedRef | Mxfp4Ref] = dict(matrices)

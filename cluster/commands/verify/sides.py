@@ -171,17 +171,27 @@ class Reference:
     """The model as transformers has it."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoModelForMultimodalLM,
+        )
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+        options = _plain(checkpoint)
         sees = type(config) not in AutoModelForCausalLM._model_mapping
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        self._model: Any = auto.from_pretrained(
-            checkpoint.directory, dtype=dtype, trust_remote_code=False, local_files_only=True, **_plain(checkpoint)
+        if hasattr(config, "thinker_config"):  # Qwen3-Omni: what speaks is left out
+            config.enable_audio_output = False
+            auto, options = AutoModelForMultimodalLM, options | {"config": config}
+        model: Any = auto.from_pretrained(
+            checkpoint.directory, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
         )
+        self._model: Any = getattr(model, "thinker", model)
         self._model.to(device).eval()
         self._layers = Layers()
         self._routed: Iterator[Routed] = iter(())  # what each layer that has experts is to follow

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from router_service.attention.kv_cache import KVCache
 from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model.transformers_backend.attention import Chosen, Index, SdpaPlan
 from router_service.model.transformers_backend.pages import PagedLayersPlan
+
+PER_TOKEN = ("hidden_states", "q_resid", "position_ids")  # of what an indexer is given: [1, T, …]
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class TransformersDecoder:
             moe_name, _, attribute = name.rpartition(".")
             moe = self.model.get_submodule(moe_name)
             setattr(moe, attribute, DispatchedExperts(self, index))
+            moe._is_hf_initialized = True  # some blocks would give random numbers to experts that are not there
             if type(moe).__name__ == SCALED_BEFORE:
                 moe.forward = _ScaledBefore(moe)
         self.attention = meta.attention
@@ -234,25 +238,24 @@ class _Indexer:
 
     def __init__(self, decoder: TransformersDecoder, indexer: Any) -> None:
         self._decoder, self._indexer, self._forward = decoder, indexer, indexer.forward
+        self._signature = signature(indexer.forward)
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,  # [1, T, D]
-        q_resid: torch.Tensor,  # [1, T, Q]
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [1, T, R] each
-        *_: Any,
-        **__: Any,
-    ) -> Chosen:
+    def __call__(self, *args: Any, **kwargs: Any) -> Chosen:
         """What it chose, as `_attend` is given it: by this layer's attention, and by others that have no indexer."""
-        return self._decoder.choose(self._indexer.layer_idx, self._choose, hidden_states, q_resid, *position_embeddings)
+        given = self._signature.bind(*args, **kwargs).arguments
+        cos, sin = given["position_embeddings"]  # [1, T, R] each
+        # Of hidden states, of what queries are made of, and of positions, as far as it is given them.
+        per_token = {name: given[name] for name in PER_TOKEN if given.get(name) is not None}
 
-    def _choose(self, part: tuple[torch.Tensor, ...], mask: torch.Tensor, keys: Any) -> torch.Tensor:
-        hidden_states, q_resid, cos, sin = part
-        with FirstOfEqual():
-            chosen: torch.Tensor = self._forward(
-                hidden_states, q_resid, (cos, sin), mask, position_ids=None, past_key_values=keys
-            )
-        return chosen
+        def choose(part: tuple[torch.Tensor, ...], mask: torch.Tensor, keys: Any) -> torch.Tensor:
+            cos, sin, *rows = part
+            of_part = given | dict(zip(per_token, rows, strict=True))
+            of_part |= {"position_embeddings": (cos, sin), "attention_mask": mask, "past_key_values": keys}
+            with FirstOfEqual():
+                chosen: torch.Tensor = self._forward(**of_part)
+            return chosen
+
+        return self._decoder.choose(self._indexer.layer_idx, choose, cos, sin, *per_token.values())
 
 
 class FirstOfEqual(TorchFunctionMode):

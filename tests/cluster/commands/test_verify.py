@@ -37,6 +37,14 @@ def test_a_family_by_transformers_code_is_as_transformers_computes_it(directory,
     assert not any(one["layers"] for one in said["prompts"])
 
 
+@pytest.mark.long
+def test_the_thinker_of_one_that_speaks_is_verified(tmp_path, capsys):
+    """transformers has it in a larger model, which is built without what speaks."""
+    write_family(tmp_path, "qwen3_omni_moe")
+    assert run(str(tmp_path), None, "auto", "float32", TOKENS, as_json=True)
+    assert json.loads(capsys.readouterr().out)["good"]
+
+
 @pytest.mark.parametrize("family", ["glm4_moe", "step3p7"])
 def test_where_they_differ_the_first_layers_are_named(tmp_path, capsys, monkeypatch, family):
     """Experts of the second layer that has some, which is layer 2, say too much: layer 3 is the first to see it.

@@ -1,6 +1,7 @@
 """Models whose code is transformers' through our engine: the ids are those that transformers generates alone."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -403,6 +404,35 @@ def test_the_text_model_of_one_that_sees_is_served_from_its_checkpoint(tmp_path)
         metadata={"format": "pt"},
     )
     assert Bench(tmp_path, num_groups=2).run(*requests(16)) == expected(model, 16)
+
+
+def test_the_thinker_is_served_of_a_checkpoint_that_speaks(tmp_path):
+    """Qwen3-Omni: a talker lies beside it, whose layers have the same names."""
+    model = write_family(tmp_path, "qwen3_omni_moe")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    spoken = {
+        name.replace("thinker.", "talker."): torch.full_like(tensor, torch.nan)
+        for name, tensor in tensors.items()
+        if name.startswith("thinker.model.")
+    }
+    save_file(tensors | spoken, file, metadata={"format": "pt"})
+    bench = Bench(tmp_path, num_groups=2, max_num_batched_tokens=17)
+    assert bench.run(*requests(16)) == expected(model, 16)
+    read = sum(tensor.nbytes for name, tensor in tensors.items() if re.match(r"thinker\.(model|lm_head)\.", name))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.coordinator_bytes() + checkpoint.expert_bytes(range(8)) == read
+
+
+def test_layers_may_have_the_keys_and_the_choice_of_others(tmp_path):
+    """Mistral Large 4: a layer has another's keys and sees what that one chose; of what an indexer is given, positions
+    scale its queries.
+    """
+    model = write_family(tmp_path, "mistral_large4")
+    for cut in ({}, {"max_num_batched_tokens": 5}, {"block_size": 4, "num_kv_blocks": 256}):
+        bench = Bench(tmp_path, num_groups=2, **cut)
+        assert bench.run(*requests(32)) == expected(model, 32), cut
+        assert bench.run(*requests(32)) == expected(model, 32), f"{cut}, in the cache"
 
 
 def test_manta_serve_refuses_before_it_starts_anything(tmp_path, monkeypatch):
