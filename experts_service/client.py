@@ -16,12 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.errors import ConfigError, MantaError
@@ -33,6 +34,7 @@ from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.routing_table import TABLE, Deployment, Replica
+from experts_service.shard_handles import NoHandle, ShardHandles
 from experts_service.suspects import look_at_suspects
 from experts_service.transport import Transport
 from experts_service.wire.secret import read_lane_secret
@@ -55,6 +57,7 @@ class ExpertPool:
             group = group_of(name)
             assert group is not None, f"{name} is no deployment of experts"
             self._deployments[group] = Deployment(handle.app_name, first_deployment(name))
+        self._shards = ShardHandles(self._table, self._deployments.values())
         self.latency = {group: DispatchCounts() for group in self._deployments}  # of dispatches, by group
         self._attached: dict[str, str] = {}  # deployment → replica id at the other end of its stream
         self._streams: dict[str, Any] = {}
@@ -73,7 +76,7 @@ class ExpertPool:
             task.add_done_callback(_report)
             self._tasks.append(task)
         looks = asyncio.run_coroutine_threadsafe(
-            look_at_suspects(self._table, self._deployments.values(), _lives), self._loop
+            look_at_suspects(self._table, self._deployments.values(), self._lives), self._loop
         )
         looks.add_done_callback(_report)
         self._tasks.append(looks)
@@ -99,6 +102,7 @@ class ExpertPool:
         object_store = ObjectStoreTransport(
             self._deployments,
             self._table,
+            self._shards,
             fingerprint=fingerprint,
             of_tiers=of_tiers,
             timeout_s=timeout_s,
@@ -117,7 +121,7 @@ class ExpertPool:
             return object_store
         node_id = ray.get_runtime_context().get_node_id()
         dialer = LaneDialer(
-            ask_shard,
+            partial(ask_shard, self._shards),
             secret=secret,
             fingerprint=fingerprint,
             of_tiers=of_tiers,
@@ -141,6 +145,7 @@ class ExpertPool:
 
     def close(self) -> None:
         """End the streams and the thread. Idempotent."""
+        self._shards.close()
         if self._thread is None:
             return
         if self._stop_listening is not None:
@@ -190,15 +195,16 @@ class ExpertPool:
             if replica_id not in known:
                 self._streams[name].cancel()
 
-
-async def _lives(replica: Replica) -> bool:
-    """Whether the shard answers a call."""
-    try:
-        shard = await asyncio.to_thread(ray.get_actor, replica.actor, namespace=replica.namespace)
-        await asyncio.wait_for(shard.stats.remote(), SIGN_OF_LIFE_S)
-    except (RayError, ValueError, TimeoutError, MantaError):  # ValueError: no actor of that name lives
-        return False
-    return True
+    async def _lives(self, replica: Replica) -> bool:
+        """Whether the shard answers a call. One that is not found yet is looked up until the next time."""
+        try:
+            await asyncio.wait_for(self._shards.get(replica, 0.0).stats.remote(), SIGN_OF_LIFE_S)
+        except ActorDiedError:
+            self._shards.forget(replica)
+            return False
+        except (RayError, NoHandle, TimeoutError, MantaError):
+            return False
+        return True
 
 
 def _report(task: Future[None]) -> None:

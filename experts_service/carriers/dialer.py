@@ -12,6 +12,7 @@ import torch
 
 from experts_service.carriers.link import LinkLost
 from experts_service.routing_table import Replica
+from experts_service.shard_handles import NoHandle, ShardHandles
 from experts_service.wire.address import LaneAddress, connect
 from experts_service.wire.handshake import TIMEOUT_S, HandshakeRefused, introduce
 from experts_service.wire.shared_memory import SharedMemory
@@ -80,14 +81,19 @@ class LaneDialer:
         return Dialled(channel, address.thread_id if here else 0, memory)
 
 
-def ask_shard(replica: Replica, timeout_s: float) -> LaneAddress:
+def ask_shard(handles: ShardHandles, replica: Replica, timeout_s: float) -> LaneAddress:
     """Where the shard listens, by its actor's own word. Raises OSError."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import ActorDiedError, RayError
 
+    deadline = time.monotonic() + timeout_s
     try:
-        shard = ray.get_actor(replica.actor, namespace=replica.namespace)
-        address: LaneAddress = ray.get(shard.lane_address.remote(), timeout=timeout_s)
-    except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
+        shard = handles.get(replica, timeout_s)
+        address: LaneAddress = ray.get(shard.lane_address.remote(), timeout=max(0.0, deadline - time.monotonic()))
+    except NoHandle as error:
+        raise OSError(str(error)) from error
+    except RayError as error:
+        if isinstance(error, ActorDiedError):
+            handles.forget(replica)
         raise OSError(f"the shard {replica.actor} does not say where it listens ({type(error).__name__})") from error
     return address

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from torch import Tensor
 
 from cluster.errors import ExpertUnavailable, MantaError
@@ -24,6 +24,7 @@ from experts_service.delivery.delivery import ANSWERED, CANCELLED, Attempt, Deli
 from experts_service.delivery.flight import RemoteFlight, pieces
 from experts_service.kernels import finite
 from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.shard_handles import NoHandle, ShardHandles
 from experts_service.transport import Flight, GroupRows
 
 INLINE_BYTES = 100 * 1024  # Ray's own bound for an argument that travels inside the call
@@ -59,20 +60,22 @@ class CallAttempt(Attempt):
 
 
 class CallRoutes:
-    """All replicas of the table: Ray finds them."""
+    """The replicas of the table whose actors are found, or known not to be there."""
 
-    def __init__(self, deployments: Mapping[int, Deployment], table: RoutingTable) -> None:
+    def __init__(self, deployments: Mapping[int, Deployment], table: RoutingTable, handles: ShardHandles) -> None:
         self._deployments = deployments
         self._table = table
+        self._handles = handles
         self.calls: dict[Any, str] = {}  # replica ids by reference, until it is known that the call has ended
         self.unwanted: dict[Any, str] = {}  # the same of calls that nobody waits for any more
 
     def reachable(self, group: int) -> tuple[Replica, ...]:
-        replicas = self._table.replicas(self._deployments[group])
+        is_awaited = self._handles.is_awaited
+        replicas = tuple(one for one in self._table.replicas(self._deployments[group]) if not is_awaited(one))
         return tuple(replica for replica in replicas if not replica.suspected) or replicas
 
-    def refusal(self, group: int) -> tuple[Replica | None, str]:  # noqa: ARG002  # a lane's
-        return None, ""  # none is known, where none can be reached
+    def refusal(self, group: int) -> tuple[Replica | None, str]:
+        return None, "its actor has not been found yet" if self._table.replicas(self._deployments[group]) else ""
 
     def owed(self, replica_id: str) -> int:
         forget_ended(self.calls)
@@ -81,13 +84,15 @@ class CallRoutes:
 
 
 class CallCarrier:
-    """Calls of actors, by the names that the table has for them."""
+    """Calls of actors."""
 
-    def __init__(self, routes: CallRoutes, fingerprint: str, of_tiers: Mapping[str, str]) -> None:
+    def __init__(
+        self, routes: CallRoutes, handles: ShardHandles, fingerprint: str, of_tiers: Mapping[str, str]
+    ) -> None:
         self._routes = routes
+        self._handles = handles
         self._fingerprint = fingerprint
         self._of_tiers = of_tiers
-        self._shards: dict[str, Any] = {}  # actor handles by name
 
     def post(
         self,
@@ -101,12 +106,12 @@ class CallCarrier:
     ) -> CallAttempt:
         attempt = CallAttempt(replica, epoch, rows.place)
         try:
-            shard = self._shards.get(replica.actor)
-            if shard is None:
-                shard = self._shards[replica.actor] = ray.get_actor(replica.actor, namespace=replica.namespace)
+            shard = self._handles.get(replica, 0.0)  # this is the engine's thread
             attempt.reference = self._call(shard, rows, self._of_tiers.get(replica.tier, self._fingerprint))
             self._routes.calls[attempt.reference] = replica.replica_id
-        except (RayError, ValueError) as error:  # ValueError: no actor of that name lives
+        except NoHandle as error:
+            attempt.fail(str(error))
+        except RayError as error:
             attempt.fail(type(error).__name__)
         return attempt
 
@@ -129,7 +134,7 @@ class CallCarrier:
             ended, _ = ray.wait(references, num_returns=len(references), timeout=0)
             for attempt in attempts:
                 if attempt.reference in ended:
-                    _finish(attempt)
+                    self._finish(attempt)
                     self._routes.calls.pop(attempt.reference, None)
             return
         for attempt, answer in zip(attempts, answers, strict=True):
@@ -141,14 +146,30 @@ class CallCarrier:
         if replica_id := self._routes.calls.pop(attempt.reference, None):
             self._routes.unwanted[attempt.reference] = replica_id
 
-    def close(self) -> None:
-        self._shards.clear()
-
     def _call(self, shard: Any, rows: CallRows, fingerprint: str) -> Any:
         """Rows travel inside the call, or as the batch that all groups share and the indices of this one's."""
         if rows.inline is None:
             return shard.run.remote(fingerprint, rows.layer, rows.counts, rows.batch, rows.row_indices)
         return shard.run_inline.remote(pickle.dumps((fingerprint, rows.layer, rows.counts, rows.inline)))
+
+    def _finish(self, attempt: CallAttempt) -> None:
+        """Take what became of a call that has ended."""
+        try:
+            attempt.answer = ray.get(attempt.reference)
+        except RayTaskError as failure:
+            cause = failure.cause
+            attempt.fail(f"{type(cause).__name__}: {cause}"[:MAX_MESSAGE_CHARS])
+            attempt.raised = True
+            # Of one that has another checkpoint, or other numbers of it, no more is to be had; neighbours may answer.
+            attempt.error = (
+                cause if isinstance(cause, MantaError) and not isinstance(cause, ExpertUnavailable) else None
+            )
+        except RayError as failure:
+            if isinstance(failure, ActorDiedError):
+                self._handles.forget(attempt.replica)
+            attempt.fail(type(failure).__name__)
+        else:
+            attempt.state = ANSWERED
 
 
 class ObjectStoreTransport:
@@ -160,6 +181,7 @@ class ObjectStoreTransport:
         self,
         deployments: Mapping[int, Deployment],
         table: RoutingTable,
+        handles: ShardHandles,
         *,
         fingerprint: str,
         timeout_s: float,
@@ -170,10 +192,10 @@ class ObjectStoreTransport:
         self.deployments = dict(deployments)  # group → its deployment
         self.table = table
         self.latency = latency or {group: DispatchCounts() for group in self.deployments}
-        self._routes = CallRoutes(self.deployments, table)
-        self._carrier = CallCarrier(self._routes, fingerprint, of_tiers or {})
+        self._routes = CallRoutes(self.deployments, table, handles)
+        carrier = CallCarrier(self._routes, handles, fingerprint, of_tiers or {})
         self.deliveries: Deliveries[CallRows, CallAttempt] = Deliveries(
-            self._carrier, self._routes, table, self.deployments, timeout_s, self.latency
+            carrier, self._routes, table, self.deployments, timeout_s, self.latency
         )
         finite.load()  # no answer waits for it
 
@@ -197,7 +219,7 @@ class ObjectStoreTransport:
         return flight
 
     def close(self) -> None:
-        self._carrier.close()
+        """Nothing here is its own: the handles are the pool's."""
 
 
 def forget_ended(calls: dict[Any, str]) -> None:
@@ -206,22 +228,6 @@ def forget_ended(calls: dict[Any, str]) -> None:
         ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
         for reference in ended:
             del calls[reference]
-
-
-def _finish(attempt: CallAttempt) -> None:
-    """Take what became of a call that has ended."""
-    try:
-        attempt.answer = ray.get(attempt.reference)
-    except RayTaskError as failure:
-        cause = failure.cause
-        attempt.fail(f"{type(cause).__name__}: {cause}"[:MAX_MESSAGE_CHARS])
-        attempt.raised = True
-        # Of one that has another checkpoint, or other numbers of it, no more is to be had; its neighbours may answer.
-        attempt.error = cause if isinstance(cause, MantaError) and not isinstance(cause, ExpertUnavailable) else None
-    except RayError as failure:
-        attempt.fail(type(failure).__name__)
-    else:
-        attempt.state = ANSWERED
 
 
 def as_array(tensor: Tensor) -> Array:

@@ -16,6 +16,7 @@ import pstats
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from experts_service.kernels.swiglu import Prepared
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import ExpertShard, ShardSpec
 from experts_service.shard.turns import TurnCounts
+from experts_service.shard_handles import ShardHandles
 from experts_service.transport import Flight, GroupRows, Transport
 from experts_service.wire.secret import ensure_lane_secret, read_lane_secret
 from router_service.dispatcher import Dispatcher
@@ -201,11 +203,12 @@ def _transport(name: str, deployments: Mapping[int, Deployment], table: RoutingT
 
     if name == "local":
         return _LocalIdentity()
-    object_store = ObjectStoreTransport(deployments, table, fingerprint=FINGERPRINT, timeout_s=TIMEOUT_S)
+    shards = ShardHandles(table, deployments.values())
+    object_store = ObjectStoreTransport(deployments, table, shards, fingerprint=FINGERPRINT, timeout_s=TIMEOUT_S)
     if name == "object_store":
         return object_store
     dialer = LaneDialer(
-        ask_shard,
+        partial(ask_shard, shards),
         secret=read_lane_secret(ensure_lane_secret()),
         fingerprint=FINGERPRINT,
         node_id=ray.get_runtime_context().get_node_id(),

@@ -19,6 +19,15 @@ models:
     path: {DEMO}
     engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.02}}
 """
+GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
+BOTH_TRANSPORTS = "".join(
+    f"""
+  - name: {name}
+    path: {DEMO}
+    engine: {{dtype: float32, max_model_len: 512, kv_cache_gib: 0.02}}
+    experts: {{transport: {name}, groups: {GROUPS}}}"""
+    for name in ("object_store", "lane")
+)
 SECONDS = 60  # on a busy machine; one, and what kills take
 
 pytestmark = pytest.mark.long
@@ -51,6 +60,24 @@ def test_a_proxy_that_dies_is_started_again_and_answers() -> None:
         began = time.monotonic()
         wait_for(lambda: old not in haproxies(server) and answers(server), 3 * SECONDS, "another")
         print(f"clients were answered again after {time.monotonic() - began:.1f} s")
+
+
+def test_the_first_requests_are_answered_while_the_gcs_stands_still() -> None:
+    """A coordinator's first dispatch asked it for the shards, on the engine's thread: streams stood for a minute."""
+    with running_server(f"models:{BOTH_TRANSPORTS}") as server:
+        of_server = psutil.Process(server.process.pid).children(recursive=True)
+        [gcs] = [one for one in of_server if one.name() == "gcs_server"]
+        gcs.suspend()
+        try:
+            for model in ("object_store", "lane"):
+                began = time.monotonic()
+                text = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
+                answer = httpx.post(f"{server.url}/v1/completions", json=text, timeout=SECONDS)
+                print(f"{model}: {answer.status_code} after {time.monotonic() - began:.1f} s")
+                assert answer.status_code == 200, answer.text
+                assert time.monotonic() - began < SECONDS / 4
+        finally:
+            gcs.resume()
 
 
 def haproxies(server: Server) -> list[psutil.Process]:

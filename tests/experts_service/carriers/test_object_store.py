@@ -22,6 +22,7 @@ from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.kernels.experts import Experts
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import start_shard
+from experts_service.shard_handles import ShardHandles
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.shards import shard_spec
 
@@ -57,8 +58,11 @@ def replica(group: int, actor: str, fingerprint: str) -> Replica:
     return Replica(f"replica-of-{actor}", actor, NAMESPACE, group, fingerprint)
 
 
-def remote(table: RoutingTable, fingerprint: str, timeout_s: float = 30.0) -> Dispatcher:
-    transport = ObjectStoreTransport(DEPLOYMENTS, table, fingerprint=fingerprint, timeout_s=timeout_s)
+def remote(table: RoutingTable, fingerprint: str, timeout_s: float = 30.0, **options: Any) -> Dispatcher:
+    handles = ShardHandles(table, DEPLOYMENTS.values())
+    transport = ObjectStoreTransport(
+        DEPLOYMENTS, table, handles, fingerprint=fingerprint, timeout_s=timeout_s, **options
+    )
     return Dispatcher(GROUPS, transport)
 
 
@@ -122,10 +126,7 @@ def test_a_shard_that_rounds_otherwise_than_its_tier_is_refused_and_the_other_ti
 
     def answers(of_tiers: dict[str, str]) -> tuple[list[torch.Tensor], int]:
         table.publish(DEPLOYMENTS[1], [other, replica(1, "shard-1", checkpoint.fingerprint)])
-        there = ObjectStoreTransport(
-            DEPLOYMENTS, table, fingerprint=checkpoint.fingerprint, of_tiers=of_tiers, timeout_s=60.0
-        )
-        dispatcher = Dispatcher(GROUPS, there)
+        dispatcher = remote(table, checkpoint.fingerprint, timeout_s=60.0, of_tiers=of_tiers)
         found = [dispatcher.combine(dispatcher.dispatch(0, rows, experts), weights) for _ in range(6)]
         return found, sum(ray.get(second.stats.remote(), timeout=60).rows_per_expert)
 

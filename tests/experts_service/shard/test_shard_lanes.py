@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.kernels.experts import Experts
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import start_shard
+from experts_service.shard_handles import ShardHandles
 from experts_service.wire.secret import read_lane_secret
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.shards import shard_spec
@@ -76,7 +78,7 @@ def lane(
     memory: bool = False,
 ) -> LaneTransport:
     dialer = LaneDialer(
-        ask_shard,
+        partial(ask_shard, ShardHandles(known, DEPLOYMENTS.values())),
         secret=read_lane_secret(secret_file),
         fingerprint=checkpoint.fingerprint,
         node_id=node_id or ray.get_runtime_context().get_node_id(),
@@ -159,7 +161,8 @@ def test_a_shard_without_lanes_is_reached_through_the_object_store(
     lanes = lane(checkpoint, secret_file, known)
     with pytest.raises(ExpertUnavailable):
         ray.get(shards["without"].lane_address.remote(), timeout=60)
-    object_store = ObjectStoreTransport(DEPLOYMENTS, known, fingerprint=checkpoint.fingerprint, timeout_s=30.0)
+    handles = ShardHandles(known, DEPLOYMENTS.values())
+    object_store = ObjectStoreTransport(DEPLOYMENTS, known, handles, fingerprint=checkpoint.fingerprint, timeout_s=30.0)
     auto = AutoTransport(lanes, object_store)
     assert_equal_to_local(Dispatcher(GROUPS, auto), checkpoint, 5)
     auto.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from experts_service.carriers.dialer import LaneDialer, ask_shard
 from experts_service.carriers.lane import LaneTransport
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.shard.shard import start_shard
+from experts_service.shard_handles import ShardHandles
 from experts_service.wire.secret import read_lane_secret
 from router_service.dispatcher import Dispatcher
 from tests.experts_service.shards import shard_spec
@@ -109,7 +111,7 @@ def say_the_same(tmp_path: Path, secret_file: Path, model: Any, number: int) -> 
                 [Replica(name, name, NAMESPACE, group.index, checkpoint.fingerprint) for name in names],
             )
         dialer = LaneDialer(
-            ask_shard,
+            partial(ask_shard, ShardHandles(table, deployments.values())),
             secret=read_lane_secret(secret_file),
             fingerprint=checkpoint.fingerprint,
             node_id=ray.get_runtime_context().get_node_id(),
