@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.synchronize import Event
@@ -24,6 +24,7 @@ from uuid import uuid4
 import typer
 from rich.console import Console
 
+from cluster.commands import changes
 from cluster.commands.cluster_connection import DEADLINE_S, JoinedCluster, look_at_cluster
 from cluster.commands.serve.command import checked_checkpoints, wait_until_running
 from cluster.commands.serve_controller import statuses
@@ -110,14 +111,15 @@ def _change(gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[
     wanted = tuple(model_card(plan) for plan in plans)
     names, known = {card.application for card in wanted}, {card.application for card in before}
     going = tuple(card for card in before if card.application not in names)
-    for card in wanted:
-        console.print(f"{card.application}: {'is changed where it differs' if card.application in known else 'starts'}")
-    for card in going:
-        console.print(f"{card.application}: ends its streams and goes, once all else runs")
     failed = {name for name, one in statuses().items() if one.app_status.status == "DEPLOY_FAILED"}
     plans = tuple(replace(plan, attempt=uuid4().hex) if plan.application in failed else plan for plan in plans)
+    models = model_targets(gateway, plans)
+    for application, what in _changes(plans, wanted, models, before, failed).items():
+        console.print(f"{application}: {what}", soft_wrap=True)
+    for card in going:
+        console.print(f"{card.application}: {changes.GOES}")
     # Requests for a name go to the first version that is up: until the new ones are, to those that go.
-    targets = [gateway_target(gateway, (*wanted, *going)), *model_targets(gateway, plans)]
+    targets = [gateway_target(gateway, (*wanted, *going)), *models]
     try:
         _deploy(targets, stop)
     except SetupError:
@@ -135,6 +137,28 @@ def _change(gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[
         _delete([card.application for card in going])
     console.print("Done. `manta status` shows what runs.")
     return True
+
+
+def _changes(
+    plans: Sequence[ModelPlan],
+    wanted: Sequence[ModelCard],
+    targets: Sequence[Any],
+    before: Sequence[ModelCard],
+    failed: Set[str],
+) -> dict[str, str]:
+    """What becomes of each model of `plans`, by its application; `failed`: those that Serve has given up."""
+    known = {card.application: card for card in before if card.application not in failed}
+    deployed = changes.deployed(ASK_TIMEOUT_S) if known else {}
+    found = {}
+    for plan, card, target in zip(plans, wanted, targets, strict=True):
+        found[card.application] = changes.STARTS
+        if (old := known.get(card.application)) is not None:
+            surges = plan.config.max_surge_percent > 0
+            what = changes.change(deployed.get(card.application, {}), changes.wanted(target), surges=surges)
+            if what == changes.STAYS and replace(card, created=0) != replace(old, created=0):
+                what = changes.IN_PLACE  # in the gateways
+            found[card.application] = what
+    return found
 
 
 def _without(applications: Sequence[str], cards: Sequence[ModelCard]) -> tuple[ModelCard, ...]:

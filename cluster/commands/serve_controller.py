@@ -34,6 +34,12 @@ def statuses(timeout_s: float = STARTING_TIMEOUT_S) -> dict[str, Any]:
     return {overview.name: overview for overview in overviews}
 
 
+def deployments(timeout_s: float = TIMEOUT_S) -> Mapping[Any, tuple[Any, Any]]:
+    """By their ids, what each was deployed as (Serve's DeploymentInfo) and its route. Raises Unavailable."""
+    told: Mapping[Any, tuple[Any, Any]] | None = _ask("list_deployments_internal", timeout_s)
+    return told or {}
+
+
 def _ask(method: str, timeout_s: float) -> Any:
     """None where there is no Serve. Raises Unavailable where its controller does not answer in time."""
     import ray
