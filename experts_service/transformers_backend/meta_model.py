@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+)
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +31,7 @@ from experts_service.transformers_backend.probe import (
     ATTENTION,
     NO_MODEL,
     Refuse,
+    check_caches,
     check_rope,
     first_line,
     is_experts,
@@ -82,6 +89,7 @@ def build(directory: Path, architecture: Architecture, dtype: torch.dtype) -> Me
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     except NO_MODEL as error:
+        check_caches(text, refuse)  # which says more, where it is that
         raise refuse(first_line(error)) from error
     model.eval()
     layers, head = _parted(model, refuse)
@@ -126,12 +134,15 @@ def _configs(directory: Path) -> tuple[Any, Any, Any]:
     text = config.get_text_config(decoder=True)
     for part in (config, text):
         part.__dict__.pop("quantization_config", None)  # what it is given is plain
-    for built, auto in (text, AutoModelForCausalLM), (text, AutoModelForImageTextToText):
+    # The last: its text model has no head of its own.
+    ways = (text, AutoModelForCausalLM), (text, AutoModelForImageTextToText), (config, AutoModelForImageTextToText)
+    for built, auto in ways:
         if type(built) in auto._model_mapping:
+            if not issubclass(auto._model_mapping[type(built)], GenerationMixin):
+                break
             return built, text, auto
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return config, text, AutoModelForImageTextToText  # its text model has no head of its own
-    raise refusal(directory, config.model_type, "transformers has no causal language model over text for it")
+    problem = "transformers has no model for it that writes text one token after the other"
+    raise refusal(directory, config.model_type, problem)
 
 
 class _Outcome(MoeModelOutputWithPast):  # type: ignore[misc]

@@ -6,7 +6,7 @@ by name, before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -31,6 +31,18 @@ INDEXER = ("hidden_states", "position_embeddings", "attention_mask", "position_i
 INDEXED_BY = "q_resid"  # and by this, mostly
 MEANINGLESS = ("dropout", "is_causal", "output_attentions", "use_cache", "position_ids", "output_router_logits")
 MEANT = ("scaling", "sliding_window", "s_aux", "indices")
+STATE = "a running state (linear attention, a state space or a convolution)"
+KEPT_OTHERWISE = {  # in words, by transformers' caches
+    "LinearAttentionLayer": STATE,
+    "LinearAttentionAndFullAttentionLayer": f"{STATE} beside keys and values",
+    "LinearAttentionAndSlidingWindowAttentionLayer": f"{STATE} beside keys and values",
+    "DeepseekV4CSACache": "keys that stand for several tokens each",
+    "DeepseekV4HCACache": "keys that stand for several tokens each",
+    INDEXED: "keys of an indexer that is asked in a way of its own",
+    "MiniMaxM3VLSparseCacheLayer": "choices of whole blocks of keys",
+    "UnlimitedOcrDynamicReferenceSlidingWindowLayer": "a window in which a picture's tokens stay",
+}
+NAMED = 4  # layers, in a message
 LENGTH_ROPES = ("dynamic", "longrope")
 PROBED = 2  # tokens
 # What transformers raises where a config.json makes no sense to it.
@@ -64,7 +76,10 @@ def probe(
 
     Raises CheckpointError, which names what cannot be served.
     """
-    _check_caches(model, config, refuse)
+    check_caches(config, refuse, indexers(model))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d):
+            raise refuse(f"{name} is a convolution over tokens, and what it keeps is not in the cache")
     seen = _Seen(refuse)
     for indexer in indexers(model):
         indexer.forward = seen.index_of(indexer)
@@ -98,8 +113,8 @@ def probe(
     if missing := sorted(set(range(config.num_hidden_layers)) - set(seen.layers)):
         names = sorted({type(module).__name__ for module in _mixers(layers, missing)})
         raise refuse(
-            f"layers {', '.join(map(str, missing[:4]))}{', …' if len(missing) > 4 else ''} have no softmax attention "
-            f"whose keys and values could be kept ({', '.join(names)})"
+            f"it has no softmax attention in {_listed(missing)} ({', '.join(names)}), and Manta keeps the keys and "
+            "values of that"
         )
     linears = [module for module in model.modules() if type(module) is nn.Linear and uses.is_matrix(module.weight)]
     return tuple(seen.layers[index] for index in range(max(seen.layers) + 1)), tuple(linears)
@@ -168,6 +183,7 @@ class _Seen:
         what = type(module).__name__
         if not isinstance(layer, int) or layer in self.layers:
             raise self._refuse(f"{what} does not say which of the cache's layers it is")
+        what = f"attention of layer {layer} ({what})"
         sight = getattr(attention_mask, "manta_sight", None)
         if sight is None:
             raise self._refuse(f"{what} masks keys in a way of its own")
@@ -241,19 +257,29 @@ def _sight(shows: Any, size: int | None, chunk: int | None) -> Sight | None:
     return None
 
 
-def _check_caches(model: Any, config: Any, refuse: Refuse) -> None:
+def check_caches(config: Any, refuse: Refuse, of_model: Sequence[nn.Module] | None = None) -> None:
+    """Whether layers keep keys and values, and those of indexers `of_model`, which are not looked at if there is none.
+
+    Raises CheckpointError.
+    """
     try:
         caches = DynamicCache(config=config).layers
     except NO_MODEL as error:
         raise refuse(f"transformers makes no cache for its layers ({first_line(error)})") from error
-    of_model = indexers(model)
-    kept = (*KEPT, INDEXED) if of_model and all(map(_is_known, of_model)) else KEPT
-    others = {type(cache).__name__ for cache in caches} - set(kept)
+    is_known = of_model is None or (bool(of_model) and all(map(_is_known, of_model)))
+    kept = (*KEPT, INDEXED) if is_known else KEPT
+    others: dict[str, list[int]] = {}  # what is kept otherwise → by which layers
+    for layer, cache in enumerate(caches):
+        if (name := type(cache).__name__) not in kept:
+            others.setdefault(KEPT_OTHERWISE.get(name, f"what transformers keeps in {name}"), []).append(layer)
     if others:
-        raise refuse(f"its layers keep more than keys and values of softmax attention ({', '.join(sorted(others))})")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d):
-            raise refuse(f"{name} is a convolution over tokens, and what it keeps is not in the cache")
+        told = " and ".join(f"{what} in {_listed(layers)}" for what, layers in others.items())
+        raise refuse(f"it keeps {told}; Manta keeps only keys and values of softmax attention")
+
+
+def _listed(layers: Sequence[int]) -> str:
+    named = ", ".join([*map(str, layers[:NAMED]), *(["…"] if len(layers) > NAMED else [])])
+    return f"layer {named}" if len(layers) == 1 else f"layers {named}"
 
 
 def _is_known(indexer: nn.Module) -> bool:

@@ -31,6 +31,7 @@ TOP_K = (
     *("experts_per_token", "num_selected_experts"),
 )
 INTERMEDIATE_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_dim", "intermediate_size")
+MISSING = "is missing, by which memory is counted: the family has nothing of the kind, or names it in its own way"
 UNTOLD_CONTEXT = 4096  # tokens, where config.json does not say how many
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -47,6 +48,13 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     Raises CheckpointError where a size is missing.
     """
     text = text_section(config)
+    if config.values.get("is_encoder_decoder") is True:
+        raise config.error(
+            "is_encoder_decoder", "is true; a model that has an encoder beside its decoder is not served"
+        )
+    for key in ("vocab_size", "hidden_size", "num_attention_heads"):
+        if not text.has(key):
+            raise text.error(key, MISSING)
     vocab_size = text.integer("vocab_size")
     num_heads = text.integer("num_attention_heads")
     hidden_size = text.integer("hidden_size")
@@ -59,7 +67,7 @@ def any_architecture(config: JsonDocument, default_dtype: StoredDtype = "float32
     size = _first(text, INTERMEDIATE_SIZE) or 1
     layer = LayerSpec(gate=GateSpec()) if num_experts else LayerSpec(dense_size=size)  # which have experts is not told
     return Architecture(
-        layers=text.integer("num_hidden_layers", maximum=MAX_LAYERS) * (layer,),
+        layers=_num_layers(text) * (layer,),
         hidden_size=hidden_size,
         intermediate_size=size,
         num_heads=num_heads,
@@ -137,6 +145,16 @@ def divided(sizes: Mapping[str, tuple[Shape, int]], architecture: Architecture) 
         else:
             own += size
     return Divided(own, -(-of_experts // max(1, num_experts)), shared)
+
+
+def _num_layers(config: JsonDocument) -> int:
+    """Nemotron-H has a list of what each layer is, and no number of them."""
+    kinds = config.values.get("layers_block_type")
+    if config.has("num_hidden_layers"):
+        return config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    if isinstance(kinds, list) and 0 < len(kinds) <= MAX_LAYERS:
+        return len(kinds)
+    raise config.error("num_hidden_layers", MISSING)
 
 
 def _first(config: JsonDocument, keys: Sequence[str], minimum: int = 0) -> int:
