@@ -6,9 +6,11 @@ the configuration and the model cards. gRPC calls arrive as the methods of GrpcD
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
@@ -25,6 +27,7 @@ from gateway.coordinators.health import Health, probe_serve
 from gateway.coordinators.serve_client import ServeCoordinatorClient
 from gateway.frontend import Frontend
 from gateway.grpc.door import GrpcDoor
+from gateway.grpc.health import WATCH_INTERVAL_S
 from gateway.grpc.server.server import install
 from gateway.http.app import build_app
 from gateway.telemetry.kernel_watch import KernelWatch
@@ -77,6 +80,7 @@ class GatewayReplica(GrpcDoor):
         super().__init__(frontend)
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         self._termination = Termination(grace_s, self.watches.end)
+        self._ending = asyncio.get_running_loop().create_task(self._end_watches())
 
     async def check_health(self) -> None:
         """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another.
@@ -85,6 +89,12 @@ class GatewayReplica(GrpcDoor):
         """
         self.frontend.metrics.loop.start()
         self._termination.check()
+
+    async def _end_watches(self) -> None:
+        """Once Serve ends this replica, which waits for all that it answers: nothing waits for those who only watch."""
+        while not _is_ended_by_serve():
+            await asyncio.sleep(WATCH_INTERVAL_S)
+        self.watches.end()
 
     def made_of(self) -> tuple[GatewayConfig, tuple[ModelCard, ...]]:
         """Configuration and models, where `manta apply` begins."""
@@ -100,6 +110,12 @@ class GatewayReplica(GrpcDoor):
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(self.frontend)
+
+
+def _is_ended_by_serve() -> bool:
+    """Serve tells no code of ours, only its own object in this process."""
+    [replica] = ray._private.worker.global_worker.actors.values()
+    return bool(replica._replica_impl._shutting_down)
 
 
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import Overloaded, Unauthorized
+from cluster.errors import Overloaded, Unauthorized, Unavailable
 from gateway.frontend import Frontend
 from gateway.grpc.authentication import connection, peer_address
 from gateway.grpc.errors import RpcFailed, fail, failing_stream, status_of
@@ -53,8 +53,8 @@ class HealthRpcs:
                             yield health_pb2.HealthCheckResponse(status=status)
                         with suppress(TimeoutError):
                             await asyncio.wait_for(over.wait(), WATCH_INTERVAL_S)
-                raise Overloaded("this watch has to give way; watch again", reason="shed_watches")
-            except Overloaded as error:
+                raise self.watches.why_over
+            except (Overloaded, Unavailable) as error:
                 await fail(grpc_context, *status_of(error, ""))
                 raise RpcFailed from None
 

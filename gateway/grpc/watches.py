@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.errors import Overloaded
+from cluster.errors import Overloaded, Unavailable
 
 MAX_OF_CALLER = 4
 MAX_OF_ALL = 64
@@ -20,6 +20,13 @@ class Watches:
         self._callers: dict[asyncio.Event, str] = {}  # the oldest first
         self._is_ending = False
 
+    @property
+    def why_over(self) -> Overloaded | Unavailable:
+        """Of a watch that was ended, or that was refused because none is kept any more."""
+        if self._is_ending:
+            return Unavailable("this gateway ends; watch again")
+        return Overloaded("this watch has to give way; watch again", reason="shed_watches")
+
     def end(self) -> None:
         """Ends all, as the process is about to: nothing waits for those who only watch."""
         self._is_ending = True
@@ -28,9 +35,9 @@ class Watches:
 
     @contextmanager
     def place(self, caller: str) -> Iterator[asyncio.Event]:
-        """For the time of one watch, which has to end when the event is set. Raises Overloaded."""
+        """For the time of one watch, which has to end when the event is set. Raises Overloaded and Unavailable."""
         if self._is_ending:
-            raise Overloaded("this gateway ends; watch again", reason="shed_watches")
+            raise self.why_over
         counts = Counter(self._callers.values())
         if counts[caller] >= MAX_OF_CALLER:
             raise Overloaded(f"at most {MAX_OF_CALLER} watches of one connection", reason="shed_watches")
