@@ -20,20 +20,28 @@ one (`gateway.active_cluster`): `/-/ready` goes to a gateway only where `/-/heal
 
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
+
+It ends with the process that started it, Serve's HAProxyManager. Ray sees to that while the machine's raylet lives; one
+that outlived both kept the port, and asked gateways that were gone.
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
 import re
 import resource
+import signal
 import sys
 from http import HTTPStatus
 from pathlib import Path
 
+import psutil
+
 from cluster.errors import SetupError
 
+_PR_SET_PDEATHSIG = 1
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
@@ -93,6 +101,7 @@ def require_open_files() -> None:
 def main() -> None:
     """Replace this process by HAProxy, with our arguments behind `-dS`."""
     try:
+        _end_with_parent()
         require_open_files()
     except SetupError as error:
         raise SystemExit(f"manta-haproxy: {error}") from error
@@ -114,6 +123,23 @@ def main() -> None:
         with contextlib.suppress(OSError):  # a folder whose files may not be run
             os.execv(program, [str(program), "-dS", *sys.argv[1:]])
     raise SystemExit(f"{programs[-1]} cannot be run")
+
+
+def _end_with_parent() -> None:
+    """Also as HAProxy. Raises SetupError where the parent, a worker of Ray, may have ended already: so has its raylet.
+
+    SIGKILL, as one that stands still has to go as well. The kernel sends it when the thread that started us ends: Serve
+    does that on an actor's event loop, which runs until the process ends.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if (raylet := os.environ.get("RAY_RAYLET_PID")) is None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(int(raylet)).status() != psutil.STATUS_ZOMBIE:
+            return
+    raise SetupError("the raylet of this machine has ended")
 
 
 def _close_to_others(config: Path) -> None:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import psutil
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
@@ -24,6 +25,7 @@ from cluster.commands.haproxy import open_files_needed, part_clients
 from gateway.http.authentication import READY_PATH
 from tests.haproxy import running, with_open_files, write_config
 from tests.ports import free_port
+from tests.programs import REPOSITORY, program
 from tests.raw_http import MALFORMED, check_error, exchange
 from tests.waiting import wait_for
 
@@ -198,6 +200,67 @@ def test_it_starts_with_as_many_open_files_as_are_asked_for(tmp_path: Path) -> N
         codes[files] = done.returncode
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     assert codes == {needed * 3 // 4: 1, needed: 0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent")
+def test_it_ends_with_the_process_that_started_it_and_so_do_those_that_it_took_over_from(tmp_path: Path) -> None:
+    """On a machine whose raylet had died it was left, kept the port, and asked gateways that were gone."""
+    port = free_port()
+    config = write_config(tmp_path, CONFIG.format(directory=tmp_path, port=port, gone=free_port()), "60s")
+    command = program("cluster.start_haproxy", Path(sys.executable).with_name("manta-haproxy"), config)
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as manager:
+        assert manager.stdin is not None
+        assert manager.stdout is not None
+        started: list[psutil.Process] = []
+        try:
+            started.append(psutil.Process(int(manager.stdout.readline())))
+            wait_for(lambda: _listens(port), 60, "HAProxy")
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                client.sendall(b"GET / HTTP/1.1\r\n")  # it is waited for
+                manager.stdin.write("\n")
+                manager.stdin.flush()
+                started.append(psutil.Process(int(manager.stdout.readline())))
+                wait_for(lambda: _listeners(port) == [started[1].pid], 60, "the one that takes over")
+                assert started[0].status() != psutil.STATUS_ZOMBIE
+                manager.kill()
+                _, left = psutil.wait_procs(started, timeout=10)
+        finally:
+            manager.kill()
+            for one in started:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+    assert not left, "nobody's"
+    assert not _listens(port)
+
+
+def test_it_does_not_start_on_a_machine_whose_raylet_has_ended(tmp_path: Path) -> None:
+    """Its parent may have ended before it could ask to end with it."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    config = write_config(tmp_path, CONFIG.format(directory=tmp_path, port=free_port(), gone=free_port()))
+    for is_reaped in (False, True):
+        if is_reaped:
+            ended.wait(60)
+        else:
+            wait_for(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE, 60, "its end")
+        done = subprocess.run(
+            [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"],
+            env={**os.environ, "RAY_RAYLET_PID": str(ended.pid)},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "the raylet of this machine has ended" in done.stderr
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
+def _listeners(port: int) -> list[int | None]:
+    return [one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr[1] == port]
 
 
 def _configured(directory: Path, backend: BackendConfig, **changes: Any) -> tuple[Path, int]:
