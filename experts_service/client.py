@@ -13,10 +13,10 @@ import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 REATTACH_PAUSE_S = 0.2
 SIGN_OF_LIFE_S = 2.0
+CLOSE_S = 2.0  # for the streams to end, and for the thread
 
 
 class ExpertPool:
@@ -61,7 +62,7 @@ class ExpertPool:
         self.latency = {group: DispatchCounts() for group in self._deployments}  # of dispatches, by group
         self._attached: dict[str, str] = {}  # deployment → replica id at the other end of its stream
         self._streams: dict[str, Any] = {}
-        self._tasks: list[Future[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._stop_listening: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
@@ -71,15 +72,7 @@ class ExpertPool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="expert-pool", daemon=True)
         self._thread.start()
         self._stop_listening = self._table.listen(self._on_change)
-        for name, handle in self._handles.items():
-            task = asyncio.run_coroutine_threadsafe(self._stay_attached(name, handle), self._loop)
-            task.add_done_callback(_report)
-            self._tasks.append(task)
-        looks = asyncio.run_coroutine_threadsafe(
-            look_at_suspects(self._table, self._deployments.values(), self._lives), self._loop
-        )
-        looks.add_done_callback(_report)
-        self._tasks.append(looks)
+        self._tasks = asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result()
         self._table.wait_for(self._deployments.values(), timeout_s)
 
     def transport(
@@ -150,16 +143,26 @@ class ExpertPool:
             return
         if self._stop_listening is not None:
             self._stop_listening()
-        for task in self._tasks:
-            task.cancel()
-        deadline = time.monotonic() + 2.0
-        while self._streams and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(2.0)
+        self._thread.join(CLOSE_S)
         if not self._thread.is_alive():
             self._loop.close()
         self._thread = None
+
+    async def _begin(self) -> list[asyncio.Task[None]]:
+        looks = look_at_suspects(self._table, self._deployments.values(), self._lives)
+        tasks = [asyncio.create_task(one) for one in (*starmap(self._stay_attached, self._handles.items()), looks)]
+        for task in tasks:
+            task.add_done_callback(_report)
+        return tasks
+
+    async def _end(self) -> None:
+        """A task that is still pending when its loop has gone is told of on standard error."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
 
     async def _stay_attached(self, name: str, handle: Any) -> None:
         deployment = Deployment(handle.app_name, first_deployment(name))
@@ -207,6 +210,6 @@ class ExpertPool:
         return True
 
 
-def _report(task: Future[None]) -> None:
+def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("an attach stream is not kept any more: %r", error)
