@@ -114,8 +114,7 @@ class GatewayReplica(GrpcDoor):
 
 def _is_ended_by_serve() -> bool:
     """Serve tells no code of ours, only its own object in this process."""
-    [replica] = ray._private.worker.global_worker.actors.values()
-    return bool(replica._replica_impl._shutting_down)
+    return any(actor._replica_impl._shutting_down for actor in ray._private.worker.global_worker.actors.values())
 
 
 Gateway: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(GatewayReplica))

@@ -102,7 +102,7 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
     def are_watched() -> bool:
         """One watch more each time: HAProxy sends them to one gateway after the other, once it knows of both."""
         ends.append(threads.submit(end_of_watch, health_watch(elastic, connections)))
-        return all(answers_grpc(gateway) for gateway in processes(elastic, GATEWAY))
+        return all(is_watched(gateway) for gateway in processes(elastic, GATEWAY))
 
     ends: list[Future[grpc.StatusCode]] = []
     with ThreadPoolExecutor(64) as threads, ExitStack() as connections:
@@ -120,10 +120,11 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
         assert {end.result() for end in ends if end.done()} == {grpc.StatusCode.UNAVAILABLE}
 
 
-def answers_grpc(gateway: psutil.Process) -> bool:
-    """Whether anything is connected to a gateway's gRPC server."""
+def is_watched(gateway: psutil.Process) -> bool:
+    """Whether more is connected to its gRPC server than HAProxy's own look at it."""
     ports = range(RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT, RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT)
-    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports for one in gateway.net_connections())
+    connected = [one for one in gateway.net_connections() if one.status == psutil.CONN_ESTABLISHED]
+    return len([one for one in connected if one.laddr.port in ports]) > 1
 
 
 def health_watch(server: Server, connections: ExitStack) -> Any:
