@@ -30,6 +30,7 @@ from cluster.errors import MantaError, SetupError, Unavailable
 CONNECT_TIMEOUT_S = 3.0
 DEADLINE_S = 40.0  # for each step; importing and joining Ray takes seconds on a busy machine
 LEAVE_TIMEOUT_S = 2.0
+BUSY = 1.5  # a process that takes so many times as long as alone is on a busy machine
 
 _START = "start one with `manta serve`, or name one with --address HOST:PORT"
 
@@ -82,12 +83,14 @@ def watch_cluster(
     looking.start()
     theirs.close()
     step = _IMPORTING
+    assert looking.pid is not None
     try:
         while True:
             limit_s = look_s if step == _LOOKING and look_s is not None else deadline_s
             if not ours.poll(limit_s):
+                slow = slowness(looking.pid)
                 looking.kill()
-                raise Unavailable(f"the Ray cluster at {address} did not answer within {limit_s:g} s: {step}")
+                raise _silent(address, step, limit_s, slow)
             try:
                 outcome = ours.recv()
             except EOFError:
@@ -106,6 +109,20 @@ def watch_cluster(
         looking.join(LEAVE_TIMEOUT_S)
         looking.kill()
         looking.join()
+
+
+def _silent(address: str, step: str, limit_s: float, slow: float) -> Unavailable:
+    busy = f"; this machine is so busy that programs take {slow:.1f} times as long: try again" if slow >= BUSY else ""
+    return Unavailable(f"the Ray cluster at {address} did not answer within {limit_s:g} s: {step}{busy}")
+
+
+def slowness(pid: int) -> float:
+    """How many times as long as alone a process has taken to compute, by its first thread."""
+    try:
+        ran, waited, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())  # ns; for a core, not for events
+    except (OSError, ValueError):  # no such file without Linux
+        return 1.0
+    return (ran + waited) / ran if ran else 1.0
 
 
 def _work(

@@ -1,0 +1,38 @@
+"""What is said of a cluster that does not answer, on a machine that is busy with other things."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.commands.cluster_connection import _silent, slowness
+from tests.waiting import wait_for
+
+COMPUTES = "while True: pass"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how long a process waits for a core")
+def test_a_process_that_shares_its_core_is_slow() -> None:
+    core = min(os.sched_getaffinity(0))
+    rivals = [
+        subprocess.Popen([sys.executable, "-c", COMPUTES], preexec_fn=lambda: os.sched_setaffinity(0, (core,)))
+        for _ in range(3)
+    ]
+    try:
+        wait_for(lambda: slowness(rivals[0].pid) > 2, 60, "one of three on a core to be twice as slow")
+    finally:
+        for one in rivals:
+            one.kill()
+            one.wait()
+    assert slowness(rivals[0].pid) == 1.0, "nothing is known of it"
+
+
+def test_who_gives_a_cluster_up_says_that_its_own_machine_is_busy() -> None:
+    """Beside three busy processes the cluster alone was blamed, which was well."""
+    said = "the Ray cluster at a:1 did not answer within 10 s: it could not be joined"
+    assert _silent("a:1", "it could not be joined", 10.0, 1.1).message == said
+    busy = _silent("a:1", "it could not be joined", 10.0, 2.02).message
+    assert busy == f"{said}; this machine is so busy that programs take 2.0 times as long: try again"
