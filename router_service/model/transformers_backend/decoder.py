@@ -29,6 +29,7 @@ from router_service.dispatcher import Dispatch, Dispatcher
 from router_service.model.transformers_backend.attention import Chosen, Index, SdpaPlan
 from router_service.model.transformers_backend.pages import PagedLayersPlan
 
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")  # what a block calls its own
 PER_TOKEN = ("hidden_states", "q_resid", "position_ids")  # of what an indexer is given: [1, T, …]
 
 
@@ -73,6 +74,7 @@ class TransformersDecoder:
         check_rope(meta.config, max_model_len, meta.error)
         load = load_own(meta, checkpoint, device, on_bytes)
         self.model = meta.model
+        self._shared: dict[int, _Shared] = {}  # by layer, as the dispatcher calls it
         for index, (name, _) in enumerate(meta.experts):
             moe_name, _, attribute = name.rpartition(".")
             moe = self.model.get_submodule(moe_name)
@@ -80,6 +82,9 @@ class TransformersDecoder:
             moe._is_hf_initialized = True  # some blocks would give random numbers to experts that are not there
             if type(moe).__name__ == SCALED_BEFORE:
                 moe.forward = _ScaledBefore(moe)
+            shared = next((getattr(moe, one) for one in SHARED if hasattr(moe, one)), None)
+            if shared is not None:
+                shared.forward = self._shared[index] = _Shared(shared)
         self.attention = meta.attention
         self._layers, self._head = meta.layers, meta.head
         self._counts_rows = any(type(module).__name__ == COUNTS_ROWS for module in meta.layers.modules())
@@ -183,6 +188,8 @@ class TransformersDecoder:
         if times is not None:
             times.sent()
         with closing(self.dispatcher.dispatch(layer, rows.contiguous(), experts.contiguous())) as dispatch:
+            if layer in self._shared:
+                self._shared[layer].begin(rows)
             combined = self.dispatcher.combine(dispatch, weights.float().contiguous())  # some families' are in bf16
         if times is not None:
             times.combined()
@@ -231,6 +238,34 @@ class DispatchedExperts(nn.Module):
     def forward(self, rows: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The experts interface: rows [T, D], experts [T, K], weights [T, K]."""
         return self.ask(self.layer, rows, experts, weights)
+
+
+class _Shared:
+    """In place of a shared expert's forward: it computes rows that are sent to others while these are under way.
+
+    Where a block asks it before the others (Qwen2-MoE), or about other rows, it computes them when it is asked.
+    """
+
+    def __init__(self, shared: Any) -> None:
+        self._forward = shared.forward
+        self._is_ahead = True
+        # Of which rows, and what: they are kept, so that no others lie at their address.
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self, rows: torch.Tensor) -> None:
+        """Of `rows` [T, D] that others were sent."""
+        if self._is_ahead:
+            self._made = rows, self._forward(rows)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` [..., D] → the same."""
+        if self._made is not None:
+            (of_rows, made), self._made = self._made, None
+            if of_rows.data_ptr() == rows.data_ptr() and of_rows.numel() == rows.numel():
+                return made.view(rows.shape)
+        self._is_ahead = False
+        output: torch.Tensor = self._forward(rows)
+        return output
 
 
 class _Indexer:
