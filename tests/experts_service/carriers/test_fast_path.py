@@ -255,12 +255,17 @@ def test_each_group_is_said_to_take_as_long_as_it_took(running: Shards) -> None:
     running.start("1a", 1, run)
     remote = both(running)
     latency = running.transports[0].latency
-    before = [latency[group].total_s for group in (0, 1)]
-    dispatch = remote.dispatch(2, *batch(40))
-    combined(remote, dispatch, 40)
-    fast, slow = (latency[group].total_s - before[group] for group in (0, 1))
-    assert slow > 0.39
-    assert fast < 0.35
+    fastest = 1.0
+    for _ in range(5):  # whoever is kept from a core for so long sees both answers at once
+        before = [latency[group].total_s for group in (0, 1)]
+        dispatch = remote.dispatch(2, *batch(40))
+        combined(remote, dispatch, 40)
+        fast, slow = (latency[group].total_s - before[group] for group in (0, 1))
+        assert slow > 0.39
+        fastest = min(fastest, fast)
+        if fastest < 0.35:
+            break
+    assert fastest < 0.35
 
 
 class Elsewhere(Tensor):
@@ -414,7 +419,7 @@ def test_flights_leave_no_garbage_behind(running: Shards) -> None:
     for server in running.servers.values():
         server.close()
     maps = Path("/proc/self/maps")
-    wait_for(lambda: "memfd:manta-rows" not in maps.read_text(), 5, "its mappings to go")
+    wait_for(lambda: "memfd:manta-rows" not in maps.read_text(), 60, "its mappings to go")
 
 
 class Said:

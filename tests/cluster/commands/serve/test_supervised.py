@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,15 +17,15 @@ TIMEOUT_S = 120  # of a busy machine
 
 
 @contextmanager
-def supervised(how: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """A server that ends so, and what it has started."""
+def supervised(how: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server that ends so, and the id of a process that it has started."""
     command = program("cluster.supervised_server", how)
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         try:
-            yield process, psutil.Process(int(process.stdout.readline()))
+            yield process, int(process.stdout.readline())
         finally:
             process.kill()
 
@@ -58,7 +57,7 @@ def test_it_ends_as_its_server_has_and_leaves_nothing(how: str, code: int, words
         returned, _, error = ended(process)
         assert returned == code
         assert (words in error) if words else not error
-        assert not left.is_running()
+        assert not psutil.pid_exists(left)
 
 
 def test_ctrl_c_is_the_servers() -> None:
@@ -66,7 +65,7 @@ def test_ctrl_c_is_the_servers() -> None:
         wait_until_it_says(process, "waits")
         process.send_signal(signal.SIGINT)
         assert ended(process) == (0, "interrupted", "")
-        assert not left.is_running()
+        assert not psutil.pid_exists(left)
 
 
 def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
@@ -76,7 +75,7 @@ def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
         process.send_signal(signal.SIGINT)
         code, _, error = ended(process)
         assert (code, "did not end in time, so it was killed" in error) == (2, True)
-        assert not left.is_running()
+        assert not psutil.pid_exists(left)
 
 
 def test_a_server_does_not_outlive_its_supervisor() -> None:
@@ -84,5 +83,6 @@ def test_a_server_does_not_outlive_its_supervisor() -> None:
         wait_until_it_says(process, "waits")
         process.send_signal(signal.SIGKILL)
         assert process.communicate(timeout=TIMEOUT_S)[0] == "interrupted\n"
-        os.kill(left.pid, signal.SIGKILL)  # nobody is there who would
-        wait_for(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, TIMEOUT_S, "its end")
+        started = psutil.Process(left)
+        started.kill()  # nobody is there who would
+        wait_for(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE, TIMEOUT_S, "its end")
