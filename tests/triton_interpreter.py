@@ -22,7 +22,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def _dot_of_widened(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
-        return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+        """In float64: numpy's product of float32 rounds a row by how many there are, on some CPUs."""
+        a, b = _widened(a), _widened(b)
+        if a.dtype.scalar != tl.float32 or b.dtype.scalar != tl.float32:
+            return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
 
     def _rounded(self, src, dst_type):  # type: ignore[no-untyped-def]
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:

@@ -14,18 +14,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import grpc
 import httpx
-import psutil
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from ray.serve._private.constants import RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT, RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.checkpoints import write_checkpoint
@@ -38,7 +32,6 @@ from tests.waiting import wait_for
 SCALING = "max_replicas: 2, upscale_delay_s: 1, downscale_delay_s: 2"
 EXPERT_TIMEOUT_S = 5
 RECOVERY_S = 120
-OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 SILENT_S = 60.0  # ten times what it takes to ask another one; the request's own deadline is far beyond
 COORDINATOR, GATEWAY, SHARD = ":coordinator", "ServeReplica:gateway:gateway", "ray::ExpertShard"
 
@@ -98,47 +91,16 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
         return len(wide_coordinators(elastic)), len(processes(elastic, GATEWAY))
 
     assert number() == (1, 1)
-
-    def are_watched() -> bool:
-        """One watch more each time: HAProxy sends them to one gateway after the other, once it knows of both."""
-        ends.append(threads.submit(end_of_watch, health_watch(elastic, connections)))
-        return all(is_watched(gateway) for gateway in processes(elastic, GATEWAY))
-
-    ends: list[Future[grpc.StatusCode]] = []
-    with ThreadPoolExecutor(64) as threads, ExitStack() as connections:
-        with clients.running() as seen:
-            wait_for(lambda: number() == (2, 2), RECOVERY_S, "a second coordinator and a second gateway")
-            at_two = seen.num_complete
-            wait_for(lambda: seen.num_complete >= at_two + 12, RECOVERY_S, "answers of both")
-            wait_for(are_watched, RECOVERY_S, "watches at both")
-        assert (seen.failures, seen.num_wrong) == ([], 0)
-        few = steady(elastic, 1)
-        few.learn()
-        with few.running() as seen:
-            wait_for(lambda: number() == (1, 1), RECOVERY_S, "one of each, though both were watched")
-        assert (seen.failures, seen.num_wrong) == ([], 0)
-        assert {end.result() for end in ends if end.done()} == {grpc.StatusCode.UNAVAILABLE}
-
-
-def is_watched(gateway: psutil.Process) -> bool:
-    """Whether more is connected to its gRPC server than HAProxy's own look at it."""
-    ports = range(RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT, RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT)
-    connected = [one for one in gateway.net_connections() if one.status == psutil.CONN_ESTABLISHED]
-    return len([one for one in connected if one.laddr.port in ports]) > 1
-
-
-def health_watch(server: Server, connections: ExitStack) -> Any:
-    """On a connection of its own, once it is told of a state."""
-    channel = connections.enter_context(grpc.insecure_channel(server.grpc_address, OWN_CONNECTION))
-    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=2 * RECOVERY_S)
-    next(watch)
-    return watch
-
-
-def end_of_watch(watch: Any) -> grpc.StatusCode:
-    with pytest.raises(grpc.RpcError) as ended:
-        list(watch)
-    return ended.value.code()
+    with clients.running() as seen:
+        wait_for(lambda: number() == (2, 2), RECOVERY_S, "a second coordinator and a second gateway")
+        at_two = seen.num_complete
+        wait_for(lambda: seen.num_complete >= at_two + 12, RECOVERY_S, "answers of both")
+    assert (seen.failures, seen.num_wrong) == ([], 0)
+    few = steady(elastic, 1)
+    few.learn()
+    with few.running() as seen:
+        wait_for(lambda: number() == (1, 1), RECOVERY_S, "one of each")
+    assert (seen.failures, seen.num_wrong) == ([], 0)
 
 
 def test_goodput_holds_at_four_times_the_load(elastic):
