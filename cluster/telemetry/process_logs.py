@@ -17,8 +17,7 @@ def log_where_serve_does() -> None:
 
     Serve writes there what its own logger is told. What others say on standard error it takes for an INFO of its own.
     """
-    logging.basicConfig(handlers=logging.getLogger("ray.serve").handlers)
-    _tell_all_of_ours()
+    _log_to(logging.getLogger("ray.serve").handlers)
 
 
 def log_to_standard_error() -> None:
@@ -29,10 +28,12 @@ def log_to_standard_error() -> None:
     )
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    logging.basicConfig(handlers=[handler])
-    _tell_all_of_ours()
+    _log_to([handler])
 
 
-def _tell_all_of_ours() -> None:
+def _log_to(handlers: list[logging.Handler]) -> None:
+    if logging.getLogger().hasHandlers():
+        return  # whose process this is has its own, as a test's has
+    logging.basicConfig(handlers=handlers)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
