@@ -11,19 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ExpertUnavailable
-from experts_service.routing_table import Deployment, Replica, RoutingTable
-
-DEPLOYMENT = Deployment("model", "expert-0")
-
-
-def replica(name: str) -> Replica:
-    return Replica(name, f"shard-{name}", "manta", 0, "fingerprint")
-
-
-def table(*names: str) -> RoutingTable:
-    table = RoutingTable()
-    table.publish(DEPLOYMENT, [replica(name) for name in names])
-    return table
+from experts_service.routing_table import Deployment, RoutingTable
+from tests.experts_service.replicas import DEPLOYMENT, replica, table
 
 
 def chosen(table: RoutingTable, times: int = 6) -> set[str]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.routing_table import Deployment
 from experts_service.shard_handles import NoHandle, ShardHandles
 from tests.experts_service.played_gcs import PlayedGcs, no_search_runs, played_gcs
+from tests.experts_service.replicas import DEPLOYMENT, replica, table
 from tests.waiting import wait_for
 
-DEPLOYMENT = Deployment("model", "expert-0")
 OTHERS = Deployment("another", "expert-0")
 SOON_S = 10.0  # on a busy machine
 
@@ -21,16 +21,6 @@ SOON_S = 10.0  # on a busy machine
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGcs]:
     with played_gcs(monkeypatch) as played:
         yield played
-
-
-def replica(name: str) -> Replica:
-    return Replica(name, f"shard-{name}", "test", 0, "fingerprint")
-
-
-def table(*names: str) -> RoutingTable:
-    published = RoutingTable()
-    published.publish(DEPLOYMENT, [replica(name) for name in names])
-    return published
 
 
 def found(handles: ShardHandles, name: str) -> None:

@@ -14,13 +14,12 @@ import torch
 from cluster.errors import ExpertUnavailable
 from experts_service.carriers import object_store
 from experts_service.carriers.object_store import ObjectStoreTransport
-from experts_service.routing_table import Deployment, Replica, RoutingTable
+from experts_service.routing_table import RoutingTable
 from experts_service.shard_handles import ShardHandles
 from experts_service.transport import GroupRows
 from tests.experts_service.played_gcs import PlayedGcs, played_gcs
+from tests.experts_service.replicas import DEPLOYMENT, replica, table
 from tests.waiting import wait_for
-
-DEPLOYMENT = Deployment("model", "expert-0")
 
 
 class PlayedRay:
@@ -59,16 +58,6 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> PlayedRay:
 def gcs(ray: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGcs]:
     with played_gcs(monkeypatch, run_inline=ray.call) as played:
         yield played
-
-
-def replica(name: str) -> Replica:
-    return Replica(name, f"shard-{name}", "test", 0, "f")
-
-
-def table(*names: str) -> RoutingTable:
-    published = RoutingTable()
-    published.publish(DEPLOYMENT, [replica(name) for name in names])
-    return published
 
 
 def transport_to(routes: RoutingTable, timeout_s: float = 30.0) -> ObjectStoreTransport:
