@@ -197,13 +197,29 @@ def decode(
         ),
     ] = [],  # noqa: B006
     no_prefill: Annotated[bool, typer.Option("--no-prefill", help="Time no prefill; --context implies it.")] = False,
+    shard_cores: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cores that shards have for themselves, all else the others, as where cores suffice. "
+            "[default: all run on all]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Time engine steps without the gateway, against the memory bandwidth and against other engines."""
     ray_environment.prepare_benchmark()
+    from cluster.commands.bench.decode.cores import Cores
     from cluster.commands.bench.openmp import load_torch
     from cluster.config import EngineConfig
     from cluster.errors import ConfigError
 
+    cores = None
+    if shard_cores is not None:
+        if transport is TransportName.LOCAL:
+            raise ConfigError("--shard-cores: give --transport auto, so that there are shards")
+        cores = Cores.split(shard_cores)
+        cores.take_engines()  # before torch counts them
     load_torch(EngineConfig().openmp_spin_count)
     from cluster.commands.bench.decode.decode import Plan, run
     from cluster.commands.bench.decode.setup import prefills_named
@@ -228,6 +244,7 @@ def decode(
             kv_cache_dtypes=tuple(dict.fromkeys(name.value for name in kv_cache_dtype)),
             model_impls=tuple(dict.fromkeys(name.value for name in model_impl)),
             prefills=prefills_named(prefill) if prefill or no_prefill or context else None,
+            cores=cores,
         ),
     )
 

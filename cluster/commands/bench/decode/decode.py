@@ -33,6 +33,7 @@ import torch
 from cluster.checkpoint.architecture import Architecture, compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
+from cluster.commands.bench.decode.cores import Cores
 from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
 from cluster.commands.bench.decode.experts import deployed_experts, local_experts
 from cluster.commands.bench.decode.figures import (
@@ -88,6 +89,7 @@ class Plan:
     kv_cache_dtypes: tuple[str, ...]  # as `engine.kv_cache_dtype` has them; an engine each, with each quantization
     model_impls: tuple[Literal["auto", "native", "transformers"], ...]  # an engine each, with each of these
     prefills: tuple[Workload, ...] | None  # None: PREFILLS, as long as the context allows
+    cores: Cores | None  # of the shards and of all else; None: all run on all
 
     def decodes(self) -> list[Workload]:
         """Every batch with every length."""
@@ -148,6 +150,7 @@ def run(model: str | None, plan: Plan) -> None:
             f"{model_name}: {num_parameters(architecture) / 1e9:.3g} B parameters, {dtype} on {device.type}, "
             f"{plan.transport}, {len(groups)} expert groups",
             f"{lengths} and {plan.output_tokens} output tokens, {plan.pairs} runs",
+            *([str(plan.cores)] if plan.cores else []),
         ],
     )
     bandwidth = read_bandwidth(device.type)
@@ -173,7 +176,7 @@ def run(model: str | None, plan: Plan) -> None:
             if plan.transport == "local":
                 transport = stack.enter_context(local_experts(rounded, groups, getattr(torch, dtype), device))
             else:
-                transport = stack.enter_context(deployed_experts(rounded, of_one))
+                transport = stack.enter_context(deployed_experts(rounded, of_one, plan.cores))
             dispatcher = CountingDispatcher(groups, transport)
             engines[name] = stack.enter_context(EngineUnderTest(rounded, of_one.engine, dispatcher))
             grown = psutil.Process().memory_info().rss - resident
@@ -235,6 +238,7 @@ def run(model: str | None, plan: Plan) -> None:
         "device": device.type,
         "transport": plan.transport,
         "groups": len(groups),
+        "shard_cores": len(plan.cores.of_shards) if plan.cores else None,
         "threads": torch.get_num_threads(),
         "kernels": kernels,
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.commands.bench.decode.cores import Cores
 from cluster.commands.local_ray.start import start_local_ray
 from cluster.config import GatewayConfig, ModelConfig
 from cluster.planning.placement import ExpertGroup
@@ -38,30 +39,32 @@ def local_experts(
 
 
 @contextmanager
-def deployed_experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Transport]:
-    """In processes of their own, on a Ray cluster of our own without dashboard and proxies."""
+def deployed_experts(checkpoint: Checkpoint, config: ModelConfig, cores: Cores | None) -> Iterator[Transport]:
+    """In processes of their own, on a Ray cluster of our own without dashboard and proxies, on `cores` if given."""
     import ray
     from ray import serve
 
     from cluster.deploy.app import describe_cluster, expert_applications, plan_model, with_lane_secret
     from experts_service.client import ExpertPool
 
-    start_local_ray(OBJECT_STORE_BYTES)
     pool, started = None, []
     try:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        plan = plan_model(config, checkpoint, describe_cluster(ray.nodes()))
-        serve.start(proxy_location="Disabled")
-        settings = with_lane_secret(plan.config.experts)
-        # This process takes the place of the coordinator that they would be bound to.
-        targets = [
-            serve.RunTarget(application, name=f"bench-{name}", route_prefix=None)
-            for name, application in expert_applications(plan, settings, GatewayConfig()).items()
-        ]
-        started = [target.name for target in targets]
-        serve.run_many(targets)
-        pool = ExpertPool([serve.get_deployment_handle(name, f"bench-{name}") for name in plan.expert_deployments])
-        pool.connect(settings.load_timeout_s)
+        with cores.started_for_shards() if cores else nullcontext():
+            start_local_ray(OBJECT_STORE_BYTES)
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            plan = plan_model(config, checkpoint, describe_cluster(ray.nodes()))
+            serve.start(proxy_location="Disabled")
+            settings = with_lane_secret(plan.config.experts)
+            # This process takes the place of the coordinator that they would be bound to.
+            targets = [
+                serve.RunTarget(application, name=f"bench-{name}", route_prefix=None)
+                for name, application in expert_applications(plan, settings, GatewayConfig()).items()
+            ]
+            started = [target.name for target in targets]
+            serve.run_many(targets)
+            handles = [serve.get_deployment_handle(name, f"bench-{name}") for name in plan.expert_deployments]
+            pool = ExpertPool(handles)
+            pool.connect(settings.load_timeout_s)
         yield pool.transport(
             checkpoint.fingerprint,
             settings.expert_timeout_s,

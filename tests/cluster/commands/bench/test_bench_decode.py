@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,6 +21,7 @@ from cluster.cli import app
 from cluster.commands.bench import machine
 from cluster.commands.bench.decode import reference
 from cluster.commands.bench.decode.context import Contexts
+from cluster.commands.bench.decode.cores import Cores
 from cluster.commands.bench.decode.engine import CountingDispatcher, EngineUnderTest
 from cluster.commands.bench.decode.experts import local_experts
 from cluster.commands.bench.decode.figures import (
@@ -38,6 +42,8 @@ from cluster.planning.placement import ExpertGroup, WeightBytes
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engines import Bench
 from tests.router_service.requests import make_request
+
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 
 
 def run_of(step_ms: float, prefill_ms: float = 100.0, tokens: list[list[int]] | None = None) -> Run:
@@ -215,14 +221,45 @@ def test_the_peak_of_a_block_is_what_it_held_for_a_while() -> None:
     assert memory.grown < 2**20  # the one before does not count
 
 
+@needs_two_cores
+def test_shards_have_cores_for_themselves() -> None:
+    """Threads that this process has already, and processes of Ray that began before, move to the others."""
+    before = os.sched_getaffinity(0)
+    cores = Cores.split(1)
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    sleep = {"executable": "/bin/sleep", "stdin": subprocess.DEVNULL}
+    try:
+        with cores.started_for_shards():
+            shard = subprocess.Popen(["ray::ExpertShard.answer", "60"], **sleep)
+            raylet = subprocess.Popen(["raylet", "60"], **sleep)
+        with shard, raylet:
+            assert os.sched_getaffinity(shard.pid) == set(cores.of_shards)
+            for others in (raylet.pid, 0, thread.native_id):
+                assert os.sched_getaffinity(others) == set(cores.of_engine)
+            shard.kill()
+            raylet.kill()
+    finally:
+        stop.set()
+        for own in psutil.Process().threads():
+            os.sched_setaffinity(own.id, before)
+    assert set(cores.of_shards) | set(cores.of_engine) == before
+    assert not set(cores.of_shards) & set(cores.of_engine)
+
+
 @pytest.mark.long
-def test_experts_in_processes_of_their_own() -> None:
+@pytest.mark.parametrize("shard_cores", [None, pytest.param(1, marks=needs_two_cores)])
+def test_experts_in_processes_of_their_own(shard_cores: int | None) -> None:
     """In a process of its own, as it starts a Ray. The deployments were once looked for where they no longer were."""
     command = [Path(sys.executable).with_name("manta"), "bench", "decode", "--transport", "lane", "--groups", "2"]
     options = "--batch 1 --prompt-tokens 4 --output-tokens 3 --pairs 1 --no-prefill --compare local"
+    command += [] if shard_cores is None else ["--shard-cores", str(shard_cores)]
     done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
+    assert line["shard_cores"] == shard_cores
+    assert shard_cores is None or line["threads"] == len(os.sched_getaffinity(0)) - shard_cores
     assert (line["transport"], line["groups"], [row["batch"] for row in line["results"]]) == ("lane", 2, [1])
     beside = line["results"][0]["rivals"][0]
     assert (beside["name"], beside["implementation"], beside["equal_tokens"]) == ("local", "experts in this process", 1)
@@ -247,6 +284,8 @@ def test_prefill_is_timed_without_steps(monkeypatch: pytest.MonkeyPatch) -> None
         ("--context 64 --prefill 16x64", "either --context or --prefill"),
         ("--prefill 16", "write 16x64"),
         ("--compare local", "give --transport auto"),
+        ("--shard-cores 1", "give --transport auto"),
+        ("--transport auto --shard-cores 9999", "the engine needs one"),
     ],
 )
 def test_what_cannot_be_measured_is_said_first(options: str, sentence: str) -> None:
