@@ -32,6 +32,7 @@ from tests.waiting import wait_for
 SCALING = "max_replicas: 2, upscale_delay_s: 1, downscale_delay_s: 2"
 EXPERT_TIMEOUT_S = 5
 RECOVERY_S = 120
+NUM_TOKENS = 60  # of an answer that is one of many at a time
 SILENT_S = 60.0  # ten times what it takes to ask another one; the request's own deadline is far beyond
 COORDINATOR, GATEWAY, SHARD = ":coordinator", "ServeReplica:gateway:gateway", "ray::ExpertShard"
 
@@ -106,19 +107,21 @@ def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
 def test_goodput_holds_at_four_times_the_load(elastic):
     """Half of what comes is refused at once, and asked again; what is taken is answered as fast as ever."""
 
+    num_refused = {4: 0, 16: 0}
+
     def goodput(clients: int, seconds: float) -> float:
-        answered, refused = [], []
+        answered = []
 
         async def again_and_again(client: httpx.AsyncClient) -> None:
             while time.monotonic() < stop_at:
-                body = {"model": "narrow", "prompt": "A cheese", "max_tokens": 30, "ignore_eos": True}
+                body = {"model": "narrow", "prompt": "A cheese", "max_tokens": NUM_TOKENS, "ignore_eos": True}
                 response = await client.post("/v1/completions", json=body)
                 if response.status_code == 429:
                     assert float(response.headers["retry-after"]) >= 1
-                    refused.append(response)
+                    num_refused[clients] += 1
                     await asyncio.sleep(0.2)
                     continue
-                assert response.json()["usage"]["completion_tokens"] == 30, response.text
+                assert response.json()["usage"]["completion_tokens"] == NUM_TOKENS, response.text
                 answered.append(time.monotonic())
 
         async def run() -> None:
@@ -128,12 +131,13 @@ def test_goodput_holds_at_four_times_the_load(elastic):
 
         stop_at = time.monotonic() + seconds
         asyncio.run(run())
-        assert bool(refused) == (clients > 8)
         return len(answered) / seconds
 
     goodput(4, 0.5)
     rounds = [(goodput(4, 1), goodput(16, 1)) for _ in range(3)]  # in turn: others use the machine as well
-    print("answers a second from 4 clients and from 16:", rounds)
+    print("answers a second from 4 clients and from 16:", rounds, "refused:", num_refused)
+    assert num_refused[4] == 0
+    assert num_refused[16] > 0
     assert median(crowded / alone for alone, crowded in rounds) > 0.3, "promised 0.95 on a quiet machine"
 
 
