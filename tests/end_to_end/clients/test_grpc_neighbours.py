@@ -24,28 +24,31 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
 class Stream:
-    """A client with one long answer, on a connection of its own."""
+    """A client with one long answer after the other until it is closed, on a connection of its own."""
 
     def __init__(self, address: str) -> None:
         self.num_chunks = 0
-        self.end: grpc.StatusCode | None = None
+        self.broken_off: grpc.StatusCode | None = None  # an answer was, with this
+        self._is_closed = False
         self._channel = grpc.insecure_channel(address, OWN_CONNECTION)
-        sampling = chat_pb2.Sampling(temperature=0.0, max_tokens=3500, ignore_eos=True)
-        request = chat_pb2.GenerateRequest(model="mistral-tiny", text="Once upon a time", sampling=sampling)
-        self._call = chat_pb2_grpc.MantaStub(self._channel).GenerateStream(request, timeout=300)
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
     def _read(self) -> None:
+        sampling = chat_pb2.Sampling(temperature=0.0, max_tokens=3500, ignore_eos=True)
+        request = chat_pb2.GenerateRequest(model="mistral-tiny", text="Once upon a time", sampling=sampling)
+        stub = chat_pb2_grpc.MantaStub(self._channel)
         try:
-            for _ in self._call:
-                self.num_chunks += 1
-            self.end = grpc.StatusCode.OK
+            while not self._is_closed:
+                for _ in stub.GenerateStream(request, timeout=300):
+                    self.num_chunks += 1
+                    if self._is_closed:
+                        return
         except grpc.RpcError as error:
-            self.end = error.code()
+            self.broken_off = error.code()
 
     def close(self) -> None:
-        self._call.cancel()
+        self._is_closed = True
         self._thread.join(30)
         self._channel.close()
 
@@ -107,11 +110,13 @@ def test_no_answer_to_one_client_ends_the_streams_of_others(
         codes = Counter(refusal(server.grpc_address, ask) for _ in range(REPEATS))
         before = [stream.num_chunks for stream in running]
         wait_for(
-            lambda: all(stream.end or stream.num_chunks > count for stream, count in zip(running, before, strict=True)),
+            lambda: all(
+                stream.broken_off or stream.num_chunks > count for stream, count in zip(running, before, strict=True)
+            ),
             60,
             "more tokens of every stream",
         )
-        assert [stream.end for stream in running] == [None] * NUM_STREAMS
+        assert [stream.broken_off for stream in running] == [None] * NUM_STREAMS
     assert codes == {code: REPEATS}
 
 
