@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 CHAT = {"model": "manta-demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
-FOR_EVER = CHAT | {"max_tokens": 2000, "ignore_eos": True}
+FOR_EVER = CHAT | {"max_tokens": 30_000, "ignore_eos": True}  # nearly the context
 COMMANDS = {"x-request-disconnect-disabled": "?1", "x-request-timeout-seconds": "0"}
 
 

@@ -82,7 +82,7 @@ def test_a_bad_request_gets_a_code_and_a_sentence(stub, request_, code, words):
 
 
 def test_a_cancelled_stream_is_aborted(stub, wait_until_idle):
-    stream = stub.ChatStream(chat_request(ignore_eos=True, max_tokens=2000), timeout=120)
+    stream = stub.ChatStream(chat_request(ignore_eos=True, max_tokens=30_000), timeout=120)
     next(stream)
     stream.cancel()
     wait_until_idle(5.0)
@@ -90,6 +90,6 @@ def test_a_cancelled_stream_is_aborted(stub, wait_until_idle):
 
 def test_the_clients_deadline_is_kept(stub, wait_until_idle):
     with pytest.raises(grpc.RpcError) as late:
-        list(stub.ChatStream(chat_request(ignore_eos=True, max_tokens=3500), timeout=1))
+        list(stub.ChatStream(chat_request(ignore_eos=True, max_tokens=30_000), timeout=1))
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until_idle(5.0)

@@ -12,7 +12,7 @@ import pytest
 from cluster.demo_model.training.corpus import questions
 
 MODEL = "manta-demo"
-FOR_EVER = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True}
+FOR_EVER = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 30_000, "ignore_eos": True}
 
 
 async def chat(client, question, slots):
@@ -29,7 +29,7 @@ async def chat_streamed(client, question, slots, *, leave_after=None):
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "stream": True,
-        **({} if leave_after is None else {"ignore_eos": True, "max_tokens": 500}),
+        **({} if leave_after is None else {"ignore_eos": True, "max_tokens": 30_000}),
     }
     text, chunks = "", 0
     async with slots, client.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -40,7 +40,7 @@ CONFIG = """
 models: [{{name: demo, path: {model}, engine: {{kv_cache_gib: 0.5}}, experts: {{transport: local}}}}]
 gateway: {{api_keys_file: {keys}, metrics_token_file: {token}, max_ongoing_requests: {bound}, body_timeout_s: 20}}
 """
-FOR_EVER = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+FOR_EVER = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 30_000, "ignore_eos": True, "stream": True}
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def test_one_key_at_its_worst_leaves_anothers_chats_quick(guarded, worst, num_ch
 WORST = {  # of one request, four of which are sent at a time
     "choices": FOR_EVER | {"n": 16, "max_tokens": 3000},
     "long prompts": FOR_EVER | {"prompt": "word " * 16_000, "max_tokens": 1},
-    "long contexts": FOR_EVER | {"prompt": "word " * 6_000, "n": 16},
+    "long contexts": FOR_EVER | {"prompt": "word " * 6_000, "n": 16, "max_tokens": 2000},
 }
 
 

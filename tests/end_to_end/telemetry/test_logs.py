@@ -25,7 +25,7 @@ CANARY = "xylophone"  # a word of the client's, wherever it may be put
 NUM_LEAVING = 20
 RAY_REPORT_S = 3.0  # an agent of Ray's reports what has failed once a second
 CHAT: dict[str, Any] = {"model": "manta-demo", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 4}
-LONG = CHAT | {"max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 30_000, "ignore_eos": True}  # nearly the context: many seconds anywhere
 FAULT = re.compile(rb"\bERROR\b|Traceback|Exception")
 
 
@@ -158,7 +158,7 @@ def test_a_clients_mistake_over_grpc_is_one_line(server: Any, logs: Logs) -> Non
 
 def test_a_client_that_leaves_is_no_error(server: Any, logs: Logs, wait_until_idle: Callable[[float], float]) -> None:
     """One that left a gRPC stream while a message was being written to it was an ERROR with a traceback."""
-    sampling = chat_pb2.Sampling(max_tokens=400, ignore_eos=True)
+    sampling = chat_pb2.Sampling(**LONG)
     with grpc.insecure_channel(server.grpc_address) as channel:
         stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
         request = chat_pb2.ChatRequest(model="manta-demo", messages=messages(), sampling=sampling)
@@ -167,10 +167,10 @@ def test_a_client_that_leaves_is_no_error(server: Any, logs: Logs, wait_until_id
             stream.cancel()
         call = stub.Chat.future(request, timeout=60)
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            with client.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as answer:
+            with client.stream("POST", "/v1/chat/completions", json=CHAT | LONG | {"stream": True}) as answer:
                 next(answer.iter_bytes())
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/chat/completions", json=LONG, timeout=0.5)
+                client.post("/v1/chat/completions", json=CHAT | LONG, timeout=0.5)
         call.cancel()
     wait_until_idle(30)
 
