@@ -1,7 +1,7 @@
 """The answer of OpenAI's Responses API, whole and as events. Knows shapes; knows nothing of HTTP.
 
-An answer's output is what the model thought, a message with one part, then the calls of functions, each an item, closed
-when the next begins:
+An answer's output is what the model thought, a message with one part, then the calls of functions, or whatever order it
+writes them in, each an item, closed when the next begins:
 
     response.created, response.in_progress,
     response.output_item.added, response.content_part.added, response.reasoning_text.delta …,
@@ -93,11 +93,11 @@ class ResponsesShape:
         if delta.logprobs:
             self._untold += logprobs_body(self._names, delta.token_ids, delta.logprobs)
         self._untold = self._untold[delta.num_reasoning_tokens :]
+        of_open = [piece for piece in delta.tool_calls if not piece.id]
+        for piece in of_open:  # of a call that has begun, before what else is new
+            yield from self._more_arguments(piece)
         if delta.reasoning:
             yield from self._more_reasoning(delta.reasoning)
-        of_open = [piece for piece in delta.tool_calls if not piece.id]
-        for piece in of_open:
-            yield from self._more_arguments(piece)
         if delta.text:
             if self._text is None:
                 yield from self._close_item("completed")
@@ -146,6 +146,7 @@ class ResponsesShape:
 
     def _more_reasoning(self, text: str) -> Iterator[Json]:
         if self._thought is None:
+            yield from self._close_item("completed")  # gpt-oss thinks again after a text or a call
             self._thought = ""
             yield self._item_event("response.output_item.added", self._reasoning("in_progress"))
             yield self._part_event("response.content_part.added", part=_reasoning_part(""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,11 +15,13 @@ import pytest
 from cluster.errors import Unavailable
 from cluster.messages import JsonSchema, ModelCard, ToolCallGrammar
 from gateway.text.tokenizer import HuggingFaceTokenizer
+from tests.gateway.chat_formats import write_gpt_oss
 from tests.gateway.doubles import (
     ScriptedCoordinator,
     build_frontend,
     failing_script,
     http_server,
+    model_card,
     tokens_script,
 )
 
@@ -437,3 +440,36 @@ def test_text_beside_tools_is_a_message(card: ModelCard, tokenizer: HuggingFaceT
         answer = stream.get_final_response()
     assert answer.output_text == ANSWER
     assert [item.type for item in answer.output] == ["message"]
+
+
+def test_what_is_thought_after_a_text_or_a_call_is_an_item_of_its_own(tmp_path: Path) -> None:
+    """gpt-oss may think again: the text or the call before it was lost, and so was the answer after a text."""
+    tokenizer = HuggingFaceTokenizer(write_gpt_oss(tmp_path))
+    again = "<|start|>assistant<|channel|>"
+    written = (
+        f"<|channel|>commentary<|message|>I look.<|end|>{again}analysis<|message|>Where?<|end|>"
+        f"{again}commentary to=functions.weather <|constrain|>json<|message|>{{}}<|call|>"
+        f"{again}analysis<|message|>Rain.<|end|>{again}final<|message|>It rains."
+    )
+    script = tokens_script(tokenizer.encode(written, add_special_tokens=False))
+    card = model_card(tmp_path, vocab_size=400, max_model_len=4096)
+    with (
+        http_server(build_frontend(card, ScriptedCoordinator(script))) as url,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked: Any = {"model": "tiny", "input": "Hello", "tools": [WEATHER]}
+        whole = client.responses.create(**asked).output
+        events = list(client.responses.create(**asked, stream=True))
+    kinds = [item.type for item in whole]
+    assert kinds == ["message", "reasoning", "function_call", "reasoning", "message"]
+    said = [item.content[0].text.strip() for item in whole if item.type == "message"]  # type: ignore[union-attr]
+    assert said == ["I look.", "It rains."]
+    open_at: list[int] = []
+    for event in events:
+        if event.type == "response.output_item.added":
+            assert not open_at, "one item at a time"
+            open_at.append(event.output_index)
+        elif event.type == "response.output_item.done":
+            assert open_at.pop() == event.output_index
+    assert events[-1].type == "response.completed"
+    assert [item.type for item in events[-1].response.output] == kinds
