@@ -27,6 +27,7 @@ from gateway.admission.prompt_bill import PromptBill
 from gateway.admission.recent_refusals import RecentRefusals
 from gateway.answer.chat import ChoiceText
 from gateway.answer.choice import Choice, Delta, Usage
+from gateway.answer.held_scores import HeldScores
 from gateway.answer.prompt_scores import PromptScores
 from gateway.coordinators import resumption
 from gateway.coordinators.client import CoordinatorClient
@@ -44,7 +45,6 @@ from gateway.text.tokenizer import Tokenizer
 from gateway.worker import Worker
 
 EMBEDDINGS_PER_CALL = 64  # to a coordinator: pickling thousands would keep the event loop
-MAX_ANSWER_SCORES = 2**20  # of an answer that is held until it is whole: about 120 MB
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
 
 
@@ -226,16 +226,10 @@ class Frontend:
     async def whole(self, generation: Generation, usage: Usage) -> list[ChoiceText]:
         """All of the answer, choice by choice. Raises MantaError; InvalidRequest where it is more than may be held."""
         choices = [ChoiceText() for _ in generation.requests]
-        num_scores = 0
+        held = HeldScores()
         async with aclosing(self.generate(generation, usage)) as deltas:
             async for delta in deltas:
-                num_scores += sum(1 + len(score.top) for score in delta.logprobs or ())
-                if num_scores > MAX_ANSWER_SCORES:
-                    raise InvalidRequest(
-                        f"logprobs: at most {MAX_ANSWER_SCORES} scores (tokens × candidates × choices) in an answer "
-                        "that is not streamed; ask for a stream, or for fewer",
-                        param="logprobs",
-                    )
+                held.add(delta)
                 choices[delta.index].add(delta)
         return choices
 

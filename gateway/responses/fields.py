@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 _RENAMED = {
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "logprobs": "top_logprobs",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
 }

@@ -23,6 +23,7 @@ from typing import Any
 from gateway.answer.calls import ToolCall, joined
 from gateway.answer.chat import SERVICE_TIER, TokenNames, logprobs_body
 from gateway.answer.choice import Delta, Usage
+from gateway.answer.held_scores import HeldScores
 from gateway.request.validator import Generation
 from gateway.responses.fields import ReasoningOptions, ResponsesRequest
 from gateway.responses.tools import call_item
@@ -42,6 +43,7 @@ class ResponsesShape:
         self._text: str | None = None  # of the message that is open
         self._thought: str | None = None  # the reasoning, while it is open
         self._begins_with_text = not body.tools and generation.reasoning is None
+        self._held = HeldScores("ask for fewer")  # streamed or not: the last event has all
         self._logprobs: list[Json] = []  # of its tokens
         self._untold: list[Json] = []  # of tokens that no text has come of so far
         self._call: list[ToolCall] = []  # pieces of the call that is open
@@ -87,7 +89,8 @@ class ResponsesShape:
             yield from self._open_message()
 
     def push(self, delta: Delta) -> Iterator[Json]:
-        """The events of more text and of more of the calls."""
+        """The events of more text and of more of the calls. Raises InvalidRequest for more than may be held."""
+        self._held.add(delta)
         if delta.finish_reason == "length":
             self._status = "incomplete"
         if delta.logprobs:

@@ -58,6 +58,21 @@ def test_every_token_has_its_experts(frontend: Frontend, path: str) -> None:
             assert "routed_experts" not in httpx.post(url, json=body | {"stream": stream}).text
 
 
+def test_experts_that_would_fill_a_gateway_are_streamed_or_refused(
+    frontend: Frontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities were bounded: 128 choices of 4,096 tokens had 1.4 GB of Mixtral's experts."""
+    monkeypatch.setattr("gateway.answer.held_scores.MAX_SCORES", 2 * NUM_TOKENS)
+    asking = {"model": "tiny", "prompt": "x", "return_routed_experts": True}
+    with http_server(frontend) as url:
+        url += "/v1/completions"
+        assert httpx.post(url, json=asking).status_code == 200
+        refused = httpx.post(url, json=asking | {"n": 2})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "return_routed_experts")
+        assert "ask for a stream" in refused.json()["error"]["message"]
+        assert len(sse(httpx.post(url, json=asking | {"n": 2, "stream": True}).text)) == 2 * 7
+
+
 def test_every_token_has_its_experts_over_grpc(frontend: Frontend) -> None:
     def lists(choice: chat_pb2.Choice) -> list[list[list[int]]]:
         return [[list(layer.experts) for layer in token.layers] for token in choice.routed_experts]

@@ -241,7 +241,7 @@ def test_scores_of_an_answer_that_would_fill_a_gateway_are_streamed_or_refused(
     doors: Doors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`n: 128` with 20 candidates a token was held until it was whole: gigabytes."""
-    monkeypatch.setattr("gateway.frontend.MAX_ANSWER_SCORES", 2 * 2 * (1 + 3))
+    monkeypatch.setattr("gateway.answer.held_scores.MAX_SCORES", 2 * 2 * (1 + 3))
     fields = {"messages": [USER], "logprobs": True, "top_logprobs": 3}
     assert doors.post(CHAT, n=2, **fields).status_code == 200
     refused = doors.post(CHAT, n=3, **fields)

@@ -84,6 +84,24 @@ def test_log_probabilities_are_those_of_the_texts_tokens(client: openai.OpenAI) 
         assert len(done.logprobs) == len(part.logprobs)
 
 
+def test_log_probabilities_that_would_fill_a_gateway_are_refused(
+    client: openai.OpenAI, door: tuple[str, ScriptedCoordinator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other routes bounded them; here a long answer's were held without a bound, streamed as well."""
+    asked: Any = {"model": "tiny", "input": "Hello", "top_logprobs": 4}
+    whole = client.responses.create(**asked)
+    assert whole.usage is not None
+    monkeypatch.setattr("gateway.answer.held_scores.MAX_SCORES", 5 * whole.usage.output_tokens)
+    assert client.responses.create(**asked).output_text == ANSWER
+    more = asked | {"top_logprobs": 5}
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: at most") as refused:
+        client.responses.create(**more)
+    assert refused.value.param == "top_logprobs"
+    assert door[1].running == 0
+    with pytest.raises(openai.APIError, match="top_logprobs: at most"):
+        list(client.responses.create(**more, stream=True))
+
+
 def test_what_is_only_said_back_is_said_back(client: openai.OpenAI) -> None:
     """An effort was answered with null, whatever had been asked."""
     answer = client.responses.create(
