@@ -26,16 +26,17 @@ def join(chunks: Sequence[TokenChunk]) -> TokenChunk:
     if len(chunks) == 1:
         return chunks[0]
     last = chunks[-1]
+    # The last may have no tokens, and nothing to say of them.
     scored = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs is not None]
+    logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    routed = [chunk.routed_experts for chunk in chunks if chunk.routed_experts is not None]
     return replace(
         last,
         first_position=chunks[0].first_position,
         prompt_logprobs=tuple(chain.from_iterable(scored)) if scored else None,
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        routed_experts=(
-            None if last.routed_experts is None else b"".join(chunk.routed_experts or b"" for chunk in chunks)
-        ),
-        logprobs=None if last.logprobs is None else tuple(one for chunk in chunks for one in chunk.logprobs or ()),
+        routed_experts=b"".join(routed) if routed else None,
+        logprobs=tuple(chain.from_iterable(logprobs)) if logprobs else None,
     )
 
 

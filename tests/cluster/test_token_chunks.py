@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,13 @@ def test_a_long_prompt_comes_in_parts_that_join_to_the_whole(most_bytes: int) ->
 
 def test_what_is_small_stays_whole() -> None:
     assert list(cut(WHOLE, 10**6)) == [WHOLE]
+
+
+def test_a_last_chunk_without_a_token_takes_nothing_from_those_before_it() -> None:
+    """Of a model without an end token an answer that its grammar completes ends so: a reader behind lost its scores."""
+    tokens = TokenChunk("r", 0, 0, (7, 8), scores(2, 3), routed_experts=b"1234")
+    end = TokenChunk("r", 0, 2, (), finish_reason="stop")
+    assert join([tokens, end]) == replace(tokens, finish_reason="stop")
 
 
 @pytest.mark.parametrize("top", [0, 1, 20])
