@@ -2,7 +2,8 @@
 
 Serve has answers of its own before and around the application: 429 when its queue is full, 408 at its timeout, 404
 where nothing is deployed, 500. They are plain text, which none of our routes answers with an error. uvicorn, below it,
-says 500 where there is no answer at all, and 400 to what is no HTTP request, before any of Serve's code.
+says 500 where there is no answer at all, and 400 to what is no HTTP request, before any of Serve's code. Below
+/v1/messages errors are Anthropic's, as ours are there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http.asgi import HttpMiddleware
-from gateway.http.errors import REASON_HEADER, UNKNOWN_ROUTE, body
+from gateway.http.errors import MESSAGES, REASON_HEADER, UNKNOWN_ROUTE, body, of_messages
 from gateway.http.sse import json_bytes
 
 _OWN_PATHS = "/-/"  # Serve's health and routes, which HAProxy and people read
@@ -49,8 +50,12 @@ class ServeAnswers(HttpMiddleware):
             else:
                 text += message.get("body", b"")
                 if not message.get("more_body", False):
-                    content = _shaped(start["status"], text.decode("utf-8", "replace"))
+                    document = _shaped(start["status"], text.decode("utf-8", "replace"))
                     headers = MutableHeaders(raw=[(name, value) for name, value in start["headers"]])
+                    if scope["path"].startswith(MESSAGES):
+                        headers["request-id"] = Headers(scope=scope).get("x-request-id", "")
+                        document = of_messages(document, start["status"], headers["request-id"])
+                    content = json_bytes(document)
                     headers["content-type"], headers["content-length"] = "application/json", str(len(content))
                     headers[REASON_HEADER] = _meaning(start["status"])[2]
                     await send({**start, "headers": headers.raw})
@@ -71,7 +76,7 @@ def answer_malformed_requests() -> None:
 
 
 def _send_400(protocol: HttpToolsProtocol | H11Protocol, text: str) -> None:
-    content = _shaped(400, text)
+    content = json_bytes(_shaped(400, text))
     head = (
         "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         f"content-length: {len(content)}\r\n{REASON_HEADER}: {_meaning(400)[2]}\r\n\r\n"
@@ -89,7 +94,7 @@ def _meaning(status: int) -> tuple[str, str | None, str]:
     return _MEANINGS.get(status, _INTERNAL)
 
 
-def _shaped(status: int, text: str) -> bytes:
+def _shaped(status: int, text: str) -> dict[str, object]:
     kind, code, _ = _meaning(status)
     message = text if status < 500 else "the request could not be answered"  # a stack of Serve's, perhaps
-    return json_bytes(body(message, kind, None, code))
+    return body(message, kind, None, code)

@@ -40,7 +40,8 @@ def answered(messages: list[Any], path: str = "/v1/models") -> tuple[Any, bytes]
     async def receive() -> Any:
         return {"type": "http.disconnect"}
 
-    asyncio.run(ServeAnswers(serve)({"type": "http", "path": path}, receive, send))
+    scope = {"type": "http", "path": path, "headers": [(b"x-request-id", b"mine")]}
+    asyncio.run(ServeAnswers(serve)(scope, receive, send))
     return sent[0], b"".join(message.get("body", b"") for message in sent[1:])
 
 
@@ -66,6 +67,19 @@ def test_a_plain_text_becomes_an_error_of_ours(
     error = json.loads(content)["error"]
     assert (error["type"], error["code"], error["param"]) == (kind, code, None)
     assert (error["message"] == text) == (status < 500), "what went wrong inside is nobody's business"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(429, "rate_limit_error"), (404, "not_found_error"), (500, "api_error"), (503, "overloaded_error")],
+)
+def test_where_anthropic_s_clients_ask_it_is_an_error_of_anthropic_s(status: int, kind: str) -> None:
+    """Those of OpenAI came on /v1/messages, whenever it was Serve that answered."""
+    head, content = answered(convert_object_to_asgi_messages(BACKPRESSURE, status), "/v1/messages")
+    error = json.loads(content)
+    assert (error["type"], error["error"]["type"], error["request_id"]) == ("error", kind, "mine")
+    assert dict(head["headers"])[b"request-id"] == b"mine"
+    assert int(dict(head["headers"])[b"content-length"]) == len(content)
 
 
 @pytest.mark.parametrize(
