@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _HOST = b"Host: 127.0.0.1\r\n"
@@ -81,6 +83,18 @@ def send(url: str, method: str, path: str, key: str | None = None, host: str | N
         content = answer.read()
         is_json = answer.headers.get_content_type() == "application/json" and content
         return answer.status, json.loads(content) if is_json else None, answer.getheader("www-authenticate", "")
+    finally:
+        connection.close()
+
+
+@contextmanager
+def asking(url: str, path: str, body: dict[str, Any], key: str | None = None) -> Iterator[None]:
+    """A client that has asked and waits for an answer. It leaves at the end of the block."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    try:
+        connection.request("POST", path, json.dumps(body), headers)
+        yield
     finally:
         connection.close()
 

@@ -90,6 +90,7 @@ class ScriptedCoordinator:
         self._script = script
         self.requests: list[Request] = []
         self.running = 0
+        self.num_taken = 0  # chunks that a reader has taken, and asked for the next
         self.closed_at: list[float] = []
 
     async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
@@ -98,6 +99,7 @@ class ScriptedCoordinator:
         try:
             async for chunk in self._script(request):
                 yield chunk
+                self.num_taken += 1
         finally:
             self.running -= 1
             self.closed_at.append(time.monotonic())
@@ -136,6 +138,16 @@ def tokens_script(
                 prompt_logprobs=None if at else _prompt_logprobs(request),
                 queue_s=queue_s,
             )
+
+    return script
+
+
+def held_script(may_answer: threading.Event) -> Callable[[Request], AsyncIterator[TokenChunk]]:
+    """One token, once the event is set."""
+
+    async def script(request: Request) -> AsyncIterator[TokenChunk]:
+        await asyncio.to_thread(may_answer.wait, 60)
+        yield TokenChunk(request.request_id, request.choice_index, 0, (40,), finish_reason="length")
 
     return script
 

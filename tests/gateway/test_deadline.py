@@ -26,7 +26,7 @@ def test_it_ends_a_wait_that_takes_too_long_and_no_other() -> None:
         left: list[int] = []
         stream = numbers([0, 0, 30], left)
         got = []
-        with DeadlineTimer(Deadline.after(0.2)) as deadline:
+        with DeadlineTimer(Deadline.after(1)) as deadline:
             got.append(await deadline.next(stream))
             got.append(await asyncio.ensure_future(deadline.next(stream)))  # another task
             with pytest.raises(DeadlineExceeded):

@@ -29,6 +29,7 @@ from gateway.http.errors import status_of
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, failing_script, http_server, model_card, ready, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.raw_http import asking
 from tests.waiting import wait_for
 
 LIMIT = 1000
@@ -123,11 +124,14 @@ def test_what_is_answered_is_paid(url: str, spent: Any) -> None:
 def test_of_several_prompts_those_that_were_begun_are_paid(url: str, coordinator: Coordinator, spent: Any) -> None:
     """The second is refused after the first has got its tokens; nobody has begun with the third."""
 
+    has_begun = asyncio.Event()
+
     async def script(request: Request) -> AsyncIterator[TokenChunk]:
         if request.request_id.endswith("-0"):
             yield TokenChunk(request.request_id, 0, 0, (40,))
+            has_begun.set()
             await asyncio.sleep(30)
-        await asyncio.sleep(0.5)
+        await has_begun.wait()
         raise Overloaded("the queue is full")
 
     coordinator._script = script
@@ -177,9 +181,8 @@ def test_of_embeddings_in_parts_those_that_were_asked_for_are_paid(
     prompts = [[40] * 10] * 2 + [[40] * 20] * 2 + [[40] * 40] * 2
     assert post(url, "/v1/embeddings", model="embed", input=prompts).status_code == 503
     assert spent() == (20, 20), "it was free, and so was every other try"
-    headers = {"authorization": "Bearer a"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/embeddings", json={"model": "embed", "input": prompts}, headers=headers, timeout=0.5)
+    with asking(url, "/v1/embeddings", {"model": "embed", "input": prompts}, "a"):
+        wait_for(lambda: len(asked) == 4, 60, "the second part to be asked for")
     wait_for(lambda: spent() == (20 + 60, 20 + 60), 10, "the first two to be paid")
 
 
@@ -212,11 +215,6 @@ def test_over_grpc(frontend: Frontend, coordinator: Coordinator, spent: Any, err
 def test_a_client_that_does_not_wait_pays(url: str, coordinator: Coordinator, spent: Any) -> None:
     """Its prompt may have been computed by then; else prompts were free for whoever hangs up in time."""
     coordinator._script = tokens_script([40], pause_s=30)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            url + "/v1/completions",
-            json={"model": "tiny", "prompt": PROMPT},
-            headers={"authorization": "Bearer a"},
-            timeout=0.5,
-        )
+    with asking(url, "/v1/completions", {"model": "tiny", "prompt": PROMPT}, "a"):
+        wait_for(lambda: coordinator.running == 1, 60, "its sequence")
     wait_for(lambda: spent() == (30, 30), 10, "its prompt to be paid")

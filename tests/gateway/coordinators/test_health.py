@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from cluster.messages import ModelCard
 from cluster.telemetry.progress import Progress
 from gateway.coordinators import health
-from gateway.coordinators.health import Health, ModelHealth, health_of
+from gateway.coordinators.health import RECOVERY_S, Health, ModelHealth, health_of
 
 DEPLOYMENTS = ("coordinator", "expert-0")
 
@@ -77,18 +78,19 @@ def test_what_does_not_recover_in_a_quarter_of_an_hour_has_failed(
     card: ModelCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that waits for a node that never comes is no failed start to Serve."""
-    monkeypatch.setattr(health, "RECOVERY_S", 0.3)
-    monkeypatch.setattr(health, "MAX_AGE_S", 0.0)
+    now = 1000.0
+    monkeypatch.setattr(health, "time", SimpleNamespace(monotonic=lambda: now))
     lost = ModelHealth("recovering", ("coordinator",))
     states = [lost, lost, ModelHealth("ready"), lost, lost]
-    pauses_s = [0.0, 0.4, 0.0, 0.4, 0.0]
+    pauses_s = [1, RECOVERY_S + 1, 1, RECOVERY_S + 1, 1]
 
     async def run() -> list[str]:
+        nonlocal now
         looks = iter(states)
         checked = Health((card,), lambda cards: {card.application: next(looks)})
         phases = []
         for pause_s in pauses_s:
-            await asyncio.sleep(pause_s)
+            now += pause_s
             phases.append((await checked.models())[card.name].phase)
         return phases
 

@@ -110,7 +110,7 @@ def test_it_gives_up_in_time_when_no_coordinator_comes_back(timeout_s, deadline_
     with pytest.raises(CoordinatorLost):
         read(coordinator, request(deadline=Deadline.after(deadline_s)), timeout_s)
     assert time.monotonic() - started < 20, "a third of the other limit"
-    assert len(coordinator.requests) > 2
+    assert len(coordinator.requests) > 1
 
 
 def test_a_coordinator_that_goes_on_is_given_what_is_left_of_the_time():

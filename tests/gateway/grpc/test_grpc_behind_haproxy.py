@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -12,7 +14,7 @@ from cluster.messages import ModelCard
 from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.grpc.watches import MAX_OF_CALLER
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, held_script, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_address
 from tests.haproxy import running, write_config
 from tests.ports import free_port
@@ -30,18 +32,18 @@ backend grpc-gateway
 """
 
 
-def test_a_silent_stream_is_not_cut_and_its_connection_is_kept_alive(
-    tmp_path: Path, card: ModelCard, tokenizer: HuggingFaceTokenizer
-) -> None:
+def test_a_silent_stream_is_not_cut_and_its_connection_is_kept_alive(tmp_path: Path, card: ModelCard) -> None:
     """A silent client, which HAProxy gives up, is none that waits for an answer."""
-    port = free_port()
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hi")[1:], pause_s=1.5))
+    port, may_answer = free_port(), threading.Event()
+    coordinator = ScriptedCoordinator(held_script(may_answer))
     request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=chat_pb2.Sampling(max_tokens=1))
     with grpc_address(build_frontend(card, coordinator)) as address:
         config = write_config(tmp_path, CONFIG.format(port=port, address=address), client_timeout="400ms")
         with running(config), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stream = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=30, wait_for_ready=True)
             wait_for(lambda: "keepalive" in sockets_at(port), 10, "a connection that is kept alive")
+            time.sleep(1)  # more than twice the client's timeout
+            may_answer.set()
             assert len(list(stream)) == 1
 
 

@@ -30,7 +30,7 @@ from gateway.grpc.server.wire_bounds import check_parts, parts_of
 from gateway.grpc.trailers import FittingContext, fitting_details, fitting_metadata
 from gateway.grpc.watches import MAX_OF_ALL, MAX_OF_CALLER, Watches
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, held_script, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_address, grpc_server
 from tests.raw_http2 import Sender
 from tests.waiting import wait_for
@@ -220,9 +220,10 @@ def test_serve_sees_no_command_of_a_client_and_sends_nothing_that_is_too_long() 
     assert FittingContext(Context(("request_id", "%" * 200))).invocation_metadata() == ()
 
 
-def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard, tokenizer: HuggingFaceTokenizer) -> None:
+def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard) -> None:
     """And who fills the room keeps nobody else out of it."""
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:], pause_s=0.2))
+    may_answer = threading.Event()
+    coordinator = ScriptedCoordinator(held_script(may_answer))
     config = GatewayConfig(max_body_bytes=2**20, max_bytes_received=2**20)
     small = REQUEST.SerializeToString()
     large = small + inside(b"\xa2\x06", b"x" * 600_000)  # a field that nobody knows
@@ -239,8 +240,11 @@ def test_messages_that_wait_for_an_answer_are_bounded_in_all(card: ModelCard, to
             eve(large, timeout=30)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "retry-after" in dict(refused.value.trailing_metadata())
-        assert alice(large, timeout=30)
+        other = alice.future(large, timeout=30)
+        wait_for(lambda: coordinator.running == 2, 60, "another's to run")
+        may_answer.set()
         assert first.result()
+        assert other.result()
         assert eve(large, timeout=30), "what was held is given back"
 
 

@@ -22,6 +22,7 @@ from gateway.telemetry.logs import JsonFormatter, TextFormatter
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_script, http_server, tokens_script
 from tests.gateway.grpc.test_grpc import grpc_server
+from tests.raw_http import asking
 from tests.waiting import wait_for
 
 SECRETS = ("sk-secret-key", "sk-wrong-key", "the prompt's own words", "Hello STOP", "made-up-model")
@@ -103,10 +104,10 @@ def test_failures_have_their_name(card: ModelCard, tokenizer: HuggingFaceTokeniz
     ):
         with http_server(build_frontend(card, ScriptedCoordinator(script))) as url:
             httpx.post(url + "/v1/chat/completions", json=body)
-    slow = tokens_script(tokenizer.encode("Hello " * 20)[1:], pause_s=0.1, eos=None)
-    with http_server(build_frontend(card, ScriptedCoordinator(slow))) as url:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url + "/v1/chat/completions", json=body | {"stream": False}, timeout=0.5)
+    coordinator = ScriptedCoordinator(tokens_script([40] * 200, pause_s=0.1, eos=None))
+    with http_server(build_frontend(card, coordinator)) as url:
+        with asking(url, "/v1/chat/completions", body | {"stream": False}):
+            wait_for(lambda: coordinator.num_taken > 0, 60, "a token")
         begun, failed, left = lines(written, 3)
     assert (begun["status"], begun["error"]) == ("200", "Unavailable")
     assert (failed["status"], failed["error"]) == ("503", "Unavailable")
@@ -117,7 +118,7 @@ def test_failures_have_their_name(card: ModelCard, tokenizer: HuggingFaceTokeniz
 def test_calls_over_grpc_have_their_line(
     card: ModelCard, tokenizer: HuggingFaceTokenizer, written: io.StringIO
 ) -> None:
-    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(SECRETS[3])[1:], pause_s=0.02))
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode(SECRETS[3])[1:]))
     request = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(role="user", content=SECRETS[2])])
     with grpc_server(build_frontend(card, coordinator)) as channel:
         stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
@@ -125,6 +126,7 @@ def test_calls_over_grpc_have_their_line(
         list(stub.ChatStream(request))
         with pytest.raises(grpc.RpcError):
             stub.Chat(chat_pb2.ChatRequest(model=SECRETS[4]))
+        coordinator._script = tokens_script([40] * 200, pause_s=0.1, eos=None)
         leaving = stub.ChatStream(request)
         next(leaving)
         leaving.cancel()

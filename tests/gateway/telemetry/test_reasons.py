@@ -46,7 +46,7 @@ from tests.gateway.doubles import ScriptedCoordinator, build_frontend, failing_s
 from tests.gateway.grpc.test_grpc import grpc_server
 from tests.gateway.telemetry.test_metrics import samples
 from tests.programs import REPOSITORY
-from tests.raw_http import WEBSOCKET, exchange
+from tests.raw_http import WEBSOCKET, asking, exchange
 from tests.waiting import wait_for
 
 PAGE = REPOSITORY / "docs" / "logs.md"
@@ -85,9 +85,7 @@ def test_a_reason_crosses_processes() -> None:
     assert RateLimited("slow", limit="tokens per minute").reason == "key_tokens"
 
 
-def test_failures_are_counted_by_reason_over_http(
-    card: ModelCard, tokenizer: HuggingFaceTokenizer, tmp_path: Path
-) -> None:
+def test_failures_are_counted_by_reason_over_http(card: ModelCard, tmp_path: Path) -> None:
     """What failed before it was admitted was in no figure."""
     keys, token = tmp_path / "keys.yaml", tmp_path / "token"
     hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("alice", "bob")}
@@ -97,9 +95,9 @@ def test_failures_are_counted_by_reason_over_http(
     )
     token.write_text("metrics")
     config = GatewayConfig(
-        api_keys_file=str(keys), metrics_token_file=str(token), max_body_bytes=4096, request_timeout_s=0.3
+        api_keys_file=str(keys), metrics_token_file=str(token), max_body_bytes=4096, request_timeout_s=2.0
     )
-    slow = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 40)[1:], pause_s=0.05, eos=None))
+    slow = ScriptedCoordinator(tokens_script([40] * 200, pause_s=0.05, eos=None))
     alice, bob = ({"authorization": f"Bearer {name}"} for name in ("alice", "bob"))
     scrape = {"authorization": "Bearer metrics"}
     with http_server(build_frontend(card, slow, config)) as url:
@@ -114,8 +112,8 @@ def test_failures_are_counted_by_reason_over_http(
             httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}, headers=bob),
             httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}, headers=bob),
         ]
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url + CHAT, json=BODY, headers=alice, timeout=0.1)
+        with asking(url, CHAT, BODY, "alice"):
+            wait_for(lambda: len(slow.requests) == 3, 60, "its sequence")
         wait_for(lambda: any("client_gone" in labels for labels in failures(url, scrape)), 60, "the one that left")
         found = failures(url, scrape)
     said = [(answer.status_code, answer.headers.get("x-manta-reason")) for answer in answers]
@@ -183,30 +181,39 @@ def counted(frontend: Frontend) -> Counter[str]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_over_grpc_is_counted_once_however_early(
-    card: ModelCard, tokenizer: HuggingFaceTokenizer, stream: bool
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     """Those were in no figure who left before their request was admitted, or before all of it was there."""
-    slow = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello " * 40)[1:], pause_s=0.1, eos=None))
+    slow = ScriptedCoordinator(tokens_script([40], pause_s=60))
     frontend = build_frontend(card, slow)
     request = chat_pb2.ChatRequest(model="tiny", messages=[chat_pb2.Message(role="user", content="Hello")])
+    waits, is_known = threading.Event(), threading.Event()
 
     async def never(*_: Any) -> None:
+        waits.set()
         await asyncio.sleep(60)
+
+    identify = frontend.access.identify
+
+    def noted(*sent: Any) -> Any:
+        is_known.set()
+        return identify(*sent)
 
     with grpc_server(frontend) as channel:
         stub = chat_pb2_grpc.MantaStub(channel)  # type: ignore[no-untyped-call]
-        admitted = frontend.chat
-        for number, chat in enumerate((admitted, never), 1):
-            frontend.chat = chat  # type: ignore[assignment,method-assign]
+        places = ((frontend.chat, lambda: slow.running), (never, waits.is_set))
+        for number, (chat, is_there) in enumerate(places, 1):
+            monkeypatch.setattr(frontend, "chat", chat)
             leaving = stub.ChatStream(request) if stream else stub.Chat.future(request)
-            time.sleep(0.3)
+            wait_for(is_there, 15, "the request")
             leaving.cancel()
             wait_for(lambda n=number: counted(frontend) == {"client_gone": n}, 15, "the one that left")  # type: ignore[misc]
         method = f"/manta.v1.Manta/Chat{'Stream' * stream}"
         silent = (channel.stream_stream if stream else channel.stream_unary)(method)
         held = threading.Event()
+        monkeypatch.setattr(frontend.access, "identify", noted)
         call = silent(_unsent(held)) if stream else silent.future(_unsent(held))
-        time.sleep(0.3)
+        wait_for(is_known.is_set, 15, "the call")
         call.cancel()
         wait_for(lambda: counted(frontend) == {"client_gone": 3}, 15, "the one that sent nothing")
         held.set()
