@@ -26,7 +26,6 @@ that outlived both kept the port, and asked gateways that were gone.
 """
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -39,9 +38,9 @@ from pathlib import Path
 
 import psutil
 
+from cluster.commands.parents import end_with_parent
 from cluster.errors import SetupError
 
-_PR_SET_PDEATHSIG = 1
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
@@ -101,7 +100,7 @@ def require_open_files() -> None:
 def main() -> None:
     """Replace this process by HAProxy, with our arguments behind `-dS`."""
     try:
-        _end_with_parent()
+        _end_with_serve()
         require_open_files()
     except SetupError as error:
         raise SystemExit(f"manta-haproxy: {error}") from error
@@ -125,7 +124,7 @@ def main() -> None:
     raise SystemExit(f"{programs[-1]} cannot be run")
 
 
-def _end_with_parent() -> None:
+def _end_with_serve() -> None:
     """Also as HAProxy. Raises SetupError where the parent, a worker of Ray, may have ended already: so has its raylet.
 
     SIGKILL, as one that stands still has to go as well. The kernel sends it when the thread that started us ends: Serve
@@ -133,7 +132,7 @@ def _end_with_parent() -> None:
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    end_with_parent(signal.SIGKILL)
     if (raylet := os.environ.get("RAY_RAYLET_PID")) is None:
         return
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -11,7 +11,6 @@ Neither reaches this one, which has no other thread and waits for signals alone.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import NoReturn
 import psutil
 
 from cluster.commands.local_ray.private_files import session_logs
+from cluster.commands.parents import adopt_orphans, end_with_parent
 from cluster.errors import MantaError, Unavailable
 
 INTERRUPTED_S, TERMINATED_S = 5.0, 60.0  # what open streams get to end after Ctrl-C, and after SIGTERM
@@ -30,7 +30,6 @@ AT_ONCE_S = 5.0  # after a second signal
 LEFT_S = 5.0  # for what a server has left that ended well
 KILLED_S = 10.0  # until what was killed is gone, but for what the kernel holds
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SAID = b"."  # by a server that ends as Python ends
 
 _words: int | None = None  # where the server says how it ends
@@ -45,8 +44,7 @@ def supervise(*, waits_for_streams: bool) -> None:
     global _words
     if sys.platform != "linux":
         return
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes our child
+    adopt_orphans()
     passed_on = {signal.SIGINT, signal.SIGTERM}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         passed_on.add(signal.SIGHUP)
@@ -58,7 +56,7 @@ def supervise(*, waits_for_streams: bool) -> None:
     server = os.fork()
     if server == 0:
         os.close(reading)
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT))
+        end_with_parent(signal.SIGINT)
         if os.getppid() != supervisor:
             os._exit(1)
         os.setpgid(0, 0)  # a terminal's Ctrl-C comes once, from the supervisor
