@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.commands.at_once import at_once
 from cluster.errors import Unavailable
 
 TIMEOUT_S = 4.0
@@ -43,14 +44,9 @@ def deployments(timeout_s: float = TIMEOUT_S) -> Mapping[Any, tuple[Any, Any]]:
 def _ask(method: str, timeout_s: float) -> Any:
     """None where there is no Serve. Raises Unavailable where its controller does not answer in time."""
     import ray
-    from ray.serve import context
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    client: Any = context._global_client if context._cached_client_from_current_session() else None
-    try:
-        # Ray's GCS has to be asked for a name, and its client is not bounded.
-        controller: Any = client._controller if client else ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-    except ValueError:
+    controller = _controller(timeout_s)
+    if controller is None:
         return None
     try:
         return ray.get(getattr(controller, method).remote(), timeout=timeout_s)
@@ -58,3 +54,24 @@ def _ask(method: str, timeout_s: float) -> Any:
         raise Unavailable(
             f"Serve's controller does not answer within {timeout_s:g} s; `manta status` says what to do"
         ) from error
+
+
+def _controller(timeout_s: float) -> Any:
+    """Its actor; None where there is none. Ray's GCS is asked for it, for which Ray itself waits a minute."""
+    import ray
+    from ray.serve import context
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    client: Any = context._global_client if context._cached_client_from_current_session() else None
+    if client is not None:
+        return client._controller
+    name = SERVE_CONTROLLER_NAME
+    found = at_once({name: lambda: ray.get_actor(name, SERVE_NAMESPACE)}, timeout_s).get(name)
+    if isinstance(found, ValueError):
+        return None
+    if found is None or isinstance(found, Exception):
+        raise Unavailable(
+            f"Ray's GCS did not say within {timeout_s:g} s where Serve's controller is: it stands still, or this "
+            "machine is overloaded (`gcs_server`, on the head)"
+        ) from found
+    return found

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, RpcError
 from ray.serve import context
 from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
 from ray.serve._private.common import DeploymentStatus, ReplicaState
@@ -97,6 +97,21 @@ def test_the_controller_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyP
         details()
     monkeypatch.setattr(ray, "get_actor", mock.Mock(side_effect=ValueError("no such actor")))
     assert details() == {"applications": {}, "proxies": {}}
+
+
+@pytest.mark.usefixtures("no_serve")
+def test_rays_gcs_is_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked where the controller is, and Ray waits a minute for one that stands still."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: goes_on.wait(60))
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match=r"Ray's GCS did not say within 0\.1 s where Serve's controller is"):
+        statuses(0.1)
+    goes_on.set()
+    assert time.monotonic() - began < 20
+    monkeypatch.setattr(ray, "get_actor", mock.Mock(side_effect=RpcError("lost")))
+    with pytest.raises(Unavailable, match="stands still"):
+        statuses()
 
 
 @pytest.mark.usefixtures("no_serve")
