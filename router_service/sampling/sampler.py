@@ -96,13 +96,13 @@ class Sampler:
             for row, sequence in enumerate(sequences)
             if sequence.grammar is not None and sequence not in late and (mask := sequence.grammar.mask) is not None
         }
-        if not adjusted and not masks:
+        if not (adjusted or masks or any(map(_never_ends, sequences))):
             return logits
         logits = logits.clone(memory_format=torch.contiguous_format)
         wishes = [(row, _wishes(adjusted.get(row), masks.get(row))) for row in adjusted.keys() | masks.keys()]
-        if logits.is_cuda or not jit.AVAILABLE:
+        if wishes and (logits.is_cuda or not jit.AVAILABLE):
             device_adjust.adjust(logits, wishes)
-        else:
+        elif wishes:
             compiled_adjust.adjust(logits.numpy(), wishes)
         self._hold_open(logits, sequences, adjusted)
         return logits
@@ -117,7 +117,7 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             sampling = sequence.request.sampling
             is_short = sequence.num_output_tokens < sampling.min_tokens
-            if is_short or (sequence.grammar is not None and sampling.ignore_eos):
+            if is_short or _never_ends(sequence):
                 ends.append(_flat(logits, row, self._eos_token_ids))
                 if is_short:
                     ends.append(_flat(logits, row, adjusted[row].stop_ids))
@@ -177,6 +177,11 @@ def _choose(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=-1))  # a tenth of torch's time
+
+
+def _never_ends(sequence: Sequence) -> bool:
+    """Whether an end of sequence is ruled out: within a grammar nothing may follow one."""
+    return sequence.grammar is not None and sequence.request.sampling.ignore_eos
 
 
 def _adjustments(sequence: Sequence, vocab_size: int) -> Adjustments:

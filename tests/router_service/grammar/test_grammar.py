@@ -255,6 +255,19 @@ def test_an_answer_that_may_go_on_does_until_it_is_long_enough(bench, sampling):
     assert len(output) >= 12
 
 
+def test_a_grammar_that_lets_everything_through_keeps_ignore_eos(tmp_path):
+    """Text beside calls between tags that are words, of a vocabulary that is not padded: its answer ended at an end."""
+    vocab_size = 313
+    write_checkpoint(tmp_path, vocab_size=vocab_size, bos_token_id=0, eos_token_id=EOS)
+    write_tokenizer(tmp_path)
+    bench = Bench(tmp_path)
+    grammar = tools(required=False, tokens=ToolTokens(format="hermes"))
+    request = make_request(prompt(), grammar=grammar, temperature=2.0, max_tokens=400, ignore_eos=True)
+    assert bench.grammar_state(request).mask is None
+    [output] = bench.run(request)
+    assert (len(output), EOS in output) == (400, False)
+
+
 def test_a_user_s_stop_token_ends_within_a_grammar(bench, tokenizer):
     [quote] = tokenizer.encode('"', add_special_tokens=False)
     request = make_request(prompt(), grammar=as_schema({"type": "string"}), stop_token_ids=(quote,))
