@@ -49,8 +49,8 @@ def quantized_weight(
         scales = parts["scales"].t()
         zero_points = _gptq_zero_points(name, scheme, parts["zero_points"], out_features)
     else:
-        codes, scales = unpack_awq(parts["codes"]).t(), parts["scales"].t()
-        zero_points = unpack_awq(parts["zero_points"]).t()
+        codes, scales = unpack_awq(parts["codes"])[:, :out_features].t(), parts["scales"].t()
+        zero_points = unpack_awq(parts["zero_points"])[:, :out_features].t()
         if scheme.symmetric and zero_points.any():
             raise _not_the_middle(name, scheme)
     scales = scales.float().contiguous()

@@ -59,11 +59,17 @@ def test_gptqs_zero_points_below_zero_borrow_and_come_back(data: st.DataObject, 
 
 
 @settings(max_examples=25, deadline=None)
-@given(zeros=matrices(st.just(3), st.just(16), 16), codes=matrices(st.just(24), st.just(16), 16))
-def test_awqs_zero_points(zeros: torch.Tensor, codes: torch.Tensor):
-    parts = {"codes": awq_words(codes), "scales": torch.ones(3, 16), "zero_points": awq_words(zeros)}
-    weight = quantized_weight("w", (16, 24), Awq(8), parts, torch.float32)
-    expected = codes.t() - zeros.t().repeat_interleave(8, dim=1)
+@given(
+    zeros=matrices(st.just(3), st.just(16), 16),
+    codes=matrices(st.just(24), st.just(16), 16),
+    outputs=st.integers(9, 16),
+)
+def test_awqs_zero_points_of_any_number_of_outputs(zeros: torch.Tensor, codes: torch.Tensor, outputs: int):
+    """What fills up the last word is no output: there is no scale of one, and no room for what it would say."""
+    parts = {"codes": awq_words(codes), "scales": torch.ones(3, outputs), "zero_points": awq_words(zeros)}
+    weight = quantized_weight("w", (outputs, 24), Awq(8), parts, torch.float32)
+    expected = (codes.t() - zeros.t().repeat_interleave(8, dim=1))[:outputs]
+    assert weight.shape == (outputs, 24)
     assert torch.equal(weight.dequantize(torch.float32), expected.float())
 
 
