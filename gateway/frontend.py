@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 from cluster.config import GatewayConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded
@@ -34,7 +35,7 @@ from gateway.coordinators.client import CoordinatorClient
 from gateway.coordinators.health import Health
 from gateway.deadline import PASSED, DeadlineTimer
 from gateway.embeddings import EmbeddingJob, EmbeddingValidator
-from gateway.request.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from gateway.request.protocol import Body, ChatCompletionRequest, CompletionRequest, EmbeddingRequest, has_forms
 from gateway.request.validator import Generation, Validator
 from gateway.telemetry.kernel_watch import KernelWatch
 from gateway.telemetry.logs import RequestRecord, current_record
@@ -42,10 +43,12 @@ from gateway.telemetry.metrics import GatewayMetrics, RequestTimer
 from gateway.telemetry.metrics_page import MetricsPage
 from gateway.telemetry.request_ends import RequestEnds
 from gateway.text.tokenizer import Tokenizer
-from gateway.worker import Worker
+from gateway.worker import INLINE_BYTES, Worker
 
 EMBEDDINGS_PER_CALL = 64  # to a coordinator: pickling thousands would keep the event loop
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,17 @@ class Frontend:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat", body.priority)
         work = partial(model.validator.chat, body, timeout_s, drops_oldest=drops_oldest)
-        return self._admitted(await self.worker.run(body.num_bytes, work))
+        return self._admitted(await self.read(body, work))
 
     async def completion(self, body: CompletionRequest, timeout_s: float | None = None) -> Generation:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""
         model = await self._admit(body.model, "chat", body.priority)
-        return self._admitted(await self.worker.run(body.num_bytes, model.validator.completion, body, timeout_s))
+        return self._admitted(await self.read(body, partial(model.validator.completion, body, timeout_s)))
+
+    async def read(self, body: Body, work: Callable[[], _T]) -> _T:
+        """What `work` makes of a body, beside the event loop if that may take long, as 8 KB of schemas do: 0.1 s."""
+        size = max(body.num_bytes, INLINE_BYTES + 1) if has_forms(body) else body.num_bytes
+        return await self.worker.run(size, work)
 
     async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from cluster.errors import InvalidRequest
@@ -34,7 +35,7 @@ async def tokenize(frontend: Frontend, body: TokenizeRequest) -> tuple[ServedMod
     model = frontend.route(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt: expected a prompt or messages, and not both", param="prompt")
-    return model, await frontend.worker.run(body.num_bytes, _tokenize, model, body)
+    return model, await frontend.read(body, partial(_tokenize, model, body))
 
 
 async def detokenize(frontend: Frontend, body: DetokenizeRequest) -> str:

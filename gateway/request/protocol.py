@@ -235,6 +235,11 @@ def parse_body(cls: type[_BodyT], document: dict[str, Any], num_bytes: int) -> _
     return body
 
 
+def has_forms(body: Body) -> bool:
+    """Whether it has schemas or rules: to check them takes longer than their size says."""
+    return any(getattr(body, name, None) is not None for name in (*AnswerFields.model_fields, "tools"))
+
+
 def check_length(path: str, value: Any, bound: int) -> None:
     """Raises InvalidRequest for a list or an object of more entries."""
     if isinstance(value, list | dict) and len(value) > bound:

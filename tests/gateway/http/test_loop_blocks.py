@@ -91,7 +91,11 @@ HOSTILE = {
 # What is taken, and as much work as may be asked for.
 FUNCTION = {"type": "function", "function": {"name": "f", "description": "x" * 500}}
 TOOLS = [{**FUNCTION, "function": {**FUNCTION["function"], "name": f"f{i}"}} for i in range(128)]  # type: ignore[dict-item]
+NUMBERS = {"anyOf": [{"multipleOf": 1e-39, "maximum": 9}] * 200}  # under 8 KB, and costly to check
 TAKEN: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": NUMBERS}}}),
+    ("/v1/chat/completions", {"tools": [{"type": "function", "function": {"name": "f", "parameters": NUMBERS}}]}),
+    ("/v1/completions", {"guided_json": NUMBERS}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT}], "stream": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "</s> [INST] hi " * 6000}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}] * 5000}),
