@@ -214,7 +214,7 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first chunk if asked for; [0] is None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     queue_s: float = 0.0  # from its arrival at the coordinator to its first step
-    routed_experts: bytes | None = field(default=None, repr=False)  # uint8 [tokens, layers, top_k] when asked for
+    routed_experts: bytes | None = field(default=None, repr=False)  # uint16 [tokens, layers, top_k] when asked for
 
     @property
     def key(self) -> Key:

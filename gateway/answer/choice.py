@@ -168,7 +168,7 @@ class Choice:
     def _routed_experts(self, chunk: TokenChunk, used: int) -> list[list[list[int]]] | None:
         if chunk.routed_experts is None or not used:
             return None
-        each = np.frombuffer(chunk.routed_experts, np.uint8).reshape(len(chunk.token_ids), -1, max(1, self._top_k))
+        each = np.frombuffer(chunk.routed_experts, np.uint16).reshape(len(chunk.token_ids), -1, max(1, self._top_k))
         lists: list[list[list[int]]] = each[:used].tolist()
         return lists
 

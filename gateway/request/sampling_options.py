@@ -11,7 +11,6 @@ from gateway.request.protocol import SamplingFields
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRING_CHARS = 256
-MAX_TOLD_EXPERTS = 256  # which of them a token went to is told in bytes
 
 
 def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) -> dict[str, Any]:
@@ -31,11 +30,6 @@ def sampling_options(body: SamplingFields, card: ModelCard, max_choices: int) ->
     for name, seed in (("seed", body.seed), ("random_seed", body.random_seed)):
         if seed is not None:
             between(name, seed, -(2**63), 2**63 - 1)
-    if body.return_routed_experts and card.num_experts > MAX_TOLD_EXPERTS:
-        raise InvalidRequest(
-            f"return_routed_experts: {card.num_experts} experts are more than the {MAX_TOLD_EXPERTS} that can be told",
-            param="return_routed_experts",
-        )
     stop_token_ids = body.stop_token_ids or []
     for i, token_id in enumerate(stop_token_ids):
         check_token_id(token_id, card, f"stop_token_ids[{i}]")

@@ -39,10 +39,10 @@ class RoutedExperts:
         if self.layers and self._rows:
             [rows] = upload([np.array(self._rows)], self.layers[0].device)
             chosen = torch.stack([experts.index_select(0, rows) for experts in self.layers], dim=1)  # [B, L, K]
-            self._copy = HostCopy(chosen.to(torch.uint8))
+            self._copy = HostCopy(chosen.to(torch.int16))
 
     def tell(self) -> None:
-        """Give each sequence that asked its `routed_experts`, uint8 [L, K] as bytes; of a dense model there are none.
+        """Give each sequence that asked its `routed_experts`, uint16 [L, K] as bytes; of a dense model there are none.
 
         Waits for the copy.
         """

@@ -79,7 +79,7 @@ class Sequence:
         # Of the prompt tokens scored so far, the first is None; all None when they are not asked for, or sent already.
         asked = sampling.prompt_logprobs is not None and not request.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
-        self.routed_experts: bytes | None = None  # uint8 [layers, top_k] of the latest token, when asked for
+        self.routed_experts: bytes | None = None  # uint16 [layers, top_k] of the latest token, when asked for
         self.pooled: Any = None  # of an embedding request: pooling.Pooled, what the pooler has so far
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None

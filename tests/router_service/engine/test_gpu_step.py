@@ -295,7 +295,7 @@ def test_a_prefill_is_waited_for_once_when_all_of_it_is_launched(monkeypatch, wi
         assert len(sequence.prompt_logprobs) == 600, "of all tokens but the first, which has none"
     if wish == "experts":
         assert sequence.routed_experts is not None
-        assert len(sequence.routed_experts) == 2 * 2
+        assert len(sequence.routed_experts) == 2 * 2 * 2, "layers, choices, bytes"
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from cluster.token_chunks import join
+from router_service.outputs.routed_experts import RoutedExperts
+from router_service.scheduling.scheduler import ScheduledSequence
+from router_service.scheduling.sequence import Sequence
 from tests.checkpoints import write_checkpoint
 from tests.router_service.engine.test_engine import prompt
 from tests.router_service.engines import Bench, cut_by
@@ -18,7 +21,7 @@ def tiny(tmp_path_factory):
 
 
 def routed(chunks, architecture):
-    data = np.frombuffer(b"".join(chunk.routed_experts for chunk in chunks), np.uint8)
+    data = np.frombuffer(b"".join(chunk.routed_experts for chunk in chunks), np.uint16)
     return data.reshape(-1, architecture.num_layers, architecture.top_k)
 
 
@@ -39,6 +42,16 @@ def test_the_reference_chooses_the_same(tiny, config, device):
         assert routed(chunks, bench.engine.model_runner.decoder.architecture).tolist() == expected.tolist()
     for request in others:
         assert all(chunk.routed_experts is None for chunk in bench.chunks[request.key])
+
+
+def test_experts_from_256_on_are_told():
+    """Expert 300 was told as expert 44."""
+    sequence = Sequence(make_request(prompt(2), routed_experts=True))
+    told = RoutedExperts([ScheduledSequence(sequence, 0, 2)])
+    told.layers = [torch.tensor([[0, 0], [300, 44]]), torch.tensor([[0, 0], [255, 511]])]  # of each row, layer by layer
+    told.launch()
+    told.tell()
+    assert np.frombuffer(sequence.routed_experts, np.uint16).tolist() == [300, 44, 255, 511]
 
 
 def test_joined_chunks_hold_the_experts_of_all_their_tokens(tiny):
