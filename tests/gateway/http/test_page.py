@@ -362,6 +362,23 @@ def test_what_is_focused_stays_while_tokens_come(page: Any, sparse: ModelCard, t
 
 
 @needs_chromium
+def test_an_answer_is_copied_where_the_browser_has_no_clipboard(
+    page: Any, card: ModelCard, tokenizer: HuggingFaceTokenizer
+) -> None:
+    """It has one for its own machine and over HTTPS alone: elsewhere the button did nothing."""
+    coordinator = ScriptedCoordinator(tokens_script(tokenizer.encode("Hello")[1:]))
+    page.add_init_script("Object.defineProperty(Navigator.prototype, 'clipboard', { value: undefined })")
+    with http_server(build_frontend(card, coordinator)) as url:
+        page.goto(url)
+        ask(page, "Hi")
+        page.click("button:text-is('Copy')")
+        page.wait_for_selector("text=Copied.")
+        page.focus("#prompt")
+        page.keyboard.press("Control+V")
+        assert page.input_value("#prompt") == "Hello"
+
+
+@needs_chromium
 def test_a_question_without_an_answer_is_not_sent_again(
     page: Any, card: ModelCard, tokenizer: HuggingFaceTokenizer
 ) -> None:
@@ -439,9 +456,9 @@ def test_a_page_of_another_site_cannot_ask_and_ours_can(browser: Any, card: Mode
 
 @needs_chromium
 def test_what_a_model_thinks_is_folded_once_it_answers(page: Any, tmp_path: Path) -> None:
-    """A long thought was an empty answer for as long as it took."""
+    """A long thought was an empty answer for as long as it took; then one paragraph, laid out anew with each token."""
     directory = write_qwen3(tmp_path)
-    thought, end = "<think>\nSix <b>sevens</b>.\n", "</think>\n\nForty-two."
+    thought, end = "<think>\nSix <b>sevens</b>.\nOr not.\n", "</think>\n\nForty-two."
     tokenizer = HuggingFaceTokenizer(directory)
     begun, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (thought, thought + end))
     frontends = [
@@ -451,7 +468,7 @@ def test_what_a_model_thinks_is_folded_once_it_answers(page: Any, tmp_path: Path
     with http_server(frontends[0]) as url:
         page.goto(url)
         ask(page, "Six times seven?")
-        until(page, lambda: page.locator(".thought p").count() == 1)
+        until(page, lambda: page.locator(".thought p").count() == 2)
         assert page.locator(".thought").get_attribute("open") is not None
         page.keyboard.press("Escape")
         page.wait_for_selector("text=Stopped.")
@@ -462,4 +479,4 @@ def test_what_a_model_thinks_is_folded_once_it_answers(page: Any, tmp_path: Path
         assert page.inner_text(".assistant .text") == "Forty-two."
         assert page.locator(".thought").get_attribute("open") is None
         page.click(".thought summary")
-        assert page.inner_text(".thought p") == "Six <b>sevens</b>."
+        assert page.locator(".thought p").all_inner_texts() == ["Six <b>sevens</b>.", "Or not."], "a line each"
