@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import ray
+from ray.serve._private.replica import Replica, ReplicaActor
 
 from cluster.config import GatewayConfig
 from cluster.errors import CoordinatorLost, MantaError, ModelLoading
@@ -18,6 +21,7 @@ from gateway.answer.choice import Usage
 from gateway.coordinators.health import MAX_AGE_S, Health, ModelHealth, Phase
 from gateway.frontend import Frontend
 from gateway.request.protocol import ChatCompletionRequest, Message
+from gateway.service import _is_ended_by_serve
 from gateway.text.tokenizer import HuggingFaceTokenizer
 from tests.gateway.doubles import ScriptedCoordinator, build_frontend, tokens_script
 from tests.programs import said_by
@@ -187,3 +191,20 @@ def test_requests_go_to_the_first_version_of_a_model_that_is_up(card: ModelCard)
 def test_a_gateways_loop_is_watched_from_when_it_is_ready() -> None:
     """What is imported and collected before, by Serve as well, was told as the longest time that anybody waited."""
     assert said_by("gateway.watched_gateway").split() == ["True", "True"]
+
+
+def test_a_gateway_sees_in_rays_own_object_that_serve_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve tells no code of ours. Where another Ray has other names there, watches would not end, without a word."""
+    replica, actor = Replica.__new__(Replica), ReplicaActor.__new__(ReplicaActor)
+    replica._shutting_down, replica._graceful_shutdown_task = False, None
+    actor._replica_impl = replica
+    monkeypatch.setitem(ray._private.worker.global_worker.actors, "id", actor)
+
+    async def end() -> None:
+        replica._event_loop = asyncio.get_running_loop()
+        with suppress(AttributeError):  # of what the replica is made of, and this one is not
+            await actor.perform_graceful_shutdown()  # as Serve's controller calls it
+
+    assert not _is_ended_by_serve()
+    asyncio.run(end())
+    assert _is_ended_by_serve()
