@@ -80,7 +80,7 @@ class GatewayReplica(GrpcDoor):
         super().__init__(frontend)
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         self._termination = Termination(grace_s, self.watches.end)
-        self._ending = asyncio.get_running_loop().create_task(self._end_watches())
+        self._ending = asyncio.get_running_loop().create_task(self._end_watches_when_ended())
 
     async def check_health(self) -> None:
         """Called by Serve; raises Unavailable after SIGTERM, so that Serve lets the streams end and starts another.
@@ -90,10 +90,14 @@ class GatewayReplica(GrpcDoor):
         self.frontend.metrics.loop.start()
         self._termination.check()
 
-    async def _end_watches(self) -> None:
+    async def _end_watches_when_ended(self) -> None:
         """Once Serve ends this replica, which waits for all that it answers: nothing waits for those who only watch."""
         while not _is_ended_by_serve():
             await asyncio.sleep(WATCH_INTERVAL_S)
+        self.watches.end()
+
+    async def end_watches(self) -> None:
+        """Called by `manta k8s drain` where the whole cluster is taken away, and Serve ends no replica."""
         self.watches.end()
 
     def made_of(self) -> tuple[GatewayConfig, tuple[ModelCard, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -11,15 +12,19 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import ray
+from ray import serve
 
 from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.k8s import command, drain
 from cluster.commands.k8s.drain import Nodes, Replica, streams_of_haproxy
 from cluster.errors import Unavailable
+from gateway.grpc.watches import Watches
+from gateway.service import GatewayReplica
 from tests.programs import said_by
 
 TIMEOUT_S = 240
@@ -39,7 +44,7 @@ def test_a_stream_ends_by_itself_and_the_next_one_is_elsewhere(tmp_path: Path) -
     assert said.startswith("Serve's controller does not answer"), "and once, where it was asked for ever"
     assert said.count("\n") == 0
     assert seen["waiting"] == [None] * 8, "for a pod that takes over; for a stream; for gateways to go first"
-    assert seen["taken_away"] == [["True", ""]] * 3
+    assert seen["taken_away"] == [["True", ""]] * 3, "the gateway's, too, though a client that watched it never left"
 
 
 HEAD, GATEWAY, OTHER_GATEWAY, EXPERTS = "head", "node-g1", "node-g2", "node-e"
@@ -66,6 +71,7 @@ def is_needed(
     monkeypatch.setattr(drain, "living_nodes", lambda: nodes)
     monkeypatch.setattr(drain, "replicas", lambda: FOUND)
     monkeypatch.setattr(drain, "have_requests", lambda gateways: any(one.actor in streaming for one in gateways))
+    monkeypatch.setattr(drain, "end_watches", lambda: None)
     monkeypatch.setattr(drain, "_tell_ray", lambda node_id: None)
     monkeypatch.setattr(drain, "_tell_that_the_head_goes", lambda node_id: None)
     cluster = JoinedCluster("127.0.0.1:6379", Path())
@@ -86,6 +92,22 @@ def test_what_is_taken_away_goes_gateways_first_and_the_head_last(monkeypatch: p
     assert needed(HEAD, Nodes(HEADS, no_gateways, no_gateways | HEADS))
     assert not needed(HEAD, Nodes(HEADS, frozenset(), HEADS))
     assert needed(HEAD, Nodes(HEADS, frozenset(), HEADS), told_s=5.0), "others may not have told yet"
+
+
+def test_watches_end_where_the_cluster_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve, which ends no gateway there, counts them as requests: the pods stayed as long as anybody watched."""
+    watches = Watches()
+
+    def broadcast(method: str) -> mock.Mock:
+        asyncio.run(getattr(GatewayReplica, method)(SimpleNamespace(watches=watches)))
+        return mock.Mock()
+
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: mock.Mock(broadcast=broadcast))
+    with watches.place("a client") as over:
+        drain.end_watches()
+        assert over.is_set()
+    with pytest.raises(Unavailable, match="watch again"), watches.place("a client"):
+        pass
 
 
 def test_a_gateway_that_does_not_answer_has_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ order, once the head was told to go and every other node drains:
     those with gateways ─▶ once no gateway has a request      coordinators, experts ─▶ once no gateway is left
                                                               the head ─▶ once no other node drains
 
+A watch of health is a request as well, for as long as its client likes. So the gateways are told to end theirs.
+
 Where Ray or Serve's controller does not answer, nobody knows what streams, and nothing is started elsewhere. So the pod
 stays while replicas of Serve run in it, until it is answered or time is over.
 """
@@ -117,6 +119,7 @@ def is_streamed_through(node_id: str, nodes: Nodes, found: Iterable[Replica]) ->
     """Whether a cluster that is taken away needs the node for its streams. All of them come through gateways."""
     gateways = [one for one in found if one.deployment == GATEWAY and one.node_id in nodes.others]
     if any(one.node_id == node_id for one in gateways):
+        end_watches()
         return have_requests(gateways)
     return bool(gateways)
 
@@ -159,6 +162,17 @@ def replicas() -> list[Replica]:
         for replica in deployment["replicas"]
         if replica.get("node_id")
     ]
+
+
+def end_watches() -> None:
+    """At every gateway. One that is silent is told again at the next look."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    with suppress(TimeoutError, KeyError, RayError, RayServeException):  # KeyError: all of them have gone meanwhile
+        gateways = serve.get_deployment_handle(GATEWAY, GATEWAY)
+        gateways.broadcast("end_watches").results(timeout_s=REQUESTS_TIMEOUT_S, return_exceptions=True)
 
 
 def have_requests(gateways: Iterable[Replica]) -> bool:

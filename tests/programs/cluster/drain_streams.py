@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -54,7 +55,7 @@ def wait_for(condition):
 
 
 def deployment(name):
-    """One replica, which takes a node for itself, and streams as long as it is to."""
+    """One replica, which takes a node for itself, streams as long as it is to, and ends watches as a gateway does."""
 
     @serve.deployment(
         name=name,
@@ -65,6 +66,17 @@ def deployment(name):
         health_check_period_s=1,
     )
     class Stream:
+        def __init__(self):
+            self.over = threading.Event()
+
+        def watch(self):
+            while not self.over.is_set():
+                yield
+                time.sleep(0.1)
+
+        def end_watches(self):
+            self.over.set()
+
         def __call__(self, end):
             while not os.path.exists(end):
                 yield ray.get_runtime_context().get_node_id()
@@ -111,6 +123,8 @@ time.sleep(8)
 waiting = [gateway.poll(), expert.poll()]
 stream = handle.remote(os.path.join(directory, "third"))
 next(stream)
+watch = handle.watch.remote()
+next(watch)
 head_draining = drain(120, head.node_id)
 time.sleep(8)
 waiting += [gateway.poll(), expert.poll(), head_draining.poll()]
