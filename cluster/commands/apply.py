@@ -9,14 +9,12 @@ started.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,6 +27,7 @@ from cluster.commands.cluster_connection import DEADLINE_S, JoinedCluster, look_
 from cluster.commands.serve.command import checked_checkpoints, wait_until_running
 from cluster.commands.serve_controller import statuses
 from cluster.commands.served import made_of
+from cluster.commands.signal_flag import SignalFlag
 from cluster.config import GatewayConfig, ModelConfig, load_config
 from cluster.deploy.app import (
     ModelPlan,
@@ -105,7 +104,9 @@ def kept_doors(running: GatewayConfig, wanted: GatewayConfig) -> list[str]:
     return sorted(key for key in wanted.model_fields_set - NUMBERS if getattr(wanted, key) != getattr(running, key))
 
 
-def _change(gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[ModelCard, ...], stop: Event) -> bool:
+def _change(
+    gateway: GatewayConfig, plans: tuple[ModelPlan, ...], before: tuple[ModelCard, ...], stop: SignalFlag
+) -> bool:
     """Returns whether it was waited for."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     wanted = tuple(model_card(plan) for plan in plans)
@@ -165,7 +166,7 @@ def _without(applications: Sequence[str], cards: Sequence[ModelCard]) -> tuple[M
     return tuple(card for card in cards if card.application not in applications)
 
 
-def _deploy(targets: list[Any], stop: Event) -> None:
+def _deploy(targets: list[Any], stop: SignalFlag) -> None:
     from ray import serve
 
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -180,9 +181,9 @@ def _delete(applications: Sequence[str]) -> None:
 
 
 @contextmanager
-def _interrupts(timeout_s: float) -> Iterator[Event]:
+def _interrupts(timeout_s: float) -> Iterator[SignalFlag]:
     """Set by Ctrl-C, and after `timeout_s`, for the process that changes as well. A second Ctrl-C ends this one."""
-    stop = multiprocessing.get_context("fork").Event()
+    stop = SignalFlag()
 
     def on_signal(number: int, _frame: object) -> None:
         signal.signal(number, before)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.synchronize import Event as ForkedEvent
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from cluster.commands.serve.door_keys import check_nodes, with_key
 from cluster.commands.serve.supervised import INTERRUPTED_S, TERMINATED_S, give_up
 from cluster.commands.serve_controller import details, statuses
 from cluster.commands.served import made_of
+from cluster.commands.signal_flag import SignalFlag
 from cluster.config import GatewayConfig, MantaConfig, load_config
 from cluster.deploy.app import (
     Cluster,
@@ -124,8 +124,8 @@ class _Stop:
     """What the user's signals ask for."""
 
     def __init__(self) -> None:
-        self.requested = threading.Event()
-        self.at_once = threading.Event()  # a second signal
+        self.requested = SignalFlag()
+        self.at_once = SignalFlag()  # a second signal
         self.drain_s = INTERRUPTED_S
         self._requested_at = 0.0
         self.listen()
@@ -291,7 +291,7 @@ def _applied_since() -> set[str]:
     return set()
 
 
-def wait_until_running(applications: list[str], stop: threading.Event | ForkedEvent, console: Console) -> None:
+def wait_until_running(applications: list[str], stop: SignalFlag, console: Console) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
     from cluster.telemetry.progress import clear_progress, read_progress
 

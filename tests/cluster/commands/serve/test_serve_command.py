@@ -9,6 +9,7 @@ import pytest
 from cluster.commands.serve.command import did_not_start
 from tests.checkpoints import write_checkpoint
 from tests.haproxy import with_open_files
+from tests.programs import said_by
 
 
 def serve(*arguments, **options):
@@ -119,3 +120,10 @@ def test_a_port_that_is_taken_on_a_cluster_that_is_joined_is_told():
     stack = "ray::ProxyActor.ready()\n  File …\nRuntimeError: Failed to bind to address '127.0.0.1:8000'."
     assert str(did_not_start(RuntimeError(stack))).startswith("cannot listen on 127.0.0.1:8000: another process")
     assert "look at its load" in str(did_not_start(TimeoutError("The actor never ran.")))
+
+
+def test_a_signal_may_come_in_the_midst_of_anything():
+    """An Event's lock is held for moments by who waits: SIGTERM just then, or twice at almost the same time, as systemd
+    sends it to every process of a service, was waited upon for ever, and the supervisor killed the server with all its
+    streams."""
+    assert int(said_by("cluster.signalled_anywhere")) > 5
