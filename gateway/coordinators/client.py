@@ -52,6 +52,7 @@ class StreamingClient:
         with self.inbox.expect(request) as queue:
             response = self.ask(request)
             call = asyncio.create_task(result(response))
+            queue.on_overflow = lambda: call.done() or response.cancel()
             call.add_done_callback(lambda call: self._tell(queue, call))
             try:
                 async for chunk in queue:

@@ -4,23 +4,27 @@
     stream of coordinator b ──▶ deliver ──▶ ChunkQueue of request 2 ──▶ chunk, CoordinatorLost
 
 Chunks that come while their reader is busy are joined, up to MAX_JOINED tokens: what a client did not read for minutes
-is not worked through in one go. A request ends with its last chunk, with an error of its call, or with CoordinatorLost
-when its coordinator is. All of it runs on one event loop.
+is not worked through in one go. Past MAX_UNREAD_BYTES the call is cancelled, and the rest asked for once that is read,
+as if the coordinator had been lost. A request ends with its last chunk, with an error of its call, or with
+CoordinatorLost when its coordinator is. All of it runs on one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from cluster.errors import CoordinatorLost
 from cluster.messages import Key, Request, TokenChunk
-from cluster.token_chunks import join
+from cluster.token_chunks import join, num_bytes
 from gateway.coordinators.table import CoordinatorTable
 
 MAX_JOINED = 64
+# Of one client request, all choices together, pickled; in memory three times as much. Scores of a prompt do not count:
+# they have a bound of their own, and none is read before the first token.
+MAX_UNREAD_BYTES = 2**26
 
 
 class ChunkQueue:
@@ -28,8 +32,11 @@ class ChunkQueue:
 
     def __init__(self, request: Request) -> None:
         self.is_complete = False  # the last chunk has arrived
+        self.on_overflow: Callable[[], object] = lambda: None  # what still comes is not taken
         self._next_position = len(request.output_token_ids)
         self._chunks: list[TokenChunk] = []
+        self._unread_bytes = 0
+        self._most_unread = MAX_UNREAD_BYTES // (1 + request.num_siblings)
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
 
@@ -43,8 +50,12 @@ class ChunkQueue:
         self._next_position += len(chunk.token_ids)
         self.is_complete = chunk.finish_reason is not None
         self._chunks.append(chunk)
+        self._unread_bytes += _weight(chunk)
         if chunk.token_ids or self.is_complete:  # else there is more to come of the prompt
             self._arrived.set()
+        if self._unread_bytes > self._most_unread and not self.is_complete:
+            self.fail(CoordinatorLost("more has come than the client has read"))
+            self.on_overflow()
 
     def fail(self, error: BaseException) -> None:
         """Raise this to the reader, after what has arrived. A complete answer stays complete."""
@@ -80,7 +91,12 @@ class ChunkQueue:
             num_tokens += len(self._chunks[end].token_ids)
             end += 1
         taken, self._chunks = self._chunks[:end], self._chunks[end:]
+        self._unread_bytes -= sum(map(_weight, taken))
         return taken
+
+
+def _weight(chunk: TokenChunk) -> int:
+    return num_bytes(chunk) if chunk.prompt_logprobs is None else 0
 
 
 class TokenInbox:

@@ -9,7 +9,9 @@ import pytest
 
 from cluster.errors import CoordinatorLost, EngineDead, MantaError
 from cluster.messages import Request, SamplingParams, TokenChunk, TokenLogprobs
-from cluster.token_chunks import cut
+from cluster.token_chunks import cut, num_bytes
+from gateway.coordinators.client import StreamingClient
+from gateway.coordinators.resumption import generate
 from gateway.coordinators.table import CoordinatorTable
 from gateway.coordinators.token_inbox import MAX_JOINED, ChunkQueue, TokenInbox
 
@@ -86,6 +88,90 @@ def test_what_a_client_left_unread_for_long_does_not_hold_up_others() -> None:
         assert [token for one in chunks for token in one.token_ids] == [100 + position for position in range(10_000)]
         assert max(len(one.token_ids) for one in chunks) == MAX_JOINED
         assert turns > 100
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("num_siblings", [0, 3])
+def test_what_a_client_does_not_read_is_held_up_to_a_bound(num_siblings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred choices with 20 candidates a token, of a client that did not read its stream, were gigabytes."""
+    scored = replace(chunk("a", 0), logprobs=(TokenLogprobs(-1.0, tuple((i, -1.0) for i in range(20))),))
+    size = num_bytes(scored)
+    monkeypatch.setattr("gateway.coordinators.token_inbox.MAX_UNREAD_BYTES", 40 * size)
+    most = 40 // (1 + num_siblings)
+
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        asked = replace(request("a"), num_siblings=num_siblings)
+        with inbox.expect(asked) as queue:
+            for position in range(100):
+                inbox.deliver((replace(scored, first_position=position),))
+            tokens, error = await read(queue)
+            assert len(tokens) == most + 1
+            assert isinstance(error, CoordinatorLost)
+        resumed = replace(asked, request_id="a~1", output_token_ids=tuple(tokens))
+        with inbox.expect(resumed) as queue:  # a client that reads is never too far behind
+            reading = asyncio.create_task(read(queue))
+            for position in range(len(tokens), 300):
+                inbox.deliver((replace(scored, request_id="a~1", first_position=position),))
+                if position % 5 == 0:
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+            inbox.deliver((replace(chunk("a~1", 300, "length"), logprobs=scored.logprobs),))
+            assert (await reading)[1] is None
+
+    asyncio.run(run())
+
+
+def test_what_is_not_read_is_not_computed_either_and_no_token_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator went on, for tokens that are computed again once the client reads on."""
+    monkeypatch.setattr("gateway.coordinators.token_inbox.MAX_UNREAD_BYTES", 10 * num_bytes(chunk("a", 0)))
+
+    class Coordinators(StreamingClient):
+        """Each call sends tokens until it is cancelled, or has sent all."""
+
+        num_sent = 0
+
+        def ask(self, asked: Request) -> asyncio.Task[None]:
+            return asyncio.create_task(self._send(asked))
+
+        async def _send(self, asked: Request) -> None:
+            for position in range(len(asked.output_token_ids), 50):
+                self.num_sent += 1
+                self.inbox.deliver((chunk(asked.request_id, position, "length" if position == 49 else None),))
+                await asyncio.sleep(0)
+
+        def meaning(self, error: BaseException) -> BaseException:
+            return error
+
+        def coordinators(self) -> frozenset[str]:
+            return frozenset({"c"})
+
+    async def run() -> None:
+        client = Coordinators(TokenInbox(CoordinatorTable()))
+        tokens: list[int] = []
+        async with asyncio.timeout(20):
+            async for one in generate(client, request("a"), resume_timeout_s=20.0):
+                tokens += one.token_ids
+                for _ in range(100):  # it reads slowly
+                    await asyncio.sleep(0)
+        assert tokens == list(range(100, 150))
+        assert client.num_sent < 2 * 50
+
+    asyncio.run(run())
+
+
+def test_the_scores_of_a_prompt_are_not_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have a bound of their own, and none is read before the first token."""
+    monkeypatch.setattr("gateway.coordinators.token_inbox.MAX_UNREAD_BYTES", 1000)
+
+    async def run() -> None:
+        inbox = TokenInbox(CoordinatorTable())
+        whole = replace(chunk("a", 0, "stop"), prompt_logprobs=(None, *[TokenLogprobs(-1.0)] * 1000))
+        with inbox.expect(request("a")) as queue:
+            for part in cut(whole, 1000):
+                inbox.deliver((part,))
+            assert await read(queue) == ([100], None)
 
     asyncio.run(run())
 
