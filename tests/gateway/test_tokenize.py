@@ -20,7 +20,7 @@ USER = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def coordinator() -> ScriptedCoordinator:
-    return ScriptedCoordinator(tokens_script([40] * 20, pause_s=0.05))
+    return ScriptedCoordinator(tokens_script([40] * 200, pause_s=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,9 @@ gateway: {{scaling: {{target_requests: 6, {SCALING}}}}}
         yield server
 
 
-def steady(server: Server, clients: int) -> SteadyStreams:
-    return SteadyStreams(server.url, "wide", [f"Question {index}: what is a cheese?" for index in range(clients)], 80)
+def steady(server: Server, clients: int, num_tokens: int = 80) -> SteadyStreams:
+    prompts = [f"Question {index}: what is a cheese?" for index in range(clients)]
+    return SteadyStreams(server.url, "wide", prompts, num_tokens)
 
 
 def completion(server: Server, model: str, **fields: object) -> httpx.Response:
@@ -85,7 +86,7 @@ def wide_coordinators(server: Server) -> set[int]:
 
 
 def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):
-    clients = steady(elastic, 12)
+    clients = steady(elastic, 12, 400)  # so long that they are mostly in the engine, however fast it is
     clients.learn()
 
     def number() -> tuple[int, int]:
