@@ -70,4 +70,6 @@ def _tokenize(model: ServedModel, body: TokenizeRequest) -> TokenIds:
 
 
 def _detokenize(model: ServedModel, body: DetokenizeRequest) -> str:
-    return model.tokenizer.decode(PromptReader(model.card, model.tokenizer).token_ids(body.tokens, "tokens"))
+    token_ids = PromptReader(model.card, model.tokenizer).token_ids(body.tokens, "tokens")
+    # The embeddings may be padded beyond the vocabulary: those ids have no text.
+    return model.tokenizer.decode([token_id for token_id in token_ids if token_id < model.tokenizer.vocab_size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,9 +11,13 @@ import mistralai.client.models
 import pytest
 from mistralai.client import Mistral
 
+from cluster.config import GatewayConfig
 from cluster.messages import ModelCard
+from gateway.coordinators.health import Health
+from gateway.frontend import Frontend
 from gateway.text.tokenizer import HuggingFaceTokenizer
-from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, tokens_script
+from tests.gateway.answer.test_round_trip import LAYOUTS
+from tests.gateway.doubles import ScriptedCoordinator, build_frontend, http_server, model_card, ready, tokens_script
 
 TEXT = "Grüße 👩‍🚀, 你好"
 USER = [{"role": "user", "content": "Hello"}]
@@ -82,6 +87,27 @@ def test_no_more_ids_than_the_context_has_become_text(url: str) -> None:
     error = httpx.post(url + "/detokenize", json={"tokens": [40] * 100_000}).json()["error"]
     assert error["message"] == "tokens: 100000 tokens are over the model's context of 256 tokens"
     assert httpx.post(url + "/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize("layout", ["a template without tools", "v3", "Tekken v11"])
+def test_ids_of_padded_embeddings_have_no_text(tmp_path: Path, layout: str, coordinator: ScriptedCoordinator) -> None:
+    """mistral-common's tokenizers raise for them, which was a 500."""
+    tokenizer = LAYOUTS[layout](tmp_path)
+    size = tokenizer.vocab_size
+    card = model_card(tmp_path, vocab_size=size + 64)
+    frontend = Frontend(
+        GatewayConfig(),
+        (card,),
+        {card.application: tokenizer},
+        {card.application: coordinator},
+        Health((card,), ready),
+    )
+    ids = list(tokenizer.encode("Hello", add_special_tokens=False))
+    with http_server(frontend) as url:
+        for more in ([], [size], [size + 63]):
+            assert httpx.post(url + "/detokenize", json={"tokens": [*ids, *more]}).json() == {"prompt": "Hello"}
+        assert httpx.post(url + "/detokenize", json={"tokens": [size]}).json() == {"prompt": ""}
+        assert httpx.post(url + "/detokenize", json={"tokens": [size + 64]}).status_code == 400
 
 
 def test_load_counts_what_is_being_answered(url: str) -> None:
