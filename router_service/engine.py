@@ -346,13 +346,15 @@ class Engine:
         """End all sequences of a step; where memory was short the newest, and the others run again without it.
 
         What the step has written to the cache does not matter: the same slots are written again before they are read.
+        Where it was short so late that the next step goes on from this one's tokens, nobody can run again.
         """
         if not sequences:
             self._num_failed_steps += 1
             _log_failure(error, "nobody, as all its sequences had ended")
             check_device(self.model_runner.decoder.device)
             return
-        if not is_out_of_memory(error):
+        is_advanced = any(sequence.pending_row is not None for sequence in sequences)
+        if is_advanced or not is_out_of_memory(error):
             self._fail_step(dict.fromkeys(sequences, error))
             return
         newest = next(sequence for sequence in reversed(self._sequences.values()) if sequence in sequences)

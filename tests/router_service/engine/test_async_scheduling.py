@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -206,6 +207,25 @@ def test_where_memory_is_short_the_newest_goes_and_the_others_go_on(directory, m
     assert list(watched.bench.errors) == [newer.key]
     alone = Bench(directory).run(make_request(prompt(9, 1), max_tokens=12, ignore_eos=True))
     assert [watched.bench.token_ids(older)] == alone
+
+
+def test_where_memory_is_short_while_tokens_are_read_all_of_the_step_end(directory, monkeypatch):
+    """The older went on without the token of this step, and was in none after the next: it waited for its deadline."""
+    watched = Watched(directory)
+    asked = [make_request(prompt(9, seed), max_tokens=12, ignore_eos=True) for seed in (1, 2)]
+    watched.bench.add(*asked)
+    for _ in range(4):
+        watched.engine.step()
+    monkeypatch.setattr(watched.engine._under_way.tokens, "wait", lambda: raise_(MemoryError()))
+    for _ in range(20):
+        watched.engine.step()
+    assert not watched.engine._sequences
+    assert watched.bench.errors.keys() == {request.key for request in asked}
+    for request in asked:
+        assert isinstance(watched.bench.errors[request.key], StepFailed)
+        had = watched.bench.token_ids(request)
+        assert [had] == Bench(directory).run(replace(request, sampling=replace(request.sampling, max_tokens=len(had))))
+    watched.engine.scheduler.check(())
 
 
 WAYS = st.sampled_from(
