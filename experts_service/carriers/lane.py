@@ -31,13 +31,13 @@ from experts_service.carriers.link import NOTHING, WAIT_S, LaneAttempt, Link, Li
 from experts_service.carriers.links import LaneLinks
 from experts_service.carriers.routes import LaneRoutes
 from experts_service.delivery.delivery import CANCELLED, POSTED, Deliveries
-from experts_service.delivery.flight import RemoteFlight, pieces
+from experts_service.delivery.flight import RemoteFlight, pieces, split
 from experts_service.device import on_host
 from experts_service.kernels import finite
 from experts_service.kernels.cost import cost
 from experts_service.routing_table import Deployment, Replica, RoutingTable
 from experts_service.transport import Flight, GroupRows
-from experts_service.wire.frame import MAX_DEADLINE_MS, RowsFormat, answer_head
+from experts_service.wire.frame import MAX_DEADLINE_MS, MAX_PAYLOAD_BYTES, RowsFormat, answer_head
 
 
 class LaneCarrier:
@@ -158,7 +158,8 @@ class LaneTransport:
         if flight.received is None:
             return flight
         batch = LaneBatch.of(layer, rows, flight.received)
-        parts = pieces(parts, self.routes, self.deliveries.loads)
+        shared_out = pieces(parts, self.routes, self.deliveries.loads)
+        parts = [frame for part in shared_out for frame in _frames(part, batch.row_bytes)]
         self._spread(parts)
         connected = self.routes.all_connected()
         try:
@@ -186,6 +187,12 @@ class LaneTransport:
 
     def close(self) -> None:
         self.routes.close()
+
+
+def _frames(part: GroupRows, row_bytes: int) -> list[GroupRows]:
+    """The same rows in pieces that frames may hold: one, as a rule."""
+    rows, most = len(part.row_indices), MAX_PAYLOAD_BYTES // row_bytes
+    return split(part, [(part.replica_id, min(most, rows - start)) for start in range(0, rows, most)])
 
 
 def _read(attempt: LaneAttempt) -> None:

@@ -77,6 +77,18 @@ def test_a_lane_gives_the_bits_of_local_experts(node: str, dtype: torch.dtype, d
         assert sorted(running.dialled) == ["0a", "1a"], "connections persist"
 
 
+def test_rows_that_no_frame_may_hold_travel_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all experts of a token in one group a long prompt may have more: each step with it failed."""
+    for module in ("wire.frame", "carriers.lane"):
+        monkeypatch.setattr(f"experts_service.{module}.MAX_PAYLOAD_BYTES", 17 * HIDDEN * 4)
+    with shards() as running:
+        remote = both(running)
+        for num_rows in (17, 18, 300):
+            rows, experts = batch(num_rows)
+            experts[:] = torch.tensor([0, 1])  # one of each group
+            assert torch.equal(ask(remote, rows, experts), expected(rows, experts)), num_rows
+
+
 @UNIX_AND_TCP
 def test_a_batch_without_rows_asks_nobody(node: str) -> None:
     with shards(node) as running:
