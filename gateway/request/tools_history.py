@@ -135,13 +135,13 @@ def _calls(calls: Any, path: str) -> list[_Call]:
         if not isinstance(arguments, str):
             where = f"{here}.function.arguments"
             raise InvalidRequest(f"{where}: expected a string of JSON or an object", param=where)
-        _check_json(arguments, f"{here}.function.arguments")
+        check_json(arguments, f"{here}.function.arguments")
         call_id = call.get("id")
         read.append(_Call(_short_id(call_id if isinstance(call_id, str) else str(i)), function["name"], arguments))
     return read
 
 
-def _check_json(text: str, path: str) -> None:
+def check_json(text: str, path: str) -> None:
     """JSON within a string was neither bounded nor looked at with the body that it came in. Raises InvalidRequest."""
     try:
         check_bounds(text.encode(), "it")

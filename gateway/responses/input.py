@@ -15,6 +15,7 @@ from itertools import takewhile
 from typing import Any
 
 from cluster.errors import InvalidRequest
+from gateway.request.tools_history import check_json
 
 Json = dict[str, Any]
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -58,7 +59,7 @@ def _add(messages: list[Json], item: Any, path: str) -> None:
             _add_call(messages, item, path)
         case "function_call_output":
             output = _text(item.get("output"), f"{path}.output", separator="\n")
-            messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", path), "content": output})
+            messages.append({"role": "tool", "tool_call_id": _name(item, "call_id", path), "content": output})
         case "reasoning":
             _add_thought(messages, item)
         case "item_reference":
@@ -119,7 +120,9 @@ def _message(item: Json, path: str) -> Json:
 
 
 def _add_call(messages: list[Json], item: Json, path: str) -> None:
-    call_id, name, arguments = (_string(item, field, path) for field in ("call_id", "name", "arguments"))
+    call_id, arguments = (_string(item, field, path) for field in ("call_id", "arguments"))
+    name = _name(item, "name", path)
+    check_json(arguments, f"{path}.arguments")  # here, where its path is known: turns have other numbers than items
     if not (messages and messages[-1]["role"] == "assistant"):
         messages.append({"role": "assistant", "content": ""})
     call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -146,6 +149,13 @@ def _string(item: Json, field: str, path: str) -> str:
     value = item.get(field)
     if not isinstance(value, str):
         raise InvalidRequest(f"{path}.{field}: expected a string", param=f"{path}.{field}")
+    return value
+
+
+def _name(item: Json, field: str, path: str) -> str:
+    value = _string(item, field, path)
+    if not value:
+        raise InvalidRequest(f"{path}.{field}: must not be empty", param=f"{path}.{field}")
     return value
 
 

@@ -251,6 +251,22 @@ def test_its_answer_is_the_next_turns_input(client: openai.OpenAI, door: tuple[s
         ({"input": [{"role": "user", "content": [{"type": "refusal", "text": "x"}]}]}, "input[0].content[0].refusal"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
+        # It was `input[1].tool_calls[0].function`: turns were counted, the instructions among them.
+        (
+            {"instructions": "x", "input": [{"type": "function_call", "call_id": "c", "name": "", "arguments": "{}"}]},
+            "input[0].name",
+        ),
+        (
+            {
+                "instructions": "x",
+                "input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "\\ud800"}'}],
+            },
+            "input[0].arguments",
+        ),
+        (
+            {"instructions": "x", "input": [{"type": "function_call_output", "call_id": "", "output": "x"}]},
+            "input[0].call_id",
+        ),
         ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]}, "input"),
