@@ -20,6 +20,7 @@ from experts_service.shard.server import LaneServer
 from experts_service.wire.address import LaneAddress
 from experts_service.wire.frame import LaneShape
 from router_service.dispatcher import Dispatcher
+from tests.waiting import wait_for
 
 SECRET = b"s" * 32
 FINGERPRINT = "f" * 64
@@ -28,6 +29,7 @@ GROUPS = (ExpertGroup(0, (0, 3)), ExpertGroup(1, (2, 1)))
 HERE, ELSEWHERE = "this node", "another node"
 MEMORY = False  # whether coordinators ask shards on their node for memory to share; tests of both ways set it
 DEVICE: torch.device | None = None  # of whose memory they ask for some as well, and shards have it
+LONG_S = 60.0  # what is waited for comes long before, on a busy machine, too
 
 
 Run = Callable[[int, Tensor, Sequence[int]], Tensor]  # layer, rows [R, D], counts [E] → answers [R, D]
@@ -50,7 +52,7 @@ def stopped_in_layer_2() -> tuple[Run, threading.Event, threading.Event]:
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         if layer == 2:
             entered.set()
-            assert opened.wait(10)
+            assert opened.wait(LONG_S)
         return maths(GROUPS[0].experts)(layer, rows, counts)
 
     return run, entered, opened
@@ -143,7 +145,7 @@ class Shards:
 
     def transport(
         self,
-        timeout_s: float = 5.0,
+        timeout_s: float = LONG_S,
         secret: bytes = SECRET,
         fingerprint: str = FINGERPRINT,
         of_tiers: Mapping[str, str] | None = None,
@@ -161,6 +163,11 @@ class Shards:
         transport = LaneTransport(deployments, self.table, dialer, timeout_s=timeout_s)
         self.transports.append(transport)
         return transport
+
+
+def wait_until_reached(transport: LaneTransport, group: int, number: int) -> None:
+    """Return once so many replicas of the group are connected: dispatches wait for the first one only."""
+    wait_for(lambda: len(transport.routes.reachable(group)) == number, LONG_S, f"{number} connections")
 
 
 @contextmanager

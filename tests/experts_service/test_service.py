@@ -48,7 +48,7 @@ def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
     )
     serve.run(application, name=APPLICATION, route_prefix=None)
     pool = ExpertPool([serve.get_deployment_handle(f"expert-{g.index}", APPLICATION) for g in GROUPS])
-    pool.connect(timeout_s=30.0)
+    pool.connect(timeout_s=60.0)
     yield pool
     pool.close()
     names = [r.actor for g in GROUPS for r in TABLE.replicas(Deployment(APPLICATION, f"expert-{g.index}"))]
@@ -59,7 +59,7 @@ def pool(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[ExpertPool]:
 
 def alive(name: str) -> bool:
     try:
-        ray.get(ray.get_actor(name, namespace=NAMESPACE).stats.remote(), timeout=5)
+        ray.get(ray.get_actor(name, namespace=NAMESPACE).stats.remote(), timeout=60)
     except (ValueError, ray.exceptions.RayActorError):
         return False
     return True
@@ -119,8 +119,8 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
     spec = shard_spec(checkpoint, GROUPS[0], name, dtype="float32")
     handle = serve.run(serve.deployment(Impatient).options(name=spec.name).bind(spec), name=name, route_prefix=None)
     try:
-        first = handle.stats.remote().result(timeout_s=10).incarnation
-        metadata = handle.record_replica_metadata.remote().result(timeout_s=10)
+        first = handle.stats.remote().result(timeout_s=60).incarnation
+        metadata = handle.record_replica_metadata.remote().result(timeout_s=60)
         shard = ray.get_actor(metadata["actor"], namespace=NAMESPACE)
         pid = ray.get(shard.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
         os.kill(pid, signal.SIGSTOP)
@@ -131,7 +131,7 @@ def test_a_shard_that_is_stuck_is_restarted(pool: ExpertPool, checkpoint: Checkp
             return first
 
         wait_for(lambda: incarnation() != first, 300, "another shard")
-        assert not psutil.pid_exists(pid)
+        wait_for(lambda: not psutil.pid_exists(pid), 60, "the end of the one that was stuck")
     finally:
         serve.delete(name, _blocking=False)
 

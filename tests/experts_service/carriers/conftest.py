@@ -36,3 +36,9 @@ def unhedged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks a second replica before the first has failed, or was silent for too long."""
     monkeypatch.setattr("experts_service.delivery.replica_load.BURST", 0.0)
     monkeypatch.setattr("experts_service.delivery.delivery.OVERDUE_S", float("inf"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica is silent for too long after one second, while a dispatch may take its time."""
+    monkeypatch.setattr("experts_service.delivery.delivery.SILENCES_PER_TIMEOUT", lanes.LONG_S)

@@ -16,7 +16,7 @@ from experts_service.kernels.cost import READ_ROWS, cost
 from experts_service.routing_table import Deployment, Replica
 from experts_service.wire.address import LaneAddress
 from router_service.dispatcher import Dispatcher
-from tests.experts_service.lanes import FINGERPRINT, GROUPS, HERE, SECRET, Shards, ask, batch, expected, shards
+from tests.experts_service.lanes import FINGERPRINT, GROUPS, HERE, LONG_S, SECRET, Shards, ask, batch, expected, shards
 from tests.waiting import wait_for
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -96,7 +96,7 @@ def test_a_transport_spreads_its_shards_and_lets_go_of_them() -> None:
         assert placed[0] != placed[1]
 
         running.start("1b", 1)  # two replicas of one group: whose thread will work is not known beforehand
-        wait_for(lambda: _asked(transport) and os.sched_getaffinity(threads[0]) == set(CORES), 5.0, "a free thread")
+        wait_for(lambda: _asked(transport) and os.sched_getaffinity(threads[0]) == set(CORES), LONG_S, "a free thread")
 
 
 def test_a_shard_is_free_again_when_its_coordinator_leaves() -> None:
@@ -104,7 +104,7 @@ def test_a_shard_is_free_again_when_its_coordinator_leaves() -> None:
         transport, threads = _spread(running)
         assert all(len(os.sched_getaffinity(thread)) == 1 for thread in threads)
         transport.close()
-        wait_for(lambda: all(os.sched_getaffinity(thread) == set(CORES) for thread in threads), 5.0, "free threads")
+        wait_for(lambda: all(os.sched_getaffinity(thread) == set(CORES) for thread in threads), LONG_S, "free threads")
 
 
 def _spread(running: Shards) -> tuple[LaneTransport, list[int]]:
@@ -123,7 +123,7 @@ def _spreading(running: Shards) -> LaneTransport:
 
     dialer = LaneDialer(address, secret=SECRET, fingerprint=FINGERPRINT, node_id=HERE)
     deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
-    transport = LaneTransport(deployments, running.table, dialer, timeout_s=5.0, cores=CoreBalance(CORES[:2]))
+    transport = LaneTransport(deployments, running.table, dialer, timeout_s=LONG_S, cores=CoreBalance(CORES[:2]))
     running.transports.append(transport)
     return transport
 

@@ -32,7 +32,7 @@ from tests.experts_service.carriers.test_fast_path import (
     none_has_slots,
     said_once,
 )
-from tests.experts_service.lanes import GROUPS, Shards, shards, stopped_in_layer_2
+from tests.experts_service.lanes import GROUPS, LONG_S, Shards, shards, stopped_in_layer_2
 from tests.fake_driver import CUresult, FakeDriver
 from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
@@ -48,8 +48,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(lanes, "DEVICE", fake_driver.DEVICE)
     monkeypatch.setattr(DeviceMemory, "tensor", DeviceMemory.tensor)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", FakeDriver())
+    monkeypatch.setattr(fast_path, "OVERDUE_S", LONG_S)  # whoever is kept from its core does not take answers for late
     yield fake_driver.install()
-    wait_for(lambda: not fake_driver.mappings() + fake_driver.descriptors(), 10, "device memory to go")
+    wait_for(lambda: not fake_driver.mappings() + fake_driver.descriptors(), LONG_S, "device memory to go")
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_shard_that_dies_over_the_rows_is_asked_again_when_it_is_back(running:
     remote = both(running)
     rows, experts = batch(40)
     dispatch = remote.dispatch(2, rows, experts)
-    assert entered.wait(5)
+    assert entered.wait(LONG_S)
     die_over_rows(running, opened)
     assert torch.equal(combined(remote, dispatch, 40), expected(rows, experts, 2))
     assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
@@ -153,7 +154,7 @@ def test_an_answer_that_others_read_the_head_of_comes_from_there(running: Shards
     rows, experts = batch(40)
     late = remote.dispatch(2, rows, experts)
     assert isinstance(late.flight, FastFlight)
-    assert entered.wait(5)
+    assert entered.wait(LONG_S)
     late.flight._as_ordinary()
     opened.set()
     assert torch.equal(combined(remote, late, 40), expected(rows, experts, 2))
@@ -309,7 +310,7 @@ class ShardProcess:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
-        self.process.wait(10)
+        self.process.wait(LONG_S)
 
 
 def test_a_shard_that_is_killed_over_its_rows_takes_no_memory_from_its_coordinator(running: Shards) -> None:
@@ -327,7 +328,7 @@ def test_a_shard_that_is_killed_over_its_rows_takes_no_memory_from_its_coordinat
         assert shard.line() == "computing into memory"
         attempts = [attempt for attempt in dispatch.flight.attempts if attempt.part.group == 0]
         os.kill(shard.process.pid, signal.SIGKILL)
-        shard.process.wait(10)
+        shard.process.wait(LONG_S)
         [attempt] = attempts
         half = bytearray(300 * WIDTH * 2)
         attempt.shared.read(attempt.slot, memoryview(half)[: 2 * WIDTH], in_device=True)
@@ -338,7 +339,7 @@ def test_a_shard_that_is_killed_over_its_rows_takes_no_memory_from_its_coordinat
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
         attempts.clear()
         del attempt, dispatch
-        wait_for(lambda: fake_driver.mappings() == 4, 10, "the memory of who was killed to go")
+        wait_for(lambda: fake_driver.mappings() == 4, LONG_S, "the memory of who was killed to go")
         assert none_has_slots(running)
     finally:
         shard.close()
@@ -377,13 +378,13 @@ def test_a_coordinator_that_is_killed_leaves_nothing_in_the_shards(running: Shar
     try:
         assert child.stdout is not None
         assert [child.stdout.readline().strip() for _ in range(2)] == ["right", "waiting"]
-        assert entered.wait(10)
+        assert entered.wait(LONG_S)
         assert fake_driver.mappings(child.pid) == fake_driver.mappings() == 2
     finally:
         child.kill()
-        child.wait(10)
+        child.wait(LONG_S)
         child.stdout.close()
     opened.set()
-    wait_for(lambda: fake_driver.mappings() == 0, 10, "the memory of who was killed to go")
+    wait_for(lambda: fake_driver.mappings() == 0, LONG_S, "the memory of who was killed to go")
     rows, experts = batch(30)
     assert torch.equal(ask(both(running), rows, experts), expected(rows, experts))

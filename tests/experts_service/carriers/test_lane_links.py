@@ -18,7 +18,7 @@ from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.link import LinkLost
 from experts_service.routing_table import Deployment, Replica
 from router_service.dispatcher import Dispatcher
-from tests.experts_service.lanes import GROUPS, Shards, ask, batch, expected, maths, shards
+from tests.experts_service.lanes import GROUPS, LONG_S, Shards, ask, batch, expected, maths, shards, wait_until_reached
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("usual_carrier")
@@ -28,15 +28,18 @@ SHORT_S = 10.0  # where a dispatch that waited for a dial or an answer would tak
 
 
 class Network:
-    """Dials as usual, but nothing comes back from replicas that are cut off."""
+    """Dials as usual, but nothing comes back from replicas that are cut off, and those that refuse say so at once."""
 
     def __init__(self, dialer: Dialer) -> None:
         self.cut: set[str] = set()
+        self.refusing: set[str] = set()
         self.dials: list[str] = []
         self._dialer = dialer
 
     def __call__(self, replica: Replica, timeout_s: float) -> Dialled:
         self.dials.append(replica.replica_id)
+        if replica.replica_id in self.refusing:
+            raise LinkLost("it cannot be reached: refused")
         deadline = time.monotonic() + timeout_s
         while replica.replica_id in self.cut:
             if time.monotonic() >= deadline:
@@ -45,7 +48,7 @@ class Network:
         return self._dialer(replica, timeout_s)
 
 
-def over(running: Shards, timeout_s: float = 5.0) -> tuple[Network, LaneTransport]:
+def over(running: Shards, timeout_s: float = LONG_S) -> tuple[Network, LaneTransport]:
     network = Network(running.transport(timeout_s).routes._links._dialer)
     deployments = {group: Deployment("model", f"expert-{group}") for group in (0, 1)}
     transport = LaneTransport(deployments, running.table, network, timeout_s=timeout_s)
@@ -74,7 +77,7 @@ def test_a_replica_takes_rows_once_it_is_connected_and_no_dispatch_waits_for_tha
     with shards() as running:
         running.start("0a", 0)
         running.start("1a", 1)
-        network, transport = over(running, timeout_s=30.0)
+        network, transport = over(running)
         dispatcher = Dispatcher(GROUPS, transport)
         longest_s(dispatcher, 1)
         network.cut.add("0b")
@@ -90,9 +93,9 @@ def test_a_lost_replica_is_dialled_behind_the_dispatches_and_trusted_again() -> 
     with shards() as running:
         for name, group in (("0a", 0), ("0b", 0), ("1a", 1)):
             running.start(name, group)
-        network, transport = over(running, timeout_s=30.0)
+        network, transport = over(running)
         dispatcher = Dispatcher(GROUPS, transport)
-        wait_for(lambda: longest_s(dispatcher, 5) < 5 and running.servers["0a"].stats().frames > 0, 10, "both")
+        wait_until_reached(transport, 0, 2)
         network.cut.add("0a")
         lose(running, "0a")
         assert longest_s(dispatcher, 200) < SHORT_S, "as long as a dial may take"
@@ -108,9 +111,8 @@ def test_a_lost_replica_is_dialled_behind_the_dispatches_and_trusted_again() -> 
         assert not any(r.suspected for r in running.table.replicas(deployment))
 
 
-@pytest.mark.usefixtures("unhedged")
+@pytest.mark.usefixtures("unhedged", "impatient")
 def test_a_silent_replica_is_given_up_and_comes_back_when_it_answers_a_dial() -> None:
-    """It is after a third of the timeout; the dispatch fails where that takes as long as all of it."""
     asleep = threading.Event()
     awake = threading.Event()
     awake.set()
@@ -118,18 +120,18 @@ def test_a_silent_replica_is_given_up_and_comes_back_when_it_answers_a_dial() ->
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
         if not awake.is_set():
             asleep.set()
-            awake.wait(30)
+            awake.wait(2 * LONG_S)
         return maths(GROUPS[0].experts)(layer, rows, counts)
 
     with shards() as running:
         silent = running.start("0a", 0, run)
         running.start("1a", 1)
-        _, transport = over(running, timeout_s=4.5)
+        _, transport = over(running)
         dispatcher = Dispatcher(GROUPS, transport)
         longest_s(dispatcher, 1)
         awake.clear()
         running.start("0b", 0)
-        longest_s(dispatcher, 50)
+        assert longest_s(dispatcher, 50) < SHORT_S, "it is given up after a second"
         assert asleep.is_set()
         deployment = transport.deployments[0]
         assert [r.replica_id for r in running.table.replicas(deployment) if r.suspected] == ["0a"]
@@ -143,23 +145,25 @@ def test_a_replica_that_announces_itself_is_dialled_without_a_pause(monkeypatch:
     with shards() as running:
         for name, group in (("0a", 0), ("0b", 0), ("1a", 1)):
             running.start(name, group)
-        network, transport = over(running, timeout_s=0.5)
-        network.cut.add("0a")
+        network, transport = over(running)
+        network.refusing.add("0a")
         dispatcher = Dispatcher(GROUPS, transport)
         longest_s(dispatcher, 1)
-        time.sleep(1.0)  # its only dial has failed
-        network.cut.clear()
+        wait_for(lambda: transport.routes._links.refusal("0a"), LONG_S, "its only dial to fail")
+        network.refusing.clear()
         deployment = transport.deployments[0]
         running.table.suspect(deployment, "0a", running.table.epoch)
         running.table.trust(deployment, "0a")  # as its ExpertService has it told when the shard was restarted
-        wait_for(lambda: longest_s(dispatcher, 5) < 5 and running.servers["0a"].stats().frames > 0, 20, "rows for it")
+        wait_until_reached(transport, 0, 2)
+        longest_s(dispatcher, 5)
+        assert running.servers["0a"].stats().frames > 0
 
 
 def test_all_replicas_of_a_group_are_dialled_at_once_and_the_first_one_serves() -> None:
     with shards() as running:
         for name, group in (("0a", 0), ("0b", 0), ("1a", 1)):
             running.start(name, group)
-        network, transport = over(running, timeout_s=30.0)
+        network, transport = over(running)
         network.cut.add("0a")
         assert longest_s(Dispatcher(GROUPS, transport), 20) < SHORT_S
 
@@ -181,8 +185,8 @@ def test_a_replica_that_left_is_dialled_no_more() -> None:
     with shards() as running:
         for name, group in (("0a", 0), ("0b", 0), ("1a", 1)):
             running.start(name, group)
-        network, transport = over(running, timeout_s=0.2)
-        network.cut.add("0b")
+        network, transport = over(running)
+        network.refusing.add("0b")
         dispatcher = Dispatcher(GROUPS, transport)
         longest_s(dispatcher, 3)
         running.servers.pop("0b").close()
@@ -191,5 +195,5 @@ def test_a_replica_that_left_is_dialled_no_more() -> None:
         def dials() -> bool:
             return any(thread.name == "lane-dial" for thread in set(threading.enumerate()) - before)
 
-        wait_for(lambda: not dials(), 20, "the end of the dials")
+        wait_for(lambda: not dials(), LONG_S, "the end of the dials")
         longest_s(dispatcher, 3)

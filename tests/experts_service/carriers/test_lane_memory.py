@@ -27,6 +27,7 @@ from router_service.dispatcher import Dispatcher
 from tests.experts_service.lanes import (
     GROUPS,
     HIDDEN,
+    LONG_S,
     NUM_LAYERS,
     Shards,
     ask,
@@ -74,7 +75,7 @@ def test_more_dispatches_under_way_than_there_is_room_for_are_sent() -> None:
     opened = threading.Event()
 
     def run(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        assert opened.wait(10)
+        assert opened.wait(LONG_S)
         return maths(GROUPS[0].experts)(layer, rows, counts)
 
     with shards() as running:
@@ -102,7 +103,7 @@ def test_a_late_answer_is_written_where_nobody_else_has_rows() -> None:
         late, experts = batch(40, seed=1)
         ask(remote, late, experts)
         dropped = remote.dispatch(2, late, experts)
-        assert entered.wait(5)
+        assert entered.wait(LONG_S)
         dropped.close()
         memory = next(link.memory for link in running.links() if len(link.forgotten) == 1)
         assert memory is not None
@@ -127,7 +128,7 @@ def test_two_coordinators_have_a_memory_each() -> None:
                 assert torch.equal(one.combine(flight, weights), expected(rows, experts))
         assert mappings() == 8
         second.close()
-        wait_for(lambda: mappings() == 4, 5, "the memory of who left to go")
+        wait_for(lambda: mappings() == 4, LONG_S, "the memory of who left to go")
         assert torch.equal(ask(first, *batches[0]), expected(*batches[0]))
 
 
@@ -215,7 +216,7 @@ class ShardProcess:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
-        self.process.wait(10)
+        self.process.wait(LONG_S)
 
 
 @contextmanager
@@ -250,17 +251,17 @@ def test_shards_that_are_stopped_or_killed_over_their_rows_harm_no_answer_and_le
         def both_are_connected() -> bool:
             return all_are_right() and all(links.get(name) for name in started)
 
-        wait_for(both_are_connected, 10, "both")
+        wait_for(both_are_connected, LONG_S, "both")
         for shard in started.values():
             os.kill(shard.process.pid, signal.SIGSTOP)
             assert all_are_right(), "the other one answers"
             os.kill(shard.process.pid, signal.SIGCONT)
             assert all_are_right()
-            wait_for(both_are_connected, 10, "both to be connected again")
+            wait_for(both_are_connected, LONG_S, "both to be connected again")
         rows, experts = batches[0]
         flight = remote.dispatch(2, rows, experts)
         streams = {shard.process.stdout: shard for shard in started.values()}
-        computing = streams[select.select(list(streams), [], [], 10)[0][0]]
+        computing = streams[select.select(list(streams), [], [], LONG_S)[0][0]]
         assert computing.line() == "computing into memory", "half of its answer is where we would read it"
         (other,) = [shard for shard in started.values() if shard is not computing]
         for _ in range(2):  # it may have a part of the rows, and gets those of the other one
@@ -286,14 +287,14 @@ def test_a_coordinator_that_is_killed_leaves_nothing_in_the_shards() -> None:
         try:
             assert child.stdout is not None
             assert [child.stdout.readline().strip() for _ in range(2)] == ["right", "waiting"]
-            assert entered.wait(10)
+            assert entered.wait(LONG_S)
             assert mappings(child.pid) == 2
         finally:
             child.kill()
-            child.wait(10)
+            child.wait(LONG_S)
             child.stdout.close()
         opened.set()
-        wait_for(lambda: mappings() == descriptors() == 0, 10, "the memory of who was killed to go")
+        wait_for(lambda: mappings() == descriptors() == 0, LONG_S, "the memory of who was killed to go")
         remote = Dispatcher(GROUPS, running.transport())
         rows, experts = batch(30)
         assert torch.equal(ask(remote, rows, experts), expected(rows, experts))
@@ -417,4 +418,4 @@ def test_a_hostile_coordinator_harms_nobody(num_cases: int) -> None:
         stats = running.servers["0a"].stats()
         assert stats.refused > num_cases / 20
         assert stats.in_memory > num_cases / 20
-        wait_for(lambda: mappings() == 4, 10, "the memory of who was refused to go")
+        wait_for(lambda: mappings() == 4, LONG_S, "the memory of who was refused to go")

@@ -18,7 +18,19 @@ from experts_service.delivery.replica_load import SPLIT_ROWS, ReplicaLoads
 from experts_service.routing_table import Replica
 from experts_service.transport import GroupRows
 from router_service.dispatcher import Dispatcher
-from tests.experts_service.lanes import GROUPS, LocalMaths, Run, Shards, ask, batch, expected, maths, shards
+from tests.experts_service.lanes import (
+    GROUPS,
+    LONG_S,
+    LocalMaths,
+    Run,
+    Shards,
+    ask,
+    batch,
+    expected,
+    maths,
+    shards,
+    wait_until_reached,
+)
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("usual_carrier")
@@ -38,7 +50,7 @@ def slow(experts: Sequence[int], seconds: Callable[[], float]) -> Run:
 def test_a_straggler_is_hedged_then_avoided_and_asked_again_once_it_has_recovered() -> None:
     quick = threading.Event()
     with shards() as running:
-        straggler = running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not quick.wait(60))))
+        straggler = running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not quick.wait(LONG_S))))
         running.start("0b", 0)
         running.start("1a", 1)
         quick.set()
@@ -55,16 +67,22 @@ def test_a_straggler_is_hedged_then_avoided_and_asked_again_once_it_has_recovere
                 longest = max(longest, time.monotonic() - started)
             return longest
 
+        wait_until_reached(transport, 0, 2)
         run(400)
         usual = transport.latency[0].hedges
         assert usual <= 0.05 * 800 + 10, "at most every twentieth when nothing is slow"
-        quick.clear()
-        assert run(60) < 20, "the first answer counted, and before a third of the timeout"
-        assert transport.latency[0].hedges > usual
-        assert transport.latency[1].hedges == 0, "there is no other to ask"
         owed = straggler.stats().frames
+        quick.clear()
+
+        def is_hedged() -> bool:
+            assert run(1) < 20, "the first answer counted, and before a third of the timeout"
+            return transport.latency[0].hedges > usual
+
+        wait_for(is_hedged, LONG_S, "the straggler to be asked")
+        assert run(60) < 20
+        assert transport.latency[1].hedges == 0, "there is no other to ask"
         quick.set()
-        wait_for(lambda: straggler.stats().frames > owed, 20, "the answer that the straggler owed")
+        wait_for(lambda: straggler.stats().frames > owed, LONG_S, "the answer that the straggler owed")
 
         def is_asked_again() -> bool:
             before = straggler.stats().frames
@@ -101,12 +119,11 @@ def test_an_answer_that_is_there_is_read_before_anybody_else_is_asked(monkeypatc
 def test_a_shard_that_was_stopped_owes_its_answers_and_is_left_alone_meanwhile() -> None:
     gate = threading.Event()
     with shards() as running:
-        stopped = running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(20))))
+        stopped = running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(LONG_S))))
         running.start("0b", 0)
         running.start("1a", 1)
         gate.set()
-        transport = running.transport(timeout_s=30.0)
-        dispatcher = Dispatcher(GROUPS, transport)
+        dispatcher = Dispatcher(GROUPS, running.transport())
         rows, experts = batch(4)
         for _ in range(100):
             ask(dispatcher, rows, experts)
@@ -122,7 +139,7 @@ def test_a_shard_that_was_stopped_before_its_speed_is_known_is_hedged_all_the_sa
     """What is usual takes some dispatches to learn; till then a stopped shard held steps for a third of the timeout."""
     gate = threading.Event()
     with shards() as running:
-        running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(60))))
+        running.start("0a", 0, slow(GROUPS[0].experts, lambda: float(not gate.wait(LONG_S))))
         running.start("0b", 0)
         running.start("1a", 1)
         dispatcher, local = Dispatcher(GROUPS, running.transport(timeout_s=90.0)), Dispatcher(GROUPS, LocalMaths())
@@ -138,8 +155,10 @@ def test_many_rows_of_a_group_are_split_over_its_replicas() -> None:
     with shards() as running:
         servers = [running.start(name, 0) for name in ("0a", "0b", "0c")]
         running.start("1a", 1)
-        dispatcher, local = Dispatcher(GROUPS, running.transport()), Dispatcher(GROUPS, LocalMaths())
+        transport = running.transport()
+        dispatcher, local = Dispatcher(GROUPS, transport), Dispatcher(GROUPS, LocalMaths())
         rows, experts = batch(500)
+        wait_until_reached(transport, 0, 3)
         for _ in range(10):
             assert torch.equal(ask(dispatcher, rows, experts), ask(local, rows, experts))
         shares = [server.stats().rows for server in servers]
@@ -169,21 +188,23 @@ def test_replicas_of_unlike_tiers_share_many_rows_by_their_speed(slower_first: b
         servers = [running.start(name, 0, by_rows(each)) for name, each in zip(("0a", "0b"), row_s, strict=True)]
         slower, fast = servers if slower_first else servers[::-1]
         running.start("1a", 1)
-        transport = running.transport(timeout_s=60.0)
+        transport = running.transport()
         dispatcher, local = Dispatcher(GROUPS, transport), Dispatcher(GROUPS, LocalMaths())
         rows, experts = batch(600)
         expected = ask(local, rows, experts)
+        wait_until_reached(transport, 0, 2)
+
+        def shared_by_speed() -> bool:
+            """As four to one, as far as the machine lets sleepers wake, in one of the times that it is tried."""
+            before, hedges = [one.stats().rows for one in (fast, slower)], transport.latency[0].hedges
+            for _ in range(20):
+                assert torch.equal(ask(dispatcher, rows, experts), expected)
+            of_fast, of_slower = (one.stats().rows - rows for one, rows in zip((fast, slower), before, strict=True))
+            return 1.5 * of_slower < of_fast < 12 * of_slower and transport.latency[0].hedges - hedges <= 5
+
         for _ in range(8):  # to learn
             ask(dispatcher, rows, experts)
-        before, hedges = [one.stats().rows for one in (fast, slower)], transport.latency[0].hedges
-        for _ in range(20):
-            assert torch.equal(ask(dispatcher, rows, experts), expected)
-        of_fast, of_slower = (one.stats().rows - rows for one, rows in zip((fast, slower), before, strict=True))
-        assert of_slower > 0
-        assert 1.5 * of_slower < of_fast < 12 * of_slower, (
-            "four times the speed, as far as the machine lets sleepers wake"
-        )
-        assert transport.latency[0].hedges - hedges <= 5
+        wait_for(shared_by_speed, LONG_S, "a share for each by its speed")
 
 
 @given(

@@ -42,7 +42,7 @@ class PlayedRay:
         return ended, [one for one in references if one not in self.ended]
 
     def get(self, references: list[object], timeout: float) -> list[np.ndarray[Any, Any]]:
-        assert timeout > 0
+        assert timeout >= 0
         assert self.ended.issuperset(references)
         return [np.ones((1, 2), np.float32) for _ in references]
 
@@ -76,7 +76,7 @@ def test_answers_that_nobody_waits_for_are_let_go_once_they_have_come(num_replic
     names = [f"r{i}" for i in range(num_replicas)]
     transport = transport_to(table(*names))
     routes = transport._routes
-    wait_for(lambda: len(routes.reachable(0)) == num_replicas, 10, "their actors")
+    wait_for(lambda: len(routes.reachable(0)) == num_replicas, 60, "their actors")
     for _ in range(20):
         send(transport).close()  # the step failed elsewhere
     assert sum(routes.owed(name) for name in names) == 20, "a replica that is stopped owes them all"
@@ -92,7 +92,7 @@ def test_rows_wait_for_no_gcs_while_a_replica_is_known(gcs: PlayedGcs, ray: Play
     """A replica that was new was asked for by the engine's thread: every stream stood for Ray's minute."""
     routes = table("old")
     transport = transport_to(routes)
-    wait_for(lambda: transport._routes.reachable(0), 10, "its actor")
+    wait_for(lambda: transport._routes.reachable(0), 60, "its actor")
     gcs.stop()
     routes.publish(DEPLOYMENT, [replica("old"), replica("new")])
     ray.answers_at_once = True
@@ -102,7 +102,7 @@ def test_rows_wait_for_no_gcs_while_a_replica_is_known(gcs: PlayedGcs, ray: Play
     assert time.monotonic() - began < 10
     assert [one.suspected for one in routes.replicas(DEPLOYMENT)] == [False, False], "nothing is known against it"
     gcs.goes_on.set()
-    wait_for(lambda: len(transport._routes.reachable(0)) == 2, 10, "the new one")
+    wait_for(lambda: len(transport._routes.reachable(0)) == 2, 60, "the new one")
 
 
 def test_rows_whose_only_replica_is_not_found_wait_until_it_is(gcs: PlayedGcs, ray: PlayedRay) -> None:

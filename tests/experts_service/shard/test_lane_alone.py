@@ -28,7 +28,7 @@ from experts_service.wire import handshake
 from experts_service.wire.frame import ANSWER, DRAINING, ERROR, FAILED, HEAD_BYTES, RowsFormat, answer_head, read_reply
 from experts_service.wire.shared_memory import ANSWERED, LOOKED_AT, ROWS_PER_SLOT, STATE_BYTES
 from tests.experts_service import lanes
-from tests.experts_service.lanes import GROUPS, HIDDEN, NUM_LAYERS, Shards, shards
+from tests.experts_service.lanes import GROUPS, HIDDEN, LONG_S, NUM_LAYERS, Shards, shards
 from tests.waiting import wait_for
 
 if AVAILABLE:
@@ -37,6 +37,7 @@ if AVAILABLE:
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="nothing is compiled")
 
 ROW_BYTES = 4 * HIDDEN
+DEADLINE_MS = 60_000
 
 
 def maths(layer: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -77,7 +78,12 @@ class Peer:
     calls: list[int] = field(default_factory=list)
 
     def ask(
-        self, number: int, layer: int = 0, counts: tuple[int, int] = (1, 2), slot: int = 1, deadline_ms: int = 5000
+        self,
+        number: int,
+        layer: int = 0,
+        counts: tuple[int, int] = (1, 2),
+        slot: int = 1,
+        deadline_ms: int = DEADLINE_MS,
     ) -> bytes:
         """Send a head; its rows are `number` throughout."""
         rows, memory = sum(counts), self.dialled.memory
@@ -94,7 +100,7 @@ class Peer:
     def answered(self, number: int, layer: int = 0, counts: tuple[int, int] = (1, 2), slot: int = 1) -> None:
         """The answer lies in its slot."""
         assert self.reply() == answer_head(RowsFormat(2).pack(
-            torch.float32, number, 9, layer, 1, sum(counts), HIDDEN, 5000, counts, slot
+            torch.float32, number, 9, layer, 1, sum(counts), HIDDEN, DEADLINE_MS, counts, slot
         ))  # fmt: skip
         memory = self.dialled.memory
         assert memory is not None
@@ -118,7 +124,7 @@ def dialled(running: Shards) -> Dialled:
     transport = running.transport()
     replica = running.table.replicas(transport.deployments[0])[0]
     made = transport.routes._links._dialer(replica, 5.0)
-    made.channel.settimeout(5.0)
+    made.channel.settimeout(LONG_S)
     return made
 
 
@@ -221,7 +227,7 @@ def test_who_looks_for_an_answer_is_sent_no_head(peer: Peer) -> None:
     for number in range(3, 6):
         peer.state().fill_(LOOKED_AT)
         peer.ask(number)
-        wait_for(lambda: int(peer.state()) == ANSWERED, 5, "the answer")
+        wait_for(lambda: int(peer.state()) == ANSWERED, LONG_S, "the answer")
     peer.state().fill_(0)
     peer.ask(6)
     peer.answered(6)
@@ -235,9 +241,9 @@ def test_heads_in_pieces_and_two_at_once_are_read_as_others_are(peer: Peer) -> N
             peer.ask(number)
             peer.answered(number)
             number += 1
-        head = RowsFormat(2).pack(torch.float32, number, 9, 0, 1, 3, HIDDEN, 5000, (1, 2), 1)
+        head = RowsFormat(2).pack(torch.float32, number, 9, 0, 1, 3, HIDDEN, DEADLINE_MS, (1, 2), 1)
         peer.dialled.channel.sendall(head[:cut])
-        wait_for(lambda: not unread(peer), 5, "what has come to be read")
+        wait_for(lambda: not unread(peer), LONG_S, "what has come to be read")
         peer.dialled.channel.sendall(head[cut:] + head)
         for _ in range(2):
             assert peer.reply() == answer_head(head)
@@ -253,7 +259,7 @@ def test_of_two_heads_at_once_each_is_known_by_its_own(peer: Peer) -> None:
     for number, layer, counts, slot in ((21, 0, (1, 2), 1), (22, 0, (1, 2), 1), (23, 1, (3, 0), 9), (24, 1, (0, 3), 9)):
         peer.ask(number, layer, counts, slot=slot)
         peer.answered(number, layer, counts, slot=slot)
-        head = form.pack(torch.float32, number, 9, 2, 1, 2, HIDDEN, 5000, (1, 1), 3)
+        head = form.pack(torch.float32, number, 9, 2, 1, 2, HIDDEN, DEADLINE_MS, (1, 1), 3)
         peer.dialled.channel.sendall(head + head[:9])
         assert peer.reply() == answer_head(head)
         peer.dialled.channel.sendall(head[9:])
@@ -289,7 +295,7 @@ def test_a_shard_that_is_never_idle_sees_to_what_is_due(peer: Peer, monkeypatch:
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.connect(str(peer.running.servers["0a"].path))
         stranger.setblocking(False)
-        deadline, number, is_refused = time.monotonic() + 10, 20, False
+        deadline, number, is_refused = time.monotonic() + LONG_S, 20, False
         while not is_refused and time.monotonic() < deadline:
             peer.ask(number)
             peer.answered(number)
@@ -317,14 +323,14 @@ def test_rows_that_are_late_or_come_to_a_shard_that_drains_are_not_run(peer: Pee
     reply = read_reply(peer.reply())
     assert reply.kind == ERROR
     peer.dialled.channel.recv(reply.payload_bytes, socket.MSG_WAITALL)
-    assert peer.running.servers["0a"].drain(5.0)
+    assert peer.running.servers["0a"].drain(LONG_S)
     peer.ask(3)
     assert read_reply(peer.reply()).kind == DRAINING
 
 
 def test_answers_that_the_peer_has_no_room_for_come_when_it_reads(peer: Peer) -> None:
     server = peer.running.servers["0a"]
-    wait_for(lambda: bool(server._connections), 5, "the shard to know its peer")
+    wait_for(lambda: bool(server._connections), LONG_S, "the shard to know its peer")
     [connection] = server._connections.values()
     connection.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     number = 0
@@ -332,7 +338,7 @@ def test_answers_that_the_peer_has_no_room_for_come_when_it_reads(peer: Peer) ->
         number += 1
         peer.ask(number)
         before = number
-        wait_for(lambda: server.stats().frames >= before, 5, "the rows to be run")  # noqa: B023
+        wait_for(lambda: server.stats().frames >= before, LONG_S, "the rows to be run")  # noqa: B023
         assert number < 1000
     number += 1
     peer.ask(number)

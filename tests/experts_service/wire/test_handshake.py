@@ -38,11 +38,11 @@ def meet(secret: bytes = SECRET, fingerprint: str = FINGERPRINT) -> tuple[BaseEx
     thread.start()
     with ours:
         try:
-            introduce(ours, secret, fingerprint, 2.0)
+            introduce(ours, secret, fingerprint, 60.0)
             coordinator = None
         except (HandshakeRefused, OSError) as error:
             coordinator = error
-    thread.join(5)
+    thread.join(60)
     return coordinator, refusal[0] if refusal else None
 
 
@@ -72,8 +72,8 @@ def test_a_shard_without_the_secret_is_refused() -> None:
     thread = threading.Thread(target=pretend)
     thread.start()
     with ours, theirs, pytest.raises(HandshakeRefused, match="another lane secret"):
-        introduce(ours, SECRET, FINGERPRINT, 2.0)
-    thread.join(5)
+        introduce(ours, SECRET, FINGERPRINT, 60.0)
+    thread.join(60)
 
 
 def test_the_proof_of_one_side_does_not_serve_for_the_other() -> None:

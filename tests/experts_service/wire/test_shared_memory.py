@@ -63,11 +63,11 @@ def offered(
     thread.start()
     try:
         with ours, theirs:
-            return introduce(ours, SECRET, FINGERPRINT, 2.0, memory=True)
+            return introduce(ours, SECRET, FINGERPRINT, 60.0, memory=True)
     except (HandshakeRefused, OSError) as error:
         return error
     finally:
-        thread.join(5)
+        thread.join(60)
         for descriptor in given:
             os.close(descriptor)
 
