@@ -166,11 +166,14 @@ def test_xgrammar_gives_the_interpreter_free_while_it_works(bench):
     """All of this rests on it: a thread that kept the interpreter would hold up the step all the same."""
     ambiguous = 'root ::= s\ns ::= s s | "a" | s s s | ""\n'
     compiled = xgrammar.GrammarCompiler(bench.vocabulary.tokenizer_info()).compile_grammar(ambiguous)
-    matcher = xgrammar.GrammarMatcher(compiled)
     bitmask = xgrammar.allocate_token_bitmask(1, VOCABULARY)
-    accept, fill = (lambda: matcher.accept_string("a" * 90)), (lambda: matcher.fill_next_token_bitmask(bitmask))
-    assert turns_beside(accept) > 3
-    assert max(turns_beside(fill) for _ in range(9)) > 3
+
+    def gives_free(length):
+        matcher = xgrammar.GrammarMatcher(compiled)
+        accept, fill = (lambda: matcher.accept_string("a" * length)), (lambda: matcher.fill_next_token_bitmask(bitmask))
+        return turns_beside(accept) > 3 and max(turns_beside(fill) for _ in range(9)) > 3
+
+    assert any(map(gives_free, (90, 90, 180))), "the last is a second's work on the fastest machine"
 
 
 def turns_beside(work):
