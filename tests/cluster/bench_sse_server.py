@@ -1,4 +1,7 @@
-"""A scripted server of OpenAI's completions: one delay before the first token, one before each later one."""
+"""A scripted server of OpenAI's completions: one delay before the first token, one before each later one.
+
+It may answer the first request, which warms up, and then none before so many have come together.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ class SseServer:
     first_s: float
     later_s: float
     faults: dict[int, str] = field(default_factory=dict)  # refused, cut, error, short
+    together: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    _all_have_come: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -30,6 +35,15 @@ class SseServer:
         body = json.loads(await reader.readexactly(length))
         fault = self.faults.get(len(self.bodies))
         self.bodies.append(body)
+        if len(self.bodies) > self.together:
+            self._all_have_come.set()
+        if len(self.bodies) > 1 or not self.together:
+            try:
+                async with asyncio.timeout(20):
+                    await self._all_have_come.wait()
+            except TimeoutError:
+                fault = "refused"
+                self._all_have_come.set()
         if fault == "refused":
             await self._whole(writer, 503, {"error": {"message": "scripted refusal"}})
             return

@@ -223,7 +223,7 @@ def test_it_ends_with_the_process_that_started_it_and_so_do_those_that_it_took_o
                 wait_for(lambda: _listeners(port) == [started[1].pid], 60, "the one that takes over")
                 assert started[0].status() != psutil.STATUS_ZOMBIE
                 manager.kill()
-                _, left = psutil.wait_procs(started, timeout=10)
+                _, left = psutil.wait_procs(started, timeout=60)
         finally:
             manager.kill()
             for one in started:

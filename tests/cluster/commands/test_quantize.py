@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +26,11 @@ from experts_service.quantization.weight import QuantizedWeight, dense
 from experts_service.weights import read_tensors
 from tests.checkpoints import Layout, hub_state_dict, write_checkpoint
 from tests.memory import peak_bytes
+from tests.programs import REPOSITORY, program
 from tests.quantized_checkpoints import SIZES, gptq, write_quantized
 from tests.router_service.engine.test_engine import logits_of
 from tests.router_service.engines import Bench
+from tests.waiting import wait_for
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
@@ -201,25 +199,20 @@ def test_memory_holds_one_matrix_and_not_the_model(tmp_path: Path, numbers: Numb
 
 
 def command(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "quantize", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-    )
+    """One that stands still once its first file has to be on the disk."""
+    return subprocess.Popen(program("cluster.quantize_and_stop", *arguments), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_one_clears_it_away(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "plain", hidden_size=256, intermediate_size=4096, head_dim=16)
     new, partial = tmp_path / "new", tmp_path / ".new.partial"
-    process = command(tmp_path / "plain", new, "--to", "int4", "--group-size", 32)
-    deadline = time.monotonic() + 120
-    while not any(file.stat().st_size for file in partial.glob("*.safetensors")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    with pytest.raises(SetupError, match=r"another process is writing .*\.new\.partial"):
-        write(tmp_path / "plain", new)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with command(tmp_path / "plain", new, "--to", "int4", "--group-size", 32) as process:
+        try:
+            wait_for(lambda: any(file.stat().st_size for file in partial.glob("*.safetensors")), 300, "some weights")
+            with pytest.raises(SetupError, match=r"another process is writing .*\.new\.partial"):
+                write(tmp_path / "plain", new)
+        finally:
+            process.kill()
     assert not new.exists()
     assert not (partial / "config.json").exists()
     write(tmp_path / "plain", new)

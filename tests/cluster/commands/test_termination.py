@@ -14,9 +14,9 @@ from tests.programs import REPOSITORY, program
 
 
 @contextmanager
-def replica(drain_s: float, grace_s: float) -> Iterator[subprocess.Popen[str]]:
-    command = program("cluster.terminated_replica", drain_s, grace_s)
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+def replica(grace_s: float) -> Iterator[subprocess.Popen[str]]:
+    command = program("cluster.terminated_replica", grace_s)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
@@ -28,20 +28,23 @@ def replica(drain_s: float, grace_s: float) -> Iterator[subprocess.Popen[str]]:
 
 def test_it_is_unhealthy_at_once_and_ends_once_it_is_drained() -> None:
     """Ray's handler ended it at once, with all of its streams."""
-    with replica(drain_s=0.5, grace_s=60) as process:
-        for _ in range(2):  # an impatient one says so twice
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-        said, _ = process.communicate(timeout=180)
-        assert said.split() == ["begun", "unhealthy", "drained"]
+    with replica(grace_s=60) as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGTERM)
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "unhealthy\n"]
+        process.send_signal(signal.SIGTERM)  # an impatient one says so twice
+        time.sleep(0.1)
+        said, _ = process.communicate(timeout=180)  # closes its input
+        assert said == "drained\n"
         assert process.returncode == 0
 
 
 @pytest.mark.parametrize("grace_s", [0.5])
 def test_it_ends_after_its_grace_whatever_still_runs(grace_s: float) -> None:
-    with replica(drain_s=1000, grace_s=grace_s) as process:
+    with replica(grace_s) as process:
+        assert process.stdout is not None
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=180)
-        assert said.split() == ["begun", "unhealthy"]
+        process.wait(180)
+        assert process.stdout.read().split() == ["begun", "unhealthy"]
         assert time.monotonic() - started >= grace_s

@@ -47,21 +47,26 @@ def test_our_own_code_is_the_loops_time() -> None:
 
 def test_a_machine_that_is_busy_with_others_is_nobodys_time() -> None:
     async def block() -> None:
-        time.sleep(0.1)
+        time.sleep(0.5)
 
     (loop, process, wall), _ = blocks(block)
-    assert loop < 0.03
-    assert process < 0.05
-    assert wall >= 0.09
+    assert wall >= 0.49
+    assert max(loop, process) < wall / 2, "other threads of the tests' process do little"
 
 
 def test_a_thread_that_holds_the_interpreter_is_the_processs_time() -> None:
     """As a parser does for as long as it runs."""
     text = "[" + "[], " * 1_000_000 + "1]"
+    took_s = []
+
+    def parse() -> None:
+        began = time.thread_time()
+        json.loads(text)
+        took_s.append(time.thread_time() - began)
 
     async def block() -> None:
-        await asyncio.to_thread(json.loads, text)
+        await asyncio.to_thread(parse)
 
     (loop, process, wall), _ = blocks(block)
     assert loop < process / 2
-    assert 0.03 < process <= wall
+    assert took_s[0] / 2 < process <= wall

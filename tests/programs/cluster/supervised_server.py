@@ -45,7 +45,8 @@ def holds_on():
         time.sleep(600)
 
 
-supervised.INTERRUPTED_S = supervised.LEAVE_S = supervised.LEFT_S = 0.3
+supervised.LEFT_S = 0.3
+supervised.INTERRUPTED_S = supervised.LEAVE_S = 0.3 if sys.argv[1] == "holds_on" else 60.0
 try:
     supervised.supervise(waits_for_streams=False)
     # As HAProxy: its parent goes, and it is in no group and no session of the server's.

@@ -1,4 +1,4 @@
-"""A replica that drains in as many seconds as the first argument says, with the grace that the second says."""
+"""A replica that is drained when standard input has a line or ends, with a grace of as many seconds as it is told."""
 
 # ruff: noqa: E402
 import asyncio
@@ -8,7 +8,7 @@ import threading
 import time
 import types
 
-DRAIN_S, GRACE_S = map(float, sys.argv[1:])
+GRACE_S = float(sys.argv[1])
 
 
 def ray_ends_the_worker(*_):
@@ -19,7 +19,7 @@ class Actor:
     class perform_graceful_shutdown:  # noqa: N801  # Ray's name
         @staticmethod
         async def remote():
-            await asyncio.sleep(DRAIN_S)
+            await asyncio.to_thread(sys.stdin.readline)
             print("drained", flush=True)
 
 
