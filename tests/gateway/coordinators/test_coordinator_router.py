@@ -129,7 +129,7 @@ def test_a_favourite_that_is_much_busier_is_passed_over(asked_card: ModelCard) -
 
     async def ask() -> list[str]:
         async with gateway(asked_card) as client:
-            return await asyncio.gather(*(answer(client, request(100, end, tokens=30)) for end in range(60)))
+            return await asyncio.gather(*(answer(client, request(100, end, tokens=60)) for end in range(60)))
 
     counts = Counter(asyncio.run(ask()))
     assert len(counts) == NUM_REPLICAS
