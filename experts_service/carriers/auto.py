@@ -2,7 +2,7 @@
 
 Whether a lane's rows lie in memory of both ends or are sent is the lane's own affair.
 
-A lane was cheaper at every size measured (`manta bench dispatch`), so size decides nothing but what no frame may hold.
+A lane was cheaper at every size measured (`manta bench dispatch`), so size decides nothing.
 A group is apart when none of its trusted replicas gives us a lane: it has no secret to show, or its node refuses the
 connection. They are dialled behind the requests; the epoch says when one of them is connected after all.
 """
@@ -17,7 +17,6 @@ from experts_service.carriers.lane import LaneTransport
 from experts_service.carriers.object_store import ObjectStoreTransport
 from experts_service.device import on_host
 from experts_service.transport import Flight, GroupRows
-from experts_service.wire.frame import MAX_PAYLOAD_BYTES
 
 
 class AutoTransport:
@@ -32,7 +31,7 @@ class AutoTransport:
     def send(self, layer: int, rows: Tensor, parts: Sequence[GroupRows]) -> Flight:
         if self._epoch != self._lane.table.epoch:
             self._try_lanes()
-        if (self._apart and any(part.group in self._apart for part in parts)) or _too_large(rows, parts):
+        if self._apart and any(part.group in self._apart for part in parts):
             return self._object_store.send(layer, on_host(rows), parts)
         return self._lane.send(layer, rows, parts)
 
@@ -47,8 +46,3 @@ class AutoTransport:
     def _try_lanes(self) -> None:
         self._epoch = self._lane.table.epoch
         self._apart = frozenset(group for group in self._lane.deployments if not self._lane.reaches(group))
-
-
-def _too_large(rows: Tensor, parts: Sequence[GroupRows]) -> bool:
-    row_bytes = rows.shape[-1] * rows.itemsize
-    return any(len(part.row_indices) * row_bytes > MAX_PAYLOAD_BYTES for part in parts)
