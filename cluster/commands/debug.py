@@ -50,8 +50,14 @@ It has no key, no secret and, as far as Manta writes it, no prompt and no answer
 
 """
 
-# What libraries may have written: user and password in a URL, tokens of HTTP and of the hub.
-_SECRET = re.compile(rb"(?<=://)[^/\s@\"']{1,200}(?=@)|(?<=[Bb]earer )[^\s\"']{8,}|\bhf_[A-Za-z0-9]{16,}")
+# What libraries may have written: user and password in a URL, tokens of HTTP and of the hub, keys of ours.
+_SECRETS = (
+    rb"(?<=://)[^/\s@\"']{1,200}(?=@)",
+    rb"(?<=[Bb]earer )[^\s\"']{8,}",
+    rb"\bhf_[A-Za-z0-9]{16,}",
+    rb"\bmanta-[A-Za-z0-9_-]{43}(?![\w-])",
+)
+_SECRET = re.compile(b"|".join(_SECRETS))
 
 _COMMAND_LINE = re.compile(rb"\AProcess .*\n")  # py-spy's first, with arguments
 _NATIVE = ("raylet", "gcs_server", "haproxy")

@@ -70,6 +70,7 @@ def test_a_tail_begins_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.Mon
         "https://me:hunter2-hunter2@collector/v1",
         "Authorization: Bearer hunter2-hunter2",
         "token=hf_hunter2hunter2hunter2",
+        f"x-api-key: manta-{'hunter2' * 6}_",
     ],
 )
 def test_what_libraries_wrote_of_secrets_is_taken_out(tmp_path: Path, secret: str) -> None:
