@@ -22,7 +22,7 @@ from ray import serve
 from cluster.commands.cluster_connection import JoinedCluster
 from cluster.commands.k8s import command, drain
 from cluster.commands.k8s.drain import Nodes, Replica, streams_of_haproxy
-from cluster.errors import Unavailable
+from cluster.errors import SetupError, Unavailable
 from gateway.grpc.watches import Watches
 from gateway.service import GatewayReplica
 from tests.programs import said_by
@@ -102,7 +102,7 @@ def test_watches_end_where_the_cluster_is_taken_away(monkeypatch: pytest.MonkeyP
         asyncio.run(getattr(GatewayReplica, method)(SimpleNamespace(watches=watches)))
         return mock.Mock()
 
-    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: mock.Mock(broadcast=broadcast))
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: mock.Mock(broadcast=broadcast, is_initialized=True))
     with watches.place("a client") as over:
         drain.end_watches()
         assert over.is_set()
@@ -157,6 +157,17 @@ def test_where_ray_is_silent_a_pod_stays_while_serve_runs_in_it(silent_ray: list
     assert drain.run(60, stats_url="http://127.0.0.1:1", say=silent_ray.append)
     [said] = silent_ray
     assert "its GCS stands still. Meanwhile nothing is started elsewhere; this pod stays" in said
+
+
+def test_a_look_that_fails_ends_no_hook(silent_ray: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes ends the pod of a hook that failed at once, and what it streams."""
+    monkeypatch.setattr(drain, "watch_cluster", mock.Mock(side_effect=RuntimeError("no event loop")))
+    assert drain.run(60, stats_url="http://127.0.0.1:1", say=silent_ray.append)
+    [said] = silent_ray
+    assert "RuntimeError('no event loop'). Meanwhile nothing is started elsewhere; this pod stays" in said
+    monkeypatch.setattr(drain, "watch_cluster", mock.Mock(side_effect=SetupError("no such address")))
+    with pytest.raises(SetupError):
+        drain.run(60, stats_url="http://127.0.0.1:1", say=silent_ray.append)
 
 
 def test_where_ray_is_silent_time_ends_all_the_same(silent_ray: list[str]) -> None:

@@ -30,7 +30,7 @@ import httpx
 from cluster.commands.cluster_connection import JoinedCluster, watch_cluster
 from cluster.commands.serve_controller import details
 from cluster.commands.status.cluster_snapshot import GATEWAY
-from cluster.errors import Unavailable
+from cluster.errors import MantaError, SetupError
 from cluster.ray_variables import PORTS
 
 POLL_S = 1.0
@@ -64,9 +64,12 @@ def run(
                         return True
                     if time.monotonic() > ends_at:
                         return False
-        except Unavailable as error:
-            if said != error.message:
-                said = error.message
+        except SetupError:
+            raise
+        except Exception as error:  # of any kind: a hook that fails has the pod ended at once, with its streams
+            why = error.message if isinstance(error, MantaError) else f"a look at the cluster failed: {error!r}"
+            if said != why:
+                said = why
                 say(f"{said}. Meanwhile nothing is started elsewhere; this pod stays while replicas of Serve run in it")
         if not (serve_runs_here() or streams_of_haproxy(stats_url)):
             return True
@@ -171,7 +174,9 @@ def end_watches() -> None:
     from ray.serve.exceptions import RayServeException
 
     with suppress(TimeoutError, KeyError, RayError, RayServeException):  # KeyError: all of them have gone meanwhile
-        gateways = serve.get_deployment_handle(GATEWAY, GATEWAY)
+        gateways: Any = serve.get_deployment_handle(GATEWAY, GATEWAY)  # the same at each look
+        if not gateways.is_initialized:
+            gateways._init(_run_router_in_separate_loop=True)  # pods have it run in ours, and there is none here
         gateways.broadcast("end_watches").results(timeout_s=REQUESTS_TIMEOUT_S, return_exceptions=True)
 
 

@@ -32,7 +32,8 @@ serve.start(proxy_location="Disabled")  # port 8000 is somebody's, perhaps
 
 def drain(timeout_s, node_id):
     command = program("cluster.drain_node", timeout_s, ray_cluster.address, node_id, NOBODY)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pods = os.environ | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as theirs is, for handles as well
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=pods)
 
 
 def outcome(draining):
