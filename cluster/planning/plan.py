@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil, inf
 from typing import Literal
 
@@ -44,7 +45,7 @@ class Target:
     gpus: int | None = None  # at most
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Processes, and where they are."""
 
@@ -62,7 +63,7 @@ class Layout:
         """Of all processes."""
         return len(self.groups) if self.shared else len(self.groups) + self.coordinators
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Experts of each group."""
         return tuple(len(group.experts) for group in self.groups)
@@ -287,7 +288,7 @@ class Planner:
 
     def _experts_s(self, layout: Layout, rows: float) -> float:
         gpu = self._reached
-        return max(experts_s(self.model, gpu, rows, size) for size in self._sizes(layout))
+        return max(experts_s(self.model, gpu, rows, size) for size in set(self._sizes(layout)))
 
     def _rival_gpus(self, context: int) -> int:
         """The fewest that hold everything and one sequence, split evenly."""

@@ -16,6 +16,7 @@ many (MegaScale-Infer, arXiv 2504.02263, has the same balance of the two halves 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,9 +95,9 @@ class Model:
         a = self.architecture
         choices = comb(a.num_experts, a.top_k)
         asked = 0.0
-        for size in groups:
+        for size, number in Counter(groups).items():
             none_goes_there: float = (comb(a.num_experts - size, a.top_k) / choices) ** rows
-            asked += 1 - none_goes_there
+            asked += number * (1 - none_goes_there)
         return asked
 
 
@@ -168,7 +169,7 @@ def disaggregated_s(
 
     def parts(load: Load) -> tuple[float, float]:
         own = Load(load.sequences / coordinators, load.context)
-        there = max((experts_s(model, gpu, load.sequences, size) for size in groups), default=0.0)
+        there = max((experts_s(model, gpu, load.sequences, size) for size in set(groups)), default=0.0)
         return host_s + attention_s(model, gpu, own), there + wire_s(model, link, own.sequences, groups)
 
     whole = sum(parts(load))
@@ -195,7 +196,7 @@ def prefill_s(
     for start in range(0, tokens, CHUNK):
         rows = min(CHUNK, tokens - start)
         computed = chunk_attention_s(model, gpu, start, rows)
-        computed += max((experts_s(model, gpu, rows, size) for size in groups), default=0.0)
+        computed += max((experts_s(model, gpu, rows, size) for size in set(groups)), default=0.0)
         seconds += max(host_s, computed) if link is None else host_s + computed + wire_s(model, link, rows, groups)
     return seconds
 

@@ -11,7 +11,7 @@ from cluster.checkpoint.json_document import JsonDocument
 from cluster.checkpoint.rope import rope_scaling, rope_section
 
 MAX_LAYERS = 1024
-MAX_EXPERTS = 256  # which of them a token went to is told in bytes
+MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def test_some_layers_of_qwen_are_dense(changes: dict[str, Any], experts_in: list
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "leave no layer with experts"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; expected at most num_experts=8"),
-        ("qwen3_moe", {"num_experts": 300}, "num_experts is 300; expected an integer from 1 to 256"),
+        ("qwen3_moe", {"num_experts": 1025}, "num_experts is 1025; expected an integer from 1 to 1024"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is not known"),
         ("qwen2_moe", {"use_sliding_window": True}, "one window in all or none"),
         ("qwen2_moe", {"attention_bias": True}, "attention_bias is True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,19 @@ def test_its_logits_and_64_greedy_tokens_are_those_of_transformers(tmp_path: Pat
     first, again = (make_request(ids, max_tokens=NUM_TOKENS, min_tokens=NUM_TOKENS, ignore_eos=True) for _ in range(2))
     assert bench.one_by_one(first, again) == [tokens, tokens]
     assert bench.engine.stats().prefix_cache_hit_tokens_total > 0
+
+
+def test_of_600_experts_its_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """They are numbered in more than one byte."""
+    model = random_model("qwen3_moe", num_experts=600, moe_intermediate_size=16)
+    write_model(tmp_path, model)
+    request = make_request(
+        prompt(40), max_tokens=NUM_TOKENS, min_tokens=NUM_TOKENS, ignore_eos=True, routed_experts=True
+    )
+    bench = Bench(tmp_path, num_groups=4)
+    assert bench.run(request) == [reference_ids(model, prompt(40), NUM_TOKENS)]
+    told = np.frombuffer(b"".join(chunk.routed_experts for chunk in bench.chunks[request.key]), np.uint16)
+    assert 256 <= told.max() < 600
 
 
 @pytest.mark.skipif(not jit.AVAILABLE, reason="numba cannot be imported")
