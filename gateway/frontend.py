@@ -43,7 +43,7 @@ from gateway.telemetry.metrics import GatewayMetrics, RequestTimer
 from gateway.telemetry.metrics_page import MetricsPage
 from gateway.telemetry.request_ends import RequestEnds
 from gateway.text.tokenizer import Tokenizer
-from gateway.worker import INLINE_BYTES, Worker
+from gateway.worker import Worker
 
 EMBEDDINGS_PER_CALL = 64  # to a coordinator: pickling thousands would keep the event loop
 MERGED_DELTAS = 32  # waiting to be merged, over all choices of a request
@@ -155,8 +155,8 @@ class Frontend:
 
     async def read(self, body: Body, work: Callable[[], _T]) -> _T:
         """What `work` makes of a body, beside the event loop if that may take long, as 8 KB of schemas do: 0.1 s."""
-        size = max(body.num_bytes, INLINE_BYTES + 1) if has_forms(body) else body.num_bytes
-        return await self.worker.run(size, work)
+        run = self.worker.run_beside if has_forms(body) else self.worker.run
+        return await run(body.num_bytes, work)
 
     async def embedding(self, body: EmbeddingRequest, timeout_s: float | None = None) -> EmbeddingJob:
         """Validates and tokenizes. Raises RequestError or ModelLoading."""

@@ -36,6 +36,10 @@ class Worker:
         """What `work` returns or raises; `num_bytes` is the size of what it works on."""
         if num_bytes <= INLINE_BYTES:
             return work(*args, **kwargs)
+        return await self.run_beside(num_bytes, work, *args, **kwargs)
+
+    async def run_beside(self, num_bytes: int, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """As `run`, and beside the event loop however small it is."""
         loop = asyncio.get_running_loop()
         turn = self._turns.setdefault(current_caller().id, asyncio.Lock())
         held = contextlib.ExitStack()

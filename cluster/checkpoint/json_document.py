@@ -10,6 +10,7 @@ from typing import Any
 from cluster.errors import CheckpointError
 
 LARGEST = 2**31 - 1
+_SMALLEST = 1e-30  # what computes with smaller numbers in fp32 computes with 0
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
@@ -84,7 +85,11 @@ class JsonDocument:
     def number(self, key: str, default: float | None = None, minimum: float = 0.0, maximum: float = 1e12) -> float:
         """A number above `minimum` and up to `maximum`."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum < value <= maximum:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not max(minimum, _SMALLEST) < value <= maximum
+        ):
             raise self.error(key, f"is {shortened(value)}; expected a number above {minimum:g} and up to {maximum:g}")
         return float(value)
 

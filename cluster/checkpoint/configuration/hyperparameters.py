@@ -64,6 +64,7 @@ def architecture_from_params(params: JsonDocument, default_dtype: StoredDtype = 
         rope_theta=params.number(
             "rope_theta",
             default=(mistral if dense and params.has("sliding_window") else mixtral).DEFAULTS.rope_theta,
+            minimum=1.0,
         ),
         max_position_embeddings=params.integer(context_key, default=MISTRAL_CONTEXT),
         sliding_window=params.integer("sliding_window") if params.has("sliding_window") else None,

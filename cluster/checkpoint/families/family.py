@@ -96,7 +96,7 @@ def decoder(
         top_k=0 if experts is None else experts.top_k,
         vocab_size=vocab_size,
         rms_norm_eps=config.number("rms_norm_eps", default=defaults.norm_eps, maximum=1.0),
-        rope_theta=theta_holder.number("rope_theta", default=defaults.rope_theta),
+        rope_theta=theta_holder.number("rope_theta", default=defaults.rope_theta, minimum=1.0),
         rope_scaling=rope_scaling(config),
         max_position_embeddings=config.integer("max_position_embeddings"),
         sliding_window=sliding_window,

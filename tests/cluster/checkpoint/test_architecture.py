@@ -207,6 +207,11 @@ def test_params_variants(changes: dict[str, Any], expected: dict[str, Any]):
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; expected a number above 1 "),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e-320}},
+            "rope_parameters.beta_fast is 1e-320; expected a number above 0 ",
+        ),
         ({"eos_token_id": 32000}, "eos_token_id holds 32000"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id holds '</s>'"),
         (

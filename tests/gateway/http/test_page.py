@@ -43,7 +43,7 @@ def answering(tokens: tuple[int, ...], *, endless: bool = False) -> Any:
     """A script: these tokens, each with experts that follow from its place; then the end, or the same again."""
 
     async def script(request: Request) -> AsyncIterator[TokenChunk]:
-        inner = tokens_script(tokens * (50 if endless else 1), pause_s=0.02 if endless else 0.0)
+        inner = tokens_script(tokens * (50 if endless else 1), pause_s=0.02 if endless else 0.002)
         async for chunk in inner(replace(request, sampling=replace(request.sampling, max_tokens=10_000))):
             first = np.arange(LAYERS)[:, None] + np.arange(TOP_K)  # [L, K]
             yield told(request, chunk, (chunk.first_position + first) % EXPERTS)
