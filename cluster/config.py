@@ -15,7 +15,16 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.checkpoint.quantization.rounding import Parts, Rounding
 from cluster.errors import ConfigError
@@ -24,11 +33,25 @@ from cluster.yaml_document import parse_yaml
 
 Transport = Literal["auto", "lane", "object_store", "local"]
 Quantization = Literal["none", "int8", "int4", "fp8"]
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]  # other processes read it
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),  # YAML's on
+]
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # pathlib's
+        raise ValueError(f"{path}: there is no such user's home directory") from None
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]  # other processes read it
+AbsoluteName = Annotated[str, AfterValidator(lambda name: str(_absolute(Path(name))))]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class EngineConfig(_Frozen):
@@ -72,12 +95,12 @@ class EngineConfig(_Frozen):
     """Parts of a step that take turns computing and waiting. `auto`: 1: more was measured to be faster
     nowhere yet.
     """
-    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    async_scheduling: Switch = "auto"
     """Whether a step that only decodes is followed by the next before its tokens are read, so that a GPU does not wait
     for the host. The tokens are the same. `auto`: on a GPU. Grammars, penalties and `routed_experts` need each token
     at once, and have their steps read at once.
     """
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    cuda_graphs: Switch = "auto"
     """Whether steps that only decode are replayed as CUDA graphs, for each of a few batch sizes, captured at start.
     With experts elsewhere each piece between two dispatches is one. `auto`: where attention can be captured and
     `microbatches` is 1. `on`: the same, and an error elsewhere.
@@ -87,7 +110,7 @@ class EngineConfig(_Frozen):
     own, with the same bits on every CPU. `onednn` and `torch`: those libraries. `auto`: what `batch_invariant` leaves
     and is fastest here, measured at the first start.
     """
-    batch_invariant: Literal["auto", "on", "off"] = "auto"
+    batch_invariant: Switch = "auto"
     """Whether a sequence's matmuls in bf16 have the same bits whatever else is in the batch. `on`: by our own kernels.
     `off`: by whatever is fastest. `auto`: on, unless it costs more than 10 %. A model on machines with different CPUs
     needs `on` and `kernels: fma`. On a GPU `on` takes Triton kernels of ours for all matmuls, in fp32 too; else torch
@@ -256,7 +279,7 @@ class ExpertsConfig(_Frozen):
     """With `auto`, between GPUs of one node: through memory of the shard's GPU, where the coordinator's reaches it.
     `false`: through the host's, which both read and write.
     """
-    lane_secret_file: str | None = None
+    lane_secret_file: AbsoluteName | None = None
     """A file of mode 0600, the same on every node. None: `~/.manta/lane_secret`, made if it is missing."""
     gpus_per_shard: float | None = Field(None, ge=0)
     """GPUs, or a fraction of one, for each shard. None: 1 where the cluster has GPUs, else 0. What is given is

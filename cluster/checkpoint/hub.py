@@ -6,7 +6,9 @@ Downloads safetensors, JSON, chat templates and tokenizers, and nothing that can
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,15 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
     `revision` is a commit, a branch or a tag of a model of the hub; None: main. What the cache knows a branch by stays.
     """
-    directory = Path(model).expanduser()
-    found = directory.resolve() if model and directory.is_dir() else EMBEDDED.get(model)
+    found = Path(model).expanduser().resolve() if is_directory(model) else EMBEDDED.get(model)
     if found is not None:
         if revision is not None:
             raise ConfigError(f"revision: {model!r} is a directory here; only a model of the hub has revisions")
         return found
-    if directory.suffix == ".gguf" and directory.is_file():
+    mode = _mode(model)
+    if model.endswith(".gguf") and stat.S_ISREG(mode):
         raise ConfigError(f"The model {model!r} is a GGUF file, {GGUF}")
-    if not _HUB_ID.fullmatch(model) or directory.exists():
+    if not _HUB_ID.fullmatch(model) or mode:
         raise ConfigError(
             f"The model {model!r} is neither a directory nor a hub id such as 'mistralai/Mixtral-8x7B-v0.1'."
         )
@@ -57,6 +59,18 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     # The client raises whatever its HTTP library does, and that library changes between its versions.
     except Exception as error:
         raise ConfigError(f"{_explain(model, revision, error)}{damage}") from error
+
+
+def is_directory(model: str) -> bool:
+    """Whether it names one of this machine."""
+    return stat.S_ISDIR(_mode(model))
+
+
+def _mode(model: str) -> int:
+    """Of the file or directory of that name; 0 where there is none, or none can be: `~nobody`, or a name too long."""
+    with suppress(OSError, RuntimeError, ValueError):
+        return Path(model).expanduser().stat().st_mode if model else 0
+    return 0
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

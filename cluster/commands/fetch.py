@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.checkpoint.hub import EMBEDDED, resolve_model
+from cluster.checkpoint.hub import EMBEDDED, is_directory, resolve_model
 from cluster.errors import CheckpointError, SetupError
 
 WAIT_INTERVAL_S = 5.0
@@ -73,7 +73,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _is_here(model: str) -> bool:
     """So that nobody fetches it, and nobody waits for who does."""
-    return model in EMBEDDED or Path(model).expanduser().is_dir()
+    return model in EMBEDDED or is_directory(model)
 
 
 def _fetch(model: str, revision: str | None) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from cluster.config import (
     ModelConfig,
     ScalingConfig,
     TierConfig,
+    parse_config,
 )
 from cluster.errors import ConfigError
 from cluster.expert_deployments import expert_deployment_name
@@ -137,7 +138,21 @@ def plan_models(
 ) -> tuple[ModelPlan, ...]:
     """All models of a configuration, which have to fit side by side. Raises ConfigError or DoesNotFit."""
     room = Room(cluster.nodes)
-    return tuple(plan_model(*each, cluster, room) for each in zip(configs, checkpoints, strict=True))
+    plans = tuple(plan_model(*each, cluster, room) for each in zip(configs, checkpoints, strict=True))
+    check_applications((plan.config.name, plan.application) for plan in plans)
+    return plans
+
+
+def check_applications(models: Iterable[tuple[str, str]]) -> None:
+    """Raises ConfigError where two models, by name and application, are one to Serve, which takes the last of them."""
+    owners: dict[str, str] = {}
+    for name, application in models:
+        if application in owners:
+            raise ConfigError(
+                f"models: {owners[application]!r} and {name!r} would both be the Serve application {application!r}: "
+                "give one of them another `version`"
+            )
+        owners[application] = name
 
 
 def plan_model(config: ModelConfig, checkpoint: Checkpoint, cluster: Cluster, room: Room | None = None) -> ModelPlan:
@@ -513,9 +528,11 @@ def with_lane_secret(experts: ExpertsConfig) -> ExpertsConfig:
 
 
 def check_doors(gateway: GatewayConfig) -> None:
-    """Raises ConfigError for doors that would stand open."""
+    """Raises ConfigError for doors that would stand open, or in each other's place."""
     from gateway.admission.access import is_loopback
 
+    if gateway.http_port == gateway.grpc_port:
+        raise ConfigError(f"gateway.grpc_port: {gateway.grpc_port} is HTTP's port as well; gRPC needs one of its own")
     if gateway.api_keys_file is None and not is_loopback(gateway.host):
         raise ConfigError(
             f"gateway.host: {gateway.host} can be reached from other machines, which needs API keys: "
@@ -575,5 +592,7 @@ def demo_config() -> MantaConfig:
 
 
 def directory_config(model: str, directory: Path) -> MantaConfig:
-    """What `manta serve MODEL` serves: the one model, called by its own name."""
-    return MantaConfig(models=(ModelConfig(name=model.rstrip("/").rsplit("/", 1)[-1], path=str(directory)),))
+    """What `manta serve MODEL` serves: the one model, called by its own name. Raises ConfigError where that is none."""
+    own = model.rstrip("/").rsplit("/", 1)[-1]
+    name = directory.name if own in ("", ".", "..") else own
+    return parse_config({"models": [{"name": name, "path": str(directory)}]}, source=model)

@@ -13,19 +13,19 @@ weights are.
 from __future__ import annotations
 
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.checkpoint.checkpoint import open_checkpoint
-from cluster.checkpoint.hub import EMBEDDED, resolve_model
+from cluster.checkpoint.hub import EMBEDDED, is_directory, resolve_model
 from cluster.config import GatewayConfig, MantaConfig, ModelConfig
 from cluster.deploy.app import (
     GATEWAY,
     Cluster,
     ModelPlan,
     application_name,
+    check_applications,
     check_doors,
     check_scaled_groups,
     check_tokenizer,
@@ -80,6 +80,7 @@ def serve_config(config: MantaConfig) -> dict[str, Any]:
 
     check_doors(config.gateway)
     models = [_settle(model) for model in config.models]
+    check_applications((one.model.name, _application(one.model)) for one in models)
     gateway = config.gateway
     http, grpc = http_options(gateway), grpc_options(gateway)
     return {
@@ -119,7 +120,7 @@ def _settle(model: ModelConfig) -> ModelArguments:
         raise ConfigError(f"models: {model.name!r}: engine.device: say cpu or cuda; there is no cluster to look at")
     settled = without_numbers(model)
     experts = settled.experts
-    if Path(model.path).expanduser().is_dir() or model.path in EMBEDDED:
+    if is_directory(model.path) or model.path in EMBEDDED:
         plan = _plan(ModelArguments(model=settled))
         check_scaled_groups(model.experts, len(plan.groups))
         update: dict[str, Any] = {"version": model.version or plan.checkpoint.fingerprint[:8]}
@@ -156,6 +157,11 @@ def _plan(arguments: ModelArguments) -> ModelPlan:
     return plan_model(model, checkpoint, Cluster(1, (Node("any", _PLENTY, (_PLENTY,) * gpus),)))
 
 
+def _application(model: ModelConfig) -> str:
+    assert model.version is not None, "a settled model has a version"
+    return application_name(model.name, model.version)
+
+
 def _gateway_entry(gateway: GatewayConfig, models: list[ModelArguments]) -> dict[str, Any]:
     settled = gateway.model_copy(update={"num_replicas": 1, "scaling": None})
     arguments = GatewayArguments(gateway=settled, models=tuple(models))
@@ -170,7 +176,6 @@ def _gateway_entry(gateway: GatewayConfig, models: list[ModelArguments]) -> dict
 
 def _model_entry(gateway: GatewayConfig, arguments: ModelArguments, config: ModelConfig) -> dict[str, Any]:
     model = arguments.model
-    assert model.version is not None, "a settled model has a version"
     whole = ModelApplicationArguments(
         model=model,
         fingerprint=arguments.fingerprint,
@@ -183,7 +188,7 @@ def _model_entry(gateway: GatewayConfig, arguments: ModelArguments, config: Mode
         for name, group, tier, tiers in named_deployments(config.experts, len(groups))
     ]
     return {
-        "name": application_name(model.name, model.version),
+        "name": _application(model),
         "route_prefix": None,
         "import_path": "cluster.deploy.serve_config:build_model",
         "args": whole.document(),

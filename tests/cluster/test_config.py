@@ -43,6 +43,19 @@ from tests.programs import REPOSITORY
             "models.0.engine.kv_cache_dtype: .*no kernel here takes keys and values in fp8_e4m3; on a CPU int8",
         ),
         ("models: [{name: a, path: b, engine: {kv_cache_dtype: int4}}]", "models.0.engine.kv_cache_dtype: .*int8"),
+        (
+            "models: [{name: a, path: b, engine: {kv_cache_gib: .inf}}]",
+            "models.0.engine.kv_cache_gib: .* finite number",
+        ),
+        ("models: [{name: a, path: b}]\ngateway: {num_cpus: .inf}", "gateway.num_cpus: .* finite number"),
+        (
+            "models: [{name: a, path: b}]\ngateway: {api_keys_file: ~no-such-user/k}",
+            "api_keys_file: .* ~no-such-user/k: there is no",
+        ),
+        (
+            "models: [{name: a, path: b, experts: {lane_secret_file: ~no-such-user/k}}]",
+            "models.0.experts.lane_secret_file: .* ~no-such-user/k: there is no",
+        ),
         ("models: []", "models"),
         ("models: 7", "models"),
         ("- a", "expected a mapping"),
@@ -60,6 +73,16 @@ def test_a_wrong_file_is_refused(tmp_path, text, words):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+def test_on_and_off_need_no_quotes(tmp_path):
+    """They are YAML's words for true and false, so what the documentation says was refused, and asked for 'on'."""
+    file = tmp_path / "manta.yaml"
+    file.write_text(
+        "models: [{name: a, path: b, engine: {batch_invariant: on, cuda_graphs: off, async_scheduling: on}}]"
+    )
+    engine = load_config(file).models[0].engine
+    assert (engine.batch_invariant, engine.cuda_graphs, engine.async_scheduling) == ("on", "off", "on")
 
 
 def test_aliases_are_yamls_and_taken(tmp_path):

@@ -146,7 +146,19 @@ def test_an_existing_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "model", ["", "no/such/directory", "/no/such", "./none", "mixtral", "a b/c", "org/mödel", "-x/y"]
+    "model",
+    [
+        "",
+        "no/such/directory",
+        "/no/such",
+        "./none",
+        "mixtral",
+        "a b/c",
+        "org/mödel",
+        "-x/y",
+        "~no-such-user/x",
+        "x" * 300,
+    ],
 )
 def test_what_is_neither_a_directory_nor_a_hub_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,10 @@ from cluster.config import (
 from cluster.demo_model import DIRECTORY
 from cluster.deploy.app import (
     Cluster,
+    check_doors,
     demo_config,
     describe_cluster,
+    directory_config,
     expert_applications,
     gateway_target,
     model_application,
@@ -220,6 +223,41 @@ def test_versions_of_one_model_that_do_not_fit_together_are_told_apart():
     cluster = describe_cluster([machine(memory=int(3.5 * GIB))])
     with pytest.raises(DoesNotFit, match=r"'m-3' needs .* beside 'm-1' and 'm-2' the cluster has"):
         plan_models(configs, [open_checkpoint(DIRECTORY)] * 3, cluster)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"name": "org/m", "version": "1"}, {"name": "org-m", "version": "1"}),
+        ({"name": "m"}, {"name": "m", "version": open_checkpoint(DIRECTORY).fingerprint[:8]}),
+    ],
+)
+def test_two_models_that_serve_would_take_for_one_are_refused(first, second):
+    """Serve took the second, without a word, and it answered for both."""
+    configs = [ModelConfig(path=str(DIRECTORY), **one) for one in (first, second)]
+    with pytest.raises(ConfigError, match=r"would both be the Serve application '.*': give one of them another"):
+        plan_models(configs, [open_checkpoint(DIRECTORY)] * 2, describe_cluster([machine()]))
+
+
+def test_doors_on_one_port_are_refused():
+    """After half a minute Serve did not start, and the machine's load was blamed."""
+    with pytest.raises(ConfigError, match=r"gateway\.grpc_port: 9000 is HTTP's port as well"):
+        check_doors(GatewayConfig(http_port=9000))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("org/mixtral", "mixtral"), ("/models/mixtral/", "mixtral"), (".", "here")]
+)
+def test_a_model_is_called_by_its_own_name(model, name, tmp_path):
+    """That of `.` was a dot."""
+    [config] = directory_config(model, tmp_path / "here").models
+    assert (config.name, config.path) == (name, str(tmp_path / "here"))
+
+
+def test_a_directory_without_a_name_is_no_model():
+    """What pydantic raised was shown with its stack."""
+    with pytest.raises(ConfigError, match=r"^/: models\.0\.name: "):
+        directory_config("/", Path("/"))
 
 
 def test_dead_nodes_do_not_count():

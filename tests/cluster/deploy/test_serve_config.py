@@ -115,6 +115,7 @@ def test_weights_that_are_elsewhere_need_a_version_and_groups() -> None:
         ({"engine": {}}, {}, r"'demo': engine\.device: say cpu or cuda"),
         ({"experts": {"groups": GROUPS, "group_scaling": {4: {}}}}, {}, "there is no group 4"),
         ({}, {"host": "0.0.0.0"}, "needs API keys"),
+        ({}, {"http_port": 9000}, "gateway.grpc_port: 9000 is HTTP's port as well"),
     ],
 )
 def test_what_is_left_open_is_refused(model: dict[str, Any], gateway: dict[str, Any], message: str) -> None:
@@ -146,6 +147,11 @@ def test_two_versions_of_a_model_are_two_applications() -> None:
     for names in ((None, None), ("v1", "v1")):
         with pytest.raises(ConfigError, match="two versions of a model need a `version` each"):
             config(*(DEMO | ({"version": version} if version else {}) for version in names))
+
+
+def test_two_models_that_serve_would_take_for_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'org/m' and 'org-m' would both be the Serve application 'org-m-1'"):
+        serve_config(config(*(DEMO | {"name": name, "version": "1"} for name in ("org/m", "org-m"))))
 
 
 def test_labels_of_nodes_reach_every_process() -> None:
