@@ -92,8 +92,11 @@ class TieredModel:
     @property
     def host_s(self) -> float:
         """Python and launches of a step."""
-        if self._captured:
-            return self.costs.captured.value
+        return self.costs.captured.value if self._captured else self._one_by_one_s
+
+    @property
+    def _one_by_one_s(self) -> float:
+        """The same of a step that is not captured, as no prompt's is."""
         on_cpus = self.lanes is None and not self.on_gpu
         return (LAYER_S.value if on_cpus else self.costs.layer_s) * self.model.architecture.num_layers
 
@@ -111,7 +114,8 @@ class TieredModel:
         seconds = 0.0
         for start in range(0, tokens, CHUNK):
             rows = min(CHUNK, tokens - start)
-            seconds += self._times(chunk_attention_s(self.model, self._near, start, rows), rows).all_s
+            times = self._times(chunk_attention_s(self.model, self._near, start, rows), rows)
+            seconds += replace(times, host_s=self._one_by_one_s).all_s
         return seconds
 
     def _times(self, attention: float, rows: float) -> Times:
@@ -165,4 +169,4 @@ class TieredModel:
             bandwidth = self.costs.between_devices(link, self.gpu, self.on_gpu + on_gpu).bandwidth
             layer += (1 - (1 - chance) ** rows) * (self.lanes.group_s + copies * on_gpu)
             layer += 2 * rows * chance * row_bytes / bandwidth
-        return a.num_layers * layer
+        return a.num_expert_layers * layer

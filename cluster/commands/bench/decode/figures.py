@@ -191,7 +191,7 @@ def weight_bytes_per_step(
     coordinator = held.coordinator
     if not a.tie_word_embeddings:
         coordinator -= dtype_bytes * (a.vocab_size - min(num_rows, a.vocab_size)) * a.hidden_size
-    return coordinator + expert_reads * held.expert / a.num_layers
+    return coordinator + expert_reads * held.expert / max(1, a.num_expert_layers)
 
 
 def equal_share(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluster.checkpoint.architecture import all_tensors
+from cluster.checkpoint.architecture import LayerSpec, all_tensors
 from cluster.checkpoint.checkpoint import open_checkpoint
 from cluster.cli import app
 from cluster.commands.bench import machine
@@ -61,6 +61,9 @@ def test_bytes_of_a_step_are_all_weights_but_idle_experts_and_embeddings() -> No
     assert "lm_head.weight" not in all_tensors(tied)
     held = WeightBytes.of(tied, "bfloat16")
     assert weight_bytes_per_step(tied, held, 2, 1, 8 * 8) == 2 * num_parameters(tied)
+    half = replace(tied, layers=tied.layers[:4] + 4 * (LayerSpec(dense_size=3584),))
+    held = WeightBytes.of(half, "bfloat16")
+    assert weight_bytes_per_step(half, held, 2, 1, 4 * 8) == 2 * num_parameters(half), "where half have experts"
 
 
 def test_keys_and_values_of_a_step_are_those_of_the_whole_context_or_window() -> None:
