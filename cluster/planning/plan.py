@@ -178,7 +178,7 @@ class Planner:
         """That hold the model and one sequence of so many tokens."""
         load, num_experts = Load(1, context), self.model.architecture.num_experts
         layouts = [Layout((), 1)]
-        for number in range(1, num_experts + 1):
+        for number in _numbers_of_groups(num_experts):
             groups = plan_groups("auto", num_experts, number, 1)
             layouts += [Layout(groups, 1, shared=True), Layout(groups, 1)]
         return min((layout.gpus for layout in layouts if self._fits(layout, load)), default=None)
@@ -227,9 +227,11 @@ class Planner:
         num_experts = self.model.architecture.num_experts
         most = int(min(MAX_COORDINATORS, max(1, target.load.sequences)))
         yield from (one for one in (Layout((), n) for n in range(1, most + 1)) if self._fits(one, target.load))
-        for number in range(1, num_experts + 1):
+        numbers = _numbers_of_groups(num_experts)
+        # Coordinators are on no more of the experts' GPUs than there are.
+        for number in sorted({*numbers, *range(1, min(most, num_experts) + 1)}):
             groups = plan_groups("auto", num_experts, number, 1)
-            for shared in (False, True):
+            for shared in (False, True) if number in numbers else (True,):
                 for coordinators in range(1, min(most, number) + 1 if shared else most + 1):
                     layout = Layout(groups, coordinators, shared)
                     if not self._fits(layout, target.load):
@@ -312,6 +314,14 @@ class Planner:
             None if step_s is None else sequences / step_s / layout.gpus,
             None if rival_step_s is None else sequences / rival_step_s / layout.gpus,
         )
+
+
+def _numbers_of_groups(num_experts: int) -> list[int]:
+    """The fewest for each size of the largest group: with more of them a step takes no less, on more GPUs."""
+    fewest: dict[int, int] = {}
+    for number in range(1, num_experts + 1):
+        fewest.setdefault(ceil(num_experts / number), number)
+    return list(fewest.values())
 
 
 def group_list(groups: Sequence[ExpertGroup]) -> list[list[int]]:

@@ -159,8 +159,8 @@ def propose(
     if wanted is not None and ("cuda", wanted) not in held:
         raise ConfigError(f"engine.quantization: {config.path} is quantised already; leave it out")
     memory = machine.node.memory_bytes - (machine.cards + 2) * (SERVICE_PROCESS_BYTES + TORCH_PROCESS_BYTES)
-    memory -= architecture.num_experts * shared_memory_bytes(architecture, dtype)  # a shard for each, at most
-    on_cards = usable - of_coordinator - architecture.num_experts * shared_gpu_bytes(architecture, dtype, 1)  # the same
+    memory -= (machine.cards + 1) * shared_memory_bytes(architecture, dtype)  # a shard on each card, one on CPUs
+    on_cards = usable - of_coordinator - shared_gpu_bytes(architecture, dtype, 1)
     by_use = sorted(range(architecture.num_experts), key=lambda expert: -observed.rows[expert] if observed else 0)
     found = [
         (split, look_at(_configured(plain, split), checkpoint, machine, load, lanes, observed, costs))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.checkpoint.known_models import MIXTRAL_8X7B
 from cluster.errors import DoesNotFit
+from cluster.planning import plan as planning
 from cluster.planning.costs import ASSUMED, COPY_S, LANES, LAYER_S, Costs
 from cluster.planning.gpus import GPUS, gpu_type
 from cluster.planning.placement import plan_groups
@@ -83,6 +84,47 @@ def test_eight_gpus_of_24_gib_hold_one_expert_each_and_the_coordinators_have_the
     assert [process.gpu for process in plan.processes] == list(range(9))
     with pytest.raises(DoesNotFit, match=r"coordinator 0 need .* GiB, and L4 has 20\.12 GiB to use"):
         planner("L4").evaluate(layout, Target(Load(64, 32768)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    num_experts=st.integers(2, 14),
+    sequences=st.integers(1, 16),
+    milliseconds=st.sampled_from([20.0, 50.0, inf]),
+    gpu=st.sampled_from(["L4", "H100"]),
+)
+def test_numbers_of_groups_that_are_left_out_would_not_have_been_chosen(
+    num_experts: int, sequences: int, milliseconds: float, gpu: str
+) -> None:
+    architecture = replace(MIXTRAL_8X7B, num_experts=num_experts, layers=8 * MIXTRAL_8X7B.layers[:1])
+    plans = Planner(Model.plain(architecture, "bfloat16"), gpu_type(gpu))
+    target = Target(Load(sequences, 2048), milliseconds / 1e3)
+    chosen, fewest = plans.plan(target), plans.fewest_gpus(2048)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planning, "_numbers_of_groups", lambda number: list(range(1, number + 1)))
+        assert plans.plan(target) == chosen
+        assert plans.fewest_gpus(2048) == fewest
+
+
+def test_of_a_thousand_experts_few_layouts_are_looked_at() -> None:
+    """All numbers of groups were, each with every number of coordinators: a plan took over a minute, and what to do
+    where nothing fits half a minute.
+    """
+    looked_at = 0
+
+    class Counting(Planner):
+        def _fits(self, layout: Layout, load: Load) -> bool:
+            nonlocal looked_at
+            looked_at += 1
+            return super()._fits(layout, load)
+
+    architecture = replace(MIXTRAL_8X7B, num_experts=1024, top_k=8, intermediate_size=112)
+    plans = Counting(Model.plain(architecture, "bfloat16"), gpu_type("H100"))
+    plans.plan(Target(Load(16, 1024)))
+    assert 0 < looked_at < 5_000
+    looked_at = 0
+    assert plans.fewest_gpus(1024) == 2
+    assert 0 < looked_at < 500
 
 
 def test_the_model_does_not_fit_one_small_gpu() -> None:

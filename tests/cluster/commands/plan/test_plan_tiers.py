@@ -61,6 +61,15 @@ def test_a_24_gb_card_and_64_gb_of_memory() -> None:
     assert {one["measured"] for one in found["figures"]} == {True, False}
 
 
+def test_of_many_experts_a_card_holds_as_many_as_fit() -> None:
+    """Memory that a coordinator shares with a shard was counted once for each of 128 experts: 2 GiB stayed empty."""
+    found = plan("Qwen/Qwen3-30B-A3B", *CARD)
+    [on_card] = [one for one in found["shards"] if one["device"] == "cuda"]
+    one_expert = on_card["weight_bytes"] / len(on_card["experts"])
+    used = sum(found["coordinator"].values()) + on_card["weight_bytes"] + 16 * 2**20
+    assert used <= 0.9 * 24e9 < used + one_expert
+
+
 def test_a_machine_without_a_card_gets_the_best_format_that_fits() -> None:
     """`manta plan --ram` asked for a card, and said nothing of a laptop."""
     found = plan("allenai/OLMoE-1B-7B-0924", "--gpus", "0", "--ram", "16GB")
