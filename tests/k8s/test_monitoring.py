@@ -1,11 +1,24 @@
-"""What Prometheus and Grafana are given. That the figures exist is asked of a server, in end_to_end/test_metrics.py."""
+"""What Prometheus and Grafana are given.
 
+That the figures exist is asked of a server, in end_to_end/telemetry/test_metrics.py.
+"""
+
+import asyncio
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cluster.planning.placement import ExpertGroup
+from cluster.telemetry.metrics import DispatchCounts, ProcessFigures
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.metrics_page import MetricsPage, Source
+from router_service.telemetry.engine_metrics import expert_families
+from tests.gateway.doubles import model_card
+from tests.gateway.telemetry.test_metrics import values
 from tests.k8s.overlays import REPOSITORY, needs_kubectl, the
 
 OVERLAY = REPOSITORY / "k8s" / "overlays" / "mixtral-8x7b-8gpu"
@@ -44,6 +57,46 @@ def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
     assert set(sections) == {rule["alert"] for rule in RULES}
     for rule in RULES:
         assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+
+
+def _expr(alert: str) -> str:
+    [expr] = [rule["expr"] for rule in RULES if rule["alert"] == alert]
+    return str(expr)
+
+
+@pytest.mark.parametrize("has_shards", [True, False], ids=["shards", "experts in the coordinator's process"])
+def test_groups_without_shards_are_not_down(has_shards: bool) -> None:
+    """Of `transport: local` rows are counted as well: the alert fired for as long as such a model was served."""
+    groups = [ExpertGroup(0, (0, 1)), ExpertGroup(1, (2, 3))]
+    latency = {group.index: DispatchCounts() for group in groups if has_shards}
+    told = {sample.name for family in expert_families(groups, [1, 2, 3, 4], latency) for sample in family.samples}
+    known, missing = _expr("MantaExpertDown").split("unless")
+    [groups_of] = re.findall(r"manta_\w+", known)
+    assert (groups_of in told) is has_shards
+    assert "manta_shard_lanes" in missing
+
+
+def test_a_model_without_a_coordinator_is_told_where_others_have_one(tmp_path: Path) -> None:
+    """And a queue that is full, which grows no more: no alert was about either."""
+
+    async def silent(_source: Source, _timeout_s: float) -> tuple[list[ProcessFigures], int]:
+        raise TimeoutError
+
+    card, metrics = model_card(tmp_path, deployments=("coordinator",)), GatewayMetrics()
+    metrics.failures.labels(card.name, "Overloaded", "shed_queue").inc()
+    page = asyncio.run(MetricsPage(metrics, [card], silent).page()).decode()
+    for alert in ("MantaSilent", "MantaQueueGrowing"):
+        [(name, label, wanted)] = re.findall(r'(\w+)\{(\w+)="(\w+)"\}', _expr(alert))
+        assert values(page, name, model=card.name, **{label: wanted}) == [1]
+
+
+def test_figures_that_any_program_has_are_asked_of_ours_only() -> None:
+    """Prometheus' clients have them in every language: the panels had a line for each program that it looks at."""
+    panels = json.loads((REPOSITORY / "k8s/grafana/manta.json").read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    asked = [one for text in expressions for one in re.findall(r"process_\w+(?:\{.*?\})?", text)]
+    assert len(asked) == 2
+    assert all('deployment!=""' in one and 'replica!=""' in one for one in asked)
 
 
 def test_what_the_alerts_are_about() -> None:
