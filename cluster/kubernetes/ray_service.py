@@ -84,6 +84,9 @@ def _head(config: MantaConfig) -> Document:
 
 
 def _worker_group(name: str, group: PodGroup, config: MantaConfig) -> Document:
+    start = {"object-store-memory": str(OBJECT_STORE_MIB * 2**20)}
+    if group.size.gpus:  # KubeRay and the autoscaler know GPUs only by resources whose names end in "gpu", no slices
+        start["num-gpus"] = str(group.size.gpus)
     return {
         "groupName": name,
         "replicas": group.min_pods,
@@ -91,7 +94,7 @@ def _worker_group(name: str, group: PodGroup, config: MantaConfig) -> Document:
         "maxReplicas": group.max_pods,
         "idleTimeoutSeconds": config.kubernetes.idle_timeout_s,
         "labels": group.labels,  # of the pods, and of the Ray nodes: what label_selector asks for
-        "rayStartParams": {"object-store-memory": str(OBJECT_STORE_MIB * 2**20)},
+        "rayStartParams": start,
         "template": _template(group.role, group.labels, group.size, config),
     }
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _node_type_from_group_spec
 
 from cluster.config import load_config, parse_config
 from cluster.deploy.serve_config import serve_config
 from cluster.errors import ConfigError, DoesNotFit
 from cluster.kubernetes.manifests import manifests
 from cluster.kubernetes.pod_config import in_pods
+from cluster.kubernetes.ray_service import ray_service
 from cluster.kubernetes.sizes import model_size, pod_groups
 from tests.k8s.overlays import RENDERED, REPOSITORY
 
@@ -35,6 +37,17 @@ def test_pods_of_a_role(overlay: str, role: str, pods: tuple[int, int], gpus: in
     group = pod_groups(OVERLAY[overlay])[role]
     assert (group.min_pods, group.max_pods) == pods
     assert group.size.gpus == gpus
+
+
+def test_the_autoscaler_knows_of_gpus_whatever_their_resource_is_called() -> None:
+    """Of a slice's, it took such pods for ones without a GPU: no shard had a place, and no pod was added."""
+    config = OVERLAY["mixtral-8x7b-8gpu"]
+    slices = config.kubernetes.model_copy(update={"gpu_resource": "nvidia.com/mig-3g.40gb"})
+    for settings in (config.kubernetes, slices):
+        cluster = ray_service(config.model_copy(update={"kubernetes": settings}))["spec"]["rayClusterConfig"]
+        for group in cluster["workerGroupSpecs"]:
+            resources = _node_type_from_group_spec(group, is_head=False)["resources"]
+            assert resources.get("GPU", 0) == (0 if group["groupName"] == "gateway" else 1)
 
 
 def test_roles_without_processes_have_no_pods() -> None:
