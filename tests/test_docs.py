@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import EngineConfig, ExpertsConfig, GatewayConfig, KubernetesConfig
 from tests.programs import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -67,6 +68,24 @@ def test_every_path_on_a_gpu_is_on_its_page() -> None:
         if re.search(r"\bcuda\b|is_cuda|\btriton\b", (REPOSITORY / module).read_text(), re.IGNORECASE)
     ]
     assert [module for module in on_gpus if not module.startswith(tuple(told))] == []
+
+
+def test_every_key_of_a_configuration_that_a_page_names_is_one() -> None:
+    """What to do about a full gateway was `gateway.replicas`, which is refused."""
+    sections = {
+        "gateway": GatewayConfig,
+        "engine": EngineConfig,
+        "experts": ExpertsConfig,
+        "kubernetes": KubernetesConfig,
+    }
+    named = [
+        (page.name, section, key)
+        for page in PAGES
+        for section, key in re.findall(rf"`({'|'.join(sections)})\.(\w+)", page.read_text())
+        if not list((REPOSITORY / section).glob(f"{key}*"))  # else it is a module's name
+    ]
+    assert len(named) > 50
+    assert [one for one in named if one[2] not in sections[one[1]].model_fields] == []
 
 
 def test_each_message_that_can_be_looked_up_is_said_somewhere() -> None:
