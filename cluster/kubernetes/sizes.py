@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cluster.checkpoint.architecture import Architecture, compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from cluster.checkpoint.hub import EMBEDDED, resolve_model
+from cluster.checkpoint.hub import EMBEDDED, is_directory, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
 from cluster.config import KubernetesConfig, MantaConfig, ModelConfig, ScalingConfig
@@ -188,7 +187,7 @@ def _known(model: ModelConfig) -> Checkpoint:
     if path in KNOWN_MODELS:
         known_model = KNOWN_MODELS[path]
         return outline(path, known_model.architecture, known_model.scheme)
-    if path in EMBEDDED or Path(path).expanduser().is_dir():
+    if path in EMBEDDED or is_directory(path):
         checkpoint = open_checkpoint(resolve_model(path, model.revision), model.model_impl)
         return checkpoint if checkpoint.model_impl == "native" else _checked(checkpoint, model.engine.max_model_len)
     known = ", ".join(KNOWN_MODELS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, ModelImpl, open_checkpoint
-from cluster.checkpoint.hub import EMBEDDED
+from cluster.checkpoint.hub import EMBEDDED, is_directory, resolve_model
 from cluster.checkpoint.known_models import KNOWN_MODELS
 from cluster.checkpoint.outline import outline
 from cluster.commands.bench.shapes import SHAPES
@@ -214,8 +214,8 @@ def engine_of(config: ModelConfig, question: Question) -> EngineConfig:
 
 def checkpoint_of(path: str, model_impl: Literal["auto"] | ModelImpl = "auto") -> Checkpoint:
     """Of a directory or an embedded model; an outline of a model of the hub that is known, or of a named shape."""
-    if Path(path).expanduser().is_dir():
-        checkpoint = open_checkpoint(Path(path).expanduser(), model_impl)
+    if is_directory(path):
+        checkpoint = open_checkpoint(resolve_model(path), model_impl)
         if checkpoint.model_impl == "native":
             return checkpoint
         from experts_service.transformers_backend.meta_model import checked  # takes seconds to import

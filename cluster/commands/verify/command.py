@@ -120,7 +120,10 @@ def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
         return [[(7 * place + 11 * number) % vocab_size for place in range(12)] for number in range(1, len(TEXTS) + 1)]
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no class of its own
+        raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}") from error
     return [tokenizer.encode(text).ids for text in TEXTS]
 
 

@@ -331,6 +331,14 @@ def test_what_transformers_cannot_load_is_said(directory, monkeypatch):
         run(directory, None, "auto", "float32", 1, as_json=True)
 
 
+def test_a_tokenizer_that_is_none_is_named(tmp_path):
+    """What the library raised ended the command with a traceback."""
+    families.write_model(tmp_path, families.random_model("qwen2"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer: "):
+        run(str(tmp_path), None, "auto", "float32", TOKENS, as_json=True)
+
+
 def test_a_model_without_a_head_has_nothing_to_compare(tmp_path):
     """transformers made up a head of random numbers, and every token was another one."""
     families.random_model("qwen3", tie_word_embeddings=False).model.save_pretrained(tmp_path)

@@ -229,6 +229,7 @@ def test_the_layout_of_a_configuration_is_taken_as_it_is(tmp_path: Path) -> None
             ("TheBloke/mixtral-8x7b-v0.1-AWQ", "--quantization", "int8"),
             "engine.quantization: TheBloke/mixtral-8x7b-v0.1-AWQ is quantised already; leave it out",
         ),
+        (("~no_such_user/mixtral",), "'~no_such_user/mixtral' is no directory; shapes that are known by name"),
         (("mixtral-9x9b",), "'mixtral-9x9b' is no directory; shapes that are known by name"),
         (("mixtral-8x7b", "--gpu", "H300"), "there is no GPU type 'H300'"),
         (("mixtral-8x7b", "--gpu", "t4"), "T4: there is nothing to plan for, as it has no bfloat16"),
