@@ -528,6 +528,9 @@ class KubernetesConfig(_Frozen):
     """Of the machine's disk for each pod: Ray's logs and sessions, and what Ray spills."""
     storage_class: str | None = None
     """Of the models' volume; it has to offer ReadWriteMany and ReadOnlyMany. None: the cluster's default."""
+    model_volume_gib: int | None = Field(None, ge=1)
+    """Size of that volume. None: what the models take, and a quarter more. A volume grows where its class lets it, and
+    never shrinks: before a model is taken out, say what there is."""
     idle_timeout_s: int = Field(300, ge=1)
     """The autoscaler takes away a pod above the minimum once it was idle for so long."""
 

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from cluster.config import MantaConfig
+from cluster.errors import ConfigError
 from cluster.kubernetes import names
 from cluster.kubernetes.containers import POD_SECURITY, SECURITY
 from cluster.kubernetes.ray_service import fetched_name, is_fetched, models_to_fetch
@@ -23,12 +24,17 @@ ROOM = 1.25  # of the weights: tokenizers, and a download that was interrupted
 
 
 def model_volume(config: MantaConfig) -> list[Document]:
-    """Nothing where every model is in the image."""
+    """Nothing where every model is in the image. Raises ConfigError for one that is too small."""
     models = models_to_fetch(config)
     if not models:
         return []
     sizes = {fetched_name(model): model_size(model).weight_bytes for model in config.models if is_fetched(model.path)}
     gib = math.ceil(ROOM * sum(sizes.values()) / 2**30)
+    if (wanted := config.kubernetes.model_volume_gib) is not None:
+        least = math.ceil(sum(sizes.values()) / 2**30)
+        if wanted < least:
+            raise ConfigError(f"kubernetes.model_volume_gib: {wanted}, and the models take {least}")
+        gib = wanted
     claim: Document = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",

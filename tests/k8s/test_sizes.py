@@ -1,6 +1,7 @@
 """How many pods of which size an overlay has: its GPUs, and room for what its config allows."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -143,6 +144,26 @@ def test_the_volume_holds_the_weights() -> None:
     gib = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
     assert model_size(config.models[0]).weight_bytes == 2 * 46_702_792_704  # Mixtral 8x7B's parameters, in bfloat16
     assert gib * 2**30 > 1.2 * model_size(config.models[0]).weight_bytes
+
+
+def _volume_gib(document: dict[str, Any]) -> int:
+    [claim] = [one for one in manifests(parse_config(document)) if one["kind"] == "PersistentVolumeClaim"]
+    return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
+
+
+def test_after_a_roll_the_volume_need_not_shrink() -> None:
+    """Kubernetes refuses a smaller claim, so that the apply which takes the old version out failed."""
+    document = yaml.safe_load((REPOSITORY / "k8s/overlays/mixtral-8x7b-8gpu/manta.yaml").read_text())
+    [old] = document["models"]
+    document["models"] = [{**old, "version": "next", "revision": "next"}, old]
+    while_it_rolls = _volume_gib(document)
+    document["models"].pop()
+    assert _volume_gib(document) < while_it_rolls
+    document["kubernetes"]["model_volume_gib"] = while_it_rolls
+    assert _volume_gib(document) == while_it_rolls
+    document["kubernetes"]["model_volume_gib"] = 80
+    with pytest.raises(ConfigError, match="model_volume_gib: 80, and the models take 87"):
+        manifests(parse_config(document))
 
 
 def test_a_revision_is_what_the_job_fetches_the_pods_wait_for_and_the_cluster_opens() -> None:
