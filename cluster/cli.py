@@ -115,7 +115,7 @@ def serve(
 def apply(
     config: Annotated[Path, typer.Option(help="A YAML configuration, as manta serve takes it.")],
     address: Annotated[str, typer.Option(metavar="RAY", help="The server's Ray cluster: auto, or host:port.")] = "auto",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until all of it runs.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(min=1, max=10**6, help="Seconds to wait until all of it runs.")] = 3600.0,
 ) -> None:
     """Change the models of a running server to a configuration's, without a lost request."""
     from cluster.commands.local_ray import ray_environment

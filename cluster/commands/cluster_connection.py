@@ -175,7 +175,7 @@ def _knock(address: str) -> None:
         raise SetupError(f"{address!r} is not the address of a Ray cluster; expected auto or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a name such as a..b
         raise Unavailable(f"no Ray cluster answers at {address} ({error}); {_START}") from error
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -82,7 +84,7 @@ def _fetch(model: str, revision: str | None) -> None:
     checkpoint = open_checkpoint(directory)
     note = {"directory": str(directory), "fingerprint": checkpoint.fingerprint}
     file = note_of(model, revision)
-    if file.is_file() and json.loads(file.read_text()) == note:
+    if _read(file) == note:
         console.print(f"{model} was fetched and verified before: {directory}")
         return
     total = verify(directory)
@@ -91,10 +93,20 @@ def _fetch(model: str, revision: str | None) -> None:
         f"  fingerprint {checkpoint.fingerprint[:8]}, {total / 1e9:.2f} GB in {time.monotonic() - started:.0f} s"
     )
     if not _is_here(model):
-        file.parent.mkdir(exist_ok=True)
-        draft = file.with_suffix(".new")
-        draft.write_text(json.dumps(note))
-        draft.replace(file)
+        draft = file.with_name(f"{secrets.token_hex(6)}.new")  # another process may write the same note
+        try:
+            file.parent.mkdir(exist_ok=True)
+            draft.write_text(json.dumps(note))
+            draft.replace(file)
+        except OSError as error:
+            raise SetupError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _read(note: Path) -> object:
+    """None where there is none, or a machine that lost its power left it empty."""
+    with suppress(OSError, ValueError):
+        return json.loads(note.read_text())
+    return None
 
 
 def _blobs(directory: Path) -> Iterator[tuple[Path, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import httpx
@@ -9,6 +10,7 @@ import httpx
 from cluster.errors import ConfigError
 
 TIMEOUT_S, MAX_BYTES = 20.0, 64 << 20
+_TOKEN = re.compile(rb"[ -~]+")
 
 
 def read_page(url: str, path: str, token_file: Path | None = None) -> tuple[int, bytes]:
@@ -18,7 +20,10 @@ def read_page(url: str, path: str, token_file: Path | None = None) -> tuple[int,
     """
     headers = {}
     if token_file is not None:
-        headers["Authorization"] = f"Bearer {token_file.read_text().partition(chr(10))[0].strip()}"
+        token = token_file.read_bytes().partition(b"\n")[0].strip()
+        if not _TOKEN.fullmatch(token):  # what refuses it as a header shows it
+            raise ConfigError(f"{token_file}: its first line is no token, which is of ASCII's characters")
+        headers["Authorization"] = f"Bearer {token.decode()}"
     try:
         address = httpx.URL(url if "://" in url else f"http://{url}")
         if address.path in ("", "/"):

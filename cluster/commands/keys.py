@@ -54,13 +54,14 @@ def _add(file: Path, name: str, line: str) -> None:
     from cluster.guarded_file import read_guarded
     from gateway.admission.api_keys import read_api_keys
 
-    content = read_guarded(file) if file.exists() else b""
-    if content and name in {one.id for one in read_api_keys(file)}:
-        raise ConfigError(
-            f"{file} has a key of {name} already: take its line out first, which ends that key, or choose another id"
-        )
-    added = (b"" if not content or content.endswith(b"\n") else b"\n") + line.encode() + b"\n"
     try:
+        content = read_guarded(file) if file.exists() else b""
+        if content and name in {one.id for one in read_api_keys(file)}:
+            raise ConfigError(
+                f"{file} has a key of {name} already: take its line out first, which ends that key, or choose "
+                "another id"
+            )
+        added = (b"" if not content or content.endswith(b"\n") else b"\n") + line.encode() + b"\n"
         with tempfile.TemporaryDirectory() as directory:
             tried = Path(directory) / file.name
             _append(tried, content + added)

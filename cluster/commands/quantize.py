@@ -56,7 +56,7 @@ def quantize(
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Checkpoint:
     """Write a plain checkpoint rounded, and return what was written."""
-    source = checkpoint.directory
+    source, directory = checkpoint.directory, directory.absolute()  # another takes the place of the working directory
     if any(isinstance(ref, QuantizedRef) for ref in checkpoint.tensors.values()):
         raise ConfigError(f"{source} is quantised already; take the original")
     if checkpoint.layout != "huggingface":

@@ -10,7 +10,7 @@ import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -18,6 +18,8 @@ from cluster.errors import MantaError, RequestError, Unavailable
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0  # between two pieces of an answer; a long prompt is silent while it is read
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +120,24 @@ def _events(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def _delta(event: Any) -> Delta:
-    if "error" in event or event.get("object") == "error":
+    if event.get("error") or event.get("object") == "error":
         raise Unavailable(_message(event) or "the server reported an error without a message")
     choices = event.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning")  # the newer name of others' servers
     return Delta(
-        text=delta.get("content") or "",
-        reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",  # the newer name of others' servers
+        text=_of(str, delta.get("content")) or "",
+        reasoning=_of(str, reasoning) or "",
         finish_reason=choices[0].get("finish_reason"),
-        completion_tokens=(event.get("usage") or {}).get("completion_tokens"),
+        completion_tokens=_of(int, (event.get("usage") or {}).get("completion_tokens")),
     )
+
+
+def _of(kind: type[T], value: Any) -> T | None:
+    """What it is, or None. Raises TypeError for another kind."""
+    if value is None or isinstance(value, kind):
+        return value
+    raise TypeError(f"{value!r} is no {kind.__name__}")
 
 
 def _raise_for_status(response: httpx.Response) -> None:

@@ -41,11 +41,13 @@ def _read_key(key_file: Path | None) -> str | None:
     if key_file is None:
         return None
     try:
-        lines = key_file.read_text().split()
+        lines = key_file.read_text("utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read {key_file}: {error}") from error
     if not lines:
         raise RequestError(f"{key_file} is empty; its first line has to be the API key")
+    if not (lines[0].isascii() and lines[0].isprintable()):
+        raise RequestError(f"{key_file}: its first line is no API key, which is of ASCII's characters")
     return lines[0]
 
 

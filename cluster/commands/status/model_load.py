@@ -17,7 +17,7 @@ class LoadSample:
     model: str
     at_s: float  # on a monotonic clock
     figures: dict[Key, float] = field(default_factory=dict)
-    num_replicas: dict[str, int] = field(default_factory=dict)  # shards that answered, by group
+    num_replicas: dict[str, int] = field(default_factory=dict)  # that answered: shards by group, coordinators by ""
 
     @classmethod
     def of(cls, model: str, at_s: float, processes: Iterable[Sequence[Metric]]) -> LoadSample:
@@ -28,7 +28,7 @@ class LoadSample:
                     group = labels.get("group", "")
                     key = (name, group, labels.get("expert", ""))
                     sample.figures[key] = sample.figures.get(key, 0.0) + value
-                    if name == "manta_shard_busy_fraction":
+                    if name in ("manta_shard_busy_fraction", "vllm:kv_cache_usage_perc"):
                         sample.num_replicas[group] = sample.num_replicas.get(group, 0) + 1
         return sample
 
@@ -95,7 +95,7 @@ def load_between(before: LoadSample, after: LoadSample) -> ModelLoad:
         model=after.model,
         running=int(after.of_model("vllm:num_requests_running")),
         waiting=int(after.of_model("vllm:num_requests_waiting")),
-        kv_usage=after.of_model("vllm:kv_cache_usage_perc"),
+        kv_usage=after.of_model("vllm:kv_cache_usage_perc") / max(1, after.num_replicas.get("", 0)),
         prompt_tokens_per_s=rate(("vllm:prompt_tokens_total", "", "")),
         tokens_per_s=rate(("vllm:generation_tokens_total", "", "")),
         experts=tuple(sorted(experts, key=lambda one: one.expert)),

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cluster.checkpoint.checkpoint import open_checkpoint
+from cluster.cli import app
 from cluster.commands import apply, changes
 from cluster.commands.apply import check_same_deployments, check_same_server, kept_doors, new_doors
 from cluster.config import (
@@ -180,3 +182,9 @@ def test_doors_stay_as_they_were_started_but_for_their_number():
     wanted = GatewayConfig(http_port=8001, max_choices=7, scaling=scaling)
     assert new_doors(running, wanted) == running.model_copy(update={"scaling": scaling})
     assert kept_doors(running, wanted) == ["max_choices"]
+
+
+def test_a_time_that_is_waited_for_has_a_most():
+    """The system waits for 24 days at most: one of 30 ended in a stack, when the cluster had been joined."""
+    result = CliRunner().invoke(app, ["apply", "--config", "manta.yaml", "--timeout", str(30 * 86400)])
+    assert result.exit_code == 2, result.output  # as of wrong usage: the file is not looked for

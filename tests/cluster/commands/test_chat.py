@@ -77,6 +77,12 @@ class FakeServer:
                 await asyncio.sleep(60)
             finally:
                 self.disconnected.set()
+        if prompt == "parts":
+            yield event({"delta": {"content": [{"type": "text", "text": "a"}]}})
+        if prompt == "usage":
+            yield event(None, usage={"completion_tokens": "7"})
+        if prompt == "null":
+            yield event(None, error=None)
         yield b": a comment\n\n"
         if prompt == "think":
             for name in ("reasoning_content", "reasoning"):
@@ -149,6 +155,17 @@ def test_server_errors_carry_their_message(client: ChatClient) -> None:
         ask(client, "break")
 
 
+@pytest.mark.parametrize("prompt", ["parts", "usage"])
+def test_a_server_that_answers_in_another_shape_is_told_of(client: ChatClient, prompt: str) -> None:
+    """What was no text, or no number, ended the chat with a stack."""
+    with pytest.raises(Unavailable, match="does not speak OpenAI's API: TypeError"):
+        ask(client, prompt)
+
+
+def test_an_error_that_is_none_is_none(client: ChatClient) -> None:
+    assert ask(client, "null")[-1].completion_tokens == 7
+
+
 def test_a_url_may_end_in_v1(server: FakeServer) -> None:
     client = ChatClient(server.url + "/v1/")
     assert client.models() == ["tiny", "other"]
@@ -215,6 +232,20 @@ def test_piped_lines(server: FakeServer, tmp_path) -> None:
     assert re.search(r"7 tokens · [\d.]+ tokens/s · first token after [\d.]+ s", done.stderr)
     assert done.stderr.count("stopped at the length limit") == 1
     assert "also served: other" in done.stderr
+
+
+def test_a_file_that_windows_wrote_has_a_key(server: FakeServer, tmp_path) -> None:
+    """The mark that it begins with ended in a stack."""
+    (tmp_path / "key").write_bytes(b"\xef\xbb\xbfsk-1\r\n")
+    assert manta_chat(server.url, "hello\n", "--key-file", str(tmp_path / "key")).returncode == 0
+    assert server.keys == ["Bearer sk-1"]
+
+
+def test_what_is_no_key_is_told_and_not_shown(tmp_path) -> None:
+    (tmp_path / "key").write_text("“sk-1”\n")
+    done = manta_chat("http://127.0.0.1:1", "", "--key-file", str(tmp_path / "key"))
+    assert (done.returncode, "its first line is no API key" in " ".join(done.stderr.split())) == (2, True)
+    assert "sk-1" not in done.stderr
 
 
 def test_what_the_model_thinks_is_shown_beside_the_answer(server: FakeServer) -> None:

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from cluster.commands.cluster_connection import _silent, slowness
+from cluster.commands.cluster_connection import _silent, look_at_cluster, slowness
+from cluster.errors import Unavailable
 from tests.waiting import wait_for
 
 COMPUTES = "while True: pass"
@@ -36,3 +37,9 @@ def test_who_gives_a_cluster_up_says_that_its_own_machine_is_busy() -> None:
     assert _silent("a:1", "it could not be joined", 10.0, 1.1).message == said
     busy = _silent("a:1", "it could not be joined", 10.0, 2.02).message
     assert busy == f"{said}; this machine is so busy that programs take 2.0 times as long: try again"
+
+
+def test_a_host_that_none_can_be_is_told() -> None:
+    """Python's own words for it, and a stack, were shown."""
+    with pytest.raises(Unavailable, match=r"no Ray cluster answers at head\.\.local:6379"):
+        look_at_cluster("head..local:6379", str)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cluster.commands import debug
+from cluster.commands.gateway_page import read_page
 from cluster.errors import ConfigError, MantaError
 from tests.programs import REPOSITORY
 
@@ -138,3 +139,12 @@ def test_all_stacks_together_have_a_deadline(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(debug, "_ours", lambda: iter([(psutil.Process(), "ray::Mine")]))
     with pytest.raises(MantaError, match="all that could be had in 0 s"):
         list(debug._stacks())
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9-token\n", b"to\x00ken\n", b"\xff\xfet\x00"])
+def test_what_is_no_token_is_told_and_not_shown(tmp_path: Path, content: bytes) -> None:
+    """What refuses a header shows it, and the token went into the message."""
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"token: its first line is no token, which is of ASCII's characters$"):
+        read_page("127.0.0.1:1", "/metrics", file)

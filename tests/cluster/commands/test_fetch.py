@@ -90,6 +90,31 @@ def test_who_waits_for_a_revision_is_not_told_of_another(
         run([f"{MODEL}@v9"], None, wait=False, timeout_s=0)
 
 
+def test_two_may_write_one_note(cache: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wrote one draft; who came second found none, and failed with a stack."""
+    replace = Path.replace
+
+    def after_another(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        run([MODEL], None, wait=False, timeout_s=0)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", after_another)
+    run([MODEL], None, wait=False, timeout_s=0)
+    assert [file.suffix for file in (cache / ".manta").iterdir()] == [".json"]
+
+
+def test_a_note_that_is_empty_is_none(cache: Path, snapshot: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a machine that lost its power may leave it: each fetch then ended in a stack."""
+    run([MODEL], None, wait=False, timeout_s=0)
+    [note] = (cache / ".manta").iterdir()
+    note.write_text("")
+    run([MODEL], None, wait=False, timeout_s=0)
+    assert "verified before" not in capsys.readouterr().out
+    run([MODEL], None, wait=False, timeout_s=0)
+    assert "verified before" in capsys.readouterr().out
+
+
 def test_what_is_here_is_neither_fetched_nor_waited_for(cache: Path, tmp_path: Path) -> None:
     """The embedded model was a stack trace where there was no cache yet, and who waited for it did so for ever."""
     for model in ("demo", str(DIRECTORY)):

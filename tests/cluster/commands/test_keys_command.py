@@ -69,5 +69,11 @@ def test_a_file_that_no_server_would_read_is_refused_as_it_is(tmp_path, content,
     assert file.read_bytes() == content
 
 
+def test_a_file_that_none_can_be_is_refused(tmp_path):
+    """It was a stack."""
+    with pytest.raises(ConfigError, match="cannot be written: File name too long"):
+        CliRunner().invoke(app, ["keys", "new", "alice", "--file", str(tmp_path / ("x" * 300))], catch_exceptions=False)
+
+
 def test_an_id_that_logs_could_not_show_is_refused():
     assert CliRunner().invoke(app, ["keys", "new", "al ice"]).exit_code == 2

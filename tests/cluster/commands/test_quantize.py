@@ -250,3 +250,12 @@ def test_the_command(
     assert result.exit_code == status, result.output
     assert said in result.output
     assert (tmp_path / "new").exists() is (status == 0)
+
+
+def test_the_working_directory_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All was written, and then the directory that had been there was asked for its config.json."""
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    result = CliRunner().invoke(app, ["quantize", "demo", ".", "--to", "int8"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "config.json").is_file()

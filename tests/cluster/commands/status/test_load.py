@@ -54,6 +54,13 @@ def test_rates_are_those_between_the_samples():
     assert seen.experts[1].queue_s == 0
 
 
+def test_the_cache_of_two_coordinators_is_one():
+    """Their parts were added up: two half full caches were told as 100 %."""
+    sample = LoadSample.of("m", 5.0, [coordinator((), 0), coordinator((), 0)])
+    seen = load_between(sample, sample)
+    assert (seen.running, seen.kv_usage) == (6, 0.25)
+
+
 def test_silent_shards_and_a_restarted_coordinator():
     assert [e.busy_fraction for e in load(with_shards=False).experts] == [None] * 4
     restarted = load_between(
