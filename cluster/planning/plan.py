@@ -18,12 +18,13 @@ from typing import Literal
 from cluster.errors import DoesNotFit
 from cluster.planning.costs import ASSUMED, LANES, Costs
 from cluster.planning.gpus import GPUS, GpuType
-from cluster.planning.placement import DTYPE_BYTES, ExpertGroup, gib, kv_bytes_per_token, plan_groups
+from cluster.planning.placement import DTYPE_BYTES, ExpertGroup, gib, plan_groups
 from cluster.planning.roofline import (
     Link,
     Load,
     Model,
     attention_s,
+    cache_bytes,
     disaggregated_s,
     experts_s,
     local_s,
@@ -251,7 +252,7 @@ class Planner:
     def _processes(self, layout: Layout, load: Load) -> Iterator[Process]:
         for group in layout.groups:
             yield Process(f"expert-{group.index}", group.index, len(group.experts) * self.model.one_expert_bytes, 0)
-        cache = ceil(self._cache_bytes(load) / layout.coordinators)
+        cache = cache_bytes(self.model, load, layout.coordinators)
         first = 0 if layout.shared else len(layout.groups)
         for index in range(layout.coordinators):
             yield Process(f"coordinator {index}", first + index, self._coordinator_bytes(layout), cache)
@@ -262,11 +263,8 @@ class Planner:
 
     def _fits(self, layout: Layout, load: Load) -> bool:
         shard = max(layout.sizes, default=0) * self.model.one_expert_bytes
-        coordinator = self._coordinator_bytes(layout) + self._cache_bytes(load) / layout.coordinators
+        coordinator = self._coordinator_bytes(layout) + cache_bytes(self.model, load, layout.coordinators)
         return (shard + coordinator if layout.shared else max(shard, coordinator)) <= self.usable_bytes
-
-    def _cache_bytes(self, load: Load) -> float:
-        return load.sequences * load.context * kv_bytes_per_token(self.model.architecture, self.model.dtype)
 
     def _sizes(self, layout: Layout) -> tuple[int, ...]:
         """Experts of each process that has some."""
@@ -294,13 +292,13 @@ class Planner:
 
     def _rival_gpus(self, context: int) -> int:
         """The fewest that hold everything and one sequence, split evenly."""
-        return ceil((self.model.all_bytes + self._cache_bytes(Load(1, context))) / self.usable_bytes)
+        return ceil((self.model.all_bytes + cache_bytes(self.model, Load(1, context))) / self.usable_bytes)
 
     def _compare(self, layout: Layout, sequences: int, context: int) -> Comparison:
         load, gpus = Load(sequences, context), self._rival_gpus(context)
         own = Load(max(1.0, sequences * gpus / layout.gpus), context)  # a rival's part, on as many GPUs in all
         step_s = self._step_s(layout, load) if self._fits(layout, load) else None
-        fits = self.model.all_bytes + self._cache_bytes(own) <= gpus * self.usable_bytes
+        fits = self.model.all_bytes + cache_bytes(self.model, own) <= gpus * self.usable_bytes
         rival_step_s = None
         if fits:
             a = self.model.architecture

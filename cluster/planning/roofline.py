@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb, prod
+from math import ceil, comb, prod
 
 from cluster.checkpoint.architecture import Architecture, coordinator_tensors
 from cluster.planning.gpus import GpuType
@@ -118,11 +118,22 @@ class Link:
     group_s: float = 0.0  # the same, for each group that is asked
 
 
+def cache_bytes(model: Model, load: Load, coordinators: int = 1) -> int:
+    """Of one of them. Its sequences are whole ones, and keep what is in the window while a chunk is computed; and one
+    sequence has a place for all of its tokens, as an engine wants it.
+    """
+    a = model.architecture
+    kept = min(load.context, (a.sliding_window or load.context) + CHUNK)
+    tokens = max(load.context, ceil(load.sequences / coordinators) * kept)
+    return tokens * kv_bytes_per_token(a, model.dtype)
+
+
 def attention_s(model: Model, gpu: GpuType, load: Load, gpus: float = 1.0) -> float:
     """A coordinator's part of a step for `load`, its own sequences."""
     a = model.architecture
-    cache = load.sequences * load.context * kv_bytes_per_token(a, model.dtype)
-    scores = 4 * a.num_layers * a.num_heads * a.head_dim * load.context  # q·k and p·v, of one token
+    seen = min(load.context, a.sliding_window or load.context)  # tokens
+    cache = load.sequences * seen * kv_bytes_per_token(a, model.dtype)
+    scores = 4 * a.num_layers * a.num_heads * a.head_dim * seen  # q·k and p·v, of one token
     operations = load.sequences * (2 * model.attention_parameters + scores)
     return max((model.attention_bytes + cache) / gpu.bandwidth, operations / gpu.flops) / gpus
 
@@ -204,6 +215,7 @@ def prefill_s(
 def chunk_attention_s(model: Model, gpu: GpuType, start: int, rows: int) -> float:
     """A coordinator's part of so many tokens of a prompt, those after its first `start`."""
     a = model.architecture
-    read = model.attention_bytes + (start + rows) * kv_bytes_per_token(a, model.dtype)
-    scores = 4 * a.num_layers * a.num_heads * a.head_dim * (start + rows / 2)  # of a token in the middle
+    window = a.sliding_window or start + rows
+    read = model.attention_bytes + (min(start, window) + rows) * kv_bytes_per_token(a, model.dtype)
+    scores = 4 * a.num_layers * a.num_heads * a.head_dim * min(start + rows / 2, window)  # of a token in the middle
     return max(read / gpu.bandwidth, rows * (2 * model.attention_parameters + scores) / gpu.flops)

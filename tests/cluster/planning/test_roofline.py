@@ -16,6 +16,8 @@ from cluster.planning.roofline import (
     Load,
     Model,
     attention_s,
+    cache_bytes,
+    chunk_attention_s,
     disaggregated_s,
     experts_s,
     local_s,
@@ -126,6 +128,24 @@ def test_a_dense_model_is_attention_alone() -> None:
     dense = Model.plain(MISTRAL_7B, "bfloat16")
     load = Load(4, 100)
     assert disaggregated_s(dense, H100, LINK, load, [], 1) == attention_s(dense, H100, load)
+
+
+def test_what_is_out_of_the_window_is_neither_read_nor_kept() -> None:
+    """Mistral 7B v0.1 was planned for as if each token saw all 32,768 before it: eight times the bytes it reads."""
+    windowed, whole = (Model.plain(one, "bfloat16") for one in (MISTRAL_7B, replace(MISTRAL_7B, sliding_window=None)))
+    assert attention_s(windowed, H100, Load(8, 32768)) == attention_s(whole, H100, Load(8, 4096))
+    assert attention_s(windowed, H100, Load(8, 1000)) == attention_s(whole, H100, Load(8, 1000))
+    late, early = (chunk_attention_s(windowed, H100, start, 2048) for start in (30720, 4096))
+    assert late == early < chunk_attention_s(whole, H100, 30720, 2048)
+    of_token = 32 * 2 * 8 * 128 * 2
+    assert cache_bytes(windowed, Load(8, 32768)) == 8 * (4096 + 2048) * of_token
+    assert cache_bytes(windowed, Load(1, 32768)) == 32768 * of_token, "one sequence always fits"
+    assert cache_bytes(whole, Load(8, 32768)) == 8 * 32768 * of_token
+
+
+def test_a_coordinator_keeps_whole_sequences() -> None:
+    """Of three on two coordinators each was said to need a cache for one and a half."""
+    assert cache_bytes(MIXTRAL, Load(3, 1000), 2) == cache_bytes(MIXTRAL, Load(2, 1000))
 
 
 def test_types_of_gpus_are_found_by_name() -> None:
