@@ -11,6 +11,7 @@ from cluster.checkpoint.architecture import compute_dtype
 from cluster.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from cluster.checkpoint.hub import resolve_model
 from cluster.commands.doctor.checks import Check, Finding, failed, good
+from cluster.commands.doctor.container import memory_left
 from cluster.deploy.app import check_tokenizer
 from cluster.planning.placement import gib, kv_bytes_per_token
 from cluster.planning.plan import USABLE
@@ -67,7 +68,8 @@ class Model:
             room = int(USABLE * sum(cards))
             where = f"of {len(cards)} cards {gib(room)} may be used"
         else:
-            room = int(CPU_USABLE * psutil.virtual_memory().available)
+            free, of_container = psutil.virtual_memory().available, memory_left()
+            room = int(CPU_USABLE * (free if of_container is None else min(free, of_container)))
             where = f"{gib(room)} of memory are left"
         found = f"{gib(needs)} of weights, {gib(cache)} for one sequence of {a.max_position_embeddings} tokens; {where}"
         if needs > room:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from cluster.commands.doctor import NVIDIA
 from cluster.commands.doctor.checks import Check, Finding, failed, good, not_applicable
+from cluster.commands.doctor.container import memory_left
 from cluster.commands.haproxy import open_files_needed
 from cluster.commands.local_ray.start import SERVER_OBJECT_STORE_BYTES
 from cluster.planning.placement import gib
@@ -61,10 +62,12 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    """Of the machine, and what is free of it."""
-    of_machine = psutil.virtual_memory()
-    found = f"{gib(of_machine.available)} of {gib(of_machine.total)} are free"
-    if of_machine.available < LEAST_MEMORY:
+    """Of the machine, and what is free of it, or of this process's container."""
+    of_machine, of_container = psutil.virtual_memory(), memory_left()
+    found, free = f"{gib(of_machine.available)} of {gib(of_machine.total)} are free", of_machine.available
+    if of_container is not None and of_container < free:
+        found, free = f"{gib(of_container)} are left to this container", of_container
+    if free < LEAST_MEMORY:
         return failed(found, f"free some: the processes of the demo alone take about {gib(LEAST_MEMORY)}")
     return good(found)
 

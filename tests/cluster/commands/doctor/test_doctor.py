@@ -19,6 +19,7 @@ from cluster.commands.doctor import command, cpu, machine, model
 from cluster.commands.doctor.checkpoint import Model
 from cluster.commands.doctor.checks import UNEXPECTED, Check, Result, Status, failed, good, not_applicable, run_check
 from cluster.demo_model import DIRECTORY as DEMO
+from experts_service.kernels import cores
 from router_service.model.decoder import Decoder
 from tests.checkpoints import write_checkpoint
 
@@ -168,6 +169,26 @@ def test_a_model_is_read_and_weighed_against_what_there_is(monkeypatch: pytest.M
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(2**24, 2**24))
     [most] = re.findall(r"set engine.max_model_len, (\d+) at most", examined(DEMO)["weights"].advice)
     assert 0 < int(most) < 32768
+
+
+def test_a_containers_memory_counts_and_not_its_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `docker run --memory 2g` on a large machine all was well, and the demo's processes were killed."""
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(2**36, 2**36))
+    assert machine.memory().found == "64.00 GiB of 64.00 GiB are free", "a machine without control groups"
+    (tmp_path / "self").write_text("4:memory:/old\n0::/pod/box\n")
+    (tmp_path / "pod" / "box").mkdir(parents=True)
+    (tmp_path / "pod" / "box" / "memory.max").write_text("max\n")
+    assert machine.memory().status is Status.GOOD
+    pod = tmp_path / "pod"
+    (pod / "memory.max").write_text(f"{2**31}\n")
+    (pod / "memory.current").write_text(f"{2**31 - 2**29}\n")
+    (pod / "memory.stat").write_text(f"anon 5\ninactive_file {2**29}\n")
+    finding = machine.memory()
+    assert (finding.status, finding.found) == (Status.FAILED, "1.00 GiB are left to this container")
+    (pod / "memory.current").write_text(f"{2**31 + 2**29 - 2**23}\n")
+    assert "manta plan" in examined(DEMO)["weights"].advice, "8 MiB"
 
 
 def test_a_model_that_cannot_be_read_is_told_once_with_what_is_wrong(tmp_path: Path) -> None:
