@@ -7,6 +7,7 @@ looks and leaves, and is killed where it takes too long.
     this process ── forks ──▶ one that imports Ray, joins, looks
                  ◀─ pipe ──── what it does now …, what it saw or what it raised; or the end of the pipe
                  ── pipe ends ─▶ it leaves; a driver that was killed is a failure in the cluster's log
+                 ── is killed ─▶ SIGTERM, by which Ray leaves: what it waits for may never come
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from cluster.commands.local_ray import ray_environment
+from cluster.commands.parents import end_with_parent
 from cluster.commands.raylets import silent
 from cluster.errors import MantaError, SetupError, Unavailable
 
@@ -134,6 +136,8 @@ def _work(
 ) -> None:
     """All that the process does that looks. Whoever started it may kill it at any time."""
     of_parent.close()
+    if sys.platform == "linux":
+        end_with_parent(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other one
     with open(os.devnull, "w") as nowhere:  # Ray's native code logs there, whatever is configured
         os.dup2(nowhere.fileno(), 2)

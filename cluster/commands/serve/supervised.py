@@ -30,6 +30,7 @@ AT_ONCE_S = 5.0  # after a second signal
 LEFT_S = 5.0  # for what a server has left that ended well
 KILLED_S = 10.0  # until what was killed is gone, but for what the kernel holds
 
+_BEFORE_IT_LISTENED = -1000  # no signal has that number
 _SAID = b"."  # by a server that ends as Python ends
 
 _words: int | None = None  # where the server says how it ends
@@ -68,6 +69,8 @@ def supervise(*, waits_for_streams: bool) -> None:
     os.close(writing)
     code, was_killed = _wait(server, passed_on, waits_for_streams=waits_for_streams)
     _end_what_is_left(LEFT_S if code == 0 else 0.0)
+    if code == _BEFORE_IT_LISTENED:
+        raise SystemExit(0)
     os.set_blocking(reading, False)
     with suppress(BlockingIOError):
         _end_as(code, was_killed, os.read(reading, 65_536))
@@ -92,7 +95,10 @@ def _say(words: bytes) -> None:
 
 
 def _wait(server: int, passed_on: set[signal.Signals], *, waits_for_streams: bool) -> tuple[int, bool]:
-    """Its exit code, negative for a signal's, and whether it took too long to end."""
+    """Its exit code, negative for a signal's, and whether it took too long to end.
+
+    _BEFORE_IT_LISTENED where a signal ended it that was passed on: it had not started anything yet.
+    """
     ends_at, was_asked, was_killed = float("inf"), False, False
     while True:
         left_s = ends_at - time.monotonic()
@@ -106,7 +112,7 @@ def _wait(server: int, passed_on: set[signal.Signals], *, waits_for_streams: boo
         if received.si_signo == signal.SIGCHLD:
             code = _reap(server)
             if code is not None:
-                return code, was_killed
+                return _BEFORE_IT_LISTENED if was_asked and code == -signal.SIGTERM else code, was_killed
             continue
         number = signal.SIGTERM if received.si_signo == signal.SIGTERM else signal.SIGINT
         os.kill(server, number)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from cluster.commands.cluster_connection import _silent, look_at_cluster, slowness
 from cluster.errors import Unavailable
+from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
 COMPUTES = "while True: pass"
@@ -43,3 +47,29 @@ def test_a_host_that_none_can_be_is_told() -> None:
     """Python's own words for it, and a stack, were shown."""
     with pytest.raises(Unavailable, match=r"no Ray cluster answers at head\.\.local:6379"):
         look_at_cluster("head..local:6379", str)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_who_looks_does_not_outlive_the_command(number: signal.Signals) -> None:
+    """After `timeout 60 manta apply` a driver of Ray was left, for as long as a model found no room."""
+    command = program("cluster.look_for_ever")
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            looking = psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.send_signal(number)
+        try:
+            process.wait(120)
+            wait_for(lambda: has_ended(looking), 60, "its end")
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                looking.kill()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -38,6 +38,11 @@ def waits():
         print("interrupted", flush=True)
 
 
+def starts():
+    print("starts", flush=True)
+    time.sleep(600)
+
+
 def holds_on():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("holds", flush=True)

@@ -68,6 +68,15 @@ def test_ctrl_c_is_the_servers() -> None:
         assert not psutil.pid_exists(left)
 
 
+def test_a_server_that_is_stopped_before_it_listens_has_stopped() -> None:
+    """It "was ended without a word (SIGTERM)", with code 2, where weights were still being fetched for example."""
+    with supervised("starts") as (process, left):
+        wait_until_it_says(process, "starts")
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (0, "", "")
+        assert not psutil.pid_exists(left)
+
+
 def test_ctrl_c_ends_a_server_that_nothing_reaches() -> None:
     """Without raylet and GCS, Ray held it for a minute."""
     with supervised("holds_on") as (process, left):
