@@ -139,9 +139,14 @@ def tails(logs: Path | None) -> Iterator[Part]:
     """The ends of the newest files of a folder and those below, in whole lines: half a secret would not be known."""
     if logs is None:
         return
-    files = [file for file in logs.rglob("*") if file.is_file() and not file.is_symlink()]
-    for file in sorted(files, key=lambda one: one.stat().st_mtime)[-MAX_LOGS:]:
-        with file.open("rb") as stream:
+    ages: dict[Path, float] = {}
+    for file in logs.rglob("*"):
+        with suppress(OSError):  # it has gone meanwhile
+            if file.is_file() and not file.is_symlink():
+                ages[file] = file.stat().st_mtime
+    for file in sorted(ages, key=lambda one: ages[one])[-MAX_LOGS:]:
+        content = b""
+        with suppress(OSError), file.open("rb") as stream:  # gone, or another user's
             if (size := file.stat().st_size) > LOG_TAIL_BYTES:
                 stream.seek(size - LOG_TAIL_BYTES - 1)
                 stream.readline()

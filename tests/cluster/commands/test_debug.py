@@ -58,6 +58,17 @@ def test_of_logs_the_ends_of_the_newest_are_taken(tmp_path: Path, monkeypatch: p
     assert list(debug.tails(None)) == []
 
 
+def test_a_log_that_goes_meanwhile_is_no_loss_of_the_others(tmp_path: Path) -> None:
+    """Ray and Serve rotate theirs while a server runs, and none of those behind was in the bundle."""
+    for age, name in enumerate(("first", "gone", "last")):
+        (tmp_path / name).write_text("a line\n")
+        os.utime(tmp_path / name, (age, age))
+    found = debug.tails(tmp_path)
+    assert next(found)[0] == "logs/first"
+    (tmp_path / "gone").unlink()
+    assert [name for name, _ in found] == ["logs/last"]
+
+
 def test_a_tail_begins_with_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of a token was in the bundle: nothing before it said what it is."""
     monkeypatch.setattr(debug, "LOG_TAIL_BYTES", 20)
