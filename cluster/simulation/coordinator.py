@@ -61,9 +61,6 @@ def token_of(request: Request, position: int, last: int) -> int:
 class EngineObserver(Protocol):
     """Is told what a coordinator does."""
 
-    def dispatched(self, coordinator: Coordinator, number: int) -> None:
-        """So many deliveries of one layer are under way."""
-
     def posted(self, coordinator: Coordinator, attempt: LaneAttempt) -> None:
         """A replica was asked, or could not be."""
 
@@ -318,7 +315,6 @@ class Coordinator:
                 delivery = Delivery(deliveries, group, share, Rows(tag, share), deadline, replica_id)
                 flight.append(delivery)
                 delivery.post(now)
-        self._observer.dispatched(self, len(flight))
         self._piece += 1
         self._go_on()
 

@@ -50,11 +50,9 @@ class Client:
 class Asked:
     """What a coordinator has asked of shards."""
 
-    deliveries: int = 0
     answered: int = 0
     attempts: int = 0
     hedges: int = 0
-    accepted: set[int] = field(default_factory=set)  # ids of the deliveries under way whose answer was taken
 
 
 class Invariants:
@@ -119,11 +117,6 @@ class Invariants:
 
     # Coordinators
 
-    def dispatched(self, coordinator: Coordinator, number: int) -> None:
-        asked = self._of(coordinator)
-        asked.deliveries += number
-        asked.accepted.clear()
-
     def posted(self, coordinator: Coordinator, attempt: LaneAttempt) -> None:
         asked = self._of(coordinator)
         asked.attempts += 1
@@ -165,6 +158,9 @@ class Invariants:
             raise Violation("an answer that has not come was taken")
         if attempt.tag != attempt.rows.tag:
             raise Violation(f"the answer to {attempt.tag} was taken for {attempt.rows.tag}")
+        for delivery in coordinator.under_way:
+            if attempt in (delivery.first, delivery.second) and delivery.answer is not None:
+                raise Violation(f"an answer to {attempt.tag} was taken, and there was one")
         asked = self._of(coordinator)
         asked.answered += 1
         self.num_answers += 1

@@ -56,6 +56,13 @@ MUTATIONS = [
     Mutation("the loser of a hedge stays posted", Delivery, "_take", "shared.carrier.cancel(other)", "pass"),
     Mutation("a silent replica is not given up", Delivery, "_look_after", "if now >= self._silent_at:", "if False:"),
     Mutation("a hedge's answer is not taken", Delivery, "step", "second.state is ANSWERED:", "False:"),
+    Mutation(
+        "an answer is taken twice",
+        Delivery,
+        "_take",
+        "self.answer = answered",
+        "self.answer = answered; answered.accept()",
+    ),
     Mutation("no pause between attempts", Delivery, "_put_off", "now + self._pause_s", "now + 0.001"),
     Mutation("departed replicas keep their lanes", LaneRoutes, "_look_at_table", "links.keep_only(known)", "True"),
     Mutation("tokens are asked for again", resumption, "generate", "output += chunk.token_ids", "pass"),
