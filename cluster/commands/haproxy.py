@@ -48,6 +48,8 @@ _HTTP_LOG = re.compile(r"^\s*option httplog\n", re.MULTILINE)
 _NO_ROUTE = re.compile(r"^backend default_backend\n\s*http-request return .*\n", re.MULTILINE)
 _PROGRAMS_TEXT = re.compile(rb"HTTP/1\.1 (?P<status>\d{3}) [^\r\n]*\r\nContent-length: [^\0]*")
 _HEALTH = re.compile(r"^ *http-request return status (?P<status>\d+) (?P<answer>.*) if healthcheck(?P<if>.*)\n", re.M)
+_SERVES_503 = re.compile(r"^    errorfile 503 .*\n", re.MULTILINE)
+_HTTP_FRONTEND = "\nfrontend http_frontend\n"
 _GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
 _OF_CLIENTS = "    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n"
 # As HAProxy's `option httplog`, without the query.
@@ -58,6 +60,12 @@ _LOG_FORMAT = (
 MAX_CONNECTIONS = 4096  # Serve's own choice
 SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502, 503 and 504
 _UNAVAILABLE = 503, "no gateway can be reached now; try again", "service_unavailable", "unavailable"
+# Of a 503, by its route: as `gateway.http.errors` has it.
+_BODY_OF_503 = "503.body"
+_BODIES_OF_503 = (
+    "    http-request set-var-fmt(txn.unavailable) '%s'\n"
+    "    http-request set-var-fmt(txn.unavailable) '%s' if { path /v1/messages } || { path_beg /v1/messages/ }\n"
+)
 # HAProxy's status → what is answered, as long as HAProxy's own text at most where that is told of a request which it
 # cannot read. To a body whose Transfer-Encoding it does not know it says 422.
 _ANSWERS: dict[int, tuple[int, str, str, str | None]] = {
@@ -195,6 +203,13 @@ def answer_as_we_do(config: Path) -> None:
         "    http-request return status 503 default-errorfiles\n"
     )
     text = _NO_ROUTE.sub(nobody, _HTTP_LOG.sub("", config.read_text()))
+    body = config.with_name(_BODY_OF_503)
+    body.write_text("%[var(txn.unavailable)]")
+    headers = "content-type application/json hdr Retry-After 1 hdr Connection close"
+    text = _SERVES_503.sub(lambda _: f"    http-error status 503 {headers} lf-file {body}\n", text)
+    _, message, kind, code = _UNAVAILABLE
+    of_messages = json.dumps({"type": "error", "error": {"type": "overloaded_error", "message": message}})
+    text = text.replace(_HTTP_FRONTEND, _HTTP_FRONTEND + _BODIES_OF_503 % (_body(message, kind, code), of_messages))
     config.write_text(text.replace("\ndefaults\n", "\ndefaults\n" + "".join(lines), 1))
 
 
@@ -222,8 +237,12 @@ def _ours(text: re.Match[bytes]) -> bytes:
 
 
 def _answer(status: int, message: str, kind: str, code: str | None) -> bytes:
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    content = json.dumps({"error": error}, separators=(",", ":"))
+    content = _body(message, kind, code)
     retry = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{retry}"
     return f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+
+
+def _body(message: str, kind: str, code: str | None) -> str:
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return json.dumps({"error": error}, separators=(",", ":"))

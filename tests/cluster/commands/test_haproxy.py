@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -48,7 +49,7 @@ listen stats
 """
 CONFIG = """
     errorfile 503 {directory}/500.http
-frontend front
+frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend nobody
 backend nobody
@@ -129,6 +130,8 @@ def test_what_it_answers_itself_is_json_and_its_log_has_no_query(tmp_path: Path)
             answers = {what: exchange(port, request) for what, (request, _, _) in MALFORMED.items()}
             slow = exchange(port, b"GET / HTTP/1.1\r\nHo")
             asked = ask("/gone?secret")
+            of_messages = [ask(path) for path in ("/v1/messages", "/v1/messages/count_tokens?beta=true")]
+            by_backend = ask("/v1/messages_of_mine")
         lines = []
         while not any("/gone" in line for line in lines):
             lines.append(log.recv(65536).decode())
@@ -140,6 +143,11 @@ def test_what_it_answers_itself_is_json_and_its_log_has_no_query(tmp_path: Path)
     for answer in (*answers.values(), slow, asked):
         check_error(*answer)
         assert answer[1]["connection"] == "close"
+    for status, headers, content in of_messages:
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        error = {"type": "overloaded_error", "message": "no gateway can be reached now; try again"}
+        assert json.loads(content) == {"type": "error", "error": error}, "as Anthropic's clients read it"
+    check_error(*by_backend)
     assert not any("secret" in line for line in lines)
 
 
