@@ -239,8 +239,9 @@ class Planner:
                         continue
                     yield layout
                     own = Load(target.load.sequences / coordinators, target.load.context)
-                    if attention_s(self.model, self._reached, own) <= self._experts_s(layout, target.load.sequences):
-                        break  # the experts are what a step waits for
+                    attention = attention_s(self.model, self._reached, own)
+                    if not shared and attention <= self._experts_s(layout, target.load.sequences):
+                        break  # the experts are what a step waits for; on one GPU they take turns
 
     def _rank(self, layout: Layout, target: Target) -> tuple[float, ...]:
         """Smaller is better."""

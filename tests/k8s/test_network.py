@@ -20,6 +20,7 @@ HEAD, GATEWAY, COORDINATOR, EXPERT, REDIS = (
 INGRESS: Pod = ({"app": "nginx"}, {"manta/callers": "allowed"})
 PROMETHEUS: Pod = ({"app.kubernetes.io/name": "prometheus"}, {"manta/monitoring": "allowed"})
 OPERATOR: Pod = ({"app.kubernetes.io/name": "kuberay-operator"}, {"kubernetes.io/metadata.name": "kuberay-system"})
+COLLECTOR: Pod = ({"app": "collector"}, {"manta/traces": "allowed"})
 STRANGER: Pod = ({"app": "other"}, {"kubernetes.io/metadata.name": "other"})
 OPENSHIFT_DNS: Pod = (
     {"dns.operator.openshift.io/daemonset-dns": "default"},
@@ -97,6 +98,15 @@ def test_out_goes_only_dns() -> None:
         assert reaches(pod, OPENSHIFT_DNS, 5353)
         assert not reaches(pod, STRANGER, 443)
         assert not reaches(pod, DNS, 443)
+
+
+def test_spans_reach_a_collector_and_nobody_else() -> None:
+    for pod in (GATEWAY, COORDINATOR):
+        assert reaches(pod, COLLECTOR, 4318)
+        assert not reaches(pod, COLLECTOR, 443)
+        assert not reaches(pod, STRANGER, 4318)
+        assert not reaches(COLLECTOR, pod, 8000)
+    assert not reaches(EXPERT, COLLECTOR, 4318)
 
 
 def test_redis_is_the_heads() -> None:
