@@ -510,6 +510,9 @@ class KubernetesConfig(_Frozen):
     """What a pod asks for to get a GPU."""
     gpu_node_selector: dict[str, str] = {}
     """Kubernetes' labels of the machines with those GPUs."""
+    gpu_taints: dict[str, str] = {}
+    """Taints of those machines, key and value, that keep other pods away; an empty value is any. That of `gpu_resource`
+    is known."""
     head_cpus: int = Field(2, ge=1)
     """CPUs of the head's pod."""
     gateway_cpus: int = Field(2, ge=1)

@@ -69,9 +69,15 @@ def pod_template(
     if size.gpus:
         spec["nodeSelector"] = dict(settings.gpu_node_selector)
         spec["tolerations"] = [{"key": settings.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+        spec["tolerations"] += [_toleration(key, value) for key, value in settings.gpu_taints.items()]
     elif names.TIER in labels and settings.cpu_expert_node_selector:
         spec["nodeSelector"] = dict(settings.cpu_expert_node_selector)
     return {"metadata": {"labels": of_pod}, "spec": spec}
+
+
+def _toleration(key: str, value: str) -> Document:
+    """Of that taint, whatever its effect."""
+    return {"key": key, "operator": "Equal", "value": value} if value else {"key": key, "operator": "Exists"}
 
 
 def autoscaler_options(settings: KubernetesConfig) -> Document:

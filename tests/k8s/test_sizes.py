@@ -51,6 +51,20 @@ def test_the_autoscaler_knows_of_gpus_whatever_their_resource_is_called() -> Non
             assert resources.get("GPU", 0) == (0 if group["groupName"] == "gateway" else 1)
 
 
+def test_pods_with_gpus_go_to_machines_whose_taints_are_named() -> None:
+    config = OVERLAY["mixtral-8x7b-8gpu"]
+    settings = config.kubernetes.model_copy(update={"gpu_taints": {"sku": "gpu", "team": ""}})
+    cluster = ray_service(config.model_copy(update={"kubernetes": settings}))["spec"]["rayClusterConfig"]
+    of_groups = {group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]}
+    assert "tolerations" not in of_groups["gateway"]
+    for role in ("coordinator", "expert"):
+        assert of_groups[role]["tolerations"] == [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "sku", "operator": "Equal", "value": "gpu"},
+            {"key": "team", "operator": "Exists"},
+        ]
+
+
 def test_roles_without_processes_have_no_pods() -> None:
     assert "coordinator" not in pod_groups(OVERLAY["mixtral-8x7b-4x40gb"])  # it shares a shard's GPU
     assert "expert" not in pod_groups(OVERLAY["mixtral-1gpu"])  # the coordinator has them all
