@@ -100,7 +100,7 @@ def modes() -> Finding:
     query = [tool, "--query-gpu=index,compute_mode", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if others := [line.split(",")[0] for line in lines if not line.endswith("Default")]:
+    if others := [line.split(",")[0] for line in lines if not line.endswith(("Default", "]"))]:  # [N/A]
         return failed(
             "; ".join(lines),
             f"nvidia-smi -c DEFAULT -i {','.join(others)}: coordinators and shards that share a card could not start",

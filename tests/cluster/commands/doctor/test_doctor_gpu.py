@@ -90,7 +90,9 @@ def test_a_card_that_torch_was_not_built_for_is_found_before_the_first_request(
     assert ("no kernels for" in finding.advice) != well
 
 
-@pytest.mark.parametrize(("mode", "status"), [("Default", Status.GOOD), ("Exclusive_Process", Status.FAILED)])
+@pytest.mark.parametrize(
+    ("mode", "status"), [("Default", Status.GOOD), ("[N/A]", Status.GOOD), ("Exclusive_Process", Status.FAILED)]
+)
 def test_a_card_for_one_process_alone_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, status: Status
 ) -> None:
