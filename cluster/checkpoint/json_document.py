@@ -10,7 +10,7 @@ from typing import Any
 from cluster.errors import CheckpointError
 
 LARGEST = 2**31 - 1
-_SMALLEST = 1e-30  # what computes with smaller numbers in fp32 computes with 0
+_SMALLEST = 1e-30  # products of smaller ones are 0 in fp32
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

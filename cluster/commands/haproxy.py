@@ -58,7 +58,7 @@ _LOG_FORMAT = (
     r"\ %hr\ %hs\ %HM\ %HPO\ %HV"
 )
 MAX_CONNECTIONS = 4096  # Serve's own choice
-SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502, 503 and 504
+SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502 and 504; our 503 is by route
 _UNAVAILABLE = 503, "no gateway can be reached now; try again", "service_unavailable", "unavailable"
 # Of a 503, by its route: as `gateway.http.errors` has it.
 _BODY_OF_503 = "503.body"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experts_service.kernels import cores
+from experts_service.kernels.cores import control_groups
 
 
 def memory_left() -> int | None:
@@ -10,13 +10,8 @@ def memory_left() -> int | None:
 
     What only keeps files at hand is not counted as taken: the kernel gives it back.
     """
-    try:
-        own = next(line[3:] for line in cores.OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    group = cores.CGROUPS / own.strip("/")
     left = []
-    for directory in (group, *group.parents):
+    for directory in control_groups():
         try:
             most = int((directory / "memory.max").read_text())
             taken = int((directory / "memory.current").read_text())

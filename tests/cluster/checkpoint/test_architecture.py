@@ -246,6 +246,7 @@ def test_config_refusals_name_file_and_key(changes: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; expected a number above 1 "),
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
         ({"moe": {"num_experts": 2, "num_experts_per_tok": 3}}, "moe.num_experts_per_tok is 3; expected at most"),
         ({"moe": {"num_experts": 2}}, "moe.num_experts_per_tok is missing"),
