@@ -40,12 +40,12 @@ def write_config(directory: Path, rest: str, client_timeout: str = "5s") -> Path
 
 
 @contextmanager
-def running(config: Path) -> Iterator[None]:
+def running(config: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`manta-haproxy`, as Serve starts it."""
     command = [Path(sys.executable).with_name("manta-haproxy"), "-f", config, "-db"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(10)

@@ -17,7 +17,11 @@ PIECE = b"\0" * 16_384
 class Sender:
     """One connection whose streams each send one message."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stays: bool = False) -> None:
+        """`stays`: it reads the settings only once it is told to go, and then stays, as gRPC's C core may."""
+        self._stays = stays
+        self.was_told_to_go = False
+        self.is_closed = False  # by the server
         self.num_bytes = 0  # that were sent of all messages
         self.num_ended = 0  # streams that the server ended
         self.num_pings = 0
@@ -89,7 +93,8 @@ class Sender:
                 payload = await reader.readexactly(size)
                 if kind == SETTINGS and not flags & ACK:
                     self._apply(payload)
-                    writer.write(_frame(SETTINGS, ACK, 0))
+                    if not self._stays:
+                        writer.write(_frame(SETTINGS, ACK, 0))
                 elif kind == PING and not flags & ACK:
                     self.num_pings += 1
                     writer.write(_frame(PING, ACK, 0, payload))
@@ -100,10 +105,14 @@ class Sender:
                     elif stream in self._windows:
                         self._windows[stream] += more
                 elif kind == GOAWAY:
-                    return
+                    self.was_told_to_go = True
+                    if not self._stays:
+                        return
+                    writer.write(_frame(SETTINGS, ACK, 0))
                 elif kind == RST_STREAM or (kind in (DATA, HEADERS) and flags & END_STREAM):
                     self.num_ended += self._left.pop(stream, None) is not None
                 self._changed.set()
+        self.is_closed = True
 
     def _apply(self, settings: bytes) -> None:
         for identifier, value in struct.iter_unpack(">HI", settings):

@@ -21,6 +21,10 @@ one (`gateway.active_cluster`): `/-/ready` goes to a gateway only where `/-/heal
 A stream may be silent for as long as its prompt is long. A replica's HTTP/2 pings end at HAProxy, which sends none of
 its own, so it has TCP look after the clients: what only passes packets on sees some.
 
+HAProxy starts anew whenever a gateway comes or goes, and the old process tells its HTTP/2 clients to go. A gRPC client
+that hears so with the server's first words keeps that connection and sends nothing on it (gRPC's C core, 1.85), until
+its deadline. So such a connection is closed once it has carried nothing for a second, and the client takes another.
+
 It ends with the process that started it, Serve's HAProxyManager. Ray sees to that while the machine's raylet lives; one
 that outlived both kept the port, and asked gateways that were gone.
 """
@@ -52,6 +56,7 @@ _SERVES_503 = re.compile(r"^    errorfile 503 .*\n", re.MULTILINE)
 _HTTP_FRONTEND = "\nfrontend http_frontend\n"
 _GRPC_FRONTEND = "\nfrontend grpc_frontend\n"
 _OF_CLIENTS = "    max-session-srv-conns 1\n    http-request set-header x-manta-client %[src]:%[src_port]\n"
+_AFTER_GOAWAY = "    timeout client-fin 1s\n"  # so long HAProxy then keeps a connection without a stream
 # As HAProxy's `option httplog`, without the query.
 _LOG_FORMAT = (
     r"%ci:%cp\ [%tr]\ %ft\ %b/%s\ %TR/%Tw/%Tc/%Tr/%Ta\ %ST\ %B\ %CC\ %CS\ %tsc\ %ac/%fc/%bc/%sc/%rc\ %sq/%bq"
@@ -124,6 +129,7 @@ def main() -> None:
             answer_readiness(Path(value))
             answer_as_we_do(Path(value))
             _keep_alive(Path(value))
+            _close_after_goaway(Path(value))
             with contextlib.suppress(OSError):  # its own texts answer, too
                 programs.insert(0, with_our_answers(programs[0], Path(value)))
     for program in programs:
@@ -187,6 +193,11 @@ def _keep_alive(config: Path) -> None:
     """The clients' connections of every door."""
     options = "".join(f"    {option}\n" for option in ("option clitcpka", "clitcpka-idle 15s", "clitcpka-intvl 15s"))
     config.write_text(config.read_text().replace("\ndefaults\n", f"\ndefaults\n{options}"))
+
+
+def _close_after_goaway(config: Path) -> None:
+    """What carries no stream, of the gRPC door."""
+    config.write_text(config.read_text().replace(_GRPC_FRONTEND, _GRPC_FRONTEND + _AFTER_GOAWAY))
 
 
 def answer_as_we_do(config: Path) -> None:

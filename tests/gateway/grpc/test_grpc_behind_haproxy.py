@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import threading
 import time
@@ -68,6 +69,35 @@ def test_a_client_is_one_caller_however_many_connections_haproxy_has_for_it(
             grpc.channel_ready_future(channel).result(timeout=20)
             asyncio.run(watch(port))
     assert [sender.num_open for sender in senders] == [MAX_OF_CALLER] * 2
+
+
+def test_a_process_that_gave_its_place_up_closes_what_carries_nothing_and_no_stream(
+    tmp_path: Path, card: ModelCard
+) -> None:
+    """gRPC's C core waits for ever on a connection that tells it to go with its first words, as HAProxy's does then."""
+    port, may_answer = free_port(), threading.Event()
+    coordinator = ScriptedCoordinator(held_script(may_answer))
+    request = chat_pb2.GenerateRequest(model="tiny", text="Hello", sampling=chat_pb2.Sampling(max_tokens=1))
+    idle = Sender(stays=True)
+
+    async def give_up_its_place(haproxy: subprocess.Popen[bytes]) -> None:
+        sending = idle.send(f"127.0.0.1:{port}", "", num_streams=0, message=b"", until=lambda: idle.is_closed)
+        connection = asyncio.create_task(asyncio.wait_for(sending, 20))
+        await asyncio.sleep(1)
+        assert not idle.is_closed, "before it is told to go"
+        haproxy.send_signal(signal.SIGUSR1)  # as the process does that takes over
+        await connection
+
+    with grpc_address(build_frontend(card, coordinator)) as address:
+        config = write_config(tmp_path, CONFIG.format(port=port, address=address), client_timeout="60s")
+        with running(config) as haproxy, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = chat_pb2_grpc.MantaStub(channel).GenerateStream(request, timeout=60, wait_for_ready=True)
+            wait_for(lambda: coordinator.requests, 20, "the request")
+            asyncio.run(give_up_its_place(haproxy))
+            time.sleep(2)  # twice as long as a connection without a stream is kept
+            may_answer.set()
+            assert len(list(stream)) == 1
+    assert idle.was_told_to_go
 
 
 def sockets_at(port: int) -> str:
