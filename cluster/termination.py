@@ -26,9 +26,16 @@ LINGER_S = 5.0  # for Serve to end the process itself, once its streams have end
 class Termination:
     """Of one replica; to be made on its event loop."""
 
-    def __init__(self, grace_s: float, on_begin: Callable[[], object] = lambda: None) -> None:
-        """After `grace_s` the process ends, whatever still runs. `on_begin` is called on SIGTERM."""
+    def __init__(
+        self, grace_s: float, on_begin: Callable[[], object] = lambda: None, *, serve_sees_it_s: float = 0.0
+    ) -> None:
+        """After `grace_s` the process ends, whatever still runs. `on_begin` is called on SIGTERM.
+
+        The drain begins when Serve says so, or after `serve_sees_it_s`. Where it ends, what a proxy still sends is
+        lost, so it is not to begin before the proxies hear of it.
+        """
         self._grace_s = grace_s
+        self._serve_sees_it_s = serve_sees_it_s
         self._on_begin = on_begin
         self._drain: asyncio.Task[None] | None = None
         self._pipe, writing = os.pipe()
@@ -52,6 +59,7 @@ class Termination:
 
         try:
             async with asyncio.timeout(self._grace_s):
+                await asyncio.sleep(self._serve_sees_it_s)
                 await ray.get_runtime_context().current_actor.perform_graceful_shutdown.remote()
                 await asyncio.sleep(LINGER_S)
         except Exception:

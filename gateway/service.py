@@ -40,6 +40,7 @@ DEPLOYMENT = "gateway"
 # As many as HAProxy has connections. It is we who refuse, by bounds of our own: to Serve a client that is slow with its
 # request counts as much as one that is being answered, and /health as well.
 MAX_CONNECTIONS = 4096
+HEALTH_CHECK_PERIOD_S = 1.0  # a replica has to fail three checks until Serve ends it
 
 SERVICER_FUNCTIONS = [
     "gateway.grpc.cancellation.add_MantaServicer_to_server",
@@ -79,7 +80,7 @@ class GatewayReplica(GrpcDoor):
         install(config, frontend.access, frontend.ends)
         super().__init__(frontend)
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
-        self._termination = Termination(grace_s, self.watches.end)
+        self._termination = Termination(grace_s, self.watches.end, serve_sees_it_s=4 * HEALTH_CHECK_PERIOD_S)
         self._ending = asyncio.get_running_loop().create_task(self._end_watches_when_ended())
 
     async def check_health(self) -> None:
@@ -136,7 +137,7 @@ def gateway_application(config: GatewayConfig, cards: tuple[ModelCard, ...], cod
         | ({"label_selector": config.label_selector} if config.label_selector else {}),
         graceful_shutdown_timeout_s=config.request_timeout_s + 10.0,  # the longest stream ends by itself before
         max_surge_percent=100,
-        health_check_period_s=1.0,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
     ).bind(config, cards)
 

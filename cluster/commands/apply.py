@@ -24,6 +24,7 @@ from rich.console import Console
 
 from cluster.commands import changes
 from cluster.commands.cluster_connection import DEADLINE_S, JoinedCluster, look_at_cluster
+from cluster.commands.one_at_a_time import one_at_a_time
 from cluster.commands.serve.command import checked_checkpoints, wait_until_running
 from cluster.commands.serve_controller import statuses
 from cluster.commands.served import made_of
@@ -55,17 +56,18 @@ def run(config_file: Path, address: str, timeout_s: float) -> None:
     checkpoints = checked_checkpoints(config)
 
     def change(_cluster: JoinedCluster) -> bool:
-        import ray
+        with one_at_a_time("manta apply"):
+            import ray
 
-        gateway, cards = made_of(ASK_TIMEOUT_S)
-        if address == "auto" and "RAY_ADDRESS" not in os.environ:
-            check_same_server(config.models, cards)
-        plans = plan_models(config.models, checkpoints, describe_cluster(ray.nodes()))
-        check_same_deployments(plans, cards)
-        doors = new_doors(gateway, config.gateway)
-        for key in kept_doors(gateway, config.gateway):
-            console.print(f"gateway.{key} stays as the server was started; restart it to change that.")
-        return _change(doors, plans, cards, stop)
+            gateway, cards = made_of(ASK_TIMEOUT_S)
+            if address == "auto" and "RAY_ADDRESS" not in os.environ:
+                check_same_server(config.models, cards)
+            plans = plan_models(config.models, checkpoints, describe_cluster(ray.nodes()))
+            check_same_deployments(plans, cards)
+            doors = new_doors(gateway, config.gateway)
+            for key in kept_doors(gateway, config.gateway):
+                console.print(f"gateway.{key} stays as the server was started; restart it to change that.")
+            return _change(doors, plans, cards, stop)
 
     with _interrupts(timeout_s) as stop:
         if not look_at_cluster(address, change, look_s=timeout_s + DEADLINE_S):

@@ -50,6 +50,8 @@ _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
 _REUSE = re.compile(r"^\s*http-reuse .*\n", re.MULTILINE)
 _HTTP_LOG = re.compile(r"^\s*option httplog\n", re.MULTILINE)
 _NO_ROUTE = re.compile(r"^backend default_backend\n\s*http-request return .*\n", re.MULTILINE)
+_NO_APPLICATION = re.compile(r"^backend default_grpc_backend\n(?:[ \t].*\n)+", re.MULTILINE)
+_AN_APPLICATION = " req.hdr(application) -m str "
 _PROGRAMS_TEXT = re.compile(rb"HTTP/1\.1 (?P<status>\d{3}) [^\r\n]*\r\nContent-length: [^\0]*")
 _HEALTH = re.compile(r"^ *http-request return status (?P<status>\d+) (?P<answer>.*) if healthcheck(?P<if>.*)\n", re.M)
 _SERVES_503 = re.compile(r"^    errorfile 503 .*\n", re.MULTILINE)
@@ -64,7 +66,8 @@ _LOG_FORMAT = (
 )
 MAX_CONNECTIONS = 4096  # Serve's own choice
 SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502 and 504; our 503 is by route
-_UNAVAILABLE = 503, "no gateway can be reached now; try again", "service_unavailable", "unavailable"
+_NO_GATEWAY = "no gateway can be reached now; try again"
+_UNAVAILABLE = 503, _NO_GATEWAY, "service_unavailable", "unavailable"
 # Of a 503, by its route: as `gateway.http.errors` has it.
 _BODY_OF_503 = "503.body"
 _BODIES_OF_503 = (
@@ -214,6 +217,11 @@ def answer_as_we_do(config: Path) -> None:
         "    http-request return status 503 default-errorfiles\n"
     )
     text = _NO_ROUTE.sub(nobody, _HTTP_LOG.sub("", config.read_text()))
+    if _AN_APPLICATION not in text:
+        unavailable = f'status 200 content-type application/grpc hdr grpc-status 14 hdr grpc-message "{_NO_GATEWAY}"'
+        text = _NO_APPLICATION.sub(
+            f"backend default_grpc_backend\n    mode http\n    http-request return {unavailable}\n", text
+        )
     body = config.with_name(_BODY_OF_503)
     body.write_text("%[var(txn.unavailable)]")
     headers = "content-type application/json hdr Retry-After 1 hdr Connection close"

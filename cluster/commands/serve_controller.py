@@ -35,6 +35,14 @@ def statuses(timeout_s: float = STARTING_TIMEOUT_S) -> dict[str, Any]:
     return {overview.name: overview for overview in overviews}
 
 
+def listens(timeout_s: float = STARTING_TIMEOUT_S) -> tuple[Any, Any]:
+    """Serve's HTTPOptions and gRPCOptions, as it was started with them. Raises Unavailable, also without Serve."""
+    http, grpc = _ask("get_http_config", timeout_s), _ask("get_grpc_config", timeout_s)
+    if http is None or grpc is None:
+        raise Unavailable("Serve does not run on this cluster")
+    return http, grpc
+
+
 def deployments(timeout_s: float = TIMEOUT_S) -> Mapping[Any, tuple[Any, Any]]:
     """By their ids, what each was deployed as (Serve's DeploymentInfo) and its route. Raises Unavailable."""
     told: Mapping[Any, tuple[Any, Any]] | None = _ask("list_deployments_internal", timeout_s)

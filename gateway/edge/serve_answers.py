@@ -4,6 +4,8 @@ Serve has answers of its own before and around the application: 429 when its que
 where nothing is deployed, 500. They are plain text, which none of our routes answers with an error. uvicorn, below it,
 says 500 where there is no answer at all, and 400 to what is no HTTP request, before any of Serve's code. Below
 /v1/messages errors are Anthropic's, as ours are there.
+
+Every path is the gateway's. So a path that Serve does not find is one that will be there, or was: a 503.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.http.asgi import HttpMiddleware
-from gateway.http.errors import MESSAGES, REASON_HEADER, UNKNOWN_ROUTE, body, of_messages
+from gateway.http.errors import MESSAGES, REASON_HEADER, body, of_messages
 from gateway.http.sse import json_bytes
 
+NO_GATEWAY = "no gateway can be reached now; try again"  # as HAProxy says it
+FAILED = "the request could not be answered"  # in the place of a stack of Serve's
 _OWN_PATHS = "/-/"  # Serve's health and routes, which HAProxy and people read
 _MEANINGS = {  # status → (type, code, reason)
     400: ("invalid_request_error", None, "bad_request"),
-    404: ("not_found_error", None, UNKNOWN_ROUTE),
     408: ("timeout_error", "deadline_exceeded", "deadline"),
     429: ("rate_limit_error", "overloaded", "shed_gateway"),
     503: ("service_unavailable", "unavailable", "unavailable"),
@@ -50,15 +53,20 @@ class ServeAnswers(HttpMiddleware):
             else:
                 text += message.get("body", b"")
                 if not message.get("more_body", False):
-                    document = _shaped(start["status"], text.decode("utf-8", "replace"))
                     headers = MutableHeaders(raw=[(name, value) for name, value in start["headers"]])
+                    status, told = start["status"], text.decode("utf-8", "replace")
+                    if status == 404:
+                        status, told, headers["retry-after"] = 503, NO_GATEWAY, "1"
+                    elif status >= 500:
+                        told = FAILED
+                    document = _shaped(status, told)
                     if scope["path"].startswith(MESSAGES):
                         headers["request-id"] = Headers(scope=scope).get("x-request-id", "")
-                        document = of_messages(document, start["status"], headers["request-id"])
+                        document = of_messages(document, status, headers["request-id"])
                     content = json_bytes(document)
                     headers["content-type"], headers["content-length"] = "application/json", str(len(content))
-                    headers[REASON_HEADER] = _meaning(start["status"])[2]
-                    await send({**start, "headers": headers.raw})
+                    headers[REASON_HEADER] = _meaning(status)[2]
+                    await send({**start, "status": status, "headers": headers.raw})
                     await send({"type": "http.response.body", "body": content})
 
         try:
@@ -94,7 +102,6 @@ def _meaning(status: int) -> tuple[str, str | None, str]:
     return _MEANINGS.get(status, _INTERNAL)
 
 
-def _shaped(status: int, text: str) -> dict[str, object]:
+def _shaped(status: int, message: str) -> dict[str, object]:
     kind, code, _ = _meaning(status)
-    message = text if status < 500 else "the request could not be answered"  # a stack of Serve's, perhaps
     return body(message, kind, None, code)

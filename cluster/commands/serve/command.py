@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from cluster.commands.doctor.at_start import look_at_gpus
 from cluster.commands.haproxy import require_open_files
 from cluster.commands.local_ray.private_files import UMASK, session_logs
 from cluster.commands.local_ray.start import SERVER_OBJECT_STORE_BYTES, start_local_ray, what_died
+from cluster.commands.one_at_a_time import one_at_a_time
 from cluster.commands.serve.door_keys import check_nodes, with_key
 from cluster.commands.serve.supervised import INTERRUPTED_S, TERMINATED_S, give_up
-from cluster.commands.serve_controller import details, statuses
+from cluster.commands.serve_controller import details, listens, statuses
 from cluster.commands.served import made_of
 from cluster.commands.signal_flag import SignalFlag
 from cluster.config import GatewayConfig, MantaConfig, load_config
@@ -86,9 +87,10 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
         plans = plan_models(config.models, checkpoints, cluster)
         if address is not None:
             check_nodes(config.gateway)
-        with _serving(config, plans, stop, joined=address is not None):
+        alone = nullcontext() if address is None else one_at_a_time("manta serve")
+        with alone, _serving(config, plans, stop, joined=address is not None) as serves_grpc:
             if not stop.requested.is_set():
-                _announce(config, plans, ray.get_runtime_context().gcs_address, key)
+                _announce(config, plans, ray.get_runtime_context().gcs_address, key, serves_grpc=serves_grpc)
             while not stop.requested.wait(LOOK_S):
                 _require_ray()
             console.print("Stopping … (Ctrl-C again: at once)")
@@ -158,16 +160,21 @@ def _read_config(model: str | None, revision: str | None, config_file: Path | No
     return directory_config(model, resolve_model(model, revision))
 
 
-def _check_serves_host(gateway: GatewayConfig) -> None:
-    """Raises ConfigError where Serve ran already and listens elsewhere than we asked, without keys."""
-    from ray.serve.context import _get_global_client
+def _check_doors_of_serve(gateway: GatewayConfig) -> bool:
+    """Whether it has our gRPC door. Raises ConfigError where Serve ran already and listens elsewhere than we asked."""
+    from gateway.service import SERVICER_FUNCTIONS
 
-    host = _get_global_client().http_config.host
-    if gateway.api_keys_file is None and not is_loopback(str(host)):
+    http, grpc = listens()
+    if gateway.api_keys_file is None and not is_loopback(str(http.host)):
         raise ConfigError(
-            f"Serve runs on this cluster already and listens on {host}, where other machines reach it: "
+            f"Serve runs on this cluster already and listens on {http.host}, where other machines reach it: "
             "give --api-keys-file"
         )
+    serves_grpc = set(SERVICER_FUNCTIONS) <= set(grpc.grpc_servicer_functions)
+    if http.port != gateway.http_port or (serves_grpc and grpc.port != gateway.grpc_port):
+        asked = f"--port {http.port}" + (f" --grpc-port {grpc.port}" if serves_grpc else "")
+        raise ConfigError(f"Serve runs on this cluster already, and its ports cannot be changed: give {asked}")
+    return serves_grpc
 
 
 @contextmanager
@@ -232,10 +239,11 @@ def _check_free(host: str, name: str, port: int) -> None:
 
 
 @contextmanager
-def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, joined: bool) -> Iterator[None]:
-    """All applications, running; on leaving, those that we started are gone."""
+def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, joined: bool) -> Iterator[bool]:
+    """All applications, running, and whether there is a gRPC door; on leaving, those that we started are gone."""
     from ray import serve
     from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from gateway.service import grpc_options, http_options
 
@@ -246,11 +254,15 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
         serve.start(http_options=http_options(config.gateway), grpc_options=grpc_options(config.gateway))
     except (RayError, TimeoutError) as error:
         raise did_not_start(error) from error
-    _check_serves_host(config.gateway)
+    serves_grpc = _check_doors_of_serve(config.gateway)
     try:
-        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        try:
+            serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        except RayServeException as error:
+            why = " ".join(str(getattr(error, "cause", error)).split())  # without the controller's stack
+            raise SetupError(f"Serve takes no gateway, whose routes begin at /, beside what it runs: {why}") from error
         wait_until_running([target.name for target in targets], stop.requested, console)
-        yield
+        yield serves_grpc
     finally:
         _require_ray()
         # Serve waits for open streams. On a cluster of our own, Ray ends what is left when their time is over.
@@ -329,7 +341,9 @@ def _failure(application: Any) -> str:
     return " ".join(lines) or application.app_status.message
 
 
-def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str, made_key: str | None) -> None:
+def _announce(
+    config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: str, made_key: str | None, *, serves_grpc: bool
+) -> None:
     gateway = config.gateway
     host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host  # all of them, this machine's too
     url = f"http://{host}:{gateway.http_port}"
@@ -339,7 +353,8 @@ def _announce(config: MantaConfig, plans: tuple[ModelPlan, ...], ray_address: st
         if not plan.groups:
             where = "dense" if plan.config.kind == "chat" else "dense, embeddings"
         console.print(f"[bold]{plan.config.name}[/bold] is ready: {where}, {plan.config.engine.dtype}")
-    doors = {"Chat page": f"{url}/", "HTTP": f"{url}/v1", "gRPC": f"{host}:{gateway.grpc_port}", "Ray": ray_address}
+    grpc = f"{host}:{gateway.grpc_port}" if serves_grpc else "none: Serve was started without Manta's services"
+    doors = {"Chat page": f"{url}/", "HTTP": f"{url}/v1", "gRPC": grpc, "Ray": ray_address}
     console.print("\n" + "".join(f"  {door:<10} {where}\n" for door, where in doors.items()), **_PLAIN)
     question = "What is the best French cheese?"
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "{question}"}}]}}'

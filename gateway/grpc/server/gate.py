@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.config import GatewayConfig
-from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled, Unavailable
 from gateway.admission.access import AccessPolicy
 from gateway.admission.held_bytes import HeldBytes
 from gateway.grpc.authentication import connection, identify
@@ -36,6 +36,10 @@ PUBLIC_READS = 8  # messages at a time of those whose sender nobody knows
 PUBLIC_READ_S, PUBLIC_GRACE_S = 5.0, 0.1
 PUBLIC_MESSAGE_BYTES = 4096  # a service's name
 INLINE_BYTES = 64 * 1024  # a larger message is taken apart in a thread, so that other streams go on
+# Of Serve's proxy where nothing is deployed; what a client says of an application does not come so far.
+_NO_APPLICATION = (
+    "Application metadata not set. Ping /ray.serve.RayServeAPIService/ListApplications for available applications."
+)
 
 _SERVICE = chat_pb2.DESCRIPTOR.services_by_name["Manta"]
 METHODS = {f"/{_SERVICE.full_name}/{rpc.name}": parts_of(rpc.input_type) for rpc in _SERVICE.methods}
@@ -82,7 +86,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             context = FittingContext(context)
             try:
                 async with self._message(method, handler.request_deserializer, context) as (message, _):
-                    return await handler.unary_unary(message, context)
+                    response = await handler.unary_unary(message, context)
+                _check_that_a_gateway_was_asked(context)
+                return response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -101,6 +107,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                         async for one in answers:
                             release()
                             yield one
+                _check_that_a_gateway_was_asked(context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -148,6 +155,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             record.fail(error)
             self._ends(record)
             raise
+
+
+def _check_that_a_gateway_was_asked(context: FittingContext) -> None:
+    """Raises Unavailable where Serve's proxy knew none: its NOT_FOUND tells clients not to try again."""
+    if context.code() == grpc.StatusCode.NOT_FOUND and context.details() == _NO_APPLICATION:
+        raise Unavailable("no gateway can be reached now; try again")
 
 
 async def _end(method: str, context: FittingContext, error: Exception, ends: RequestEnds) -> None:

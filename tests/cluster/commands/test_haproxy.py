@@ -16,14 +16,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grpc
 import httpx
 import psutil
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, gRPCOptions
 
 from cluster.commands.haproxy import open_files_needed, part_clients
+from gateway.grpc.proto import chat_pb2, chat_pb2_grpc
 from gateway.http.authentication import READY_PATH
+from gateway.service import SERVICER_FUNCTIONS
 from tests.haproxy import running, with_open_files, write_config
 from tests.ports import free_port
 from tests.programs import REPOSITORY, program
@@ -194,6 +197,19 @@ def test_a_pod_is_ready_where_haproxy_is_well_and_its_gateway_says_so(
         wait_for(lambda: status("/-/healthz") == expected[0], 60, "HAProxy")
         assert status(READY_PATH) == expected[1]
         assert (READY_PATH in asked) == (gateway is not None and not drained)
+
+
+def test_where_no_application_is_deployed_a_grpc_client_is_told_to_try_again(tmp_path: Path) -> None:
+    """While a server starts or ends it was told NOT_FOUND, after which no client tries again."""
+    options = gRPCOptions(port=free_port(), grpc_servicer_functions=SERVICER_FUNCTIONS)
+    elsewhere = BackendConfig("elsewhere", "/elsewhere", app_name="elsewhere")
+    file, _ = _configured(tmp_path, elsewhere, grpc_options=options)
+    with running(file), grpc.insecure_channel(f"127.0.0.1:{options.port}") as channel:
+        grpc.channel_ready_future(channel).result(timeout=20)
+        with pytest.raises(grpc.RpcError) as told:
+            chat_pb2_grpc.MantaStub(channel).ListModels(chat_pb2.ListModelsRequest(), timeout=20)
+    assert told.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert told.value.details() == "no gateway can be reached now; try again"
 
 
 def test_it_starts_with_as_many_open_files_as_are_asked_for(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from cluster.demo_model import DIRECTORY
 from tests.checkpoints import write_checkpoint
 from tests.ports import free_port
+from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
 BIN = Path(sys.executable).parent
@@ -65,6 +67,9 @@ def test_it_joins_serves_experts_locally_and_leaves(foreign_ray, tmp_path):
         body = {"model": "tiny", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
         assert answer["usage"]["completion_tokens"] == 5
+        second = run_serve("--address", address, "--port", str(free_port()), environment=environment)
+        assert second.returncode == 2
+        assert "manta serve runs on this cluster already: process " in said_by(second)
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
@@ -89,16 +94,59 @@ def test_a_file_of_keys_that_a_node_has_not_is_told_at_once(foreign_ray, tmp_pat
         number = fcntl.fcntl(stream, fcntl.F_DUPFD, 900)  # higher than those of a process of Ray
     try:
         file = f"/proc/self/fd/{number}"  # there is one in the process that we start, and in no other
-        command = [BIN / "manta", "serve", "--address", address, "--api-keys-file", file, "--port", str(free_port())]
-        ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, pass_fds=[number], check=False
-        )
+        arguments = ("--address", address, "--api-keys-file", file, "--port", str(free_port()))
+        ended = run_serve(*arguments, environment=environment, pass_fds=[number])
     finally:
         os.close(number)
-    said = " ".join((ended.stdout + ended.stderr).split())
+    said = said_by(ended)
     assert ended.returncode == 2, said
     assert f"gateway.api_keys_file: {file} cannot be read on " in said
     assert "with --address it has to be on every node" in said
+
+
+def test_what_runs_on_its_serve_already_stays_as_it_is(foreign_ray):
+    """The ports that were asked for were left out without a word, and printed as if something listened there."""
+    address, environment = foreign_ray
+    port = free_port()
+    with theirs(address, port, environment):
+        elsewhere = run_serve("--address", address, "--port", str(free_port()), environment=environment)
+        assert elsewhere.returncode == 2
+        expected = f"Serve runs on this cluster already, and its ports cannot be changed: give --port {port}"
+        assert expected in said_by(elsewhere)
+        there = run_serve("--address", address, "--port", str(port), environment=environment)
+        assert there.returncode == 2
+        expected = (
+            "Serve takes no gateway, whose routes begin at /, beside what it runs: Prefix / is being used by applic"
+        )
+        assert expected in said_by(there)
+        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "theirs"
+
+
+@contextmanager
+def theirs(address, port, environment):
+    """Somebody else's application on the cluster."""
+    command = program("cluster.start_serve", address, port)
+    process = subprocess.Popen(
+        command, env=environment, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert any(line == "up\n" for line in process.stdout)
+        yield
+    finally:
+        process.communicate(timeout=120)  # ends its input
+
+
+def run_serve(*arguments, environment, pass_fds=()):
+    """`manta serve` that is to end by itself."""
+    command = [BIN / "manta", "serve", *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, pass_fds=pass_fds, check=False
+    )
+
+
+def said_by(ended):
+    """All of it as one line."""
+    return " ".join((ended.stdout + ended.stderr).split())
 
 
 def answers(port):

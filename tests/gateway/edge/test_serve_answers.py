@@ -50,7 +50,6 @@ def answered(messages: list[Any], path: str = "/v1/models") -> tuple[Any, bytes]
     [
         (429, BACKPRESSURE, "rate_limit_error", "overloaded", "shed_gateway"),
         (408, "Request 1 timed out after 605.0s.", "timeout_error", "deadline_exceeded", "deadline"),
-        (404, "Path '/v1' not found.", "not_found_error", None, "unknown_route"),
         (500, "Traceback (most recent call last): …", "internal_error", None, "internal"),
     ],
 )
@@ -69,9 +68,22 @@ def test_a_plain_text_becomes_an_error_of_ours(
     assert (error["message"] == text) == (status < 500), "what went wrong inside is nobody's business"
 
 
+def test_where_there_is_no_gateway_it_is_worth_another_try() -> None:
+    """While a server starts or ends, Serve's proxy said 404, after which no client tries again."""
+    head, content = answered(convert_object_to_asgi_messages("Path '/v1' not found. Ping http://.../-/routes", 404))
+    headers = dict(head["headers"])
+    assert (head["status"], headers[b"retry-after"], headers[b"x-manta-reason"]) == (503, b"1", b"unavailable")
+    assert json.loads(content)["error"] == {
+        "message": "no gateway can be reached now; try again",
+        "type": "service_unavailable",
+        "param": None,
+        "code": "unavailable",
+    }
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(429, "rate_limit_error"), (404, "not_found_error"), (500, "api_error"), (503, "overloaded_error")],
+    [(429, "rate_limit_error"), (404, "overloaded_error"), (500, "api_error"), (503, "overloaded_error")],
 )
 def test_where_anthropic_s_clients_ask_it_is_an_error_of_anthropic_s(status: int, kind: str) -> None:
     """Those of OpenAI came on /v1/messages, whenever it was Serve that answered."""

@@ -18,7 +18,7 @@ from tests.programs import said_by
 def test_serves_server_is_ours_in_a_proxy_too(tmp_path: Path, is_readable: bool) -> None:
     """It listened on every interface, read messages of any size before a key was asked for, and obeyed `application`.
 
-    Where a proxy cannot read the keys, the replica asks for them."""
+    Where a proxy cannot read the keys, the replica asks for them. A proxy that had no gateway to ask said NOT_FOUND."""
     keys = tmp_path / "keys.json"
     config = GatewayConfig(api_keys_file=keys, max_choices=3)
     assert json.loads(doors(config)[DOORS]) == {"api_keys_file": str(keys)}
@@ -30,4 +30,5 @@ def test_serves_server_is_ours_in_a_proxy_too(tmp_path: Path, is_readable: bool)
         "127.0.0.1",
         "StatusCode.UNAUTHENTICATED False" if is_readable else "StatusCode.OK False",
         "StatusCode.OK False",
+        *2 * ["StatusCode.UNAVAILABLE 1 no gateway can be reached now; try again"],
     ]

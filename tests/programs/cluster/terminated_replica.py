@@ -1,4 +1,7 @@
-"""A replica that is drained when standard input has a line or ends, with a grace of as many seconds as it is told."""
+"""A replica that is drained when standard input has a line or ends.
+
+Arguments: its grace, and how long Serve has to see that it ends; both in seconds.
+"""
 
 # ruff: noqa: E402
 import asyncio
@@ -8,7 +11,7 @@ import threading
 import time
 import types
 
-GRACE_S = float(sys.argv[1])
+GRACE_S, SERVE_SEES_IT_S = map(float, sys.argv[1:])
 
 
 def ray_ends_the_worker(*_):
@@ -19,6 +22,7 @@ class Actor:
     class perform_graceful_shutdown:  # noqa: N801  # Ray's name
         @staticmethod
         async def remote():
+            print("drains", flush=True)
             await asyncio.to_thread(sys.stdin.readline)
             print("drained", flush=True)
 
@@ -33,7 +37,7 @@ termination.LINGER_S = 0.0
 
 
 async def replica():
-    end = termination.Termination(GRACE_S, on_begin=lambda: print("begun", flush=True))
+    end = termination.Termination(GRACE_S, on_begin=lambda: print("begun", flush=True), serve_sees_it_s=SERVE_SEES_IT_S)
     end.check()
     print("up", flush=True)
     while True:
