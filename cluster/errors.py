@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 MAX_MESSAGE_CHARS = 2000
 MAX_PARAM_CHARS = 200
+NO_GATEWAY = "no gateway can be reached now; try again"  # of HAProxy and of Serve's proxies, at both doors
 
 
 class MantaError(Exception):

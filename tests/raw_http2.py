@@ -18,7 +18,7 @@ class Sender:
     """One connection whose streams each send one message."""
 
     def __init__(self, *, stays: bool = False) -> None:
-        """`stays`: it reads the settings only once it is told to go, and then stays, as gRPC's C core may."""
+        """`stays`: it acknowledges the settings only once it is told to go, and then stays, as gRPC's C core may."""
         self._stays = stays
         self.was_told_to_go = False
         self.is_closed = False  # by the server

@@ -25,7 +25,7 @@ from rich.console import Console
 from cluster.commands import changes
 from cluster.commands.cluster_connection import DEADLINE_S, JoinedCluster, look_at_cluster
 from cluster.commands.one_at_a_time import one_at_a_time
-from cluster.commands.serve.command import checked_checkpoints, wait_until_running
+from cluster.commands.serve.command import checked_checkpoints, deploy
 from cluster.commands.serve_controller import statuses
 from cluster.commands.served import made_of
 from cluster.commands.signal_flag import SignalFlag
@@ -55,19 +55,19 @@ def run(config_file: Path, address: str, timeout_s: float) -> None:
     config = load_config(config_file)
     checkpoints = checked_checkpoints(config)
 
+    @one_at_a_time("manta apply")
     def change(_cluster: JoinedCluster) -> bool:
-        with one_at_a_time("manta apply"):
-            import ray
+        import ray
 
-            gateway, cards = made_of(ASK_TIMEOUT_S)
-            if address == "auto" and "RAY_ADDRESS" not in os.environ:
-                check_same_server(config.models, cards)
-            plans = plan_models(config.models, checkpoints, describe_cluster(ray.nodes()))
-            check_same_deployments(plans, cards)
-            doors = new_doors(gateway, config.gateway)
-            for key in kept_doors(gateway, config.gateway):
-                console.print(f"gateway.{key} stays as the server was started; restart it to change that.")
-            return _change(doors, plans, cards, stop)
+        gateway, cards = made_of(ASK_TIMEOUT_S)
+        if address == "auto" and "RAY_ADDRESS" not in os.environ:
+            check_same_server(config.models, cards)
+        plans = plan_models(config.models, checkpoints, describe_cluster(ray.nodes()))
+        check_same_deployments(plans, cards)
+        doors = new_doors(gateway, config.gateway)
+        for key in kept_doors(gateway, config.gateway):
+            console.print(f"gateway.{key} stays as the server was started; restart it to change that.")
+        return _change(doors, plans, cards, stop)
 
     with _interrupts(timeout_s) as stop:
         if not look_at_cluster(address, change, look_s=timeout_s + DEADLINE_S):
@@ -169,10 +169,7 @@ def _without(applications: Sequence[str], cards: Sequence[ModelCard]) -> tuple[M
 
 
 def _deploy(targets: list[Any], stop: SignalFlag) -> None:
-    from ray import serve
-
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    wait_until_running([target.name for target in targets], stop, console)
+    deploy(targets, stop, console)
 
 
 def _delete(applications: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ from pathlib import Path
 import psutil
 
 from cluster.commands.parents import end_with_parent
-from cluster.errors import SetupError
+from cluster.errors import NO_GATEWAY, SetupError
 
 _STATS_SOCKET = re.compile(r"^(\s*stats socket \S+) mode \d+ ", re.MULTILINE)
 _BACKEND = re.compile(r"^backend .*\n(?:(?:[ \t].*)?\n)*", re.MULTILINE)
@@ -66,8 +66,7 @@ _LOG_FORMAT = (
 )
 MAX_CONNECTIONS = 4096  # Serve's own choice
 SERVES_PAGE = "500.http"  # beside HAProxy's configuration, which has it for 502 and 504; our 503 is by route
-_NO_GATEWAY = "no gateway can be reached now; try again"
-_UNAVAILABLE = 503, _NO_GATEWAY, "service_unavailable", "unavailable"
+_UNAVAILABLE = 503, NO_GATEWAY, "service_unavailable", "unavailable"
 # Of a 503, by its route: as `gateway.http.errors` has it.
 _BODY_OF_503 = "503.body"
 _BODIES_OF_503 = (
@@ -218,7 +217,7 @@ def answer_as_we_do(config: Path) -> None:
     )
     text = _NO_ROUTE.sub(nobody, _HTTP_LOG.sub("", config.read_text()))
     if _AN_APPLICATION not in text:
-        unavailable = f'status 200 content-type application/grpc hdr grpc-status 14 hdr grpc-message "{_NO_GATEWAY}"'
+        unavailable = f'status 200 content-type application/grpc hdr grpc-status 14 hdr grpc-message "{NO_GATEWAY}"'
         text = _NO_APPLICATION.sub(
             f"backend default_grpc_backend\n    mode http\n    http-request return {unavailable}\n", text
         )

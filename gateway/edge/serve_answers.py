@@ -16,11 +16,11 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from cluster.errors import NO_GATEWAY
 from gateway.http.asgi import HttpMiddleware
 from gateway.http.errors import MESSAGES, REASON_HEADER, body, of_messages
 from gateway.http.sse import json_bytes
 
-NO_GATEWAY = "no gateway can be reached now; try again"  # as HAProxy says it
 FAILED = "the request could not be answered"  # in the place of a stack of Serve's
 _OWN_PATHS = "/-/"  # Serve's health and routes, which HAProxy and people read
 _MEANINGS = {  # status → (type, code, reason)

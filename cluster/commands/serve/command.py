@@ -243,7 +243,6 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
     """All applications, running, and whether there is a gRPC door; on leaving, those that we started are gone."""
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
 
     from gateway.service import grpc_options, http_options
 
@@ -256,12 +255,7 @@ def _serving(config: MantaConfig, plans: tuple[ModelPlan, ...], stop: _Stop, *, 
         raise did_not_start(error) from error
     serves_grpc = _check_doors_of_serve(config.gateway)
     try:
-        try:
-            serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        except RayServeException as error:
-            why = " ".join(str(getattr(error, "cause", error)).split())  # without the controller's stack
-            raise SetupError(f"Serve takes no gateway, whose routes begin at /, beside what it runs: {why}") from error
-        wait_until_running([target.name for target in targets], stop.requested, console)
+        deploy(targets, stop.requested, console)
         yield serves_grpc
     finally:
         _require_ray()
@@ -303,7 +297,20 @@ def _applied_since() -> set[str]:
     return set()
 
 
-def wait_until_running(applications: list[str], stop: SignalFlag, console: Console) -> None:
+def deploy(targets: list[Any], stop: SignalFlag, console: Console) -> None:
+    """And wait until all of it runs, or for `stop`. Raises SetupError with Serve's message when it cannot."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except RayServeException as error:
+        why = " ".join(str(getattr(error, "cause", error)).split())  # without the controller's stack
+        raise SetupError(f"Serve takes no gateway, whose routes begin at /, beside what it runs: {why}") from error
+    _wait_until_running([target.name for target in targets], stop, console)
+
+
+def _wait_until_running(applications: list[str], stop: SignalFlag, console: Console) -> None:
     """Show what is being loaded until everything runs. Raises SetupError with Serve's message when it cannot."""
     from cluster.telemetry.progress import clear_progress, read_progress
 

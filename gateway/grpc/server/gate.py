@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.config import GatewayConfig
-from cluster.errors import InvalidRequest, PayloadTooLarge, RequestCancelled, Unavailable
+from cluster.errors import NO_GATEWAY, InvalidRequest, PayloadTooLarge, RequestCancelled, Unavailable
 from gateway.admission.access import AccessPolicy
 from gateway.admission.held_bytes import HeldBytes
 from gateway.grpc.authentication import connection, identify
@@ -160,7 +160,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 def _check_that_a_gateway_was_asked(context: FittingContext) -> None:
     """Raises Unavailable where Serve's proxy knew none: its NOT_FOUND tells clients not to try again."""
     if context.code() == grpc.StatusCode.NOT_FOUND and context.details() == _NO_APPLICATION:
-        raise Unavailable("no gateway can be reached now; try again")
+        raise Unavailable(NO_GATEWAY)
 
 
 async def _end(method: str, context: FittingContext, error: Exception, ends: RequestEnds) -> None:

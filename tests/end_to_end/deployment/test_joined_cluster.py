@@ -69,7 +69,7 @@ def test_it_joins_serves_experts_locally_and_leaves(foreign_ray, tmp_path):
         assert answer["usage"]["completion_tokens"] == 5
         second = run_serve("--address", address, "--port", str(free_port()), environment=environment)
         assert second.returncode == 2
-        assert "manta serve runs on this cluster already: process " in said_by(second)
+        assert "manta serve runs on this cluster already: process " in in_one_line(second)
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
@@ -98,7 +98,7 @@ def test_a_file_of_keys_that_a_node_has_not_is_told_at_once(foreign_ray, tmp_pat
         ended = run_serve(*arguments, environment=environment, pass_fds=[number])
     finally:
         os.close(number)
-    said = said_by(ended)
+    said = in_one_line(ended)
     assert ended.returncode == 2, said
     assert f"gateway.api_keys_file: {file} cannot be read on " in said
     assert "with --address it has to be on every node" in said
@@ -112,13 +112,13 @@ def test_what_runs_on_its_serve_already_stays_as_it_is(foreign_ray):
         elsewhere = run_serve("--address", address, "--port", str(free_port()), environment=environment)
         assert elsewhere.returncode == 2
         expected = f"Serve runs on this cluster already, and its ports cannot be changed: give --port {port}"
-        assert expected in said_by(elsewhere)
+        assert expected in in_one_line(elsewhere)
         there = run_serve("--address", address, "--port", str(port), environment=environment)
         assert there.returncode == 2
         expected = (
             "Serve takes no gateway, whose routes begin at /, beside what it runs: Prefix / is being used by applic"
         )
-        assert expected in said_by(there)
+        assert expected in in_one_line(there)
         assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "theirs"
 
 
@@ -144,7 +144,7 @@ def run_serve(*arguments, environment, pass_fds=()):
     )
 
 
-def said_by(ended):
+def in_one_line(ended):
     """All of it as one line."""
     return " ".join((ended.stdout + ended.stderr).split())
 
