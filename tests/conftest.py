@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from tests.ports import free_port
+from tests.processes import called
 from tests.waiting import wait_for
 from tests.workers import pytest_xdist_make_scheduler, sort_for_workers
 
@@ -145,7 +146,7 @@ def _started_server(*arguments: str) -> Iterator[Server]:
         yield Server(url, f"127.0.0.1:{grpc_port}", ray_address[1], process, start_s, announcement)
         if process.poll() is None:  # a test may have ended it
             children = psutil.Process(process.pid).children(recursive=True)
-            [raylet] = [child for child in children if child.name() == "raylet"]
+            raylet = called("raylet", children)
             if configuration := raylet.environ().get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"):  # none without HAProxy
                 haproxy_files = Path(configuration).parent
                 assert haproxy_files.exists()

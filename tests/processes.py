@@ -1,13 +1,15 @@
-"""The processes of a running server, and what `manta status` says of them."""
+"""The processes of a running server, each of which may end while it is looked at, and what `manta status` says."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import psutil
 
-from tests.conftest import Server
+if TYPE_CHECKING:
+    from tests.conftest import Server
 
 
 def processes(server: Server, title: str) -> list[psutil.Process]:
@@ -16,11 +18,32 @@ def processes(server: Server, title: str) -> list[psutil.Process]:
     return [child for child in children if title in command_line(child)]
 
 
+def called(name: str, family: list[psutil.Process]) -> psutil.Process:
+    """The only one of the family with that name."""
+    [found] = [one for one in family if _name(one) == name]
+    return found
+
+
 def command_line(process: psutil.Process) -> str:
     """Empty of one that has ended, which may be before its parent knows."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
+        return ""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also of one whose parent does not know yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
         return ""
 
 

@@ -20,6 +20,7 @@ import psutil
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.hosts import Host
+from tests.processes import called
 from tests.waiting import wait_for
 
 BIN = Path(sys.executable).parent
@@ -90,8 +91,8 @@ class RayHosts:
 
     def gcs(self) -> psutil.Process:
         """The process of Ray's global control store."""
-        [gcs] = [one for one in map(psutil.Process, self.head.process_ids()) if one.name() == "gcs_server"]
-        return gcs
+        on_host = self.head.process_ids()
+        return called("gcs_server", [one for one in psutil.process_iter() if one.pid in on_host])
 
     def experts_on(self, host: Host) -> list[str]:
         """The expert deployments that have a replica there, once for each."""

@@ -30,6 +30,7 @@ from tests.hosts import Host, NotPossible, hosts
 from tests.image.builder import REPOSITORY, Builder
 from tests.image.dns import NameServer
 from tests.image.pod import Document, Pod, RayCluster, prepare_root
+from tests.processes import has_ended
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.long, pytest.mark.root]
@@ -235,7 +236,7 @@ def test_the_operator_finds_serve_on_the_head(kubernetes: Kubernetes, first: dic
 
 def test_nothing_in_a_pod_is_root_or_can_write_the_image(first: dict[str, Pod]) -> None:
     for role, pod in first.items():
-        inside = [process for process in pod.first_process.children(recursive=True) if process.is_running()]
+        inside = [process for process in pod.first_process.children(recursive=True) if not has_ended(process)]
         assert len(inside) > 3, role
         for process in (pod.first_process, *inside):
             with suppress(FileNotFoundError, ProcessLookupError):

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.commands.cluster_connection import _silent, look_at_cluster, slowness
 from cluster.errors import Unavailable
+from tests.processes import has_ended
 from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
@@ -66,10 +67,3 @@ def test_who_looks_does_not_outlive_the_command(number: signal.Signals) -> None:
         finally:
             with suppress(psutil.NoSuchProcess):
                 looking.kill()
-
-
-def has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

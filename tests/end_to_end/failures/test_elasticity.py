@@ -24,7 +24,7 @@ import pytest
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.checkpoints import write_checkpoint
 from tests.conftest import Server, running_server
-from tests.processes import processes
+from tests.processes import command_line, processes
 from tests.programs import REPOSITORY, program
 from tests.steady_streams import SteadyStreams
 from tests.waiting import wait_for
@@ -82,7 +82,7 @@ def completion(server: Server, model: str, **fields: object) -> httpx.Response:
 
 def wide_coordinators(server: Server) -> set[int]:
     """Their process ids."""
-    return {process.pid for process in processes(server, COORDINATOR) if "wide" in " ".join(process.cmdline())}
+    return {process.pid for process in processes(server, COORDINATOR) if "wide" in command_line(process)}
 
 
 def test_coordinators_and_gateways_come_with_the_load_and_go(elastic):

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.conftest import DTYPES, Server, running_server
-from tests.processes import processes
+from tests.processes import command_line, processes
 from tests.steady_streams import SteadyStreams
 from tests.waiting import wait_for
 
@@ -73,18 +73,10 @@ def test_one_of_two_is_killed_every_two_seconds(pair, role):
 
 def of_experts(server: Server, role: str) -> list[psutil.Process]:
     """Processes of the group, not of the coordinator."""
-    return [one for one in processes(server, role) if "coordinator" not in title(one)]
+    return [one for one in processes(server, role) if "coordinator" not in command_line(one)]
 
 
 def num_lanes(server: Server) -> int:
     """Connections of the coordinator to shards."""
     page = httpx.get(f"{server.url}/metrics", timeout=30).text
     return sum(map(int, map(float, re.findall(r"^manta_shard_lanes{[^}]*} (\S+)$", page, re.MULTILINE))))
-
-
-def title(process: psutil.Process) -> str:
-    """As Ray gives it."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.conftest import Server, running_server
-from tests.processes import processes
+from tests.processes import called, has_ended, processes
 from tests.waiting import wait_for
 
 CONFIG = f"""
@@ -43,11 +43,10 @@ def test_a_server_whose_ray_dies_says_so_and_leaves_nothing(killed: list[str]) -
 def ends_without(killed: list[str]) -> None:
     with running_server(CONFIG) as server:
         all_of_it = psutil.Process(server.process.pid).children(recursive=True)
-        for one in all_of_it:
-            if one.name() in killed:
-                one.kill()
+        for name in killed:
+            called(name, all_of_it).kill()
         assert server.process.wait(SECONDS) == 2
-        assert [one for one in all_of_it if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+        assert [one for one in all_of_it if not has_ended(one)] == []
 
 
 def test_a_proxy_that_dies_is_started_again_and_answers() -> None:
@@ -66,7 +65,7 @@ def test_the_first_requests_are_answered_while_the_gcs_stands_still() -> None:
     """A coordinator's first dispatch asked it for the shards, on the engine's thread: streams stood for a minute."""
     with running_server(f"models:{BOTH_TRANSPORTS}") as server:
         of_server = psutil.Process(server.process.pid).children(recursive=True)
-        [gcs] = [one for one in of_server if one.name() == "gcs_server"]
+        gcs = called("gcs_server", of_server)
         gcs.suspend()
         try:
             for model in ("object_store", "lane"):
@@ -81,7 +80,7 @@ def test_the_first_requests_are_answered_while_the_gcs_stands_still() -> None:
 
 
 def haproxies(server: Server) -> list[psutil.Process]:
-    return [one for one in processes(server, "haproxy.cfg") if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in processes(server, "haproxy.cfg") if not has_ended(one)]
 
 
 def answers(server: Server) -> bool:

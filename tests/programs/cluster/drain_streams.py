@@ -42,10 +42,12 @@ def outcome(draining):
 
 def is_controller(process):
     """Serve's, of this cluster: the tests' server has one as well."""
-    line = process.info["cmdline"] or [""]
-    return (
-        line[0].startswith("ray::ServeController") and process.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
-    )
+    if not (process.info["cmdline"] or [""])[0].startswith("ray::ServeController"):
+        return False
+    try:
+        return process.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
+    except psutil.NoSuchProcess:  # another test's, which has ended
+        return False
 
 
 def wait_for(condition):

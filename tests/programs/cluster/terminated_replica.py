@@ -51,4 +51,5 @@ async def replica():
 
 
 threading.Thread(target=asyncio.run, args=(replica(),), daemon=True).start()
-time.sleep(60)
+for _ in range(300):
+    time.sleep(0.2)  # a signal just before does not cut it short

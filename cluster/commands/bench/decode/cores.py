@@ -56,6 +56,6 @@ class Cores:
         finally:
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 with suppress(psutil.Error, OSError):  # one that has ended meanwhile
-                    if not process.cmdline()[0].startswith(SHARD):
+                    if not (process.cmdline() or [""])[0].startswith(SHARD):
                         for thread in process.threads():
                             os.sched_setaffinity(thread.id, self.of_engine)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from tests.processes import has_ended
 from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
@@ -94,4 +95,4 @@ def test_a_server_does_not_outlive_its_supervisor() -> None:
         assert process.communicate(timeout=TIMEOUT_S)[0] == "interrupted\n"
         started = psutil.Process(left)
         started.kill()  # nobody is there who would
-        wait_for(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE, TIMEOUT_S, "its end")
+        wait_for(lambda: has_ended(started), TIMEOUT_S, "its end")
