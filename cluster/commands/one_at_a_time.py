@@ -27,15 +27,23 @@ class _Doer:
 
 
 @contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
+def one_at_a_time(what: str, *, on_own_cluster: bool = False) -> Iterator[None]:
     """While it lasts, nobody else enters for the same thing on the cluster that this process has joined.
 
+    `on_own_cluster`: it ends with this process, so a note there is enough, which costs no process of Ray.
     Raises SetupError where somebody does, with who it is, and Unavailable where that is not to be had.
     """
     import ray
+    from ray.experimental import internal_kv
 
-    options: dict[str, Any] = {"name": what, "namespace": NAMESPACE, "num_cpus": 0}
     me = f"process {os.getpid()} on {socket.gethostname()}"
+    if on_own_cluster:
+        internal_kv._internal_kv_put(what, me, namespace=NAMESPACE)
+        yield
+        return
+    if (owner := internal_kv._internal_kv_get(what, namespace=NAMESPACE)) is not None:
+        raise _runs_already(what, owner.decode())
+    options: dict[str, Any] = {"name": what, "namespace": NAMESPACE, "num_cpus": 0}
     deadline = time.monotonic() + ENDING_S
     while True:
         try:
@@ -43,7 +51,7 @@ def one_at_a_time(what: str) -> Iterator[None]:
             break
         except ValueError:  # the name is taken
             if (other := _who_does(what)) is not None:
-                raise SetupError(f"{what} runs on this cluster already: {other}") from None
+                raise _runs_already(what, other) from None
             if time.monotonic() > deadline:
                 raise Unavailable(f"{what} ran on this cluster, and Ray does not let go of its name") from None
             time.sleep(0.1)
@@ -52,6 +60,10 @@ def one_at_a_time(what: str) -> Iterator[None]:
     finally:
         with suppress(ray.exceptions.RayError):
             ray.kill(doer)  # sooner than Ray would
+
+
+def _runs_already(what: str, who: str) -> SetupError:
+    return SetupError(f"{what} runs on this cluster already: {who}")
 
 
 def _who_does(what: str) -> str | None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _serve(config: MantaConfig, address: str | None, key: str | None) -> None:
         plans = plan_models(config.models, checkpoints, cluster)
         if address is not None:
             check_nodes(config.gateway)
-        alone = nullcontext() if address is None else one_at_a_time("manta serve")
+        alone = one_at_a_time("manta serve", on_own_cluster=address is None)
         with alone, _serving(config, plans, stop, joined=address is not None) as serves_grpc:
             if not stop.requested.is_set():
                 _announce(config, plans, ray.get_runtime_context().gcs_address, key, serves_grpc=serves_grpc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from cluster.demo_model import DIRECTORY
@@ -120,6 +122,18 @@ def test_what_runs_on_its_serve_already_stays_as_it_is(foreign_ray):
         )
         assert expected in in_one_line(there)
         assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "theirs"
+
+
+def test_the_cluster_of_another_server_is_not_joined(server):
+    """It took that one's gateway over, and whichever ended first ended both."""
+    ports = ("--port", server.url.rpartition(":")[2], "--grpc-port", server.grpc_address.rpartition(":")[2])
+    ended = run_serve("--address", server.ray_address, *ports, environment=os.environ)
+    said = in_one_line(ended)
+    assert ended.returncode == 2, said
+    named = re.search(r"manta serve runs on this cluster already: process (\d+) on ", said)
+    assert named is not None, said
+    assert int(named[1]) in [child.pid for child in psutil.Process(server.process.pid).children()]
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
 
 
 @contextmanager
