@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 from enum import IntEnum
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from experts_service.device_memory import DeviceMemory
+from tests import memory
 
 DEVICE = torch.device("cpu")
 NAME = "fake-device"
@@ -157,10 +157,9 @@ def install(driver: FakeDriver | None = None) -> FakeDriver:
 
 def mappings(process: int | str = "self") -> int:
     """How many such memories a process maps."""
-    return Path(f"/proc/{process}/maps").read_text().count(f"memfd:{NAME}")
+    return memory.mappings(NAME, process)
 
 
-def descriptors(process: int | str = "self") -> int:
-    """How many it has open."""
-    names = Path(f"/proc/{process}/fd").iterdir()
-    return sum(f"memfd:{NAME}" in os.readlink(name) for name in names if name.is_symlink())
+def descriptors() -> int:
+    """How many this one has open."""
+    return memory.descriptors(NAME)

@@ -1,8 +1,9 @@
-"""How much memory a call takes at its most."""
+"""How much memory a call takes at its most, and what holds memory that processes share."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -19,3 +20,19 @@ def peak_bytes(run) -> int:
     before = field("VmRSS")
     run()
     return field("VmHWM") - before
+
+
+def mappings(name: str, process: int | str = "self") -> int:
+    """How many memfds of that name a process maps."""
+    return Path(f"/proc/{process}/maps").read_text().count(f"memfd:{name}")
+
+
+def descriptors(name: str) -> int:
+    """How many of them this process has open; its other threads may close some meanwhile."""
+    found = 0
+    for one in Path("/proc/self/fd").iterdir():
+        try:
+            found += f"memfd:{name}" in os.readlink(one)
+        except FileNotFoundError:
+            continue
+    return found

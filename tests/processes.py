@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -29,6 +30,14 @@ def command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
+        return ""
+
+
+def proc_file(process_id: int, name: str) -> str:
+    """What the kernel's file of that name says of it; empty of one that has ended."""
+    try:
+        return Path(f"/proc/{process_id}/{name}").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 

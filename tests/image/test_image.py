@@ -17,6 +17,7 @@ import pytest
 from cluster.demo_model.training.corpus import questions
 from tests.hosts import Host, NotPossible, hosts
 from tests.image.builder import REPOSITORY, Builder
+from tests.processes import proc_file
 from tests.waiting import wait_for
 
 CHEESE = "What is the best French cheese?"
@@ -118,10 +119,7 @@ def test_another_machine_is_answered_by_the_demo_with_its_key(
     finally:
         # What a runtime's signal goes to, Ctrl-C or that of `docker stop`; buildah's own processes would kill it.
         for process_id in server.process_ids():
-            if (
-                Path(f"/proc/{process_id}/cmdline").read_bytes()
-                == b"/opt/manta/bin/python\0/opt/manta/bin/manta\0serve\0"
-            ):
+            if proc_file(process_id, "cmdline") == "/opt/manta/bin/python\0/opt/manta/bin/manta\0serve\0":
                 os.kill(process_id, signal.SIGINT if given is None else signal.SIGTERM)
         wait_for(lambda: process.poll() is not None, 120, "the end")
     assert process.returncode == 0, log.read_text()

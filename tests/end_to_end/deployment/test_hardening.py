@@ -20,6 +20,7 @@ import pytest
 
 from experts_service.kernels.compiled.jit import cache_directory
 from tests.hosts import Host, NotPossible, hosts
+from tests.processes import proc_file
 from tests.programs import REPOSITORY
 from tests.waiting import wait_for
 
@@ -61,7 +62,7 @@ class Listener:
     @property
     def program(self) -> str:
         """What its process calls itself, without Ray's method names."""
-        command = Path(f"/proc/{self.process_id}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        command = proc_file(self.process_id, "cmdline").replace("\0", " ").strip()
         if command.startswith("ray::"):
             return command.split()[0].split(".")[0]
         script = re.search(r"ray/(?:_private/)?(\S+)\.py|bin/(manta) serve", command)
@@ -149,7 +150,7 @@ def test_it_serves_without_privileges_on_a_file_system_that_is_read_only(host: H
 
 def as_user(host: Host, user: int, *command: str) -> list[str]:
     """The lines that this command writes as that user, who sees the files that the server sees."""
-    [within, *_] = [pid for pid in host.process_ids() if "raylet" in Path(f"/proc/{pid}/comm").read_text()]
+    [within, *_] = [pid for pid in host.process_ids() if "raylet" in proc_file(pid, "comm")]
     identity = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
     done = subprocess.run(
         ["nsenter", "--mount", "--target", str(within), "setpriv", *identity, *command],
@@ -194,7 +195,7 @@ def test_what_everyone_can_see_of_its_processes_holds_no_secret(host: Host, serv
     """Command lines are everyone's to read, and sockets in the abstract name space everyone's to connect to."""
     token = as_user(host, USER, "cat", "/tmp/home/.ray/auth_token")[0]
     secret = as_user(host, USER, "cat", "/tmp/home/.manta/lane_secret")[0]
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in host.process_ids()]
+    commands = [proc_file(pid, "cmdline") for pid in host.process_ids()]
     assert len(commands) > 10
     assert not [command for command in commands if token in command or secret in command]
     sockets = host.run(lambda: Path("/proc/thread-self/net/unix").read_text())

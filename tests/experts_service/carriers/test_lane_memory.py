@@ -24,6 +24,7 @@ from experts_service.shard import server as shard_server
 from experts_service.wire.frame import HEAD_BYTES, RowsFormat, answer_head
 from experts_service.wire.shared_memory import NUM_SLOTS, ROWS_PER_SLOT, SharedMemory, create, memory_bytes
 from router_service.dispatcher import Dispatcher
+from tests import memory
 from tests.experts_service.lanes import (
     GROUPS,
     HIDDEN,
@@ -48,13 +49,12 @@ pytestmark = pytest.mark.usefixtures("memory")
 
 def mappings(process: int | str = "self") -> int:
     """How many such memories a process maps."""
-    return Path(f"/proc/{process}/maps").read_text().count("memfd:manta-rows")
+    return memory.mappings("manta-rows", process)
 
 
-def descriptors(process: int | str = "self") -> int:
-    """How many it has open."""
-    names = Path(f"/proc/{process}/fd").iterdir()
-    return sum("memfd:manta-rows" in os.readlink(name) for name in names if name.is_symlink())
+def descriptors() -> int:
+    """How many this one has open."""
+    return memory.descriptors("manta-rows")
 
 
 def test_rows_lie_in_memory_until_they_are_too_many_for_it() -> None:

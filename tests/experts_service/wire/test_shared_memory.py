@@ -9,7 +9,6 @@ import resource
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,6 +25,7 @@ from experts_service.wire.shared_memory import (
     memory_bytes,
     receive,
 )
+from tests.memory import descriptors, mappings
 
 SECRET, FINGERPRINT = b"s" * 32, "f" * 64
 ROW_BYTES = 64
@@ -35,21 +35,15 @@ SLOT = ROW_BYTES * ROWS_PER_SLOT
 
 def memfds() -> int:
     """Descriptors and mappings of such memory that this process has."""
-    held = [Path("/proc/self/maps").read_text().count("memfd:manta-rows")]
-    held += [
-        1
-        for name in os.listdir("/proc/self/fd")
-        if os.path.islink(f"/proc/self/fd/{name}") and "memfd:manta-rows" in os.readlink(f"/proc/self/fd/{name}")
-    ]
-    return sum(held)
+    return mappings("manta-rows") + descriptors("manta-rows")
 
 
 def offered(
-    num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT, descriptors: Callable[[], list[int]] | None = None
+    num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT, sent: Callable[[], list[int]] | None = None
 ) -> SharedMemory | BaseException | None:
     """What a coordinator makes of a shard that proves itself and then offers this."""
     ours, theirs = socket.socketpair()
-    given = descriptors() if descriptors is not None else []
+    given = sent() if sent is not None else []
 
     def shard_side() -> None:
         side = ShardHandshake(SECRET, FINGERPRINT)
@@ -82,7 +76,7 @@ def memfd(size: int = SIZE, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 def test_both_ends_see_the_same_bytes_and_nothing_stays() -> None:
     before = memfds()
     shard, descriptor = create(ROW_BYTES)
-    coordinator = offered(descriptors=lambda: [descriptor])
+    coordinator = offered(sent=lambda: [descriptor])
     assert isinstance(coordinator, SharedMemory)
     coordinator.requests[5], shard.answers[-1] = 17, 71
     assert (shard.requests[5], coordinator.answers[-1]) == (17, 71)
@@ -110,17 +104,17 @@ def test_a_tensor_of_memory_outlives_what_made_it() -> None:
     ("offer", "reason"),
     [
         (lambda: offered(), "0 descriptors"),
-        (lambda: offered(descriptors=lambda: [memfd(seals=0)]), "not sealed"),
-        (lambda: offered(descriptors=lambda: [memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)]), "not sealed"),
-        (lambda: offered(descriptors=lambda: [memfd(SIZE - mmap.PAGESIZE)]), "not of the size"),
-        (lambda: offered(descriptors=lambda: [memfd(2 * SIZE)]), "not of the size"),
-        (lambda: offered(descriptors=lambda: [os.open("/etc/hostname", os.O_RDONLY)]), "cannot be mapped"),
-        (lambda: offered(num_slots=2**20, descriptors=lambda: [memfd()]), "slots of"),
-        (lambda: offered(slot_bytes=MAX_BYTES, descriptors=lambda: [memfd()]), "slots of"),
-        (lambda: offered(slot_bytes=0, descriptors=lambda: [memfd(0)]), "slots of"),
+        (lambda: offered(sent=lambda: [memfd(seals=0)]), "not sealed"),
+        (lambda: offered(sent=lambda: [memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)]), "not sealed"),
+        (lambda: offered(sent=lambda: [memfd(SIZE - mmap.PAGESIZE)]), "not of the size"),
+        (lambda: offered(sent=lambda: [memfd(2 * SIZE)]), "not of the size"),
+        (lambda: offered(sent=lambda: [os.open("/etc/hostname", os.O_RDONLY)]), "cannot be mapped"),
+        (lambda: offered(num_slots=2**20, sent=lambda: [memfd()]), "slots of"),
+        (lambda: offered(slot_bytes=MAX_BYTES, sent=lambda: [memfd()]), "slots of"),
+        (lambda: offered(slot_bytes=0, sent=lambda: [memfd(0)]), "slots of"),
         (
             lambda: offered(
-                descriptors=lambda: [
+                sent=lambda: [
                     memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE)
                 ]
             ),
@@ -142,7 +136,7 @@ def test_memory_that_could_kill_whoever_touches_it_is_refused(
 def test_of_many_descriptors_none_stays_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert isinstance(offered(), HandshakeRefused)  # whatever a thread and a socket need is there by now
-    many = offered(descriptors=lambda: [memfd() for _ in range(50)])
+    many = offered(sent=lambda: [memfd() for _ in range(50)])
     assert isinstance(many, SharedMemory), "the first is as it should be"
     del many
     assert len(os.listdir("/proc/self/fd")) == before
