@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import suppress
 from uuid import uuid4
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cluster.commands.one_at_a_time import one_at_a_time
 from cluster.errors import SetupError
 from tests.programs import REPOSITORY, program
+from tests.waiting import wait_for
 
 
 def test_the_second_is_told_who_is_first_and_enters_once_that_has_ended_however(ray_cluster: str) -> None:
@@ -25,6 +27,11 @@ def test_the_second_is_told_who_is_first_and_enters_once_that_has_ended_however(
                 pass
         finally:
             first.kill()
-    for _ in range(2):
-        with one_at_a_time(what):
-            pass
+
+    def can_enter() -> bool:
+        with suppress(SetupError), one_at_a_time(what):
+            return True
+        return False
+
+    wait_for(can_enter, 60, "Ray to see that the first has ended")
+    assert can_enter(), "who leaves lets go at once"
