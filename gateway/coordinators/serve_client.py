@@ -48,6 +48,7 @@ class ServeCoordinatorClient(StreamingClient):
         with self.inbox.expect(requests[0]) as queue:  # no token comes, only word that the coordinator is lost
             response = self._handle.embed.remote(requests)
             call = asyncio.ensure_future(result(response))
+            call.add_done_callback(self.failure)  # else asyncio logs a stack for each one that nobody waits for
             loss = asyncio.ensure_future(queue.failure())
             try:
                 await asyncio.wait((call, loss), return_when=asyncio.FIRST_COMPLETED)
