@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from cluster.commands.one_at_a_time import one_at_a_time
-from cluster.errors import SetupError
+from cluster.errors import SetupError, Unavailable
 from tests.programs import REPOSITORY, program
 from tests.waiting import wait_for
 
@@ -29,7 +29,7 @@ def test_the_second_is_told_who_is_first_and_enters_once_that_has_ended_however(
             first.kill()
 
     def can_enter() -> bool:
-        with suppress(SetupError), one_at_a_time(what):
+        with suppress(SetupError, Unavailable), one_at_a_time(what):
             return True
         return False
 
