@@ -58,12 +58,12 @@ models:
     experts: {{groups: [[0, 1, 2, 3]], num_threads: 1, expert_timeout_s: {EXPERT_TIMEOUT_S}}}
   - name: narrow
     path: {directory / "narrow"}
-    engine: {{max_num_seqs: 4, max_waiting: 4, num_kv_blocks: 256, num_threads: 1}}
+    engine: {{batch_invariant: "on", max_num_seqs: 4, max_waiting: 4, num_kv_blocks: 256, num_threads: 1}}
   - name: embed
     path: {directory / "narrow"}
     kind: embedding
     num_coordinators: 2
-    engine: {{num_kv_blocks: 256, num_threads: 1}}
+    engine: {{batch_invariant: "on", num_kv_blocks: 256, num_threads: 1}}
 gateway: {{scaling: {{target_requests: 6, {SCALING}}}}}
 """)
     with running_server(config.read_text()) as server:
