@@ -20,7 +20,7 @@ import psutil
 
 from cluster.demo_model import DIRECTORY as DEMO
 from tests.hosts import Host
-from tests.processes import called
+from tests.processes import called, proc_file
 from tests.waiting import wait_for
 
 BIN = Path(sys.executable).parent
@@ -133,10 +133,7 @@ def frames() -> dict[str, float]:
 
 
 def _title(process_id: int) -> str:
-    try:
-        return psutil.Process(process_id).cmdline()[0]
-    except (psutil.Error, IndexError):
-        return ""
+    return proc_file(process_id, "cmdline").partition("\0")[0]
 
 
 @contextmanager

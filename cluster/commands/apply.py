@@ -124,19 +124,19 @@ def _change(
     # Requests for a name go to the first version that is up: until the new ones are, to those that go.
     targets = [gateway_target(gateway, (*wanted, *going)), *models]
     try:
-        _deploy(targets, stop)
+        deploy(targets, stop, console)
     except SetupError:
         new = [card.application for card in wanted if card.application not in known]
         if not new:
             raise
-        _deploy([gateway_target(gateway, _without(new, (*wanted, *going)))], stop)
+        deploy([gateway_target(gateway, _without(new, (*wanted, *going)))], stop, console)
         _delete(new)
         raise
     if stop.is_set():
         console.print("It goes on, and is not waited for. What is to go stays until `manta apply` is run again.")
         return False
     if going:
-        _deploy([gateway_target(gateway, wanted)], stop)
+        deploy([gateway_target(gateway, wanted)], stop, console)
         _delete([card.application for card in going])
     console.print("Done. `manta status` shows what runs.")
     return True
@@ -166,10 +166,6 @@ def _changes(
 
 def _without(applications: Sequence[str], cards: Sequence[ModelCard]) -> tuple[ModelCard, ...]:
     return tuple(card for card in cards if card.application not in applications)
-
-
-def _deploy(targets: list[Any], stop: SignalFlag) -> None:
-    deploy(targets, stop, console)
 
 
 def _delete(applications: Sequence[str]) -> None:

@@ -1,4 +1,8 @@
-"""Lets one process at a time do something with a Ray cluster. Who does it is an actor, which ends with its process."""
+"""Lets one process at a time do something with a Ray cluster.
+
+Who does it on a cluster that was joined is an actor, which ends with its process. On one that the process has started
+itself it is a note in the cluster's key-value store, as both end together.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class _Doer:
 def one_at_a_time(what: str, *, on_own_cluster: bool = False) -> Iterator[None]:
     """While it lasts, nobody else enters for the same thing on the cluster that this process has joined.
 
-    `on_own_cluster`: it ends with this process, so a note there is enough, which costs no process of Ray.
+    `on_own_cluster`: this process has started it. A note costs no process of Ray.
     Raises SetupError where somebody does, with who it is, and Unavailable where that is not to be had.
     """
     import ray

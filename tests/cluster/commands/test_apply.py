@@ -69,12 +69,12 @@ class Serve:
         monkeypatch.setattr(changes, "wanted", lambda _: {})
         monkeypatch.setattr(apply, "_delete", lambda names: self.done.append(("delete", *names)))
 
-        def deploy(targets, _stop):
+        def deploy(targets, _stop, _console):
             self.done.append(targets)
             if set(fails) & set(targets):
                 raise SetupError("no such file")
 
-        monkeypatch.setattr(apply, "_deploy", deploy)
+        monkeypatch.setattr(apply, "deploy", deploy)
 
     def targets(self, _, plans):
         self.attempts += [one.attempt for one in plans]
